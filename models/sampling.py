@@ -1,0 +1,157 @@
+"""From text tokens to image codes: filtering of logits and the generation loop with its key/value cache.
+
+Knows nothing of files, prompts or pixels; a VQGAN's decode makes pictures of what comes back. generate_codes_naive
+runs the whole sequence for every code and stays as the oracle of the cached loop.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def keep_top_k(logits, count):
+    """All but the `count` largest of the last dimension set to −inf."""
+    if count >= logits.shape[-1]:
+        return logits
+    least = logits.topk(count, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < least, float("-inf"))
+
+
+def keep_top_p(logits, mass):
+    """The fewest largest logits whose probabilities add up to `mass`, the rest −inf (nucleus sampling, arXiv
+    1904.09751).
+    """
+    ordered, order = logits.sort(dim=-1, descending=True)
+    before = F.softmax(ordered, dim=-1).cumsum(dim=-1) - F.softmax(ordered, dim=-1)
+    ordered = ordered.masked_fill(before >= mass, float("-inf"))
+    return torch.empty_like(logits).scatter_(-1, order, ordered)
+
+
+def top_k_count(top_k, num_tokens):
+    """How many codes a top_k of 0 … 1 keeps: the best (1 − top_k) of text and image vocabulary together, one at
+    least.
+    """
+    return max(int((1 - top_k) * num_tokens), 1)
+
+
+def gumbel_noise(batch, length, num_codes, generator, device):
+    """Noise for all codes of `batch` pictures, (B, L, V) fp32; argmax(logits + noise) then draws from softmax(logits).
+
+    generator: a torch.Generator, or a list of one a picture (a picture then does not depend on its batch), or None.
+    Drawn before the first step, so that a picture depends on its generator alone and any loop over positions gives the
+    same.
+    """
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != batch:
+            raise ValueError(f"{len(generator)} generators for {batch} pictures; one a picture is needed")
+        return torch.cat([gumbel_noise(1, length, num_codes, one, device) for one in generator])
+    where = device if generator is None else generator.device
+    uniform = torch.rand(batch, length, num_codes, generator=generator, device=where).to(device)
+    tiny = torch.finfo(torch.float32).tiny
+    return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
+
+
+def check_sampling(top_k, top_p, temperature, cond_scale):
+    """ValueError in one line for a setting out of its range."""
+    if top_k is not None and not 0 <= top_k <= 1:
+        raise ValueError(f"top_k is {top_k}; it is the fraction of the vocabulary that is cut, from 0 (none) to 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it is the probability that is kept, above 0 and up to 1")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
+    if not 0 <= cond_scale < float("inf"):
+        raise ValueError(f"cond_scale is {cond_scale}; 1 is no guidance, above 1 follows the text more closely")
+
+
+def choose(logits, noise, *, top_k, top_p, temperature, cond_scale, num_tokens):
+    """One code a picture: logits (B or 2B, V), noise (B, V) → int64 (B,).
+
+    With guidance (arXiv 2207.12598) the first half of logits saw the caption and the second half an empty one.
+    """
+    logits = logits.float()
+    if cond_scale != 1:
+        told, untold = logits.chunk(2)
+        logits = untold + cond_scale * (told - untold)
+    logits = logits / temperature
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k_count(top_k, num_tokens))
+    if top_p is not None:
+        logits = keep_top_p(logits, top_p)
+    return (logits + noise).argmax(-1)
+
+
+@torch.no_grad()
+def generate_codes(
+    dalle, text, *, top_k=0.99, top_p=None, temperature=1.0, cond_scale=1.0, generator=None, image_codes=None
+):
+    """Draw pictures for text tokens int64 (B, text_seq_len), 0 = padding → codes int64 (B, image_seq_len).
+
+    top_k: fraction of text + image vocabulary that is cut (see top_k_count), None for nothing. top_p: probability that
+    is kept, None for all. cond_scale: classifier-free guidance against an empty caption, both branches in one batch.
+    generator: see gumbel_noise. image_codes int64 (B, n): the first n codes are given and kept. ValueError for a
+    setting out of its range.
+
+    Text and given codes pass through the model once; every further code is one position. Dropout is off while drawing,
+    and the model's mode is put back afterwards.
+    """
+    return _draw(dalle, text, image_codes, generator, _cached_logits, top_k, top_p, temperature, cond_scale)
+
+
+@torch.no_grad()
+def generate_codes_naive(
+    dalle, text, *, top_k=0.99, top_p=None, temperature=1.0, cond_scale=1.0, generator=None, image_codes=None
+):
+    """generate_codes without a cache, a whole pass a code: the same codes for the same generator, slowly."""
+    return _draw(dalle, text, image_codes, generator, _full_logits, top_k, top_p, temperature, cond_scale)
+
+
+def _draw(dalle, text, image_codes, generator, logits_of, top_k, top_p, temperature, cond_scale):
+    """The loop over codes; logits_of(dalle, text, codes so far, cache) → logits (B, V) of the next one."""
+    check_sampling(top_k, top_p, temperature, cond_scale)
+    codes = text.new_zeros(len(text), 0) if image_codes is None else image_codes
+    if codes.shape[1] > dalle.image_seq_len or len(codes) != len(text):
+        raise ValueError(
+            f"image_codes is {tuple(codes.shape)}; wanted are {len(text)} rows of at most {dalle.image_seq_len} codes"
+        )
+    noise = gumbel_noise(len(text), dalle.image_seq_len, dalle.num_image_tokens, generator, text.device)
+    guided = cond_scale != 1
+    branches = torch.cat((text, torch.zeros_like(text))) if guided else text
+    cache = dalle.transformer.new_cache(dalle.text_seq_len + dalle.image_seq_len)
+
+    was_training = dalle.training
+    dalle.eval()
+    try:
+        for place in range(codes.shape[1], dalle.image_seq_len):
+            seen = codes.repeat(2, 1) if guided else codes
+            logits = logits_of(dalle, branches, seen, cache)
+            code = choose(
+                logits,
+                noise[:, place],
+                top_k=top_k,
+                top_p=top_p,
+                temperature=temperature,
+                cond_scale=cond_scale,
+                num_tokens=dalle.num_tokens,
+            )
+            codes = torch.cat((codes, code[:, None]), dim=1)
+    finally:
+        dalle.train(was_training)
+    return codes
+
+
+def _cached_logits(dalle, text, codes, cache):
+    """What the cache has not seen yet, one position but for the first call → logits of the next code."""
+    count = codes.shape[1]
+    if cache[0].keys is None:
+        start = 0
+        x = dalle.embed_text(dalle.number_padding(text))
+        if count:
+            x = torch.cat((x, dalle.embed_codes(codes)), dim=1)
+    else:
+        start = dalle.text_seq_len + count
+        x = dalle.embed_codes(codes[:, -1:], start=count - 1)
+    x = dalle.transformer(x, cache=cache, start=start)
+    return dalle.image_logits(x[:, -1])
+
+
+def _full_logits(dalle, text, codes, cache):
+    return dalle(text, codes if codes.shape[1] else None)[:, -1, dalle.num_text_tokens :]

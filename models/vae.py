@@ -1,0 +1,311 @@
+"""The image tokenizer: a frozen VQGAN that turns a picture into a square grid of codes and codes into a picture.
+
+The networks are CompVis taming-transformers' own (Encoder, Decoder, VectorQuantizer2, GumbelQuantize), put together
+here under taming's parameter names; its Lightning wrapper is not used. Nothing is trained in this file
+(train_vqgan.py does that) and no pickled code is run when weights are read (taming_checkpoint.py).
+
+Papers: VQGAN, Esser et al. 2021 (arXiv:2012.09841); Gumbel-softmax codes, Jang et al. 2017 (arXiv:1611.01144).
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+import yaml
+from einops import rearrange
+from taming.modules.diffusionmodules.model import Decoder, Encoder
+from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
+from torch import nn
+
+from models.official_vqgan import download_official_vqgan
+from models.taming_checkpoint import read_weights
+
+GROUP_NORM_GROUPS = 32  # taming's GroupNorm has this many groups at every width
+COMMITMENT_COST = 0.25  # taming's own; used by training only
+
+
+class VQGan(nn.Module):
+    """The four pieces of a VQGAN and the two directions through them, on pixels in [-1, 1]. Trainable.
+
+    Args:
+        params: as `check_params` returns them.
+        gumbel: the codes are the largest of `n_embed` logits (GumbelVQ) instead of the nearest entry (VQModel).
+
+    B pictures of H × W pixels become latents and codes on a grid of h × w = H/f × W/f, with D = embed_dim.
+    """
+
+    def __init__(self, params: Dict[str, Any], gumbel: bool = False):
+        super().__init__()
+        ddconfig, embed_dim = params["ddconfig"], params["embed_dim"]
+        self.patch_size = params["patch_size"]
+        self.gumbel = gumbel
+        with contextlib.redirect_stdout(io.StringIO()):  # taming's Decoder prints its latent shape
+            self.encoder = Encoder(**ddconfig)
+            self.decoder = Decoder(**ddconfig)
+        if gumbel:
+            self.quantize = GumbelQuantize(ddconfig["z_channels"], embed_dim, n_embed=params["n_embed"])
+        else:
+            self.quantize = VectorQuantizer2(params["n_embed"], embed_dim, beta=COMMITMENT_COST)
+        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+
+    @property
+    def codebook(self) -> nn.Parameter:
+        """The (n_embed, D) entries."""
+        return self.quantize.embed.weight if self.gumbel else self.quantize.embedding.weight
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) pixels in [-1, 1] -> (B, D, h, w) latents, not yet quantised."""
+        # Spelled as a rearrangement because an IPU has no pixel_unshuffle; the channel order is that operator's.
+        patches = rearrange(pixels, "b c (h p) (w q) -> b (c p q) h w", p=self.patch_size, q=self.patch_size)
+        return self.quant_conv(self.encoder(patches))
+
+    def nearest(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, D, h, w) latents -> (B, h, w) long codes, always computed in fp32.
+
+        In half precision neighbouring entries of a large codebook become equal, and codes flip.
+        """
+        latents = latents.float()
+        if self.gumbel:  # the most likely code: the noise of the paper belongs to training
+            proj = self.quantize.proj
+            return F.conv2d(latents, proj.weight.float(), proj.bias.float()).argmax(dim=1)
+        flat = rearrange(latents, "b d h w -> (b h w) d")
+        codebook = self.codebook.float()
+        # |z - e|² in the order of taming's own sum, so that ties fall the same way.
+        distances = flat.pow(2).sum(dim=1, keepdim=True) + codebook.pow(2).sum(dim=1) - 2 * flat @ codebook.t()
+        return distances.argmin(dim=1).reshape(latents.shape[0], latents.shape[2], latents.shape[3])
+
+    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
+        """(B, h, w) long codes -> (B, D, h, w) quantised latents."""
+        return rearrange(F.embedding(codes, self.codebook), "b h w d -> b d h w")
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, D, h, w) latents -> (B, 3, H, W) pixels around [-1, 1], not clamped."""
+        patches = self.decoder(self.post_quant_conv(latents))
+        return rearrange(patches, "b (c p q) h w -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size)
+
+
+class VQGanVAE(nn.Module):
+    """Frozen pixels ↔ codes. `vae(images)` gives the codes, so that a hook on the module sees the encoder run.
+
+    Args:
+        params: `model.params` of a taming yaml: ddconfig, n_embed, embed_dim and, for small pictures, patch_size.
+            Keys that only concern training (lossconfig, monitor, …) are ignored.
+        gumbel: GumbelVQ instead of VQModel.
+
+    Attributes:
+        hparams: plain values from which the same network can be built: {"target": "VQModel" | "GumbelVQ", "params"}.
+        image_size: side of the pictures in pixels. num_tokens: codebook entries. num_layers: log2 of the
+        downsampling factor f. fmap_size: side of the code grid, image_size / f. image_seq_len: fmap_size².
+
+    Raises:
+        ValueError: a size in `params` is missing or cannot be built; the message names it.
+    """
+
+    def __init__(self, params: Dict[str, Any], gumbel: bool = False):
+        super().__init__()
+        params = check_params(params, gumbel)
+        ddconfig, patch_size = params["ddconfig"], params["patch_size"]
+        factor = 2 ** (len(ddconfig["ch_mult"]) - 1) * patch_size
+        self.hparams = {"target": "GumbelVQ" if gumbel else "VQModel", "params": params}
+        self.image_size = ddconfig["resolution"] * patch_size
+        self.num_tokens = params["n_embed"]
+        self.num_layers = factor.bit_length() - 1
+        self.fmap_size = self.image_size // factor
+        self.image_seq_len = self.fmap_size**2
+        self.model = VQGan(params, gumbel).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "VQGanVAE":
+        """Stays in evaluation mode: it is frozen, and dropout would make a picture's codes vary."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The codes of `images`, as `get_codebook_indices`."""
+        return self.get_codebook_indices(images)
+
+    @torch.no_grad()
+    def get_codebook_indices(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, image_size, image_size) pixels in [0, 1] -> (B, image_seq_len) long codes, row by row.
+
+        Runs in the parameters' own precision whatever autocast says; the lookup is in fp32 in any case.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"pictures of shape {tuple(images.shape)} for a VQGAN that takes (batch, %d, %d, %d)" % expected
+            )
+        with _no_autocast(images.device):
+            pixels = (2 * images.float() - 1).to(self.model.quant_conv.weight.dtype)
+            return self.model.nearest(self.model.encode(pixels)).flatten(1)  # (B, h, w) -> (B, h*w)
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """(B, h*h) long codes of a square grid -> (B, 3, h*f, h*f) float32 pixels in [0, 1]."""
+        side = math.isqrt(codes.shape[-1])
+        if codes.dim() != 2 or side**2 != codes.shape[-1]:
+            raise ValueError(f"codes of shape {tuple(codes.shape)} are not (batch, side * side)")
+        with _no_autocast(codes.device):
+            latents = self.model.lookup(codes.reshape(-1, side, side))
+            return ((self.model.decode(latents).float() + 1) / 2).clamp(0, 1)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the configuration and every weight as fp32: equal exactly when codes and pictures are."""
+        digest = hashlib.sha256(json.dumps(self.hparams, sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _no_autocast(device: torch.device):
+    # Only these two have an autocast to switch off; torch 2.0.1 refuses to be asked about any other.
+    if device.type in ("cpu", "cuda"):
+        return torch.autocast(device_type=device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def check_params(params: Any, gumbel: bool = False) -> Dict[str, Any]:
+    """Checks `model.params` of a taming yaml and returns what building needs, as plain values.
+
+    Returns {"ddconfig", "n_embed", "embed_dim", "patch_size"}. `remap` is left out: it renumbers the codes that some
+    data set uses, and codes here are always positions in the full codebook.
+
+    Raises:
+        ValueError: something is missing, no number, or cannot be built.
+    """
+    if not isinstance(params, dict):
+        raise ValueError("model.params must be a mapping with ddconfig, n_embed and embed_dim")
+    given = params.get("ddconfig")
+    if not isinstance(given, dict):
+        raise ValueError("model.params.ddconfig must be a mapping with taming's encoder sizes")
+    names = ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels")
+    ddconfig = {name: _size(given, name) for name in names}
+    ddconfig["ch_mult"] = _sizes(given, "ch_mult")
+    ddconfig["attn_resolutions"] = _sizes(given, "attn_resolutions", may_be_empty=True)
+    ddconfig["resamp_with_conv"] = bool(given.get("resamp_with_conv", True))
+    ddconfig["dropout"] = given.get("dropout", 0.0)
+    if isinstance(ddconfig["dropout"], bool) or not isinstance(ddconfig["dropout"], (int, float)):
+        raise ValueError(f"dropout must be a number, not {ddconfig['dropout']!r}")
+    if given.get("double_z", True):
+        raise ValueError("double_z must be false: with true the encoder is a KL autoencoder's, which has no codes")
+    ddconfig["double_z"] = False
+
+    checked = {"ddconfig": ddconfig, "n_embed": _size(params, "n_embed"), "embed_dim": _size(params, "embed_dim")}
+    patch_size = checked["patch_size"] = _size(params, "patch_size", default=1)
+    levels = len(ddconfig["ch_mult"])
+    if patch_size & (patch_size - 1):
+        raise ValueError(f"patch_size must be a power of two, not {patch_size}")
+    if ddconfig["ch"] % GROUP_NORM_GROUPS:
+        raise ValueError(f"ch must be a multiple of {GROUP_NORM_GROUPS} (group normalisation), not {ddconfig['ch']}")
+    if ddconfig["resolution"] % 2 ** (levels - 1):
+        raise ValueError(
+            f"resolution {ddconfig['resolution']} cannot be halved {levels - 1} times, as {levels} ch_mult levels need"
+        )
+    for name in ("in_channels", "out_ch"):
+        if ddconfig[name] != 3 * patch_size**2:
+            raise ValueError(f"{name} must be 3 * patch_size² = {3 * patch_size**2}, not {ddconfig[name]}")
+    if gumbel and checked["embed_dim"] != ddconfig["z_channels"]:
+        raise ValueError(f"GumbelVQ needs embed_dim {checked['embed_dim']} = z_channels {ddconfig['z_channels']}")
+    return checked
+
+
+def _size(mapping: Dict[str, Any], name: str, default: Optional[int] = None) -> int:
+    value = mapping.get(name, default)
+    if value is None:
+        raise ValueError(f"{name} is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 1 << 20:
+        raise ValueError(f"{name} must be a whole number from 1 to {1 << 20}, not {value!r}")
+    return value
+
+
+def _sizes(mapping: Dict[str, Any], name: str, may_be_empty: bool = False) -> list:
+    values = mapping.get(name)
+    if not isinstance(values, (list, tuple)) or not (values or may_be_empty):
+        raise ValueError(f"{name} must be a list of whole numbers, not {values!r}")
+    return [_size({name: value}, name) for value in values]
+
+
+def load_vqgan(model_path: Optional[str] = None, config_path: Optional[str] = None) -> VQGanVAE:
+    """Reads a taming `.ckpt` + `.yaml` pair, of any resolution, channel multipliers and codebook size.
+
+    Args:
+        model_path: the .ckpt; or a folder that holds one .ckpt. None: the official ImageNet model (f = 16, 1,024
+            codes), downloaded once.
+        config_path: the .yaml. None: the file of the same stem beside the .ckpt.
+
+    Raises:
+        FileNotFoundError: a file is not there. OSError: the official model could not be downloaded.
+        ValueError: the yaml describes no VQGAN, or the weights are not the ones it describes; names file and key.
+    """
+    if model_path is None and config_path is not None:
+        raise ValueError(f"{config_path}: a VQGAN configuration needs its weights beside it: give the .ckpt file too")
+    if model_path is None:
+        model_path, config_path = download_official_vqgan()
+    model_path, config_path = _find_pair(Path(model_path), None if config_path is None else Path(config_path))
+
+    params, gumbel = _read_config(config_path)
+    try:
+        vae = VQGanVAE(params, gumbel)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: sizes that no memory holds
+        raise ValueError(f"{config_path}: {_first_line(error)}") from error
+    # The discriminator's and LPIPS's weights (loss.…) were for training; a remap table (used) only renumbers codes.
+    weights = read_weights(model_path, skip=("loss.", "quantize.used"))
+    _load_strictly(vae.model, weights, model_path)
+    return vae
+
+
+def _find_pair(model_path: Path, config_path: Optional[Path]) -> Tuple[Path, Path]:
+    if model_path.is_dir():
+        found = sorted(model_path.glob("*.ckpt"))
+        if len(found) != 1:
+            raise FileNotFoundError(f"{model_path}: a VQGAN folder holds exactly one .ckpt file, this one {len(found)}")
+        model_path = found[0]
+    if not model_path.is_file():
+        raise FileNotFoundError(f"{model_path}: no such VQGAN checkpoint")
+    if config_path is None:
+        beside = [model_path.with_suffix(suffix) for suffix in (".yaml", ".yml")]
+        config_path = next((path for path in beside if path.is_file()), beside[0])
+    if not config_path.is_file():
+        raise FileNotFoundError(
+            f"{config_path}: no such VQGAN configuration (the .yaml that belongs to {model_path.name})"
+        )
+    return model_path, config_path
+
+
+def _read_config(path: Path) -> Tuple[Dict[str, Any], bool]:
+    """(model.params, whether the target is GumbelVQ) of a taming yaml. The target is compared, never imported."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a yaml file ({_first_line(error)})") from error
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("params"), dict):
+        raise ValueError(f"{path}: not a VQGAN configuration: it has no model.params")
+    kind = str(model.get("target", "")).rpartition(".")[2]
+    if kind not in ("VQModel", "GumbelVQ"):
+        raise ValueError(f"{path}: model.target {model.get('target')!r} is neither a VQModel nor a GumbelVQ")
+    return model["params"], kind == "GumbelVQ"
+
+
+def _load_strictly(network: nn.Module, weights: Dict[str, torch.Tensor], path: Path) -> None:
+    wanted = network.state_dict()
+    for name, tensor in wanted.items():
+        if name not in weights:
+            raise ValueError(f"{path}: does not fit its configuration: {name} is missing")
+        if weights[name].shape != tensor.shape:
+            shapes = f"{tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+            raise ValueError(f"{path}: does not fit its configuration: {name} has shape {shapes}")
+    for name in weights:
+        if name not in wanted:
+            raise ValueError(f"{path}: does not fit its configuration: {name} is not part of this VQGAN")
+    network.load_state_dict(weights)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

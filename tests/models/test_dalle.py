@@ -1,0 +1,122 @@
+"""The model against dalle-pytorch with the same weights, its sizes, its losses and its attention patterns."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models.attention import pattern_mask
+from models.dalle import DALLE
+
+SIZES = dict(dim=32, num_text_tokens=50, text_seq_len=6, depth=4, heads=2, dim_head=16)
+
+
+def oracle_weights(state):
+    """Our names from dalle-pytorch's."""
+    weights = {}
+    for name, tensor in state.items():
+        if name.startswith("vae."):
+            continue
+        name = name.replace("transformer.layers.layers.", "transformer.layers.")
+        name = name.replace(".0.fn.fn.fn.", ".0.fn.fn.").replace(".1.fn.fn.fn.", ".1.fn.fn.")
+        for axis in "01":
+            name = name.replace(f"image_pos_emb.weights.{axis}", f"image_pos_emb.weights_{axis}")
+        weights[name] = tensor
+    return weights
+
+
+def both_models(dalle_pytorch, attn_types, sandwich_norm):
+    torch.manual_seed(0)
+    vae = dalle_pytorch.DiscreteVAE(image_size=32, num_layers=3, num_tokens=24, codebook_dim=8, hidden_dim=8)
+    settings = dict(SIZES, vae=vae, attn_types=attn_types, sandwich_norm=sandwich_norm)
+    theirs = dalle_pytorch.DALLE(rotary_emb=False, shift_tokens=False, **settings)
+    for parameter in theirs.parameters():  # LayerScale's 0.1 and zero biases would hide mistakes
+        parameter.data = torch.randn_like(parameter) * 0.3
+    ours = DALLE(**settings)
+    missing, unexpected = ours.load_state_dict(oracle_weights(theirs.state_dict()), strict=False)
+    assert not unexpected and all(name.startswith("vae.") for name in missing)
+    return ours.eval(), theirs.eval()
+
+
+def some_batch(ours, batch=3):
+    text = torch.randint(1, 50, (batch, 6))
+    text[1, 3:] = 0
+    text[2] = 0
+    return text, torch.randint(0, 24, (batch, ours.image_seq_len))
+
+
+@pytest.mark.parametrize("sandwich_norm", [False, True])
+@pytest.mark.parametrize("attn_type", ["full", "axial_row", "axial_col", "conv_like"])
+def test_logits_and_loss_equal_dalle_pytorch(dalle_pytorch, attn_type, sandwich_norm):
+    ours, theirs = both_models(dalle_pytorch, (attn_type,), sandwich_norm)
+    text, codes = some_batch(ours)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(text, codes), theirs(text, codes), atol=1e-4, rtol=1e-4)
+        losses, expected = ours(text, codes, return_loss=True), theirs(text, codes, return_loss=True)
+    torch.testing.assert_close(losses.total, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_equal_dalle_pytorch(dalle_pytorch):
+    ours, theirs = both_models(dalle_pytorch, ("full", "axial_row", "axial_col", "conv_like"), False)
+    text, codes = some_batch(ours)
+    ours.train()(text, codes, return_loss=True).total.backward()
+    theirs.train()(text, codes, return_loss=True).backward()
+    expected = oracle_weights({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_masks_are_these():
+    def text_block(rows):  # two text positions, <bos> one of them, then a 3 × 3 picture without its last code
+        return torch.tensor([[int(c) for c in row] for row in rows.split()], dtype=torch.bool)
+
+    row = text_block("1000000000 1100000000 1110000000 1111000000 1111100000 1100010000 1100011000 1100011100")
+    assert torch.equal(pattern_mask("axial_row", 2, 3)[:8], row)
+    col = text_block("1110000000 1101000000 1100100000 1110010000 1101001000 1100100100 1110010010 1101001001")
+    assert torch.equal(pattern_mask("axial_col", 2, 3)[2:], col)
+    assert torch.equal(pattern_mask("full", 2, 3), torch.ones(10, 10, dtype=torch.bool).tril())
+    conv = pattern_mask("conv_like", 1, 6)
+    seen = set(conv[1 + 4 * 6 + 4].nonzero().flatten().tolist())  # from row 4, column 4; 0 is <bos>
+    assert seen == {0} | {1 + 6 * r + c for r in range(5) for c in range(5)}
+    seen = set(conv[1 + 1 * 6 + 5].nonzero().flatten().tolist())  # from row 1, column 5
+    assert seen == {0} | {1 + 6 * r + c for r in range(2) for c in range(1, 6)}
+
+
+def test_masked_logits_and_split_loss_agree(tiny_vae):
+    torch.manual_seed(0)
+    dalle = DALLE(vae=tiny_vae, attn_types=("full", "conv_like"), **SIZES)
+    text, codes = torch.randint(1, 50, (2, 6)), torch.randint(0, 32, (2, 16))
+    logits = dalle(text, codes)
+    assert logits.shape == (2, 22, 50 + 6 + 32)
+    assert (logits[:, :6, 56:] < -1e38).all() and (logits[:, 6:, :56] < -1e38).all()
+    losses = dalle(text, codes, return_loss=True)
+    torch.testing.assert_close(F.cross_entropy(logits[:, :6].flatten(0, 1), text.flatten()), losses.text)
+    torch.testing.assert_close(F.cross_entropy(logits[:, 6:].flatten(0, 1), codes.flatten() + 56), losses.image)
+    torch.testing.assert_close((losses.text + 7 * losses.image) / 8, losses.total)
+    in_eval = dalle.eval()(text, codes, return_loss=True)
+    torch.testing.assert_close(in_eval.total, losses.total)
+
+
+def test_pixels_bytes_and_codes_are_one(tiny_vae):
+    dalle = DALLE(vae=tiny_vae, **SIZES)
+    text = torch.randint(1, 50, (2, 6))
+    as_bytes = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    codes = tiny_vae.get_codebook_indices(as_bytes.float() / 255)
+    expected = dalle(text, codes, return_loss=True).total
+    assert torch.equal(dalle(text, as_bytes, return_loss=True).total, expected)
+    assert torch.equal(dalle(text, as_bytes.float() / 255, return_loss=True).total, expected)
+
+
+def test_wrong_lengths_are_refused(tiny_vae):
+    dalle = DALLE(vae=tiny_vae, **SIZES)
+    with pytest.raises(ValueError, match="6 text tokens, not 5"):
+        dalle(torch.ones(1, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="16 codes"):
+        dalle(torch.ones(1, 6, dtype=torch.long), torch.ones(1, 9, dtype=torch.long), return_loss=True)
+
+
+def test_parameter_count_of_l16(tiny_vae):
+    tiny_vae.image_size, tiny_vae.num_layers, tiny_vae.num_tokens = 256, 4, 1024
+    dalle = DALLE(vae=tiny_vae, dim=512, num_text_tokens=8192, text_seq_len=80, depth=16, heads=16, dim_head=64)
+    assert sum(p.numel() for p in dalle.parameters() if p.requires_grad) == 93_604_432
