@@ -1,0 +1,355 @@
+"""Flags and configs.yaml → one validated namespace, for train.py, train_vqgan.py, generate.py and evaluate.py.
+
+A flag's value is its default, then what the named entry of configs.yaml says, then what the command line says. An
+entry's keys are flag names with underscores, and pass through the same checks as flags. Imports nothing heavier than
+yaml, so that --help is immediate and needs neither torch nor an SDK. What only the data or a checkpoint can tell is
+checked where it is read.
+"""
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+CONFIGS = Path(__file__).resolve().parent / "configs.yaml"
+ATTENTION_TYPES = ("full", "axial_row", "axial_col", "conv_like")
+SCHEDULERS = ("ReduceLROnPlateau", "multi_step", "constant", "cosine", "trapezoid")
+DEVICES = ("auto", "cpu", "cuda", "ipu")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, both spellings of every flag, and switches that can be turned off again."""
+
+    def __init__(self, description, epilog=None):
+        super().__init__(
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        self.source = ""  # where the words being parsed come from, for error()
+
+    def error(self, message):
+        message = re.sub(r"(--[\w-]+)/--\w+", r"\1", message)  # one spelling of the flag is enough
+        print(f"{self.prog}: error: {self.source}{message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def heading(self, title):
+        """→ add(name, default, help, type=…): one flag a line under this heading."""
+        group = self.add_argument_group(title)
+
+        def add(name, default, help, type=str, **more):
+            spellings = sorted({f"--{name}", f"--{name.replace('-', '_')}"})
+            if type is bool:
+                more = {"nargs": "?", "const": True, **more}
+                negations = sorted({f"--no-{name}", f"--no_{name.replace('-', '_')}"})
+                group.add_argument(*spellings, type=boolean, default=default, help=help, metavar="BOOL", **more)
+                dest = name.replace("-", "_")
+                group.add_argument(*negations, dest=dest, action="store_false", default=default, help=argparse.SUPPRESS)
+            else:
+                group.add_argument(*spellings, type=type, default=default, help=help, **more)
+
+        return add
+
+    def flags(self):
+        """Names of all flags, with underscores."""
+        return {action.dest for action in self._actions} - {"help", "config"}
+
+
+def boolean(text):
+    words = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return words[text.lower()]
+
+
+def number(kind, low=None, high=None, above=None, below=None):
+    """A type for argparse: an int or float within its range."""
+    names = {int: "a whole number", float: "a number"}
+    limits = [(low, "at least"), (high, "at most"), (above, "above"), (below, "below")]
+    wanted = " ".join([names[kind]] + [f"{word} {limit:g}" for limit, word in limits if limit is not None])
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        inside = (low is None or value >= low) and (high is None or value <= high)
+        inside = inside and (above is None or value > above) and (below is None or value < below)
+        if not inside or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, low=1)
+NATURAL = number(int, low=0)
+SEED = number(int, low=0, high=2**63 - 1)
+POSITIVE = number(float, above=0)
+SHARE = number(float, low=0, high=1)
+DROPOUT = number(float, low=0, below=1)
+
+
+def attention_types(text):
+    """Comma list → tuple of known patterns."""
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in ATTENTION_TYPES:
+            raise argparse.ArgumentTypeError(f"'{name}' is not an attention type ({', '.join(ATTENTION_TYPES)})")
+    return names
+
+
+def list_of(parse):
+    """A type for argparse: values separated by commas or spaces."""
+
+    def parse_list(text):
+        return [parse(word) for word in text.replace(",", " ").split()]
+
+    return parse_list
+
+
+def machine_flags(parser):
+    add = parser.heading("Machine")
+    add(
+        "device",
+        "auto",
+        "where to run; auto: CUDA, else an IPU whose SDK is enabled, else the CPU",
+        choices=DEVICES,
+    )
+    add(
+        "precision",
+        "auto",
+        "arithmetic of the transformer; auto: bf16 where it is fast",
+        choices=PRECISIONS,
+    )
+
+
+def vqgan_file_flags(add):
+    add("vqgan-model-path", None, "VQGAN weights, a taming .ckpt; none: the official ImageNet f=16 model is downloaded")
+    add("vqgan-config-path", None, "the .yaml that belongs to it; none: the file of the same stem beside the .ckpt")
+
+
+def sampling_flags(add, default=None):
+    """The settings that shape a picture; train.py stores them in checkpoints, where generate.py finds its defaults."""
+    add("top-k", default, "share of the text and image vocabulary that is cut, 0 … 1; generate.py: 0.99", SHARE)
+    add("top-p", default, "keep the likeliest codes up to this probability", number(float, above=0, high=1))
+    add("temperature", default, "below 1 is safer, above 1 wilder; generate.py's default is 1", POSITIVE)
+    add(
+        "cond-scale",
+        default,
+        "guidance towards the text, 1 is none; needs --caption-dropout in training",
+        number(float, low=0),
+    )
+
+
+def train_parser():
+    parser = Parser("Trains a DALL-E on a folder of captioned pictures.", "Named configurations: configs.yaml.")
+    parser.add_argument("--config", help="entry of configs.yaml to start from; flags override it")
+    machine_flags(parser)
+
+    add = parser.heading("Execution")
+    add("batch-size", 1, "micro-batch: samples that pass through the model at once", COUNT)
+    add("gradient-accumulation", 1, "micro-batches to one update", COUNT)
+    add("replication-factor", 1, "data-parallel replicas; on one CPU or GPU they become further micro-batches", COUNT)
+    add("epochs", 1, "passes over the data", COUNT)
+    add("max-steps", None, "stop after this many updates, whatever --epochs says", COUNT)
+    add("random-seed", 42, "seed of weights, data order, captions and dropout", SEED)
+    add("dataloader-workers", 4, "processes that read pictures", NATURAL)
+
+    add = parser.heading("Execution on IPUs (elsewhere accepted, and named in the log)")
+    add("device-iterations", 1, "updates a call of the device", COUNT)
+    add("fp16", None, "half precision: fp16 on IPUs, mixed bf16 elsewhere; false: fp32; --precision wins", bool)
+    add("stochastic-rounding", False, "round fp16 sums at random rather than to nearest", bool)
+    add("enable-half-partials", False, "keep partial sums of matrix products in fp16", bool)
+    add("enable-rts", False, "shard optimizer state over the replicas", bool)
+    add("optimizer-state-offchip", False, "keep optimizer state in streaming memory", bool)
+    add("embedding-serialization-factor", 1, "pieces in which text embedding and head are computed", COUNT)
+    add("ipus-per-replica", 1, "IPUs that one copy of the model is spread over", COUNT)
+    add("layers-per-ipu", None, "layers on each IPU, such as 0,6,6,4", list_of(NATURAL), nargs="+")
+    add("cls-ipu-id", None, "IPU of the head; none: the last", NATURAL)
+    add("embedding-ipu-id", 0, "IPU of the image embedding", NATURAL)
+    add("matmul-proportion", [0.6], "memory for matrix products, one number or one an IPU", list_of(SHARE), nargs="+")
+    add("async-dataloader", True, "read batches ahead in a process of their own", bool)
+    add("synthetic-data", False, "random data made on the device, to time it alone", bool)
+    add("compile-only", False, "compile for a machine without IPUs, then stop", bool)
+    add("executable-cache-dir", None, "keep compiled programs here")
+    add("profile-dir", None, "write PopVision profiles here")
+
+    add = parser.heading("Optimizer")
+    add("optimizer", "Adam", "Muon: the layers' matrices by Muon, the rest by AdamW", choices=("Adam", "AdamW", "Muon"))
+    add("learning-rate", 3e-4, "peak learning rate", POSITIVE)
+    add("lr-scheduler", "ReduceLROnPlateau", "the first three go by epochs, the others by steps", choices=SCHEDULERS)
+    add("warmup-steps", 0, "linear warm-up of the schedules by steps", NATURAL)
+    add("weight-decay", 0.0, "decay of parameters with more than one dimension", number(float, low=0))
+    add("adam-betas", [0.9, 0.999], "decay rates of Adam's moments", list_of(DROPOUT), nargs="+")
+    add("max-grad-norm", None, "clip gradients to this norm; none: no clipping", POSITIVE)
+    add("loss-scaling", 1.0, "factor on the loss, against underflow in fp16 on IPUs", POSITIVE)
+    add("enable-als", False, "let the IPU choose the loss scaling", bool)
+    add("enable-half-first-order-momentum", False, "Adam's first moment in fp16, on IPUs", bool)
+
+    add = parser.heading("Model")
+    add("hidden-size", 512, "width", COUNT)
+    add("num-hidden-layers", 16, "layers of attention and feed-forward", COUNT)
+    add("num-attention-heads", 16, "heads", COUNT)
+    add("dim-head", 64, "width of a head", COUNT)
+    add("text-seq-len", 80, "text tokens a caption may have", COUNT)
+    add("attn-types", ("full",), f"comma list of {', '.join(ATTENTION_TYPES)}, cycled over the layers", attention_types)
+    add("attn-dropout", 0.0, "dropout in attention", DROPOUT)
+    add("ff-dropout", 0.0, "dropout in feed-forward", DROPOUT)
+    add("sandwich-norm", False, "a second norm after every block", bool)
+    add("loss-img-weight", 7, "weight of the image loss beside the text loss", number(float, low=0))
+    add("bpe-path", None, "YouTokenToMe vocabulary; none: CLIP's")
+    add(
+        "truncate-captions", False, "cut captions of more than --text-seq-len tokens; otherwise they are an error", bool
+    )
+
+    add = parser.heading("Data")
+    add("input-folder", None, "folder of pictures and .txt captions, paired by file stem, searched recursively")
+    add("generated-data", False, "random pictures and captions instead of a folder", bool)
+    add("byteio", False, "send pixels as bytes, and scale them on the device", bool)
+    add("caption-dropout", 0.0, "share of captions that are emptied, which guidance needs", SHARE)
+    add("codes-cache", None, "folder for the pictures' VQGAN codes, encoded once; none: beside the pictures")
+    add(
+        "no-codes-cache",
+        False,
+        "encode pixels in every step instead",
+        type=boolean,
+        nargs="?",
+        const=True,
+        metavar="BOOL",
+    )
+
+    add = parser.heading("Checkpoints")
+    add("checkpoint-output-dir", "./output/ckpt", "folder for checkpoints; '' writes none")
+    add("checkpoint-save-steps", 1000, "updates between checkpoints, beside those at ends of epochs", COUNT)
+    add("pretrained-checkpoint", None, "go on from this checkpoint")
+    add("vae-path", None, "a folder of train_vqgan.py, or its .ckpt with the .yaml beside it")
+    vqgan_file_flags(add)
+
+    sampling_flags(parser.heading("Sampling settings that checkpoints recommend to generate.py"))
+
+    add = parser.heading("Weights & Biases")
+    add("wandb", False, "log to Weights & Biases", bool)
+    add("wandb-project-name", "miniDALL-E", "its project")
+    add("wandb-run-name", None, "its run")
+    return parser
+
+
+def generate_parser():
+    parser = Parser("Draws pictures for prompts with a trained DALL-E.")
+    add = parser.heading("What to draw")
+    add("dalle-path", None, "checkpoint of train.py", required=True)
+    add("text", None, "prompts, separated by |", required=True)
+    add("num-images", 128, "pictures a prompt", COUNT)
+    add("outputs-dir", "./outputs", "folder for the pictures; each prompt gets one of its own in it")
+    add("gentxt", False, "let the model complete each prompt first", bool)
+    add("seed", None, "the same seed gives the same pictures; none: a new one, which is printed", SEED)
+    add("batch-size", 4, "pictures drawn at once", COUNT)
+    sampling_flags(parser.heading("How to draw (none: what the checkpoint recommends)"))
+    machine_flags(parser)
+    add = parser.heading("Files that the checkpoint does not bring along")
+    add("bpe-path", None, "YouTokenToMe vocabulary; none: the checkpoint's, else CLIP's")
+    vqgan_file_flags(add)
+    return parser
+
+
+def read_entry(name, parser):
+    """The named entry of configs.yaml, its keys checked against the parser's flags; a dict."""
+    try:
+        entries = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"{CONFIGS.name}: {error.strerror}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"{CONFIGS.name} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        parser.error(f"{CONFIGS.name}: wanted are named configurations, each with its settings")
+    if name not in entries:
+        parser.error(f"argument --config: no configuration '{name}' in {CONFIGS.name}; it has {', '.join(entries)}")
+    unknown = [str(key) for key in entries[name] if key not in parser.flags()]
+    if unknown:
+        parser.error(f"{CONFIGS.name}, {name}: {', '.join(unknown)}: no such setting of {parser.prog} (see --help)")
+    return entries[name]
+
+
+def as_words(entry):
+    """A configuration entry as the words of a command line, so that flags and YAML share one set of checks."""
+    words = []
+    for key, value in entry.items():
+        if isinstance(value, list):
+            value = ",".join(str(item) for item in value)
+        if value is not None:
+            words.append(f"--{key}={value}")
+    return words
+
+
+def parse(parser, argv=None):
+    """argv with the configuration that it names → namespace. Errors: one line on stderr, exit status 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    namespace = None
+    if "--config" in parser.format_usage():
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config", nargs="?")
+        name = first.parse_known_args(argv)[0].config
+        if name is not None:
+            words = as_words(read_entry(name, parser))
+            parser.source = f"{CONFIGS.name}, {name}: "
+            namespace = parser.parse_args(words)
+            parser.source = ""
+    settings = parser.parse_args(argv, namespace)
+    for key, value in vars(settings).items():
+        if isinstance(value, list) and value and isinstance(value[0], list):  # nargs="+" of comma lists: one flat list
+            setattr(settings, key, [item for part in value for item in part])
+    return settings
+
+
+def train_arguments(argv=None):
+    """The namespace of train.py: every flag of train_parser(), checked one by one and against each other."""
+    parser = train_parser()
+    settings = parse(parser, argv)
+    ipus, layers = settings.ipus_per_replica, settings.layers_per_ipu
+    if layers is not None:
+        if sum(layers) != settings.num_hidden_layers:
+            parser.error(
+                f"argument --layers-per-ipu: {','.join(map(str, layers))} adds up to {sum(layers)} layers, "
+                f"but --num-hidden-layers is {settings.num_hidden_layers}"
+            )
+        if len(layers) != ipus:
+            parser.error(f"argument --layers-per-ipu: {len(layers)} numbers for --ipus-per-replica {ipus}; one an IPU")
+    if len(settings.matmul_proportion) not in (1, ipus):
+        parser.error(
+            f"argument --matmul-proportion: {len(settings.matmul_proportion)} numbers for --ipus-per-replica {ipus}; "
+            "give one, or one an IPU"
+        )
+    for flag in ("cls_ipu_id", "embedding_ipu_id"):
+        if (getattr(settings, flag) or 0) >= ipus:
+            spelling = flag.replace("_", "-")
+            parser.error(f"argument --{spelling}: no IPU {getattr(settings, flag)} with --ipus-per-replica {ipus}")
+    if len(settings.adam_betas) != 2:
+        parser.error("argument --adam-betas: give two numbers, such as 0.9,0.999")
+    if settings.input_folder is None and not (settings.generated_data or settings.synthetic_data):
+        parser.error("give --input-folder FOLDER (pictures and captions) or --generated-data, or a --config that does")
+    check_vqgan_files(parser, settings)
+    return settings
+
+
+def generate_arguments(argv=None):
+    """The namespace of generate.py; `prompts` holds the parts of --text."""
+    parser = generate_parser()
+    settings = parse(parser, argv)
+    settings.prompts = [" ".join(prompt.split()) for prompt in settings.text.split("|")]
+    if not all(settings.prompts):
+        parser.error("argument --text: an empty prompt; write what the picture should show, prompts separated by |")
+    check_vqgan_files(parser, settings)
+    return settings
+
+
+def check_vqgan_files(parser, settings):
+    if settings.vqgan_config_path and not settings.vqgan_model_path:
+        parser.error("argument --vqgan-config-path: needs --vqgan-model-path, the weights that it describes")
+    if getattr(settings, "vae_path", None) and settings.vqgan_model_path:
+        parser.error("argument --vae-path: names a VQGAN, and so does --vqgan-model-path; give one of them")

@@ -1,0 +1,12 @@
+"""Where a training step runs: select() picks the machine, base.py has the contract, native.py carries it out."""
+
+
+def select(settings):
+    """The backend of --device for a namespace of args.py. ValueError in one line where this machine has it not."""
+    from backends import native
+
+    if settings.device == "ipu":
+        raise ValueError(
+            "--device ipu: the IPU backend is not part of this version, which runs on CPUs and CUDA GPUs; use --device auto"
+        )
+    return native.NativeBackend(settings)

@@ -1,0 +1,43 @@
+"""The contract between train.py and a machine, written once. The seam is the step: one call, one optimizer update.
+
+How micro-batches, replicas, precision and the update are carried out differs between an IPU pod and a CPU, and
+is hidden here; devices, optimizers and ranks are not wrapped for their own sake.
+"""
+
+from typing import Dict, Iterable, Protocol
+
+
+class Trainer(Protocol):
+    """Owns the model's weights and the optimizer while a run lasts."""
+
+    def compile(self, batch) -> None:
+        """Prepare for batches of this shape. Trains nothing."""
+
+    def step(self, batch) -> Dict[str, float]:
+        """One update from one of loader()'s batches → total, text and image loss, means over the whole global batch."""
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate from the next step on."""
+
+    def state_dict(self) -> Dict:
+        """weights (a DALLE's own names) and opt_state, tensors and plain values only."""
+
+    def load_state_dict(self, state: Dict) -> None:
+        """What state_dict() gave, on any backend; opt_state may be None: weights alone."""
+
+
+class Backend(Protocol):
+    """A machine. samples_per_step = batch_size × gradient_accumulation × replicas × device_iterations."""
+
+    samples_per_step: int
+
+    def loader(self, dataset, order) -> Iterable:
+        """Batches, each all that one step consumes: `order` yields lists of samples_per_step keys of `dataset`."""
+
+    def trainer(self, model) -> Trainer: ...
+
+    def encode(self, vae):
+        """Pixels float (B, 3, S, S) in [0, 1] → codes int64 (B, L) on the CPU, computed on this machine."""
+
+    def sampler(self, model):
+        """generate_codes for this machine: (text, **settings) → codes int64 (B, L) on the CPU."""

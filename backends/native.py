@@ -1,0 +1,192 @@
+"""One CPU or one CUDA GPU, through PyTorch. Micro-batches loop inside the step, replicas are further micro-batches.
+
+Features newer than torch 2.0 live here only, each behind a check.
+"""
+
+import contextlib
+import itertools
+import logging
+
+import torch
+from torch.utils.data import DataLoader
+
+from models.sampling import generate_codes
+from utils.optimization import parameter_groups
+
+LOG = logging.getLogger("minidalle")
+ADAM_EPS = 1e-6
+IPU_ONLY = (
+    ("device_iterations", 1),
+    ("stochastic_rounding", False),
+    ("enable_half_partials", False),
+    ("enable_rts", False),
+    ("optimizer_state_offchip", False),
+    ("embedding_serialization_factor", 1),
+    ("ipus_per_replica", 1),
+    ("synthetic_data", False),
+    ("compile_only", False),
+    ("executable_cache_dir", None),
+    ("profile_dir", None),
+    ("enable_als", False),
+    ("enable_half_first_order_momentum", False),
+)
+
+
+def pick_device(name):
+    """auto | cpu | cuda → torch.device. ValueError where CUDA is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu, or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def fast_in_bf16(device):
+    """Whether bf16 matrix products beat fp32 ones: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch 2.0 has neither: fp32 then
+    return any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))
+
+
+def pick_precision(settings, device):
+    """--precision, else what --fp16 means here (bf16, or fp32 when off), else the best → fp32 | bf16 | fp16."""
+    wanted = settings.precision
+    if wanted == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16: CPUs have no fast fp16; use bf16 or fp32")
+    if wanted != "auto":
+        return wanted
+    if getattr(settings, "fp16", None) is False:
+        return "fp32"
+    return "bf16" if fast_in_bf16(device) else "fp32"
+
+
+class MicroBatches:
+    """A batch sampler: each of order's lists of keys, cut into micro-batches of `size`."""
+
+    def __init__(self, order, size):
+        self.order, self.size = order, size
+
+    def __iter__(self):
+        for keys in self.order:
+            for first in range(0, len(keys), self.size):
+                yield keys[first : first + self.size]
+
+
+class NativeBackend:
+    def __init__(self, settings):
+        """settings: train.py's or generate.py's namespace."""
+        self.settings = settings
+        self.device = pick_device(settings.device)
+        self.precision = pick_precision(settings, self.device)
+        self.micro_batches = getattr(settings, "gradient_accumulation", 1) * getattr(settings, "replication_factor", 1)
+        self.samples_per_step = settings.batch_size * self.micro_batches
+        LOG.info("running on %s in %s", self.device, self.precision)
+        unused = [name for name, default in IPU_ONLY if getattr(settings, name, default) != default]
+        if unused:
+            flags = ", ".join("--" + name.replace("_", "-") for name in unused)
+            LOG.info("for IPUs only, without effect here: %s", flags)
+
+    def autocast(self):
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+
+    def loader(self, dataset, order):
+        """Batches for step(): iterators over (text, image) micro-batches, read when the step wants them."""
+        workers = self.settings.dataloader_workers
+        micro_batches = DataLoader(
+            dataset,
+            batch_sampler=MicroBatches(order, self.settings.batch_size),
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        stream = iter(micro_batches)
+        for first in stream:
+            yield itertools.chain([first], itertools.islice(stream, self.micro_batches - 1))
+
+    def trainer(self, model):
+        return NativeTrainer(model, self)
+
+    def encode(self, vae):
+        vae = vae.to(self.device)
+        return lambda pixels: vae.get_codebook_indices(pixels.to(self.device)).cpu()
+
+    def sampler(self, model):
+        model = model.to(self.device).eval()
+
+        def sample(text, **settings):
+            with self.autocast():
+                return generate_codes(model, text.to(self.device), **settings).cpu()
+
+        return sample
+
+
+class NativeTrainer:
+    def __init__(self, model, backend):
+        self.model = model.to(backend.device).train()
+        self.backend = backend
+        self.optimizers = build_optimizers(model, backend.settings)
+        scaler = torch.amp.GradScaler if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler
+        self.scaler = scaler(enabled=backend.precision == "fp16")
+
+    def compile(self, batch):
+        """Nothing to do: kernels are chosen as they are called."""
+
+    def step(self, batch):
+        sums = torch.zeros(3)
+        for text, image in batch:
+            text = text.to(self.backend.device, non_blocking=True)
+            image = image.to(self.backend.device, non_blocking=True)
+            with self.backend.autocast():
+                losses = self.model(text, image, return_loss=True)
+            self.scaler.scale(losses.total / self.backend.micro_batches).backward()
+            sums += torch.stack(losses).detach().float().cpu()
+        self.update()
+        return dict(zip(("total", "text", "image"), (sums / self.backend.micro_batches).tolist()))
+
+    def update(self):
+        limit = self.backend.settings.max_grad_norm
+        if limit is not None:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+
+    def set_lr(self, lr):
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def state_dict(self):
+        opt_state = [optimizer.state_dict() for optimizer in self.optimizers]
+        return {"weights": self.model.state_dict(), "opt_state": opt_state}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["weights"])
+        if state.get("opt_state") is None:
+            return
+        try:
+            for optimizer, saved in zip(self.optimizers, state["opt_state"]):
+                optimizer.load_state_dict(saved)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            LOG.warning("the checkpoint's optimizer state belongs to another optimizer; it starts afresh")
+
+
+def build_optimizers(model, settings):
+    """Adam or AdamW over all parameters; or Muon over the layers' matrices and AdamW over the rest."""
+    adam = {"betas": tuple(settings.adam_betas), "eps": ADAM_EPS, "lr": settings.learning_rate}
+    groups = parameter_groups(model, settings.weight_decay)
+    if settings.optimizer != "Muon":
+        return [getattr(torch.optim, settings.optimizer)(groups, **adam)]
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"--optimizer Muon: needs torch 2.9 or later, this is {torch.__version__}; use AdamW")
+    in_layers = {id(parameter) for parameter in model.transformer.layers.parameters() if parameter.dim() == 2}
+    matrices = [parameter for parameter in groups[0]["params"] if id(parameter) in in_layers]
+    groups[0]["params"] = [parameter for parameter in groups[0]["params"] if id(parameter) not in in_layers]
+    # match_rms_adamw scales Muon's updates to AdamW's size, so that one learning rate serves both.
+    muon = torch.optim.Muon(
+        matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, torch.optim.AdamW(groups, **adam)]

@@ -1,0 +1,409 @@
+"""Captioned pictures as training samples: one picture to pixels, a folder to a dataset, an epoch to batches of keys.
+
+Everything random here is a function of numbers that name it: a caption draw of (seed, epoch, index), the order of an
+epoch of (seed, epoch), a generated sample of (seed, index). So workers, processes and resumed runs need share no state,
+and keys carry the epoch: the batch order yields (epoch, index), and `dataset[(epoch, index)]` answers it.
+
+Nothing here knows a model: codes come as an array (data/codes.py makes it), the tokenizer from the caller.
+"""
+
+import logging
+from pathlib import Path
+from typing import Iterator, List, Mapping, Optional, Tuple, Union
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+
+from data.pairs import UNREADABLE, Skipped, find_pairs, open_picture, printable, read_captions, report_skipped
+
+log = logging.getLogger("minidalle")
+
+Key = Union[int, Tuple[int, int]]  # index, or (epoch, index)
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TOKENIZE_AT_ONCE = 4096  # captions handed to the tokenizer in one call
+_NAMED_IN_LOG = 20  # unreadable pictures told one by one; a disk that goes away would fill the log
+_CAPTION, _DROPOUT, _ORDER, _GENERATED = range(4)  # what a random number is for, so that no two uses share one
+
+
+def load_picture(path: Union[str, Path], size: int) -> np.ndarray:
+    """One picture as uint8 RGB (size, size, 3): turned upright by its EXIF tag, the middle square, resized bilinearly.
+
+    The square is what torchvision's RandomResizedCrop cuts at scale 1 and ratio 1, and PIL's bilinear filter widens
+    when it shrinks (antialiasing). Transparent parts show white; 16-bit grey is scaled, not cut off.
+
+    Raises FileNotFoundError or PermissionError naming the file when it cannot be had, ValueError naming it for
+    everything else: not a picture, truncated, damaged, over PIL's pixel limit.
+    """
+    try:
+        with open_picture(path) as image:
+            image.load()
+            image = _upright(image)
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            if image.width != image.height:
+                image = image.crop((left, top, left + side, top + side))
+            image = _to_rgb(image)
+            if side != size:
+                image = image.resize((size, size), Image.Resampling.BILINEAR)
+            return np.array(image)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a damaged file makes PIL raise OSError, SyntaxError, struct.error, zlib.error and more
+        reason = str(error).replace("\n", " ")
+        named = reason if printable(path) in reason else f"{printable(path)}: cannot be read as a picture ({reason})"
+        raise ValueError(named) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # a damaged EXIF block raises many things, and the pixels are sound without it
+        return image
+    return image.transpose(_TO_UPRIGHT[orientation]) if orientation in _TO_UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # PNG's 16-bit grey: "I;16", or "I" with an older PIL
+        grey = np.clip(np.asarray(image), 0, 65535)
+        white = grey == image.info["transparency"] if "transparency" in image.info else np.zeros_like(grey, dtype=bool)
+        return Image.fromarray(np.where(white, 255, np.round(grey / 257)).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image).convert("RGB")
+    return image.convert("RGB")
+
+
+class TextImageDataset(Dataset):
+    """The pairs of a folder: `dataset[index]`, or `dataset[(epoch, index)]`, is (text, image).
+
+    text   int64 (text_seq_len,): one caption of the picture, drawn anew each epoch, zero-padded. All zeros with
+           probability `caption_dropout`.
+    image  float32 (3, image_size, image_size) in [0, 1]; uint8 in [0, 255] with `byteio`; int64 (image_seq_len,) when
+           codes are attached.
+
+    `tokenizer.tokenize(texts, context_length, truncate_text)` gives int64 (len(texts), context_length), zero-padded,
+    and raises ValueError when a text is longer and may not be cut. Every caption goes through it once, here.
+
+    A picture that turns out unreadable while training is replaced by the next one that can be read; it is told in the
+    log once and counted in `skipped`, also when a worker process found it.
+
+    Raises what find_pairs raises, and ValueError naming the caption file that is too long.
+    """
+
+    def __init__(
+        self,
+        folder: Union[str, Path],
+        tokenizer,
+        *,
+        text_seq_len: int = 80,
+        image_size: int = 256,
+        truncate_captions: bool = False,
+        byteio: bool = False,
+        caption_dropout: float = 0.0,
+        seed: int = 42,
+        codes: Optional[np.ndarray] = None,
+    ):
+        self.folder = Path(folder)
+        self.text_seq_len = text_seq_len
+        self.image_size = image_size
+        self.byteio = byteio
+        self.caption_dropout = caption_dropout
+        self.seed = seed
+        pairs, self._skipped = find_pairs(folder)
+        report_skipped(self._skipped)
+        self.pictures: List[Path] = [picture for picture, _ in pairs]
+        self.captions: List[Path] = [caption for _, caption in pairs]
+        # Captions are a dozen tokens as a rule, so they are kept end to end without their padding.
+        self._tokens, self._token_starts, self._caption_starts, self._caption_counts = _tokenize_captions(
+            self.captions, tokenizer, text_seq_len, truncate_captions
+        )
+        self._codes: Optional[np.ndarray] = None
+        # One flag a picture, in memory that worker processes share with their parent.
+        self._unreadable = torch.zeros(len(self.pictures), dtype=torch.uint8).share_memory_()
+        if codes is not None:
+            self.attach_codes(codes)
+
+    def attach_codes(self, codes: np.ndarray, bad: Optional[Mapping[Path, str]] = None) -> None:
+        """From now on give codes in place of pixels. Call it before workers are started.
+
+        codes: integers (len(dataset), image_seq_len), row i for `pictures[i]`. bad: picture → reason for those that
+        could not be encoded (`cached_codes` returns both); they leave the dataset and are counted in `skipped`.
+        """
+        if codes.ndim != 2 or len(codes) != len(self):
+            raise ValueError(
+                f"codes have shape {tuple(codes.shape)}, {len(self)} pictures need ({len(self)}, codes each)"
+            )
+        bad = bad or {}
+        good = np.array([picture not in bad for picture in self.pictures], dtype=bool)
+        if not good.any():
+            raise ValueError(f"{printable(self.folder)}: none of its {len(self)} pictures could be encoded")
+        if not good.all():
+            lost = {UNREADABLE: [picture for picture, kept in zip(self.pictures, good) if not kept]}
+            report_skipped(lost)
+            self._skipped[UNREADABLE] = sorted(set(self._skipped.get(UNREADABLE, []) + lost[UNREADABLE]))
+            self.pictures = [picture for picture, kept in zip(self.pictures, good) if kept]
+            self.captions = [caption for caption, kept in zip(self.captions, good) if kept]
+            self._caption_starts = self._caption_starts[good]
+            self._caption_counts = self._caption_counts[good]
+            self._unreadable = self._unreadable[torch.from_numpy(good)].share_memory_()
+            codes = codes[good]
+        self._codes = codes
+
+    @property
+    def skipped(self) -> Skipped:
+        """Reason → files left out, those that went bad since the scan included."""
+        found = [self.pictures[i] for i in self._unreadable.nonzero().flatten().tolist()]
+        if not found:
+            return dict(self._skipped)
+        return {**self._skipped, UNREADABLE: sorted(set(self._skipped.get(UNREADABLE, []) + found))}
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, key: Key) -> Tuple[torch.Tensor, torch.Tensor]:
+        epoch, index = _epoch_and_index(key, len(self))
+        if self._codes is not None:
+            return self._text(epoch, index), torch.from_numpy(self._codes[index].astype(np.int64))
+        for step in range(len(self)):
+            place = (index + step) % len(self)
+            try:
+                pixels = load_picture(self.pictures[place], self.image_size)
+            except (ValueError, OSError) as error:
+                self._note_unreadable(place, error)
+                continue
+            image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (size, size, 3) -> (3, size, size)
+            return self._text(epoch, place), image if self.byteio else image.float().div_(255)
+        raise ValueError(f"{printable(self.folder)}: none of its {len(self)} pictures can be read any more")
+
+    def _text(self, epoch: int, index: int) -> torch.Tensor:
+        text = np.zeros(self.text_seq_len, dtype=np.int64)
+        if _random_bits(self.seed, _DROPOUT, epoch, index) >= self.caption_dropout * 2.0**64:
+            drawn = _random_bits(self.seed, _CAPTION, epoch, index) % int(self._caption_counts[index])
+            caption = self._caption_starts[index] + drawn
+            tokens = self._tokens[self._token_starts[caption] : self._token_starts[caption + 1]]
+            text[: len(tokens)] = tokens
+        return torch.from_numpy(text)
+
+    def _note_unreadable(self, index: int, error: Exception) -> None:
+        if self._unreadable[index]:
+            return
+        self._unreadable[index] = 1
+        told = int(self._unreadable.sum())
+        if told <= _NAMED_IN_LOG:
+            more = "; more will only be counted" if told == _NAMED_IN_LOG else ""
+            log.warning("%s; another picture takes its place%s", error, more)
+
+
+class GeneratedDataset(Dataset):
+    """Random samples for measuring speed without data: each depends on `seed` and its index alone.
+
+    text   int64 (text_seq_len,), tokens from 1 to num_text_tokens - 1 (num_text_tokens: the tokenizer's vocabulary
+    size).
+    image  as in TextImageDataset: float32 or, with `byteio`, uint8 (3, image_size, image_size); with `num_image_codes`
+           and `image_seq_len`, int64 (image_seq_len,) codes below num_image_codes.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        text_seq_len: int,
+        num_text_tokens: int,
+        image_size: int = 256,
+        byteio: bool = False,
+        seed: int = 42,
+        num_image_codes: Optional[int] = None,
+        image_seq_len: Optional[int] = None,
+    ):
+        if (num_image_codes is None) != (image_seq_len is None):
+            raise ValueError("generated codes need both num_image_codes and image_seq_len")
+        self.length = length
+        self.text_seq_len = text_seq_len
+        self.num_text_tokens = num_text_tokens
+        self.image_size = image_size
+        self.byteio = byteio
+        self.seed = seed
+        self.num_image_codes = num_image_codes
+        self.image_seq_len = image_seq_len
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: Key) -> Tuple[torch.Tensor, torch.Tensor]:
+        _, index = _epoch_and_index(key, self.length)
+        random = np.random.Generator(np.random.Philox(key=_random_bits(self.seed, _GENERATED, index)))
+        text = torch.from_numpy(random.integers(1, self.num_text_tokens, self.text_seq_len, dtype=np.int64))
+        if self.num_image_codes is not None:
+            return text, torch.from_numpy(random.integers(0, self.num_image_codes, self.image_seq_len, dtype=np.int64))
+        shape = (3, self.image_size, self.image_size)
+        if self.byteio:
+            return text, torch.from_numpy(random.integers(0, 256, shape, dtype=np.uint8))
+        return text, torch.from_numpy(random.random(shape, dtype=np.float32))
+
+
+class EpochBatches(Sampler):
+    """The batches of one epoch as lists of (epoch, index), for DataLoader's `batch_sampler`.
+
+    The order of an epoch is a permutation that depends on (seed, epoch) alone. It is cut into global batches of
+    batch_size × world_size, and process `rank` takes its own batch_size of each: N processes together see the batches
+    that one process with an N times larger batch_size sees. Entering at `start_batch` costs nothing.
+
+    Without `drop_last` the samples left at the end are shared out as evenly as they go; a process may then have one
+    batch fewer than another.
+
+    Set the epoch in the parent process before each pass; workers may be persistent, because the keys carry the epoch:
+
+        batches = EpochBatches(len(dataset), batch_size, seed=seed)
+        loader = DataLoader(dataset, batch_sampler=batches, num_workers=4, persistent_workers=True)
+        for epoch in range(first_epoch, epochs):
+            batches.set_epoch(epoch, start_batch=resume_at if epoch == first_epoch else 0)
+            for text, image in loader: ...
+
+    Raises ValueError when the set is smaller than one global batch.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int = 42,
+        epoch: int = 0,
+        start_batch: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"batch_size {batch_size}, rank {rank} of {world_size}: need batch_size >= 1 and rank < world_size"
+            )
+        together = batch_size * world_size
+        if num_samples < together and (drop_last or num_samples < 1):
+            split = f" = {batch_size} × {world_size} processes" if world_size > 1 else ""
+            raise ValueError(
+                f"one step takes {together} samples{split}, but the set has {num_samples}; "
+                f"lower the batch size, accumulation or replication to at most {num_samples} together, or add pictures"
+            )
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.full_batches, left = divmod(num_samples, together)
+        self.left = 0 if drop_last else left
+        self.set_epoch(epoch, start_batch)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of this process in a whole epoch, wherever this one was entered."""
+        return self.full_batches + (self.rank < self.left)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Make the next pass that of `epoch`, without its first `start_batch` batches."""
+        if not 0 <= start_batch <= self.batches_per_epoch:
+            raise ValueError(f"start_batch {start_batch} lies outside an epoch of {self.batches_per_epoch} batches")
+        self.epoch = epoch
+        self.start_batch = start_batch
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch - self.start_batch
+
+    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+        epoch = self.epoch
+        order = epoch_order(self.num_samples, self.seed, epoch) if self.shuffle else np.arange(self.num_samples)
+        for batch in range(self.start_batch, self.batches_per_epoch):
+            if batch < self.full_batches:
+                start = (batch * self.world_size + self.rank) * self.batch_size
+                share = order[start : start + self.batch_size]
+            else:
+                tail = order[self.full_batches * self.world_size * self.batch_size :]
+                share = np.array_split(tail, self.world_size)[self.rank]
+            yield [(epoch, index) for index in share.tolist()]
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of an epoch, int64 (num_samples,): the same on every machine and with every numpy."""
+    start = _random_bits(seed, _ORDER, epoch)
+    weights = _mix(np.arange(1, num_samples + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(start))
+    return np.argsort(weights, kind="stable")
+
+
+# SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014): a counter goes in, 64
+# mixed bits come out. No state to carry, and about a microsecond a number, where seeding a torch or numpy generator
+# takes ten.
+_MASK = 0xFFFFFFFFFFFFFFFF
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(bits):
+    """SplitMix64's output function, a bijection of 64-bit numbers; takes a Python int or a uint64 array."""
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB & _MASK
+    return bits ^ (bits >> 31)
+
+
+def _random_bits(*names: int) -> int:
+    """64 random bits, as an int in [0, 2**64), that depend on the numbers given and their order alone."""
+    bits = 0
+    for name in names:
+        bits = _mix((bits + _GOLDEN + name) & _MASK)
+    return bits
+
+
+def _epoch_and_index(key: Key, length: int) -> Tuple[int, int]:
+    epoch, index = key if isinstance(key, tuple) else (0, key)
+    if not -length <= index < length:
+        raise IndexError(f"index {index} in a set of {length}")
+    return int(epoch), int(index) % length
+
+
+def _tokenize_captions(
+    files: List[Path], tokenizer, text_seq_len: int, truncate: bool
+) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All captions of all files, each tokenized once and kept without padding.
+
+    Returns tokens int32 (total,), token_starts int64 (captions + 1,): caption c is tokens[starts[c] : starts[c + 1]];
+    caption_starts and caption_counts int64 (files,): file f has captions caption_starts[f] + 0, 1, … counts[f] - 1.
+    """
+    texts: List[str] = []
+    counts = np.zeros(len(files), dtype=np.int64)
+    for place, path in enumerate(files):
+        lines = read_captions(path)
+        counts[place] = len(lines)
+        texts += lines
+    ends = np.cumsum(counts)
+    pieces, lengths = [np.zeros(0, dtype=np.int32)], [np.zeros(1, dtype=np.int64)]
+    for start in range(0, len(texts), _TOKENIZE_AT_ONCE):
+        batch = texts[start : start + _TOKENIZE_AT_ONCE]
+        try:
+            rows = tokenizer.tokenize(batch, text_seq_len, truncate).numpy()  # (B, text_seq_len)
+        except ValueError:
+            for place, text in enumerate(batch, start):  # only now find out which one it is
+                try:
+                    tokenizer.tokenize([text], text_seq_len, truncate)
+                except ValueError as error:
+                    path = files[int(np.searchsorted(ends, place, side="right"))]
+                    raise ValueError(f"{printable(path)}: {error}") from None
+            raise
+        used = np.where(rows.any(1), text_seq_len - np.argmax(rows[:, ::-1] != 0, axis=1), 0)  # up to the last token
+        pieces.append(rows[np.arange(text_seq_len) < used[:, None]].astype(np.int32))
+        lengths.append(used.astype(np.int64))
+    return np.concatenate(pieces), np.cumsum(np.concatenate(lengths)), ends - counts, counts

@@ -1,0 +1,83 @@
+"""The logger, the progress bar with the lines that benchmarks.yml reads, and how bad input ends a command.
+
+Log lines go to stdout, the bar and errors to stderr. The lines read by regular expression are
+`throughput: X samples/sec`, `loss: X` and `Compiled model in X secs`.
+"""
+
+import contextlib
+import logging
+import sys
+import time
+
+from tqdm import tqdm
+
+LOG = logging.getLogger("minidalle")
+LINE_SECONDS = 10  # at most one log line of losses in so much time; the bar moves with every step
+
+
+class _AroundTheBar(logging.StreamHandler):
+    """Writes a line above a progress bar that is being drawn, not into it."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def set_up(level=logging.INFO):
+    """Send the program's log to stdout, with the time. Further calls change the level only."""
+    LOG.setLevel(level)
+    if not LOG.handlers:
+        handler = _AroundTheBar()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        LOG.addHandler(handler)
+        LOG.propagate = False
+
+
+@contextlib.contextmanager
+def bad_input_exits():
+    """Within: ValueError and OSError, which the rooms raise for bad input, end the program with one line and status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        LOG.debug("where it was noticed:", exc_info=True)
+        reason = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        program = sys.argv[0].rpartition("/")[2]
+        print(f"{program}: error: {' '.join(reason.split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+class Progress:
+    """Bar and log lines of a training run: losses, learning rate, samples a second over the time since the last line."""
+
+    def __init__(self, steps, first_step, samples_per_step):
+        self.steps, self.samples_per_step = steps, samples_per_step
+        self.bar = tqdm(total=steps, initial=first_step, unit="step", desc="training", disable=None, dynamic_ncols=True)
+        self.last_line, self.steps_since = time.monotonic(), 0
+
+    def step(self, step, epoch, losses, lr):
+        """After update `step` (counted from 1); losses: total, text and image."""
+        self.bar.update()
+        self.bar.set_postfix_str(
+            f"loss {losses['total']:.3f} (text {losses['text']:.3f}, image {losses['image']:.3f}), lr {lr:.2e}"
+        )
+        self.steps_since += 1
+        seconds = time.monotonic() - self.last_line
+        if seconds < LINE_SECONDS and step != self.steps:
+            return
+        LOG.info(
+            "step %d/%d epoch %d loss: %.3f text %.3f image %.3f lr %.2e throughput: %.2f samples/sec",
+            step,
+            self.steps,
+            epoch,
+            losses["total"],
+            losses["text"],
+            losses["image"],
+            lr,
+            self.steps_since * self.samples_per_step / max(seconds, 1e-9),
+        )
+        self.last_line, self.steps_since = time.monotonic(), 0
+
+    def close(self):
+        self.bar.close()

@@ -1,0 +1,90 @@
+"""Fetches the official ImageNet VQGAN (f = 16, 1,024 codes) into the cache folder, once for all processes.
+
+The files and their names are those that dalle-pytorch uses, so a cache filled by it serves here too.
+"""
+
+import contextlib
+import fcntl
+import os
+import urllib.error
+import urllib.request
+import zipfile
+from http.client import HTTPException
+from pathlib import Path
+from typing import Iterator, Tuple
+
+from tqdm import tqdm
+
+# File name in the cache -> address at Heidelberg University, where the authors of taming-transformers publish it.
+OFFICIAL_FILES = {
+    "vqgan.1024.model.ckpt": "https://heibox.uni-heidelberg.de/f/140747ba53464f49b476/?dl=1",
+    "vqgan.1024.config.yml": "https://heibox.uni-heidelberg.de/f/6ecf2af6c658432c8298/?dl=1",
+}
+CHUNK_BYTES = 1 << 20
+TIMEOUT_SECONDS = 60  # without any byte; not for the whole file
+
+
+def download_official_vqgan() -> Tuple[Path, Path]:
+    """(checkpoint, yaml) of the official model, downloading what is not there yet.
+
+    The folder is $DALLE_CACHE, else ~/.cache/dalle. $MINIDALLE_VQGAN_URL names another base address (a mirror) that
+    serves the two file names. Of several processes one downloads and the others wait for it. A file appears under its
+    name only when it is whole.
+
+    Raises:
+        OSError: the folder cannot be written or a download failed; says where to put the files by hand.
+    """
+    folder = Path(os.environ.get("DALLE_CACHE") or "~/.cache/dalle").expanduser()
+    paths = [folder / name for name in OFFICIAL_FILES]
+    if not all(path.is_file() for path in paths):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / "vqgan.1024.lock"):
+            for path in paths:
+                if not path.is_file():  # another process may have brought it while this one waited
+                    _download(_address(path.name), path)
+    return paths[0], paths[1]
+
+
+def _address(name: str) -> str:
+    mirror = os.environ.get("MINIDALLE_VQGAN_URL")
+    return f"{mirror.rstrip('/')}/{name}" if mirror else OFFICIAL_FILES[name]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Waits until no other process holds the lock. The system lets go of it even when its holder is killed."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download(address: str, path: Path) -> None:
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response, unfinished.open("wb") as file:
+            length = response.headers.get("Content-Length")
+            total = int(length) if length else None
+            with tqdm(total=total, unit="B", unit_scale=True, desc=f"downloading {path.name}") as progress:
+                for chunk in iter(lambda: response.read(CHUNK_BYTES), b""):
+                    file.write(chunk)
+                    progress.update(len(chunk))
+        _verify(unfinished, path, total)
+        os.replace(unfinished, path)
+    except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise OSError(
+            f"could not download {address} ({reason}); put {' and '.join(OFFICIAL_FILES)} into {path.parent} by hand, "
+            "or name a VQGAN of your own with --vqgan_model_path and --vqgan_config_path"
+        ) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            unfinished.unlink()
+
+
+def _verify(unfinished: Path, path: Path, total: int) -> None:
+    """Against a connection that broke off, and against the page that a login or proxy serves instead of the file."""
+    size = unfinished.stat().st_size
+    if total is not None and size != total:
+        raise ValueError(f"{size} of {total} bytes arrived")
+    if path.suffix == ".ckpt" and not zipfile.is_zipfile(unfinished):  # looks for the directory at the end
+        raise ValueError("what arrived is not a checkpoint")

@@ -1,0 +1,310 @@
+"""The code cache: what is encoded, what is found again, and what a stop or a damage leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import codes as codes_module
+from data.codes import cached_codes
+from data.loader import load_picture
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = 8
+
+
+class MeanEncoder:
+    """A stand-in for a VQGAN: four codes a picture, the mean brightness of each quarter; counts what it is given."""
+
+    def __init__(self, num_codes=256, fail_after=None):
+        self.num_codes = num_codes
+        self.fail_after = fail_after
+        self.seen = 0
+
+    def __call__(self, images):
+        assert images.dtype == torch.float32 and images.shape[1:] == (3, SIZE, SIZE)
+        assert images.min() >= 0 and images.max() <= 1
+        if self.fail_after is not None and self.seen >= self.fail_after:
+            raise RuntimeError("the machine went away")
+        self.seen += len(images)
+        return (torch.nn.functional.avg_pool2d(images.mean(1), 4).flatten(1) * (self.num_codes - 1)).round().long()
+
+
+def draw(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (10, 9), (value,) * 3).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(10):
+        draw(tmp_path / "set" / "sub" / f"{i}.png", 20 * i)
+    return tmp_path / "set"
+
+
+def cached(folder, encode, pictures=None, **options):
+    pictures = sorted(folder.rglob("*.png")) if pictures is None else pictures
+    given = {
+        "folder": folder,
+        "cache_dir": folder / ".codes",
+        "image_size": SIZE,
+        "num_codes": 256,
+        "fingerprint": "0123456789abcdef",
+        "batch_size": 3,
+    }
+    return cached_codes(pictures, encode, **{**given, **options})
+
+
+def expected(values):
+    return [[value] * 4 for value in values]
+
+
+def cache_files(folder):
+    return sorted(path.suffix for path in (folder / ".codes").iterdir())
+
+
+def test_encoded_once_then_read(folder):
+    encode = MeanEncoder()
+    codes, bad = cached(folder, encode)
+    assert encode.seen == 10 and bad == {}
+    assert codes.dtype == np.uint16 and codes.tolist() == expected(range(0, 200, 20))
+    again = MeanEncoder()
+    codes, bad = cached(folder, again)
+    assert again.seen == 0 and bad == {}
+    assert isinstance(codes, np.memmap) and codes.tolist() == expected(range(0, 200, 20))
+    assert cache_files(folder) == [".json", ".npy"]
+
+
+def test_pixels_are_those_of_the_loader(tmp_path, shared_data):
+    pictures = sorted((shared_data / "coco_by_bysa" / "val2017").glob("*.jpg"))[:5]
+    seen = []
+
+    def encode(images):
+        seen.extend(images)
+        return torch.zeros(len(images), 1, dtype=torch.long)
+
+    options = {"folder": shared_data, "cache_dir": tmp_path, "image_size": 64, "num_codes": 4, "fingerprint": "f"}
+    cached_codes(pictures, encode, workers=2, batch_size=2, **options)
+    for path, image in zip(pictures, seen):
+        assert np.array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), load_picture(path, 64))
+
+
+def test_only_a_changed_or_new_picture_is_encoded_again(folder):
+    cached(folder, MeanEncoder())
+    stat = (folder / "sub" / "7.png").stat()
+    times = stat.st_atime_ns, stat.st_mtime_ns
+    draw(folder / "sub" / "3.png", 255)
+    os.utime(folder / "sub" / "3.png", ns=(1, 1))
+    os.utime(folder / "sub" / "5.png", ns=(2, 2))  # the same bytes, but how would one know
+    (folder / "sub" / "7.png").write_bytes((folder / "sub" / "7.png").read_bytes() + b"longer")
+    os.utime(folder / "sub" / "7.png", ns=times)
+    draw(folder / "sub" / "00.png", 7)  # comes second in the order
+    encode = MeanEncoder()
+    codes, _ = cached(folder, encode)
+    assert encode.seen == 4
+    assert codes[:, 0].tolist() == [0, 7, 20, 40, 255, 80, 100, 120, 140, 160, 180]
+    assert cache_files(folder) == [".json", ".npy"]
+    assert len(np.load(next((folder / ".codes").glob("*.npy")))) == 11  # the old states are gone
+    again = MeanEncoder()
+    codes, _ = cached(folder, again)
+    assert again.seen == 0 and codes[:, 0].tolist() == [0, 7, 20, 40, 255, 80, 100, 120, 140, 160, 180]
+
+
+def test_part_of_a_folder_neither_loses_nor_repeats_the_rest(folder):
+    pictures = sorted(folder.rglob("*.png"))
+    encode = MeanEncoder()
+    assert cached(folder, encode, pictures[2:5])[0][:, 0].tolist() == [40, 60, 80]
+    assert cached(folder, encode, pictures[4:8])[0][:, 0].tolist() == [80, 100, 120, 140]
+    assert encode.seen == 6
+    assert cached(folder, encode, pictures[::-1])[0][:, 0].tolist() == list(range(180, -1, -20))
+    assert encode.seen == 10
+    assert cached(folder, encode, pictures[2:5])[0][:, 0].tolist() == [40, 60, 80]
+    (folder / "sub" / "0.png").unlink()
+    assert cached(folder, encode)[0][:, 0].tolist() == list(range(20, 200, 20))
+    assert encode.seen == 10
+
+
+def test_another_vqgan_size_codebook_or_folder_has_codes_of_its_own(folder, tmp_path, monkeypatch):
+    cached(folder, MeanEncoder())
+    encode = MeanEncoder()
+    cached(folder, encode, fingerprint="0123456789abcdeX")  # only the end differs, which the file names do not show
+    assert encode.seen == 10
+    cached(folder, encode, num_codes=300)
+    assert encode.seen == 20
+    cached(folder, encode)
+    cached(folder, encode, fingerprint="0123456789abcdeX")
+    assert encode.seen == 20
+    monkeypatch.setattr(codes_module, "CROP", "another")
+    cached(folder, encode)
+    assert encode.seen == 30
+    monkeypatch.undo()
+    shutil.copytree(folder / "sub", tmp_path / "other" / "sub")  # same names, sizes and times
+    draw(tmp_path / "other" / "sub" / "3.png", 61)
+    stat = (folder / "sub" / "3.png").stat()
+    os.utime(tmp_path / "other" / "sub" / "3.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    codes, _ = cached(tmp_path / "other", encode, cache_dir=folder / ".codes")
+    assert encode.seen == 40 and codes[3, 0] == 61
+
+
+def test_a_folder_moved_with_its_cache_stays_valid(folder, tmp_path):
+    cached(folder, MeanEncoder())
+    folder.rename(tmp_path / "moved")
+    encode = MeanEncoder()
+    codes, _ = cached(tmp_path / "moved", encode)
+    assert encode.seen == 0 and codes.tolist() == expected(range(0, 200, 20))
+
+
+@pytest.mark.parametrize("num_codes, dtype", [(65536, np.uint16), (65537, np.uint32)])
+def test_the_widest_code_fits(folder, num_codes, dtype):
+    def encode(images):
+        return torch.full((len(images), 2), num_codes - 1)
+
+    for _ in range(2):
+        codes, _ = cached(folder, encode, num_codes=num_codes)
+        assert codes.dtype == dtype and (codes == num_codes - 1).all()
+
+
+def test_unreadable_pictures_are_told_and_never_cached(folder):
+    whole = (folder / "sub" / "4.png").read_bytes()
+    (folder / "sub" / "4.png").write_bytes(whole[:50])
+    pictures = sorted(folder.rglob("*.png"))
+    (folder / "sub" / "7.png").unlink()
+    for expected_calls in (8, 0):
+        encode = MeanEncoder()
+        codes, bad = cached(folder, encode, pictures)
+        assert encode.seen == expected_calls
+        assert sorted(path.name for path in bad) == ["4.png", "7.png"] and all(str(path) in bad[path] for path in bad)
+        assert codes[:, 0].tolist() == [0, 20, 40, 60, 0, 100, 120, 0, 160, 180]
+    (folder / "sub" / "4.png").write_bytes(whole)
+    encode = MeanEncoder()
+    codes, bad = cached(folder, encode)
+    assert encode.seen == 1 and bad == {} and codes[4, 0] == 80
+
+
+def test_no_readable_picture_is_an_error(folder):
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"x")
+    with pytest.raises(ValueError, match="none of 10 pictures can be read") as error:
+        cached(folder, MeanEncoder())
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="no picture to encode"):
+        cached(folder, MeanEncoder(), [])
+
+
+def test_an_interrupted_run_keeps_what_it_finished(folder):
+    with pytest.raises(RuntimeError, match="went away"):
+        cached(folder, MeanEncoder(fail_after=3))
+    with pytest.raises(RuntimeError, match="went away"):
+        cached(folder, MeanEncoder(fail_after=3))
+    encode = MeanEncoder()
+    codes, _ = cached(folder, encode)
+    assert encode.seen == 4 and codes.tolist() == expected(range(0, 200, 20))
+    assert cache_files(folder) == [".json", ".npy"]
+
+
+def test_a_killed_run_keeps_what_it_flushed(folder):
+    program = (
+        "import os, signal, sys; from pathlib import Path; from data import codes; import torch\n"
+        "codes._FLUSH_SECONDS = 0.0\n"
+        "folder, seen = Path(sys.argv[1]), 0\n"
+        "def encode(images):\n"
+        "    global seen\n"
+        "    if seen >= 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    seen += len(images)\n"
+        "    return (images.mean((1, 2, 3)) * 255).round().long()[:, None].repeat(1, 4)\n"
+        "codes.cached_codes(sorted(folder.rglob('*.png')), encode, folder=folder, cache_dir=folder / '.codes',\n"
+        "    image_size=8, num_codes=256, fingerprint='0123456789abcdef', batch_size=3)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], env=environment, cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    encode = MeanEncoder()
+    codes, _ = cached(folder, encode)
+    assert encode.seen == 4 and codes.tolist() == expected(range(0, 200, 20))
+
+
+def test_a_failed_write_leaves_no_half_file(folder, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(codes_module.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        cached(folder, MeanEncoder())
+    assert cache_files(folder) == []
+
+
+@pytest.mark.parametrize("damage", ["cut array", "flipped byte", "no array", "cut index", "other index"])
+def test_a_damaged_cache_is_made_again(folder, damage):
+    cached(folder, MeanEncoder())
+    array, index = (next((folder / ".codes").glob(f"*.{suffix}")) for suffix in ("npy", "json"))
+    if damage == "cut array":
+        array.write_bytes(array.read_bytes()[:-10])
+    elif damage == "flipped byte":
+        data = bytearray(array.read_bytes())
+        data[-1] ^= 1
+        array.write_bytes(bytes(data))
+    elif damage == "no array":
+        array.unlink()
+    elif damage == "cut index":
+        index.write_bytes(index.read_bytes()[:-5])
+    else:
+        index.write_text(json.dumps(["not", "an", "index"]))
+    encode = MeanEncoder()
+    codes, _ = cached(folder, encode)
+    assert encode.seen == 10 and codes.tolist() == expected(range(0, 200, 20))
+
+
+def test_two_at_once_both_succeed(folder):
+    results = {}
+
+    def work(name):
+        results[name] = cached(folder, MeanEncoder())[0].tolist()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {0: expected(range(0, 200, 20)), 1: expected(range(0, 200, 20))}
+    encode = MeanEncoder()
+    assert cached(folder, encode)[0].tolist() == results[0] and encode.seen == 0
+
+
+@pytest.mark.parametrize(
+    "result, words",
+    [
+        (lambda images: torch.zeros(len(images), 4), "float32"),
+        (lambda images: torch.zeros(1, 4, dtype=torch.long), "integers"),
+        (lambda images: torch.full((len(images), 4), 256), "the codebook has 256"),
+        (lambda images: torch.full((len(images), 4), -1), "codes -1 to -1"),
+    ],
+)
+def test_an_encoder_that_gives_something_else_is_refused(folder, result, words):
+    with pytest.raises(ValueError, match=words):
+        cached(folder, result)
+    assert not list((folder / ".codes").glob("*.json"))
+
+
+def test_a_cache_folder_that_cannot_be_made(folder):
+    (folder / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        cached(folder, MeanEncoder(), cache_dir=folder / "file" / "codes")
+
+
+def test_file_names_that_are_not_utf8(folder):
+    strange = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+    draw(strange, 33)
+    cached(folder, MeanEncoder())
+    encode = MeanEncoder()
+    codes, _ = cached(folder, encode, [strange])
+    assert encode.seen == 0 and codes.tolist() == [[33] * 4]

@@ -1,0 +1,423 @@
+"""Pairing: what is found, in which order, what is left out and why."""
+
+import json
+import logging
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data import pairs as pairs_module
+from data.pairs import find_pairs, is_label_file, open_picture, read_captions, report_skipped
+
+ROOT = Path(__file__).resolve().parents[2]
+BOX = "0 0.5 0.5 0.25 0.125\n17 1 0.0 0.3 0.4\n"
+
+
+def picture(path, size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "teal").save(path, path.suffix[1:].lower().replace("jpg", "jpeg"))
+    return path
+
+
+def text(path, content="a caption\n"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return path
+
+
+def names(folder, pairs):
+    return [tuple(path.relative_to(folder).as_posix() for path in pair) for pair in pairs]
+
+
+@pytest.fixture
+def told():
+    """The records that the program's logger gets, whatever else listens to it."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("minidalle")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def test_captions_beside_pictures_pair_within_their_folder(tmp_path):
+    for animal in ("dogs", "cats"):
+        for stem in ("001", "002"):
+            picture(tmp_path / animal / f"{stem}.jpg")
+            text(tmp_path / animal / f"{stem}.txt")
+    pairs, skipped = find_pairs(tmp_path)
+    assert names(tmp_path, pairs) == [
+        ("cats/001.jpg", "cats/001.txt"),
+        ("cats/002.jpg", "cats/002.txt"),
+        ("dogs/001.jpg", "dogs/001.txt"),
+        ("dogs/002.jpg", "dogs/002.txt"),
+    ]
+    assert skipped == {}
+
+
+def test_every_picture_suffix_counts_in_any_case(tmp_path):
+    for suffix in ("png", "JPG", "jpeg", "BmP"):
+        picture(tmp_path / f"{suffix}.{suffix}")
+        text(tmp_path / f"{suffix}.TXT")
+    (tmp_path / "notes.md").write_text("neither")
+    pairs, skipped = find_pairs(str(tmp_path))
+    assert {path.name for path, _ in pairs} == {"png.png", "JPG.JPG", "jpeg.jpeg", "BmP.BmP"}
+    assert skipped == {}
+
+
+def test_own_folder_comes_before_a_nearer_looking_one(tmp_path):
+    picture(tmp_path / "b" / "1.png")
+    text(tmp_path / "a" / "1.txt")
+    text(tmp_path / "b" / "1.txt")
+    pairs, skipped = find_pairs(tmp_path)
+    assert names(tmp_path, pairs) == [("b/1.png", "b/1.txt")]
+    assert skipped == {"caption without picture": [tmp_path / "a" / "1.txt"]}
+
+
+def test_otherwise_the_nearest_by_path(tmp_path):
+    picture(tmp_path / "one" / "pictures" / "x.png")
+    picture(tmp_path / "two" / "pictures" / "x.png")
+    text(tmp_path / "one" / "words" / "x.txt")
+    text(tmp_path / "two" / "words" / "x.txt")
+    picture(tmp_path / "images" / "val" / "y.png")  # same leading folders for both captions: the trailing ones tell
+    text(tmp_path / "captions" / "train" / "y.txt")
+    text(tmp_path / "captions" / "val" / "y.txt")
+    picture(tmp_path / "z.png")
+    text(tmp_path / "m" / "z.txt")  # nothing tells these two apart: sorted order
+    text(tmp_path / "k" / "z.txt")
+    pairs, skipped = find_pairs(tmp_path)
+    assert names(tmp_path, pairs) == [
+        ("images/val/y.png", "captions/val/y.txt"),
+        ("one/pictures/x.png", "one/words/x.txt"),
+        ("two/pictures/x.png", "two/words/x.txt"),
+        ("z.png", "k/z.txt"),
+    ]
+    assert sorted(skipped) == ["caption without picture"]
+
+
+def test_a_better_match_is_not_lost_to_an_earlier_picture(tmp_path):
+    picture(tmp_path / "a" / "1.png")
+    picture(tmp_path / "b" / "pictures" / "1.png")
+    text(tmp_path / "b" / "words" / "1.txt")
+    pairs, skipped = find_pairs(tmp_path)
+    assert names(tmp_path, pairs) == [("b/pictures/1.png", "b/words/1.txt")]
+    assert skipped == {"picture whose caption file serves another picture": [tmp_path / "a" / "1.png"]}
+
+
+def test_a_caption_file_serves_one_picture(tmp_path):
+    picture(tmp_path / "1.png")
+    picture(tmp_path / "1.jpg")
+    text(tmp_path / "1.txt")
+    pairs, skipped = find_pairs(tmp_path)
+    assert names(tmp_path, pairs) == [("1.jpg", "1.txt")]
+    assert skipped == {"picture whose caption file serves another picture": [tmp_path / "1.png"]}
+    for folder in "abc":
+        picture(tmp_path / folder / "2.png")
+    for folder in "xy":
+        text(tmp_path / folder / "2.txt")
+    pairs, skipped = find_pairs(tmp_path)
+    assert names(tmp_path, pairs) == [("1.jpg", "1.txt"), ("a/2.png", "x/2.txt"), ("b/2.png", "y/2.txt")]
+    assert len(skipped["picture whose caption file serves another picture"]) == 2
+
+
+def test_a_broken_picture_does_not_take_the_caption_of_a_good_one(tmp_path):
+    text(tmp_path / "1.jpg", b"")
+    picture(tmp_path / "1.png")
+    text(tmp_path / "1.txt")
+    pairs, skipped = find_pairs(tmp_path)
+    assert names(tmp_path, pairs) == [("1.png", "1.txt")]
+    assert skipped == {"zero-byte picture": [tmp_path / "1.jpg"]}
+
+
+def test_real_photographs_with_the_label_archive_beside_them(tmp_path, shared_data):
+    """COCO's folders, and the archive that puts boxes under the captions' names, even beside a picture."""
+    coco = shared_data / "coco_by_bysa"
+    captions = {}
+    for entry in json.loads((coco / "annotations" / "captions_train2017.json").read_text())["annotations"]:
+        captions.setdefault(f"{entry['image_id']:012d}", []).append(entry["caption"].strip())
+    images = tmp_path / "images" / "train2017"
+    images.mkdir(parents=True)
+    stems = sorted(path.stem for path in (coco / "train2017").glob("*.jpg"))
+    for stem in stems:
+        (images / f"{stem}.jpg").symlink_to(coco / "train2017" / f"{stem}.jpg")
+        text(tmp_path / "train2017_captions" / f"{stem}.txt", "\n".join(captions[stem]))
+        text(tmp_path / "images" / "labels" / f"{stem}.txt", BOX)  # nearer to the pictures than the captions are
+    segment = "45 " + " ".join(f"{i / 20:.6f}" for i in range(20))
+    text(images / f"{stems[0]}.txt", segment)  # even beside the picture
+    pairs, skipped = find_pairs(tmp_path)
+    assert names(tmp_path, pairs) == [
+        (f"images/train2017/{stem}.jpg", f"train2017_captions/{stem}.txt") for stem in stems
+    ]
+    assert list(skipped) == ["label file"]
+    assert len(skipped["label file"]) == len(stems) + 1
+
+
+@pytest.mark.parametrize(
+    "lines, label",
+    [
+        (["0 0.5 0.5 0.1 0.1"], True),
+        (["0 0.5 0.5 0.1 0.1", "79 1 1 0 1e-3"], True),
+        (["3 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8"], True),
+        (["0 0.5 0.5 0.1 0.1", "a dog"], False),
+        (["7 8 9 10 11"], False),
+        (["2 dogs and 3 cats on 1 sofa"], False),
+        (["0 0.5 0.5 0.1"], False),
+        (["0.5 0.5 0.5 0.1 0.1"], False),
+        (["0 0.5 0.5 nan 0.1"], False),
+        ([], False),
+    ],
+)
+def test_label_files_are_known_by_content(lines, label):
+    assert is_label_file(lines) is label
+
+
+def test_every_reason_is_counted_once(tmp_path, told):
+    picture(tmp_path / "good.png")
+    text(tmp_path / "good.txt")
+    picture(tmp_path / "lonely.png")
+    text(tmp_path / "orphan.txt")
+    picture(tmp_path / "boxes.png")
+    text(tmp_path / "boxes.txt", BOX)
+    picture(tmp_path / "blank.png")
+    text(tmp_path / "blank.txt", b"\xef\xbb\xbf \r\n\t\n")
+    picture(tmp_path / "latin.png")
+    text(tmp_path / "latin.txt", "un café".encode("latin-1"))
+    text(tmp_path / "zero.jpg", b"")
+    text(tmp_path / "zero.txt")
+    text(tmp_path / "page.jpg", b"<html>404</html>")
+    text(tmp_path / "page.txt")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "gone.png")
+    text(tmp_path / "dangling.txt")
+    pairs, skipped = find_pairs(tmp_path)
+    assert names(tmp_path, pairs) == [("good.png", "good.txt")]
+    assert {reason: [path.name for path in paths] for reason, paths in skipped.items()} == {
+        "picture without caption": ["blank.png", "boxes.png", "latin.png", "lonely.png"],
+        "caption without picture": ["dangling.txt", "orphan.txt", "page.txt", "zero.txt"],
+        "label file": ["boxes.txt"],
+        "empty caption": ["blank.txt"],
+        "not UTF-8": ["latin.txt"],
+        "zero-byte picture": ["zero.jpg"],
+        "not a picture": ["page.jpg"],
+        "cannot be opened": ["dangling.png"],
+    }
+    report_skipped(skipped)
+    lines = [record.getMessage() for record in told]
+    assert len(lines) == len(skipped)
+    assert "blank.png" in next(line for line in lines if "skipped 4 files (picture without caption)" in line)
+    levels = {record.getMessage().split("(")[1].split(")")[0]: record.levelno for record in told}
+    assert levels["label file"] == logging.INFO
+    assert levels["zero-byte picture"] == logging.WARNING
+
+
+def test_only_a_few_names_of_many_are_told(tmp_path, told):
+    report_skipped({"not a picture": [tmp_path / f"{i}.png" for i in range(1000)]})
+    (record,) = told
+    assert (
+        "1,000 files" in record.getMessage() and "2.png, …" in record.getMessage() and "3.png" not in str(record.args)
+    )
+
+
+def test_a_name_that_is_not_utf8_can_be_told(tmp_path, told):
+    raw = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    Image.new("RGB", (2, 2)).save(os.fsdecode(raw))
+    picture(tmp_path / "good.png")
+    text(tmp_path / "good.txt")
+    _, skipped = find_pairs(tmp_path)
+    report_skipped(skipped)
+    told[0].getMessage().encode("utf-8")
+    assert "caf\ufffd.png" in told[0].getMessage()
+
+
+def test_captions_are_the_non_blank_lines(tmp_path):
+    content = "\ufeff one \r\ntwo\u2028still two\r\n\n  \nthree\x0cand more\rfour"
+    path = text(tmp_path / "c.txt", content.encode("utf-8"))
+    assert read_captions(path) == ["one", "two\u2028still two", "three\x0cand more", "four"]
+
+
+def test_links_are_followed_once_and_never_in_circles(tmp_path):
+    picture(tmp_path / "set" / "real" / "1.png")
+    text(tmp_path / "set" / "real" / "1.txt")
+    picture(tmp_path / "elsewhere" / "2.png")
+    text(tmp_path / "elsewhere" / "2.txt")
+    (tmp_path / "set" / "a-second-name").symlink_to(tmp_path / "set" / "real")
+    (tmp_path / "set" / "real" / "up").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "far").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "self").symlink_to(tmp_path / "set" / "self")
+    pairs, skipped = find_pairs(tmp_path / "set")
+    assert names(tmp_path / "set", pairs) == [("far/2.png", "far/2.txt"), ("real/1.png", "real/1.txt")]
+    assert skipped == {}
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    picture(tmp_path / "1.png")
+    text(tmp_path / "1.txt")
+    picture(tmp_path / "2.png")
+    os.mkfifo(tmp_path / "2.txt")
+    text(tmp_path / "3.txt")
+    os.mkfifo(tmp_path / "3.png")
+    pairs, skipped = find_pairs(tmp_path)
+    assert len(pairs) == 1
+    assert skipped["cannot be opened"] == [tmp_path / "2.txt", tmp_path / "3.png"]
+
+
+def test_order_depends_on_names_alone(tmp_path, monkeypatch):
+    for folder in ("b", "a", "a-b", "C"):
+        for stem in ("10", "9", "x"):
+            picture(tmp_path / folder / f"{stem}.png")
+            text(tmp_path / "words" / folder / f"{stem}.txt")
+    here = names(tmp_path, find_pairs(tmp_path)[0])
+    assert here == sorted(here) and len(here) == 12
+    assert all(caption == f"words/{image[:-4]}.txt" for image, caption in here)
+
+    program = "import sys; from data.pairs import find_pairs; print(find_pairs(sys.argv[1])[0])"
+    outputs = set()
+    for hash_seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        outputs.add(subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, check=True).stdout)
+    assert outputs == {(str(find_pairs(tmp_path)[0]) + "\n").encode()}
+
+    scandir = os.scandir
+
+    class Reversed:
+        def __init__(self, path):
+            self.listing = scandir(path)
+
+        def __enter__(self):
+            return iter(sorted(self.listing, key=lambda entry: entry.name, reverse=True))
+
+        def __exit__(self, *_):
+            self.listing.close()
+
+    monkeypatch.setattr(os, "scandir", Reversed)
+    assert names(tmp_path, find_pairs(tmp_path)[0]) == here
+
+
+def test_many_files_are_checked_in_order(tmp_path, monkeypatch):
+    """Chunks and threads do not mix up which file a fault belongs to."""
+    monkeypatch.setattr(pairs_module, "_CHUNK", 3)
+    monkeypatch.setattr(pairs_module, "_WAITED_FOR", 0)  # as if the disk were slow: several threads
+    for i in range(20):
+        picture(tmp_path / f"{i:02d}.png")
+        text(tmp_path / f"{i:02d}.txt", "" if i % 7 == 0 else "a caption")
+    _, skipped = find_pairs(tmp_path)
+    assert [path.name for path in skipped["empty caption"]] == ["00.txt", "07.txt", "14.txt"]
+
+
+def test_a_header_longer_than_what_is_read_at_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs_module, "_HEAD", 64)
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.jpg", exif=b"Exif\0\0" + bytes(5000))
+    text(tmp_path / "1.txt")
+    text(tmp_path / "2.jpg", b"\xff\xd8" + bytes(5000))
+    text(tmp_path / "2.txt")
+    pairs, skipped = find_pairs(tmp_path)
+    assert names(tmp_path, pairs) == [("1.jpg", "1.txt")]
+    assert skipped["not a picture"] == [tmp_path / "2.jpg"]
+
+
+def huge_png(path, width, height):
+    """A PNG header that promises width × height pixels, in a few bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [11_000, 30_000])
+def test_pictures_over_pils_limit_are_left_out(tmp_path, side):
+    huge_png(tmp_path / "big.png", side, side)
+    text(tmp_path / "big.txt")
+    picture(tmp_path / "good.png")
+    text(tmp_path / "good.txt")
+    _, skipped = find_pairs(tmp_path)
+    assert skipped["picture over PIL's pixel limit"] == [tmp_path / "big.png"]
+    with pytest.raises(ValueError, match="big.png"):
+        open_picture(tmp_path / "big.png")
+
+
+def test_a_postscript_file_in_disguise_is_no_picture(tmp_path):
+    text(tmp_path / "1.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    text(tmp_path / "1.txt")
+    with pytest.raises(ValueError, match="not a picture"):
+        find_pairs(tmp_path)
+
+
+def one_line(error):
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_missing_folder_and_file(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        find_pairs(tmp_path / "nowhere")
+    assert "nowhere" in one_line(error)
+    with pytest.raises(ValueError) as error:
+        find_pairs(text(tmp_path / "a.txt"))
+    assert "a.txt: is a file" in one_line(error)
+
+
+def test_empty_folder_says_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError) as error:
+        find_pairs(tmp_path)
+    message = one_line(error)
+    for word in (str(tmp_path), ".png", ".jpeg", ".bmp", ".txt", "stem"):
+        assert word in message
+
+
+def test_pictures_without_captions_point_to_process_captions(tmp_path):
+    picture(tmp_path / "1.png")
+    picture(tmp_path / "2.png")
+    with pytest.raises(ValueError) as error:
+        find_pairs(tmp_path)
+    assert "2 pictures but no .txt" in one_line(error) and "process_captions.py" in one_line(error)
+
+
+def test_captions_without_pictures(tmp_path):
+    text(tmp_path / "1.txt")
+    with pytest.raises(ValueError) as error:
+        find_pairs(tmp_path)
+    assert "1 .txt file but no picture (.png .jpg .jpeg .bmp)" in one_line(error)
+
+
+def test_nothing_usable_counts_the_reasons_and_shows_the_stems(tmp_path):
+    text(tmp_path / "a.jpg", b"")
+    text(tmp_path / "a.txt")
+    picture(tmp_path / "b.jpg")
+    text(tmp_path / "b_caption.txt")
+    with pytest.raises(ValueError) as error:
+        find_pairs(tmp_path)
+    message = one_line(error)
+    for words in ("2 pictures", "2 .txt files", "a.jpg", "1 × zero-byte picture", "1 × picture without caption"):
+        assert words in message
+
+
+def test_only_labels_is_an_error(tmp_path):
+    picture(tmp_path / "a.jpg")
+    text(tmp_path / "a.txt", BOX)
+    with pytest.raises(ValueError, match="1 × label file"):
+        find_pairs(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may open everything")
+def test_files_and_folders_without_permission(tmp_path):
+    picture(tmp_path / "1.png")
+    text(tmp_path / "1.txt")
+    picture(tmp_path / "2.png").chmod(0)
+    text(tmp_path / "2.txt")
+    (tmp_path / "closed").mkdir(mode=0)
+    _, skipped = find_pairs(tmp_path)
+    assert skipped["cannot be opened"] == [tmp_path / "2.png", tmp_path / "closed"]

@@ -1,0 +1,193 @@
+"""process_captions.py from its command line: COCO's captions file to one text file a picture."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.process_trainset import Written, read_captions, write_caption_files
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = ROOT.parent / "shared" / "data" / "coco_by_bysa"
+
+
+def run(*arguments, cwd=ROOT, env=None):
+    command = [sys.executable, str(ROOT / "process_captions.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, encoding="utf-8")
+
+
+def captions_json(path: Path, pairs, **more) -> Path:
+    annotations = [{"id": n, "image_id": image, "caption": caption} for n, (image, caption) in enumerate(pairs)]
+    path.write_text(json.dumps({**more, "annotations": annotations}), encoding="utf-8")
+    return path
+
+
+def contents(folder: Path):
+    return {path.name: path.read_bytes().decode("utf-8") for path in sorted(folder.iterdir())}
+
+
+def test_captions_stay_as_they_are_but_for_white_space(tmp_path):
+    source = captions_json(
+        tmp_path / "captions.json",
+        [
+            (9, "bike . A dog"),
+            (139, " A man\nfiring a .22 \r\n\r\n at  5 .\t"),
+            (9, "Caf\u00e9 \u201cna\u00efve\u201d \u65e5\u672c\u8a9e \U0001f436 ."),
+            (9, " \n\t "),
+            (123456789012345, "wide\u3000and\u2028odd\u00a0spaces\x0bhere"),
+            (9, 'back\\slash | pipe, "quotes" & <b>'),
+            (0, "\u2026"),
+            (7, ""),
+        ],
+        images=[{"id": 139, "file_name": "elsewhere.jpg"}],
+    )
+    # A machine whose own encoding is not UTF-8 must not make a difference.
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
+    done = run("--captions", source, "--out-dir", tmp_path / "a" / "b", env=env)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "a" / "b") == {
+        "000000000000.txt": "\u2026\n",
+        "000000000009.txt": "bike . A dog\nCaf\u00e9 \u201cna\u00efve\u201d \u65e5\u672c\u8a9e \U0001f436 .\n"
+        'back\\slash | pipe, "quotes" & <b>\n',
+        "000000000139.txt": "A man firing a .22 at 5 .\n",
+        "123456789012345.txt": "wide and odd spaces here\n",
+    }
+    last_line = done.stdout.splitlines()[-1]
+    assert "6 captions of 4 pictures" in last_line and "2 empty" in last_line
+    assert "captions" in done.stderr  # the progress bar
+
+
+def test_running_again(tmp_path):
+    source = captions_json(tmp_path / "captions.json", [(1, "A dog."), (2, "A cat.")])
+    out = tmp_path / "out"
+    assert write_caption_files(source, out) == Written(files=2, captions=2, empty=0)
+    first = contents(out)
+    assert write_caption_files(source, out) == Written(2, 2, 0)
+    assert contents(out) == first
+    captions_json(source, [(1, "A brown dog."), (2, "A cat."), (3, "A cow.")])
+    (out / "notes.md").write_text("mine")
+    write_caption_files(source, out)
+    assert contents(out) == {
+        "000000000001.txt": "A brown dog.\n",
+        "000000000002.txt": "A cat.\n",
+        "000000000003.txt": "A cow.\n",
+        "notes.md": "mine",
+    }
+
+
+def test_a_file_that_cannot_be_replaced_leaves_no_half_written_one(tmp_path):
+    source = captions_json(tmp_path / "captions.json", [(1, "A dog."), (2, "A cat.")])
+    (tmp_path / "out" / "000000000002.txt").mkdir(parents=True)
+    done = run("--captions", source, "--out-dir", tmp_path / "out")
+    assert done.returncode == 2
+    last_line = done.stderr.splitlines()[-1]
+    assert last_line.startswith("error: ") and "000000000002.txt" in last_line
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000000001.txt", "000000000002.txt"]
+
+
+def test_byte_order_mark(tmp_path):
+    source = captions_json(tmp_path / "captions.json", [(1, "A dog.")])
+    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
+    assert read_captions(source) == ({1: ["A dog."]}, 0)
+
+
+GOOD = {"image_id": 1, "caption": "A dog."}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not a JSON file"),
+        (b"PK\x03\x04\xff\xfe\x00binary", "not a JSON file"),
+        (b"<html>404</html>", "not a JSON file"),
+        (json.dumps({"annotations": [GOOD] * 50}).encode()[:-20], "cut short"),
+        (b"[" * 100000, "not a JSON file"),
+        (b"[1, 2]", '"annotations"'),
+        (b'"annotations"', '"annotations"'),
+        (b"null", '"annotations"'),
+        (json.dumps({"images": []}).encode(), '"annotations"'),
+        (json.dumps({"annotations": {"1": GOOD}}).encode(), '"annotations"'),
+        (json.dumps({"annotations": []}).encode(), "no caption"),
+        (json.dumps({"annotations": [{"image_id": 1, "caption": "  "}]}).encode(), "no caption"),
+        (json.dumps({"annotations": [GOOD, "A dog."]}).encode(), "annotation 1 is not an object"),
+        (json.dumps({"annotations": [GOOD, {"image_id": 1, "bbox": [1]}]}).encode(), 'annotation 1 has no "caption"'),
+        (json.dumps({"annotations": [{"caption": "A dog."}]}).encode(), 'annotation 0 has no "image_id"'),
+        (json.dumps({"annotations": [{**GOOD, "image_id": "000000000001"}]}).encode(), "000000000001"),
+        (json.dumps({"annotations": [{**GOOD, "image_id": True}]}).encode(), "true"),
+        (json.dumps({"annotations": [{**GOOD, "image_id": 1.5}]}).encode(), "1.5"),
+        (json.dumps({"annotations": [{**GOOD, "image_id": -1}]}).encode(), "-1"),
+        (json.dumps({"annotations": [{**GOOD, "caption": None}]}).encode(), "null"),
+        (json.dumps({"annotations": [{**GOOD, "caption": ["A", "dog"]}]}).encode(), "not a text"),
+        (b'{"annotations": [{"image_id": 1, "caption": "half \\ud83d"}]}', "not valid Unicode"),
+    ],
+)
+def test_bad_files(tmp_path, content, reason):
+    source = tmp_path / "captions.json"
+    source.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        write_caption_files(source, tmp_path / "out")
+    message = str(caught.value)
+    assert str(source) in message and reason in message and "\n" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def assert_one_line_and_exit_2(done, *parts):
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert all(part in done.stderr for part in parts), done.stderr
+
+
+def test_errors_of_the_command(tmp_path):
+    good = captions_json(tmp_path / "captions.json", [(1, "A dog.")])
+    truncated = tmp_path / "truncated.json"
+    truncated.write_bytes(good.read_bytes()[:-5])
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    assert_one_line_and_exit_2(run("--captions", tmp_path / "absent.json"), "absent.json", "no such file")
+    assert_one_line_and_exit_2(run("--captions", tmp_path), "is a folder")
+    assert_one_line_and_exit_2(run("--captions", truncated, "--out-dir", tmp_path / "o"), "truncated.json")
+    assert_one_line_and_exit_2(run("--captions", good, "--out-dir", taken), str(taken), "--out-dir")
+    assert_one_line_and_exit_2(run("--captions", good, "--out_dir", taken / "sub"), str(taken), "--out-dir")
+    assert taken.read_text() == "a file" and not (tmp_path / "o").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_folder_that_may_not_be_written(tmp_path):
+    good = captions_json(tmp_path / "captions.json", [(1, "A dog.")])
+    (tmp_path / "locked").mkdir(mode=0o555)
+    done = run("--captions", good, "--out-dir", tmp_path / "locked")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and "locked" in done.stderr
+
+
+def test_help_needs_nothing_installed(tmp_path):
+    # -S leaves out site-packages, -I the current folder: only the standard library is left.
+    command = [sys.executable, "-I", "-S", str(ROOT / "process_captions.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "./data/COCO/annotations/captions_train2017.json" in text and "./data/COCO/train2017_captions" in text
+
+
+def test_torch_is_not_imported():
+    code = "import sys, data.process_trainset; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no real captions here")
+@pytest.mark.parametrize(("part", "pictures"), [("train2017", 26), ("val2017", 107)])
+def test_real_captions(tmp_path, part, pictures):
+    source = REAL / "annotations" / f"captions_{part}.json"
+    done = run("--captions", source, "--out_dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.stem for path in tmp_path.iterdir()} == {path.stem for path in (REAL / part).glob("*.jpg")}
+    annotations = json.loads(source.read_text("utf-8"))["annotations"]
+    assert f"{len(annotations)} captions of {pictures} pictures" in done.stdout
+    written = contents(tmp_path)
+    for annotation in annotations:  # the words, which the tidying must not touch
+        lines = written[f"{annotation['image_id']:012d}.txt"].splitlines()
+        assert annotation["caption"].split() in [line.split() for line in lines]
+    assert sum(text.count("\n") for text in written.values()) == len(annotations)

@@ -1,0 +1,306 @@
+"""The demo set: captions against the grammar, drawings against geometry, and the files."""
+
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import shapes
+from data.process_trainset import write_caption_files
+from data.shapes import (
+    COLOURS,
+    INVERSE,
+    SHAPES,
+    SIZES,
+    Item,
+    Scene,
+    coverage,
+    draw_scene,
+    held_out_prompts,
+    parse_caption,
+    sample_picture,
+    withheld_combinations,
+    word_scene,
+    write_dataset,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def scenes(count, seed=0, sizes=tuple(SIZES)):
+    """Random scenes of any combination, as told from either shape."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        colours = rng.sample(tuple(COLOURS), 2)
+        items = [Item(colour, rng.choice(SHAPES), rng.choice(sizes)) for colour in colours]
+        yield Scene(items[0], rng.choice(tuple(INVERSE)), items[1])
+
+
+# --------------------------------------------------------------------------------------------------- captions
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (
+            "a small red circle above a large blue square",
+            (("red", "circle", "small"), "above", ("blue", "square", "large")),
+        ),
+        (
+            "there is an orange star to the left of a little black heart",
+            (("orange", "star", None), "left", ("black", "heart", "small")),
+        ),
+        (
+            "  Big green triangle\tbeneath pink circle. ",
+            (("green", "triangle", "large"), "below", ("pink", "circle", None)),
+        ),
+        ("yellow heart right of purple star", (("yellow", "heart", None), "right", ("purple", "star", None))),
+    ],
+)
+def test_captions_mean_what_they_say(text, expected):
+    assert parse_caption(text) == expected
+
+
+def test_every_wording_is_parsed_back():
+    rng = random.Random(1)
+    words = set()
+    for scene in scenes(4000, sizes=("small", "large", None)):
+        caption = word_scene(scene, rng)
+        assert parse_caption(caption) == scene
+        words.update(caption.split())
+    assert {"a", "an", "there", "to", "little", "big", "over", "under", "beneath", *COLOURS, *SHAPES} <= words
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a red circle",
+        "a red circle near a blue square",
+        "a grey circle above a blue square",
+        "a red oval above a blue square",
+        "a red circle above a blue square above a pink star",
+        "a small large red circle above a blue square",
+        "a redcircle above a blue square",
+    ],
+)
+def test_a_caption_outside_the_grammar_is_refused(text):
+    with pytest.raises(ValueError, match="should read like"):
+        parse_caption(text)
+
+
+def test_captions_of_a_picture_differ_and_describe_it():
+    for index in range(300):
+        pixels, captions = sample_picture("train", index)
+        assert len(set(captions)) == len(captions) == 5
+        told = [parse_caption(caption) for caption in captions]
+        assert told[0].first.size and told[0].second.size
+        for scene in told:
+            assert scene.combination in (told[0].combination, told[0].turned().combination)
+
+
+def test_captions_are_short_in_the_projects_vocabulary():
+    tokenizer = pytest.importorskip("data.tokenizer").load_tokenizer(ROOT / "bpe" / "bpe_yttm_vocab.txt")
+    captions = [caption for index in range(400) for caption in sample_picture("train", index)[1]]
+    captions += held_out_prompts("score", 1120)
+    lengths = [len(tokenizer.encode(caption)) for caption in captions]
+    assert max(lengths) == shapes.CAPTION_TOKENS == 12
+
+
+# ----------------------------------------------------------------------------------------------- combinations
+
+
+def test_withheld_is_a_tenth_and_closed_under_inversion():
+    withheld = withheld_combinations()
+    every = {
+        (c1, s1, relation, c2, s2)
+        for c1, s1, relation, c2, s2 in itertools.product(COLOURS, SHAPES, INVERSE, COLOURS, SHAPES)
+        if c1 != c2
+    }
+    assert len(every) == 5600 and len(withheld) == 560 and withheld < every
+    assert withheld == {(c2, s2, INVERSE[relation], c1, s1) for c1, s1, relation, c2, s2 in withheld}
+    # Checkpoints are scored against this very set: another rule would count what they trained on as held out.
+    assert ("purple", "circle", "left", "black", "circle") in withheld
+    assert ("red", "circle", "above", "blue", "square") not in withheld
+
+
+def test_training_and_held_out_pictures_share_no_combination():
+    def shown(split, seed):
+        return {parse_caption(c).combination for i in range(1500) for c in sample_picture(split, i, seed)[1]}
+
+    withheld = withheld_combinations()
+    for seed in (0, 7):
+        assert shown("train", seed).isdisjoint(withheld)
+        assert shown("val", seed) <= withheld
+
+
+def test_prompts_for_choosing_and_for_scoring_are_disjoint():
+    contents = {}
+    for split in ("choose", "score"):
+        prompts = held_out_prompts(split, 1120)
+        told = [parse_caption(prompt) for prompt in prompts]
+        assert len(set(told)) == 1120 and all(scene.first.size and scene.second.size for scene in told)
+        contents[split] = {scene.combination for scene in told} | {scene.turned().combination for scene in told}
+        assert held_out_prompts(split, 256) == prompts[:256] != held_out_prompts(split, 256, seed=1)
+    assert contents["choose"].isdisjoint(contents["score"])
+    assert contents["choose"] | contents["score"] == withheld_combinations()
+
+
+@pytest.mark.parametrize("split, count", [("train", 10), ("score", 0), ("score", 1121)])
+def test_prompts_out_of_range_are_refused(split, count):
+    with pytest.raises(ValueError, match="split|count"):
+        held_out_prompts(split, count)
+
+
+# ---------------------------------------------------------------------------------------------------- drawing
+
+
+@pytest.mark.parametrize("size, half", [("small", 8), ("large", 12)])
+def test_drawn_areas_are_those_of_geometry(size, half):
+    reach = half - 0.5
+    expected = {"circle": math.pi * reach**2, "square": (2 * half - 4) ** 2, "triangle": 1.78 * reach**2}
+    radius = reach / math.cos(math.radians(18))
+    expected["star"] = 5 * 0.48 * radius**2 * math.sin(math.radians(36))
+    expected["heart"] = 180 * math.pi * (reach / 16) ** 2  # the integral of the curve
+    for shape, area in expected.items():
+        assert coverage(shape, size, 8).sum() == pytest.approx(area, rel=0.01), shape
+
+
+def test_shapes_are_symmetric_upright_and_soft_edged():
+    for shape, size in itertools.product(SHAPES, SIZES):
+        cover = coverage(shape, size, 8)
+        assert np.array_equal(cover, cover[:, ::-1])
+        rows = cover.sum(1)
+        middle = len(rows) // 2
+        if shape in ("circle", "square"):
+            assert np.array_equal(cover, cover.T)
+        elif shape == "triangle":
+            assert rows[middle:].sum() > 1.5 * rows[:middle].sum()
+        elif shape == "heart":
+            assert rows[:middle].sum() > 1.5 * rows[middle:].sum()
+            assert cover[1, len(rows) // 2] < cover[1, len(rows) // 4]  # the dip between its lobes
+        if shape != "square":  # its edges fall between pixels
+            assert ((cover > 0.1) & (cover < 0.9)).sum() > 10
+
+
+def test_shapes_keep_apart_and_stand_as_told():
+    rng = random.Random(2)
+    for scene in scenes(500, seed=3):
+        pixels = draw_scene(scene, rng).astype(int)
+        boxes = []
+        for item in (scene.first, scene.second):
+            ys, xs = np.nonzero((pixels == COLOURS[item.colour]).all(-1))
+            boxes.append(np.array([ys.min(), ys.max() + 1, xs.min(), xs.max() + 1]))
+        if scene.relation in ("below", "right"):
+            boxes.reverse()
+        if scene.relation in ("left", "right"):
+            boxes = [box[[2, 3, 0, 1]] for box in boxes]
+        (start1, end1, low1, high1), (start2, end2, low2, high2) = boxes
+        assert start2 - end1 >= 8
+        along, across = (start2 + end2 - start1 - end1) / 2, abs(low2 + high2 - low1 - high1) / 2
+        assert along >= 1.7 * across  # the boxes of full colour are not quite centred on the cells
+
+
+def test_the_grid_of_cells_meets_few_patches():
+    patches = set()
+    for index in range(2000):
+        pixels = sample_picture("train", index)[0]
+        grid = pixels.reshape(8, 8, 8, 8, 3).swapaxes(1, 2).reshape(64, -1)
+        patches.update(patch.tobytes() for patch in grid)
+    assert len(patches) == 449
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+def files(root):
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_the_set_is_the_same_each_time_and_other_with_another_seed(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert write_dataset(tmp_path / name, pictures=12, val=5, seed=seed)
+    first, again, other = (files(tmp_path / name) for name in "abc")
+    assert first == again
+    assert set(first) == set(other) and first != other
+
+
+def test_layout(tmp_path):
+    out = tmp_path / "shapes"
+    write_dataset(out, pictures=9, val=4, size=32)
+    stems = []
+    for split, ids in (("train", range(1, 10)), ("val", range(10, 14))):
+        listing = json.loads((out / "annotations" / f"captions_{split}.json").read_text(encoding="utf-8"))
+        assert [image["id"] for image in listing["images"]] == list(ids)
+        assert len({annotation["id"] for annotation in listing["annotations"]}) == 5 * len(ids)
+        for image in listing["images"]:
+            stem = Path(image["file_name"]).stem
+            stems.append(stem)
+            with Image.open(out / split / "images" / image["file_name"]) as picture:
+                assert (picture.mode, picture.size, picture.format) == ("RGB", (32, 32), "PNG")
+                pixels = np.asarray(picture)
+            captions = (out / split / "captions" / f"{stem}.txt").read_text(encoding="utf-8").splitlines()
+            assert [a["caption"] for a in listing["annotations"] if a["image_id"] == image["id"]] == captions
+            index = image["id"] - ids[0]
+            expected, texts = sample_picture(split, index, 0, 32)
+            assert np.array_equal(pixels, expected) and captions == texts
+        # COCO's own road to the caption files gives the same ones.
+        write_caption_files(out / "annotations" / f"captions_{split}.json", tmp_path / split)
+        assert files(tmp_path / split) == files(out / split / "captions")
+    assert stems == [f"{number:012d}" for number in range(1, 14)]
+
+
+def test_a_finished_set_is_kept_and_one_of_other_settings_replaced(tmp_path):
+    out = tmp_path / "shapes"
+    assert write_dataset(out, pictures=4, val=2)
+    before = files(out)
+    (out / "train" / "images" / "000000000001.png").touch()
+    assert not write_dataset(out, pictures=4, val=2)
+    assert files(out) == before
+    assert write_dataset(out, pictures=3, val=2)
+    assert len(list((out / "train" / "images").iterdir())) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
+
+
+def test_an_interrupted_run_leaves_nothing_and_is_redone(tmp_path, monkeypatch):
+    def interrupted(split, index, seed, size):
+        if index == 3:
+            raise KeyboardInterrupt
+        return sample_picture(split, index, seed, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "sample_picture", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_dataset(tmp_path / "shapes", pictures=6, val=2)
+    assert list(tmp_path.iterdir()) == []
+    assert write_dataset(tmp_path / "shapes", pictures=6, val=2)
+
+
+def test_someone_elses_folder_is_left_alone(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "mine.jpg").write_bytes(b"precious")
+    assert shapes.main(["--out", str(tmp_path), "--pictures", "2", "--val", "1"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: --out") and str(tmp_path) in error
+    assert files(tmp_path) == {"train/mine.jpg": b"precious"}
+
+
+@pytest.mark.parametrize("flags", [["--pictures", "0"], ["--val", "-1"], ["--size", "60"], ["--size", "0"]])
+def test_settings_out_of_range_are_named(flags, tmp_path, capsys):
+    assert shapes.main(["--out", str(tmp_path / "shapes"), *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith(f"error: {flags[0]} {flags[1]}")
+    assert not (tmp_path / "shapes").exists()
+
+
+def test_help_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; from data.shapes import main; main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--pictures" in done.stdout, done.stderr

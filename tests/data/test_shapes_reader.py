@@ -1,0 +1,182 @@
+"""The reader of the demo set: real drawings are read right, and what is not as the caption says is refused."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from data import shapes
+from data.shapes import (
+    BACKGROUND,
+    COLOURS,
+    INVERSE,
+    SHAPES,
+    SIZES,
+    Item,
+    Scene,
+    draw_scene,
+    parse_caption,
+    sample_picture,
+    word_scene,
+)
+from data.shapes_reader import faults, follows, prompt_accuracy, read_picture
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [sample_picture("train" if index % 2 else "val", index, seed=11) for index in range(2000)]
+
+
+def test_the_reader_reads_real_pictures(pictures):
+    right = 0
+    for pixels, captions in pictures:
+        scene = parse_caption(captions[0])
+        right += {seen[:3] for seen in read_picture(pixels)} == {tuple(scene.first), tuple(scene.second)}
+    assert right >= 0.999 * len(pictures)
+    some = pictures[:200]
+    assert prompt_accuracy([captions[1] for _, captions in some], [pixels for pixels, _ in some]) >= 0.999
+    # Each picture with its neighbour's caption: two in a row are the same by chance about never.
+    assert prompt_accuracy([captions[1] for _, captions in some[1:]], [pixels for pixels, _ in some[:-1]]) <= 0.01
+
+
+class Fixed:
+    """Stands in for a random source, and always chooses the same."""
+
+    def __init__(self, chosen):
+        self.chosen = chosen
+
+    def choice(self, options):
+        assert self.chosen in options
+        return self.chosen
+
+
+def test_every_place_is_read():
+    for (size1, size2), relation in itertools.product(itertools.product(SIZES, SIZES), ("above", "left")):
+        scene = Scene(Item("yellow", "heart", size1), relation, Item("pink", "star", size2))
+        n1, n2 = shapes.CELLS[size1], shapes.CELLS[size2]
+        for place in shapes._placements(relation, size1, size2)[::4]:
+            pixels = draw_scene(scene, Fixed(place))
+            centres = {seen.colour: seen.centre for seen in read_picture(pixels)}
+            row1, column1, row2, column2 = place
+            expected = {
+                "yellow": ((column1 + n1 / 2) * 8, (row1 + n1 / 2) * 8),
+                "pink": ((column2 + n2 / 2) * 8, (row2 + n2 / 2) * 8),
+            }
+            for colour, centre in expected.items():
+                assert centres[colour] == pytest.approx(centre, abs=2)
+
+
+def test_a_caption_with_one_thing_wrong_is_not_followed(pictures):
+    for pixels, captions in pictures[:150]:
+        told = parse_caption(captions[0])
+        colour = next(c for c in COLOURS if c not in (told.first.colour, told.second.colour))
+        shape = SHAPES[(SHAPES.index(told.second.shape) + 1) % 5]
+        size = "small" if told.first.size == "large" else "large"
+        wrong = {
+            "colour": told._replace(first=told.first._replace(colour=colour)),
+            "shape": told._replace(second=told.second._replace(shape=shape)),
+            "size": told._replace(first=told.first._replace(size=size)),
+        }
+        rng = random.Random(0)
+        for fault, scene in wrong.items():
+            assert faults(word_scene(scene, rng), pixels) == (fault,), captions[0]
+        for relation in set(INVERSE) - {told.relation}:
+            assert not follows(word_scene(told._replace(relation=relation), rng), pixels)
+        swapped = Scene(told.second, told.relation, told.first)
+        assert not follows(word_scene(swapped, rng), pixels)
+        unsized = told._replace(first=told.first._replace(size=None))
+        assert follows(word_scene(unsized, rng), pixels)
+
+
+def cells(pixels):
+    return pixels.reshape(8, 8, 8, 8, 3).swapaxes(1, 2)  # a view: (8, 8, 8, 8, 3)
+
+
+def test_a_third_object_or_a_missing_one_is_counted(pictures):
+    for pixels, captions in pictures[:100]:
+        ink = (pixels != BACKGROUND).any(-1)
+        near = np.asarray(Image.fromarray(ink).filter(ImageFilter.MaxFilter(5)))
+        third = pixels.copy()
+        free = np.argwhere([[not near[y : y + 4, x : x + 4].any() for x in range(61)] for y in range(61)])
+        y, x = free[len(free) // 2]
+        third[y : y + 4, x : x + 4] = COLOURS["green"]
+        assert faults(captions[0], third) == ("count",)
+        missing = pixels.copy()
+        missing[(missing == COLOURS[parse_caption(captions[0]).first.colour]).all(-1)] = BACKGROUND
+        assert not follows(captions[0], missing)
+    assert read_picture(np.full((64, 64, 3), BACKGROUND, np.uint8)) == []
+
+
+def test_a_shape_with_a_wrong_cell_is_not_that_shape(pictures):
+    for pixels, captions in pictures[:60]:
+        painted = (pixels.astype(int) != BACKGROUND).any(-1)
+        for row, column in itertools.product(range(8), range(8)):
+            if painted[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8].sum() >= 20:
+                for paint in (BACKGROUND, COLOURS["green"], COLOURS["black"]):
+                    broken = pixels.copy()
+                    cell = cells(broken)[row, column]
+                    own = np.abs(cell.astype(int) - paint).sum(-1) > 60
+                    cell[:] = paint
+                    if own.sum() >= 20:
+                        assert not follows(captions[0], broken)
+
+
+def test_a_scrap_of_a_shape_anywhere_is_noticed(pictures):
+    rng = random.Random(4)
+    ground = np.array(BACKGROUND, np.uint8)
+    scraps = [cell for pixels, _ in pictures[200:260] for row in cells(pixels) for cell in row]
+    scraps = [cell for cell in scraps if (np.abs(cell.astype(int) - ground).sum(-1) > 100).sum() >= 8]
+    for pixels, captions in pictures[:60]:
+        for row, column in itertools.product(range(8), range(8)):
+            if (cells(pixels)[row, column] == ground).all():
+                spoilt = pixels.copy()
+                cells(spoilt)[row, column] = rng.choice(scraps)  # often touching a shape, which hides it from the count
+                assert not follows(captions[0], spoilt)
+
+
+def test_two_shapes_of_one_colour_or_two_colours_in_one_shape_are_seen():
+    pixels = draw_scene(Scene(Item("red", "star", "large"), "left", Item("blue", "star", "large")), random.Random(0))
+    same = pixels.copy()
+    (y1, x1), (y2, x2) = (np.argwhere((pixels == COLOURS[c]).all(-1)).min(0) for c in ("red", "blue"))
+    caption = "a large red star left of a large blue star"
+    assert follows(caption, pixels)
+    same[y2 : y2 + 24, x2 : x2 + 22] = pixels[y1 : y1 + 24, x1 : x1 + 22][: 64 - y2, : 64 - x2]
+    assert "colour" in faults(caption, same)
+    half = pixels.copy()
+    top = half[: y1 + 11]
+    top[(top == COLOURS["red"]).all(-1)] = COLOURS["black"]
+    assert "colour" in faults(caption, half)
+
+
+def test_soft_noisy_and_scaled_pictures_are_still_read(pictures):
+    rng = np.random.default_rng(0)
+
+    def blurred(pixels):
+        return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.8)))
+
+    def noisy(pixels):
+        return np.clip(np.rint(pixels + rng.normal(0, 8, pixels.shape)), 0, 255).astype(np.uint8)
+
+    def tinted(pixels):
+        return np.rint(0.9 * pixels + 0.1 * np.array([128, 140, 150])).astype(np.uint8)
+
+    def enlarged(pixels):
+        return np.asarray(Image.fromarray(pixels).resize((256, 256), Image.BICUBIC))
+
+    sample = pictures[:150]
+    captions = [captions[0] for _, captions in sample]
+    for change in (blurred, noisy, tinted, enlarged, lambda pixels: noisy(blurred(pixels))):
+        assert prompt_accuracy(captions, [change(pixels) for pixels, _ in sample]) >= 0.98, change
+
+
+def test_the_reader_refuses_what_is_no_picture():
+    with pytest.raises(ValueError, match="uint8"):
+        read_picture(np.zeros((64, 64, 3), np.float32))
+    with pytest.raises(ValueError, match="uint8"):
+        read_picture(np.zeros((64, 32, 3), np.uint8))
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert not follows("a red star above a blue star", noise)
+    with pytest.raises(ValueError, match="one caption a picture"):
+        prompt_accuracy(["a red star above a blue star"], [])

@@ -1,0 +1,332 @@
+"""The tokenizers against the programs whose vocabularies they read, and against bad files."""
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import pickle
+import random
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.tokenizer import CLIP_PATH, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+YTTM_PATH = ROOT / "bpe" / "bpe_yttm_vocab.txt"
+REAL = ROOT.parent / "shared" / "data"
+
+AWKWARD = [
+    "",
+    " ",
+    "\t\r\n\v\f",
+    "a",
+    "  two   spaces\tand\na break ",
+    "\u2581 a\u2581b \u2581\u2581",
+    "no\u00a0break\u3000wide\u2028line\x1cseparator\x85",
+    "caf\u00e9 cafe\u0301 na\u00efve \u00c5ngstr\u00f6m",
+    "\u65e5\u672c\u8a9e \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u0639\u0631\u0628\u064a",
+    "\U0001f600\U0001f600 a dog \U0001f436!\U0001f3f3\ufe0f\u200d\U0001f308",
+    "a\u2603\u2603b \u2603 c\u2603",
+    "\ufb01ne &amp;amp; <b>bold</b> &lt;3 \u201cquotes\u201d \u2026",
+    "\u0130stanbul stra\u00dfe 'S 'LL '\u017f it's WE'LL",
+    "<UNK> <PAD> <BOS> </w> <|startoftext|>",
+    "!!! !\u20ac ?! ... $1,234.56 3rd 20%",
+    "bike . A dog .22 ,, -- /",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaa " + "\u00e1" * 40,
+    "x" * 3000,
+    "nul\x00l \x7f \u200b",
+]
+
+
+def random_texts(number: int):
+    rnd = random.Random(0)
+    parts = [
+        *"abcdeTHE .,!?'\t\n\x0b\x1f\xa0\u3000\u2581\xe9\u2603\u65e50\xbd#-\u20ac",
+        "\U0001f600",
+        "the ",
+        " a",
+        "&amp;",
+        "'s",
+    ]
+    return ["".join(rnd.choice(parts) for _ in range(rnd.randrange(25))) for _ in range(number)]
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def yttm():
+    return load_tokenizer(YTTM_PATH)
+
+
+@pytest.fixture(scope="module", params=["clip", "yttm"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def captions():
+    files = [REAL / "captions_val2017.json", REAL / "coco_by_bysa" / "annotations" / "captions_train2017.json"]
+    if not all(file.exists() for file in files):
+        pytest.skip("no real captions here")
+    return [a["caption"] for file in files for a in json.loads(file.read_text("utf-8"))["annotations"]]
+
+
+@pytest.fixture(scope="module")
+def open_clip():
+    """open_clip's own tokenizer. Its package imports torchvision, so the one file is loaded by itself."""
+    found = importlib.util.find_spec("open_clip")
+    if found is None:
+        pytest.skip("open_clip_torch is not installed")
+    file = Path(found.submodule_search_locations[0]) / "tokenizer.py"
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer_alone", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
+
+
+@pytest.fixture(scope="module")
+def youtokentome():
+    return pytest.importorskip("youtokentome")
+
+
+def test_clip_ids_that_are_known(clip):
+    assert clip.vocab_size == 49408
+    assert clip.encode("a diagram") == [320, 22697]
+    assert clip.encode("A photo\nof a CAT") == [320, 1125, 539, 320, 2368]
+    assert clip.encode("hello world") == [3306, 1002]
+    assert clip.decode([49406, 320, 1125, 539, 320, 2368, 49407, 0, 0]) == "a photo of a cat"
+
+
+def test_yttm_ids_that_are_known(yttm):
+    assert yttm.vocab_size == 8192
+    numbers = [int(field) for field in YTTM_PATH.read_text().split()]
+    characters = {chr(code): i for code, i in zip(numbers[2 : 2 + 2 * numbers[0] : 2], numbers[3::2])}
+    assert yttm.encode("]") == [characters["\u2581"], characters["]"]]  # too rare in captions to be merged
+    assert yttm.encode("\u2603") == [characters["\u2581"], 1]
+    assert yttm.encode("A dog") == [90, 273] and yttm.encode("a dog") != [90, 273]
+    assert yttm.decode([2, 90, 1, 273, 3, 0, 0]) == "A dog"
+
+
+def test_clip_equals_open_clip(clip, open_clip, captions):
+    for text in captions + AWKWARD + random_texts(3000):
+        assert clip.encode(text) == open_clip.encode(text), text
+
+
+def test_clip_decodes_as_open_clip(clip, open_clip):
+    rnd = random.Random(0)
+    for _ in range(1000):
+        ids = [rnd.randrange(1, 49406) for _ in range(rnd.randrange(12))]
+        assert clip.decode(ids) == open_clip.decode(ids).strip(" "), ids
+
+
+def test_yttm_equals_youtokentome(yttm, youtokentome, captions):
+    original = youtokentome.BPE(str(YTTM_PATH), n_threads=1)
+    texts = captions + AWKWARD + random_texts(5000)
+    for text, expected in zip(texts, original.encode(texts)):
+        assert yttm.encode(text) == expected, text
+    rnd = random.Random(0)
+    for _ in range(1000):
+        ids = [rnd.randrange(8192) for _ in range(rnd.randrange(12))]
+        assert yttm.decode(ids) == original.decode([ids], ignore_ids=[0, 1, 2, 3])[0].strip(" "), ids
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        {"vocab_size": 300},
+        {"vocab_size": 150, "coverage": 0.97},
+        {"vocab_size": 300, "unk_id": 299, "bos_id": 7, "eos_id": 40},
+        {"vocab_size": 300, "unk_id": 2, "bos_id": -1, "eos_id": -1},
+    ],
+    ids=["plain", "rare characters unknown", "special ids anywhere", "no start and end"],
+)
+def test_any_youtokentome_model(youtokentome, tmp_path, special):
+    texts = AWKWARD + random_texts(2000)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(texts[:1500]), encoding="utf-8")
+    original = youtokentome.BPE.train(str(corpus), str(tmp_path / "model"), n_threads=1, **special)
+    ours = load_tokenizer(tmp_path / "model")
+    assert ours.vocab_size == original.vocab_size() == special["vocab_size"]
+    for text, expected in zip(texts, original.encode(texts)):
+        assert ours.encode(text) == expected, text
+    ids = list(range(ours.vocab_size))
+    named = [0, special.get("unk_id", 1), special.get("bos_id", 2), special.get("eos_id", 3)]
+    assert ours.decode(ids) == original.decode([ids], ignore_ids=named)[0].strip(" ")
+
+
+def test_round_trip_of_real_captions(clip, yttm, captions):
+    for caption in captions[::10]:
+        tidy = " ".join(caption.split())
+        assert yttm.decode(yttm.encode(caption)) == tidy
+        # CLIP loses capitals and sets all words and signs apart, so it is the ids that come back.
+        assert clip.encode(clip.decode(clip.encode(caption))) == clip.encode(caption)
+
+
+def test_tokenize_pads_with_zeros(either):
+    texts = ["A dog", "", "A brown dog runs over the grass"]
+    rows = either.tokenize(texts, context_length=12)
+    assert rows.dtype == torch.long and rows.shape == (3, 12)
+    for row, text in zip(rows.tolist(), texts):
+        ids = either.encode(text)
+        assert row == ids + [0] * (12 - len(ids))
+    assert torch.equal(either.tokenize("A dog", 12), rows[:1])
+    assert either.tokenize("A dog").shape == (1, 256)
+    assert either.tokenize([], 12).shape == (0, 12)
+
+
+def test_padding_is_never_decoded(either):
+    rows = either.tokenize("a dog on the grass", 12)
+    assert either.decode(rows[0]) == "a dog on the grass"
+    positions = torch.arange(12) + either.vocab_size  # the model's own id for padding at each position
+    assert either.decode(torch.where(rows[0] == 0, positions, rows[0])) == "a dog on the grass"
+    assert either.decode(rows[0].numpy()) == either.decode(rows[0].tolist()) == "a dog on the grass"
+    assert either.decode([]) == either.decode([0, 0, -1, 10**9]) == ""
+    with pytest.raises(ValueError, match="one sequence"):
+        either.decode(rows)
+
+
+def test_a_text_over_the_limit(either):
+    text = "a very long caption " * 10
+    length = len(either.encode(text))
+    assert either.tokenize(text, length).shape == (1, length)
+    with pytest.raises(ValueError) as caught:
+        either.tokenize(["short", text], length - 1)
+    message = str(caught.value)
+    assert "a very long caption" in message and len(message) < 200 and "\n" not in message
+    assert str(length) in message and str(length - 1) in message and "--truncate-captions" in message
+    assert either.tokenize(text, 5, truncate_text=True).tolist() == [either.encode(text)[:5]]
+
+
+def test_half_a_surrogate_pair_is_refused(yttm):
+    with pytest.raises(ValueError, match="Unicode"):
+        yttm.encode("a dog \ud83d")
+
+
+def test_identity_and_the_bytes_in_a_checkpoint(clip, yttm, tmp_path):
+    assert (clip.kind, clip.vocabulary, clip.path) == ("clip", None, str(CLIP_PATH))
+    assert clip.fingerprint == hashlib.sha256(CLIP_PATH.read_bytes()).hexdigest()
+    assert (yttm.kind, yttm.vocabulary, yttm.path) == ("yttm", YTTM_PATH.read_bytes(), str(YTTM_PATH))
+    assert yttm.fingerprint == hashlib.sha256(YTTM_PATH.read_bytes()).hexdigest()
+
+    embedded = load_tokenizer(vocabulary=yttm.vocabulary)
+    assert embedded.path is None and embedded.fingerprint == yttm.fingerprint
+    assert embedded.encode("A dog") == yttm.encode("A dog")
+    copied = pickle.loads(pickle.dumps(yttm))  # as a data loader's worker processes may get it
+    assert copied.encode("A dog") == yttm.encode("A dog")
+    with pytest.raises(ValueError, match="not both"):
+        load_tokenizer(YTTM_PATH, vocabulary=yttm.vocabulary)
+
+
+def test_files_are_what_the_readme_says():
+    table = (ROOT / "bpe" / "README.md").read_text("utf-8")
+    for path in (CLIP_PATH, YTTM_PATH):
+        line = next(line for line in table.splitlines() if line.startswith(f"| `{path.name}`"))
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in line
+
+
+@pytest.mark.parametrize("packed", ["as shipped", "packed again", "not packed"])
+def test_clip_file_by_path(clip, tmp_path, packed):
+    text = gzip.decompress(CLIP_PATH.read_bytes())
+    again = gzip.compress(text, 1)
+    path = tmp_path / "vocabulary"
+    path.write_bytes({"as shipped": CLIP_PATH.read_bytes(), "packed again": again, "not packed": text}[packed])
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.kind == "clip" and tokenizer.fingerprint == clip.fingerprint
+    assert tokenizer.encode("a diagram") == [320, 22697]
+
+
+def write_bad_file(path: Path, kind: str) -> None:
+    model = YTTM_PATH.read_bytes()
+    lines = model.splitlines(keepends=True)
+    first_merge = 1 + int(lines[0].split()[0])
+    clip_file = CLIP_PATH.read_bytes()
+    if kind == "zip of a checkpoint":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps({"weights": 1}))
+        return
+    if kind == "huge":
+        with open(path, "wb") as file:
+            file.truncate(1 << 30)  # a hole: takes no room
+        return
+    path.write_bytes(
+        {
+            "empty": b"",
+            "blank": b" \n\n",
+            "binary": bytes(range(256)),
+            "pickled": pickle.dumps({"vocab": ["a"]}),
+            "html": b"<!DOCTYPE html><html><body>404: not found</body></html>",
+            "one number": b"5",
+            "other numbers": b"1 2 3\n4 5 6\n",
+            "absurd counts": b"999999999 999999999\n1 2\n",
+            "negative counts": b"-5 3\n1 2 3",
+            "first line lost": b"".join(lines[1:]),
+            "cut in the middle": model[: len(model) // 2],
+            "cut at a line": b"".join(lines[:-1]),
+            "last number cut off": model.rstrip()[:-1],
+            "merge of an unknown id": b"".join(lines[:first_merge] + [b"6 8191 81\n"] + lines[first_merge + 1 :]),
+            "merge of a special id": b"".join(lines[:first_merge] + [b"1 6 81\n"] + lines[first_merge + 1 :]),
+            "id given twice": b"".join(lines[:first_merge] + [lines[first_merge + 1]] + lines[first_merge + 1 :]),
+            "id too large": b"".join(lines[:first_merge] + [b"6 7 99999\n"] + lines[first_merge + 1 :]),
+            "no such character": b"2 0\n9601 4\n55296 5\n1 0 2 3\n",
+            "two ids for a subword": b"2 2\n9601 4\n97 5\n4 5 6\n4 5 7\n1 0 2 3\n",
+            "no word start": b"1 0\n97 4\n1 0 2 3\n",
+            "no unknown token": b"2 0\n9601 1\n97 2\n-1 0 -1 -1\n",
+            "id 0 not padding": b"2 0\n9601 0\n97 2\n1 -1 -1 -1\n",
+            "gzip of another text": gzip.compress(model),
+            "gzip cut short": clip_file[: len(clip_file) // 2],
+            "gzip damaged": clip_file[:1000] + b"\0" * 1000 + clip_file[2000:],
+        }[kind]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("empty", "empty"),
+        ("blank", "cut short"),
+        ("binary", "whole numbers"),
+        ("pickled", "whole numbers"),
+        ("zip of a checkpoint", "whole numbers"),
+        ("huge", "too large"),
+        ("html", "whole numbers"),
+        ("one number", "cut short"),
+        ("other numbers", "cut short"),
+        ("absurd counts", "cut short"),
+        ("negative counts", "cut short"),
+        ("first line lost", "cut short"),
+        ("cut in the middle", "cut short"),
+        ("cut at a line", "cut short"),
+        ("last number cut off", "cut short"),
+        ("merge of an unknown id", "6 8191 81"),
+        ("merge of a special id", "1 6 81"),
+        ("id given twice", "twice"),
+        ("id too large", "99999"),
+        ("no such character", "55296"),
+        ("two ids for a subword", "two ids"),
+        ("no word start", "\u2581"),
+        ("no unknown token", "unknown"),
+        ("id 0 not padding", "pad_id"),
+        ("gzip of another text", "something else"),
+        ("gzip cut short", "damaged"),
+        ("gzip damaged", "damaged"),
+    ],
+)
+def test_bad_files(tmp_path, kind, reason):
+    path = tmp_path / "vocab.file"
+    write_bad_file(path, kind)
+    with pytest.raises(ValueError) as caught:
+        load_tokenizer(path)
+    assert str(path) in str(caught.value) and reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.txt"):
+        load_tokenizer(tmp_path / "absent.txt")
+    with pytest.raises(ValueError, match="is not a file"):
+        load_tokenizer(str(tmp_path))

@@ -1,0 +1,100 @@
+"""Checkpoint files: one canonical layout for every backend, written beside their name and renamed, read without
+pickled code.
+
+The layout is the reference's: a dict of hparams, vae_params, epoch, weights (`model.…`), opt_state, scheduler_state.
+What we add stands beside: step, tokenizer, sampling, settings and versions. Tensors and plain values only. How a model
+is built from them is generate.py's business.
+"""
+
+import contextlib
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+
+PREFIX = "model."
+
+
+def write(path, checkpoint):
+    """torch.save, complete or not at all: written beside `path`, flushed to disk, renamed. OSError where it cannot
+    be.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()
+
+
+def read(path):
+    """The checkpoint's dict, on the CPU. ValueError in one line where it is none, is cut short or holds code."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; give a file that train.py wrote (dalle_<epoch>.pt)")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"(?:GLOBAL |Unsupported (?:global|class|operand)[^\w]*)([\w.]+)", str(error))
+        what = f" ({reason.group(1)})" if reason else ""
+        raise ValueError(f"{path}: not a checkpoint of tensors and plain values{what}; it was not opened") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: damaged, cut short or not a checkpoint ({_first_line(error)})") from None
+    missing = {"hparams", "weights"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise ValueError(f"{path}: not a DALL-E checkpoint: it has no {' and no '.join(sorted(missing))}")
+    if not isinstance(checkpoint["hparams"], dict) or not isinstance(checkpoint["weights"], dict):
+        raise ValueError(f"{path}: not a DALL-E checkpoint: its hparams and weights are not dictionaries")
+    return checkpoint
+
+
+def canonical_weights(state):
+    """A DALLE's state dict under the file's names."""
+    return {PREFIX + name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def model_weights(weights):
+    """The file's weights under a DALLE's own names: prefix off, split embeddings joined in order, half widened to fp32.
+
+    Keys of the VQGAN's training loss (`vae.model.loss.…`) are left out; they take no part in a DALL-E.
+    """
+    joined, pieces = {}, {}
+    for name, tensor in weights.items():
+        name = name[len(PREFIX) :] if name.startswith(PREFIX) else name
+        if name.startswith("vae.model.loss."):
+            continue
+        if torch.is_tensor(tensor) and tensor.is_floating_point():
+            tensor = tensor.float()
+        split = re.fullmatch(r"(.+)\.split_embeddings\.(\d+)\.weight", name)
+        if split:
+            pieces.setdefault(split.group(1), {})[int(split.group(2))] = tensor
+        else:
+            joined[name] = tensor
+    for name, rows in pieces.items():
+        joined[f"{name}.weight"] = torch.cat([rows[index] for index in sorted(rows)])
+    return joined
+
+
+def first_misfit(model, weights):
+    """The first way in which weights (own names) do not fit a module, as a phrase; None where they fit."""
+    expected = model.state_dict()
+    for name in sorted(expected.keys() - weights.keys()):
+        return f"{name} is missing"
+    for name in sorted(weights.keys() - expected.keys()):
+        return f"{name} is not part of this model"
+    for name, tensor in expected.items():
+        if tensor.shape != weights[name].shape:
+            return f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+    return None
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
