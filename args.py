@@ -227,6 +227,8 @@ def train_parser():
     add = parser.heading("Checkpoints")
     add("checkpoint-output-dir", "./output/ckpt", "folder for checkpoints; '' writes none")
     add("checkpoint-save-steps", 1000, "updates between checkpoints, beside those at ends of epochs", COUNT)
+    add("checkpoint-save-epochs", 1, "epochs from one checkpoint at an epoch's end to the next", COUNT)
+    add("keep-checkpoints", 3, "how many of the newest to keep", COUNT)
     add("pretrained-checkpoint", None, "go on from this checkpoint")
     add("vae-path", None, "a folder of train_vqgan.py, or its .ckpt with the .yaml beside it")
     vqgan_file_flags(add)

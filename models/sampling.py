@@ -155,3 +155,25 @@ def _cached_logits(dalle, text, codes, cache):
 
 def _full_logits(dalle, text, codes, cache):
     return dalle(text, codes if codes.shape[1] else None)[:, -1, dalle.num_text_tokens :]
+
+
+@torch.no_grad()
+def complete_text(dalle, tokens, *, temperature=1.0, generator=None):
+    """Continue a caption: int64 (1, n) tokens → int64 (1, text_seq_len), 0 from where the model ends it."""
+    was_training = dalle.training
+    dalle.eval()
+    first_padding = dalle.num_text_tokens - dalle.text_seq_len
+    try:
+        for place in range(tokens.shape[1], dalle.text_seq_len):
+            seen = F.pad(tokens, (0, dalle.text_seq_len - place))
+            x = dalle.transformer(dalle.embed_text(dalle.number_padding(seen))[:, : place + 1])
+            logits = dalle.text_logits(x[:, -1]).float() / temperature  # (1, num_text_tokens)
+            logits[:, 0] = float("-inf")  # 0 is padding in a caption; its position's own id says so
+            noise = gumbel_noise(1, 1, dalle.num_text_tokens, generator, tokens.device)[:, 0]
+            token = (logits + noise).argmax(-1)
+            if int(token) >= first_padding:
+                break
+            tokens = torch.cat((tokens, token[:, None]), dim=1)
+    finally:
+        dalle.train(was_training)
+    return F.pad(tokens, (0, dalle.text_seq_len - tokens.shape[1]))

@@ -66,10 +66,11 @@ class VQGan(nn.Module):
         patches = rearrange(pixels, "b c (h p) (w q) -> b (c p q) h w", p=self.patch_size, q=self.patch_size)
         return self.quant_conv(self.encoder(patches))
 
-    def nearest(self, latents: torch.Tensor) -> torch.Tensor:
+    def nearest(self, latents: torch.Tensor, handicap: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(B, D, h, w) latents -> (B, h, w) long codes, always computed in fp32.
 
-        In half precision neighbouring entries of a large codebook become equal, and codes flip.
+        In half precision neighbouring entries of a large codebook become equal, and codes flip. `handicap` (n_embed,)
+        is added to the squared distances, for training that prefers some entries; a GumbelVQ has no distances.
         """
         latents = latents.float()
         if self.gumbel:  # the most likely code: the noise of the paper belongs to training
@@ -79,6 +80,8 @@ class VQGan(nn.Module):
         codebook = self.codebook.float()
         # |z - e|² in the order of taming's own sum, so that ties fall the same way.
         distances = flat.pow(2).sum(dim=1, keepdim=True) + codebook.pow(2).sum(dim=1) - 2 * flat @ codebook.t()
+        if handicap is not None:
+            distances = distances + handicap
         return distances.argmin(dim=1).reshape(latents.shape[0], latents.shape[2], latents.shape[3])
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,186 @@
+"""Draws pictures for prompts with a checkpoint of train.py, or of the reference application.
+
+python generate.py --dalle_path output/demo/ckpt/dalle_2.pt --text "a small red circle above a large blue square"
+"""
+
+import random
+import re
+from pathlib import Path
+
+import args
+import log
+
+DEFAULTS = {"top_k": 0.99, "top_p": None, "temperature": 1.0, "cond_scale": 1.0}
+NAME_BYTES = 200  # of a folder's name; file systems allow 255
+
+
+def main(argv=None):
+    settings = args.generate_arguments(argv)
+    log.set_up()
+    with log.bad_input_exits():
+        from torch import set_grad_enabled
+
+        from backends import select
+
+        set_grad_enabled(False)
+        model, tokenizer, recommended = load(
+            settings.dalle_path, settings.vqgan_model_path, settings.vqgan_config_path, settings.bpe_path
+        )
+        Path(settings.outputs_dir).mkdir(parents=True, exist_ok=True)
+        sampler = select(settings).sampler(model)
+        sampling = {key: getattr(settings, key) for key in DEFAULTS}
+        sampling = {key: recommended[key] if value is None else value for key, value in sampling.items()}
+        seed = random.SystemRandom().randrange(2**31) if settings.seed is None else settings.seed
+        log.LOG.info("seed %d, %s", seed, ", ".join(f"{key} {value}" for key, value in sampling.items()))
+        for prompt in settings.prompts:
+            if settings.gentxt:
+                prompt = complete_prompt(model, tokenizer, prompt, seed)
+                log.LOG.info("completed prompt: %s", prompt)
+            pictures = draw(model, tokenizer, sampler, prompt, settings.num_images, settings.batch_size, seed, sampling)
+            folder = save_pictures(pictures, prompt, settings.outputs_dir)
+            print(f"{len(pictures)} pictures of '{prompt}' in {folder}")
+
+
+def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=None):
+    """A checkpoint → (DALLE in eval mode, tokenizer, recommended sampling settings).
+
+    A checkpoint of ours brings its VQGAN and vocabulary along. One of the reference brings the VQGAN's weights: its
+    configuration is the official f=16 model's unless vqgan_model_path says otherwise. ValueError or OSError in one line.
+    """
+    from data.tokenizer import load_tokenizer
+    from models.dalle import DALLE
+    from models.vae import VQGanVAE, load_vqgan
+    from train import image_tokenizer
+    from utils import checkpoint
+
+    saved = checkpoint.read(dalle_path)
+    weights = checkpoint.model_weights(saved["weights"])
+    ours = saved.get("vae_params") if isinstance(saved.get("vae_params"), dict) else {}
+    if vqgan_model_path:
+        vae = load_vqgan(vqgan_model_path, vqgan_config_path)
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("vae.")}
+        weights.update({f"vae.{name}": tensor for name, tensor in vae.state_dict().items()})
+    elif ours.get("target") and ours.get("params"):
+        vae = VQGanVAE(ours["params"], gumbel=ours["target"] == "GumbelVQ")
+    elif any(name.startswith("vae.") for name in weights):
+        vae = image_tokenizer(args.train_arguments(["--generated-data"]))
+    else:
+        vae = load_vqgan()
+        weights.update({f"vae.{name}": tensor for name, tensor in vae.state_dict().items()})
+
+    known = saved.get("tokenizer") or {}
+    if bpe_path is None and torch_bytes(known.get("vocabulary")) is not None:
+        tokenizer = load_tokenizer(vocabulary=torch_bytes(known["vocabulary"]))
+    else:
+        tokenizer = load_tokenizer(bpe_path)
+    hparams = saved["hparams"]
+    names = "num_text_tokens text_seq_len dim depth heads dim_head loss_img_weight attn_types sandwich_norm".split()
+    missing = [name for name in names if name not in hparams]
+    if missing:
+        raise ValueError(f"{dalle_path}: its hparams lack {', '.join(missing)}")
+    if tokenizer.vocab_size != hparams["num_text_tokens"]:
+        raise ValueError(
+            f"{dalle_path}: was trained with {hparams['num_text_tokens']} text tokens, the vocabulary "
+            f"{bpe_path or 'of CLIP'} has {tokenizer.vocab_size}; give the right one with --bpe_path"
+        )
+    try:
+        model = DALLE(vae=vae, **{name: hparams[name] for name in names})
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{dalle_path}: its hparams describe no model ({str(error).splitlines()[0]})") from None
+    misfit = checkpoint.first_misfit(model, weights)
+    if misfit:
+        raise ValueError(f"{dalle_path}: does not fit its hparams and VQGAN: {misfit} (see --vqgan_model_path)")
+    model.load_state_dict(weights)
+    recommended = {
+        **DEFAULTS,
+        **{key: value for key, value in (saved.get("sampling") or {}).items() if value is not None},
+    }
+    return model.eval(), tokenizer, recommended
+
+
+def torch_bytes(tensor):
+    return None if tensor is None else bytes(tensor.tolist())
+
+
+def tokenize_prompt(model, tokenizer, prompt):
+    """Tokens int64 (1, text_seq_len); ValueError for a prompt without tokens or with too many."""
+    if not tokenizer.encode(prompt):
+        raise ValueError(f"--text: '{prompt}' has no words that the vocabulary knows")
+    return tokenizer.tokenize([prompt], model.text_seq_len)
+
+
+def complete_prompt(model, tokenizer, prompt, seed):
+    """--gentxt: the prompt with the words that the model adds to it."""
+    import torch
+
+    from models.sampling import complete_text
+
+    tokens = torch.tensor([tokenizer.encode(prompt)[: model.text_seq_len]])
+    text = complete_text(model, tokens, generator=torch.Generator().manual_seed(seed))
+    return tokenizer.decode(text[0])
+
+
+def draw(model, tokenizer, sampler, prompt, count, batch_size, seed, sampling):
+    """`count` pictures of a prompt, float (count, 3, S, S) in [0, 1]; picture i depends on seed + i alone."""
+    import torch
+    from tqdm import tqdm
+
+    text = tokenize_prompt(model, tokenizer, prompt)
+    pictures = []
+    with tqdm(total=count, unit="picture", desc=prompt[:40], disable=None) as bar:
+        for first in range(0, count, batch_size):
+            generators = [torch.Generator().manual_seed(seed + i) for i in range(first, min(first + batch_size, count))]
+            codes = sampler(text.repeat(len(generators), 1), generator=generators, **sampling)
+            device = next(model.parameters()).device
+            pictures.append(model.vae.decode(codes.to(device)).cpu())
+            bar.update(len(generators))
+    return torch.cat(pictures)
+
+
+def as_picture(pixels):
+    """Float (3, H, W) in [0, 1] → PIL, each value rounded, contrast untouched."""
+    from PIL import Image
+
+    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def grid_of(pictures, columns=None, gap=2):
+    """Float (N, 3, H, W) → one PIL picture, row by row on white."""
+    from PIL import Image
+
+    columns = columns or max(1, round(len(pictures) ** 0.5))
+    rows = -(-len(pictures) // columns)
+    height, width = pictures.shape[2] + gap, pictures.shape[3] + gap
+    grid = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    for place, pixels in enumerate(pictures):
+        row, column = divmod(place, columns)
+        grid.paste(as_picture(pixels), (gap + column * width, gap + row * height))
+    return grid
+
+
+def folder_name(prompt):
+    """A prompt as one plain file name: _ for spaces and for what means something to a file system, 100 characters."""
+    name = re.sub(r"[^\w.,'()+-]", "_", prompt)[:100].lstrip(".") or "prompt"
+    return name.encode()[:NAME_BYTES].decode(errors="ignore")
+
+
+def save_pictures(pictures, prompt, outputs_dir):
+    """0.jpg … , grid.png and caption.txt in the prompt's folder, numbered on after what is there; → the folder."""
+    base = Path(outputs_dir) / folder_name(prompt)
+    folder, number = base, 1
+    while (folder / "caption.txt").exists() and (folder / "caption.txt").read_text(encoding="utf-8") != prompt + "\n":
+        number += 1  # another prompt has this name
+        folder = base.with_name(f"{base.name}-{number}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "caption.txt").write_text(prompt + "\n", encoding="utf-8")
+    taken = [int(path.stem) for path in folder.glob("*.jpg") if path.stem.isdigit()]
+    first = max(taken, default=-1) + 1
+    for place, pixels in enumerate(pictures):
+        as_picture(pixels).save(folder / f"{first + place}.jpg", quality=95, subsampling=0)
+    grid = "grid.png" if first == 0 else f"grid-{first}.png"
+    grid_of(pictures).save(folder / grid)
+    return folder
+
+
+if __name__ == "__main__":
+    main()

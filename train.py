@@ -1,0 +1,272 @@
+"""Trains a DALL-E: build → loop → save, the story of a run.
+
+    python train.py --config NAME [flags]
+
+What a step does on which machine is the backends' business; flags and configurations are args.py's.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import args
+import log
+
+
+def main(argv=None):
+    settings = args.train_arguments(argv)
+    log.set_up()
+    with log.bad_input_exits():
+        run = build(settings)
+    try:
+        train(run)
+    except KeyboardInterrupt:
+        path = save(run, f"dalle_step_{run.step}.pt")
+        print(f"stopped after step {run.step}; go on with --pretrained-checkpoint {path}" if path else "stopped")
+        raise SystemExit(130) from None
+
+
+class Run:
+    """What a run holds between build and save; step and epoch are those to come next."""
+
+    def __init__(self, **parts):
+        vars(self).update(parts)
+
+
+def build(settings):
+    """Everything a run needs, or ValueError / OSError in one line."""
+    import torch
+
+    import backends
+    from data.loader import EpochBatches
+    from data.tokenizer import load_tokenizer
+    from models.dalle import DALLE
+    from utils import checkpoint, optimization
+
+    torch.manual_seed(settings.random_seed)
+    if settings.checkpoint_output_dir:
+        check_writable(settings.checkpoint_output_dir)
+    backend = backends.select(settings)
+    tokenizer = load_tokenizer(settings.bpe_path)
+    vae = image_tokenizer(settings)
+    dataset = build_dataset(settings, backend, tokenizer, vae)
+    batches = EpochBatches(len(dataset), backend.samples_per_step, seed=settings.random_seed)
+    hparams = {
+        "num_text_tokens": tokenizer.vocab_size,
+        "text_seq_len": settings.text_seq_len,
+        "dim": settings.hidden_size,
+        "depth": settings.num_hidden_layers,
+        "heads": settings.num_attention_heads,
+        "dim_head": settings.dim_head,
+        "loss_img_weight": settings.loss_img_weight,
+        "attn_types": tuple(settings.attn_types),
+        "ff_dropout": settings.ff_dropout,
+        "attn_dropout": settings.attn_dropout,
+        "sandwich_norm": settings.sandwich_norm,
+    }
+    model = DALLE(vae=vae, **hparams)
+    steps = batches.batches_per_epoch * settings.epochs
+    if settings.max_steps is not None:
+        steps = min(steps, settings.max_steps)
+    schedule = optimization.LearningRate(
+        settings.lr_scheduler,
+        settings.learning_rate,
+        epochs=math.ceil(steps / batches.batches_per_epoch),
+        steps=steps,
+        warmup_steps=settings.warmup_steps,
+    )
+    trainer = backend.trainer(model)
+    run = Run(
+        settings=settings,
+        backend=backend,
+        tokenizer=tokenizer,
+        vae=vae,
+        dataset=dataset,
+        batches=batches,
+        hparams=hparams,
+        trainer=trainer,
+        schedule=schedule,
+        steps=steps,
+        step=0,
+        written=[],
+    )
+    if settings.pretrained_checkpoint:
+        resume(run, checkpoint.read(settings.pretrained_checkpoint), model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    log.LOG.info("%d pictures, %d steps of %d samples", len(dataset), steps, backend.samples_per_step)
+    log.LOG.info("%s trainable parameters, %d text tokens", f"{trained:,}", tokenizer.vocab_size)
+    return run
+
+
+def check_writable(folder):
+    """Make the folder, and write and remove a file in it; OSError before hours are spent, not after."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / ".writable.tmp"
+    probe.touch()
+    probe.unlink()
+
+
+def image_tokenizer(settings):
+    """The VQGAN of --vae-path or --vqgan-model-path; the official one otherwise (untrained for generated data)."""
+    from models.vae import VQGanVAE, load_vqgan
+
+    path = settings.vae_path or settings.vqgan_model_path
+    if path is None and (settings.generated_data or settings.synthetic_data):
+        ddconfig = {"ch": 128, "out_ch": 3, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions": [16]}
+        ddconfig.update(in_channels=3, resolution=256, z_channels=256, double_z=False)
+        return VQGanVAE({"ddconfig": ddconfig, "n_embed": 1024, "embed_dim": 256})
+    return load_vqgan(path, settings.vqgan_config_path)
+
+
+def build_dataset(settings, backend, tokenizer, vae):
+    """A folder's pairs with pixels or cached codes, or generated samples."""
+    from data.codes import cached_codes
+    from data.loader import GeneratedDataset, TextImageDataset
+
+    use_codes = not settings.no_codes_cache
+    if settings.generated_data or settings.synthetic_data:
+        codes = {"num_image_codes": vae.num_tokens, "image_seq_len": vae.image_seq_len} if use_codes else {}
+        return GeneratedDataset(
+            16 * backend.samples_per_step,
+            text_seq_len=settings.text_seq_len,
+            num_text_tokens=tokenizer.vocab_size,
+            image_size=vae.image_size,
+            byteio=settings.byteio,
+            seed=settings.random_seed,
+            **codes,
+        )
+    dataset = TextImageDataset(
+        settings.input_folder,
+        tokenizer,
+        text_seq_len=settings.text_seq_len,
+        image_size=vae.image_size,
+        truncate_captions=settings.truncate_captions,
+        byteio=settings.byteio,
+        caption_dropout=settings.caption_dropout,
+        seed=settings.random_seed,
+    )
+    if use_codes:
+        codes, bad = cached_codes(
+            dataset.pictures,
+            backend.encode(vae),
+            folder=dataset.folder,
+            cache_dir=settings.codes_cache or dataset.folder,
+            image_size=vae.image_size,
+            num_codes=vae.num_tokens,
+            fingerprint=vae.fingerprint(),
+        )
+        dataset.attach_codes(codes, bad)
+    else:
+        dataset[0]  # at least one picture can be read, or ValueError now
+    return dataset
+
+
+def resume(run, saved, model):
+    """Weights, optimizer, schedule and position of a checkpoint; ValueError where it does not fit this model."""
+    from utils import checkpoint
+
+    weights = checkpoint.model_weights(saved["weights"])
+    for name, tensor in model.state_dict().items():
+        if name.startswith("vae."):
+            weights[name] = tensor  # the VQGAN of this run's flags
+    misfit = checkpoint.first_misfit(model, weights)
+    if misfit:
+        raise ValueError(f"{run.settings.pretrained_checkpoint}: does not fit this configuration: {misfit}")
+    opt_state = saved.get("opt_state") if isinstance(saved.get("opt_state"), list) else None
+    run.trainer.load_state_dict({"weights": weights, "opt_state": opt_state})
+    if isinstance(saved.get("scheduler_state"), dict):
+        run.schedule.load_state_dict(saved["scheduler_state"])
+    run.step = saved.get("step", (saved.get("epoch", -1) + 1) * run.batches.batches_per_epoch)
+    if run.step >= run.steps:
+        raise ValueError(
+            f"{run.settings.pretrained_checkpoint}: has {run.step} steps already, this run ends at {run.steps}; "
+            "give more --epochs or --max-steps"
+        )
+    log.LOG.info("going on from %s at step %d", run.settings.pretrained_checkpoint, run.step)
+
+
+def batch_keys(run):
+    """The batches from the run's step on, epoch after epoch."""
+    first_epoch, start = divmod(run.step, run.batches.batches_per_epoch)
+    for epoch in range(first_epoch, math.ceil(run.steps / run.batches.batches_per_epoch)):
+        run.batches.set_epoch(epoch, start_batch=start)
+        yield from run.batches
+        start = 0
+
+
+def train(run):
+    """Steps to the end, with checkpoints on the way. The prefix before the first step is compilation."""
+    settings, per_epoch = run.settings, run.batches.batches_per_epoch
+    progress = log.Progress(run.steps, run.step, run.backend.samples_per_step)
+    epoch_loss, compiled = [], False
+    for batch in run.backend.loader(run.dataset, batch_keys(run)):
+        if not compiled:
+            started = time.monotonic()
+            run.trainer.compile(batch)
+            log.LOG.info("Compiled model in %.3f secs", time.monotonic() - started)
+            compiled = True
+        epoch = run.step // per_epoch
+        lr = run.schedule.at(run.step, epoch)
+        run.trainer.set_lr(lr)
+        losses = run.trainer.step(batch)
+        run.step += 1
+        progress.step(run.step, epoch, losses, lr)
+        epoch_loss.append(losses["total"])
+        if run.step % per_epoch == 0:
+            run.schedule.epoch_ended(sum(epoch_loss) / len(epoch_loss))
+            epoch_loss = []
+        if run.step % per_epoch == 0 and ((epoch + 1) % settings.checkpoint_save_epochs == 0 or run.step == run.steps):
+            save(run, f"dalle_{epoch}.pt")
+        elif run.step % settings.checkpoint_save_steps == 0 or run.step == run.steps:
+            save(run, f"dalle_step_{run.step}.pt")
+        if run.step == run.steps:
+            break
+    progress.close()
+
+
+def save(run, name):
+    """Write a checkpoint under the output folder, keep the newest; → its path, or None without a folder."""
+    from torch import frombuffer, uint8
+
+    from utils import checkpoint
+
+    settings = run.settings
+    if not settings.checkpoint_output_dir:
+        return None
+    state = run.trainer.state_dict()
+    vocabulary = run.tokenizer.vocabulary
+    placement = ("embedding_ipu_id", "embedding_serialization_factor", "layers_per_ipu", "cls_ipu_id", "fp16", "byteio")
+    path = Path(settings.checkpoint_output_dir) / name
+    checkpoint.write(
+        path,
+        {
+            "hparams": {**run.hparams, **{name: getattr(settings, name) for name in placement}},
+            "vae_params": run.vae.hparams,
+            "epoch": (run.step - 1) // run.batches.batches_per_epoch,
+            "step": run.step,
+            "weights": checkpoint.canonical_weights(state["weights"]),
+            "opt_state": state["opt_state"],
+            "scheduler_state": run.schedule.state_dict(),
+            "tokenizer": {
+                "kind": run.tokenizer.kind,
+                "sha256": run.tokenizer.fingerprint,
+                "vocabulary": None if vocabulary is None else frombuffer(bytearray(vocabulary), dtype=uint8),
+            },
+            "vqgan": run.vae.fingerprint(),
+            "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
+            "settings": {key: value for key, value in vars(settings).items()},
+        },
+    )
+    log.LOG.info("wrote %s", path)
+    if path not in run.written:
+        run.written.append(path)
+    while len(run.written) > settings.keep_checkpoints:
+        oldest = run.written.pop(0)
+        if oldest.exists():
+            oldest.unlink()
+    return path
+
+
+if __name__ == "__main__":
+    main()
