@@ -260,6 +260,60 @@ def generate_parser():
     return parser
 
 
+def vqgan_parser():
+    parser = Parser("Trains a VQGAN, the image tokenizer of train.py, on a folder of pictures.")
+    parser.add_argument("--config", help="entry of configs.yaml to start from; flags override it")
+    machine_flags(parser)
+    add = parser.heading("Data")
+    add("input-folder", "./data/COCO", "folder of pictures, searched recursively")
+    add("validation-folder", None, "held-out pictures; none: a share of the input folder's")
+    add("validation-split", 0.05, "that share", number(float, low=0, high=0.5))
+    add("dataloader-workers", 4, "processes that decode pictures which do not fit into memory", NATURAL)
+    add = parser.heading("Model")
+    add("image-size", 256, "side of the pictures in pixels", COUNT)
+    add("patch-size", 1, "power of two by which pictures are pixel-unshuffled before the encoder", COUNT)
+    add("ch", 128, "width of the first level, a multiple of 32", COUNT)
+    add("ch-mult", [1, 1, 2, 2, 4], "width of each level in ch; all but the first halve the picture", list_of(COUNT), nargs="+")
+    add("num-res-blocks", 2, "residual blocks a level", COUNT)
+    add("attn-resolutions", [16], "grid sides at which a level has attention", list_of(NATURAL), nargs="*")
+    add("z-channels", 256, "channels between encoder and codebook", COUNT)
+    add("embed-dim", 256, "channels of a codebook entry", COUNT)
+    add("n-embed", 1024, "entries of the codebook", COUNT)
+    add = parser.heading("Training")
+    add("batch-size", 8, "pictures a step", COUNT)
+    add("max-steps", 100000, "steps", COUNT)
+    add("optimizer", "AdamW", "Muon: convolution kernels by Muon, the rest by Adam", choices=("Muon", "AdamW"))
+    add("learning-rate", 5e-4, "peak; falls to zero along a cosine", POSITIVE)
+    add("warmup-steps", 100, "linear warm-up", NATURAL)
+    add("weight-decay", 0.0, "decay of weights", number(float, low=0))
+    add("codebook-weight", 1.0, "weight of the codebook loss beside the reconstruction loss", number(float, low=0))
+    add("commitment", 0.25, "weight of the commitment part within it", number(float, low=0))
+    add("rate-weight", 0.0, "how much codes in frequent use attract more", number(float, low=0))
+    add("continuous-steps", 200, "first steps without quantisation, before the codebook starts", NATURAL)
+    add("revival-interval", 50, "steps between revivals of unused codes; 0: never", NATURAL)
+    add("disc-weight", 0.0, "weight of the patch discriminator's loss; 0: none", number(float, low=0))
+    add("disc-start", 10000, "step from which the discriminator counts", NATURAL)
+    add("random-seed", 42, "seed of weights, order and codebook", SEED)
+    add = parser.heading("Output")
+    add("output-dir", "./output/vqgan", "gets vqgan.ckpt, vqgan.yaml and reconstructions.png")
+    add("eval-interval", 1000, "steps between held-out figures and a grid; 0: at the end only", NATURAL)
+    return parser
+
+
+def evaluate_parser():
+    parser = Parser("Measures how many prompts of the demo set a DALL-E follows, and draws a grid of them.")
+    add = parser.heading("What to measure")
+    add("dalle-path", None, "checkpoint of train.py", required=True)
+    add("prompts", 400, "held-out prompts to draw", number(int, low=1, high=1120))
+    add("prompt-set", "score", "choose: prompts for choosing settings; score: those kept for the figure", choices=("choose", "score"))
+    add("outputs-dir", "./output/demo", "folder for grid.png and prompts.txt")
+    add("seed", 0, "seed of prompts and pictures", SEED)
+    add("batch-size", 64, "pictures drawn at once", COUNT)
+    sampling_flags(parser.heading("How to draw (none: what the checkpoint recommends)"))
+    machine_flags(parser)
+    return parser
+
+
 def read_entry(name, parser):
     """The named entry of configs.yaml, its keys checked against the parser's flags; a dict."""
     try:
@@ -355,3 +409,22 @@ def check_vqgan_files(parser, settings):
         parser.error("argument --vqgan-config-path: needs --vqgan-model-path, the weights that it describes")
     if getattr(settings, "vae_path", None) and settings.vqgan_model_path:
         parser.error("argument --vae-path: names a VQGAN, and so does --vqgan-model-path; give one of them")
+
+
+def vqgan_arguments(argv=None):
+    """The namespace of train_vqgan.py."""
+    parser = vqgan_parser()
+    settings = parse(parser, argv)
+    shrink = settings.patch_size * 2 ** (len(settings.ch_mult) - 1)
+    if settings.patch_size & (settings.patch_size - 1):
+        parser.error(f"argument --patch-size: {settings.patch_size} is not a power of two")
+    if settings.image_size % shrink:
+        parser.error(f"argument --image-size: {settings.image_size} is not a multiple of {shrink}, by which codes shrink it")
+    if settings.ch % 32:
+        parser.error(f"argument --ch: {settings.ch} is not a multiple of 32, the groups of its normalisation")
+    return settings
+
+
+def evaluate_arguments(argv=None):
+    """The namespace of evaluate.py."""
+    return parse(evaluate_parser(), argv)

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# bash run_train.sh               installs, then runs the demo from nothing to a grid of pictures
+# bash run_train.sh NAME [flags]  installs, then runs train.py --config NAME [flags]
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./install.sh
+install requirements.txt
+
+if [ $# -gt 0 ]; then
+    name=$1
+    shift
+    exec python train.py --config "$name" "$@"
+fi
+
+python -m data.shapes
+[ -f output/demo/vqgan/vqgan.ckpt ] || python train_vqgan.py --config vqgan_demo
+checkpoint=output/demo/ckpt/dalle_final.pt
+[ -f "$checkpoint" ] || python train.py --config demo
+python evaluate.py --dalle_path "$checkpoint"
