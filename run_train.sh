@@ -14,6 +14,8 @@ fi
 
 python -m data.shapes
 [ -f output/demo/vqgan/vqgan.ckpt ] || python train_vqgan.py --config vqgan_demo
-checkpoint=output/demo/ckpt/dalle_final.pt
-[ -f "$checkpoint" ] || python train.py --config demo
-python evaluate.py --dalle_path "$checkpoint"
+if [ ! -f output/demo/trained ]; then
+    python train.py --config demo
+    touch output/demo/trained
+fi
+python evaluate.py --dalle_path "$(ls -t output/demo/ckpt/dalle_*.pt | head -n 1)"
