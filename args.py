@@ -261,7 +261,9 @@ def generate_parser():
 
 
 def vqgan_parser():
-    parser = Parser("Trains a VQGAN, the image tokenizer, on a folder of pictures.", "Named configurations: configs.yaml.")
+    parser = Parser(
+        "Trains a VQGAN, the image tokenizer, on a folder of pictures.", "Named configurations: configs.yaml."
+    )
     parser.add_argument("--config", help="entry of configs.yaml to start from; flags override it")
     add = parser.heading("Machine")
     add("device", "auto", "where to train; auto: CUDA, else the CPU", choices=("auto", "cpu", "cuda"))
@@ -272,15 +274,32 @@ def vqgan_parser():
     add = parser.heading("Data")
     add("input-folder", None, "folder of pictures (png, jpg, jpeg, bmp), searched recursively")
     add("validation-folder", None, "folder of held-out pictures; none: --validation-split of the input folder")
-    add("validation-split", 0.05, "share of the pictures that is held out; 0: the figures are taken on training pictures", DROPOUT)
+    add(
+        "validation-split",
+        0.05,
+        "share of the pictures that is held out; 0: the figures are taken on training pictures",
+        DROPOUT,
+    )
 
     add = parser.heading("Model")
     add("image-size", 256, "side of the pictures in pixels", COUNT)
     add("patch-size", 1, "pixels a side that are folded into channels before the encoder: 1, 2, 4, 8 …", COUNT)
     add("ch", 128, "channels of the first level, a multiple of 32", COUNT)
-    add("ch-mult", [1, 1, 2, 2, 4], "each level's channels as multiples of --ch; each further level halves the side", list_of(COUNT), nargs="+")
+    add(
+        "ch-mult",
+        [1, 1, 2, 2, 4],
+        "each level's channels as multiples of --ch; each further level halves the side",
+        list_of(COUNT),
+        nargs="+",
+    )
     add("num-res-blocks", 2, "residual blocks a level", COUNT)
-    add("attn-resolutions", [16], "sides at which levels have attention; '': none but the middle's", list_of(COUNT), nargs="*")
+    add(
+        "attn-resolutions",
+        [16],
+        "sides at which levels have attention; '': none but the middle's",
+        list_of(COUNT),
+        nargs="*",
+    )
     add("z-channels", 256, "channels of the encoder's output", COUNT)
     add("embed-dim", 256, "channels of a codebook entry", COUNT)
     add("n-embed", 1024, "entries of the codebook", COUNT)
@@ -288,21 +307,36 @@ def vqgan_parser():
     add = parser.heading("Training")
     add("batch-size", 8, "pictures to one update", COUNT)
     add("max-steps", 100000, "updates", COUNT)
-    add("optimizer", "Muon", "Muon: the kernels by Muon, the rest by Adam at a tenth of the learning rate", choices=("Muon", "AdamW"))
+    add(
+        "optimizer",
+        "Muon",
+        "Muon: the kernels by Muon, the rest by Adam at a tenth of the learning rate",
+        choices=("Muon", "AdamW"),
+    )
     add("learning-rate", 0.02, "peak learning rate; it falls to zero along a cosine", POSITIVE)
     add("warmup-steps", 20, "linear warm-up", NATURAL)
     add("weight-decay", 1.0, "decay of kernels per unit of learning rate", number(float, low=0))
     add("continuous-steps", 100, "first steps without quantisation, after which the codebook begins", NATURAL)
     add("codebook-weight", 1.0, "weight of the codebook loss beside the reconstruction loss", POSITIVE)
     add("commitment", 0.25, "weight of the encoder's share in the codebook loss", number(float, low=0))
-    add("rate-weight", 0.0, "how much codes in frequent use attract; makes simple pictures use few codes", number(float, low=0))
+    add(
+        "rate-weight",
+        0.0,
+        "how much codes in frequent use attract; makes simple pictures use few codes",
+        number(float, low=0),
+    )
     add("revival-interval", 50, "steps after which an unused code begins anew; 0: never", NATURAL)
     add("disc-weight", 0.0, "weight of the patch discriminator; 0: none", number(float, low=0))
     add("disc-start", 10000, "step from which the discriminator counts", NATURAL)
 
     add = parser.heading("Output")
     add("output-dir", "./output/vqgan", "folder for vqgan.ckpt, vqgan.yaml and reconstructions.png")
-    add("eval-interval", 1000, "steps between figures on held-out pictures, each with a save; 0: at the end only", NATURAL)
+    add(
+        "eval-interval",
+        1000,
+        "steps between figures on held-out pictures, each with a save; 0: at the end only",
+        NATURAL,
+    )
     return parser
 
 
@@ -311,7 +345,12 @@ def evaluate_parser():
     add = parser.heading("What to measure")
     add("dalle-path", None, "checkpoint of train.py", required=True)
     add("prompts", 400, "held-out prompts to draw", number(int, low=1, high=1120))
-    add("prompt-set", "score", "choose: prompts for choosing settings; score: those kept for the figure", choices=("choose", "score"))
+    add(
+        "prompt-set",
+        "score",
+        "choose: prompts for choosing settings; score: those kept for the figure",
+        choices=("choose", "score"),
+    )
     add("outputs-dir", "./output/demo", "folder for grid.png and prompts.txt")
     add("seed", 0, "seed of prompts and pictures", SEED)
     add("batch-size", 64, "pictures drawn at once", COUNT)
@@ -429,11 +468,20 @@ def vqgan_arguments(argv=None):
         parser.error(f"argument --patch-size: {settings.patch_size} is no power of two")
     factor = settings.patch_size * 2 ** (len(settings.ch_mult) - 1)
     if settings.image_size % factor:
-        parser.error(f"argument --image-size: {settings.image_size} is no multiple of {factor} = --patch-size × 2^(levels of --ch-mult - 1)")
+        parser.error(
+            f"argument --image-size: {settings.image_size} is no multiple of {factor} = --patch-size "
+            f"× 2^(levels of --ch-mult - 1)"
+        )
     if settings.continuous_steps >= settings.max_steps:
-        parser.error(f"argument --continuous-steps: {settings.continuous_steps} leaves none of {settings.max_steps} steps to the codebook")
+        parser.error(
+            f"argument --continuous-steps: {settings.continuous_steps} leaves none of "
+            f"{settings.max_steps} steps to the codebook"
+        )
     if settings.disc_weight and settings.image_size < 32:
-        parser.error(f"argument --disc-weight: the discriminator needs pictures of at least 32 pixels a side, not {settings.image_size}")
+        parser.error(
+            f"argument --disc-weight: the discriminator needs pictures of at least 32 pixels a side, "
+            f"not {settings.image_size}"
+        )
     return settings
 
 

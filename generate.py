@@ -45,7 +45,7 @@ def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
     """A checkpoint → (DALLE in eval mode, tokenizer, recommended sampling settings).
 
     A checkpoint of ours brings its VQGAN and vocabulary along. One of the reference brings the VQGAN's weights: its
-    configuration is the official f=16 model's unless vqgan_model_path says otherwise. ValueError or OSError in one line.
+    configuration is the official f=16 model's unless vqgan_model_path says otherwise. ValueError or OSError.
     """
     from data.tokenizer import load_tokenizer
     from models.dalle import DALLE
@@ -74,7 +74,8 @@ def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
     else:
         tokenizer = load_tokenizer(bpe_path)
     hparams = saved["hparams"]
-    names = "num_text_tokens text_seq_len dim depth heads dim_head loss_img_weight attn_types sandwich_norm".split()
+    names = ("num_text_tokens", "text_seq_len", "dim", "depth", "heads", "dim_head", "loss_img_weight", "attn_types")
+    names += ("sandwich_norm",)
     missing = [name for name in names if name not in hparams]
     if missing:
         raise ValueError(f"{dalle_path}: its hparams lack {', '.join(missing)}")

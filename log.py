@@ -35,7 +35,7 @@ def set_up(level=logging.INFO):
 
 @contextlib.contextmanager
 def bad_input_exits():
-    """Within: ValueError and OSError, which the rooms raise for bad input, end the program with one line and status 2."""
+    """Within: ValueError and OSError, raised for bad input, end the program with one line and status 2."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -49,7 +49,7 @@ def bad_input_exits():
 
 
 class Progress:
-    """Bar and log lines of a training run: losses, learning rate, samples a second over the time since the last line."""
+    """Bar and log lines of a run: losses, learning rate, samples a second since the last line."""
 
     def __init__(self, steps, first_step, samples_per_step):
         self.steps, self.samples_per_step = steps, samples_per_step

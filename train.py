@@ -255,7 +255,7 @@ def save(run, name):
             },
             "vqgan": run.vae.fingerprint(),
             "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
-            "settings": {key: value for key, value in vars(settings).items()},
+            "settings": dict(vars(settings)),
         },
     )
     log.LOG.info("wrote %s", path)

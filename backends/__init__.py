@@ -7,6 +7,6 @@ def select(settings):
 
     if settings.device == "ipu":
         raise ValueError(
-            "--device ipu: the IPU backend is not part of this version, which runs on CPUs and CUDA GPUs; use --device auto"
+            "--device ipu: there is no IPU backend in this version; it runs on CPUs and CUDA GPUs, see --device auto"
         )
     return native.NativeBackend(settings)
