@@ -155,6 +155,7 @@ def build_dataset(settings, backend, tokenizer, vae):
             image_size=vae.image_size,
             num_codes=vae.num_tokens,
             fingerprint=vae.fingerprint(),
+            batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # as many pixels whatever their size
         )
         dataset.attach_codes(codes, bad)
     else:
