@@ -1,3 +1,3 @@
-"""Files and schedules around a run: checkpoints, parameter groups, learning rates, the COCO download. Imports no
+"""What stands around a run: command lines, checkpoints, parameter groups, learning rates, the COCO download. Imports no
 sibling room.
 """
