@@ -21,19 +21,20 @@ def main(argv=None):
     with log.bad_input_exits():
         from backends import select
         from data.shapes import held_out_prompts
+        from train import check_writable
 
         model, tokenizer, recommended = load(settings.dalle_path)
         sampling = {key: getattr(settings, key) for key in DEFAULTS}
         sampling = {key: recommended[key] if value is None else value for key, value in sampling.items()}
         prompts = held_out_prompts(settings.prompt_set, settings.prompts, settings.seed)
         text = tokenizer.tokenize(prompts, model.text_seq_len)
+        check_writable(settings.outputs_dir, "--outputs-dir")
         folder = Path(settings.outputs_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         sampler = select(settings).sampler(model)
-    pictures = draw_prompts(model, sampler, text, settings, sampling)
-    accuracy, wrong = judge(prompts, pictures)
-    grid_of(pictures[:GRID_PICTURES]).save(folder / "grid.png")
-    (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_PICTURES]) + "\n", encoding="utf-8")
+        pictures = draw_prompts(model, sampler, text, settings, sampling)
+        accuracy, wrong = judge(prompts, pictures)
+        grid_of(pictures[:GRID_PICTURES]).save(folder / "grid.png")
+        (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_PICTURES]) + "\n", encoding="utf-8")
     if wrong:
         log.LOG.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
     print(f"picture grid: {folder / 'grid.png'} (its prompts, row by row: {folder / 'prompts.txt'})")

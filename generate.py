@@ -18,25 +18,26 @@ def main(argv=None):
     settings = args.generate_arguments(argv)
     log.set_up()
     with log.bad_input_exits():
-        from torch import set_grad_enabled
-
         from backends import select
+        from train import check_writable
 
-        set_grad_enabled(False)
         model, tokenizer, recommended = load(
             settings.dalle_path, settings.vqgan_model_path, settings.vqgan_config_path, settings.bpe_path
         )
-        Path(settings.outputs_dir).mkdir(parents=True, exist_ok=True)
+        for prompt in settings.prompts:  # all of them, before hours go into the first
+            tokenize_prompt(model, tokenizer, prompt)
+        check_writable(settings.outputs_dir, "--outputs_dir")
         sampler = select(settings).sampler(model)
         sampling = {key: getattr(settings, key) for key in DEFAULTS}
         sampling = {key: recommended[key] if value is None else value for key, value in sampling.items()}
         seed = random.SystemRandom().randrange(2**31) if settings.seed is None else settings.seed
         log.LOG.info("seed %d, %s", seed, ", ".join(f"{key} {value}" for key, value in sampling.items()))
         for prompt in settings.prompts:
+            text = tokenize_prompt(model, tokenizer, prompt)
             if settings.gentxt:
-                prompt = complete_prompt(model, tokenizer, prompt, seed)
+                text, prompt = complete_prompt(model, tokenizer, text, seed)
                 log.LOG.info("completed prompt: %s", prompt)
-            pictures = draw(model, tokenizer, sampler, prompt, settings.num_images, settings.batch_size, seed, sampling)
+            pictures = draw(model, sampler, text, settings.num_images, settings.batch_size, seed, sampling, prompt)
             folder = save_pictures(pictures, prompt, settings.outputs_dir)
             print(f"{len(pictures)} pictures of '{prompt}' in {folder}")
 
@@ -73,6 +74,8 @@ def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
         tokenizer = load_tokenizer(vocabulary=torch_bytes(known["vocabulary"]))
     else:
         tokenizer = load_tokenizer(bpe_path)
+        if known.get("sha256") not in (None, tokenizer.fingerprint):
+            raise ValueError(f"{bpe_path}: not the vocabulary that {dalle_path} was trained with; leave --bpe_path out")
     hparams = saved["hparams"]
     names = ("num_text_tokens", "text_seq_len", "dim", "depth", "heads", "dim_head", "loss_img_weight", "attn_types")
     names += ("sandwich_norm",)
@@ -104,31 +107,35 @@ def torch_bytes(tensor):
 
 
 def tokenize_prompt(model, tokenizer, prompt):
-    """Tokens int64 (1, text_seq_len); ValueError for a prompt without tokens or with too many."""
-    if not tokenizer.encode(prompt):
+    """Tokens int64 (1, text_seq_len); ValueError for a prompt of which nothing is left, or with too many tokens."""
+    tokens = tokenizer.encode(prompt)
+    if not tokenizer.decode(tokens):  # nothing at all, or the token for what is unknown
         raise ValueError(f"--text: '{prompt}' has no words that the vocabulary knows")
+    if len(tokens) > model.text_seq_len:
+        raise ValueError(f"--text: '{prompt[:60]}' is {len(tokens)} tokens long, the model reads {model.text_seq_len}")
     return tokenizer.tokenize([prompt], model.text_seq_len)
 
 
-def complete_prompt(model, tokenizer, prompt, seed):
-    """--gentxt: the prompt with the words that the model adds to it."""
+def complete_prompt(model, tokenizer, text, seed):
+    """--gentxt: (the tokens with those that the model adds to them, what they say)."""
     import torch
 
     from models.sampling import complete_text
 
-    tokens = torch.tensor([tokenizer.encode(prompt)[: model.text_seq_len]])
-    text = complete_text(model, tokens, generator=torch.Generator().manual_seed(seed))
-    return tokenizer.decode(text[0])
+    text = complete_text(model, text[:, text[0] != 0], generator=torch.Generator().manual_seed(seed))
+    return text, " ".join(tokenizer.decode(text[0]).split())
 
 
-def draw(model, tokenizer, sampler, prompt, count, batch_size, seed, sampling):
-    """`count` pictures of a prompt, float (count, 3, S, S) in [0, 1]; picture i depends on seed + i alone."""
+def draw(model, sampler, text, count, batch_size, seed, sampling, title=""):
+    """`count` pictures of text tokens (1, text_seq_len), float (count, 3, S, S) in [0, 1].
+
+    Picture i depends on seed + i alone.
+    """
     import torch
     from tqdm import tqdm
 
-    text = tokenize_prompt(model, tokenizer, prompt)
     pictures = []
-    with tqdm(total=count, unit="picture", desc=prompt[:40], disable=None) as bar:
+    with tqdm(total=count, unit="picture", desc=title[:40], disable=None) as bar:
         for first in range(0, count, batch_size):
             generators = [torch.Generator().manual_seed(seed + i) for i in range(first, min(first + batch_size, count))]
             codes = sampler(text.repeat(len(generators), 1), generator=generators, **sampling)
@@ -167,13 +174,13 @@ def folder_name(prompt):
 
 def save_pictures(pictures, prompt, outputs_dir):
     """0.jpg … , grid.png and caption.txt in the prompt's folder, numbered on after what is there; → the folder."""
-    base = Path(outputs_dir) / folder_name(prompt)
+    base, caption = Path(outputs_dir) / folder_name(prompt), f"{prompt}\n".encode()
     folder, number = base, 1
-    while (folder / "caption.txt").exists() and (folder / "caption.txt").read_text(encoding="utf-8") != prompt + "\n":
+    while folder.is_file() or ((folder / "caption.txt").exists() and (folder / "caption.txt").read_bytes() != caption):
         number += 1  # another prompt has this name
         folder = base.with_name(f"{base.name}-{number}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "caption.txt").write_text(prompt + "\n", encoding="utf-8")
+    (folder / "caption.txt").write_bytes(caption)
     taken = [int(path.stem) for path in folder.glob("*.jpg") if path.stem.isdigit()]
     first = max(taken, default=-1) + 1
     for place, pixels in enumerate(pictures):

@@ -48,11 +48,29 @@ def bad_input_exits():
         raise SystemExit(2) from None
 
 
-class Progress:
-    """Bar and log lines of a run: losses, learning rate, samples a second since the last line."""
+def weights_and_biases(settings):
+    """A run at Weights & Biases that records `settings`; None without --wandb. ValueError where it cannot begin."""
+    if not settings.wandb:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            "--wandb: the package wandb is not installed; pip install wandb, or leave the flag out"
+        ) from None
+    try:
+        return wandb.init(project=settings.wandb_project_name, name=settings.wandb_run_name, config=vars(settings))
+    except wandb.errors.Error as error:  # no login, no network
+        raise ValueError(f"--wandb: {error}; WANDB_MODE=offline records without a login") from None
 
-    def __init__(self, steps, first_step, samples_per_step):
-        self.steps, self.samples_per_step = steps, samples_per_step
+
+class Progress:
+    """Bar and log lines of a run: losses, learning rate, samples a second since the last line. The same goes to
+    `tracker` (a Weights & Biases run or None) with every step.
+    """
+
+    def __init__(self, steps, first_step, samples_per_step, tracker=None):
+        self.steps, self.samples_per_step, self.tracker = steps, samples_per_step, tracker
         self.bar = tqdm(total=steps, initial=first_step, unit="step", desc="training", disable=None, dynamic_ncols=True)
         self.last_line, self.steps_since = time.monotonic(), 0
 
@@ -62,6 +80,10 @@ class Progress:
         self.bar.set_postfix_str(
             f"loss {losses['total']:.3f} (text {losses['text']:.3f}, image {losses['image']:.3f}), lr {lr:.2e}"
         )
+        if self.tracker is not None:
+            self.tracker.log(
+                {"lr": lr, "epoch": epoch, **{f"loss/{name}": loss for name, loss in losses.items()}}, step
+            )
         self.steps_since += 1
         seconds = time.monotonic() - self.last_line
         if seconds < LINE_SECONDS and step != self.steps:
@@ -81,3 +103,5 @@ class Progress:
 
     def close(self):
         self.bar.close()
+        if self.tracker is not None:
+            self.tracker.finish()

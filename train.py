@@ -5,7 +5,9 @@
 What a step does on which machine is the backends' business; flags and configurations are args.py's.
 """
 
+import contextlib
 import math
+import os
 import time
 from pathlib import Path
 
@@ -16,10 +18,15 @@ import log
 def main(argv=None):
     settings = args.train_arguments(argv)
     log.set_up()
-    with log.bad_input_exits():
-        run = build(settings)
     try:
-        train(run)
+        with log.bad_input_exits():
+            run = build(settings)
+    except KeyboardInterrupt:
+        print("stopped before the first step")
+        raise SystemExit(130) from None
+    try:
+        with log.bad_input_exits(), worker_faults_in_one_line():
+            train(run)
     except KeyboardInterrupt:
         path = save(run, f"dalle_step_{run.step}.pt")
         print(f"stopped after step {run.step}; go on with --pretrained-checkpoint {path}" if path else "stopped")
@@ -44,10 +51,12 @@ def build(settings):
     from utils import checkpoint, optimization
 
     torch.manual_seed(settings.random_seed)
-    if settings.checkpoint_output_dir:
-        check_writable(settings.checkpoint_output_dir)
     backend = backends.select(settings)
     tokenizer = load_tokenizer(settings.bpe_path)
+    # Before pictures are encoded, which may take hours.
+    saved = checkpoint.read(settings.pretrained_checkpoint) if settings.pretrained_checkpoint else None
+    if settings.checkpoint_output_dir:
+        check_writable(settings.checkpoint_output_dir, "--checkpoint-output-dir")
     vae = image_tokenizer(settings)
     dataset = build_dataset(settings, backend, tokenizer, vae)
     batches = EpochBatches(len(dataset), backend.samples_per_step, seed=settings.random_seed)
@@ -64,6 +73,7 @@ def build(settings):
         "attn_dropout": settings.attn_dropout,
         "sandwich_norm": settings.sandwich_norm,
     }
+    torch.manual_seed(settings.random_seed)  # again: encoding draws numbers, and a cache of codes spares it
     model = DALLE(vae=vae, **hparams)
     steps = batches.batches_per_epoch * settings.epochs
     if settings.max_steps is not None:
@@ -88,23 +98,26 @@ def build(settings):
         schedule=schedule,
         steps=steps,
         step=0,
+        tracker=log.weights_and_biases(settings),
         written=[],
     )
-    if settings.pretrained_checkpoint:
-        resume(run, checkpoint.read(settings.pretrained_checkpoint), model)
+    if saved is not None:
+        resume(run, saved, model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     log.LOG.info("%d pictures, %d steps of %d samples", len(dataset), steps, backend.samples_per_step)
     log.LOG.info("%s trainable parameters, %d text tokens", f"{trained:,}", tokenizer.vocab_size)
     return run
 
 
-def check_writable(folder):
-    """Make the folder, and write and remove a file in it; OSError before hours are spent, not after."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    probe = path / ".writable.tmp"
-    probe.touch()
-    probe.unlink()
+def check_writable(folder, flag):
+    """Make the folder, and write and remove a file in it; ValueError before hours are spent, not after."""
+    probe = Path(folder) / f".writable.{os.getpid()}.tmp"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
 
 
 def image_tokenizer(settings):
@@ -174,6 +187,13 @@ def resume(run, saved, model):
     misfit = checkpoint.first_misfit(model, weights)
     if misfit:
         raise ValueError(f"{run.settings.pretrained_checkpoint}: does not fit this configuration: {misfit}")
+    vocabulary = saved["tokenizer"].get("sha256") if isinstance(saved.get("tokenizer"), dict) else None
+    for flag, made_with, ours in (
+        ("--bpe-path", vocabulary, run.tokenizer.fingerprint),
+        ("--vae-path", saved.get("vqgan"), run.vae.fingerprint()),
+    ):
+        if made_with not in (None, ours):
+            raise ValueError(f"{run.settings.pretrained_checkpoint}: was trained with another {flag} than this run's")
     opt_state = saved.get("opt_state") if isinstance(saved.get("opt_state"), list) else None
     run.trainer.load_state_dict({"weights": weights, "opt_state": opt_state})
     if isinstance(saved.get("scheduler_state"), dict):
@@ -199,7 +219,7 @@ def batch_keys(run):
 def train(run):
     """Steps to the end, with checkpoints on the way. The prefix before the first step is compilation."""
     settings, per_epoch = run.settings, run.batches.batches_per_epoch
-    progress = log.Progress(run.steps, run.step, run.backend.samples_per_step)
+    progress = log.Progress(run.steps, run.step, run.backend.samples_per_step, run.tracker)
     epoch_loss, compiled = [], False
     for batch in run.backend.loader(run.dataset, batch_keys(run)):
         if not compiled:
@@ -211,6 +231,10 @@ def train(run):
         lr = run.schedule.at(run.step, epoch)
         run.trainer.set_lr(lr)
         losses = run.trainer.step(batch)
+        if not math.isfinite(losses["total"]):
+            raise ValueError(
+                f"the loss is no longer finite at step {run.step}; use a lower --learning-rate, or --max-grad-norm 1"
+            )
         run.step += 1
         progress.step(run.step, epoch, losses, lr)
         epoch_loss.append(losses["total"])
@@ -224,6 +248,22 @@ def train(run):
         if run.step == run.steps:
             break
     progress.close()
+
+
+@contextlib.contextmanager
+def worker_faults_in_one_line():
+    """Within: what goes wrong in a process that reads pictures is raised without that process's traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if "in DataLoader worker process" not in str(error):
+            raise
+        raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).splitlines()[0].rstrip(". ")
+        raise OSError(f"{reason}; if memory ran out, fewer --dataloader-workers need less") from None
 
 
 def save(run, name):

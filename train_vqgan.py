@@ -43,7 +43,7 @@ def train(settings):
     device = pick_device(settings.device)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _fast_in_bf16(device))
     params = vqgan_params(settings)
-    model = VQGan(params)
+    model = VQGan(params).to(device)
     output_dir = Path(settings.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     pictures, held_out, held_out_name = read_folders(settings)
@@ -56,7 +56,8 @@ def train(settings):
         device,
         "bf16" if bf16 else "fp32",
     )
-    trainer = VQGanTrainer(model, settings, device, torch.bfloat16 if bf16 else None)
+    autocast = torch.bfloat16 if bf16 else None
+    trainer = VQGanTrainer(model, build_optimizers(model, settings), settings, device, autocast)
     batches = endless_batches(
         pictures,
         settings.batch_size,
@@ -108,6 +109,20 @@ def _fast_in_bf16(device):
     import torch
 
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def build_optimizers(model, settings):
+    """Muon over the kernels and Adam over the rest, or AdamW over all, at their peak learning rate."""
+    import torch
+
+    from utils.muon import Muon
+
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "AdamW":
+        return [torch.optim.AdamW(model.parameters(), rate, (0.9, 0.99), weight_decay=decay)]
+    kernels = [parameter for parameter in model.parameters() if parameter.dim() == 4]
+    others = [parameter for parameter in model.parameters() if parameter.dim() != 4]
+    return [Muon(kernels, rate, decay), torch.optim.Adam(others, rate, (0.9, 0.99))]
 
 
 def codes_per_side(settings):

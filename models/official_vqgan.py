@@ -3,15 +3,13 @@
 The files and their names are those that dalle-pytorch uses, so a cache filled by it serves here too.
 """
 
-import contextlib
 import fcntl
 import os
-import urllib.error
 import urllib.request
 import zipfile
 from http.client import HTTPException
 from pathlib import Path
-from typing import Iterator, Tuple
+from typing import Optional, Tuple
 
 from tqdm import tqdm
 
@@ -37,8 +35,14 @@ def download_official_vqgan() -> Tuple[Path, Path]:
     folder = Path(os.environ.get("DALLE_CACHE") or "~/.cache/dalle").expanduser()
     paths = [folder / name for name in OFFICIAL_FILES]
     if not all(path.is_file() for path in paths):
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "vqgan.1024.lock"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "vqgan.1024.lock").open("w")
+            # Waits until no other process holds it. The system lets go of it even when its holder is killed.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise _by_hand(f"could not write to {folder} ({error.strerror})", folder) from error
+        with lock:
             for path in paths:
                 if not path.is_file():  # another process may have brought it while this one waited
                     _download(_address(path.name), path)
@@ -50,17 +54,18 @@ def _address(name: str) -> str:
     return f"{mirror.rstrip('/')}/{name}" if mirror else OFFICIAL_FILES[name]
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Waits until no other process holds the lock. The system lets go of it even when its holder is killed."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _by_hand(problem: str, folder: Path) -> OSError:
+    return OSError(
+        f"{problem}; put {' and '.join(OFFICIAL_FILES)} into {folder} by hand, "
+        "or name a VQGAN of your own with --vqgan_model_path and --vqgan_config_path"
+    )
 
 
 def _download(address: str, path: Path) -> None:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        for leftover in path.parent.glob(f"{path.name}.*.tmp"):  # of a process that was killed: the lock is ours
+            leftover.unlink()
         with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response, unfinished.open("wb") as file:
             length = response.headers.get("Content-Length")
             total = int(length) if length else None
@@ -70,21 +75,19 @@ def _download(address: str, path: Path) -> None:
                     progress.update(len(chunk))
         _verify(unfinished, path, total)
         os.replace(unfinished, path)
-    except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:  # a URLError is an OSError
         reason = getattr(error, "reason", None) or error
-        raise OSError(
-            f"could not download {address} ({reason}); put {' and '.join(OFFICIAL_FILES)} into {path.parent} by hand, "
-            "or name a VQGAN of your own with --vqgan_model_path and --vqgan_config_path"
-        ) from error
+        raise _by_hand(f"could not download {address} ({reason})", path.parent) from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            unfinished.unlink()
+        unfinished.unlink(missing_ok=True)
 
 
-def _verify(unfinished: Path, path: Path, total: int) -> None:
+def _verify(unfinished: Path, path: Path, total: Optional[int]) -> None:
     """Against a connection that broke off, and against the page that a login or proxy serves instead of the file."""
     size = unfinished.stat().st_size
     if total is not None and size != total:
         raise ValueError(f"{size} of {total} bytes arrived")
     if path.suffix == ".ckpt" and not zipfile.is_zipfile(unfinished):  # looks for the directory at the end
         raise ValueError("what arrived is not a checkpoint")
+    if path.suffix == ".yml" and unfinished.read_bytes().lstrip()[:1] == b"<":
+        raise ValueError("what arrived is a web page")

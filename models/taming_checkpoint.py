@@ -9,6 +9,7 @@ their name is wanted, so optimizer states and discriminators cost no memory.
 Both of torch.save's formats are read: the zip archive (torch ≥ 1.6) and the stream of pickles before it.
 """
 
+import errno
 import io
 import pickletools
 import struct
@@ -35,7 +36,6 @@ STORAGE_DTYPES = {
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first value of the stream format
 LEGACY_VERSION = 1001
 LARGEST_COUNT = 1 << 48  # more elements than any file holds; keeps products of sizes far from overflow
-
 
 # Damage shows as whatever the layer that meets it raises; none of it may reach the user as a traceback.
 _DAMAGE = (
@@ -89,7 +89,9 @@ def read_weights(path: Union[str, Path], skip: Sequence[str] = ()) -> Dict[str, 
             return _read_stream(file, tuple(skip))
     except Refused as error:
         raise ValueError(f"{path}: {_one_line(error)}: not a VQGAN checkpoint") from error
-    except _DAMAGE as error:
+    except (OSError, *_DAMAGE) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # of the disk; EINVAL is a damaged directory that points to before the beginning of the file
         raise ValueError(f"{path}: damaged, or no checkpoint at all ({_one_line(error)})") from error
 
 
@@ -124,10 +126,8 @@ def _read_zip(file: BinaryIO, skip: Tuple[str, ...]) -> Dict[str, torch.Tensor]:
             entry = entries[f"{folder}/data/{storage.key}"]
             if entry.file_size != _byte_count(storage) or entry.file_size > file_size:
                 raise ValueError(f"storage {storage.key} has {entry.file_size} bytes, not {_byte_count(storage)}")
-            content = bytearray(entry.file_size)
             with archive.open(entry) as member:
-                _fill(member, content)
-            return content
+                return _read_exactly(member, entry.file_size)
 
         return _tensors(_Machine(io.BytesIO(archive.read(pickles[0]))).run(), read, skip)
 
@@ -158,9 +158,7 @@ def _read_stream(file: BinaryIO, skip: Tuple[str, ...]) -> Dict[str, torch.Tenso
 
     def read(storage: Storage) -> bytearray:
         file.seek(positions[storage.key])
-        content = bytearray(_byte_count(storage))
-        _fill(file, content)
-        return content
+        return _read_exactly(file, _byte_count(storage))
 
     return _tensors(saved, read, skip)
 
@@ -169,13 +167,15 @@ def _byte_count(storage: Storage) -> int:
     return storage.count * torch.empty(0, dtype=storage.dtype).element_size()
 
 
-def _fill(file: Any, content: bytearray) -> None:
-    view, done = memoryview(content), 0
-    while done < len(content):
+def _read_exactly(file: Any, length: int) -> bytearray:
+    content, done = bytearray(length), 0
+    view = memoryview(content)
+    while done < length:
         got = file.readinto(view[done:])
         if not got:
             raise EOFError("a tensor is cut short")
         done += got
+    return content
 
 
 def _tensors(saved: Any, read: Callable[[Storage], bytearray], skip: Tuple[str, ...]) -> Dict[str, torch.Tensor]:
@@ -183,18 +183,17 @@ def _tensors(saved: Any, read: Callable[[Storage], bytearray], skip: Tuple[str, 
     state_dict = saved.get("state_dict", saved) if isinstance(saved, dict) else saved
     if not isinstance(state_dict, dict):
         raise Refused("holds no state dict")
-    weights, storages = {}, {}  # type: Dict[str, torch.Tensor], Dict[Tuple[str, torch.dtype], torch.Tensor]
+    weights, storages = {}, {}  # type: Dict[str, torch.Tensor], Dict[Storage, torch.Tensor]
     for name, record in state_dict.items():
         if not isinstance(name, str) or not isinstance(record, TensorRecord):
             raise Refused(f"holds {name!r} where a tensor and its name should be")
         if name.startswith(skip):
             continue
-        key = (record.storage.key, record.storage.dtype)
-        if key not in storages:
-            content = read(record.storage)
-            empty = torch.empty(0, dtype=record.storage.dtype)
-            storages[key] = torch.frombuffer(content, dtype=record.storage.dtype) if content else empty
-        weights[name] = torch.as_strided(storages[key], record.size, record.stride, record.offset)
+        storage, dtype = record.storage, record.storage.dtype
+        if storage not in storages:
+            content = read(storage)
+            storages[storage] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+        weights[name] = torch.as_strided(storages[storage], record.size, record.stride, record.offset)
     return weights
 
 
@@ -223,8 +222,8 @@ def _counts(values: Any) -> Tuple[int, ...]:
     if not isinstance(values, (tuple, list)):
         raise ValueError("a tensor's size is not a tuple")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST_COUNT:
-            raise ValueError(f"{value!r} is no size")
+        if type(value) is not int or not 0 <= value <= LARGEST_COUNT:
+            raise ValueError("a tensor's size is not made of counts")
     return tuple(values)
 
 
@@ -236,16 +235,12 @@ def _ordered_dict(pairs: Sequence = ()) -> Dict:
     return {_key(name): value for name, value in pairs}
 
 
-def _size_tuple(values: Any = ()) -> Tuple[int, ...]:
-    return _counts(values)
-
-
 FUNCTIONS = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "collections.OrderedDict": _ordered_dict,
-    "torch.Size": _size_tuple,
+    "torch.Size": _counts,
 }  # type: Dict[str, Callable]
 
 
@@ -312,10 +307,6 @@ class _Machine:
             stack.append(self.memo[argument])
         elif name == "MARK":
             stack.append(_MARK)
-        elif name == "POP":
-            stack.pop()
-        elif name == "POP_MARK":
-            self.since_mark()
         elif name in ("TUPLE", "LIST"):
             items = self.since_mark()
             stack.append(tuple(items) if name == "TUPLE" else items)
@@ -333,8 +324,7 @@ class _Machine:
         elif name == "GLOBAL":
             stack.append(Marker(argument.replace(" ", ".", 1)))
         elif name == "STACK_GLOBAL":
-            module, attribute = self.values(2)
-            stack[-2:] = [Marker(f"{module}.{attribute}")]
+            stack[-2:] = [Marker(".".join(self.values(2)))]  # a TypeError unless both are text
         elif name == "REDUCE":
             function, arguments = self.values(2)
             stack[-2:] = [_call(function, arguments)]
@@ -390,7 +380,8 @@ class _Machine:
         if module not in ("torch", "torch.storage") or kind_name not in STORAGE_DTYPES or not isinstance(key, str):
             raise Refused(f"holds tensors of type {_name(kind)}")
         storage = Storage(key, STORAGE_DTYPES[kind_name], _counts([count])[0])
-        self.storages[key] = storage
+        if self.storages.setdefault(key, storage) != storage:
+            raise Refused(f"describes storage {key} in two ways")
         return storage
 
 

@@ -285,7 +285,7 @@ def _read_config(path: Path) -> Tuple[Dict[str, Any], bool]:
     """(model.params, whether the target is GumbelVQ) of a taming yaml. The target is compared, never imported."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, or a 13th month
         raise ValueError(f"{path}: not a yaml file ({_first_line(error)})") from error
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("params"), dict):

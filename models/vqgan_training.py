@@ -1,8 +1,8 @@
 """One training step of a VQGAN, its codebook's beginning, and the figures by which it is judged.
 
-Knows neither files nor schedules: train_vqgan.py hands in pictures and the learning rate's course. Papers: VQGAN, Esser
-et al. 2021 (arXiv:2012.09841); Muon, Jordan et al. 2024 (kellerjordan.github.io/posts/muon); k-means++, Arthur and
-Vassilvitskii 2007; entropy-constrained quantisation, Chou, Lookabaugh and Gray 1989.
+Knows neither files nor schedules: train_vqgan.py hands in pictures, optimizers and the learning rate's course. Papers:
+VQGAN, Esser et al. 2021 (arXiv:2012.09841); k-means++, Arthur and Vassilvitskii 2007; entropy-constrained
+quantisation, Chou, Lookabaugh and Gray 1989.
 """
 
 import contextlib
@@ -13,68 +13,38 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
-from torch import nn
 
 from models.vae import VQGan
 
-ADAM_SHARE = 0.1  # beside Muon, the parameters that Adam trains get this share of its learning rate
+DISC_RATE = 1e-4  # the discriminator's own learning rate; with more it wins too early
 USAGE_DECAY = 0.97  # a step; how fast the count of a code's uses forgets
 SEED_CELLS = 32768  # cells from which the codebook is begun
 SEED_SIDE = 8  # a cell is looked at as at most this many pixels a side
 REVIVAL_ENDS = 0.75  # of the run: a code that begins later would not settle
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal: every direction of a kernel moves by the same amount.
-
-    For convolution kernels, taken as matrices of (out, in · height · width). After 400 steps the demo's VQGAN stands at
-    38 dB with it and at 28 dB with Adam.
-    """
-
-    def __init__(self, parameters: List[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["average"] = torch.zeros_like(parameter)
-                state["average"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(state["average"], group["momentum"]).flatten(1)  # Nesterov's look ahead
-                rows, columns = update.shape
-                scale = max(1.0, rows / columns) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(_orthogonal(update).view_as(parameter), alpha=-group["lr"] * scale)
-
-
-def _orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The matrix with its singular values brought near 1, by a quintic Newton–Schulz iteration."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.t() if tall else matrix  # the product with itself is then the smaller of the two
-    x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.t()
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x  # coefficients of the Muon authors
-    return x.t() if tall else x
-
-
 class VQGanTrainer:
     """Trains a VQModel: reconstruction + codebook loss, and the patch discriminator's once it counts.
 
-    Without quantisation at first; `start_codebook` ends that. `settings` has learning_rate, optimizer (Muon | AdamW),
-    weight_decay, codebook_weight, commitment, rate_weight, revival_interval, disc_weight, disc_start and max_steps,
-    as train_vqgan.py's flags explain them.
+    Without quantisation at first; `start_codebook` ends that. `settings` has codebook_weight, commitment,
+    rate_weight, revival_interval, disc_weight, disc_start, batch_size and max_steps, as train_vqgan.py's flags explain
+    them.
 
     Args:
+        model: on `device` already. optimizers: over all of its parameters, at their peak learning rates.
         autocast: dtype in which encoder, decoder and discriminator run; None: that of the parameters.
     """
 
-    def __init__(self, model: VQGan, settings: Any, device: torch.device, autocast: Optional[torch.dtype] = None):
-        self.model = model.to(device).train()
+    def __init__(
+        self,
+        model: VQGan,
+        optimizers: List[torch.optim.Optimizer],
+        settings: Any,
+        device: torch.device,
+        autocast: Optional[torch.dtype] = None,
+    ):
+        self.model = model.train()
+        self.optimizers = optimizers
         self.settings = settings
         self.device = device
         self.autocast = autocast
@@ -83,20 +53,9 @@ class VQGanTrainer:
         self.usage = torch.ones(len(model.codebook), device=device)  # recent uses of each code
         self.last_use = torch.zeros(len(model.codebook), dtype=torch.long, device=device)  # step of the latest one
         self.discriminator = None
-        rate = settings.learning_rate
-        if settings.optimizer == "Muon":
-            kernels = [parameter for parameter in model.parameters() if parameter.dim() == 4]
-            others = [parameter for parameter in model.parameters() if parameter.dim() != 4]
-            self.optimizers = [Muon(kernels, rate, settings.weight_decay)]
-            self.optimizers.append(torch.optim.Adam(others, rate * ADAM_SHARE, betas=(0.9, 0.99)))
-        else:
-            self.optimizers = [
-                torch.optim.AdamW(model.parameters(), rate, (0.9, 0.99), weight_decay=settings.weight_decay)
-            ]
         if settings.disc_weight:
             self.discriminator = NLayerDiscriminator().apply(weights_init).to(device)
-            rate = self.optimizers[-1].param_groups[0]["lr"]
-            self.disc_optimizer = torch.optim.Adam(self.discriminator.parameters(), rate, betas=(0.5, 0.9))
+            self.disc_optimizer = torch.optim.Adam(self.discriminator.parameters(), DISC_RATE, betas=(0.5, 0.9))
         for optimizer in self._all_optimizers():
             for group in optimizer.param_groups:
                 group["peak"] = group["lr"]

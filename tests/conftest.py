@@ -1,16 +1,25 @@
 """What several tests share: small real models, and dalle-pytorch as an independent oracle."""
 
 import importlib
+import os
+import shutil
 import sys
 import types
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from torch import nn
 
+from data.shapes import sample_picture
+
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(2)
+YTTM = "bpe/bpe_yttm_vocab.txt"
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 class TinyTokenizer(nn.Module):
@@ -65,3 +74,103 @@ def dalle_pytorch():
                 del sys.modules[name]
             else:
                 sys.modules[name] = module
+
+
+def write_taming_vqgan(folder, pictures, side=32, patch=8, channels=32, width=8, entries=64):
+    """A VQGAN of one level, put together from taming's modules and saved as taming saves: vqgan.ckpt and vqgan.yaml.
+
+    Its weights are random; its entries are latents of `pictures`, so that different pictures have different codes.
+    """
+    from taming.modules.diffusionmodules.model import Decoder, Encoder
+    from taming.modules.vqvae.quantize import VectorQuantizer2
+
+    ddconfig = {"double_z": False, "z_channels": width, "resolution": side // patch, "in_channels": 3 * patch**2}
+    ddconfig.update(out_ch=3 * patch**2, ch=channels, ch_mult=[1], num_res_blocks=1, attn_resolutions=[], dropout=0.0)
+    torch.manual_seed(0)
+    parts = nn.ModuleDict({"encoder": Encoder(**ddconfig), "decoder": Decoder(**ddconfig)})
+    parts["quantize"] = VectorQuantizer2(entries, width, beta=0.25)
+    parts["quant_conv"], parts["post_quant_conv"] = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+    parts.eval()
+    with torch.no_grad():
+        pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+        cells = nn.functional.pixel_unshuffle(pixels / 127.5 - 1, patch)
+        latents = parts["quant_conv"](parts["encoder"](cells)).permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0)
+        parts["quantize"].embedding.weight.copy_(latents[torch.randperm(len(latents))[:entries]])
+    folder.mkdir(parents=True, exist_ok=True)
+    loss = {"loss.discriminator.main.0.weight": torch.zeros(3)}  # taming's files hold the training loss as well
+    torch.save({"state_dict": {**parts.state_dict(), **loss}, "global_step": 1}, folder / "vqgan.ckpt")
+    params = {"embed_dim": width, "n_embed": entries, "patch_size": patch, "ddconfig": ddconfig}
+    config = {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
+    (folder / "vqgan.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drawn_pictures(tmp_path_factory):
+    """A folder of twelve 32 × 32 pictures of two shapes and their captions; not to be written to."""
+    folder = tmp_path_factory.mktemp("drawn")
+    for number in range(12):
+        pixels, captions = sample_picture("train", number, size=32)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text("\n".join(captions[:2]) + "\n")
+    return folder
+
+
+@pytest.fixture
+def picture_folder(drawn_pictures, tmp_path):
+    """A copy of drawn_pictures that a test may change."""
+    return Path(shutil.copytree(drawn_pictures, tmp_path / "pictures"))
+
+
+@pytest.fixture(scope="session")
+def tiny_vqgan(tmp_path_factory, drawn_pictures):
+    """The folder of a VQGAN for 32 × 32 pictures in 4 × 4 codes of 64."""
+    pictures = [Image.open(path) for path in sorted(drawn_pictures.glob("*.png"))]
+    return write_taming_vqgan(tmp_path_factory.mktemp("vqgan"), pictures)
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(drawn_pictures, tiny_vqgan, tmp_path_factory):
+    """train.py's flags for a network that learns twelve pictures in seconds: three steps an epoch, codes kept aside.
+
+    A later flag wins, so tests append theirs.
+    """
+    model = "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --dim-head 16 --text-seq-len 16"
+    run = "--batch-size 4 --dataloader-workers 0 --device cpu --precision fp32 --learning-rate 3e-3"
+    places = ["--input-folder", drawn_pictures, "--vae-path", tiny_vqgan, "--bpe-path", ROOT / YTTM]
+    places += ["--codes-cache", tmp_path_factory.mktemp("codes"), "--checkpoint-output-dir", ""]
+    return [*model.split(), *run.split(), *map(str, places)]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_flags, tmp_path_factory):
+    """A checkpoint of train.py after one epoch with tiny_flags."""
+    import train
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    train.main([*tiny_flags, "--checkpoint-output-dir", str(folder), "--caption-dropout", "0.1"])
+    return folder / "dalle_0.pt"
+
+
+class Ended(NamedTuple):
+    """How a command ended: exit status, and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys):
+    """command(main, *argv): runs a command in this process → Ended. Other exceptions than SystemExit fail the test."""
+
+    def run(main, *argv):
+        capsys.readouterr()
+        try:
+            main([str(word) for word in argv])
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return Ended(status, *capsys.readouterr())
+
+    return run

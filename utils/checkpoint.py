@@ -10,6 +10,7 @@ import contextlib
 import os
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,6 +31,9 @@ def write(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except RuntimeError as error:  # what torch's writer makes of a full disk
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path}: could not be written ({_first_line(reason)})") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             beside.unlink()
@@ -41,18 +45,25 @@ def read(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; give a file that train.py wrote (dalle_<epoch>.pt)")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's thoughts on a file that is then refused
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = re.search(r"(?:GLOBAL |Unsupported (?:global|class|operand)[^\w]*)([\w.]+)", str(error))
-        what = f" ({reason.group(1)})" if reason else ""
-        raise ValueError(f"{path}: not a checkpoint of tensors and plain values{what}; it was not opened") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:
+        name = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_]\w*(?:\.\w+)*)", str(error))
+        if name:
+            raise ValueError(
+                f"{path}: holds {name.group(1)}, neither tensor nor plain value, and was not opened"
+            ) from None
+        raise ValueError(f"{path}: damaged, cut short or not a checkpoint") from None
+    except Exception as error:  # damage shows as whatever the layer that meets it raises
         raise ValueError(f"{path}: damaged, cut short or not a checkpoint ({_first_line(error)})") from None
     missing = {"hparams", "weights"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise ValueError(f"{path}: not a DALL-E checkpoint: it has no {' and no '.join(sorted(missing))}")
     if not isinstance(checkpoint["hparams"], dict) or not isinstance(checkpoint["weights"], dict):
         raise ValueError(f"{path}: not a DALL-E checkpoint: its hparams and weights are not dictionaries")
+    if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in checkpoint["weights"].items()):
+        raise ValueError(f"{path}: not a DALL-E checkpoint: its weights are not tensors under names")
     return checkpoint
 
 
@@ -79,7 +90,12 @@ def model_weights(weights):
         else:
             joined[name] = tensor
     for name, rows in pieces.items():
-        joined[f"{name}.weight"] = torch.cat([rows[index] for index in sorted(rows)])
+        try:
+            joined[f"{name}.weight"] = torch.cat([rows[index] for index in sorted(rows)])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{name}.split_embeddings: the pieces do not fit together ({_first_line(error)})"
+            ) from None
     return joined
 
 

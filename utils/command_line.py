@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         message = re.sub(r"(--[\w-]+)/--\w+", r"\1", message)  # one spelling of the flag is enough
-        print(f"{self.prog}: error: {self.source}{message}", file=sys.stderr)
+        print(f"{self.prog}: error: {self.source}{' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
     def heading(self, title):
@@ -71,11 +71,12 @@ def number(kind, low=None, high=None, above=None, below=None):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        inside = (low is None or value >= low) and (high is None or value <= high)
+            inside = math.isfinite(value)
+        except (ValueError, OverflowError):  # the latter: a whole number of hundreds of digits
+            value, inside = math.nan, False
+        inside = inside and (low is None or value >= low) and (high is None or value <= high)
         inside = inside and (above is None or value > above) and (below is None or value < below)
-        if not inside or not math.isfinite(value):
+        if not inside:
             raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}")
         return value
 
@@ -97,22 +98,29 @@ def read_entry(name, parser):
         entries = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
     except OSError as error:
         parser.error(f"{CONFIGS.name}: {error.strerror}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter: no UTF-8, or a date such as 2024-13-45
         parser.error(f"{CONFIGS.name} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         parser.error(f"{CONFIGS.name}: wanted are named configurations, each with its settings")
     if name not in entries:
-        parser.error(f"argument --config: no configuration '{name}' in {CONFIGS.name}; it has {', '.join(entries)}")
+        known = ", ".join(map(str, entries))
+        parser.error(f"argument --config: no configuration '{name}' in {CONFIGS.name}; it has {known}")
     unknown = [str(key) for key in entries[name] if key not in parser.flags()]
     if unknown:
         parser.error(f"{CONFIGS.name}, {name}: {', '.join(unknown)}: no such setting of {parser.prog} (see --help)")
     return entries[name]
 
 
-def as_words(entry):
+def as_words(entry, parser):
     """A configuration entry as the words of a command line, so that flags and YAML share one set of checks."""
     words = []
+    texts = {action.dest for action in parser._actions if action.type is str}
     for key, value in entry.items():
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, (dict, list)) for part in parts):
+            parser.error(f"{key}: {value} is neither a value nor a list of values")
+        if key in texts and isinstance(value, (list, bool)):  # YAML reads on and no as booleans
+            parser.error(f"{key}: {value} is not text; put it into quotes")
         if isinstance(value, list):
             value = ",".join(str(item) for item in value)
         if value is not None:
@@ -129,11 +137,13 @@ def parse(parser, argv=None):
         first.add_argument("--config", nargs="?")
         name = first.parse_known_args(argv)[0].config
         if name is not None:
-            words = as_words(read_entry(name, parser))
+            entry = read_entry(name, parser)
             parser.source = f"{CONFIGS.name}, {name}: "
-            namespace = parser.parse_args(words)
+            namespace = parser.parse_args(as_words(entry, parser))
             parser.source = ""
     settings = parser.parse_args(argv, namespace)
+    if namespace is not None:  # what is checked from here on, flags against each other, may come from either
+        parser.source = f"with {CONFIGS.name}, {name}: "
     for key, value in vars(settings).items():
         if isinstance(value, list) and value and isinstance(value[0], list):  # nargs="+" of comma lists: one flat list
             setattr(settings, key, [item for part in value for item in part])

@@ -1,0 +1,398 @@
+"""Checkpoints read without unpickling: the same tensors as torch.load gives, nothing run, damage told in one line."""
+
+import collections
+import functools
+import importlib
+import io
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import tracemalloc
+import types
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models.taming_checkpoint import LEGACY_MAGIC, LEGACY_VERSION, read_weights
+
+BOTH_FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
+
+
+class Reference:
+    """A persistent id as torch.save writes for a storage, or whatever else is put into one."""
+
+    def __init__(self, *content):
+        self.content = content
+
+
+class Call:
+    """Pickles as a call of `function`, which may be a call itself."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __call__(self):
+        raise AssertionError("only to be pickled")
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def storage(key="0", count=4, kind=torch.FloatStorage):
+    return Reference("storage", kind, key, "cpu", count)
+
+
+def tensor(reference, size, stride, offset=0):
+    return Call(torch._utils._rebuild_tensor_v2, reference, offset, size, stride, False, collections.OrderedDict())
+
+
+def pickled(value):
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, protocol=2)
+    pickler.persistent_id = lambda value: value.content if isinstance(value, Reference) else None
+    pickler.dump(value)
+    return file.getvalue()
+
+
+def write_zip(path, program, records, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("a/data.pkl", program)
+        for key, content in records.items():
+            archive.writestr(f"a/data/{key}", content)
+    return path
+
+
+def write_stream(path, program, records):
+    header = [LEGACY_MAGIC, LEGACY_VERSION, {"protocol_version": LEGACY_VERSION, "little_endian": True}]
+    content = b"".join(map(pickled, header)) + program + pickled(list(records))
+    path.write_bytes(content + b"".join(struct.pack("<q", len(data) // 4) + data for data in records.values()))
+    return path
+
+
+def write(path, value, zipped):
+    """A value of References and Calls beside one storage, "0", of four floats."""
+    return (write_zip if zipped else write_stream)(path, pickled(value), {"0": struct.pack("<4f", 1, 2, 3, 4)})
+
+
+def save(path, value, zipped=True):
+    torch.save(value, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def assert_same(weights, expected):
+    assert list(weights) == list(expected)
+    for name, weight in expected.items():
+        found = weights[name]
+        assert (found.dtype, found.shape, found.stride()) == (weight.dtype, weight.shape, weight.stride()), name
+        assert torch.equal(found, weight), name
+
+
+def assert_refused(path, message="."):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_weights(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "last.ckpt"
+
+
+@BOTH_FORMATS
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+)
+def test_every_dtype_comes_back(path, dtype, zipped):
+    values = (torch.randn(3, 5) * 9).to(getattr(torch, dtype))
+    save(path, {"w": values, "one": values[0, 0].clone(), "none": values[:0].clone()}, zipped)
+    assert_same(read_weights(path), torch.load(path))
+
+
+@BOTH_FORMATS
+def test_strided_shared_and_wrapped_tensors_come_back(path, zipped):
+    base = torch.arange(24.0).reshape(4, 6)
+    state = collections.OrderedDict(base=base, view=base[1::2, 2:5], turned=base.t(), wide=base[0, 1].expand(3, 2))
+    state.update(parameter=nn.Parameter(torch.ones(2)), again=state["base"], alone=torch.zeros(3))
+    state._metadata = {"": {"version": 1}}  # as Module.state_dict leaves it
+    save(path, state, zipped)
+    weights = read_weights(path)
+    assert_same(weights, torch.load(path))
+    weights["base"][1, 2] = -1  # shared memory stays shared
+    assert weights["view"][0, 0] == -1 and weights["turned"][2, 1] == -1 and weights["alone"].sum() == 0
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+def test_every_pickle_protocol_is_read(path, protocol):
+    network = nn.Sequential(nn.Conv2d(2, 3, 1), nn.GroupNorm(1, 3))
+    torch.save({"state_dict": network.state_dict(), "nested": [{}, (), (1, 2, 3, 4)]}, path, pickle_protocol=protocol)
+    assert_same(read_weights(path), network.state_dict())
+
+
+def with_vanished_classes(monkeypatch, make):
+    """`make(ModelCheckpoint)` with a class of a library that is importable only here."""
+    with monkeypatch.context() as patch:
+        module = types.ModuleType("vanished")
+        module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": "vanished"})
+        patch.setitem(sys.modules, "vanished", module)
+        make(module.ModelCheckpoint)
+
+
+@BOTH_FORMATS
+def test_a_lightning_checkpoint_opens_without_its_classes(path, zipped, monkeypatch):
+    network, critic = nn.Conv2d(3, 4, 2), nn.Linear(7, 7)
+    adam = {"state": {0: {"step": 1, "exp_avg": torch.ones(4)}}, "param_groups": [{"lr": 4.5e-6, "params": [0]}]}
+    state = {f"encoder.{name}": weight for name, weight in network.state_dict().items()}
+    loss = {f"loss.discriminator.{name}": weight for name, weight in critic.state_dict().items()}
+
+    def make(callback):
+        best = {"best_model_score": torch.tensor(1.5), "best_model_path": "/logs/é.ckpt", "dirpath": None}
+        checkpoint = {"epoch": 3, "global_step": 1 << 40, "pytorch-lightning_version": "1.0.8"}
+        checkpoint.update(callbacks={callback: best}, optimizer_states=[adam], lr_schedulers=[], hparams_type=callback)
+        checkpoint.update(hyper_parameters={"lr": 4.5e-6, "betas": (0.5, 0.9)}, state_dict={**state, **loss})
+        save(path, checkpoint, zipped)
+
+    with_vanished_classes(monkeypatch, make)
+    with pytest.raises((ModuleNotFoundError, pickle.UnpicklingError)):
+        torch.load(path, weights_only=False)
+    assert_same(read_weights(path, skip=["loss."]), state)
+    assert list(read_weights(path)) == [*state, *loss]
+    assert "vanished" not in sys.modules
+
+
+def test_an_instance_of_a_foreign_class_is_refused(path, monkeypatch):
+    with_vanished_classes(monkeypatch, lambda callback: save(path, {"callbacks": [callback()], "state_dict": {}}))
+    assert_refused(path, "wants to make vanished.ModelCheckpoint: not a VQGAN checkpoint")
+
+
+def test_tensors_that_are_skipped_are_not_read(path):
+    value = {"a": tensor(storage("0", 2), (2,), (1,)), "loss.b": tensor(storage("1", 1 << 40), (1 << 40,), (1,))}
+    write_zip(path, pickled(value), {"0": struct.pack("<2f", 5, 6)})
+    assert read_weights(path, skip=("loss.",))["a"].tolist() == [5, 6]
+    assert_refused(path, "a/data/1")
+
+
+def attacks(marker):
+    touch, code = f"touch {marker}", f"open({str(marker)!r}, 'w').close()"
+    run = Call(os.system, touch)
+    rebuild, (*arguments, _) = torch.ones(1).__reduce_ex__(2)
+    return {
+        "os.system": run,
+        "subprocess": Call(subprocess.check_call, ["touch", str(marker)]),
+        "eval": Call(eval, code),
+        "exec": Call(exec, code),
+        "getattr chain": Call(Call(getattr, Call(__import__, "os"), "system"), touch),
+        "torch.load inside": Call(functools.partial(torch.load, weights_only=False), f"{marker}.pt"),
+        "tensor's hooks": Call(rebuild, *arguments, run),
+        "dictionary of pairs": Call(collections.OrderedDict, [("x", run)]),
+    }
+
+
+@BOTH_FORMATS
+@pytest.mark.parametrize("attack", attacks(""))
+@pytest.mark.parametrize("place", ["beside", "tensor", "whole"])
+def test_nothing_pickled_is_run(path, attack, place, zipped):
+    marker = path.with_name("it_ran")
+    evil = attacks(marker)[attack]
+    value = {"beside": {"a": evil, "state_dict": {}}, "tensor": {"state_dict": {"w": evil}}, "whole": evil}[place]
+    torch.save({"w": Call(os.system, f"touch {marker}")}, f"{marker}.pt")
+    torch.load(save(path, value, zipped), weights_only=False)
+    assert marker.exists()  # the attack is a real one
+    marker.unlink()
+    assert_refused(path, "wants to run ")
+    assert not marker.exists()
+
+
+def test_functions_that_only_lie_about_are_inert(path, tmp_path, monkeypatch):
+    (tmp_path / "runs_when_imported.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')\nclass Thing: pass\n")
+    program = pickled({"x": [os.system, eval], "y": {os.popen: 1}, "state_dict": {}})
+    program = program.replace(b"cposix\nsystem\n", b"cruns_when_imported\nThing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert read_weights(write_zip(path, program, {})) == {}
+    assert "runs_when_imported" not in sys.modules and not (tmp_path / "it_ran").exists()
+    importlib.import_module("runs_when_imported")
+    assert (tmp_path / "it_ran").exists()  # it would have been seen
+
+
+SYSTEM = b"cposix\nsystem\n"
+OTHER_PROGRAMS = {  # by hand, as no pickler writes them: each would run `touch it_ran`
+    "INST": b"(S'touch it_ran'\niposix\nsystem\n.",
+    "OBJ": b"(" + SYSTEM + b"S'touch it_ran'\no.",
+    "NEWOBJ": b"\x80\x02" + SYSTEM + b"U\x0ctouch it_ran\x85\x81.",
+    "names as separate texts": b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0ctouch it_ran\x85R.",
+    "BUILD on a function": b"\x80\x02" + SYSTEM + b"}U\x08__call__U\x01xsb.",
+    "an extension code": b"\x80\x02\x82\x01.",
+    "the id of a text line": b"Ptouch it_ran\n.",
+}
+
+
+@pytest.mark.parametrize("program", OTHER_PROGRAMS.values(), ids=OTHER_PROGRAMS)
+def test_other_ways_to_call_are_refused(path, program, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    assert_refused(write_zip(path, program, {}), "wants to|pickle instruction")
+    path.write_bytes(program)
+    assert_refused(path)
+    assert_refused(write_stream(path, program, {}))
+    assert not os.path.exists("it_ran")
+
+
+@BOTH_FORMATS
+def test_numpy_values_are_refused_by_name(path, zipped):
+    save(path, {"best": np.float64(1.5), "state_dict": {}}, zipped)
+    assert_refused(path, r"wants to run numpy\S+: not a VQGAN checkpoint")
+
+
+LIES = {
+    "longer than its storage": tensor(storage(), (5,), (1,)),
+    "strides past the end": tensor(storage(), (2, 2), (3, 1)),
+    "offset past the end": tensor(storage(), (4,), (1,), offset=1),
+    "negative stride": tensor(storage(), (4,), (-1,), offset=3),
+    "negative size": tensor(storage(), (-1,), (1,)),
+    "bool as a size": tensor(storage(), (True,), (1,)),
+    "float as a size": tensor(storage(), (2.0,), (1,)),
+    "more sizes than strides": tensor(storage(), (2, 2), (1,)),
+    "2^80 elements of one": tensor(storage(), (1 << 40, 1 << 40), (0, 0)),
+    "text as sizes": tensor(storage(), "4", (1,)),
+    "text as storage": tensor("0", (4,), (1,)),
+    "storage one too long": tensor(storage(count=5), (4,), (1,)),
+    "storage one too short": tensor(storage(count=3), (3,), (1,)),
+    "storage of 2^46": tensor(storage(count=1 << 46), (4,), (1,)),
+    "storage that is not there": tensor(storage(key="1"), (4,), (1,)),
+    "number as storage key": tensor(storage(key=0), (4,), (1,)),
+    "storage of another type": tensor(storage(kind=torch.DoubleStorage), (2,), (1,)),
+    "function as type": tensor(storage(kind=os.system), (4,), (1,)),
+    "text as type": tensor(storage(kind="FloatStorage"), (4,), (1,)),
+    "storage as type": tensor(Reference("storage", storage(), "0", "cpu", 4), (4,), (1,)),
+    "storage as key": tensor(Reference("storage", torch.FloatStorage, storage(), "cpu", 4), (4,), (1,)),
+    "reference to a reference": tensor(Reference(storage()), (4,), (1,)),
+    "storage instead of a tensor": storage(),
+    "class instead of a tensor": torch.Size,
+}
+
+
+@BOTH_FORMATS
+@pytest.mark.parametrize("lie", LIES)
+def test_a_tensor_that_is_not_in_its_storage_is_refused(path, lie, zipped):
+    good = read_weights(write(path, {"w": tensor(storage(), (2, 2), (1, 2))}, zipped))
+    assert good["w"].tolist() == [[1, 3], [2, 4]]
+    assert_refused(write(path, {"state_dict": {"w": LIES[lie]}}, zipped))
+
+
+@BOTH_FORMATS
+def test_a_storage_described_twice_takes_no_memory(path, zipped):
+    # The stream format says how long a storage is once more; only one of two descriptions would be held against it.
+    write(path, {"a": tensor(storage(count=1 << 26), (4,), (1,)), "b": tensor(storage(), (4,), (1,))}, zipped)
+    assert peak_memory(lambda: assert_refused(path, "storage 0 in two ways")) < 1 << 22
+
+
+def test_lists_that_hold_lists_many_times_over_are_not_written_out(path):
+    laughs = ["ha"]
+    for _ in range(20):
+        laughs = [laughs, laughs]
+    write_zip(path, pickled({"w": tensor(storage(), (laughs,), (1,))}), {})
+    assert peak_memory(lambda: assert_refused(path)) < 1 << 22
+    as_a_name = pickled(laughs)[:-1] + b"X\x01\0\0\0x\x93."  # STACK_GLOBAL joins module and name
+    assert peak_memory(lambda: assert_refused(write_zip(path, as_a_name, {}))) < 1 << 22
+
+
+def peak_memory(function):
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_deep_nesting_is_no_crash(path):
+    deep = b"]" * 50_000 + b"a" * 49_999
+    assert_refused(write_zip(path, b"\x80\x02" + deep + b".", {}), "holds no state dict")
+    assert_refused(write_zip(path, b"\x80\x02}X\x01\0\0\0w" + deep + b"s.", {}), "'w' where a tensor")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "does not begin like"),
+        (b"some text\n", "does not begin like"),
+        (b"PK\x03\x04", "damaged"),
+        (b"\x80", "damaged"),
+        (pickle.dumps({"w": 1}, protocol=2), "not one of torch.save"),
+        (pickle.dumps({"w": {1}}, protocol=4), "EMPTY_SET"),
+    ],
+)
+def test_other_files_are_refused(path, content, message):
+    path.write_bytes(content)
+    assert_refused(path, message)
+
+
+def test_other_archives_are_refused(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes/readme.txt", "hello")
+    assert_refused(path, "without the data.pkl of torch.save")
+    assert_refused(write_zip(path, pickled({}), {"0": bytes(9999)}, zipfile.ZIP_DEFLATED), "compressed")
+    with zipfile.ZipFile(write_zip(path, pickled({}), {}), "a") as archive, pytest.warns(
+        UserWarning, match="Duplicate"
+    ):
+        archive.writestr("a/data.pkl", pickled({}))
+    assert_refused(path, "a/data.pkl twice")
+    with zipfile.ZipFile(write_zip(path, pickled({}), {}), "a") as archive:
+        archive.writestr("a/byteorder", b"big")
+    assert_refused(path, "big-endian")
+
+
+def test_a_folder_or_a_missing_file_is_the_systems_own_error(path):
+    for place, error in ((path, FileNotFoundError), (path.parent, IsADirectoryError)):
+        with pytest.raises(error):
+            read_weights(place)
+
+
+def small_checkpoint(path, zipped):
+    state = {"a": torch.randn(3, 4), "b": torch.arange(5).half(), "c": torch.randn(4, 4)[::2, 1:].t()}
+    return save(path, {"callbacks": {zipfile.ZipFile: 1.5}, "epoch": 3, "state_dict": state}, zipped).read_bytes()
+
+
+@BOTH_FORMATS
+def test_a_file_cut_anywhere_is_refused(path, zipped):
+    whole = small_checkpoint(path, zipped)
+    for length in [*random.Random(0).sample(range(len(whole)), 60), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        assert_refused(path)
+
+
+@BOTH_FORMATS
+def test_damage_is_never_another_exception(path, zipped):
+    whole, choice, refused = small_checkpoint(path, zipped), random.Random(0), 0
+    for _ in range(200):
+        content = bytearray(whole)
+        content[choice.randrange(len(content))] ^= choice.randrange(1, 256)
+        path.write_bytes(content)
+        try:
+            weights = read_weights(path)
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+        else:
+            assert all(isinstance(weight, torch.Tensor) for weight in weights.values())
+    assert 20 < refused < 200
+
+
+def test_a_flipped_bit_in_a_tensor_of_an_archive_is_noticed(path):
+    content = bytearray(save(path, {"w": torch.full((9,), 1.5)}).read_bytes())
+    content[content.index(struct.pack("<9f", *[1.5] * 9)) + 5] ^= 1
+    path.write_bytes(content)
+    assert_refused(path, "CRC")
+
+
+@pytest.mark.parametrize("place", [40, 48], ids=["length", "position"])
+@pytest.mark.parametrize("value", [1 << 20, 1 << 62])
+def test_an_archive_directory_that_points_outside_the_file_is_damage(path, place, value):
+    content = bytearray(save(path, {"w": torch.ones(3)}).read_bytes())
+    struct.pack_into("<Q", content, content.rindex(b"PK\6\6") + place, value)
+    path.write_bytes(content)
+    assert_refused(path, "damaged")

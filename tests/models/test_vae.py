@@ -1,0 +1,391 @@
+"""The image tokenizer against taming's own modules, its precision and frozenness, and what load_vqgan reads."""
+
+import copy
+import json
+
+import pytest
+import torch
+import yaml
+from taming.modules.diffusionmodules.model import Decoder, Encoder
+from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
+from torch import nn
+from torch.nn import functional as F
+
+from models.vae import VQGanVAE, load_vqgan
+
+OFFICIAL_YAML = """
+model:
+  base_learning_rate: 4.5e-06
+  target: taming.models.vqgan.VQModel
+  params:
+    embed_dim: 256
+    n_embed: 1024
+    ddconfig:
+      double_z: false
+      z_channels: 256
+      resolution: 256
+      in_channels: 3
+      out_ch: 3
+      ch: 128
+      ch_mult: [1, 1, 2, 2, 4]
+      num_res_blocks: 2
+      attn_resolutions: [16]
+      dropout: 0.0
+    lossconfig:
+      target: taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator
+      params: {disc_conditional: false, disc_in_channels: 3, disc_start: 0, disc_weight: 0.75, codebook_weight: 1.0}
+"""
+# (resolution, ch_mult, attn_resolutions, patch_size) and what follows: (image_size, num_layers, fmap_size).
+SHAPES = [
+    ((8, [1], [], 1), (8, 0, 8)),
+    ((16, [1, 2], [8], 1), (16, 1, 8)),
+    ((16, [1, 1, 2], [4, 16], 1), (16, 2, 4)),
+    ((8, [1], [], 2), (16, 1, 8)),
+    ((8, [2, 1], [8], 2), (16, 2, 4)),
+]
+BOTH = pytest.mark.parametrize("gumbel", [False, True], ids=["VQModel", "GumbelVQ"])
+
+
+def sizes(resolution=16, ch_mult=(1, 2), attn_resolutions=(8,), patch_size=1, gumbel=False, **more):
+    width = 3 * patch_size**2
+    ddconfig = {"double_z": False, "z_channels": 12, "resolution": resolution, "in_channels": width, "out_ch": width}
+    ddconfig.update(ch=32, ch_mult=list(ch_mult), num_res_blocks=1, attn_resolutions=list(attn_resolutions))
+    ddconfig["dropout"] = 0.0
+    params = {"embed_dim": 12 if gumbel else 6, "n_embed": 50, "ddconfig": ddconfig}
+    return {**params, **({"patch_size": patch_size} if patch_size > 1 else {}), **more}
+
+
+class Taming(nn.Module):
+    """taming's VQModel or GumbelVQ as its source puts it together, without Lightning and the loss."""
+
+    def __init__(self, params, gumbel=False):
+        super().__init__()
+        torch.manual_seed(0)
+        ddconfig, width = params["ddconfig"], params["embed_dim"]
+        self.patch_size, self.gumbel = params.get("patch_size", 1), gumbel
+        self.encoder, self.decoder = Encoder(**ddconfig), Decoder(**ddconfig)
+        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], width, 1)
+        self.post_quant_conv = nn.Conv2d(width, ddconfig["z_channels"], 1)
+        if gumbel:
+            self.quantize = GumbelQuantize(ddconfig["z_channels"], width, n_embed=params["n_embed"])
+        else:
+            self.quantize = VectorQuantizer2(params["n_embed"], width, beta=0.25, sane_index_shape=True)
+        self.eval().requires_grad_(False)
+        latents = self.latents(pictures(self, count=16, seed=9)).permute(0, 2, 3, 1).flatten(0, 2)
+        if gumbel:  # spread the logits, so that many codes are used
+            self.quantize.proj.bias.copy_(-self.quantize.proj(latents.t()[None, :, None]).mean(dim=(0, 2, 3)))
+        else:
+            self.quantize.embedding.weight.copy_(latents[torch.randperm(len(latents))[: params["n_embed"]]])
+
+    def latents(self, images):
+        return self.quant_conv(self.encoder(F.pixel_unshuffle(2 * images - 1, self.patch_size)))
+
+    def codes(self, images):
+        latents = self.latents(images)
+        if self.gumbel:  # taming adds noise even in evaluation; these are the logits without it
+            return self.quantize(latents, return_logits=True)[3].argmax(dim=1)
+        return self.quantize(latents)[2][2]
+
+    def pixels(self, codes):
+        latents = self.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, self.quant_conv.out_channels))
+        return (F.pixel_shuffle(self.decoder(self.post_quant_conv(latents)), self.patch_size) + 1) / 2
+
+
+def pictures(taming, count=4, seed=1):
+    """Random pictures with something in them at every scale."""
+    generator = torch.Generator().manual_seed(seed)
+    side = taming.encoder.resolution * taming.patch_size
+    images = torch.rand(count, 3, side, side, generator=generator) * 0.5
+    return images + F.interpolate(torch.rand(count, 3, 4, 4, generator=generator), size=side) * 0.5
+
+
+def both(gumbel=False, **options):
+    params = sizes(gumbel=gumbel, **options)
+    taming, ours = Taming(params, gumbel), VQGanVAE(params, gumbel)
+    ours.model.load_state_dict(taming.state_dict())
+    return ours, taming
+
+
+@BOTH
+@pytest.mark.parametrize(("shape", "expected"), SHAPES)
+def test_codes_pixels_and_sizes_are_tamings(shape, expected, gumbel):
+    resolution, ch_mult, attn_resolutions, patch_size = shape
+    ours, taming = both(gumbel, resolution=resolution, ch_mult=ch_mult, attn_resolutions=attn_resolutions,
+                        patch_size=patch_size)  # fmt: skip
+    assert (ours.image_size, ours.num_layers, ours.fmap_size) == expected
+    assert ours.num_tokens == 50 and ours.image_seq_len == expected[2] ** 2
+    images = pictures(taming)
+    codes = taming.codes(images)
+    assert codes.shape == (4, expected[2], expected[2]) and len(codes.unique()) > 5
+    found = ours.get_codebook_indices(images)
+    assert found.dtype == torch.long and torch.equal(found, codes.flatten(1))
+    assert torch.equal(ours(images), found)
+    pixels = taming.pixels(codes)
+    assert pixels.std() > 0.01
+    torch.testing.assert_close(ours.decode(found), pixels.clamp(0, 1), atol=1e-5, rtol=0)
+    assert ours.decode(found).shape == images.shape
+
+
+@BOTH
+def test_decoded_pixels_stay_between_zero_and_one(gumbel):
+    ours, taming = both(gumbel)
+    ours.model.decoder.conv_out.weight.mul_(100)
+    pixels = ours.decode(taming.codes(pictures(taming)).flatten(1))
+    assert pixels.min() == 0 and pixels.max() == 1 and pixels.dtype == torch.float32
+
+
+def test_another_grid_than_the_trained_one_can_be_decoded():
+    ours, taming = both()
+    codes = torch.randint(0, 50, (2, 5, 5))
+    torch.testing.assert_close(ours.decode(codes.flatten(1)), taming.pixels(codes).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+@BOTH
+def test_parameter_names_and_shapes_are_tamings(gumbel):
+    params = sizes(gumbel=gumbel)
+    ours, taming = VQGanVAE(params, gumbel).model.state_dict(), Taming(params, gumbel).state_dict()
+    assert {name: tensor.shape for name, tensor in ours.items()} == {name: w.shape for name, w in taming.items()}
+    quantize = {"embed.weight", "proj.weight", "proj.bias"} if gumbel else {"embedding.weight"}
+    assert {name[9:] for name in ours if name.startswith("quantize.")} == quantize
+    assert {name.partition(".")[0] for name in ours} == {
+        "encoder", "decoder", "quantize", "quant_conv", "post_quant_conv"
+    }  # fmt: skip
+
+
+def test_the_official_configuration_has_343_tensors_and_72_141_699_parameters():
+    params = yaml.safe_load(OFFICIAL_YAML)["model"]["params"]
+    with torch.device("meta"):
+        vae = VQGanVAE(params)
+    tensors = vae.model.state_dict().values()
+    assert (len(tensors), sum(tensor.numel() for tensor in tensors)) == (343, 72_141_699)
+    assert (vae.image_size, vae.num_layers, vae.num_tokens, vae.fmap_size) == (256, 4, 1024, 16)
+
+
+@BOTH
+def test_codes_are_looked_up_in_fp32_though_the_model_is_in_half_precision(gumbel):
+    ours, taming = both(gumbel, n_embed=64)
+    ours.to(torch.bfloat16)
+    images = pictures(taming, count=8)
+    latents = ours.model.encode((2 * images - 1).bfloat16())
+    assert latents.dtype == torch.bfloat16
+    flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    if gumbel:
+        weight, bias = (tensor.flatten(1) for tensor in (ours.model.quantize.proj.weight,
+                                                        ours.model.quantize.proj.bias[None]))  # fmt: skip
+        exact = (flat.double() @ weight.double().t() + bias.double()).argmax(dim=1)
+        coarse = (flat @ weight.t() + bias).argmax(dim=1)
+    else:
+        exact = torch.cdist(flat.double(), ours.model.codebook.double()).argmin(dim=1)
+        coarse = torch.cdist(flat.float(), ours.model.codebook.float()).bfloat16().argmin(dim=1)
+    assert not torch.equal(coarse, exact)  # or the test could not tell
+    assert torch.equal(ours.get_codebook_indices(images).flatten(), exact)
+    assert ours.decode(exact.reshape(8, -1)).dtype == torch.float32
+
+
+@BOTH
+def test_frozen_in_evaluation_mode_and_the_same_each_time(gumbel):
+    params = sizes(gumbel=gumbel)
+    params["ddconfig"]["dropout"] = 0.5
+    vae = VQGanVAE(params, gumbel)
+    assert not any(module.training for module in vae.model.modules())
+    nn.Sequential(vae).train()
+    assert not any(module.training for module in vae.modules())
+    images = torch.rand(2, 3, 16, 16, requires_grad=True)
+    codes = vae.get_codebook_indices(images)
+    assert all(torch.equal(vae.get_codebook_indices(images), codes) for _ in range(3))
+    pixels = vae.decode(codes)
+    assert torch.equal(vae.decode(codes), pixels) and not pixels.requires_grad
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+
+
+@BOTH
+def test_autocast_changes_nothing(gumbel):
+    ours, taming = both(gumbel)
+    images = pictures(taming)
+    codes = ours.get_codebook_indices(images)
+    pixels = ours.decode(codes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours.model.encode(images).dtype == torch.bfloat16  # it is on
+        assert torch.equal(ours.get_codebook_indices(images), codes)
+        assert torch.equal(ours.decode(codes), pixels)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (2, 3, 16, 8), (2, 3, 32, 32), (2, 16, 16, 3)])
+def test_pictures_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"takes \(batch, 3, 16, 16\)"):
+        VQGanVAE(sizes()).get_codebook_indices(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (4,), (2, 2, 2, 4)])
+def test_codes_that_make_no_square_are_refused(shape):
+    with pytest.raises(ValueError, match="side"):
+        VQGanVAE(sizes()).decode(torch.zeros(shape, dtype=torch.long))
+
+
+def test_the_network_can_be_built_again_from_its_hparams():
+    for gumbel in (False, True):
+        vae = VQGanVAE(sizes(patch_size=2, resolution=8, gumbel=gumbel, remap="x", lossconfig={}), gumbel)
+        hparams = json.loads(json.dumps(vae.hparams))
+        assert hparams["target"] == ("GumbelVQ" if gumbel else "VQModel")
+        again = VQGanVAE(hparams["params"], hparams["target"] == "GumbelVQ")
+        again.load_state_dict(vae.state_dict())
+        assert again.hparams == vae.hparams and again.fingerprint() == vae.fingerprint()
+
+
+def test_the_fingerprint_tells_networks_apart():
+    vae = VQGanVAE(sizes())
+    mark = vae.fingerprint()
+    assert len(mark) == 64 and copy.deepcopy(vae).fingerprint() == mark
+    finer = VQGanVAE(sizes(attn_resolutions=[8, 4]))  # a value that changes no weight
+    finer.load_state_dict(vae.state_dict())
+    assert finer.fingerprint() != mark
+    weight = vae.model.decoder.conv_out.weight
+    weight[0, 0, 0, 0] = torch.nextafter(weight[0, 0, 0, 0], torch.tensor(9.0))
+    assert vae.fingerprint() != mark
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("n_embed", None, "n_embed is missing"),
+        ("n_embed", 0, "n_embed must be a whole number from 1"),
+        ("embed_dim", "6", "embed_dim must be a whole number"),
+        ("embed_dim", True, "embed_dim must be a whole number"),
+        ("ddconfig", [], "ddconfig must be a mapping"),
+        ("patch_size", 3, "patch_size must be a power of two, not 3"),
+        ("patch_size", 2, "in_channels must be 3 . patch_size² = 12, not 3"),
+        ("ddconfig.ch", 48, "ch must be a multiple of 32"),
+        ("ddconfig.ch_mult", [], "ch_mult must be a list"),
+        ("ddconfig.ch_mult", [1, 1.5], "ch_mult must be a whole number"),
+        ("ddconfig.attn_resolutions", None, "attn_resolutions must be a list"),
+        ("ddconfig.resolution", 17, "resolution 17 cannot be halved 1 times"),
+        ("ddconfig.double_z", True, "double_z must be false"),
+        ("ddconfig.dropout", "no", "dropout must be a number"),
+        ("ddconfig.out_ch", 1, "out_ch must be 3"),
+    ],
+)
+def test_sizes_that_cannot_be_built_are_named(place, value, message):
+    params = sizes()
+    *above, name = place.split(".")
+    (params[above[0]] if above else params)[name] = value
+    with pytest.raises(ValueError, match=message):
+        VQGanVAE(params)
+
+
+def test_gumbel_needs_latents_as_wide_as_entries():
+    with pytest.raises(ValueError, match="embed_dim 6 = z_channels 12"):
+        VQGanVAE(sizes(), gumbel=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# load_vqgan
+
+
+def write_pair(folder, gumbel=False, change=None, suffix=".yaml", name="last", **more):
+    """A .ckpt with what Lightning leaves beside the weights, and its .yaml with what concerns training."""
+    params = sizes(gumbel=gumbel, **more)
+    taming = Taming(params, gumbel)
+    state = {**taming.state_dict(), "loss.perceptual_loss.net.weight": torch.ones(2), "loss.logvar": torch.zeros(())}
+    if change:
+        change(state)
+    optimizer = {"state": {0: {"step": 7, "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    saved = {"epoch": 3, "state_dict": state, "optimizer_states": [optimizer], "callbacks": {nn.Module: {"best": 1.5}}}
+    torch.save(saved, folder / f"{name}.ckpt")
+    params.update(lossconfig={"target": "no.such.Loss", "params": {"disc_start": 1}}, monitor="val/rec_loss")
+    params.update(remap="no/such/file.npy", ckpt_path="elsewhere", sane_index_shape=True)
+    params["ddconfig"]["unheard_of"] = 1
+    model = {"target": "taming.models.vqgan." + ("GumbelVQ" if gumbel else "VQModel"), "params": params}
+    config = {"model": {**model, "base_learning_rate": 4.5e-6}, "data": {"target": "main.DataModuleFromConfig"}}
+    (folder / f"{name}{suffix}").write_text(yaml.safe_dump(config))
+    return folder / f"{name}.ckpt", taming
+
+
+@BOTH
+def test_a_pair_of_files_gives_tamings_codes(tmp_path, gumbel):
+    path, taming = write_pair(tmp_path, gumbel)
+    images = pictures(taming)
+    expected = taming.codes(images).flatten(1)
+    elsewhere = tmp_path / "other name.txt"
+    elsewhere.write_text(path.with_suffix(".yaml").read_text())
+    for vae in (load_vqgan(path), load_vqgan(str(path), str(elsewhere)), load_vqgan(tmp_path)):
+        assert torch.equal(vae(images), expected)
+        assert vae.hparams["target"] == ("GumbelVQ" if gumbel else "VQModel")
+
+
+def test_a_yml_and_half_precision_weights_will_do(tmp_path):
+    def halve(state):
+        state.update({name: tensor.half() for name, tensor in state.items()})
+
+    path, taming = write_pair(tmp_path, change=halve, suffix=".yml")
+    vae = load_vqgan(path)
+    weight = vae.model.quant_conv.weight
+    assert weight.dtype == torch.float32 and torch.equal(weight, taming.quant_conv.weight.half().float())
+
+
+def test_a_remap_table_among_the_weights_is_passed_over(tmp_path):
+    path, taming = write_pair(tmp_path, change=lambda state: state.update({"quantize.used": torch.arange(9)}))
+    images = pictures(taming)
+    assert torch.equal(load_vqgan(path)(images), taming.codes(images).flatten(1))
+
+
+def test_a_folder_without_or_with_two_checkpoints_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: .* exactly one .ckpt file, this one 0"):
+        load_vqgan(tmp_path)
+    write_pair(tmp_path)
+    write_pair(tmp_path, name="best")
+    with pytest.raises(FileNotFoundError, match="this one 2"):
+        load_vqgan(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path):
+    path, _ = write_pair(tmp_path)
+    with pytest.raises(FileNotFoundError, match="gone.ckpt: no such VQGAN checkpoint"):
+        load_vqgan(tmp_path / "gone.ckpt")
+    with pytest.raises(FileNotFoundError, match="gone.yaml: no such VQGAN configuration .*last.ckpt"):
+        load_vqgan(path, tmp_path / "gone.yaml")
+    path.with_suffix(".yaml").unlink()
+    with pytest.raises(FileNotFoundError, match="last.yaml: no such VQGAN configuration"):
+        load_vqgan(path)
+    with pytest.raises(ValueError, match="x.yaml: .*give the .ckpt"):
+        load_vqgan(config_path="x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {target: taming.models.vqgan.VQModel}", "it has no model.params"),
+        ("just a text", "it has no model.params"),
+        ("", "it has no model.params"),
+        ("model: [1, 2", "not a yaml file"),
+        ("model: {day: 2020-13-01}", "not a yaml file"),
+        ("[" * 5000, "not a yaml file"),
+        (b"\x80\x02\xff", "not a yaml file"),
+        ("model: {params: !!python/object/apply:os.getcwd []}", "not a yaml file"),
+        ("model: {target: a.b.AutoencoderKL, params: {}}", "'a.b.AutoencoderKL' is neither a VQModel nor a GumbelVQ"),
+        ("model: {target: os.VQModel, params: {n_embed: 4}}", "ddconfig must be a mapping"),
+    ],
+)
+def test_a_yaml_that_describes_no_vqgan_is_named(tmp_path, text, message):
+    path, _ = write_pair(tmp_path)
+    path.with_suffix(".yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"last.yaml: .*{message}") as caught:
+        load_vqgan(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("quant_conv.bias"), "quant_conv.bias is missing"),
+        (lambda state: state.update({"quant_conv.scale": torch.ones(1)}), "quant_conv.scale is not part of this VQGAN"),
+        (
+            lambda state: state.update({"quantize.embedding.weight": torch.ones(51, 6)}),
+            r"quantize.embedding.weight has shape \(51, 6\) instead of \(50, 6\)",
+        ),
+        (lambda state: state.update({"encoder.conv_in.bias": "text"}), "'encoder.conv_in.bias'"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
+    path, _ = write_pair(tmp_path, change=change)
+    with pytest.raises(ValueError, match=f"last.ckpt: .*{message}"):
+        load_vqgan(path)

@@ -1,0 +1,369 @@
+"""The flags against REFERENCE's tables, the named configurations value by value, and one line for every bad value."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import args
+import generate
+from utils import command_line
+
+ROOT = Path(__file__).resolve().parent.parent
+PARSERS = {
+    "train.py": args.train_parser,
+    "generate.py": args.generate_parser,
+    "train_vqgan.py": args.vqgan_parser,
+    "evaluate.py": args.evaluate_parser,
+}
+COMMANDS = {
+    "train.py": (args.train_arguments, ["--generated-data"]),
+    "generate.py": (args.generate_arguments, ["--dalle_path", "c.pt", "--text", "a cat"]),
+    "train_vqgan.py": (args.vqgan_arguments, ["--input-folder", "pictures"]),
+    "evaluate.py": (args.evaluate_arguments, ["--dalle_path", "c.pt"]),
+}
+
+# The reference application's flags: a word that each takes, and what becomes of it.
+COUNTED = """batch-size epochs device-iterations replication-factor gradient-accumulation embedding-serialization-factor
+    ipus-per-replica cls-ipu-id embedding-ipu-id hidden-size text-seq-len num-hidden-layers num-attention-heads dim-head
+    loss-img-weight checkpoint-save-steps dataloader-workers"""
+SWITCHES = """stochastic-rounding enable-half-partials enable-rts optimizer-state-offchip fp16 enable-als sandwich-norm
+    enable-half-first-order-momentum truncate-captions byteio generated-data synthetic-data wandb compile-only"""
+TEXTS = """bpe-path input-folder pretrained-checkpoint vae-path vqgan-model-path vqgan-config-path wandb-project-name
+    wandb-run-name executable-cache-dir profile-dir"""
+TRAIN_FLAGS = {
+    **dict.fromkeys(COUNTED.split(), ("3", 3)),
+    **dict.fromkeys(SWITCHES.split(), ("true", True)),
+    **dict.fromkeys(TEXTS.split(), ("some/where", "some/where")),
+    "layers-per-ipu": ("0,3", [0, 3]),
+    "matmul-proportion": ("0.25,0.5", [0.25, 0.5]),
+    "async-dataloader": ("false", False),
+    "random-seed": ("0", 0),
+    "optimizer": ("AdamW", "AdamW"),
+    "learning-rate": ("1e-2", 0.01),
+    "lr-scheduler": ("constant", "constant"),
+    "loss-scaling": ("16384", 16384),
+    "weight-decay": ("0.5", 0.5),
+    "ff-dropout": ("0.5", 0.5),
+    "attn-dropout": ("0.5", 0.5),
+    "attn-types": ("full, conv_like", ("full", "conv_like")),
+    "checkpoint-output-dir": ("", ""),
+}
+TRAIN_DEFAULTS = {
+    "replication_factor": 1,
+    "embedding_serialization_factor": 1,
+    "ipus_per_replica": 1,
+    "embedding_ipu_id": 0,
+    "matmul_proportion": [0.6],
+    "async_dataloader": True,
+    "random_seed": 42,
+    "weight_decay": 0,
+    "loss_img_weight": 7,
+    "checkpoint_save_steps": 1000,
+    "wandb": False,
+    "wandb_project_name": "miniDALL-E",
+    "bpe_path": None,
+}
+GENERATE_FLAGS = {
+    "dalle-path": ("c.pt", "c.pt"),
+    "vqgan-model-path": ("v.ckpt", "v.ckpt"),
+    "vqgan-config-path": ("v.yaml", "v.yaml"),
+    "text": ("a|b", "a|b"),
+    "num-images": ("3", 3),
+    "batch-size": ("3", 3),
+    "top-k": ("0.5", 0.5),
+    "outputs-dir": ("o", "o"),
+    "bpe-path": ("words.txt", "words.txt"),
+    "gentxt": ("true", True),
+}
+
+ROW, COL, FULL = "axial_row", "axial_col", "full"
+L16_CLIP = {
+    "batch_size": 1,
+    "epochs": 200,
+    "replication_factor": 1,
+    "gradient_accumulation": 15,
+    "embedding_serialization_factor": 8,
+    "ipus_per_replica": 4,
+    "layers_per_ipu": [0, 7, 7, 2],
+    "matmul_proportion": [0.2],
+    "fp16": True,
+    "stochastic_rounding": True,
+    "enable_half_partials": True,
+    "enable_half_first_order_momentum": True,
+    "enable_rts": False,
+    "optimizer": "Adam",
+    "learning_rate": 3e-4,
+    "lr_scheduler": "ReduceLROnPlateau",
+    "loss_scaling": 16384,
+    "sandwich_norm": True,
+    "bpe_path": None,
+    "hidden_size": 512,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "dim_head": 64,
+    "ff_dropout": 0,
+    "attn_dropout": 0,
+    "attn_types": (ROW, ROW, COL, ROW, ROW, ROW, COL, ROW, ROW, ROW, COL, FULL, ROW, ROW, COL, FULL),
+    "dataloader_workers": 4,
+    "loss_img_weight": 7,
+    "text_seq_len": 80,
+    "truncate_captions": True,
+    "checkpoint_output_dir": "./output/ckpt",
+    "checkpoint_save_steps": 5000,
+    "input_folder": "./data/COCO",
+    "wandb": False,
+}
+L16 = {
+    **L16_CLIP,
+    "batch_size": 2,
+    "epochs": 800,
+    "gradient_accumulation": 8192,
+    "embedding_serialization_factor": 4,
+    "layers_per_ipu": [0, 6, 6, 4],
+    "matmul_proportion": [0.6],
+    "learning_rate": 5e-3,
+    "lr_scheduler": "multi_step",
+    "loss_scaling": 32768,
+    "sandwich_norm": False,
+    "bpe_path": "bpe/bpe_yttm_vocab.txt",
+}
+POD16 = {**L16, "replication_factor": 4, "gradient_accumulation": 2048, "enable_rts": True}
+POD64 = {**POD16, "replication_factor": 16, "gradient_accumulation": 512, "loss_scaling": 16384}
+HALF = ("fp16", "stochastic_rounding", "enable_half_partials", "enable_half_first_order_momentum")
+UNIT_TEST = {
+    **L16,
+    **dict.fromkeys(HALF, False),
+    "batch_size": 1,
+    "epochs": 1,
+    "gradient_accumulation": 2,
+    "embedding_serialization_factor": 1,
+    "ipus_per_replica": 1,
+    "layers_per_ipu": [1],
+    "learning_rate": 3e-4,
+    "lr_scheduler": "ReduceLROnPlateau",
+    "loss_scaling": 1,
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "attn_types": (ROW,),
+}
+CONFIGURATIONS = {
+    "L16_CLIP_vocab": L16_CLIP,
+    "L16": L16,
+    "L16_POD16": POD16,
+    "L16_POD64": POD64,
+    "unit_test": UNIT_TEST,
+}
+
+# Sizes and counts, of which nothing can be zero.
+COUNTS = {
+    "train.py": "batch-size gradient-accumulation replication-factor epochs max-steps device-iterations "
+    "embedding-serialization-factor ipus-per-replica hidden-size num-hidden-layers num-attention-heads dim-head "
+    "text-seq-len checkpoint-save-steps checkpoint-save-epochs keep-checkpoints",
+    "generate.py": "num-images batch-size",
+    "train_vqgan.py": "image-size patch-size ch ch-mult num-res-blocks z-channels embed-dim n-embed batch-size "
+    "max-steps",
+    "evaluate.py": "prompts batch-size",
+}
+BAD_VALUES = {
+    "train.py": {
+        "random-seed": ["-1", str(2**63), "1.5"],
+        "dataloader-workers": ["-1", "two"],
+        "warmup-steps": ["-1"],
+        "cls-ipu-id": ["-1", "1"],
+        "embedding-ipu-id": ["1"],
+        "layers-per-ipu": ["17,-1", "a", "16.0", ""],
+        "matmul-proportion": ["1.5", "-0.1", "x", ""],
+        "learning-rate": ["0", "-1", "nan", "inf", "fast"],
+        "weight-decay": ["-1", "inf"],
+        "adam-betas": ["0.9,1", "0.9", "-0.1,0.9", "0.9,0.98,0.99"],
+        "max-grad-norm": ["0", "-1"],
+        "loss-scaling": ["0"],
+        "attn-dropout": ["1", "-0.1"],
+        "ff-dropout": ["1", "-0.1"],
+        "loss-img-weight": ["-1", "nan"],
+        "caption-dropout": ["1.5", "-0.1"],
+        "attn-types": ["full,sparse", "", "full,,full"],
+        "optimizer": ["SGD", "adam"],
+        "lr-scheduler": ["linear"],
+        "device": ["tpu"],
+        "precision": ["fp8"],
+        "fp16": ["maybe", ""],
+        "no-codes-cache": ["perhaps"],
+        "top-k": ["1.1", "-0.1", "nan"],
+        "top-p": ["0", "1.1"],
+        "temperature": ["0", "-1", "inf"],
+        "cond-scale": ["-1", "inf"],
+    },
+    "generate.py": {
+        "top-k": ["1.1", "-0.1", "ninety"],
+        "seed": ["-1", "x"],
+        "text": ["", "  ", "a||b", "a|", "| |"],
+        "device": ["tpu"],
+    },
+    "train_vqgan.py": {
+        "ch": ["48"],
+        "ch-mult": ["1,0"],
+        "patch-size": ["3"],
+        "image-size": ["250"],
+        "validation-split": ["1", "-0.1"],
+        "continuous-steps": ["100000"],
+        "optimizer": ["Adam"],
+        "attn-resolutions": ["x"],
+    },
+    "evaluate.py": {"prompts": ["1121"], "prompt-set": ["train"]},
+}
+
+
+def refused(capsys, function, argv):
+    """The one line on stderr with which `function` ends the program."""
+    with pytest.raises(SystemExit) as end:
+        function(argv)
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.out == ""
+    assert printed.err.endswith("\n") and printed.err.count("\n") == 1, printed.err
+    return printed.err
+
+
+@pytest.mark.parametrize("program, flags", [("train.py", TRAIN_FLAGS), ("generate.py", GENERATE_FLAGS)])
+def test_every_flag_of_the_reference_is_there_in_both_spellings(program, flags):
+    base = COMMANDS[program][1] if program == "generate.py" else []
+    for name, (word, expected) in flags.items():
+        dest = name.replace("-", "_")
+        before = command_line.parse(PARSERS[program](), base)
+        assert name in ("dalle-path", "checkpoint-output-dir") or getattr(before, dest) != expected, name
+        for spelling in (name, dest):
+            settings = command_line.parse(PARSERS[program](), [*base, f"--{spelling}", word])
+            assert getattr(settings, dest) == expected, spelling
+
+
+def test_the_defaults_are_those_of_the_reference():
+    settings = args.train_arguments(["--generated-data"])
+    assert {name: getattr(settings, name) for name in TRAIN_DEFAULTS} == TRAIN_DEFAULTS
+    settings = args.generate_arguments(["--dalle_path", "c.pt", "--text", "a cat"])
+    assert (settings.num_images, settings.batch_size, settings.outputs_dir) == (128, 4, "./outputs")
+    assert settings.gentxt is False and settings.bpe_path is None
+    assert settings.top_k is None and generate.DEFAULTS["top_k"] == 0.99  # where the checkpoint says nothing
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_the_named_configurations_have_the_values_of_the_reference(name):
+    settings = vars(args.train_arguments(["--config", name]))
+    assert {key: settings[key] for key in CONFIGURATIONS[name]} == CONFIGURATIONS[name]
+    assert settings["bpe_path"] is None or (ROOT / settings["bpe_path"]).is_file()
+
+
+def test_every_entry_of_the_configuration_file_parses():
+    names = list(yaml.safe_load(command_line.CONFIGS.read_text(encoding="utf-8")))
+    assert {"demo", "vqgan_demo", *CONFIGURATIONS} <= set(names)
+    for name in names:
+        if name.startswith("vqgan_"):
+            args.vqgan_arguments(["--config", name, "--input-folder", "pictures"])
+        else:
+            args.train_arguments(["--config", name])
+
+
+def test_flags_override_the_configuration_wherever_they_stand():
+    flags = "--batch-size 7 --config=L16 --no-fp16 --attn_types full --layers-per-ipu 4 4 4,4"
+    settings = args.train_arguments(flags.split())
+    assert (settings.batch_size, settings.fp16, settings.attn_types) == (7, False, ("full",))
+    assert settings.layers_per_ipu == [4, 4, 4, 4]
+    assert (settings.epochs, settings.stochastic_rounding) == (800, True)
+
+
+def test_every_switch_can_be_turned_off_again_whoever_turned_it_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "CONFIGS", tmp_path / "configs.yaml")
+    for program, make in PARSERS.items():
+        switches = sorted({action.dest for action in make()._actions if action.type is command_line.boolean})
+        entry = "".join(f"  {name}: true\n" for name in switches) or "  seed: 1\n"
+        command_line.CONFIGS.write_text(f"all_on:\n{entry}")
+        base = ["--config", "all_on"] if program.startswith("train") else COMMANDS[program][1]
+        for name in switches:
+            on = base if base[0] == "--config" else [*base, f"--{name}"]
+            assert getattr(command_line.parse(make(), on), name) is True
+            spellings = [[f"--{name}", "false"], [f"--{name.replace('_', '-')}=off"]]
+            if not name.startswith("no_"):
+                spellings += [[f"--no_{name}"], [f"--no-{name.replace('_', '-')}"]]
+            for off in spellings:
+                assert getattr(command_line.parse(make(), [*on, *off]), name) is False, off
+
+
+@pytest.mark.parametrize("program", COUNTS)
+def test_no_size_may_be_zero_negative_or_broken(program, capsys):
+    function, base = COMMANDS[program]
+    names = COUNTS[program].split()
+    found = {action.dest.replace("_", "-") for action in PARSERS[program]()._actions if action.type is args.COUNT}
+    assert found <= set(names)  # a new one belongs into the list
+    for name in names:
+        for bad in ("0", "-1", "1.5", "many", "9" * 400):
+            error = refused(capsys, function, [*base, f"--{name}={bad}"])
+            assert f"--{name}: '{bad}' is not a whole number at least 1" in error
+
+
+@pytest.mark.parametrize("program", BAD_VALUES)
+def test_a_value_out_of_range_is_named_with_its_flag(program, capsys):
+    function, base = COMMANDS[program]
+    for name, values in BAD_VALUES[program].items():
+        for bad in values:
+            error = refused(capsys, function, [*base, f"--{name}={bad}"])
+            assert re.search(rf"--{name}\b", error), error
+            told = re.split(r"[,| ]+", bad)
+            assert any(part in error.partition(":")[2] for part in told), error
+
+
+@pytest.mark.parametrize(
+    "argv, told",
+    [
+        (["--layers-per-ipu", "0,6,6,4", "--ipus-per-replica=3"], ["--layers-per-ipu", "4 numbers", "replica 3"]),
+        (["--layers-per-ipu", "0,6,6,5", "--ipus-per-replica=4"], ["--layers-per-ipu", "0,6,6,5", "17", "16"]),
+        (["--matmul-proportion", "0.1,0.2"], ["--matmul-proportion", "2 numbers", "--ipus-per-replica 1"]),
+        (["--vqgan-config-path", "v.yaml"], ["--vqgan-config-path", "--vqgan-model-path"]),
+        (["--vae-path=v", "--vqgan-model-path=w"], ["--vae-path", "--vqgan-model-path"]),
+        (["--no-generated-data"], ["--input-folder", "--generated-data"]),
+        (["--config", "L17"], ["--config", "L17", "L16_POD64"]),
+        (["--config", "vqgan_demo"], ["configs.yaml, vqgan_demo", "image_size", "no such setting"]),
+        (["--config", "L16", "--num-hidden-layers=4"], ["configs.yaml, L16", "--layers-per-ipu", "16", "4"]),
+        (["--batch_size", "0"], ["--batch-size", "'0'"]),
+        (["--bacth-size", "2"], ["--bacth-size"]),
+        (["--batch", "2"], ["--batch"]),
+    ],
+)
+def test_flags_that_contradict_each_other_end_in_one_line(argv, told, capsys):
+    error = refused(capsys, args.train_arguments, ["--generated-data", *argv])
+    assert error.partition(": error: ")[0] and all(phrase in error for phrase in told), error
+
+
+def test_prompts_are_separated_and_trimmed(capsys):
+    settings = args.generate_arguments(["--dalle_path", "c.pt", "--text", " a  red cat|a dog "])
+    assert settings.prompts == ["a red cat", "a dog"]
+    base = ["--dalle_path", "c.pt", "--text", "a"]
+    assert "--vqgan-model-path" in refused(capsys, args.generate_arguments, [*base, "--vqgan_config_path", "v.yaml"])
+    assert "--text" in refused(capsys, args.generate_arguments, ["--dalle_path", "c.pt"])
+    assert "--dalle-path" in refused(capsys, args.generate_arguments, ["--text", "a cat"])
+
+
+@pytest.mark.parametrize("program", [*PARSERS, "process_captions.py"])
+def test_help_names_every_flag_and_needs_neither_torch_nor_an_sdk(program):
+    blocked = ["torch", "torchvision", "taming", "numpy", "PIL", "tokenizers", "einops", "ftfy", "poptorch", "popdist"]
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked})); sys.argv = [{program!r}, '--help']; "
+    code += f"sys.path.insert(0, '.'); runpy.run_path({program!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = set(re.findall(r"--[\w-]+", done.stdout))
+    if program == "process_captions.py":
+        assert {"--captions", "--out-dir"} <= words
+        return
+    spellings = {word for action in PARSERS[program]()._actions for word in action.option_strings if word != "-h"}
+    switched_off = {word for word in spellings if re.match("--no[-_]", word)} - {"--no-codes-cache", "--no_codes_cache"}
+    assert spellings - switched_off <= words
+
+
+def test_a_bad_flag_ends_the_program_with_status_2_and_one_line():
+    command = [sys.executable, "train.py", "--config", "unit_test", "--hidden-size", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "train.py: error: argument --hidden-size: '0' is not a whole number at least 1\n"

@@ -1,0 +1,199 @@
+"""The lines that benchmarks.yml reads, the one line that bad input ends in, and what samples a second counts."""
+
+import ast
+import io
+import logging
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import log
+
+ROOT = Path(__file__).resolve().parent.parent
+# As examples_utils has them; the last match in a run's output counts.
+THROUGHPUT = r"throughput: *(.*?) samples/sec"
+LOSS = r"loss: *(\d*\.\d*)"
+COMPILED = r"Compiled model in *(.*?) secs"
+LOSSES = {"total": 1.25, "text": 0.5, "image": 2.0}
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(log, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def program_log():
+    """log.set_up() as a command does it; put back afterwards."""
+    kept = log.LOG.handlers[:], log.LOG.level, log.LOG.propagate
+    log.LOG.handlers = []
+    log.set_up()
+    yield log.LOG
+    log.LOG.handlers, log.LOG.propagate = kept[0], kept[2]
+    log.LOG.setLevel(kept[1])
+
+
+class Tracker:
+    """Keeps what a Weights & Biases run would be sent."""
+
+    def __init__(self):
+        self.seen, self.finished = [], False
+
+    def log(self, figures, step):
+        self.seen.append((step, figures))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_lines_go_to_stdout_with_the_time_and_only_once(program_log, capsys):
+    log.set_up()
+    program_log.info("wrote %s", "this")
+    program_log.debug("not this")
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d wrote this\n", printed.out) and printed.err == ""
+    log.set_up(logging.DEBUG)
+    program_log.debug("now this")
+    assert capsys.readouterr().out.endswith(" now this\n")
+
+
+def test_the_benchmark_finds_its_numbers(program_log, clock, capsys):
+    progress = log.Progress(steps=2, first_step=0, samples_per_step=32)
+    clock.now += 20
+    progress.step(1, 0, {"total": 7.5, "text": 8.0, "image": 9.0}, 3e-4)
+    clock.now += 4
+    progress.step(2, 1, {"total": 0.0625, "text": 8.0, "image": 9.0}, 3e-4)
+    progress.close()
+    out = capsys.readouterr().out
+    assert re.findall(THROUGHPUT, out) == ["1.60", "8.00"]
+    assert re.findall(LOSS, out) == ["7.500", "0.062"]  # the total, not text or image
+    lines = out.splitlines()
+    assert "step 1/2 epoch 0" in lines[0] and "step 2/2 epoch 1" in lines[1] and "lr 3.00e-04" in lines[0]
+    assert "text 8.000 image 9.000" in lines[0]
+
+
+def test_the_benchmark_finds_the_time_of_compilation_in_what_train_logs():
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    formats = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    (line,) = [text for text in formats if text.startswith("Compiled model")]
+    (seconds,) = re.findall(COMPILED, line % 1.5)
+    assert float(seconds) == 1.5
+
+
+def test_throughput_counts_every_step_since_the_last_line(program_log, clock, capsys):
+    progress = log.Progress(steps=100, first_step=40, samples_per_step=6)
+    for step in range(41, 46):
+        clock.now += 3
+        progress.step(step, 0, LOSSES, 1e-3)
+    (first,) = re.findall(THROUGHPUT, capsys.readouterr().out)  # at 12 seconds, after 4 steps
+    assert float(first) == 4 * 6 / 12
+    for step in range(46, 49):
+        clock.now += 4
+        progress.step(step, 0, LOSSES, 1e-3)
+    (second,) = re.findall(THROUGHPUT, capsys.readouterr().out)  # 3 + 4 + 4 seconds, after 3 steps
+    assert float(second) == round(3 * 6 / 11, 2)
+
+
+def test_the_last_step_has_a_line_however_soon_it_comes(program_log, clock, capsys):
+    progress = log.Progress(steps=3, first_step=0, samples_per_step=1)
+    for step in (1, 2, 3):
+        progress.step(step, 0, LOSSES, 1e-3)  # no time passes at all
+    assert len(re.findall(THROUGHPUT, capsys.readouterr().out)) == 1
+
+
+def test_the_bar_shows_losses_in_words_that_the_benchmark_does_not_match(clock, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = log.Progress(steps=3, first_step=1, samples_per_step=1)
+    progress.step(2, 0, LOSSES, 1e-3)
+    progress.close()
+    drawn = terminal.getvalue()
+    assert "2/3" in drawn and "loss 1.250" in drawn and not re.search(LOSS, drawn)
+
+
+def test_every_step_goes_to_the_tracker(clock):
+    tracker = Tracker()
+    progress = log.Progress(3, 1, samples_per_step=8, tracker=tracker)
+    progress.step(2, 0, LOSSES, 1e-3)
+    progress.step(3, 1, LOSSES, 5e-4)
+    assert not tracker.finished
+    progress.close()
+    losses = {"loss/total": 1.25, "loss/text": 0.5, "loss/image": 2.0}
+    assert tracker.seen == [(2, {"lr": 1e-3, "epoch": 0, **losses}), (3, {"lr": 5e-4, "epoch": 1, **losses})]
+    assert tracker.finished
+
+
+def wandb_settings(wandb):
+    return types.SimpleNamespace(wandb=wandb, wandb_project_name="project", wandb_run_name="run", epochs=3)
+
+
+def test_weights_and_biases_is_asked_for_only_with_its_flag(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+    assert log.weights_and_biases(wandb_settings(False)) is None
+    with pytest.raises(ValueError, match="--wandb: the package wandb is not installed"):
+        log.weights_and_biases(wandb_settings(True))
+
+
+def test_weights_and_biases_gets_names_and_settings(monkeypatch):
+    package = types.ModuleType("wandb")
+    package.errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
+    package.init = lambda **given: given
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    given = log.weights_and_biases(wandb_settings(True))
+    assert (given["project"], given["name"], given["config"]["epochs"]) == ("project", "run", 3)
+
+    def fail(**given):
+        raise package.errors.Error("api_key not configured (no-tty)")
+
+    package.init = fail
+    with pytest.raises(ValueError, match="--wandb: api_key not configured"):
+        log.weights_and_biases(wandb_settings(True))
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("a.txt: no caption\n  in it"), "train.py: error: a.txt: no caption in it\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), "a.txt: No such file or directory\n"),
+        (PermissionError(13, "Permission denied", "out"), "train.py: error: out: Permission denied\n"),
+        (OSError(28, "No space left on device"), "train.py: error: No space left on device\n"),
+        (OSError("could not download"), "train.py: error: could not download\n"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "invalid start byte\n"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_status_2(error, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["some/where/train.py"])
+    with pytest.raises(SystemExit) as end, log.bad_input_exits():
+        raise error
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.out == ""
+    assert printed.err.endswith(line) and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a fault"), KeyError("a fault"), KeyboardInterrupt(), SystemExit(5)])
+def test_other_errors_pass_through(error, capsys):
+    with pytest.raises(type(error)) as passed, log.bad_input_exits():
+        raise error
+    assert passed.value is error and capsys.readouterr().err == ""
+
+
+def test_nothing_happens_where_all_goes_well(capsys):
+    with log.bad_input_exits():
+        pass
+    assert capsys.readouterr() == ("", "")

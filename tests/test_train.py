@@ -1,0 +1,266 @@
+"""train.py as a user starts it: what it learns, writes and logs, and that a run that was stopped goes on as if it had
+not been.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from backends.native import fast_in_bf16
+from models.vae import VQGanVAE
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def opened(path):
+    return torch.load(path, weights_only=True)
+
+
+def equal_weights(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.fixture
+def trained(command, tiny_flags, tmp_path):
+    """trained(*flags): runs train.py with tiny_flags and these → (output folder, Ended)."""
+    runs = []
+
+    def run(*flags):
+        folder = tmp_path / f"run{len(runs)}"
+        runs.append(folder)
+        ended = command(train.main, *tiny_flags, "--checkpoint-output-dir", folder, *flags)
+        assert ended.status == 0 and ended.err == "", ended
+        return folder, ended
+
+    return run
+
+
+def test_pixels_new_codes_and_cached_codes_teach_the_same(trained, tmp_path):
+    weights = []
+    codes, pixels = ["--codes-cache", tmp_path / "codes"], ["--no-codes-cache"]
+    for flags in (codes, codes, pixels, [*pixels, "--byteio", "--dataloader-workers", "2"]):
+        folder, ended = trained(*flags)
+        weights.append(opened(folder / "dalle_0.pt")["weights"])
+        assert "12 pictures, 3 steps of 4 samples" in ended.out
+    assert all(equal_weights(weights[0], others) for others in weights[1:])
+
+
+def test_twelve_pictures_are_learnt_by_heart(trained):
+    flags = ["--learning-rate", "1e-2", "--lr-scheduler", "trapezoid", "--caption-dropout", "0.1"]
+    _, ended = trained("--epochs", "1000", "--max-steps", "120", *flags)
+    last = re.findall(r"loss: (\S+) text (\S+) image (\S+)", ended.out)[-1]
+    # 64 codes and 8,208 tokens begin at 4.2 and 9.0; of two captions each, the text has log 2 over it to choose.
+    assert float(last[2]) < 0.4 and float(last[1]) < 2 and float(last[0]) < 0.6, ended.out
+
+
+def test_lines_that_benchmarks_read(trained):
+    _, ended = trained("--replication-factor", "2", "--enable-rts", "--device-iterations", "4")
+    assert re.search(r"Compiled model in \d+\.\d+ secs", ended.out)
+    assert re.search(r"loss: \d+\.\d+ .*throughput: \d+\.\d+ samples/sec", ended.out)
+    assert "1 steps of 8 samples" in ended.out
+    named = [line for line in ended.out.splitlines() if "--enable-rts" in line]
+    assert len(named) == 1 and "--device-iterations" in named[0] and "without effect" in named[0]
+
+
+@pytest.mark.parametrize("flag, half", [("--fp16=false", False), ("--fp16=true", True), ("--fp16", True)])
+def test_fp16_means_what_this_machine_has(trained, flag, half):
+    folder, ended = trained("--precision", "auto", "--max-steps", "1", flag)
+    fast = half and fast_in_bf16(torch.device("cpu"))
+    assert f"running on cpu in {'bf16' if fast else 'fp32'}" in ended.out
+    checkpoint = opened(folder / "dalle_step_1.pt")
+    assert checkpoint["hparams"]["fp16"] is half
+    assert {tensor.dtype for tensor in checkpoint["weights"].values()} == {torch.float32}
+
+
+def test_a_seed_gives_the_same_weights_and_another_gives_others(trained):
+    flags = ["--ff-dropout", "0.1", "--attn-dropout", "0.1", "--caption-dropout", "0.2"]
+    folders = [trained("--random-seed", seed, *flags)[0] for seed in (7, 7, 8)]
+    first, again, other = [opened(folder / "dalle_0.pt")["weights"] for folder in folders]
+    assert equal_weights(first, again)
+    learnt = [name for name in first if not name.startswith("model.vae.")]
+    assert not any(torch.equal(first[name], other[name]) for name in learnt if first[name].dim() == 2)
+
+
+def test_a_checkpoint_is_laid_out_as_the_reference_lays_it_out(trained, tiny_vqgan):
+    flags = ["--sandwich-norm", "--attn-types", "axial_row,full", "--ff-dropout", "0.2", "--loss-img-weight", "5"]
+    folder, _ = trained(*flags, "--top-p", "0.9")
+    checkpoint = opened(folder / "dalle_0.pt")
+    assert checkpoint.keys() >= {"hparams", "vae_params", "epoch", "weights", "opt_state", "scheduler_state"}
+    assert checkpoint["epoch"] == 0 and checkpoint["step"] == 3 and checkpoint["sampling"]["top_p"] == 0.9
+    expected = dict(num_text_tokens=8192, text_seq_len=16, dim=32, depth=2, heads=2, dim_head=16, loss_img_weight=5)
+    expected.update(
+        attn_types=("axial_row", "full"), ff_dropout=0.2, attn_dropout=0, sandwich_norm=True, cls_ipu_id=None
+    )
+    expected.update(embedding_ipu_id=0, embedding_serialization_factor=1, layers_per_ipu=None, fp16=None, byteio=False)
+    assert checkpoint["hparams"] == expected
+    shapes = {
+        "text_emb.weight": (8192 + 16, 32),
+        "image_emb.weight": (64, 32),
+        "text_pos_emb.weight": (17, 32),
+        "image_pos_emb.weights_0": (1, 4, 1, 32),
+        "image_pos_emb.weights_1": (1, 1, 4, 32),
+        "to_logits.0.weight": (32,),
+        "to_logits.0.bias": (32,),
+        "to_logits.1.weight": (8192 + 16 + 64, 32),
+        "to_logits.1.bias": (8192 + 16 + 64,),
+    }
+    for layer in ("transformer.layers.0", "transformer.layers.1"):
+        for block in "01":
+            shapes[f"{layer}.{block}.scale"] = (1, 1, 32)
+            norms = [f"fn.{norm}.{kind}" for norm in ("norm", "norm_out") for kind in ("weight", "bias")]
+            shapes.update({f"{layer}.{block}.{norm}": (32,) for norm in norms})
+        shapes[f"{layer}.0.fn.fn.to_qkv.weight"] = (3 * 2 * 16, 32)
+        shapes[f"{layer}.0.fn.fn.to_out.0.weight"], shapes[f"{layer}.0.fn.fn.to_out.0.bias"] = (32, 32), (32,)
+        shapes[f"{layer}.1.fn.fn.net.0.weight"], shapes[f"{layer}.1.fn.fn.net.0.bias"] = (256, 32), (256,)
+        shapes[f"{layer}.1.fn.fn.net.3.weight"], shapes[f"{layer}.1.fn.fn.net.3.bias"] = (32, 128), (32,)
+    frozen = opened(tiny_vqgan / "vqgan.ckpt")["state_dict"]
+    weights = checkpoint["weights"]
+    vqgan = {name: weights.pop(f"model.vae.model.{name}") for name in frozen if not name.startswith("loss.")}
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in vqgan.items())
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {
+        f"model.{name}": shape for name, shape in shapes.items()
+    }
+
+
+def test_names_and_number_of_checkpoints(trained):
+    flags = ["--epochs", "3", "--max-steps", "8", "--checkpoint-save-steps", "2"]  # three steps an epoch
+    folder, _ = trained(*flags, "--keep-checkpoints", "9")
+    positions = {path.name: (opened(path)["epoch"], opened(path)["step"]) for path in folder.iterdir()}
+    expected = {"dalle_0.pt": (0, 3), "dalle_1.pt": (1, 6)}
+    assert positions == {**expected, "dalle_step_2.pt": (0, 2), "dalle_step_4.pt": (1, 4), "dalle_step_8.pt": (2, 8)}
+    folder, _ = trained(*flags, "--keep-checkpoints", "2", "--checkpoint-save-epochs", "2")
+    assert {path.name for path in folder.iterdir()} == {"dalle_1.pt", "dalle_step_8.pt"}
+
+
+def test_without_an_output_folder_nothing_is_written(trained, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder, ended = trained("--checkpoint-output-dir", "")
+    assert not folder.exists() and not list((tmp_path / "here").iterdir()) and "wrote" not in ended.out
+
+
+@pytest.mark.parametrize(
+    "stopped_at, flags",
+    [
+        ("dalle_1.pt", ["--lr-scheduler", "ReduceLROnPlateau"]),
+        ("dalle_1.pt", ["--lr-scheduler", "multi_step"]),
+        ("dalle_step_4.pt", ["--lr-scheduler", "trapezoid", "--warmup-steps", "4", "--optimizer", "Muon"]),
+    ],
+)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trained, stopped_at, flags):
+    if "Muon" in flags and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    flags = [
+        "--epochs",
+        "4",
+        "--checkpoint-save-steps",
+        "4",
+        "--keep-checkpoints",
+        "9",
+        "--weight-decay",
+        "0.1",
+        *flags,
+    ]
+    whole, _ = trained(*flags)
+    resumed, ended = trained(*flags, "--pretrained-checkpoint", whole / stopped_at)
+    assert f"going on from {whole / stopped_at} at step {opened(whole / stopped_at)['step']}" in ended.out
+    assert not (resumed / "dalle_0.pt").exists()
+    expected, found = opened(whole / "dalle_3.pt"), opened(resumed / "dalle_3.pt")
+    assert equal_weights(expected["weights"], found["weights"])
+    assert (found["epoch"], found["step"]) == (3, 12)
+    assert found["opt_state"][0]["state"][0].keys() == expected["opt_state"][0]["state"][0].keys()
+    for ours, theirs in zip(found["opt_state"], expected["opt_state"]):
+        assert ours["param_groups"] == theirs["param_groups"]
+        for number, state in theirs["state"].items():
+            assert all(torch.equal(value, ours["state"][number][name]) for name, value in state.items())
+    if stopped_at == "dalle_1.pt":
+        assert found["scheduler_state"] == expected["scheduler_state"]
+
+
+def test_the_plateau_is_remembered(trained):
+    # Guidance alone is trained and no picture: the loss stands still, so the rate halves after the twelfth epoch.
+    flags = ["--loss-img-weight", "0", "--learning-rate", "1e-30", "--random-seed", "1", "--keep-checkpoints", "99"]
+    whole, _ = trained("--epochs", "14", *flags)
+    rates = [opened(whole / f"dalle_{epoch}.pt")["scheduler_state"]["lr"] for epoch in range(14)]
+    assert rates == 0
+    resumed, _ = trained("--epochs", "14", *flags, "--pretrained-checkpoint", whole / "dalle_8.pt")
+    assert opened(resumed / "dalle_13.pt")["scheduler_state"] == opened(whole / "dalle_13.pt")["scheduler_state"]
+
+
+def test_pictures_are_encoded_once(trained, picture_folder, monkeypatch):
+    encoded, original = [], VQGanVAE.get_codebook_indices
+
+    def counting(self, pixels):
+        encoded.append(len(pixels))
+        return original(self, pixels)
+
+    monkeypatch.setattr(VQGanVAE, "get_codebook_indices", counting)
+    beside = ["--input-folder", picture_folder, "--codes-cache", picture_folder, "--epochs", "2"]
+    trained(*beside)
+    assert sum(encoded) == 12
+    cached = {path: path.read_bytes() for path in picture_folder.glob("codes-*")}
+    trained(*beside, "--random-seed", "1")
+    assert sum(encoded) == 12 and len(cached) == 2
+    assert {path: path.read_bytes() for path in picture_folder.glob("codes-*")} == cached
+    trained(*beside, "--no-codes-cache")
+    assert sum(encoded) == 12 + 2 * 12  # every picture in each of two epochs
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(trained, tiny_flags, tmp_path):
+    folder = tmp_path / "stopped"
+    flags = [
+        *tiny_flags,
+        "--checkpoint-output-dir",
+        str(folder),
+        "--epochs",
+        "100000",
+        "--checkpoint-save-epochs",
+        "99999",
+    ]
+    flags += ["--no-codes-cache", "--dataloader-workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", ROOT / "train.py", *flags],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if "Compiled model in" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the processes that read pictures as well
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err == "", err
+    said = re.fullmatch(r"stopped after step (\d+); go on with --pretrained-checkpoint (\S+)", out.splitlines()[-1])
+    step, path = int(said[1]), Path(said[2])
+    assert path == folder / f"dalle_step_{step}.pt" and [*folder.iterdir()] == [path]
+    assert opened(path)["step"] == step
+    onward, ended = trained("--epochs", "100000", "--max-steps", step + 1, "--pretrained-checkpoint", path)
+    assert f"at step {step}" in ended.out and opened(onward / f"dalle_step_{step + 1}.pt")["step"] == step + 1
+
+
+def test_ctrl_c_before_the_first_step(command, tiny_flags, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data.codes.cached_codes", interrupted)
+    ended = command(train.main, *tiny_flags)
+    assert ended.status == 130 and ended.err == "" and ended.out.splitlines()[-1] == "stopped before the first step"
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-codes-cache", "--byteio"]])
+def test_generated_data_needs_no_pictures(command, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--generated-data", "--max-steps", "1", "--checkpoint-output-dir", "", "--dataloader-workers", "0", *flags]
+    ended = command(train.main, "--config", "unit_test", "--bpe-path", ROOT / "bpe/bpe_yttm_vocab.txt", *flags)
+    assert ended.status == 0 and not list(tmp_path.iterdir()), ended
+    assert "32 pictures, 1 steps of 2 samples" in ended.out and "throughput:" in ended.out

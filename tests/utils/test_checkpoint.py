@@ -1,0 +1,313 @@
+"""Checkpoint files: whole or not there, opened without running what is in them, weights under their own names."""
+
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.dalle import DALLE
+from utils import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])  # torch.save's two file formats
+
+
+class RunsCode:
+    """Pickled, it is a call of os.system."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+class Settings:
+    """A class of one's own, harmless; a checkpoint holds none all the same."""
+
+
+def content():
+    weights = OrderedDict([("model.a", torch.arange(300.0)), ("model.b", torch.ones(2, 3, dtype=torch.float16))])
+    hparams = {"dim": 3, "attn_types": ("full", "axial_row"), "sandwich_norm": False, "cls_ipu_id": None}
+    return {"hparams": hparams, "weights": weights, "opt_state": [{"state": {0: torch.zeros(2)}}], "epoch": 2}
+
+
+def refusal(path):
+    with pytest.raises(ValueError) as told:
+        checkpoint.read(path)
+    message = str(told.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message and len(message) < len(str(path)) + 200
+    return message[len(f"{path}: ") :]
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    path = tmp_path / "new" / "folder" / "dalle_2.pt"
+    checkpoint.write(path, content())
+    back, expected = checkpoint.read(str(path)), content()
+    assert back.keys() == expected.keys() and back["hparams"] == expected["hparams"] and back["epoch"] == 2
+    assert list(back["weights"]) == ["model.a", "model.b"] and back["weights"]["model.b"].dtype == torch.float16
+    assert all(torch.equal(back["weights"][name], tensor) for name, tensor in expected["weights"].items())
+    assert torch.equal(back["opt_state"][0]["state"][0], torch.zeros(2))
+    assert files_in(path.parent) == ["dalle_2.pt"]
+    checkpoint.write(path, {**content(), "epoch": 3})
+    assert checkpoint.read(path)["epoch"] == 3 and files_in(path.parent) == ["dalle_2.pt"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(error, tmp_path, monkeypatch):
+    path = tmp_path / "dalle_2.pt"
+    checkpoint.write(path, content())
+    before = path.read_bytes()
+
+    def half_a_save(saved, file):
+        file.write(b"PK\x03\x04 half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", half_a_save)
+    with pytest.raises(type(error)):
+        checkpoint.write(path, content())
+    assert path.read_bytes() == before and files_in(tmp_path) == ["dalle_2.pt"]
+
+
+def test_something_that_cannot_be_pickled_leaves_the_old_file(tmp_path):
+    path = tmp_path / "dalle_2.pt"
+    checkpoint.write(path, content())
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        checkpoint.write(path, {**content(), "more": lambda: None})
+    assert checkpoint.read(path)["epoch"] == 2 and files_in(tmp_path) == ["dalle_2.pt"]
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path):
+    checkpoint.write(tmp_path / "c.pt", content())
+    script = """
+import resource, signal, sys, torch
+from utils import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+try:
+    checkpoint.write(sys.argv[1], {"weights": torch.zeros(1 << 20)})
+except OSError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "c.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "c.pt" in done.stdout and "File too large" in done.stdout and done.stdout.count("\n") == 1
+    assert checkpoint.read(tmp_path / "c.pt")["epoch"] == 2 and files_in(tmp_path) == ["c.pt"]
+
+
+def test_a_folder_that_cannot_be_is_an_os_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError):
+        checkpoint.write(tmp_path / "file" / "c.pt", content())
+
+
+def test_killed_while_writing_leaves_a_whole_file(tmp_path):
+    """The writer is stopped while its unfinished file grows, then killed; its name shows the last whole one."""
+    script = """
+import itertools, sys, torch
+from utils import checkpoint
+for epoch in itertools.count():
+    weights = {str(i): torch.full((1 << 18,), float(epoch)) for i in range(64)}
+    checkpoint.write(sys.argv[1], {"hparams": {}, "weights": weights, "epoch": epoch})
+    print(epoch, flush=True)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "c.pt")]
+    size = 64 * 4 * (1 << 18)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
+        try:
+            assert writer.stdout.readline() == "0\n"
+            caught = None
+            while caught is None:
+                (unfinished,) = list(tmp_path.glob("c.pt.*.tmp")) or [None]
+                try:
+                    if unfinished and unfinished.stat().st_size > size // 8:
+                        writer.send_signal(signal.SIGSTOP)
+                        os.waitpid(writer.pid, os.WUNTRACED)
+                        caught = unfinished.stat().st_size
+                except FileNotFoundError:  # renamed meanwhile
+                    writer.send_signal(signal.SIGCONT)
+                time.sleep(0)
+        finally:
+            writer.kill()
+        told = ["0", *writer.stdout.read().split()]
+    assert caught > size // 8
+    saved = checkpoint.read(tmp_path / "c.pt")
+    assert saved["epoch"] == int(told[-1])
+    assert all((tensor == saved["epoch"]).all() for tensor in saved["weights"].values())
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    for path in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(FileNotFoundError) as told:
+            checkpoint.read(path)
+        assert str(told.value).startswith(f"{path}: no such checkpoint") and "\n" not in str(told.value)
+
+
+@FORMATS
+def test_a_file_cut_short_at_any_length_is_refused(zipped, tmp_path):
+    path = tmp_path / "c.pt"
+    torch.save(content(), path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    assert checkpoint.read(path)["epoch"] == 2
+    for length in [*range(0, len(whole), 23), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        message = refusal(path)
+        if zipped:
+            assert message.startswith("damaged, cut short or not a checkpoint")
+        else:  # where a name is cut in two, its first half is named
+            assert re.match("damaged, cut short or not a checkpoint|holds [a-z]", message), message
+
+
+@FORMATS
+def test_changed_bytes_are_read_or_refused_but_nothing_else(zipped, tmp_path):
+    path = tmp_path / "c.pt"
+    torch.save(content(), path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    random = torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(300):
+        changed = bytearray(whole)
+        for place, value in torch.randint(0, 1 << 30, (3, 2), generator=random).tolist():
+            changed[place % len(whole)] = value % 256
+        path.write_bytes(changed)
+        try:
+            checkpoint.read(path)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 30
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "configs.yaml", "bpe/bpe_simple_vocab_16e6.txt.gz", "bpe/bpe_yttm_vocab.txt"]
+)
+def test_other_files_are_refused_without_riddles(name, recwarn):
+    assert re.fullmatch(r"damaged, cut short or not a checkpoint( \([A-Za-z ]{9,}.*\))?", refusal(ROOT / name))
+    assert not recwarn.list  # torch's remarks would be further lines on stderr
+
+
+@FORMATS
+@pytest.mark.parametrize("place", ["hparams", "weights", "opt_state", "unheard_of"])
+def test_pickled_code_never_runs(place, zipped, tmp_path):
+    marker, path = tmp_path / "it ran", tmp_path / "c.pt"
+    evil = RunsCode(f"touch '{marker}'")
+    torch.save({**content(), place: {"model.a": evil}}, path, _use_new_zipfile_serialization=zipped)
+    message = refusal(path)
+    assert not marker.exists()
+    assert re.search(r"holds \w+\.system, .* was not opened", message)  # os.system by the name it is pickled under
+    torch.load(path, weights_only=False)
+    assert marker.exists()  # it would have run
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_bare_pickle_never_runs(protocol, tmp_path, recwarn):
+    marker, path = tmp_path / "it ran", tmp_path / "c.pt"
+    path.write_bytes(pickle.dumps(RunsCode(f"touch '{marker}'"), protocol))
+    refusal(path)
+    assert not marker.exists() and not recwarn.list
+    pickle.loads(path.read_bytes())
+    assert marker.exists()
+
+
+def test_a_class_is_named(tmp_path):
+    torch.save({**content(), "settings": Settings()}, tmp_path / "c.pt")
+    assert f"holds {__name__}.Settings, " in refusal(tmp_path / "c.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "c.pt")
+    assert "holds torch.nn.modules.linear.Linear, " in refusal(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize(
+    "saved, told",
+    [
+        ({"weights": {}}, "it has no hparams"),
+        ({"hparams": {}}, "it has no weights"),
+        ({"state_dict": {}}, "it has no hparams and no weights"),
+        (torch.zeros(3), "it has no hparams and no weights"),
+        ([], "it has no hparams and no weights"),
+        (None, "it has no hparams and no weights"),
+        ({"hparams": [], "weights": {}}, "not dictionaries"),
+        ({"hparams": {}, "weights": torch.zeros(3)}, "not dictionaries"),
+        ({"hparams": {}, "weights": {"a": 3}}, "not tensors under names"),
+        ({"hparams": {}, "weights": {3: torch.zeros(3)}}, "not tensors under names"),
+    ],
+)
+def test_something_else_than_a_dall_e_is_refused(saved, told, tmp_path):
+    checkpoint.write(tmp_path / "c.pt", saved)
+    message = refusal(tmp_path / "c.pt")
+    assert "not a DALL-E checkpoint" in message and message.endswith(told)
+
+
+def small_dalle(vae):
+    torch.manual_seed(0)
+    return DALLE(vae=vae, dim=16, num_text_tokens=20, text_seq_len=4, depth=2, heads=2, dim_head=8, sandwich_norm=True)
+
+
+def test_weights_go_through_a_file_unchanged(tiny_vae, tmp_path):
+    dalle = small_dalle(tiny_vae)
+    named = checkpoint.canonical_weights(dalle.state_dict())
+    assert named.keys() == {f"model.{name}" for name in dalle.state_dict()}
+    assert not any(tensor.requires_grad for tensor in named.values())
+    checkpoint.write(tmp_path / "c.pt", {"hparams": {}, "weights": named})
+    back = checkpoint.model_weights(checkpoint.read(tmp_path / "c.pt")["weights"])
+    assert checkpoint.first_misfit(dalle, back) is None
+    assert all(torch.equal(back[name], tensor) for name, tensor in dalle.state_dict().items())
+
+
+def test_split_embeddings_are_joined_in_the_order_of_their_numbers():
+    rows = torch.arange(36.0).view(36, 1).repeat(1, 2)
+    pieces = {f"model.text_emb.split_embeddings.{i}.weight": rows[3 * i : 3 * i + 3] for i in range(12)}
+    as_text = dict(sorted(pieces.items()))  # …1, …10, …11, …2
+    assert list(as_text) != list(pieces)
+    for given in (pieces, as_text, dict(reversed(list(pieces.items())))):
+        weights = checkpoint.model_weights({**given, "model.image_emb.weight": rows})
+        assert weights.keys() == {"text_emb.weight", "image_emb.weight"}
+        assert torch.equal(weights["text_emb.weight"], rows)
+    pieces["model.text_emb.split_embeddings.3.weight"] = torch.zeros(3, 5)
+    with pytest.raises(ValueError, match="text_emb.split_embeddings: the pieces do not fit together"):
+        checkpoint.model_weights(pieces)
+
+
+def test_half_precision_is_widened_and_whole_numbers_stay():
+    given = {
+        "model.a": torch.tensor([0.1], dtype=torch.float16),
+        "model.b": torch.tensor([0.1], dtype=torch.bfloat16),
+        "model.emb.split_embeddings.0.weight": torch.ones(1, 1, dtype=torch.float16),
+        "model.vae.model.count": torch.tensor([2**40]),
+    }
+    weights = checkpoint.model_weights(given)
+    assert weights["a"].dtype == weights["b"].dtype == weights["emb.weight"].dtype == torch.float32
+    assert weights["a"].item() == given["model.a"].double().item()
+    assert weights["vae.model.count"].tolist() == [2**40]
+
+
+def test_the_training_loss_of_the_vqgan_is_left_out_and_nothing_else():
+    names = ["vae.model.loss.discriminator.main.0.weight", "vae.model.loss.logvar", "vae.model.encoder.conv_in.weight"]
+    names += ["transformer.loss.weight", "model.text_emb.weight"]  # the last: only one prefix is ours
+    weights = checkpoint.model_weights({f"model.{name}": torch.zeros(1) for name in names})
+    assert list(weights) == names[2:]
+    assert list(checkpoint.model_weights({"text_emb.weight": torch.zeros(1)})) == ["text_emb.weight"]
+
+
+def test_the_first_misfit_is_named(tiny_vae):
+    dalle = small_dalle(tiny_vae)
+    weights = dict(dalle.state_dict())
+    assert checkpoint.first_misfit(dalle, weights) is None
+    missing = {name: tensor for name, tensor in weights.items() if name != "text_emb.weight"}
+    assert checkpoint.first_misfit(dalle, missing) == "text_emb.weight is missing"
+    extra = {**weights, "rotary.freqs": torch.zeros(1)}
+    assert checkpoint.first_misfit(dalle, extra) == "rotary.freqs is not part of this model"
+    wrong = {**weights, "text_emb.weight": torch.zeros(5, 16)}
+    assert checkpoint.first_misfit(dalle, wrong) == "text_emb.weight is (5, 16), not (24, 16)"

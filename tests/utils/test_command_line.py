@@ -1,0 +1,230 @@
+"""The mechanics of a command line on a small parser: spellings, switches, ranges, and a configuration beneath flags."""
+
+import argparse
+import math
+
+import pytest
+
+from utils import command_line
+from utils.command_line import Parser, boolean, list_of, number, parse
+
+
+def small_parser(config=True):
+    parser = Parser("Grows things.")
+    if config:
+        parser.add_argument("--config")
+    add = parser.heading("Garden")
+    add("plant-name", "rose", "what grows", str)
+    add("row-count", 3, "rows", number(int, low=1))
+    add("water", None, "litres", number(float, above=0, below=10))
+    add("is-wild", True, "let it grow", bool)
+    add("bed-sizes", [2.5], "metres", list_of(number(float, low=0)), nargs="+")
+    add("soil", "loam", "ground", choices=("loam", "sand"))
+    return parser
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch):
+    """Writes the configuration file that --config reads."""
+    path = tmp_path / "configs.yaml"
+    monkeypatch.setattr(command_line, "CONFIGS", path)
+    return path.write_bytes
+
+
+def values(*argv):
+    return vars(parse(small_parser(), argv))
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as end:
+        parse(small_parser(), argv)
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.out == ""
+    assert printed.err.endswith("\n") and printed.err.count("\n") == 1, printed.err
+    return printed.err
+
+
+def test_the_configurations_are_found_beside_the_commands():
+    assert command_line.CONFIGS.name == "configs.yaml" and (command_line.CONFIGS.parent / "train.py").is_file()
+
+
+def test_without_flags_the_defaults_hold():
+    expected = {
+        "plant_name": "rose",
+        "row_count": 3,
+        "water": None,
+        "is_wild": True,
+        "bed_sizes": [2.5],
+        "soil": "loam",
+    }
+    assert values() == {**expected, "config": None}
+    assert vars(parse(small_parser(config=False), [])) == expected
+
+
+def test_both_spellings_and_both_forms_of_assignment():
+    for spelling in ("--row-count", "--row_count"):
+        assert values(spelling, "5")["row_count"] == values(f"{spelling}=5")["row_count"] == 5
+
+
+@pytest.mark.parametrize("word, expected", [("true", True), ("Yes", True), ("1", True), ("ON", True)])
+def test_words_for_true_and_false(word, expected):
+    opposite = {"true": "False", "Yes": "no", "1": "0", "ON": "off"}[word]
+    assert boolean(word) is True and boolean(opposite) is False
+    assert values("--is-wild", opposite, "--is-wild", word)["is_wild"] is True
+    assert values("--is-wild", word, "--is_wild", opposite)["is_wild"] is False
+
+
+def test_the_last_word_on_a_switch_counts():
+    assert values("--no-is-wild")["is_wild"] is False and values("--no_is_wild")["is_wild"] is False
+    assert values("--no-is-wild", "--is-wild")["is_wild"] is True
+    assert values("--is-wild", "--no-is-wild")["is_wild"] is False
+    assert values("--is-wild", "--row-count", "2") == {**values(), "row_count": 2}  # nothing is swallowed
+
+
+@pytest.mark.parametrize("words", [["1,2", "3"], ["1 2 3"], ["1", "2", "3"], ["1, 2", "3"]])
+def test_lists_come_with_commas_or_spaces(words):
+    assert values("--bed-sizes", *words)["bed_sizes"] == [1, 2, 3]
+
+
+def test_the_limits_of_a_range():
+    between = number(float, above=0, below=1)
+    within = number(int, low=0, high=5)
+    assert between("0.5") == 0.5 and within("0") == 0 and within(" 5 ") == 5
+    for parser, words in (
+        (between, ["0", "1", "-1", "nan", "inf", "-inf", "x", ""]),
+        (within, ["-1", "6", "1.0", "²"]),
+    ):
+        for word in words:
+            with pytest.raises(argparse.ArgumentTypeError) as told:
+                parser(word)
+            assert str(told.value).startswith(f"'{word}' is not a")
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number at least 0 at most 5"):
+        within("6")
+    for word in ("9" * 400, "inf", "1e999"):  # no number of Python's floats
+        with pytest.raises(argparse.ArgumentTypeError):
+            number(int if word.isdigit() else float)(word)
+    assert math.isclose(number(float)("-1e-3"), -0.001)
+
+
+@pytest.mark.parametrize(
+    "argv, told",
+    [
+        (["--row-count", "0"], "argument --row-count: '0' is not a whole number at least 1"),
+        (["--row_count", "0"], "argument --row-count: '0' is not"),
+        (["--row-count"], "--row-count"),
+        (["--is-wild", "perhaps"], "argument --is-wild: 'perhaps' is neither true nor false"),
+        (["--bed-sizes", "1,x"], "argument --bed-sizes: 'x' is not a number at least 0"),
+        (["--soil", "clay"], "argument --soil: invalid choice: 'clay'"),
+        (["--row", "2"], "--row"),
+        (["--soi", "sand"], "--soi"),
+        (["--no-such-flag=1"], "--no-such-flag"),
+        (["stray"], "stray"),
+        (["--row-count", "two\nlines"], "'two lines' is not"),
+    ],
+)
+def test_a_bad_flag_is_one_line_that_names_it(argv, told, capsys):
+    assert told in refused(capsys, *argv)
+
+
+def test_help_names_flags_meanings_and_defaults(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(small_parser(), ["--help"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "Garden" in printed and "--row-count" in printed and "--row_count" in printed
+    assert "rows (default: 3)" in printed and "let it grow (default: True)" in printed
+
+
+def test_an_entry_lies_between_defaults_and_flags(configs):
+    configs(b"plot: {row_count: 7, is_wild: false, bed_sizes: [1, 2.5], plant_name: 'on', soil: sand, water: null}")
+    assert values("--config", "plot") == {
+        "config": "plot",
+        "plant_name": "on",
+        "row_count": 7,
+        "water": None,
+        "is_wild": False,
+        "bed_sizes": [1, 2.5],
+        "soil": "sand",
+    }
+    over = values("--row-count", "8", "--config=plot", "--is-wild", "--bed-sizes", "4")
+    assert (over["row_count"], over["is_wild"], over["bed_sizes"]) == (8, True, [4])
+    assert (over["plant_name"], over["soil"]) == ("on", "sand")
+
+
+def test_entries_may_build_on_each_other_and_hold_lone_numbers(configs):
+    configs(b"base: &base {row_count: 7, water: 1e-1}\nplot:\n  <<: *base\n  bed_sizes: 3\n  row_count: 8\n")
+    plot = values("--config", "plot")
+    assert (plot["row_count"], plot["water"], plot["bed_sizes"]) == (8, 0.1, [3])
+
+
+@pytest.mark.parametrize(
+    "entry, told",
+    [
+        ("row_count: 0", ["--row-count", "'0'"]),
+        ("row_count: 2.5", ["--row-count", "'2.5'"]),
+        ("row_count: true", ["--row-count", "'True'"]),
+        ("row_count: [1, 2]", ["--row-count", "'1,2'"]),
+        ("row_count: {rows: 3}", ["row_count", "rows"]),
+        ("water: .nan", ["--water", "'nan'"]),
+        ("is_wild: perhaps", ["--is-wild", "'perhaps'"]),
+        ("is_wild: 2", ["--is-wild", "'2'"]),
+        ("bed_sizes: [1, [2, 3]]", ["bed_sizes", "[2, 3]"]),
+        ("bed_sizes: [1, x]", ["--bed-sizes", "'x'"]),
+        ("bed_sizes: {a: 1}", ["bed_sizes", "a"]),
+        ("plant_name: yes", ["plant_name", "True"]),
+        ("plant_name: [rose, tulip]", ["plant_name", "tulip"]),
+        ("soil: clay", ["--soil", "'clay'"]),
+        ('soil: "loam\\nsand"', ["--soil", "loam"]),
+        ("colour: red", ["colour", "no such setting"]),
+        ("row-count: 3", ["row-count", "no such setting"]),
+        ("config: other", ["config", "no such setting"]),
+        ("help: true", ["help", "no such setting"]),
+        ("3: 4", ["3", "no such setting"]),
+    ],
+)
+def test_a_bad_entry_is_one_line_that_names_file_entry_and_key(entry, told, configs, capsys):
+    configs(f"fine: {{row_count: 3}}\nplot:\n  {entry}\n".encode())
+    assert values("--config", "fine")["row_count"] == 3
+    error = refused(capsys, "--config", "plot")
+    assert "error: configs.yaml, plot: " in error and all(word in error for word in told), error
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"plot: {row_count: 3}\n7: {}", ["--config", "'lawn'", "it has plot, 7"]),
+        (b"", ["named configurations"]),
+        (b"- plot", ["named configurations"]),
+        (b"plot: 3", ["named configurations"]),
+        (b"lawn: [3]", ["named configurations"]),
+        (b"lawn: {row_count: 3", ["is not YAML"]),
+        (b"lawn:\n\trow_count: 3", ["is not YAML"]),
+        (b"lawn: {plant_name: \xff}", ["is not YAML"]),
+        (b"lawn: {plant_name: 2024-13-45}", ["is not YAML"]),
+        (b"lawn: {plant_name: !!python/object/apply:os.getcwd []}", ["is not YAML"]),
+        (None, ["No such file"]),
+    ],
+)
+def test_a_configuration_file_that_cannot_serve_is_one_line(content, told, configs, capsys):
+    if content is not None:
+        configs(content)
+    error = refused(capsys, "--config", "lawn")
+    assert "configs.yaml" in error and all(word in error for word in told), error
+
+
+def test_a_flag_is_not_blamed_on_the_configuration_nor_the_other_way_round(configs, capsys):
+    configs(b"plot: {row_count: 7}")
+    assert "configs.yaml" not in refused(capsys, "--config", "plot", "--row-count", "0")
+    parser = small_parser()
+    parse(parser, ["--config", "plot"])
+    with pytest.raises(SystemExit):
+        parser.error("argument --row-count: does not go with --water")  # as args.py finds after parsing
+    assert capsys.readouterr().err.endswith(
+        " error: with configs.yaml, plot: argument --row-count: does not go with --water\n"
+    )
+
+
+def test_config_without_a_name_and_with_an_empty_one(configs, capsys):
+    configs(b"plot: {row_count: 7}")
+    assert "--config" in refused(capsys, "--config")
+    assert "no configuration ''" in refused(capsys, "--config", "")

@@ -1,0 +1,79 @@
+"""Muon: orthogonal updates, the size of AdamW's; the same as torch's own where there is one."""
+
+import pytest
+import torch
+from torch import nn
+
+from utils.muon import Muon, orthogonal
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (1, 8, 64)])
+def test_singular_values_come_near_one_and_vectors_stay(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = orthogonal(matrices)
+    assert made.shape == matrices.shape
+    for before, after in zip(matrices, made):
+        left, values, right = torch.linalg.svd(before.double(), full_matrices=False)
+        turned = left.T @ after.double() @ right.T  # diagonal, where the singular vectors are kept
+        kept = turned.diagonal()[values > 0.05 * values.max()]
+        assert kept.min() > 0.6 and kept.max() < 1.3
+        assert (turned - turned.diagonal().diag()).abs().max() < 1e-4
+
+
+def test_a_batch_of_matrices_is_each_matrix_alone():
+    matrices = torch.randn(4, 12, 20, generator=torch.Generator().manual_seed(1))
+    alone = torch.stack([orthogonal(matrix[None])[0] for matrix in matrices])
+    torch.testing.assert_close(orthogonal(matrices), alone)
+
+
+def quadratic(optimizer, parameters, targets, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum((parameter - target).square().sum() for parameter, target in zip(parameters, targets)).backward()
+        optimizer.step()
+
+
+def test_equals_torchs_own_up_to_its_half_precision():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon came with torch 2.9")
+    torch.manual_seed(0)
+    starts, targets = [torch.randn(16, 24), torch.randn(32, 8)], [torch.randn(16, 24), torch.randn(32, 8)]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.1}
+    quadratic(Muon(ours, **settings), ours, targets, 10)
+    quadratic(torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings), theirs, targets, 10)
+    for own, other, start in zip(ours, theirs, starts):
+        moved = (other - start).norm()
+        assert moved > 0.5
+        assert (own - other).norm() < 0.02 * moved
+
+
+def test_a_kernel_moves_as_the_matrix_that_it_is():
+    torch.manual_seed(0)
+    start, target = torch.randn(8, 4, 3, 3), torch.randn(8, 4, 3, 3)
+    kernel, matrix = nn.Parameter(start.clone()), nn.Parameter(start.flatten(1).clone())
+    quadratic(Muon([kernel], lr=0.02), [kernel], [target], 5)
+    quadratic(Muon([matrix], lr=0.02), [matrix], [target.flatten(1)], 5)
+    torch.testing.assert_close(kernel.flatten(1), matrix)
+
+
+def test_goes_on_from_its_state_as_if_it_had_not_stopped():
+    torch.manual_seed(0)
+    start, target = torch.randn(8, 8), torch.randn(8, 8)
+    through, halved = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    quadratic(Muon([through], lr=0.1), [through], [target], 6)
+    first = Muon([halved], lr=0.1)
+    quadratic(first, [halved], [target], 3)
+    second = Muon([halved], lr=0.1)
+    second.load_state_dict(first.state_dict())
+    quadratic(second, [halved], [target], 3)
+    assert torch.equal(through, halved)
+
+
+def test_parameters_without_a_gradient_stay():
+    used, unused = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+    optimizer = Muon([used, unused], lr=0.1, weight_decay=0.5)
+    (used * torch.randn(4, 4)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(used, torch.ones(4, 4))
+    assert torch.equal(unused, torch.ones(4, 4))
