@@ -53,14 +53,14 @@ def weights_and_biases(settings):
     if not settings.wandb:
         return None
     try:
-        import wandb
-    except ImportError:
+        from wandb import errors, init
+    except ImportError:  # also where `wandb` is the folder that an earlier run left
         raise ValueError(
             "--wandb: the package wandb is not installed; pip install wandb, or leave the flag out"
         ) from None
     try:
-        return wandb.init(project=settings.wandb_project_name, name=settings.wandb_run_name, config=vars(settings))
-    except wandb.errors.Error as error:  # no login, no network
+        return init(project=settings.wandb_project_name, name=settings.wandb_run_name, config=vars(settings))
+    except errors.Error as error:  # no login, no network
         raise ValueError(f"--wandb: {error}; WANDB_MODE=offline records without a login") from None
 
 

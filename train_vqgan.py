@@ -18,6 +18,7 @@ MEMORY_BYTES = 2 << 30  # a set that takes no more is decoded once and kept
 HELD_OUT_PIXELS = 1 << 21  # of so many the figures are taken: 512 pictures of 64 × 64, 32 of 256 × 256
 GRID_PICTURES = 8
 SHOWN_EVERY = 10  # steps between looks at the loss, each of which waits for the device
+LOGGED_EVERY = 50  # steps between log lines where there is no bar
 EXIT_INTERRUPTED = 130
 
 
@@ -89,7 +90,7 @@ def train(settings):
                     LOG.info("step %d: the codebook begins with %d of %d entries", step, begun, settings.n_embed)
                 figures = trainer.step(next(batches), cosine(step, settings.max_steps, settings.warmup_steps))
                 bar.update()
-                if step % SHOWN_EVERY == 0 or step + 1 == settings.max_steps:
+                if (step + 1) % SHOWN_EVERY == 0 or step + 1 == settings.max_steps:
                     show(bar, figures, trainer, step)
                 if settings.eval_interval and (step + 1) % settings.eval_interval == 0 and trainer.has_codebook:
                     report()
@@ -188,12 +189,18 @@ def read_folders(settings):
 
 
 def show(bar, figures, trainer, step):
-    """Loss, PSNR of the batch and codes in use behind the bar; ValueError when training has run away."""
+    """Loss, PSNR of the batch and codes in use behind the bar, or in the log where no bar is drawn.
+
+    ValueError when training has run away.
+    """
     loss = figures["loss"].item()
     if not math.isfinite(loss):
         raise ValueError(f"the loss is no longer finite at step {step}; use a lower --learning-rate than now")
     codes = f", {int((trainer.usage > 0.1).sum())} codes" if trainer.has_codebook else ""
-    bar.set_postfix_str(f"loss {loss:.4f}, {-10 * math.log10(figures['mse'].item()):.1f} dB{codes}")
+    line = f"loss {loss:.4f}, {-10 * math.log10(figures['mse'].item()):.1f} dB{codes}"
+    bar.set_postfix_str(line)
+    if bar.disable and (step + 1) % LOGGED_EVERY == 0:
+        LOG.info("step %d of %d: %s", step + 1, trainer.settings.max_steps, line)
 
 
 def measure(model, held_out, batch_size, output_dir):

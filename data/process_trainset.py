@@ -40,7 +40,7 @@ def write_caption_files(captions_file: Union[str, Path], out_dir: Union[str, Pat
         out_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"{out_dir} cannot be made: part of that path is a file; --out-dir takes a folder") from None
-    with tqdm(lines.items(), desc="captions", unit="file", mininterval=0.5) as bar:
+    with tqdm(lines.items(), desc="captions", unit="file", mininterval=0.5, disable=None) as bar:
         for image_id, captions in bar:
             _write(out_dir / f"{image_id:012d}.txt", "".join(caption + "\n" for caption in captions))
     return Written(len(lines), sum(map(len, lines.values())), empty)

@@ -313,7 +313,7 @@ def _write_split(root: Path, split: str, count: int, first_id: int, seed: int, s
     for folder in (images, captions, root / "annotations"):
         folder.mkdir(parents=True, exist_ok=True)
     listed, annotations = [], []
-    for index in tqdm(range(count), desc=f"drawing {split}", unit="picture"):
+    for index in tqdm(range(count), desc=f"drawing {split}", unit="picture", disable=None):
         pixels, texts = sample_picture(split, index, seed, size)
         image_id = first_id + index
         name = f"{image_id:012d}"

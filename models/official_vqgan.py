@@ -69,7 +69,9 @@ def _download(address: str, path: Path) -> None:
         with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response, unfinished.open("wb") as file:
             length = response.headers.get("Content-Length")
             total = int(length) if length else None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=f"downloading {path.name}") as progress:
+            with tqdm(
+                total=total, unit="B", unit_scale=True, desc=f"downloading {path.name}", disable=None
+            ) as progress:
                 for chunk in iter(lambda: response.read(CHUNK_BYTES), b""):
                     file.write(chunk)
                     progress.update(len(chunk))

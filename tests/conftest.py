@@ -1,5 +1,6 @@
 """What several tests share: small real models, and dalle-pytorch as an independent oracle."""
 
+import contextlib
 import importlib
 import os
 import shutil
@@ -87,7 +88,8 @@ def write_taming_vqgan(folder, pictures, side=32, patch=8, channels=32, width=8,
     ddconfig = {"double_z": False, "z_channels": width, "resolution": side // patch, "in_channels": 3 * patch**2}
     ddconfig.update(out_ch=3 * patch**2, ch=channels, ch_mult=[1], num_res_blocks=1, attn_resolutions=[], dropout=0.0)
     torch.manual_seed(0)
-    parts = nn.ModuleDict({"encoder": Encoder(**ddconfig), "decoder": Decoder(**ddconfig)})
+    with contextlib.redirect_stdout(None):  # the Decoder prints its shape
+        parts = nn.ModuleDict({"encoder": Encoder(**ddconfig), "decoder": Decoder(**ddconfig)})
     parts["quantize"] = VectorQuantizer2(entries, width, beta=0.25)
     parts["quant_conv"], parts["post_quant_conv"] = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
     parts.eval()
@@ -96,6 +98,7 @@ def write_taming_vqgan(folder, pictures, side=32, patch=8, channels=32, width=8,
         cells = nn.functional.pixel_unshuffle(pixels / 127.5 - 1, patch)
         latents = parts["quant_conv"](parts["encoder"](cells)).permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0)
         parts["quantize"].embedding.weight.copy_(latents[torch.randperm(len(latents))[:entries]])
+        parts["decoder"].conv_out.weight.mul_(0.3)  # pale pictures, which stretching their contrast would change
     folder.mkdir(parents=True, exist_ok=True)
     loss = {"loss.discriminator.main.0.weight": torch.zeros(3)}  # taming's files hold the training loss as well
     torch.save({"state_dict": {**parts.state_dict(), **loss}, "global_step": 1}, folder / "vqgan.ckpt")

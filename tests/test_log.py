@@ -143,8 +143,9 @@ def wandb_settings(wandb):
     return types.SimpleNamespace(wandb=wandb, wandb_project_name="project", wandb_run_name="run", epochs=3)
 
 
-def test_weights_and_biases_is_asked_for_only_with_its_flag(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+@pytest.mark.parametrize("module", [None, types.ModuleType("wandb")])  # no package; a mere folder of that name
+def test_weights_and_biases_is_asked_for_only_with_its_flag(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", module)
     assert log.weights_and_biases(wandb_settings(False)) is None
     with pytest.raises(ValueError, match="--wandb: the package wandb is not installed"):
         log.weights_and_biases(wandb_settings(True))

@@ -196,6 +196,8 @@ def test_frozen_in_evaluation_mode_and_the_same_each_time(gumbel):
     pixels = vae.decode(codes)
     assert torch.equal(vae.decode(codes), pixels) and not pixels.requires_grad
     assert not any(parameter.requires_grad for parameter in vae.parameters())
+    vae.requires_grad_(True)  # as a caller may for all of a model
+    assert not vae.decode(codes).requires_grad
 
 
 @BOTH

@@ -65,6 +65,13 @@ def test_what_is_written_is_read_again(tmp_path):
     assert checkpoint.read(path)["epoch"] == 3 and files_in(path.parent) == ["dalle_2.pt"]
 
 
+def test_who_has_the_old_file_open_goes_on_reading_it(tmp_path):
+    checkpoint.write(tmp_path / "c.pt", content())
+    with open(tmp_path / "c.pt", "rb") as file:
+        checkpoint.write(tmp_path / "c.pt", {**content(), "epoch": 3})
+        assert torch.load(file, weights_only=True)["epoch"] == 2  # the name moved on, nothing was written into the file
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(error, tmp_path, monkeypatch):
     path = tmp_path / "dalle_2.pt"

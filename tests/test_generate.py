@@ -1,0 +1,306 @@
+"""generate.py as a user starts it: pictures from a checkpoint of ours alone, and from files that the reference wrote,
+put together here by hand from the description of its layout.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate
+import train
+from models.dalle import DALLE
+from models.sampling import generate_codes
+from models.vae import load_vqgan
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = ROOT / "bpe" / "bpe_yttm_vocab.txt"
+HOSTILE = [
+    "../../up",
+    "..",
+    ".",
+    "...",
+    "/etc/passwd",
+    "a/b",
+    "a\\b",
+    "a b",
+    "a_b",
+    ".hidden",
+    "~",
+    "-rf",
+    "con\x01\x1b[31m",
+]
+HOSTILE += ["x" * 300, "x" * 299 + "y", "é" * 300, "日本 語", "日本_語", "grid.png", "a:b*c?", "prompt"]
+
+
+@pytest.fixture
+def drawn(command, tiny_checkpoint, tmp_path):
+    """drawn(*flags): runs generate.py into tmp_path / "out", three pictures of "a red circle" unless told otherwise."""
+
+    def run(*flags, status=0):
+        fixed = ["--dalle_path", tiny_checkpoint, "--text", "a red circle", "--num_images", 3, "--precision", "fp32"]
+        ended = command(generate.main, *fixed, "--outputs_dir", tmp_path / "out", *flags)
+        assert ended.status == status, ended
+        return ended
+
+    return run
+
+
+def read_bytes(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def pixels(path):
+    return np.array(Image.open(path)).astype(int)
+
+
+def test_a_checkpoint_is_all_it_needs(tiny_checkpoint, tmp_path):
+    alone = tmp_path / "alone.pt"
+    alone.write_bytes(tiny_checkpoint.read_bytes())
+    words = ["--dalle_path", alone, "--text", "a red circle|two  blue stars ", "--num_images", "3", "--batch_size", "2"]
+    done = subprocess.run([sys.executable, ROOT / "generate.py", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"a_red_circle", "two_blue_stars"}
+    for folder in (tmp_path / "outputs").iterdir():
+        assert {path.name for path in folder.iterdir()} == {"0.jpg", "1.jpg", "2.jpg", "grid.png", "caption.txt"}
+        assert all(Image.open(folder / f"{number}.jpg").size == (32, 32) for number in range(3))
+    assert (tmp_path / "outputs" / "two_blue_stars" / "caption.txt").read_text() == "two blue stars\n"
+
+
+def test_pictures_are_saved_as_they_were_decoded(drawn, tiny_checkpoint, tmp_path):
+    drawn("--seed", 11)
+    model, tokenizer, _ = generate.load(tiny_checkpoint)
+    generators = [torch.Generator().manual_seed(11 + picture) for picture in range(3)]
+    text = tokenizer.tokenize(["a red circle"] * 3, 16)
+    decoded = model.vae.decode(generate_codes(model, text, top_k=0.99, generator=generators))
+    expected = (decoded * 255).round().permute(0, 2, 3, 1).numpy()
+    assert expected.min() > 10 and expected.max() < 245  # so that stretching the contrast would change the pictures
+    folder = tmp_path / "out" / "a_red_circle"
+    for number in range(3):
+        difference = pixels(folder / f"{number}.jpg") - expected[number]
+        assert np.abs(difference).mean() < 2 and np.abs(difference.mean()) < 0.5  # JPEG's part
+    grid = pixels(folder / "grid.png")  # two columns, two pixels of white between
+    assert grid.shape == (70, 70, 3) and (grid[36:68, 36:68] == 255).all()
+    for number, (top, left) in enumerate([(2, 2), (2, 36), (36, 2)]):
+        assert np.array_equal(grid[top : top + 32, left : left + 32], expected[number])
+
+
+def test_a_seed_repeats_pictures_whatever_the_batch_size(drawn, tmp_path):
+    runs = []
+    for number, flags in enumerate([("--batch_size", 1), ("--batch_size", 2), ("--batch-size", 3), ("--seed", 6)]):
+        drawn("--seed", 5, "--cond_scale", 1.5, "--outputs_dir", tmp_path / str(number), *flags)
+        runs.append(read_bytes(tmp_path / str(number) / "a_red_circle"))
+    assert runs[0] == runs[1] == runs[2]
+    assert len({runs[0][f"{number}.jpg"] for number in range(3)}) == 3
+    assert runs[3]["0.jpg"] == runs[0]["1.jpg"] and runs[3]["1.jpg"] == runs[0]["2.jpg"]
+
+
+def test_without_a_seed_pictures_differ_and_the_seed_is_told(drawn, tmp_path):
+    first = drawn("--outputs_dir", tmp_path / "0", "--num_images", 1)
+    drawn("--outputs_dir", tmp_path / "1", "--num_images", 1)
+    seed = first.out.partition("seed ")[2].partition(",")[0]
+    drawn("--outputs_dir", tmp_path / "2", "--num_images", 1, "--seed", seed)
+    pictures = [(tmp_path / name / "a_red_circle" / "0.jpg").read_bytes() for name in "012"]
+    assert pictures[0] == pictures[2] != pictures[1]
+
+
+def test_a_second_run_leaves_the_first_ones_pictures(drawn, tmp_path):
+    drawn("--seed", 1)
+    folder = tmp_path / "out" / "a_red_circle"
+    before = read_bytes(folder)
+    drawn("--seed", 2, "--num_images", 2)
+    after = read_bytes(folder)
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"3.jpg", "4.jpg", "grid-3.png"}
+
+
+def test_no_prompt_leaves_the_output_folder_or_takes_anothers_place(tmp_path):
+    outputs = tmp_path / "deep" / "outputs"
+    folders = [generate.save_pictures(torch.zeros(1, 3, 8, 8), prompt, outputs) for prompt in HOSTILE]
+    assert len(set(folders)) == len(HOSTILE)
+    for prompt, folder in zip(HOSTILE, folders):
+        assert folder.resolve().parent == outputs.resolve() and not folder.name.startswith(".")
+        assert (folder / "caption.txt").read_text(encoding="utf-8") == prompt + "\n" and (folder / "0.jpg").exists()
+        assert len(folder.name.partition("-")[0]) <= 100 and folder.name.isprintable()
+    assert [*tmp_path.iterdir()] == [tmp_path / "deep"] and [*(tmp_path / "deep").iterdir()] == [outputs]
+    assert folders[HOSTILE.index("a/b")].name == "a_b"
+    again = generate.save_pictures(torch.zeros(1, 3, 8, 8), "a/b", outputs)
+    assert again == folders[HOSTILE.index("a/b")] and (again / "1.jpg").exists()
+    (outputs / "taken").write_text("a file")
+    assert generate.save_pictures(torch.zeros(1, 3, 8, 8), "taken", outputs).name == "taken-2"
+
+
+def test_hostile_prompts_from_the_command_line(drawn, tmp_path):
+    drawn("--text", "../../up|/x|\x1b[2J red|.dot", "--num_images", 1)
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+    captions = {folder.name: (folder / "caption.txt").read_text() for folder in (tmp_path / "out").iterdir()}
+    assert captions == {"_.._up": "../../up\n", "_x": "/x\n", "__2J_red": "\x1b[2J red\n", "dot": ".dot\n"}
+
+
+def test_settings_come_from_the_checkpoint_and_flags_outdo_them(drawn, tiny_checkpoint, tmp_path):
+    assert "top_k 0.99, top_p None, temperature 1.0, cond_scale 1.0" in drawn().out
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    checkpoint["sampling"] = {"top_k": 1.0, "top_p": None, "temperature": 0.7, "cond_scale": 1.5}
+    torch.save(checkpoint, tmp_path / "advised.pt")
+    advised = ["--dalle_path", tmp_path / "advised.pt", "--num_images", 4]
+    ended = drawn(*advised, "--outputs_dir", tmp_path / "one")
+    assert "top_k 1.0, top_p None, temperature 0.7, cond_scale 1.5" in ended.out
+    assert (
+        len(set(read_bytes(tmp_path / "one" / "a_red_circle").values())) == 3
+    )  # one picture four times, grid, caption
+    ended = drawn(*advised, "--outputs_dir", tmp_path / "all", "--top_k", 0, "--top_p", 0.9, "--cond_scale", 1)
+    assert "top_k 0.0, top_p 0.9, temperature 0.7, cond_scale 1.0" in ended.out
+    assert len(set(read_bytes(tmp_path / "all" / "a_red_circle").values())) == 6
+
+
+def test_the_model_finishes_the_sentence(drawn, tmp_path):
+    ended = drawn("--gentxt", "--seed", 3)
+    (folder,) = (tmp_path / "out").iterdir()
+    caption = (folder / "caption.txt").read_text(encoding="utf-8")
+    assert (
+        caption.startswith("a red circle ")
+        and caption.count("\n") == 1
+        and "completed prompt: a red circle" in ended.out
+    )
+    drawn("--gentxt", "--seed", 3)
+    assert [*(tmp_path / "out").iterdir()] == [folder] and (folder / "5.jpg").exists()
+
+
+def test_all_prompts_are_read_before_the_first_is_drawn(drawn, tmp_path):
+    ended = drawn("--text", "a red circle|" + "red " * 17, status=2)
+    assert "17 tokens long, the model reads 16" in ended.err and len(ended.err.splitlines()) == 1
+    ended = drawn("--text", "a red circle|日本", status=2)
+    assert "'日本' has no words that the vocabulary knows" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------ checkpoints of the reference
+
+REFERENCE = dict(
+    dim=32, depth=2, heads=2, dim_head=16, text_seq_len=80, loss_img_weight=7, attn_types=("axial_row", "full")
+)
+
+
+def reference_weights(text_tokens, fmap, codes, sandwich_norm, dim=32, inner=32):
+    """Random weights under the reference's names, without their prefix."""
+    shapes = {
+        "text_emb.weight": (text_tokens + 80, dim),
+        "image_emb.weight": (codes, dim),
+        "text_pos_emb.weight": (81, dim),
+    }
+    shapes.update({"image_pos_emb.weights_0": (1, fmap, 1, dim), "image_pos_emb.weights_1": (1, 1, fmap, dim)})
+    shapes.update({"to_logits.0.weight": (dim,), "to_logits.0.bias": (dim,)})
+    shapes.update(
+        {"to_logits.1.weight": (text_tokens + 80 + codes, dim), "to_logits.1.bias": (text_tokens + 80 + codes,)}
+    )
+    for layer in range(2):
+        attention, feed_forward = f"transformer.layers.{layer}.0", f"transformer.layers.{layer}.1"
+        for block in (attention, feed_forward):
+            shapes[f"{block}.scale"] = (1, 1, dim)
+            for norm in ("norm", "norm_out") if sandwich_norm else ("norm",):
+                shapes.update({f"{block}.fn.{norm}.weight": (dim,), f"{block}.fn.{norm}.bias": (dim,)})
+        shapes[f"{attention}.fn.fn.to_qkv.weight"] = (3 * inner, dim)
+        shapes.update({f"{attention}.fn.fn.to_out.0.weight": (dim, inner), f"{attention}.fn.fn.to_out.0.bias": (dim,)})
+        for number, rows, columns in ((0, 8 * dim, dim), (3, dim, 4 * dim)):
+            shapes[f"{feed_forward}.fn.fn.net.{number}.weight"] = (rows, columns)
+            shapes[f"{feed_forward}.fn.fn.net.{number}.bias"] = (rows,)
+    random = torch.Generator().manual_seed(1)
+    return {name: 0.3 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
+
+
+def write_reference(path, weights, vqgan, text_tokens, split=1, half=False, sandwich_norm=False):
+    """A dalle_<epoch>.pt as the reference writes it; `vqgan`: name → tensor."""
+    stored = {f"model.{name}": tensor for name, tensor in weights.items()}
+    if split > 1:
+        pieces = stored.pop("model.text_emb.weight").chunk(split)
+        stored.update({f"model.text_emb.split_embeddings.{i}.weight": piece.clone() for i, piece in enumerate(pieces)})
+    for name, tensor in vqgan.items():
+        stored[f"model.vae.model.{name}"] = tensor.half() if half else tensor
+    hparams = {**REFERENCE, "num_text_tokens": text_tokens, "ff_dropout": 0.0, "attn_dropout": 0.0, "fp16": half}
+    hparams.update(sandwich_norm=sandwich_norm, embedding_ipu_id=0, embedding_serialization_factor=split)
+    hparams.update(layers_per_ipu=[0, 2], cls_ipu_id=1, byteio=False)
+    adam = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    scheduler = {"last_epoch": 3, "_step_count": 4, "base_lrs": [1e-3]}
+    saved = {"hparams": hparams, "vae_params": {}, "epoch": 3, "weights": stored}
+    torch.save({**saved, "opt_state": adam, "scheduler_state": scheduler}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def vqgan_weights(tiny_vqgan):
+    stored = torch.load(tiny_vqgan / "vqgan.ckpt", weights_only=True)["state_dict"]
+    return {name: tensor for name, tensor in stored.items() if not name.startswith("loss.")}
+
+
+@pytest.mark.parametrize("kind", [{}, {"split": 8, "half": True}, {"split": 4, "sandwich_norm": True}])
+def test_a_checkpoint_of_the_reference(drawn, tiny_vqgan, vqgan_weights, tmp_path, kind):
+    sandwich_norm = kind.get("sandwich_norm", False)
+    weights = reference_weights(8192, 4, 64, sandwich_norm)
+    damaged = {name: torch.zeros_like(tensor) for name, tensor in vqgan_weights.items()}  # the flags' VQGAN wins
+    path = write_reference(tmp_path / "dalle_3.pt", weights, damaged, 8192, **kind)
+    files = ["--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--vqgan_config_path", tiny_vqgan / "vqgan.yaml"]
+    drawn("--dalle_path", path, *files, "--bpe_path", VOCABULARY, "--text", "red " * 75, "--seed", 1)
+    (folder,) = (tmp_path / "out").iterdir()
+    assert len(folder.name) == 100 and Image.open(folder / "2.jpg").size == (32, 32)
+    assert len(np.unique(pixels(folder / "grid.png"))) > 10
+
+    vae = load_vqgan(str(tiny_vqgan))
+    expected = DALLE(vae=vae, num_text_tokens=8192, sandwich_norm=sandwich_norm, **REFERENCE).eval()
+    missing, unexpected = expected.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.startswith("vae.") for name in missing)
+    loaded, tokenizer, _ = generate.load(path, *files[1::2], VOCABULARY)
+    text = tokenizer.tokenize(["a red circle", "two blue stars"], 80)
+    codes = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(loaded(text, codes), expected(text, codes))
+        assert torch.equal(loaded.vae.decode(codes), vae.decode(codes))
+
+
+def test_training_goes_on_from_a_checkpoint_of_the_reference(command, tiny_flags, vqgan_weights, tmp_path):
+    weights = reference_weights(8192, 4, 64, False)
+    path = write_reference(tmp_path / "dalle_3.pt", weights, vqgan_weights, 8192, split=4, half=True)
+    flags = ["--text-seq-len", 80, "--attn-types", "axial_row,full", "--learning-rate", 1e-30]
+    ended = command(
+        *(train.main, *tiny_flags, *flags, "--pretrained-checkpoint", path),
+        *("--epochs", 5, "--checkpoint-output-dir", tmp_path / "onward"),
+    )
+    assert ended.status == 0 and "at step 12" in ended.out, ended  # after epoch 3 of three steps each
+    onward = torch.load(tmp_path / "onward" / "dalle_4.pt", weights_only=True)
+    assert onward["step"] == 15
+    assert all(torch.equal(onward["weights"][f"model.{name}"], tensor) for name, tensor in weights.items())
+
+
+def test_a_small_vqgan_inside_needs_its_configuration(drawn, vqgan_weights, tmp_path):
+    path = write_reference(tmp_path / "dalle_3.pt", reference_weights(8192, 4, 64, False), vqgan_weights, 8192)
+    ended = drawn("--dalle_path", path, "--bpe_path", VOCABULARY, status=2)
+    assert len(ended.err.splitlines()) == 1 and "dalle_3.pt" in ended.err and "--vqgan_model_path" in ended.err
+
+
+def test_clips_vocabulary_is_the_default_and_any_bytes_make_a_caption(drawn, tiny_vqgan, vqgan_weights, tmp_path):
+    path = write_reference(tmp_path / "dalle_3.pt", reference_weights(49408, 4, 64, False), vqgan_weights, 49408)
+    flags = ["--dalle_path", path, "--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--num_images", 1]
+    drawn(*flags, "--gentxt", "--temperature", 2)  # random weights: halves of characters among the 80 tokens
+    (folder,) = (tmp_path / "out").iterdir()
+    assert (folder / "caption.txt").read_text(encoding="utf-8").startswith("a red circle")
+    ended = drawn(*flags, "--bpe_path", VOCABULARY, status=2)
+    assert "49408 text tokens" in ended.err and "8192" in ended.err and "--bpe_path" in ended.err
+
+
+@pytest.mark.slow
+def test_the_official_vqgan_inside_needs_no_file(drawn, tmp_path):
+    from taming.modules.diffusionmodules.model import Decoder, Encoder
+
+    ddconfig = dict(ch=128, out_ch=3, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=[16], in_channels=3)
+    ddconfig.update(resolution=256, z_channels=256, double_z=False)
+    parts = torch.nn.ModuleDict({"encoder": Encoder(**ddconfig), "decoder": Decoder(**ddconfig)})
+    parts["quantize"] = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(1024, 256)})
+    parts["quant_conv"], parts["post_quant_conv"] = torch.nn.Conv2d(256, 256, 1), torch.nn.Conv2d(256, 256, 1)
+    vqgan = parts.state_dict()
+    assert len(vqgan) == 343 and sum(tensor.numel() for tensor in vqgan.values()) == 72_141_699
+    path = write_reference(tmp_path / "dalle_3.pt", reference_weights(8192, 16, 1024, False), vqgan, 8192, half=True)
+    drawn("--dalle_path", path, "--bpe_path", VOCABULARY, "--num_images", 1, "--seed", 4)
+    assert Image.open(tmp_path / "out" / "a_red_circle" / "0.jpg").size == (256, 256)
