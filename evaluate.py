@@ -21,7 +21,7 @@ def main(argv=None):
     with log.bad_input_exits():
         from backends import select
         from data.shapes import held_out_prompts
-        from train import check_writable
+        from utils.checkpoint import check_writable
 
         model, tokenizer, recommended = load(settings.dalle_path)
         sampling = {key: getattr(settings, key) for key in DEFAULTS}

@@ -19,7 +19,7 @@ def main(argv=None):
     log.set_up()
     with log.bad_input_exits():
         from backends import select
-        from train import check_writable
+        from utils.checkpoint import check_writable
 
         model, tokenizer, recommended = load(
             settings.dalle_path, settings.vqgan_model_path, settings.vqgan_config_path, settings.bpe_path
@@ -50,8 +50,8 @@ def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
     """
     from data.tokenizer import load_tokenizer
     from models.dalle import DALLE
+    from models.official_vqgan import OFFICIAL_PARAMS
     from models.vae import VQGanVAE, load_vqgan
-    from train import image_tokenizer
     from utils import checkpoint
 
     saved = checkpoint.read(dalle_path)
@@ -64,7 +64,7 @@ def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
     elif ours.get("target") and ours.get("params"):
         vae = VQGanVAE(ours["params"], gumbel=ours["target"] == "GumbelVQ")
     elif any(name.startswith("vae.") for name in weights):
-        vae = image_tokenizer(args.train_arguments(["--generated-data"]))
+        vae = VQGanVAE(OFFICIAL_PARAMS)
     else:
         vae = load_vqgan()
         weights.update({f"vae.{name}": tensor for name, tensor in vae.state_dict().items()})

@@ -7,7 +7,6 @@ What a step does on which machine is the backends' business; flags and configura
 
 import contextlib
 import math
-import os
 import time
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def build(settings):
     # Before pictures are encoded, which may take hours.
     saved = checkpoint.read(settings.pretrained_checkpoint) if settings.pretrained_checkpoint else None
     if settings.checkpoint_output_dir:
-        check_writable(settings.checkpoint_output_dir, "--checkpoint-output-dir")
+        checkpoint.check_writable(settings.checkpoint_output_dir, "--checkpoint-output-dir")
     vae = image_tokenizer(settings)
     dataset = build_dataset(settings, backend, tokenizer, vae)
     batches = EpochBatches(len(dataset), backend.samples_per_step, seed=settings.random_seed)
@@ -109,26 +108,14 @@ def build(settings):
     return run
 
 
-def check_writable(folder, flag):
-    """Make the folder, and write and remove a file in it; ValueError before hours are spent, not after."""
-    probe = Path(folder) / f".writable.{os.getpid()}.tmp"
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
-
-
 def image_tokenizer(settings):
     """The VQGAN of --vae-path or --vqgan-model-path; the official one otherwise (untrained for generated data)."""
+    from models.official_vqgan import OFFICIAL_PARAMS
     from models.vae import VQGanVAE, load_vqgan
 
     path = settings.vae_path or settings.vqgan_model_path
     if path is None and (settings.generated_data or settings.synthetic_data):
-        ddconfig = {"ch": 128, "out_ch": 3, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions": [16]}
-        ddconfig.update(in_channels=3, resolution=256, z_channels=256, double_z=False)
-        return VQGanVAE({"ddconfig": ddconfig, "n_embed": 1024, "embed_dim": 256})
+        return VQGanVAE(OFFICIAL_PARAMS)
     return load_vqgan(path, settings.vqgan_config_path)
 
 

@@ -6,6 +6,7 @@ Features newer than torch 2.0 live here only, each behind a check.
 import contextlib
 import itertools
 import logging
+import os
 
 import torch
 from torch.utils.data import DataLoader
@@ -99,7 +100,7 @@ class NativeBackend:
 
     def loader(self, dataset, order):
         """Batches for step(): iterators over (text, image) micro-batches, read when the step wants them."""
-        workers = self.settings.dataloader_workers
+        workers = min(self.settings.dataloader_workers, len(os.sched_getaffinity(0)))  # more would be in their own way
         micro_batches = DataLoader(
             dataset,
             batch_sampler=MicroBatches(order, self.settings.batch_size),

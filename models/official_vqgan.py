@@ -1,4 +1,4 @@
-"""Fetches the official ImageNet VQGAN (f = 16, 1,024 codes) into the cache folder, once for all processes.
+"""The official ImageNet VQGAN (f = 16, 1,024 codes): its sizes, and its files, fetched once for all processes.
 
 The files and their names are those that dalle-pytorch uses, so a cache filled by it serves here too.
 """
@@ -17,6 +17,22 @@ from tqdm import tqdm
 OFFICIAL_FILES = {
     "vqgan.1024.model.ckpt": "https://heibox.uni-heidelberg.de/f/140747ba53464f49b476/?dl=1",
     "vqgan.1024.config.yml": "https://heibox.uni-heidelberg.de/f/6ecf2af6c658432c8298/?dl=1",
+}
+OFFICIAL_PARAMS = {  # model.params of its yaml
+    "embed_dim": 256,
+    "n_embed": 1024,
+    "ddconfig": {
+        "double_z": False,
+        "z_channels": 256,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 128,
+        "ch_mult": [1, 1, 2, 2, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [16],
+        "dropout": 0.0,
+    },
 }
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60  # without any byte; not for the whole file
@@ -89,7 +105,10 @@ def _verify(unfinished: Path, path: Path, total: Optional[int]) -> None:
     size = unfinished.stat().st_size
     if total is not None and size != total:
         raise ValueError(f"{size} of {total} bytes arrived")
-    if path.suffix == ".ckpt" and not zipfile.is_zipfile(unfinished):  # looks for the directory at the end
-        raise ValueError("what arrived is not a checkpoint")
-    if path.suffix == ".yml" and unfinished.read_bytes().lstrip()[:1] == b"<":
+    with unfinished.open("rb") as file:
+        beginning = file.read(64).lstrip()
+    if beginning[:1] == b"<":
         raise ValueError("what arrived is a web page")
+    stream = beginning[:1] == b"\x80"  # torch.save's older format; the other is looked for by its directory at the end
+    if path.suffix == ".ckpt" and not stream and not zipfile.is_zipfile(unfinished):
+        raise ValueError("what arrived is not a checkpoint")

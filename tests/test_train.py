@@ -62,14 +62,14 @@ def test_pixels_new_codes_and_cached_codes_teach_the_same(trained, tmp_path):
 
 def test_twelve_pictures_are_learnt_by_heart(trained, command, drawn_pictures, tiny_vqgan, tmp_path):
     flags = ["--learning-rate", "1e-2", "--lr-scheduler", "trapezoid", "--caption-dropout", "0.1"]
-    folder, ended = trained("--epochs", "1000", "--max-steps", "120", *flags)
+    folder, ended = trained("--epochs", "1000", "--max-steps", "120", "--checkpoint-save-epochs", "99", *flags)
     total, text, image = map(float, re.findall(r"loss: (\S+) text (\S+) image (\S+)", ended.out)[-1])
     # They begin at log 8,208 = 9.0 and log 64 = 4.2; of two captions each, the text has log 2 over it to choose.
     assert total < 0.6 and text < 2 and image < 0.4, ended.out
 
     prompts = [path.read_text().splitlines()[0] for path in sorted(drawn_pictures.glob("*.txt"))]
     words = ["--text", "|".join(prompts), "--num_images", "1", "--top_k", "1", "--outputs_dir", tmp_path / "drawn"]
-    assert command(generate.main, "--dalle_path", folder / "dalle_step_120.pt", *words).status == 0
+    assert command(generate.main, "--dalle_path", folder / "dalle_39.pt", *words).status == 0
     vae = load_vqgan(str(tiny_vqgan))
     pictures = torch.stack([read_pixels(path) for path in sorted(drawn_pictures.glob("*.png"))])
     expected = vae.decode(vae.get_codebook_indices(pictures))

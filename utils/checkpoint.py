@@ -39,6 +39,17 @@ def write(path, checkpoint):
             beside.unlink()
 
 
+def check_writable(folder, flag):
+    """Make the folder, and write and remove a file in it; ValueError before hours are spent, not after."""
+    probe = Path(folder) / f".writable.{os.getpid()}.tmp"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
+
+
 def read(path):
     """The checkpoint's dict, on the CPU. ValueError in one line where it is none, is cut short or holds code."""
     path = Path(path)
