@@ -41,6 +41,7 @@ def train(settings):
     from utils.optimization import cosine
 
     torch.manual_seed(settings.random_seed)
+    settings.dataloader_workers = min(settings.dataloader_workers, len(os.sched_getaffinity(0)))
     device = pick_device(settings.device)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _fast_in_bf16(device))
     params = vqgan_params(settings)
