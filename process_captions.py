@@ -4,8 +4,13 @@ import argparse
 import sys
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # one line, where argparse would print the usage too
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description="Write COCO's captions as one .txt a picture, one caption a line, named as the picture is.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -44,7 +44,7 @@ def build(settings):
     import torch
 
     import backends
-    from data.loader import EpochBatches
+    from data.order import EpochBatches
     from data.tokenizer import load_tokenizer
     from models.dalle import DALLE
     from utils import checkpoint, optimization
@@ -97,11 +97,12 @@ def build(settings):
         schedule=schedule,
         steps=steps,
         step=0,
-        tracker=log.weights_and_biases(settings),
+        tracker=None,
         written=[],
     )
     if saved is not None:
         resume(run, saved, model)
+    run.tracker = log.weights_and_biases(settings)  # last, when nothing else can be refused
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     log.LOG.info("%d pictures, %d steps of %d samples", len(dataset), steps, backend.samples_per_step)
     log.LOG.info("%s trainable parameters, %d text tokens", f"{trained:,}", tokenizer.vocab_size)

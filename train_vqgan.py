@@ -41,7 +41,7 @@ def train(settings):
     from utils.optimization import cosine
 
     torch.manual_seed(settings.random_seed)
-    settings.dataloader_workers = min(settings.dataloader_workers, len(os.sched_getaffinity(0)))
+    settings.dataloader_workers = min(settings.dataloader_workers, os.cpu_count() or 1)
     device = pick_device(settings.device)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _fast_in_bf16(device))
     params = vqgan_params(settings)
@@ -163,7 +163,7 @@ def read_folders(settings):
     The training pictures are paths where they would not fit into memory. No more of them are read than the run can
     see.
     """
-    from data.loader import epoch_order
+    from data.order import epoch_order
     from data.pictures import find_pictures, load_pictures
 
     size, seed = settings.image_size, settings.random_seed

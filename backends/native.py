@@ -100,7 +100,7 @@ class NativeBackend:
 
     def loader(self, dataset, order):
         """Batches for step(): iterators over (text, image) micro-batches, read when the step wants them."""
-        workers = min(self.settings.dataloader_workers, len(os.sched_getaffinity(0)))  # more would be in their own way
+        workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would be in their own way
         micro_batches = DataLoader(
             dataset,
             batch_sampler=MicroBatches(order, self.settings.batch_size),

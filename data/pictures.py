@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.loader import EpochBatches, Key, load_picture
+from data.loader import load_picture
+from data.order import EpochBatches, Key
 from data.pairs import IMAGE_SUFFIXES, UNREADABLE, printable, report_skipped
 
 log = logging.getLogger("minidalle")

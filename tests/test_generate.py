@@ -82,7 +82,7 @@ def test_pictures_are_saved_as_they_were_decoded(drawn, tiny_checkpoint, tmp_pat
     folder = tmp_path / "out" / "a_red_circle"
     for number in range(3):
         difference = pixels(folder / f"{number}.jpg") - expected[number]
-        assert np.abs(difference).mean() < 2 and np.abs(difference.mean()) < 0.5  # JPEG's part
+        assert np.abs(difference).mean() < 5 and np.abs(difference.mean()) < 0.5  # JPEG's part
     grid = pixels(folder / "grid.png")  # two columns, two pixels of white between
     assert grid.shape == (70, 70, 3) and (grid[36:68, 36:68] == 255).all()
     for number, (top, left) in enumerate([(2, 2), (2, 36), (36, 2)]):

@@ -194,7 +194,7 @@ def test_a_source_runs_on_python_3_8(path):
 @pytest.mark.parametrize(
     "name, statement",
     [
-        ("models/x.py", "from data.loader import epoch_order"),
+        ("models/x.py", "from data.order import epoch_order"),
         ("models/x.py", "import utils.checkpoint"),
         ("models/x.py", "def f():\n    import log"),
         ("models/x.py", "import poptorch"),
@@ -202,7 +202,7 @@ def test_a_source_runs_on_python_3_8(path):
         ("models/pipeline_dalle.py", "if True:\n    from poptorch import Block"),
         ("backends/native.py", "def f():\n    import popdist.poptorch"),
         ("backends/ipu.py", "import horovod.torch as hvd"),
-        ("backends/ipu.py", "from data.loader import EpochBatches"),
+        ("backends/ipu.py", "from data.order import EpochBatches"),
         ("data/x.py", "from models import dalle"),
         ("data/x.py", "import importlib\nimportlib.import_module('models.vae')"),
         ("data/x.py", "from utils import checkpoint"),

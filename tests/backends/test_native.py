@@ -12,7 +12,8 @@ import backends
 from backends import native
 from backends.base import Backend, Trainer
 from backends.native import MicroBatches, NativeBackend, build_optimizers, pick_device, pick_precision
-from data.loader import EpochBatches, GeneratedDataset
+from data.loader import GeneratedDataset
+from data.order import EpochBatches
 from models.dalle import DALLE
 from models.sampling import generate_codes
 from utils import checkpoint

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.loader import EpochBatches, GeneratedDataset, TextImageDataset, _random_bits, epoch_order, load_picture
+from data.loader import GeneratedDataset, TextImageDataset, load_picture
+from data.order import EpochBatches, epoch_order, random_bits
 from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -313,7 +314,7 @@ def test_draws_are_these_on_every_machine(tmp_path):
     ways = [[int(read(dataset[(epoch, i)][0])[-1]) for i in range(6)] for epoch in range(3)]
     assert ways == [[0, 1, 0, 0, 0, 1], [0, 1, 2, 0, 2, 0], [2, 2, 0, 0, 1, 0]]
     assert epoch_order(8, 42, 0).tolist() == [3, 4, 5, 2, 7, 0, 1, 6]
-    assert _random_bits(0) == 0xE220A8397B1DCDAF  # the first number of SplitMix64 from seed 0, as published
+    assert random_bits(0) == 0xE220A8397B1DCDAF  # the first number of SplitMix64 from seed 0, as published
 
 
 def test_caption_dropout(tmp_path):
@@ -433,7 +434,7 @@ def test_a_dataset_can_be_pickled(tmp_path):
 def test_samples_do_not_depend_on_the_process(tmp_path):
     folder = make_set(tmp_path)
     program = (
-        "import sys; from data.loader import *; from data.tokenizer import load_tokenizer\n"
+        "import sys; from data.loader import *; from data.order import *; from data.tokenizer import load_tokenizer\n"
         "d = TextImageDataset(sys.argv[1], load_tokenizer(), image_size=8)\n"
         "b = EpochBatches(len(d), 2, epoch=3)\n"
         "print([(k, d[k][0].tolist(), d[k][1].sum().item()) for batch in b for k in batch])"

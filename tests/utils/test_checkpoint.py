@@ -121,6 +121,17 @@ def test_a_folder_that_cannot_be_is_an_os_error(tmp_path):
         checkpoint.write(tmp_path / "file" / "c.pt", content())
 
 
+def test_a_folder_is_tried_before_hours_are_spent(tmp_path):
+    checkpoint.check_writable(tmp_path / "new" / "folder", "--output-dir")
+    assert files_in(tmp_path / "new" / "folder") == []
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "folder", tmp_path / ("x" * 300)):
+        with pytest.raises(ValueError) as told:
+            checkpoint.check_writable(folder, "--output-dir")
+        assert str(told.value).startswith(f"--output-dir {folder}: cannot be written (")
+    assert files_in(tmp_path) == ["file", "new"] and (tmp_path / "file").read_text() == "in the way"
+
+
 def test_killed_while_writing_leaves_a_whole_file(tmp_path):
     """The writer is stopped while its unfinished file grows, then killed; its name shows the last whole one."""
     script = """

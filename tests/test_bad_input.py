@@ -1,0 +1,346 @@
+"""What each command says to bad input: one line on stderr that names the file, flag or value, exit status 2, nothing
+written, and nothing of a file's pickled code run.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import data.loader
+import evaluate
+import generate
+import process_captions
+import train
+import train_vqgan
+
+ROOT = Path(__file__).resolve().parent.parent
+BROKEN_CHECKPOINTS = ["README.md", "empty_file", "binary", "cut", "cut_early", "pickled", "pickle_alone", "folder"]
+BROKEN_CHECKPOINTS += ["missing", "a_list", "no_hparams", "vqgan/vqgan.ckpt"]
+
+
+class Code:
+    """Pickles as a call that makes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory, drawn_pictures, tiny_vqgan, tiny_checkpoint):
+    """A folder of things to get wrong; the file names are in the tests' flags."""
+    place = tmp_path_factory.mktemp("things")
+    (place / "folder").mkdir()
+    (place / "empty_file").touch()
+    (place / "README.md").write_text("# A readme\n\n- of text\n")
+    (place / "binary").write_bytes(bytes(range(256)) * 20)
+    whole = tiny_checkpoint.read_bytes()
+    (place / "good").write_bytes(whole)
+    (place / "cut").write_bytes(whole[: len(whole) // 2])
+    (place / "cut_early").write_bytes(whole[:100])
+    torch.save({"hparams": {}, "weights": {}, "extra": Code(place / "marker")}, place / "pickled")
+    (place / "pickle_alone").write_bytes(pickle.dumps(Code(place / "marker")))
+    torch.save([1, 2], place / "a_list")
+    torch.save({"weights": {"model.text_emb.weight": torch.zeros(2)}}, place / "no_hparams")
+    shutil.copytree(tiny_vqgan, place / "vqgan")
+
+    for name in ("uncaptioned", "unreadable", "latin1"):
+        shutil.copytree(drawn_pictures, place / name)
+    for caption in (place / "uncaptioned").glob("*.txt"):
+        caption.unlink()
+    for caption in (place / "latin1").glob("*.txt"):
+        caption.write_bytes("ein grünes Herz\n".encode("latin-1"))
+    for number, picture in enumerate(sorted((place / "unreadable").glob("*.png"))):
+        picture.write_bytes([b"", picture.read_bytes()[:90], b"<html>not here</html>"][number % 3])
+
+    for name in ("no_params", "no_yaml", "other_sizes", "pickled_vqgan"):
+        shutil.copytree(tiny_vqgan, place / name)
+    (place / "no_params" / "vqgan.yaml").write_text("model:\n  target: taming.models.vqgan.VQModel\n")
+    (place / "no_yaml" / "vqgan.yaml").write_text("model: [\n\t}\n")
+    config = yaml.safe_load((tiny_vqgan / "vqgan.yaml").read_text())
+    config["model"]["params"]["n_embed"] = 32
+    (place / "other_sizes" / "vqgan.yaml").write_text(yaml.safe_dump(config))
+    torch.save({"state_dict": {"x": Code(place / "marker")}}, place / "pickled_vqgan" / "vqgan.ckpt")
+
+    (place / "captions.json").write_text(json.dumps({"annotations": [{"image_id": 1, "caption": "a dog"}]}))
+    (place / "not_coco.json").write_text(json.dumps({"annotations": [{"image_id": "one"}]}))
+    return place
+
+
+def captions_main(words):
+    sys.argv = ["process_captions.py", *words]
+    raise SystemExit(process_captions.main())
+
+
+@pytest.fixture
+def refused(command, things, tiny_flags, drawn_pictures, tmp_path, monkeypatch):
+    """refused(command's name, flags, *words): the command ends with one line that holds the words, and writes nothing.
+
+    In the flags {name} is a path among the things; the command's own valid flags stand before them.
+    """
+    out = tmp_path / "out"
+    vqgan = f"--input-folder {drawn_pictures} --image-size 32 --patch-size 8 --ch 32 --ch-mult 1 --attn-resolutions= "
+    vqgan += f"--num-res-blocks 1 --max-steps 3 --continuous-steps 1 --dataloader-workers 0 --output-dir {out}"
+    draw = f"--dalle_path {things}/good --num_images 1 --precision fp32 --outputs_dir {out} --text=red"
+    mains = {
+        "train": (train.main, [*tiny_flags, "--checkpoint-output-dir", str(out)]),
+        "train_vqgan": (train_vqgan.main, vqgan.split()),
+        "generate": (generate.main, draw.split()),
+        "evaluate": (evaluate.main, f"--dalle_path {things}/good --prompts 1 --outputs-dir {out}".split()),
+        "process_captions": (captions_main, ["--captions", str(things / "captions.json"), "--out-dir", str(out)]),
+    }
+    monkeypatch.setattr(sys, "argv", sys.argv)  # put back what captions_main sets
+
+    def run(name, flags, *words):
+        main, fixed = mains[name]
+        flags = flags.split() if isinstance(flags, str) else flags
+        ended = command(main, *fixed, *[flag.format(place=things) for flag in flags])
+        assert ended.status == 2, ended
+        lines = ended.err.splitlines()
+        assert len(lines) == 1 and "error: " in lines[0] and "Traceback" not in ended.out, ended.err
+        for word in words:
+            assert word.format(place=things) in lines[0], lines[0]
+        assert not out.exists() or not list(out.iterdir())
+        assert not (things / "marker").exists()
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize("folder", ["missing", "folder", "README.md", "unreadable"])
+@pytest.mark.parametrize("name", ["train", "train_vqgan"])
+def test_folders_without_pictures(refused, name, folder):
+    refused(name, f"--input-folder {{place}}/{folder}", f"{{place}}/{folder}")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--input-folder {place}/uncaptioned", "12 pictures but no .txt caption file"),
+        ("--input-folder {place}/latin1", "12 × not UTF-8"),
+        ("--input-folder {place}/unreadable --no-codes-cache", "{place}/unreadable"),
+        ("--text-seq-len 4", "--truncate-captions"),
+        ("--batch-size 13", "13 samples"),
+    ],
+)
+def test_folders_that_train_cannot_use(refused, flags, words):
+    refused("train", flags, words)
+
+
+@pytest.mark.parametrize("command_name", ["train", "train_vqgan"])
+def test_a_few_bad_pictures_are_skipped_and_counted(
+    command, things, tiny_flags, picture_folder, tmp_path, command_name
+):
+    for name in ("00", "01", "02"):  # no bytes, cut short, no picture
+        shutil.copy(things / "unreadable" / f"{name}.png", picture_folder)
+    if command_name == "train":
+        ended = command(train.main, *tiny_flags, "--input-folder", picture_folder)
+        assert "9 pictures" in ended.out and "1 file (unreadable picture)" in ended.out
+    else:
+        words = (
+            "--image-size 32 --patch-size 8 --ch 32 --ch-mult 1 --max-steps 2 --continuous-steps 1 --validation-split 0"
+        )
+        flags = [*words.split(), "--dataloader-workers", 0, "--output-dir", tmp_path / "v", "--n-embed", 8]
+        ended = command(train_vqgan.main, *flags, "--input-folder", picture_folder)
+        assert "9 training pictures" in ended.out and "3 files (unreadable picture)" in ended.out
+    assert ended.status == 0 and ended.err == ""
+    assert all(f"{name}.png" in ended.out for name in ("00", "01", "02"))
+
+
+@pytest.mark.parametrize("vocabulary", ["missing", "folder", "empty_file", "README.md", "binary", "good"])
+@pytest.mark.parametrize("name", ["train", "generate"])
+def test_vocabularies(refused, name, vocabulary):
+    refused(name, f"--bpe-path {{place}}/{vocabulary}", f"{{place}}/{vocabulary}", "vocabulary")
+
+
+@pytest.mark.parametrize("vqgan", ["missing", "folder", "no_params", "no_yaml", "other_sizes", "pickled_vqgan"])
+@pytest.mark.parametrize("flags", ["train --vae-path", "train --vqgan-model-path", "generate --vqgan_model_path"])
+def test_vqgans(refused, flags, vqgan):
+    name, flag = flags.split()
+    refused(name, f"{flag} {{place}}/{vqgan}", f"{{place}}/{vqgan}")
+
+
+@pytest.mark.parametrize("file", BROKEN_CHECKPOINTS)
+@pytest.mark.parametrize("flags", ["train --pretrained-checkpoint", "generate --dalle_path", "evaluate --dalle_path"])
+def test_checkpoints(refused, flags, file):
+    name, flag = flags.split()
+    refused(name, f"{flag} {{place}}/{file}", f"{{place}}/{file}")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--hidden-size 64", "text_emb.weight is (8208, 32), not (8208, 64)"),
+        ("--num-hidden-layers 3", "transformer.layers.2"),
+        ("--sandwich-norm", "norm_out"),
+        ("--text-seq-len 17", "(8208, 32)"),
+        ("--epochs 1", "give more --epochs or --max-steps"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(refused, flags, words):
+    refused("train", f"--epochs 2 --pretrained-checkpoint {{place}}/good {flags}", "{place}/good", words)
+
+
+def test_a_checkpoint_of_another_vqgan_or_vocabulary(refused, things, tiny_vqgan, tmp_path):
+    stored = torch.load(tiny_vqgan / "vqgan.ckpt", weights_only=True)
+    stored["state_dict"]["quantize.embedding.weight"] += 1
+    shutil.copytree(tiny_vqgan, tmp_path / "other")
+    torch.save(stored, tmp_path / "other" / "vqgan.ckpt")
+    going_on = "--epochs 2 --pretrained-checkpoint {place}/good"
+    refused("train", f"{going_on} --vae-path {tmp_path}/other", "{place}/good", "--vae-path")
+    numbers = (ROOT / "bpe" / "bpe_yttm_vocab.txt").read_text().split("\n")
+    numbers[1], numbers[2] = (f"{a.split()[0]} {b.split()[1]}" for a, b in (numbers[1:3], numbers[2:0:-1]))
+    (tmp_path / "swapped.txt").write_text("\n".join(numbers))  # two characters have changed their ids
+    refused("train", f"{going_on} --bpe-path {tmp_path}/swapped.txt", "{place}/good", "--bpe-path")
+    refused("generate", f"--bpe_path {tmp_path}/swapped.txt", f"{tmp_path}/swapped.txt", "{place}/good")
+
+
+SIZES = {
+    "train": "batch-size gradient-accumulation replication-factor epochs max-steps hidden-size num-hidden-layers "
+    "num-attention-heads dim-head text-seq-len checkpoint-save-steps checkpoint-save-epochs keep-checkpoints "
+    "device-iterations ipus-per-replica learning-rate",
+    "train_vqgan": "image-size patch-size ch ch-mult num-res-blocks z-channels embed-dim n-embed batch-size max-steps "
+    "learning-rate",
+    "generate": "num-images batch-size temperature top-p",
+    "evaluate": "prompts batch-size temperature top-p",
+}
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "nan", "many"])
+@pytest.mark.parametrize("name, flag", [(name, flag) for name, flags in SIZES.items() for flag in flags.split()])
+def test_sizes(refused, name, flag, value):
+    refused(name, f"--{flag}={value}", f"--{flag}", f"'{value}'")
+
+
+@pytest.mark.parametrize(
+    "name, flags, words",
+    [
+        ("train", "--layers-per-ipu 1,2", ["--layers-per-ipu", "adds up to 3", "--num-hidden-layers is 2"]),
+        ("train", "--layers-per-ipu 1,1", ["--layers-per-ipu", "--ipus-per-replica 1"]),
+        ("train", "--attn-types full,diagonal", ["--attn-types", "diagonal"]),
+        ("train", "--config nowhere", ["--config", "nowhere", "unit_test"]),
+        ("train", "--no-such-flag", ["--no-such-flag"]),
+        ("train", "--top-k 1.5", ["--top-k", "1.5"]),
+        ("train_vqgan", "--image-size 36", ["--image-size", "36"]),
+        ("train_vqgan", "--ch 48", ["--ch", "48"]),
+        ("train_vqgan", "--patch-size 3", ["--patch-size", "3"]),
+        ("generate", "--top_k -0.1", ["--top-k", "-0.1"]),
+        ("generate", "--top_k 1.01", ["--top-k", "1.01"]),
+        ("generate", "--top_k nan", ["--top-k", "nan"]),
+        ("generate", "--seed 1.5", ["--seed", "1.5"]),
+        ("generate", ["--text", ""], ["--text", "empty prompt"]),
+        ("generate", ["--text", " \t "], ["--text", "empty prompt"]),
+        ("generate", ["--text", "red||blue"], ["--text", "empty prompt"]),
+        ("generate", ["--text", "\u2581"], ["--text", "no words"]),
+        ("generate", ["--text", "\u65e5\u672c"], ["--text", "no words"]),
+        ("generate", ["--text", "red \udcff"], ["not valid Unicode"]),
+        ("generate", ["--text", "red " * 17], ["--text", "17 tokens", "16"]),
+        ("generate", "--vqgan_config_path {place}/vqgan/vqgan.yaml", ["--vqgan-config-path", "--vqgan-model-path"]),
+        ("evaluate", "--prompts 5000", ["--prompts", "5000"]),
+        ("evaluate", "--prompt-set train", ["--prompt-set", "score"]),
+        ("process_captions", "--captions {place}/missing.json", ["{place}/missing.json"]),
+        ("process_captions", "--captions {place}/folder", ["{place}/folder"]),
+        ("process_captions", "--captions {place}/binary", ["{place}/binary"]),
+        ("process_captions", "--captions {place}/empty_file", ["{place}/empty_file"]),
+        ("process_captions", "--captions {place}/not_coco.json", ["{place}/not_coco.json", "annotation 0"]),
+    ],
+)
+def test_values(refused, name, flags, words):
+    refused(name, flags, *words)
+
+
+@pytest.mark.parametrize("device", ["ipu", "cuda", "abacus"])
+@pytest.mark.parametrize("name", ["train", "train_vqgan", "generate", "evaluate"])
+def test_devices(refused, monkeypatch, name, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(name, f"--device {device}", "--device", device)
+
+
+@pytest.mark.parametrize("folder", ["{place}/README.md", "{place}/README.md/below", "/proc/below", "/proc"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "train --checkpoint-output-dir",
+        "train --codes-cache",
+        "train_vqgan --output-dir",
+        "generate --outputs_dir",
+        "evaluate --outputs-dir",
+        "process_captions --out-dir",
+    ],
+)
+def test_output_folders(refused, capsys, flags, folder):
+    name, flag = flags.split()
+    if folder.startswith("/proc") and not sys.platform.startswith("linux"):
+        pytest.skip("no /proc here")
+    refused(name, f"{flag} {folder}", "/proc" if folder.startswith("/proc") else "{place}/README.md")
+
+
+def test_wandb_without_its_package(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # which makes the import fail
+    refused("train", "--wandb", "--wandb", "pip install wandb")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(command, tiny_flags, tmp_path):
+    flags = ["--learning-rate", "1e30", "--checkpoint-save-steps", 1, "--checkpoint-output-dir", tmp_path / "out"]
+    ended = command(train.main, *tiny_flags, *flags, "--epochs", 5)
+    assert ended.status == 2 and "--learning-rate" in ended.err and len(ended.err.splitlines()) == 1, ended
+    assert torch.load(tmp_path / "out" / "dalle_step_1.pt", weights_only=True)["step"] == 1
+    for path in (tmp_path / "out").iterdir():
+        weights = torch.load(path, weights_only=True)["weights"]
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_pictures_that_vanish_under_a_worker(command, tiny_flags, picture_folder, monkeypatch):
+    loop = train.train
+
+    def vanishing(run):
+        shutil.rmtree(picture_folder)
+        loop(run)
+
+    monkeypatch.setattr(train, "train", vanishing)
+    flags = ["--input-folder", picture_folder, "--no-codes-cache", "--dataloader-workers", 2]
+    ended = command(train.main, *tiny_flags, *flags)
+    assert ended.status == 2
+    assert ended.err.splitlines()[-1].endswith(f"error: {picture_folder}: none of its 12 pictures can be read any more")
+    assert len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out
+
+
+def test_a_worker_that_is_killed(command, tiny_flags, monkeypatch):
+    parent, read = os.getpid(), data.loader.load_picture
+
+    def dying(*arguments):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(*arguments)
+
+    monkeypatch.setattr(data.loader, "load_picture", dying)
+    ended = command(train.main, *tiny_flags, "--no-codes-cache", "--dataloader-workers", 2)
+    assert ended.status == 2 and "--dataloader-workers" in ended.err and len(ended.err.splitlines()) == 1, ended
+
+
+@pytest.mark.parametrize(
+    "program, flags, word",
+    [
+        ("train.py", "--generated-data --config unit_test --pretrained-checkpoint {place}/pickled", "{place}/pickled"),
+        ("generate.py", "--text red --dalle_path {place}/cut", "{place}/cut"),
+    ],
+)
+def test_exit_status_and_stderr_of_a_process(things, tmp_path, program, flags, word):
+    words = [flag.format(place=things) for flag in flags.split()]
+    vocabulary = ["--bpe-path", str(ROOT / "bpe" / "bpe_yttm_vocab.txt")]
+    command_line = [sys.executable, ROOT / program, *words, *vocabulary]
+    done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(f"{program}: error: ") and word.format(place=things) in done.stderr
+    assert not list(tmp_path.iterdir()) and not (things / "marker").exists()

@@ -1,0 +1,151 @@
+"""train_vqgan.py as a user starts it: its files in taming's format, its figures, and how it is stopped."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from taming.modules.diffusionmodules.model import Decoder, Encoder
+from taming.modules.vqvae.quantize import VectorQuantizer2
+
+import train
+import train_vqgan
+from data.loader import load_picture
+from models.vae import load_vqgan
+from models.vqgan_training import VQGanTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def flags(drawn_pictures):
+    model = "--image-size 32 --patch-size 8 --ch 32 --ch-mult 1 --num-res-blocks 1 --z-channels 16 --embed-dim 8"
+    run = "--n-embed 32 --batch-size 8 --max-steps 40 --continuous-steps 10 --warmup-steps 2 --device cpu"
+    words = f"{model} {run} --precision fp32 --dataloader-workers 0 --validation-split 0 --attn-resolutions="
+    return [*words.split(), "--input-folder", str(drawn_pictures)]
+
+
+@pytest.fixture
+def trained(command, flags, tmp_path, monkeypatch):
+    """trained(*more flags) → (output folder, what was logged)."""
+    monkeypatch.setattr("models.vqgan_training.SEED_CELLS", 1024)  # twelve pictures have 192, over and over
+    folders = []
+
+    def run(*more):
+        folders.append(tmp_path / f"vqgan{len(folders)}")
+        ended = command(train_vqgan.main, *flags, "--output-dir", folders[-1], *more)
+        assert ended.status == 0 and ended.err == "", ended
+        return folders[-1], ended.out
+
+    return run
+
+
+def psnr(vae, folder, size):
+    """Mean over the folder's pictures of what comes back of them, in dB."""
+    pictures = [torch.from_numpy(load_picture(path, size)).permute(2, 0, 1) for path in sorted(folder.glob("*.png"))]
+    pixels = torch.stack(pictures) / 255
+    error = (vae.decode(vae.get_codebook_indices(pixels)) - pixels).square().mean((1, 2, 3))
+    return (-10 * error.log10()).mean().item()
+
+
+def test_the_files_are_tamings(trained, drawn_pictures):
+    folder, out = trained()
+    assert {path.name for path in folder.iterdir()} == {"vqgan.ckpt", "vqgan.yaml", "reconstructions.png"}
+    config = yaml.safe_load((folder / "vqgan.yaml").read_text())["model"]
+    params = config["params"]
+    assert config["target"] == "taming.models.vqgan.VQModel"
+    assert (params["n_embed"], params["embed_dim"], params["patch_size"]) == (32, 8, 8)
+    stored = torch.load(folder / "vqgan.ckpt", weights_only=True)
+    theirs = torch.nn.ModuleDict(
+        {
+            "encoder": Encoder(**params["ddconfig"]),
+            "decoder": Decoder(**params["ddconfig"]),
+            "quantize": VectorQuantizer2(params["n_embed"], params["embed_dim"], beta=0.25),
+            "quant_conv": torch.nn.Conv2d(params["ddconfig"]["z_channels"], params["embed_dim"], 1),
+            "post_quant_conv": torch.nn.Conv2d(params["embed_dim"], params["ddconfig"]["z_channels"], 1),
+        }
+    )
+    theirs.load_state_dict(stored["state_dict"], strict=True)
+    assert stored["global_step"] == 40
+
+    vae = load_vqgan(str(folder))
+    told = float(re.findall(r"PSNR (\S+) dB on 12 training pictures", out)[-1])
+    assert abs(psnr(vae, drawn_pictures, 32) - told) < 0.02
+    assert Image.open(folder / "reconstructions.png").size == (8 * 36, 2 * 36)  # eight, above what comes back of them
+
+
+def test_without_patches_the_yaml_is_one_that_taming_knows(trained):
+    folder, _ = trained("--patch-size", 1, "--ch-mult", 1, 1, 1, 1, "--max-steps", 2, "--continuous-steps", 1)
+    params = yaml.safe_load((folder / "vqgan.yaml").read_text())["model"]["params"]
+    assert (
+        params.keys() == {"embed_dim", "n_embed", "ddconfig", "lossconfig"} and params["ddconfig"]["in_channels"] == 3
+    )
+    assert load_vqgan(str(folder)).fmap_size == 4
+
+
+@pytest.mark.parametrize("optimizer, rate", [("Muon", "0.02"), ("AdamW", "0.003")])
+def test_pictures_come_back_better_and_better(trained, optimizer, rate):
+    more = ["--optimizer", optimizer, "--learning-rate", rate, "--eval-interval", 15, "--max-steps", 60]
+    _, out = trained(*more)
+    figures = [float(figure) for figure in re.findall(r"PSNR (\S+) dB", out)]
+    assert len(figures) == 5 and figures[0] + 1 < figures[-1] > 15, figures
+
+
+def test_a_seed_gives_the_same_weights_and_another_gives_others(trained):
+    more = ["--max-steps", 12]
+    folders = [trained(*more, "--random-seed", seed)[0] for seed in (3, 3, 4)]
+    first, again, other = [load_vqgan(str(folder)).fingerprint() for folder in folders]
+    assert first == again != other
+
+
+def test_held_out_pictures(trained, drawn_pictures, picture_folder):
+    (picture_folder / "00.png").write_bytes(b"")
+    (picture_folder / "01.png").write_bytes((drawn_pictures / "01.png").read_bytes()[:90])
+    _, out = trained("--input-folder", picture_folder, "--validation-split", "0.25", "--max-steps", 11)
+    assert "skipped" in out and "unreadable picture" in out and "00.png" in out and "01.png" in out
+    training, held_out = map(int, re.search(r"(\d+) training pictures, (\d+) held-out pictures", out).groups())
+    assert training + held_out == 10 and held_out <= 3
+    _, out = trained("--validation-folder", drawn_pictures, "--max-steps", 11)
+    assert "12 training pictures, 12 held-out pictures" in out and "dB on 12 held-out pictures" in out
+
+
+def test_a_dalle_learns_with_it(trained, command, tiny_flags):
+    folder, _ = trained()
+    ended = command(train.main, *tiny_flags, "--vae-path", folder, "--max-steps", 1)
+    assert ended.status == 0 and "step 1/1" in ended.out
+
+
+def test_ctrl_c_before_the_codebook_saves_nothing(command, flags, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VQGanTrainer, "step", interrupted)
+    ended = command(train_vqgan.main, *flags, "--output-dir", tmp_path / "v")
+    assert ended.status == 130 and ended.err == "" and "nothing saved" in ended.out
+    assert not list((tmp_path / "v").iterdir())
+
+
+def test_ctrl_c_saves_what_there_is(flags, tmp_path):
+    # 16 × 16 codes a picture, so that the codebook begins at once.
+    words = [*flags, "--output-dir", tmp_path / "v", "--patch-size", "2", "--max-steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", ROOT / "train_vqgan.py", *words, "--continuous-steps", "1"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if "the codebook begins" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and err == "", err
+    assert re.search(r"interrupted at step \d+ of 100000; saved what there is", out)
+    assert load_vqgan(str(tmp_path / "v")).fmap_size == 16
+    assert {path.name for path in (tmp_path / "v").iterdir()} == {"vqgan.ckpt", "vqgan.yaml"}
