@@ -59,11 +59,6 @@ def dataset_of(folder, **options):
     return TextImageDataset(folder, Letters(), **options)
 
 
-def saved(path, array, **options):
-    Image.fromarray(array).save(path, **options)
-    return path
-
-
 @pytest.fixture
 def told():
     records = []
