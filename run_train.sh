@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash run_train.sh               installs, then runs the demo from nothing to a grid of pictures
-# bash run_train.sh demo_long     the same with half an hour of training
+# bash run_train.sh demo_long     draws and trains the same with more steps
 # bash run_train.sh NAME [flags]  installs, then runs train.py --config NAME [flags]
 set -euo pipefail
 cd "$(dirname "$0")"

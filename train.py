@@ -56,6 +56,8 @@ def build(settings):
     saved = checkpoint.read(settings.pretrained_checkpoint) if settings.pretrained_checkpoint else None
     if settings.checkpoint_output_dir:
         checkpoint.check_writable(settings.checkpoint_output_dir, "--checkpoint-output-dir")
+    if not (settings.generated_data or settings.synthetic_data) and not Path(settings.input_folder).exists():
+        raise FileNotFoundError(f"--input-folder {settings.input_folder}: no such folder")  # before a VQGAN is fetched
     vae = image_tokenizer(settings)
     dataset = build_dataset(settings, backend, tokenizer, vae)
     batches = EpochBatches(len(dataset), backend.samples_per_step, seed=settings.random_seed)

@@ -101,6 +101,7 @@ def refused(command, things, tiny_flags, drawn_pictures, tmp_path, monkeypatch):
         "process_captions": (captions_main, ["--captions", str(things / "captions.json"), "--out-dir", str(out)]),
     }
     monkeypatch.setattr(sys, "argv", sys.argv)  # put back what captions_main sets
+    monkeypatch.setattr("models.vqgan_training.SEED_CELLS", 1024)
 
     def run(name, flags, *words):
         main, fixed = mains[name]
@@ -122,6 +123,14 @@ def refused(command, things, tiny_flags, drawn_pictures, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["train", "train_vqgan"])
 def test_folders_without_pictures(refused, name, folder):
     refused(name, f"--input-folder {{place}}/{folder}", f"{{place}}/{folder}")
+
+
+def test_a_missing_folder_is_told_before_a_vqgan_is_fetched(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("DALLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MINIDALLE_VQGAN_URL", f"file://{tmp_path}/nowhere")
+    flags = ["--input-folder", tmp_path / "missing", "--checkpoint-output-dir", ""]
+    ended = command(train.main, *flags)
+    assert ended.status == 2 and f"{tmp_path}/missing: no such folder" in ended.err, ended
 
 
 @pytest.mark.parametrize(
@@ -165,7 +174,7 @@ def test_vocabularies(refused, name, vocabulary):
 
 
 @pytest.mark.parametrize("vqgan", ["missing", "folder", "no_params", "no_yaml", "other_sizes", "pickled_vqgan"])
-@pytest.mark.parametrize("flags", ["train --vae-path", "train --vqgan-model-path", "generate --vqgan_model_path"])
+@pytest.mark.parametrize("flags", ["train --vae-path", "generate --vqgan_model_path"])
 def test_vqgans(refused, flags, vqgan):
     name, flag = flags.split()
     refused(name, f"{flag} {{place}}/{vqgan}", f"{{place}}/{vqgan}")
@@ -279,7 +288,7 @@ def test_devices(refused, monkeypatch, name, device):
         "process_captions --out-dir",
     ],
 )
-def test_output_folders(refused, capsys, flags, folder):
+def test_output_folders(refused, flags, folder):
     name, flag = flags.split()
     if folder.startswith("/proc") and not sys.platform.startswith("linux"):
         pytest.skip("no /proc here")
