@@ -300,7 +300,7 @@ def train_arguments(argv=None):
             parser.error(f"argument --{spelling}: no IPU {getattr(settings, flag)} with --ipus-per-replica {ipus}")
     if len(settings.adam_betas) != 2:
         parser.error("argument --adam-betas: give two numbers, such as 0.9,0.999")
-    if settings.input_folder is None and not (settings.generated_data or settings.synthetic_data):
+    if not settings.input_folder and not (settings.generated_data or settings.synthetic_data):
         parser.error("give --input-folder FOLDER (pictures and captions) or --generated-data, or a --config that does")
     check_vqgan_files(parser, settings)
     return settings
@@ -328,7 +328,7 @@ def vqgan_arguments(argv=None):
     """The namespace of train_vqgan.py."""
     parser = vqgan_parser()
     settings = parse(parser, argv)
-    if settings.input_folder is None:
+    if not settings.input_folder:
         parser.error("give --input-folder FOLDER (pictures), or a --config that does")
     if settings.ch % 32:
         parser.error(f"argument --ch: {settings.ch} is no multiple of 32, the groups of its normalisation")

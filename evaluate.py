@@ -18,7 +18,7 @@ GRID_PICTURES = 36
 def main(argv=None):
     settings = args.evaluate_arguments(argv)
     log.set_up()
-    with log.bad_input_exits():
+    with log.interrupt_exits(), log.bad_input_exits():
         from backends import select
         from data.shapes import held_out_prompts
         from utils.checkpoint import check_writable

@@ -17,7 +17,7 @@ NAME_BYTES = 200  # of a folder's name; file systems allow 255
 def main(argv=None):
     settings = args.generate_arguments(argv)
     log.set_up()
-    with log.bad_input_exits():
+    with log.interrupt_exits(), log.bad_input_exits():
         from backends import select
         from utils.checkpoint import check_writable
 

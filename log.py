@@ -48,6 +48,16 @@ def bad_input_exits():
         raise SystemExit(2) from None
 
 
+@contextlib.contextmanager
+def interrupt_exits():
+    """Within: Ctrl-C ends the program with one line and status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def weights_and_biases(settings):
     """A run at Weights & Biases that records `settings`; None without --wandb. ValueError where it cannot begin."""
     if not settings.wandb:

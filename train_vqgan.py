@@ -38,6 +38,7 @@ def train(settings):
     from data.pictures import endless_batches
     from models.vae import VQGan
     from models.vqgan_training import SEED_CELLS, VQGanTrainer
+    from utils.checkpoint import check_writable
     from utils.optimization import cosine
 
     torch.manual_seed(settings.random_seed)
@@ -47,7 +48,7 @@ def train(settings):
     params = vqgan_params(settings)
     model = VQGan(params).to(device)
     output_dir = Path(settings.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(output_dir, "--output-dir")
     pictures, held_out, held_out_name = read_folders(settings)
     LOG.info(
         "VQGAN of %.1f million parameters: %d × %d pixels to %d × %d codes of %d; on %s in %s",

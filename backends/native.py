@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
 
 import torch
 from torch.utils.data import DataLoader
@@ -67,6 +68,11 @@ def pick_precision(settings, device):
     return "bf16" if half else "fp32"
 
 
+def leave_interrupts_to_the_parent(worker):
+    """For worker processes: Ctrl-C reaches them too, and the parent, which saves, is the one to end them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class MicroBatches:
     """A batch sampler: each of order's lists of keys, cut into micro-batches of `size`."""
 
@@ -105,6 +111,7 @@ class NativeBackend:
             dataset,
             batch_sampler=MicroBatches(order, self.settings.batch_size),
             num_workers=workers,
+            worker_init_fn=leave_interrupts_to_the_parent,
             pin_memory=self.device.type == "cuda",
         )
         stream = iter(micro_batches)

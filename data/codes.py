@@ -29,7 +29,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.loader import load_picture
+from data.loader import leave_interrupts_to_the_parent, load_picture
 from data.pairs import printable
 
 log = logging.getLogger("minidalle")
@@ -180,7 +180,14 @@ def _encode(
             done.clear()
             rows.clear()
 
-    loader = DataLoader(_Pixels(paths, made_by["image_size"]), batch_size, num_workers=workers, collate_fn=_as_list)
+    loader = DataLoader(
+        _Pixels(paths, made_by["image_size"]),
+        batch_size,
+        num_workers=workers,
+        collate_fn=_as_list,
+        worker_init_fn=leave_interrupts_to_the_parent,
+    )
+    log.info("%d pictures to encode, once", len(paths))
     flushed = time.monotonic()
     try:
         with tqdm(total=len(paths), desc="encoding pictures", unit="picture", disable=None) as bar:

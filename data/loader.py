@@ -8,6 +8,7 @@ Nothing here knows a model: codes come as an array (data/codes.py makes it), the
 """
 
 import logging
+import signal
 from pathlib import Path
 from typing import List, Mapping, Optional, Tuple, Union
 
@@ -86,6 +87,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         paper = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(paper, image).convert("RGB")
     return image.convert("RGB")
+
+
+def leave_interrupts_to_the_parent(worker: int) -> None:
+    """For worker processes: Ctrl-C reaches them too, and the parent is the one to end them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class TextImageDataset(Dataset):

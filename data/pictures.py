@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.loader import load_picture
+from data.loader import leave_interrupts_to_the_parent, load_picture
 from data.order import EpochBatches, Key
 from data.pairs import IMAGE_SUFFIXES, UNREADABLE, printable, report_skipped
 
@@ -76,6 +76,7 @@ def load_pictures(paths: Sequence[Path], size: int, workers: int = 0) -> torch.T
         batch_size=_AT_ONCE,
         collate_fn=_readable,
         num_workers=min(workers, len(paths) // _AT_ONCE),
+        worker_init_fn=leave_interrupts_to_the_parent,
     )
     batches, broken = [], []
     with tqdm(total=len(paths), desc="reading pictures", unit="pictures", leave=False, disable=None) as bar:
@@ -110,6 +111,7 @@ def endless_batches(
         batch_sampler=order,
         collate_fn=_readable,
         num_workers=workers,
+        worker_init_fn=leave_interrupts_to_the_parent,
         persistent_workers=workers > 0,
     )
     told = set()
