@@ -1,6 +1,6 @@
 """A checkpoint of the demo → how many held-out prompts its pictures follow, and a grid of them.
 
-    python evaluate.py --dalle_path output/demo/ckpt/dalle_2.pt
+    python evaluate.py --dalle_path output/demo/ckpt/dalle_step_800.pt
 
 The pictures are read back by data/shapes_reader.py: two objects, both colours, shapes and sizes, and the relation.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import args
 import log
-from generate import DEFAULTS, grid_of, load
+from generate import chosen_sampling, grid_of, load
 
 GRID_PICTURES = 36
 
@@ -24,8 +24,7 @@ def main(argv=None):
         from utils.checkpoint import check_writable
 
         model, tokenizer, recommended = load(settings.dalle_path)
-        sampling = {key: getattr(settings, key) for key in DEFAULTS}
-        sampling = {key: recommended[key] if value is None else value for key, value in sampling.items()}
+        sampling = chosen_sampling(settings, recommended)
         prompts = held_out_prompts(settings.prompt_set, settings.prompts, settings.seed)
         text = tokenizer.tokenize(prompts, model.text_seq_len)
         check_writable(settings.outputs_dir, "--outputs-dir")

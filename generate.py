@@ -1,6 +1,6 @@
 """Draws pictures for prompts with a checkpoint of train.py, or of the reference application.
 
-python generate.py --dalle_path output/demo/ckpt/dalle_2.pt --text "a small red circle above a large blue square"
+python generate.py --dalle_path output/demo/ckpt/dalle_step_800.pt --text "a small red circle above a large blue square"
 """
 
 import random
@@ -28,8 +28,7 @@ def main(argv=None):
             tokenize_prompt(model, tokenizer, prompt)
         check_writable(settings.outputs_dir, "--outputs_dir")
         sampler = select(settings).sampler(model)
-        sampling = {key: getattr(settings, key) for key in DEFAULTS}
-        sampling = {key: recommended[key] if value is None else value for key, value in sampling.items()}
+        sampling = chosen_sampling(settings, recommended)
         seed = random.SystemRandom().randrange(2**31) if settings.seed is None else settings.seed
         log.LOG.info("seed %d, %s", seed, ", ".join(f"{key} {value}" for key, value in sampling.items()))
         for prompt in settings.prompts:
@@ -100,6 +99,12 @@ def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
         **{key: value for key, value in (saved.get("sampling") or {}).items() if value is not None},
     }
     return model.eval(), tokenizer, recommended
+
+
+def chosen_sampling(settings, recommended):
+    """The sampling settings that the flags give, and the checkpoint's recommendation where they give none."""
+    given = {key: getattr(settings, key) for key in DEFAULTS}
+    return {key: recommended[key] if value is None else value for key, value in given.items()}
 
 
 def torch_bytes(tensor):
