@@ -66,7 +66,7 @@ def attend(query, keys, values, mask, dropout=0.0):
     if query.is_cuda:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
     # On a CPU the backward pass of the fused kernel with a mask costs more than plain batched products.
-    scores = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, H, n, m)
+    scores = query * query.shape[-1] ** -0.5 @ keys.transpose(-1, -2)  # (B, H, n, m)
     scores = scores.masked_fill(~mask, -torch.finfo(scores.dtype).max)
     weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
     return F.dropout(weights, dropout) @ values if dropout else weights @ values

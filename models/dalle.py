@@ -37,11 +37,27 @@ class AxialPositions(nn.Module):
         return (self.weights_0 + self.weights_1).flatten(1, 2)  # (1, L, dim)
 
 
+class Head(nn.Sequential):
+    """Norm and projection to a stretch of the vocabulary: x (B, n, dim), tokens a slice → (B, n, len(tokens)).
+
+    Text positions want text logits and image positions image logits, so that most of the product is never needed.
+    """
+
+    linear = staticmethod(F.linear)  # an IPU puts one in its place that computes the same in pieces
+
+    def __init__(self, dim, num_tokens):
+        super().__init__(nn.LayerNorm(dim), nn.Linear(dim, num_tokens))
+
+    def forward(self, x, tokens=slice(None)):
+        norm, projection = self
+        return self.linear(norm(x), projection.weight[tokens], projection.bias[tokens])
+
+
 class DALLE(nn.Module):
     """The transformer with its embeddings and head, and the frozen VQGAN that turns pixels into codes.
 
-    vae: an image tokenizer with image_size, num_layers (halvings of the side) and num_tokens (codes), and
-    get_codebook_indices(pixels) where pixels are given. num_text_tokens does not count the padding ids: a padding token
+    vae: an image tokenizer with image_size, num_layers (halvings of the side) and num_tokens (codes); where pixels are
+    given, a call of it turns them into codes. num_text_tokens does not count the padding ids: a padding token
     (0) at position p becomes the id num_text_tokens + p, so each padding position has a token of its own. The attribute
     self.num_text_tokens counts both.
     """
@@ -89,7 +105,7 @@ class DALLE(nn.Module):
             ff_dropout=ff_dropout,
             sandwich_norm=sandwich_norm,
         )
-        self.to_logits = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, self.num_text_tokens + self.num_image_tokens))
+        self.to_logits = Head(dim, self.num_text_tokens + self.num_image_tokens)
 
         # Which logits a position may not have: codes at text positions, text at image positions.
         position = torch.arange(text_seq_len + self.image_seq_len)[:, None]
@@ -131,7 +147,7 @@ class DALLE(nn.Module):
         """Pixels (B, 3, S, S), float in [0, 1] or uint8 → codes (B, L), without a gradient."""
         if pixels.dtype == torch.uint8:
             pixels = pixels.float() / 255
-        return self.vae.get_codebook_indices(pixels)
+        return self.vae(pixels)
 
     def embed_text(self, text):
         """Numbered text (B, T) → `<bos>` and text, embedded (B, T + 1, dim)."""
@@ -144,13 +160,11 @@ class DALLE(nn.Module):
 
     def text_logits(self, x):
         """(B, n, dim) → (B, n, num_text_tokens)."""
-        norm, head = self.to_logits
-        return F.linear(norm(x), head.weight[: self.num_text_tokens], head.bias[: self.num_text_tokens])
+        return self.to_logits(x, slice(0, self.num_text_tokens))
 
     def image_logits(self, x):
         """(B, n, dim) → (B, n, num_image_tokens)."""
-        norm, head = self.to_logits
-        return F.linear(norm(x), head.weight[self.num_text_tokens :], head.bias[self.num_text_tokens :])
+        return self.to_logits(x, slice(self.num_text_tokens, self.num_tokens))
 
     def masked_logits(self, x):
         """The whole vocabulary at every position, what cannot follow at the dtype's lowest value."""

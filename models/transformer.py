@@ -57,6 +57,15 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+class Layer(nn.ModuleList):
+    """Attention, then feed-forward, each added to what it reads: (B, n, dim) in and out."""
+
+    def forward(self, x, cache=None, start=0):
+        attention, feed_forward = self
+        x = x + attention(x, cache=cache, start=start)
+        return x + feed_forward(x)
+
+
 class Transformer(nn.Module):
     """`depth` layers of attention and feed-forward over (B, N, dim), the patterns of `attn_types` cycled over them."""
 
@@ -80,14 +89,12 @@ class Transformer(nn.Module):
         for number, pattern in enumerate(islice(cycle(attn_types), depth), start=1):
             attention = Attention(dim, heads=heads, dim_head=dim_head, mask=masks[pattern], dropout=attn_dropout)
             blocks = attention, FeedForward(dim, ff_dropout)
-            layer = (LayerScale(dim, number, PreNorm(dim, block, sandwich_norm)) for block in blocks)
-            self.layers.append(nn.ModuleList(layer))
+            self.layers.append(Layer(LayerScale(dim, number, PreNorm(dim, block, sandwich_norm)) for block in blocks))
 
     def forward(self, x, cache=None, start=0):
         """x (B, n, dim) at positions start …; `cache` is new_cache()'s list or None."""
-        for number, (attention, feed_forward) in enumerate(self.layers):
-            x = x + attention(x, cache=cache[number] if cache else None, start=start)
-            x = x + feed_forward(x)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, cache=cache[number] if cache else None, start=start)
         return x
 
     def new_cache(self, length):

@@ -30,6 +30,9 @@ class TinyTokenizer(nn.Module):
         super().__init__()
         self.image_size, self.num_layers, self.num_tokens = fmap_size * 8, 3, num_tokens
 
+    def forward(self, pixels):
+        return self.get_codebook_indices(pixels)
+
     def get_codebook_indices(self, pixels):
         means = nn.functional.avg_pool2d(pixels.mean(1, keepdim=True), 8).flatten(1)
         return (means * self.num_tokens).long().clamp(0, self.num_tokens - 1)
