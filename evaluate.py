@@ -29,8 +29,8 @@ def main(argv=None):
         text = tokenizer.tokenize(prompts, model.text_seq_len)
         check_writable(settings.outputs_dir, "--outputs-dir")
         folder = Path(settings.outputs_dir)
-        sampler = select(settings).sampler(model)
-        pictures = draw_prompts(model, sampler, text, settings, sampling)
+        backend = select(settings)
+        pictures = draw_prompts(backend.sampler(model), backend.decode(model.vae), text, settings, sampling)
         accuracy, wrong = judge(prompts, pictures)
         grid_of(pictures[:GRID_PICTURES]).save(folder / "grid.png")
         (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_PICTURES]) + "\n", encoding="utf-8")
@@ -40,7 +40,7 @@ def main(argv=None):
     print(f"prompt accuracy: {100 * accuracy:.1f} % ({len(prompts)} prompts)")
 
 
-def draw_prompts(model, sampler, text, settings, sampling):
+def draw_prompts(sampler, decode, text, settings, sampling):
     """One picture a prompt, float (K, 3, S, S) in [0, 1]."""
     import torch
     from tqdm import tqdm
@@ -49,8 +49,7 @@ def draw_prompts(model, sampler, text, settings, sampling):
     for first in tqdm(range(0, len(text), settings.batch_size), desc="drawing", unit="batch", disable=None):
         part = text[first : first + settings.batch_size]
         generators = [torch.Generator().manual_seed(settings.seed + first + i) for i in range(len(part))]
-        codes = sampler(part, generator=generators, **sampling)
-        pictures.append(model.vae.decode(codes.to(next(model.parameters()).device)).cpu())
+        pictures.append(decode(sampler(part, generator=generators, **sampling)))
     return torch.cat(pictures)
 
 

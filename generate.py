@@ -5,6 +5,7 @@ python generate.py --dalle_path output/demo/ckpt/dalle_step_800.pt --text "a sma
 
 import random
 import re
+import time
 from pathlib import Path
 
 import args
@@ -27,7 +28,8 @@ def main(argv=None):
         for prompt in settings.prompts:  # all of them, before hours go into the first
             tokenize_prompt(model, tokenizer, prompt)
         check_writable(settings.outputs_dir, "--outputs_dir")
-        sampler = select(settings).sampler(model)
+        backend = select(settings)
+        sampler, decode = backend.sampler(model), backend.decode(model.vae)
         sampling = chosen_sampling(settings, recommended)
         seed = random.SystemRandom().randrange(2**31) if settings.seed is None else settings.seed
         log.LOG.info("seed %d, %s", seed, ", ".join(f"{key} {value}" for key, value in sampling.items()))
@@ -36,7 +38,9 @@ def main(argv=None):
             if settings.gentxt:
                 text, prompt = complete_prompt(model, tokenizer, text, seed)
                 log.LOG.info("completed prompt: %s", prompt)
-            pictures = draw(model, sampler, text, settings.num_images, settings.batch_size, seed, sampling, prompt)
+            started = time.monotonic()
+            pictures = draw(sampler, decode, text, settings.num_images, settings.batch_size, seed, sampling, prompt)
+            log.LOG.info("throughput: %.3f images/sec", len(pictures) / max(time.monotonic() - started, 1e-9))
             folder = save_pictures(pictures, prompt, settings.outputs_dir)
             print(f"{len(pictures)} pictures of '{prompt}' in {folder}")
 
@@ -131,8 +135,9 @@ def complete_prompt(model, tokenizer, text, seed):
     return text, " ".join(tokenizer.decode(text[0]).split())
 
 
-def draw(model, sampler, text, count, batch_size, seed, sampling, title=""):
-    """`count` pictures of text tokens (1, text_seq_len), float (count, 3, S, S) in [0, 1].
+def draw(sampler, decode, text, count, batch_size, seed, sampling, title=""):
+    """`count` pictures of text tokens (1, text_seq_len), float (count, 3, S, S) in [0, 1]; by a backend's sampler and
+    decode.
 
     Picture i depends on seed + i alone.
     """
@@ -144,8 +149,7 @@ def draw(model, sampler, text, count, batch_size, seed, sampling, title=""):
         for first in range(0, count, batch_size):
             generators = [torch.Generator().manual_seed(seed + i) for i in range(first, min(first + batch_size, count))]
             codes = sampler(text.repeat(len(generators), 1), generator=generators, **sampling)
-            device = next(model.parameters()).device
-            pictures.append(model.vae.decode(codes.to(device)).cpu())
+            pictures.append(decode(codes))
             bar.update(len(generators))
     return torch.cat(pictures)
 

@@ -1,7 +1,7 @@
 """The logger, the progress bar with the lines that benchmarks.yml reads, and how bad input ends a command.
 
 Log lines go to stdout, the bar and errors to stderr. The lines read by regular expression are
-`throughput: X samples/sec`, `loss: X` and `Compiled model in X secs`.
+`throughput: X samples/sec` (of generate.py: images/sec), `loss: X` and `Compiled model in X secs`.
 """
 
 import contextlib
@@ -81,7 +81,10 @@ class Progress:
 
     def __init__(self, steps, first_step, samples_per_step, tracker=None):
         self.steps, self.samples_per_step, self.tracker = steps, samples_per_step, tracker
-        self.bar = tqdm(total=steps, initial=first_step, unit="step", desc="training", disable=None, dynamic_ncols=True)
+        quiet = None if LOG.isEnabledFor(logging.INFO) else True  # None: no bar where there is no terminal
+        self.bar = tqdm(
+            total=steps, initial=first_step, unit="step", desc="training", disable=quiet, dynamic_ncols=True
+        )
         self.last_line, self.steps_since = time.monotonic(), 0
 
     def step(self, step, epoch, losses, lr):

@@ -6,6 +6,7 @@ What a step does on which machine is the backends' business; flags and configura
 """
 
 import contextlib
+import logging
 import math
 import time
 from pathlib import Path
@@ -49,18 +50,20 @@ def build(settings):
     from models.dalle import DALLE
     from utils import checkpoint, optimization
 
-    torch.manual_seed(settings.random_seed)
     backend = backends.select(settings)
+    if backend.rank:
+        log.set_up(logging.WARNING)
     tokenizer = load_tokenizer(settings.bpe_path)
     # Before pictures are encoded, which may take hours.
     saved = checkpoint.read(settings.pretrained_checkpoint) if settings.pretrained_checkpoint else None
-    if settings.checkpoint_output_dir:
+    if settings.checkpoint_output_dir and not backend.rank:
         checkpoint.check_writable(settings.checkpoint_output_dir, "--checkpoint-output-dir")
-    if not (settings.generated_data or settings.synthetic_data) and not Path(settings.input_folder).exists():
+    # A compiler wants no more than the shape of samples.
+    made_up = settings.generated_data or settings.synthetic_data or backend.compile_only
+    if not made_up and not Path(settings.input_folder).exists():
         raise FileNotFoundError(f"--input-folder {settings.input_folder}: no such folder")  # before a VQGAN is fetched
-    vae = image_tokenizer(settings)
-    dataset = build_dataset(settings, backend, tokenizer, vae)
-    batches = EpochBatches(len(dataset), backend.samples_per_step, seed=settings.random_seed)
+    torch.manual_seed(settings.random_seed)
+    vae = image_tokenizer(settings, made_up)
     hparams = {
         "num_text_tokens": tokenizer.vocab_size,
         "text_seq_len": settings.text_seq_len,
@@ -74,8 +77,19 @@ def build(settings):
         "attn_dropout": settings.attn_dropout,
         "sandwich_norm": settings.sandwich_norm,
     }
-    torch.manual_seed(settings.random_seed)  # again: encoding draws numbers, and a cache of codes spares it
+    torch.manual_seed(settings.random_seed)  # again: an untrained VQGAN drew numbers
     model = DALLE(vae=vae, **hparams)
+    trainer = backend.trainer(model)
+    with backend.rank_zero_first():
+        dataset = build_dataset(settings, backend, tokenizer, vae, made_up)
+    batches = EpochBatches(
+        len(dataset),
+        backend.samples_per_step,
+        seed=settings.random_seed,
+        rank=backend.rank,
+        world_size=backend.world_size,
+    )
+    torch.manual_seed(settings.random_seed)  # again: encoding draws numbers, and a cache of codes spares it
     steps = batches.batches_per_epoch * settings.epochs
     if settings.max_steps is not None:
         steps = min(steps, settings.max_steps)
@@ -86,7 +100,6 @@ def build(settings):
         steps=steps,
         warmup_steps=settings.warmup_steps,
     )
-    trainer = backend.trainer(model)
     run = Run(
         settings=settings,
         backend=backend,
@@ -104,34 +117,36 @@ def build(settings):
     )
     if saved is not None:
         resume(run, saved, model)
-    run.tracker = log.weights_and_biases(settings)  # last, when nothing else can be refused
+    if not backend.rank:
+        run.tracker = log.weights_and_biases(settings)  # last, when nothing else can be refused
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    log.LOG.info("%d pictures, %d steps of %d samples", len(dataset), steps, backend.samples_per_step)
+    together = backend.samples_per_step * backend.world_size
+    log.LOG.info("%d pictures, %d steps of %d samples", len(dataset), steps, together)
     log.LOG.info("%s trainable parameters, %d text tokens", f"{trained:,}", tokenizer.vocab_size)
     return run
 
 
-def image_tokenizer(settings):
-    """The VQGAN of --vae-path or --vqgan-model-path; the official one otherwise (untrained for generated data)."""
+def image_tokenizer(settings, made_up):
+    """The VQGAN of --vae-path or --vqgan-model-path; the official one otherwise (untrained for made-up samples)."""
     from models.official_vqgan import OFFICIAL_PARAMS
     from models.vae import VQGanVAE, load_vqgan
 
     path = settings.vae_path or settings.vqgan_model_path
-    if path is None and (settings.generated_data or settings.synthetic_data):
+    if path is None and made_up:
         return VQGanVAE(OFFICIAL_PARAMS)
     return load_vqgan(path, settings.vqgan_config_path)
 
 
-def build_dataset(settings, backend, tokenizer, vae):
-    """A folder's pairs with pixels or cached codes, or generated samples."""
+def build_dataset(settings, backend, tokenizer, vae, made_up):
+    """A folder's pairs with pixels or cached codes, or made-up samples."""
     from data.codes import cached_codes
     from data.loader import GeneratedDataset, TextImageDataset
 
     use_codes = not settings.no_codes_cache
-    if settings.generated_data or settings.synthetic_data:
+    if made_up:
         codes = {"num_image_codes": vae.num_tokens, "image_seq_len": vae.image_seq_len} if use_codes else {}
         return GeneratedDataset(
-            16 * backend.samples_per_step,
+            16 * backend.samples_per_step * backend.world_size,
             text_seq_len=settings.text_seq_len,
             num_text_tokens=tokenizer.vocab_size,
             image_size=vae.image_size,
@@ -197,26 +212,22 @@ def resume(run, saved, model):
     log.LOG.info("going on from %s at step %d", run.settings.pretrained_checkpoint, run.step)
 
 
-def batch_keys(run):
-    """The batches from the run's step on, epoch after epoch."""
-    first_epoch, start = divmod(run.step, run.batches.batches_per_epoch)
-    for epoch in range(first_epoch, math.ceil(run.steps / run.batches.batches_per_epoch)):
-        run.batches.set_epoch(epoch, start_batch=start)
-        yield from run.batches
-        start = 0
-
-
 def train(run):
     """Steps to the end, with checkpoints on the way. The prefix before the first step is compilation."""
+    from data.order import RunBatches
+
     settings, per_epoch = run.settings, run.batches.batches_per_epoch
-    progress = log.Progress(run.steps, run.step, run.backend.samples_per_step, run.tracker)
+    progress = log.Progress(run.steps, run.step, run.backend.samples_per_step * run.backend.world_size, run.tracker)
     epoch_loss, compiled = [], False
-    for batch in run.backend.loader(run.dataset, batch_keys(run)):
+    for batch in run.backend.loader(run.dataset, RunBatches(run.batches, run.step, run.steps)):
         if not compiled:
             started = time.monotonic()
             run.trainer.compile(batch)
             log.LOG.info("Compiled model in %.3f secs", time.monotonic() - started)
             compiled = True
+        if run.backend.compile_only:
+            log.LOG.info("compiled only, as --compile-only says")
+            break
         epoch = run.step // per_epoch
         lr = run.schedule.at(run.step, epoch)
         run.trainer.set_lr(lr)
@@ -235,8 +246,6 @@ def train(run):
             save(run, f"dalle_{epoch}.pt")
         elif run.step % settings.checkpoint_save_steps == 0 or run.step == run.steps:
             save(run, f"dalle_step_{run.step}.pt")
-        if run.step == run.steps:
-            break
     progress.close()
 
 
@@ -263,9 +272,11 @@ def save(run, name):
     from utils import checkpoint
 
     settings = run.settings
-    if not settings.checkpoint_output_dir:
+    if not settings.checkpoint_output_dir or settings.synthetic_data:  # which trains on nothing
         return None
-    state = run.trainer.state_dict()
+    state = run.trainer.state_dict()  # by every process, since what it holds may lie with all of them
+    if run.backend.rank:
+        return None
     vocabulary = run.tokenizer.vocabulary
     placement = ("embedding_ipu_id", "embedding_serialization_factor", "layers_per_ipu", "cls_ipu_id", "fp16", "byteio")
     path = Path(settings.checkpoint_output_dir) / name

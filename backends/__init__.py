@@ -1,12 +1,10 @@
-"""Where a training step runs: select() picks the machine, base.py has the contract, native.py carries it out."""
+"""Where a training step runs: select() picks the machine, base.py is the contract of native.py and ipu.py."""
 
 
 def select(settings):
     """The backend of --device for a namespace of args.py. ValueError in one line where this machine has it not."""
-    from backends import native
+    from backends import ipu, native
 
-    if settings.device == "ipu":
-        raise ValueError(
-            "--device ipu: there is no IPU backend in this version; it runs on CPUs and CUDA GPUs, see --device auto"
-        )
+    if settings.device == "ipu" or (settings.device == "auto" and ipu.is_enabled() and not native.has_cuda()):
+        return ipu.IpuBackend(settings)
     return native.NativeBackend(settings)

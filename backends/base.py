@@ -1,10 +1,10 @@
-"""The contract between train.py and a machine, written once. The seam is the step: one call, one optimizer update.
+"""The contract between the commands and a machine, written once. The seam is the step: one call, one optimizer update.
 
 How micro-batches, replicas, precision and the update are carried out differs between an IPU pod and a CPU, and
 is hidden here; devices, optimizers and ranks are not wrapped for their own sake.
 """
 
-from typing import Dict, Iterable, Protocol
+from typing import ContextManager, Dict, Iterable, Protocol, Sequence
 
 
 class Trainer(Protocol):
@@ -27,17 +27,31 @@ class Trainer(Protocol):
 
 
 class Backend(Protocol):
-    """A machine. samples_per_step = batch_size × gradient_accumulation × replicas × device_iterations."""
+    """A machine, or one of several processes that train together.
+
+    samples_per_step: what this process consumes in a step, batch_size × gradient_accumulation × its replicas ×
+    device_iterations. rank and world_size: which of the processes this is, and how many there are; rank 0 writes and
+    logs. compile_only: there is no device to run on, the run ends after compile().
+    """
 
     samples_per_step: int
+    rank: int
+    world_size: int
+    compile_only: bool
 
-    def loader(self, dataset, order) -> Iterable:
-        """Batches, each all that one step consumes: `order` yields lists of samples_per_step keys of `dataset`."""
+    def rank_zero_first(self) -> ContextManager:
+        """Within: rank 0 goes first, the others when it has left; for what is made once and then read by all."""
+
+    def loader(self, dataset, order: Sequence) -> Iterable:
+        """Batches, each all that one step consumes: `order` holds lists of samples_per_step keys of `dataset`."""
 
     def trainer(self, model) -> Trainer: ...
 
     def encode(self, vae):
         """Pixels float (B, 3, S, S) in [0, 1] → codes int64 (B, L) on the CPU, computed on this machine."""
+
+    def decode(self, vae):
+        """Codes int64 (B, L) → pixels float (B, 3, S, S) in [0, 1] on the CPU, computed on this machine."""
 
     def sampler(self, model):
         """generate_codes for this machine: (text, **settings) → codes int64 (B, L) on the CPU."""

@@ -40,11 +40,15 @@ IPU_ONLY = (
 )
 
 
+def has_cuda():
+    return torch.cuda.is_available()
+
+
 def pick_device(name):
     """auto | cpu | cuda → torch.device. ValueError where CUDA is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not has_cuda():
         raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu, or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if name != "cpu" and has_cuda() else "cpu")
 
 
 def fast_in_bf16(device):
@@ -86,6 +90,9 @@ class MicroBatches:
 
 
 class NativeBackend:
+    rank, world_size = 0, 1
+    compile_only = False
+
     def __init__(self, settings):
         """settings: train.py's or generate.py's namespace."""
         self.settings = settings
@@ -124,6 +131,13 @@ class NativeBackend:
     def encode(self, vae):
         vae = vae.to(self.device)
         return lambda pixels: vae.get_codebook_indices(pixels.to(self.device)).cpu()
+
+    def decode(self, vae):
+        vae = vae.to(self.device)
+        return lambda codes: vae.decode(codes.to(self.device)).cpu()
+
+    def rank_zero_first(self):
+        return contextlib.nullcontext()
 
     def sampler(self, model):
         model = model.to(self.device).eval()

@@ -4,7 +4,7 @@ An epoch's order is a function of (seed, epoch), so workers, processes and resum
 samples there are is data/loader.py's.
 """
 
-from typing import Iterator, List, Tuple, Union
+from typing import Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -67,6 +67,7 @@ class EpochBatches(Sampler):
         self.world_size = world_size
         self.full_batches, left = divmod(num_samples, together)
         self.left = 0 if drop_last else left
+        self._latest: Optional[Tuple[int, np.ndarray]] = None  # epoch and order that were asked for last
         self.set_epoch(epoch, start_batch)
 
     @property
@@ -86,15 +87,42 @@ class EpochBatches(Sampler):
 
     def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
         epoch = self.epoch
-        order = epoch_order(self.num_samples, self.seed, epoch) if self.shuffle else np.arange(self.num_samples)
-        for batch in range(self.start_batch, self.batches_per_epoch):
-            if batch < self.full_batches:
-                start = (batch * self.world_size + self.rank) * self.batch_size
-                share = order[start : start + self.batch_size]
-            else:
-                tail = order[self.full_batches * self.world_size * self.batch_size :]
-                share = np.array_split(tail, self.world_size)[self.rank]
-            yield [(epoch, index) for index in share.tolist()]
+        for number in range(self.start_batch, self.batches_per_epoch):
+            yield self.batch(epoch, number)
+
+    def batch(self, epoch: int, number: int) -> List[Tuple[int, int]]:
+        """Batch `number` of any epoch, wherever this one was entered."""
+        order = self._order_of(epoch)
+        if number < self.full_batches:
+            start = (number * self.world_size + self.rank) * self.batch_size
+            share = order[start : start + self.batch_size]
+        else:
+            tail = order[self.full_batches * self.world_size * self.batch_size :]
+            share = np.array_split(tail, self.world_size)[self.rank]
+        return [(epoch, index) for index in share.tolist()]
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if self._latest is None or self._latest[0] != epoch:
+            order = epoch_order(self.num_samples, self.seed, epoch) if self.shuffle else np.arange(self.num_samples)
+            self._latest = epoch, order
+        return self._latest[1]
+
+
+class RunBatches:
+    """The batches of a run from update `first` up to `last`, epoch after epoch: a sequence, so that a loader in another
+    process can be handed a place in it, and picklable.
+    """
+
+    def __init__(self, batches: EpochBatches, first: int, last: int):
+        self.batches, self.first, self.last = batches, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, place: int) -> List[Tuple[int, int]]:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        return self.batches.batch(*divmod(self.first + place, self.batches.batches_per_epoch))
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:

@@ -49,8 +49,10 @@ class KeyValueCache:
         self.length = length
         self.keys = self.values = None
 
-    def put(self, keys, values, start):
-        """Write (B, H, n, D) at position `start`; return views of everything up to there, (B, H, start + n, D) each."""
+    def put(self, keys, values, mask, start):
+        """Write (B, H, n, D) at position `start` → keys, values of everything up to there, (B, H, start + n, D) each,
+        and what the new positions may see of it: bool (n, start + n) of the layer's mask (N, N).
+        """
         batch, heads, count, dim_head = keys.shape
         if self.keys is None:  # only now is the dtype known: autocast decides it
             self.keys = keys.new_empty(batch, heads, self.length, dim_head)
@@ -58,7 +60,7 @@ class KeyValueCache:
         stop = start + count
         self.keys[:, :, start:stop] = keys
         self.values[:, :, start:stop] = values
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        return self.keys[:, :, :stop], self.values[:, :, :stop], mask[start:stop, :stop]
 
 
 def attend(query, keys, values, mask, dropout=0.0):
@@ -85,13 +87,13 @@ class Attention(nn.Module):
         self.register_buffer("mask", mask, persistent=False)  # (N, N)
 
     def forward(self, x, cache=None, start=0):
-        """x (B, n, dim) stands at positions start … start + n; what came before is in `cache`."""
+        """x (B, n, dim) stands at positions start … start + n; what came before is in `cache` (see its put)."""
         batch, length, _ = x.shape
-        stop = start + length
         qkv = self.to_qkv(x).view(batch, length, 3, self.heads, self.dim_head)
         query, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, H, n, D) each
+        mask = self.mask[:length, :length]
         if cache is not None:
-            keys, values = cache.put(keys, values, start)
+            keys, values, mask = cache.put(keys, values, self.mask, start)
         dropout = self.dropout if self.training else 0.0
-        out = attend(query, keys, values, self.mask[start:stop, :stop], dropout)
+        out = attend(query, keys, values, mask, dropout)
         return self.to_out(out.transpose(1, 2).reshape(batch, length, self.heads * self.dim_head))

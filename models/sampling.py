@@ -93,7 +93,8 @@ def generate_codes(
     Text and given codes pass through the model once; every further code is one position. Dropout is off while drawing,
     and the model's mode is put back afterwards.
     """
-    return _draw(dalle, text, image_codes, generator, _cached_logits, top_k, top_p, temperature, cond_scale)
+    shape = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
+    return draw_codes(dalle, text, _cached_logits, generator=generator, image_codes=image_codes, **shape)
 
 
 @torch.no_grad()
@@ -101,17 +102,24 @@ def generate_codes_naive(
     dalle, text, *, top_k=0.99, top_p=None, temperature=1.0, cond_scale=1.0, generator=None, image_codes=None
 ):
     """generate_codes without a cache, a whole pass a code: the same codes for the same generator, slowly."""
-    return _draw(dalle, text, image_codes, generator, _full_logits, top_k, top_p, temperature, cond_scale)
+    shape = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
+    return draw_codes(dalle, text, _full_logits, generator=generator, image_codes=image_codes, **shape)
 
 
-def _draw(dalle, text, image_codes, generator, logits_of, top_k, top_p, temperature, cond_scale):
-    """The loop over codes; logits_of(dalle, text, codes so far, cache) → logits (B, V) of the next one."""
-    check_sampling(top_k, top_p, temperature, cond_scale)
+def given_codes(dalle, text, image_codes):
+    """image_codes, or none at all: int64 (B, 0). ValueError where they do not go with `text`."""
     codes = text.new_zeros(len(text), 0) if image_codes is None else image_codes
     if codes.shape[1] > dalle.image_seq_len or len(codes) != len(text):
         raise ValueError(
             f"image_codes is {tuple(codes.shape)}; wanted are {len(text)} rows of at most {dalle.image_seq_len} codes"
         )
+    return codes
+
+
+def draw_codes(dalle, text, logits_of, *, top_k, top_p, temperature, cond_scale, generator, image_codes):
+    """The loop over codes; logits_of(dalle, text, codes so far, cache) → logits (B, V) of the next one."""
+    check_sampling(top_k, top_p, temperature, cond_scale)
+    codes = given_codes(dalle, text, image_codes)
     noise = gumbel_noise(len(text), dalle.image_seq_len, dalle.num_image_tokens, generator, text.device)
     guided = cond_scale != 1
     branches = torch.cat((text, torch.zeros_like(text))) if guided else text

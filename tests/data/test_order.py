@@ -1,9 +1,11 @@
 """The order of an epoch: a permutation of its own, in batches that processes share and that can be entered anywhere."""
 
+import pickle
+
 import numpy as np
 import pytest
 
-from data.order import EpochBatches, epoch_order
+from data.order import EpochBatches, RunBatches, epoch_order
 
 
 def test_an_epoch_is_a_permutation_and_each_epoch_another():
@@ -41,6 +43,19 @@ def test_entering_anywhere_continues_the_same_order():
     assert list(entered) == list(EpochBatches(50, 4, seed=9, epoch=3))
     with pytest.raises(ValueError, match="13"):
         entered.set_epoch(3, start_batch=13)
+
+
+def test_a_run_is_its_epochs_one_after_the_other():
+    expected = [batch for epoch in range(4) for batch in EpochBatches(10, 3, seed=1, epoch=epoch)]
+    batches = EpochBatches(10, 3, seed=1)
+    run = RunBatches(batches, 0, 11)
+    assert list(run) == expected[:11] and len(run) == 11
+    assert list(RunBatches(batches, 5, 11)) == expected[5:11]
+    there = pickle.loads(pickle.dumps(run))
+    assert [there[place] for place in (10, 0, 4, 4)] == [expected[place] for place in (10, 0, 4, 4)]
+    for beyond in (11, -1):
+        with pytest.raises(IndexError):
+            run[beyond]
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
