@@ -16,6 +16,9 @@ class Trainer(Protocol):
     def step(self, batch) -> Dict[str, float]:
         """One update from one of loader()'s batches → total, text and image loss, means over the whole global batch."""
 
+    def evaluate(self, batch) -> Dict[str, float]:
+        """step()'s losses of a batch, without dropout and without an update."""
+
     def set_lr(self, lr: float) -> None:
         """The learning rate from the next step on."""
 

@@ -19,6 +19,7 @@ from models.pipeline_dalle import WrappedDALLE, placement, stages, unshare_masks
 from utils.optimization import parameter_groups
 
 LOG = logging.getLogger("minidalle")
+SHARE = 256  # samples that a worker loads at once
 FP32_WEIGHTS = 300e6  # bytes of weights up to which an IPU, with some 900 MB, draws pictures in fp32
 
 
@@ -38,7 +39,7 @@ class Instances:
 
     def __init__(self, replicas):
         """replicas: those of all instances together, where PopRun does not say."""
-        self.rank, self.size, self.replicas = 0, 1, replicas
+        self.rank, self.size, self.replicas, self.all_replicas = 0, 1, replicas, replicas
         self.popdist = self.horovod = None
         if importlib.util.find_spec("popdist") is None:
             return
@@ -52,9 +53,9 @@ class Instances:
         horovod.torch.init()
         self.popdist, self.horovod = popdist, horovod.torch
         self.rank, self.size = popdist.getInstanceIndex(), popdist.getNumInstances()
-        if popdist.getNumTotalReplicas() != replicas:
-            LOG.info("PopRun has %d replicas, instead of %d", popdist.getNumTotalReplicas(), replicas)
-        self.replicas = popdist.getNumLocalReplicas()
+        self.replicas, self.all_replicas = popdist.getNumLocalReplicas(), popdist.getNumTotalReplicas()
+        if self.all_replicas != replicas and not self.rank:
+            LOG.info("PopRun has %d replicas, which --replication-factor %d gives way to", self.all_replicas, replicas)
 
     def options(self, ipus_per_replica):
         import poptorch
@@ -133,11 +134,8 @@ class IpuBackend:
         self.micro_batches = settings.gradient_accumulation * self.instances.replicas * settings.device_iterations
         self.samples_per_step = settings.batch_size * self.micro_batches
 
-    def rank_zero_first(self):
-        return self.instances_in_turn() if self.world_size > 1 else contextlib.nullcontext()
-
     @contextlib.contextmanager
-    def instances_in_turn(self):
+    def rank_zero_first(self):
         if self.rank:
             self.instances.of_rank_zero(0)  # returns when rank 0 has called it, too
         try:
@@ -146,13 +144,16 @@ class IpuBackend:
             if not self.rank:
                 self.instances.of_rank_zero(0)
 
-    def training_options(self):
+    def options(self, training=True):
+        """Those of a model that trains, or of one that evaluates as many samples a call."""
         import poptorch
 
         settings = self.settings
         options = self.instances.options(settings.ipus_per_replica)
         options.autoRoundNumIPUs(True)
-        options.deviceIterations(settings.device_iterations)
+        accumulation = settings.gradient_accumulation if training else 1
+        options.Training.gradientAccumulation(accumulation)
+        options.deviceIterations(settings.device_iterations * settings.gradient_accumulation // accumulation)
         options.randomSeed(settings.random_seed)
         # The default, Final, would return the losses of the last micro-batch out of thousands.
         options.outputMode(poptorch.OutputMode.Sum)
@@ -161,7 +162,6 @@ class IpuBackend:
         if len(proportions) == 1:
             proportions = proportions * settings.ipus_per_replica
         options.setAvailableMemoryProportion({f"IPU{ipu}": share for ipu, share in enumerate(proportions)})
-        options.Training.gradientAccumulation(settings.gradient_accumulation)
         options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
         if settings.enable_als:
             options.Training.setAutomaticLossScaling(True)
@@ -170,7 +170,7 @@ class IpuBackend:
         options.TensorLocations.setOptimizerLocation(
             poptorch.TensorLocationSettings()
             .useOnChipStorage(not settings.optimizer_state_offchip)
-            .useReplicatedTensorSharding(settings.enable_rts)
+            .useReplicatedTensorSharding(settings.enable_rts and self.instances.all_replicas > 1)
         )
         options._Popart.set("disableGradAccumulationTensorStreams", True)
         options._Popart.set("outlineThreshold", 10.0)
@@ -188,16 +188,13 @@ class IpuBackend:
         """Batches of samples_per_step rows, text and image; a batch is overwritten when later ones are asked for."""
         import poptorch
 
-        workers = self.settings.dataloader_workers
-        mode = poptorch.DataLoaderMode.Sync
-        rebatching = {}
-        if self.settings.async_dataloader:
-            mode = poptorch.DataLoaderMode.Async
-            if self.samples_per_step > 1:  # let each worker load a share of the thousands of samples to one step
-                mode = poptorch.DataLoaderMode.AsyncRebatched
-                rebatching["rebatched_worker_size"] = max(1, self.samples_per_step // max(1, workers))
+        workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would be in their own way
+        modes = poptorch.DataLoaderMode
+        mode, rebatching = modes.Async if self.settings.async_dataloader else modes.Sync, {}
+        if mode == modes.Async and self.samples_per_step > 1:  # share the thousands of samples to a step among workers
+            mode, rebatching = modes.AsyncRebatched, {"rebatched_worker_size": min(SHARE, self.samples_per_step)}
         batches = poptorch.DataLoader(
-            self.training_options(),
+            self.options(),
             OrderedSamples(dataset, order, self.samples_per_step),
             batch_size=self.settings.batch_size,
             shuffle=False,
@@ -210,6 +207,8 @@ class IpuBackend:
         )
         try:
             yield from batches
+        except AssertionError as error:  # what PopTorch makes of a fault in its loader's process, which has told it
+            raise OSError(f"samples could not be read ({error})") from None
         finally:
             batches.terminate()
 
@@ -256,11 +255,12 @@ class IpuTrainer:
         self.vqgan = {f"vae.{name}": tensor for name, tensor in model.vae.state_dict().items()}
         self.on_device = settings.no_codes_cache  # whether the VQGAN is
         model = copy.deepcopy(model, {} if self.on_device else {id(model.vae): None}).train()
-        wrapped = WrappedDALLE(model, backend.places, settings.embedding_serialization_factor)
+        self.wrapped = WrappedDALLE(model, backend.places, settings.embedding_serialization_factor)
         if backend.half:
-            wrapped.half()
-        self.optimizer = build_optimizer(wrapped, settings, backend.half)
-        self.executor = poptorch.trainingModel(wrapped, options=backend.training_options(), optimizer=self.optimizer)
+            self.wrapped.half()
+        self.optimizer = build_optimizer(self.wrapped, settings, backend.half)
+        self.executor = poptorch.trainingModel(self.wrapped, options=backend.options(), optimizer=self.optimizer)
+        self.evaluator = None
         self.lr = settings.learning_rate
 
     def compile(self, batch):
@@ -276,7 +276,28 @@ class IpuTrainer:
         self.executor.compile(*batch)
 
     def step(self, batch):
-        sums = self.executor(*batch)
+        return self.means(self.executor(*batch))
+
+    def evaluate(self, batch):
+        import poptorch
+
+        training = self.executor.isAttachedToDevice()
+        if training:  # the same IPUs are wanted, and the weights that are there now
+            self.executor.detachFromDevice()
+        if self.evaluator is None:
+            self.evaluator = poptorch.inferenceModel(self.wrapped.eval(), self.backend.options(training=False))
+            self.evaluator.compile(*batch)
+            self.wrapped.train()
+        else:
+            self.evaluator.attachToDevice()
+        losses = self.means(self.evaluator(*batch))
+        self.evaluator.detachFromDevice()
+        if training:
+            self.executor.attachToDevice()
+        return losses
+
+    def means(self, sums):
+        """Losses summed over the micro-batches of a call, a row a replica → their means over all instances."""
         names = ("total", "text", "image")
         if self.backend.settings.synthetic_data:  # nothing is read back from the device
             return dict.fromkeys(names, 0.0)
@@ -294,7 +315,12 @@ class IpuTrainer:
     def state_dict(self):
         trained = {name.partition(".")[2]: tensor for name, tensor in self.executor.state_dict().items()}
         trained = {name: tensor.detach().float().cpu() for name, tensor in trained.items()}
-        return {"weights": {**trained, **self.vqgan}, "opt_state": [self.optimizer.state_dict()]}
+        opt_state = {**self.optimizer.state_dict(), "parameters": self.parameters()}
+        return {"weights": {**trained, **self.vqgan}, "opt_state": [opt_state]}
+
+    def parameters(self):
+        """What the optimizer's state belongs to: its names are those of this model's pieces on the device."""
+        return [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self.wrapped.named_parameters() if p.requires_grad]
 
     def load_state_dict(self, state):
         """Decay rates, weight decay and the like stay those of this run's flags."""
@@ -309,13 +335,13 @@ class IpuTrainer:
             return
         try:
             (saved,) = opt_state
-            if not saved.get("ipu_state"):
+            if not saved.get("ipu_state") or saved.get("parameters") != self.parameters():
                 raise ValueError
             flags = [
                 {name: value for name, value in group.items() if name != "params"}
                 for group in self.optimizer.param_groups
             ]
-            self.optimizer.load_state_dict(saved)
+            self.optimizer.load_state_dict({name: part for name, part in saved.items() if name != "parameters"})
             for group, own in zip(self.optimizer.param_groups, flags):
                 group.update(own)
             self.executor.setOptimizer(self.optimizer)

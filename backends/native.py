@@ -161,15 +161,27 @@ class NativeTrainer:
         """Nothing to do: kernels are chosen as they are called."""
 
     def step(self, batch):
+        losses = self.losses(batch, lambda total: self.scaler.scale(total / self.backend.micro_batches).backward())
+        self.update()
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, batch):
+        self.model.eval()
+        losses = self.losses(batch, lambda total: None)
+        self.model.train()
+        return losses
+
+    def losses(self, batch, then):
+        """Means over the micro-batches; then(total loss) is called on each."""
         sums = torch.zeros(3)
         for text, image in batch:
             text = text.to(self.backend.device, non_blocking=True)
             image = image.to(self.backend.device, non_blocking=True)
             with self.backend.autocast():
                 losses = self.model(text, image, return_loss=True)
-            self.scaler.scale(losses.total / self.backend.micro_batches).backward()
+            then(losses.total)
             sums += torch.stack(losses).detach().float().cpu()
-        self.update()
         return dict(zip(("total", "text", "image"), (sums / self.backend.micro_batches).tolist()))
 
     def update(self):
@@ -206,6 +218,8 @@ class NativeTrainer:
                     {name: value for name, value in group.items() if name != "params"}
                     for group in optimizer.param_groups
                 ]
+                if saved.keys() != optimizer.state_dict().keys():  # PopTorch's optimizers keep more
+                    raise ValueError
                 optimizer.load_state_dict(saved)
                 for group, own in zip(optimizer.param_groups, flags):
                     group.update(own)

@@ -158,6 +158,25 @@ def tiny_checkpoint(tiny_flags, tmp_path_factory):
     return folder / "dalle_0.pt"
 
 
+IPU_PACKAGES = ("poptorch", "popart", "popdist", "horovod")
+STANDIN = ROOT / "tests" / "poptorch_standin"
+
+
+@pytest.fixture
+def poptorch_standin(monkeypatch):
+    """The stand-in for PopTorch as the module `poptorch`, in this test only, with an SDK that counts as enabled."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] in IPU_PACKAGES]:
+            del sys.modules[name]
+
+    forget()
+    monkeypatch.syspath_prepend(str(STANDIN))
+    monkeypatch.setenv("POPLAR_SDK_ENABLED", "/opt/poplar")
+    yield importlib.import_module("poptorch")
+    forget()
+
+
 class Ended(NamedTuple):
     """How a command ended: exit status, and what it wrote."""
 

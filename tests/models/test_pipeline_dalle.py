@@ -1,0 +1,134 @@
+"""The IPU's annotations: where modules go, what stays as it was (results, names in files), what is refused."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models.dalle import DALLE
+from models.pipeline_dalle import (
+    SerializedEmbedding,
+    WrappedDALLE,
+    check_serialization,
+    placement,
+    stages,
+)
+
+
+@pytest.fixture
+def dalle(tiny_vae):
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "num_text_tokens": 58, "text_seq_len": 6, "depth": 4, "heads": 2, "dim_head": 16}
+    return DALLE(vae=tiny_vae, attn_types=("full", "axial_row"), **sizes)
+
+
+def some_batch(pixels=False):
+    text = torch.randint(1, 58, (2, 6), generator=torch.Generator().manual_seed(1))
+    text[1, 3:] = 0
+    shape = (2, 3, 32, 32) if pixels else (2, 16)
+    return text, torch.rand(shape) if pixels else torch.randint(0, 32, shape)
+
+
+def test_l16_as_its_configuration_places_it():
+    places = dict(placement(16, layers_per_ipu=[0, 6, 6, 4], embedding_ipu_id=0, cls_ipu_id=3, pixels=True))
+    assert places["vae"] == places["text_emb"] == places["image_emb"] == 0 and places["to_logits"] == 3
+    assert [places[f"transformer.layers.{layer}"] for layer in range(16)] == [1] * 6 + [2] * 6 + [3] * 4
+
+
+def test_stages_follow_the_order_of_a_step():
+    places = placement(3, layers_per_ipu=[1, 0, 2], embedding_ipu_id=1, cls_ipu_id=0, pixels=True)
+    assert stages(places) == [
+        (0, ["vae"]),
+        (1, ["text_emb", "image_emb"]),
+        (0, ["transformer.layers.0"]),
+        (2, ["transformer.layers.1", "transformer.layers.2"]),
+        (0, ["to_logits"]),
+    ]
+    assert len(stages(placement(4, layers_per_ipu=[4]))) == 1
+    assert placement(4, layers_per_ipu=[2, 2])[-1] == ("to_logits", 1)  # the last where nothing is said
+    assert "vae" not in dict(placement(4, layers_per_ipu=[4]))  # codes never enter it
+
+
+def test_layers_that_do_not_add_up_are_refused():
+    with pytest.raises(ValueError, match=r"--layers-per-ipu 1,2 adds up to 3 layers, the model has 4"):
+        placement(4, layers_per_ipu=[1, 2])
+
+
+@pytest.mark.parametrize("pixels", [False, True], ids=["codes", "pixels"])
+@pytest.mark.parametrize("serialization", [1, 4])
+def test_results_and_names_stay(poptorch_standin, dalle, serialization, pixels):
+    plain, batch = copy.deepcopy(dalle), some_batch(pixels)
+    places = placement(4, layers_per_ipu=[1, 3], pixels=pixels)
+    wrapped = WrappedDALLE(dalle, places, serialization)
+    expected = plain(*batch, return_loss=True)
+    found = wrapped(*batch)
+    assert type(found) is tuple  # PopTorch takes a NamedTuple apart and cannot put it together again
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    found[0].backward()
+    expected.total.backward()
+    gradient = torch.cat([piece.grad for piece in dalle.text_emb.parameters()])
+    torch.testing.assert_close(gradient, plain.text_emb.weight.grad, atol=1e-7, rtol=1e-5)
+
+    state = wrapped.state_dict()
+    assert list(state) == [f"model.{name}" for name in plain.state_dict()]
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(state[f"model.{name}"], tensor), name
+    torch.manual_seed(1)
+    other = {name: torch.randn_like(tensor) for name, tensor in state.items()}
+    wrapped.load_state_dict(other)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in wrapped.state_dict().items())
+
+
+def test_every_annotated_module_is_entered_on_its_ipu(poptorch_standin, dalle):
+    places = placement(4, layers_per_ipu=[0, 3, 1], embedding_ipu_id=0, cls_ipu_id=0, pixels=True)
+    options = poptorch_standin.Options()
+    options.setExecutionStrategy(poptorch_standin.PipelinedExecution(poptorch_standin.AutoStage.AutoIncrement))
+    options.deviceIterations(4)
+    wrapped = WrappedDALLE(dalle, places, serialization=4).eval()
+    executor = poptorch_standin.inferenceModel(wrapped, options)
+    executor.compile(*(part.repeat(4, *[1] * (part.dim() - 1)) for part in some_batch(pixels=True)))
+    trace = executor.trace
+    for module, ipu in places:
+        parts = [name for name in trace.ipu_of if f"{name}.".startswith(f"model.{module}.")]
+        assert parts and {trace.ipu_of[name] for name in parts} == {ipu}, module
+    assert {len(ipus) for ipus in trace.parameter_ipus.values()} == {1}  # a weight lies on one IPU
+    assert len(trace.parameter_ipus) == len(list(wrapped.parameters()))
+    assert list(trace.stages) == ["stage 0", "stage 1", "stage 2", "stage 3"]
+    assert len(trace.checkpoints) == 4  # a layer's output each
+    products = [(mode, factor, right[1]) for mode, factor, (_, right) in trace.serialized]
+    assert [(factor, columns) for _, factor, columns in products] == [(4, 64), (4, 32)]  # text and image vocabulary
+    assert {getattr(mode, "name", mode) for mode, _, _ in products} == {"OutputChannels"}
+
+
+def test_masks_are_no_longer_shared(poptorch_standin, dalle):
+    shared = [layer[0].fn.fn.mask for layer in dalle.transformer.layers]
+    assert shared[0] is shared[2]
+    WrappedDALLE(dalle, placement(4, layers_per_ipu=[4]))
+    masks = [layer[0].fn.fn.mask for layer in dalle.transformer.layers]
+    assert len({mask.data_ptr() for mask in masks}) == 4 and torch.equal(masks[0], shared[0])
+
+
+def test_a_serialized_embedding_is_an_embedding():
+    plain = nn.Embedding(12, 5)
+    pieces = SerializedEmbedding(plain.weight, 3)
+    ids = torch.tensor([[0, 3, 4, 7], [8, 11, 0, 5]])
+    assert torch.equal(pieces(ids), plain(ids))
+    assert list(pieces.state_dict()) == ["weight"] and torch.equal(pieces.state_dict()["weight"], plain.weight)
+    variables = pieces.state_dict(keep_vars=True)  # the parameters themselves, which PopTorch moves
+    assert [id(variable) for variable in variables.values()] == [id(piece) for piece in pieces.parameters()]
+    assert pieces.load_state_dict({}, strict=False).missing_keys
+    with pytest.raises(RuntimeError):
+        pieces.load_state_dict({"weight": torch.zeros(8, 5)})
+
+
+def test_a_factor_that_does_not_divide_is_refused(dalle):
+    check_serialization(dalle, 16)
+    with pytest.raises(
+        ValueError, match="--embedding-serialization-factor 6 does not divide the 64 text tokens"
+    ) as error:
+        check_serialization(dalle, 6)
+    assert "4 does" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="the 32 image tokens"):
+        check_serialization(dalle, 64)

@@ -1,0 +1,1 @@
+"""A stand-in for Horovod as PopRun uses it; see horovod.torch."""

@@ -1,0 +1,46 @@
+"""A stand-in for popdist: what PopRun tells its instances, and the exchange among them.
+
+PopRun's own variables are not modelled; these four are read from the environment: POPDIST_NUM_TOTAL_REPLICAS,
+POPDIST_NUM_LOCAL_REPLICAS, POPDIST_INSTANCE_INDEX and POPDIST_NUM_INSTANCES. Instances on one machine meet through the
+file that STANDIN_STORE names. popdist.poptorch is a module of its own, to be imported by itself.
+"""
+
+import os
+
+
+def isPopdistEnvSet():
+    return "POPDIST_NUM_TOTAL_REPLICAS" in os.environ
+
+
+def _read(name):
+    if not isPopdistEnvSet():
+        raise RuntimeError("not started by PopRun: isPopdistEnvSet() is False")
+    return int(os.environ[name])
+
+
+def getNumTotalReplicas():
+    return _read("POPDIST_NUM_TOTAL_REPLICAS")
+
+
+def getNumLocalReplicas():
+    return _read("POPDIST_NUM_LOCAL_REPLICAS")
+
+
+def getInstanceIndex():
+    return _read("POPDIST_INSTANCE_INDEX")
+
+
+def getNumInstances():
+    return _read("POPDIST_NUM_INSTANCES")
+
+
+def _group():
+    """torch.distributed, connected with the other instances; None where there are none."""
+    if not isPopdistEnvSet() or getNumInstances() == 1:
+        return None
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        store = distributed.FileStore(os.environ["STANDIN_STORE"], getNumInstances())
+        distributed.init_process_group("gloo", store=store, rank=getInstanceIndex(), world_size=getNumInstances())
+    return distributed

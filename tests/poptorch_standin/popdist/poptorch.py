@@ -1,0 +1,32 @@
+"""Options of an instance that PopRun started: its replicas and its place among the instances are given."""
+
+import poptorch
+
+import popdist
+
+
+class Options(poptorch.Options):
+    def __init__(self, ipus_per_replica=1):
+        super().__init__()
+        if popdist.getNumLocalReplicas() * popdist.getNumInstances() != popdist.getNumTotalReplicas():
+            raise RuntimeError("local replicas x instances are not the total number of replicas")
+        self._set(ipus_per_replica=poptorch.checks.whole("ipus_per_replica", ipus_per_replica))
+        super().replicationFactor(popdist.getNumLocalReplicas())
+        self.Distributed.configureProcessId(popdist.getInstanceIndex(), popdist.getNumInstances())
+
+    def replicationFactor(self, replication_factor):
+        if replication_factor != popdist.getNumLocalReplicas():
+            raise RuntimeError(
+                f"replicationFactor({replication_factor}): PopRun gave this instance {popdist.getNumLocalReplicas()}"
+            )
+        return super().replicationFactor(replication_factor)
+
+    @property
+    def _instances(self):
+        return popdist.getNumInstances()
+
+    def _sum_over_instances(self, tensors):
+        group = popdist._group()
+        if group is not None:
+            for tensor in tensors:
+                group.all_reduce(tensor)

@@ -1,0 +1,398 @@
+"""The device: which tensors live on it, what may be done with them, and what torch functions a pass calls.
+
+A tensor of the device is a CPU tensor with a Mark. A torch function mode sees every function that forward calls, hands
+the mark on to the results and refuses what PopTorch could not compile: host tensors among the device's, values asked
+for while there are none, functions without an equivalent. `x.device` says ipu:0.
+
+int64 stays int64 between operators, though what enters and leaves is narrowed to 32 bits; float64 is float32
+throughout.
+"""
+
+import functools
+import re
+import weakref
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .trace import active_trace
+
+IPU = torch.device("ipu:0")
+HOST = torch.device("cpu")
+
+LOSSES = {
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cosine_embedding_loss",
+    "cross_entropy",
+    "ctc_loss",
+    "hinge_embedding_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "margin_ranking_loss",
+    "mse_loss",
+    "nll_loss",
+    "poisson_nll_loss",
+    "smooth_l1_loss",
+    "soft_margin_loss",
+    "triplet_margin_loss",
+}
+# Functions that hand a value to Python, which a compiled graph cannot.
+VALUES = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"}
+VALUES |= {"__contains__", "equal", "allclose", "is_nonzero", "backward", "cpu", "cuda"}
+DYNAMIC = {"nonzero", "argwhere", "masked_select", "multinomial", "unique", "unique_consecutive", "kthvalue"}
+DYNAMIC_OPS = {
+    "nonzero",
+    "nonzero_numpy",
+    "masked_select",
+    "multinomial",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+}
+RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "normal_"}
+RANDOM |= {"uniform_", "random_", "exponential_", "bernoulli", "bernoulli_", "dropout", "poisson", "gumbel_softmax"}
+# torch.<name> makes its tensor on the device while a model is traced; the same function under another name does not.
+FACTORIES = ("arange", "empty", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "range")
+FACTORIES += ("tensor", "zeros")
+# Operators that are no work for an IPU and so need no block.
+BOOKKEEPING = {"detach", "alias", "lift_fresh", "lift", "_to_copy", "empty", "empty_like", "empty_strided"}
+TOO_SMALL = {torch.bfloat16, *(getattr(torch, name) for name in dir(torch) if name.startswith("float8"))}
+
+
+class Mark:
+    """constant: computed from nothing but constants. losses: which of the pass's losses went into it. name: of a
+    parameter.
+    """
+
+    __slots__ = ("constant", "losses", "name")
+
+    def __init__(self, constant=False, losses=frozenset(), name=None):
+        self.constant, self.losses, self.name = constant, losses, name
+
+
+def mark_of(tensor):
+    return getattr(tensor, "_ipu", None)
+
+
+def put(tensor, **mark):
+    """A copy of a host tensor as the device would have it: 64 bits narrowed to 32, values and all."""
+    check_dtype(tensor.dtype)
+    if 0 in tensor.shape:
+        raise RuntimeError(f"Zero-sized tensors are unsupported (Got shape {list(tensor.shape)}).")
+    copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if copied.dtype == torch.int64:
+        copied = copied.to(torch.int32).to(torch.int64)
+    elif copied.dtype == torch.float64:
+        copied = copied.to(torch.float32)
+    copied._ipu = Mark(**mark)
+    return copied
+
+
+def fetch(tensor):
+    """What the host gets to see of a device tensor."""
+    fetched = tensor.detach().clone()
+    return fetched.to(torch.int32) if fetched.dtype == torch.int64 else fetched
+
+
+def check_dtype(dtype):
+    if dtype in TOO_SMALL or dtype.is_complex:
+        raise RuntimeError(f"Unsupported tensor type: {dtype}")
+
+
+def tensors_in(values):
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, dict):
+        yield from tensors_in(list(values.values()))
+
+
+def _scalars(values):
+    if isinstance(values, (list, tuple)):
+        return tuple(_scalars(value) for value in values)
+    if isinstance(values, dict):
+        return tuple((name, _scalars(value)) for name, value in values.items())
+    if isinstance(values, slice):
+        return _scalars((values.start, values.stop, values.step))
+    if isinstance(values, float):
+        return repr(values)  # which a NaN equals itself in
+    return values if isinstance(values, (bool, int, str)) else None
+
+
+def _names_ipu(value):
+    return (
+        isinstance(value, torch.device)
+        and value.type == "ipu"
+        or (isinstance(value, str) and re.fullmatch(r"ipu(:\d+)?", value) is not None)
+    )
+
+
+def _names_host(value):
+    return isinstance(value, torch.device) and value.type == "cpu" or value == "cpu"
+
+
+class OperatorWatch(TorchDispatchMode):
+    """The operators under one function: refuses those whose result's shape depends on values."""
+
+    def __init__(self, skip=()):
+        super().__init__()
+        self.skip, self.names = skip, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        self.names.append(name)
+        if name not in self.skip:
+            if name == "_local_scalar_dense":
+                refuse_value("aten::item")
+            if name in DYNAMIC_OPS:
+                refuse_dynamic(name)
+            if name == "index" and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]):
+                refuse_dynamic("index with a boolean mask")
+        return func(*args, **(kwargs or {}))
+
+
+def refuse_value(name):
+    raise RuntimeError(f"{name}: there is no value to read while the model is traced (.item(), int(t), `if t:`, …)")
+
+
+def refuse_dynamic(name):
+    raise RuntimeError(f"aten::{name} is unsupported: its output shape is determined by the tensor values")
+
+
+class Run(TorchFunctionMode):
+    """One pass of forward over one micro-batch, traced or in earnest.
+
+    path: the functions that met device tensors, with their plain arguments. A compiled graph is one path, so what runs
+    must call what was traced.
+    """
+
+    def __init__(self, training):
+        super().__init__()
+        self.training = training
+        self.path, self.repeats = [], 0  # repeats > 0: in a later round of a loop, which adds nothing to the path
+        self.losses, self.surplus = [], set()
+        self._seen = {}  # id -> weak reference of every device tensor so far, in a trace
+        self._inside = 0  # > 0 while a function runs, whose own calls are not the model's
+
+    def __enter__(self):
+        _runs.append(self)
+        self._real = {name: getattr(torch, name) for name in FACTORIES}
+        for name, real in self._real.items():
+            setattr(torch, name, self._factory(real))
+        # Indexing asks no function mode.
+        torch.Tensor.__getitem__ = self._indexing(torch._C.TensorBase.__getitem__)
+        torch.Tensor.__setitem__ = self._indexing(torch._C.TensorBase.__setitem__)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        result = super().__exit__(*error)
+        del torch.Tensor.__getitem__, torch.Tensor.__setitem__
+        for name, real in self._real.items():
+            setattr(torch, name, real)
+        _runs.pop()
+        return result
+
+    def _factory(self, real):
+        @functools.wraps(real)
+        def make(*args, **kwargs):
+            if not self._inside and kwargs.get("device") is None:
+                kwargs["device"] = IPU
+            return real(*args, **kwargs)
+
+        return make
+
+    def _indexing(self, real):
+        @functools.wraps(real)
+        def index(*args):
+            if self._inside:
+                return real(*args)
+            with torch._C.DisableTorchFunction():
+                return self.__torch_function__(real, (), args)
+
+        return index
+
+    def call(self, model, inputs):
+        """model(*inputs), weights and inputs being on the device."""
+        for tensor in (*inputs, *model.parameters(), *model.buffers()):
+            self._see(tensor)
+        return model(*inputs)
+
+    def _see(self, tensor):
+        if active_trace() is not None:
+            self._seen[id(tensor)] = weakref.ref(tensor)
+
+    def versions(self):
+        """How often each tensor of the device was written to: [(tensor, number)]."""
+        tensors = [reference() for reference in self._seen.values()]
+        return [(tensor, tensor._version) for tensor in tensors if tensor is not None]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":
+            return self._attribute(func, args)
+        tensors = list(tensors_in((args, kwargs)))
+        marks = [mark_of(tensor) for tensor in tensors if mark_of(tensor) is not None]
+        to_ipu = _names_ipu(kwargs.get("device")) or (name == "to" and any(map(_names_ipu, args[1:])))
+        if not marks and not to_ipu:
+            return func(*args, **kwargs)
+        if name in ("__repr__", "__format__"):
+            return f"tensor(device=ipu:0, shape={list(args[0].shape)})"
+        self._check(name, args, kwargs, tensors, marks)
+        func, args, kwargs = self._on_host(func, name, args, kwargs)
+        watch = OperatorWatch({"_local_scalar_dense"} if name == "one_hot" else ())
+        self._inside += 1
+        try:
+            if active_trace() is None:
+                result = func(*args, **kwargs)
+            else:
+                with watch:
+                    result = func(*args, **kwargs)
+        finally:
+            self._inside -= 1
+        if name == "to" and not marks and result is args[0]:  # nothing to convert: what arrives is a copy all the same
+            result = result.clone()
+        self._note(name, args, kwargs, tensors, marks, watch.names)
+        self._mark(name, result, kwargs, tensors, marks)
+        if name == "__setitem__":
+            self._mark(name, args[0], kwargs, tensors, marks)
+        return result
+
+    def _attribute(self, func, args):
+        attribute, owner = func.__self__.__name__, args[0]
+        value = func(*args)
+        mark = mark_of(owner)
+        if mark is None:
+            return value
+        if attribute == "device":
+            return IPU
+        if isinstance(value, torch.Tensor) and value is not owner and attribute != "grad":
+            value._ipu = Mark(mark.constant, mark.losses)
+        return value
+
+    def _check(self, name, args, kwargs, tensors, marks):
+        if marks:
+            if name in VALUES:
+                refuse_value(name)
+            if name in DYNAMIC or (name == "where" and len(tensors) == 1):
+                refuse_dynamic(name)
+            if name == "to" and any(map(_names_host, (*args[1:], kwargs.get("device")))):
+                refuse_value('to("cpu")')
+            foreign = [tensor for tensor in tensors if mark_of(tensor) is None]
+            takes_host = name in ("copy_", "__setitem__") and mark_of(args[0]) is not None
+            moves = name == "to" and mark_of(args[0]) is None  # host.to(device_tensor)
+            if foreign and not takes_host and not moves:
+                shape, dtype = list(foreign[0].shape), foreign[0].dtype
+                raise RuntimeError(
+                    f"Expected an IPU tensor but got tensor(device=cpu, shape={shape}, dtype={dtype}) in {name}: "
+                    "register it as a buffer, make it in forward, or move it to the device of an input"
+                )
+        if kwargs.get("generator") is not None:
+            raise RuntimeError(f"{name}: the device has no torch.Generator")
+        if name == "one_hot" and kwargs.get("num_classes", args[1] if len(args) > 1 else -1) == -1:
+            raise RuntimeError("OneHot num classes must be specified and must be constant.")
+        if name == "topk" and kwargs.get("sorted", args[4] if len(args) > 4 else True) is False:
+            raise RuntimeError("aten::topk: sorted=False is not supported")
+        if name in ("cross_entropy", "nll_loss") and kwargs.get("weight") is not None:
+            raise RuntimeError(f"{name}: weight is unsupported")
+        if name in ("index_put_", "index_put") and (kwargs.get("accumulate") or (len(args) > 3 and args[3])):
+            raise RuntimeError(f"{name}: accumulate would be ignored")
+        if name in ("tril", "triu", "tril_", "triu_") and not all(mark.constant for mark in marks):
+            raise RuntimeError(f"aten::{name} works on constants only")
+
+    def _on_host(self, func, name, args, kwargs):
+        """The call that computes it: the device's name means the CPU, float64 means float32."""
+
+        def translate(value):
+            if _names_ipu(value) and (name == "to" or not isinstance(value, str)):
+                return HOST
+            return torch.float32 if value is torch.float64 else value
+
+        kwargs = {
+            key: HOST if key == "device" and _names_ipu(value) else translate(value) for key, value in kwargs.items()
+        }
+        if name == "double":
+            func = torch.Tensor.float
+        return func, tuple(translate(value) for value in args), kwargs
+
+    def _note(self, name, args, kwargs, tensors, marks, operators):
+        if self.repeats == 0:
+            self.path.append((name, _scalars(args), _scalars(kwargs)))
+        trace = active_trace()
+        if trace is None:
+            return
+        trace.operators[name] += 1
+        runs = any(operator not in BOOKKEEPING for operator in operators)
+        if runs and marks and not all(mark.constant for mark in marks):
+            trace.place(name, [mark.name for mark in marks if mark.name is not None])
+
+    def _mark(self, name, result, kwargs, tensors, marks):
+        constant = all(mark.constant for mark in marks) and name not in RANDOM
+        losses = frozenset().union(*(mark.losses for mark in marks))
+        for tensor in tensors_in(result):
+            check_dtype(tensor.dtype)
+            mine = mark_of(tensor)
+            tensor._ipu = Mark(constant, losses, mine.name if mine is not None else None)
+            self._see(tensor)
+        if name in LOSSES:
+            self.add_loss(f"smoothed {name}" if kwargs.get("label_smoothing") else name, result, tensors)
+
+    # ---- losses
+
+    def add_loss(self, kind, result, sources):
+        """`result` is a loss; those that went into it are not the final one."""
+        for source in sources:
+            mark = mark_of(source)
+            self.surplus |= mark.losses if mark is not None else set()
+        mark_of(result).losses |= {len(self.losses)}
+        self.losses.append((kind, result))
+        trace = active_trace()
+        if trace is not None:
+            trace.losses.append(kind)
+
+    def final_loss(self):
+        """The one tensor to differentiate."""
+        final = [number for number in range(len(self.losses)) if number not in self.surplus]
+        if not final:
+            raise RuntimeError("Couldn't find a loss in graph!")
+        if len(final) > 1:
+            kinds = ", ".join(self.losses[number][0] for number in final)
+            raise RuntimeError(
+                f"Multiple independent losses found in graph ({kinds}): a combined loss must go through identity_loss"
+            )
+        kind, loss = self.losses[final[0]]
+        if kind.startswith("smoothed"):
+            raise RuntimeError("label_smoothing is arithmetic on a loss: it must go through identity_loss")
+        if loss.dim() != 0:
+            raise RuntimeError(f"the final loss ({kind}) has shape {list(loss.shape)}; it must be reduced to a scalar")
+        return loss
+
+
+class DeviceRandom:
+    """The device draws from a generator of its own, from `state` on; the host's stands afterwards as before."""
+
+    def __init__(self, state):
+        self.state = self.after = state
+
+    def __enter__(self):
+        self._host = torch.get_rng_state()
+        torch.set_rng_state(self.state)
+        return self
+
+    def __exit__(self, *error):
+        self.after = torch.get_rng_state()
+        torch.set_rng_state(self._host)
+
+
+_runs = []
+
+
+def current_run():
+    """The pass that is under way; None outside of a model."""
+    return _runs[-1] if _runs else None

@@ -1,0 +1,228 @@
+"""No source uses what torch 2.0.1, the Poplar SDK's, does not have. Python 3.8's grammar is test_rooms.py's.
+
+torch_2_0_1_names.txt lists every name of torch that the sources use, with the keywords that they give it, each tried
+in torch 2.0.1. A name that is used and not listed fails the test, until somebody has looked it up and added it. Run
+under torch 2.0 this file tries the list itself.
+
+What is called on a tensor or a module cannot be told from the source; names that only a later torch has are known.
+"""
+
+import ast
+import contextlib
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = (ROOT, *(ROOT / room for room in ("models", "backends", "data", "utils")))
+SOURCES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
+LIST = Path(__file__).with_name("torch_2_0_1_names.txt")
+MAY_CHECK = "backends/native.py"  # where newer names may be used behind hasattr()
+
+# By comparison of torch 2.0.1 with 2.13.0: attributes of tensors, modules, optimizers, generators and dtypes that came
+# later, but for names that other things have as well (index, compile, nbytes), and keywords that old methods got later.
+LATER_METHODS = {
+    *("const_data_ptr", "dim_order", "grad_dtype", "hash_tensor", "is_maia", "is_mtia", "is_xla", "module_load"),
+    *("mtia", "nonzero_static", "register_post_accumulate_grad_hook", "slice_inverse", "set_submodule", "to_complex"),
+    *("register_load_state_dict_pre_hook", "register_state_dict_post_hook", "clone_state", "graphsafe_get_state"),
+    *("graphsafe_set_state", "to_real"),
+}
+LATER_KEYWORDS = {
+    ("load_state_dict", "assign"),
+    ("modules", "remove_duplicate"),
+    ("register_forward_hook", "always_call"),
+    ("stft", "align_to_window"),
+    ("to_empty", "recurse"),
+}
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def torch_aliases(tree):
+    """{name in the source: what it stands for} of everything that is imported out of torch, and the imported names."""
+    aliases, imported = {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] == "torch":
+                    aliases[alias.asname or "torch"] = alias.name if alias.asname else "torch"
+                    imported.add(alias.name)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch" and not node.level:
+            for alias in node.names:
+                aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                imported.add(f"{node.module}.{alias.name}")
+    return aliases, imported
+
+
+def uses(tree, may_check=False):
+    """Every use of torch, "torch.nn.Linear" or with a keyword "torch.nn.Linear bias="; later methods as ".name".
+
+    may_check: names may be used without being reported where hasattr() found them.
+    """
+    aliases, imported = torch_aliases(tree)
+    found = set(imported)
+
+    def dotted(node):
+        if isinstance(node, ast.Attribute):
+            before = dotted(node.value)
+            return before and f"{before}.{node.attr}"
+        return aliases.get(node.id) if isinstance(node, ast.Name) else None
+
+    def checked(test):
+        """Names that are there if `test` is true."""
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+            return {name for part in test.values for name in checked(part)}
+        if isinstance(test, ast.Call) and getattr(test.func, "id", "") == "hasattr" and dotted(test.args[0]):
+            return {f"{dotted(test.args[0])}.{getattr(test.args[1], 'value', '')}"}
+        return set()
+
+    def visit(node, there):
+        if isinstance(node, (ast.If, ast.IfExp)) and may_check:
+            known = there | checked(node.test)
+            visit(node.test, known)
+            for part in node.body if isinstance(node, ast.If) else [node.body]:
+                visit(part, known)
+            for part in node.orelse if isinstance(node, ast.If) else [node.orelse]:
+                visit(part, there)
+            return
+        if isinstance(node, ast.Call):
+            name, method = dotted(node.func), getattr(node.func, "attr", "")
+            for keyword in node.keywords:
+                if name and name not in there and keyword.arg:
+                    found.add(f"{name} {keyword.arg}=")
+                elif not name and (method, keyword.arg) in LATER_KEYWORDS:
+                    found.add(f".{method} {keyword.arg}=")
+        name = dotted(node)
+        if name:
+            if name not in there:
+                found.add(name)
+            return
+        if isinstance(node, ast.Attribute) and node.attr in LATER_METHODS:
+            found.add(f".{node.attr}")
+        for child in ast.iter_child_nodes(node):
+            visit(child, there)
+
+    visit(tree, set())
+    return found
+
+
+def listed():
+    """The list as uses() spells it."""
+    names = set()
+    for line in LIST.read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, *keywords = line.split()
+            names.update([name, *(f"{name} {keyword}" for keyword in keywords)])
+    return names
+
+
+def missing(tree, name):
+    return sorted(uses(tree, may_check=name == MAY_CHECK) - listed())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_source_uses_names_of_torch_2_0_1(path):
+    unknown = missing(parsed(path), name_of(path))
+    assert not unknown, f"look up in torch 2.0.1, then add to {LIST.name} (later methods: do without): {unknown}"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import torch\ntorch.nn.RMSNorm(4)",
+        "import torch\ntorch.nn.attention.sdpa_kernel",
+        "from torch.nn.attention import sdpa_kernel",
+        "import torch.nn.attention",
+        "from torch.nn import functional as F\nF.scaled_dot_product_attention(q, k, v, scale=1.0)",
+        "import torch.nn.functional as F\nF.rms_norm(x, (4,))",
+        "from torch import nn\nclass Norm(nn.RMSNorm): pass",
+        "import torch as t\nt.load(file, weights_only=True, mmap=True)",
+        "from torch import load as read\nread(file, weights_only=True, mmap=True)",
+        "import torch\n@torch.compiler.disable\ndef f(): pass",
+        "import torch\nf = torch.amp.GradScaler",
+        "import torch\nif hasattr(torch.nn, 'RMSNorm'): torch.nn.RMSNorm(4)",
+        "model.load_state_dict(state, assign=True)",
+        "parameter.register_post_accumulate_grad_hook(f)",
+    ],
+)
+def test_the_rule_would_notice(statement):
+    assert missing(ast.parse(statement), "models/x.py")
+
+
+def test_the_rule_lets_pass():
+    fine = "import torch\nfrom torch import nn\nfrom torch.nn import functional as F\nimport re, torchvision\n"
+    fine += "x = F.cross_entropy(nn.Linear(2, 3, bias=False)(torch.zeros(1, 2)), torch.arange(1))\n"
+    fine += "x.flatten(0, 1).masked_fill(m, 0)\nlist.index(1)\nre.compile(x)\nm.load_state_dict(s, strict=False)"
+    assert missing(ast.parse(fine), "models/x.py") == []
+
+
+def test_one_source_may_use_what_it_has_checked():
+    checked = "import torch\nf = torch.amp.GradScaler(device=d) if hasattr(torch.amp, 'GradScaler') else None\n"
+    checked += "if x and hasattr(torch.nn, 'RMSNorm'):\n    torch.nn.RMSNorm(4)"
+    assert missing(ast.parse(checked), MAY_CHECK) == []
+    assert missing(ast.parse(checked), "models/x.py")
+    for statement in (
+        "f = None if hasattr(torch.amp, 'GradScaler') else torch.amp.GradScaler",
+        "if hasattr(torch.amp, 'autocast'): torch.amp.GradScaler",
+        "if hasattr(torch.amp, 'GradScaler') or x: torch.amp.GradScaler",
+    ):
+        assert missing(ast.parse(f"import torch\n{statement}"), MAY_CHECK) == ["torch.amp.GradScaler"]
+
+
+def test_the_list_is_in_order():
+    lines = [line for line in LIST.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert lines == sorted(set(lines)) and all(re.fullmatch(r"torch(\.\w+)*( \w+=)*", line) for line in lines)
+
+
+def value_of(name):
+    """torch.a.b, importing what is a module."""
+    value = torch
+    path = name.split(".")
+    for number, part in enumerate(path[1:], start=1):
+        if not hasattr(value, part):
+            importlib.import_module(".".join(path[: number + 1]))
+        value = getattr(value, part)
+    return value
+
+
+def accepts(function, keyword):
+    """Whether the keyword is named in the signature or, for functions in C++, in the documentation's first lines."""
+    with contextlib.suppress(ValueError):
+        if keyword in inspect.signature(function.__init__ if inspect.isclass(function) else function).parameters:
+            return True
+    head = (inspect.getdoc(function) or "").partition("\n\n")[0]
+    return bool(re.search(rf"[(, ]{keyword}\s*[,=)]", head))
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.0."), reason="the list is about torch 2.0.1")
+def test_torch_2_0_has_the_list():
+    for use in sorted(listed()):
+        name, _, keyword = use.partition(" ")
+        value = value_of(name)
+        assert not keyword or accepts(value, keyword.rstrip("=")), use
+    things = (torch.Tensor, nn.Module, torch.optim.Optimizer, torch.Generator, torch.dtype)
+    for method in LATER_METHODS:
+        assert not any(hasattr(thing, method) for thing in things), method
+    for method, keyword in LATER_KEYWORDS:
+        (owner,) = (thing for thing in things[:2] if hasattr(thing, method))
+        assert not accepts(getattr(owner, method), keyword), (method, keyword)
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.0."), reason="tells what torch 2.0.1 lacks")
+def test_a_name_that_torch_2_0_lacks_would_be_noticed():
+    with pytest.raises(ImportError):
+        value_of("torch.nn.RMSNorm")
+    assert not accepts(torch.load, "mmap") and accepts(torch.load, "weights_only")
+    assert not accepts(nn.functional.scaled_dot_product_attention, "scale")
+    assert accepts(torch.full, "device") and not accepts(torch.full, "devices")
