@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import logging
 import os
 import shutil
 import sys
@@ -175,6 +176,15 @@ def poptorch_standin(monkeypatch):
     monkeypatch.setenv("POPLAR_SDK_ENABLED", "/opt/poplar")
     yield importlib.import_module("poptorch")
     forget()
+
+
+@pytest.fixture
+def logged(caplog):
+    """What the program logs, as caplog."""
+    caplog.set_level(logging.INFO, "minidalle")
+    logging.getLogger("minidalle").addHandler(caplog.handler)
+    yield caplog
+    logging.getLogger("minidalle").removeHandler(caplog.handler)
 
 
 class Ended(NamedTuple):

@@ -144,9 +144,8 @@ class Executor:
             )
         if self._offline:
             raise RuntimeError("Trying to run a model on an offline device")
-        self._attached = self._attached or self._connection is ConnectionType.OnDemand
         if not self._attached:
-            raise RuntimeError("the model is not attached to a device: attachToDevice() first")
+            self.attachToDevice()
         if self._training and self._optimizer._loaded is not None:
             raise RuntimeError("an optimizer state was loaded and setOptimizer() not called: the device has not got it")
         self._fetch_from_trainer()
@@ -336,6 +335,7 @@ class Executor:
         if self._attached or self._offline:
             raise RuntimeError("attachToDevice: attached already, or the target is offline")
         self._attached = True
+        self.copyWeightsToDevice()
 
     def detachFromDevice(self):
         if not self._attached:

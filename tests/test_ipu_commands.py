@@ -1,0 +1,210 @@
+"""The commands with --device ipu, on the stand-in for PopTorch: configurations, resuming, drawing, PopRun."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import generate
+import train
+from tests.conftest import ROOT, STANDIN
+from utils import checkpoint
+
+IPU = ("--device", "ipu", "--async-dataloader")
+
+
+def weights_in(path):
+    return checkpoint.model_weights(checkpoint.read(path)["weights"])
+
+
+def assert_same_weights(one, other, tolerance=0.0):
+    ours, theirs = weights_in(one), weights_in(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=tolerance, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    "name, stages",
+    [
+        ("unit_test", 1),
+        ("L16", 4),
+        ("L16_CLIP_vocab", 4),
+        ("L16_POD16", 4),
+        pytest.param("L16_POD64", 4, marks=pytest.mark.slow),  # sixteen replicas one after the other
+    ],
+)
+def test_a_configuration_runs_to_its_end(poptorch_standin, command, tiny_vqgan, tmp_path, name, stages):
+    """At reduced width and accumulation; its file opens on a CPU and draws there and on an IPU."""
+    reduced = "--hidden-size 32 --num-attention-heads 2 --dim-head 16 --max-steps 2 --batch-size 1"
+    places = ("--gradient-accumulation", 7, "--vae-path", tiny_vqgan, "--checkpoint-output-dir", tmp_path)
+    ended = command(train.main, "--config", name, "--generated-data", *IPU, *reduced.split(), *places)
+    assert ended.status == 0, ended.err
+    assert re.search(r"Compiled model in \d+\.\d+ secs", ended.out)
+    assert len(re.findall(r"stage \d on IPU", ended.out)) == stages
+    assert re.search(r"step 2/2 .* loss: \d+\.\d+ .*throughput: \d+\.\d+ samples/sec", ended.out)
+    path = tmp_path / "dalle_step_2.pt"
+    assert checkpoint.read(path)["hparams"]["fp16"] is (name != "unit_test")
+    for device in ("cpu", "ipu"):
+        flags = f"--num_images 3 --batch_size 2 --seed 1 --precision fp32 --device {device}".split()
+        ended = command(
+            generate.main, "--dalle_path", path, "--text", "a dog", "--outputs_dir", tmp_path / device, *flags
+        )
+        assert ended.status == 0, ended.err
+        assert re.search(r"throughput: \d+\.\d+ images/sec", ended.out)
+    pictures = [(tmp_path / device / "a_dog" / "2.jpg").read_bytes() for device in ("cpu", "ipu")]
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("pixels", [False, True], ids=["codes", "pixels"])
+def test_real_pictures_train_as_on_a_cpu(poptorch_standin, command, tiny_flags, tmp_path, pixels):
+    flags = ["--epochs", 2, "--gradient-accumulation", 2, "--batch-size", 2, "--optimizer", "Adam"]
+    flags += ["--no-codes-cache", "--byteio"] if pixels else ["--codes-cache", tmp_path / "codes"]
+    for device in ("ipu", "cpu"):
+        ended = command(
+            train.main, *tiny_flags, *flags, "--device", device, "--checkpoint-output-dir", tmp_path / device
+        )
+        assert ended.status == 0, ended.err
+    for epoch in (0, 1):
+        assert_same_weights(tmp_path / "ipu" / f"dalle_{epoch}.pt", tmp_path / "cpu" / f"dalle_{epoch}.pt", 2e-4)
+    untrained = {**weights_in(tmp_path / "cpu" / "dalle_0.pt")}
+    moved = (weights_in(tmp_path / "cpu" / "dalle_1.pt")["text_emb.weight"] - untrained["text_emb.weight"]).abs().max()
+    assert moved > 2e-3  # an epoch moves weights by more than the tolerance
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(poptorch_standin, command, tiny_flags, tmp_path):
+    flags = [*tiny_flags, *IPU, "--epochs", 3, "--ff-dropout", 0, "--gradient-accumulation", 3, "--batch-size", 1]
+    flags += ["--ipus-per-replica", 2, "--layers-per-ipu", "1,1", "--embedding-serialization-factor", 4]
+    assert command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "whole").status == 0
+    assert command(train.main, *flags, "--max-steps", 5, "--checkpoint-output-dir", tmp_path / "part").status == 0
+    stopped = tmp_path / "part" / "dalle_step_5.pt"
+    ended = command(
+        train.main,
+        *flags,
+        "--checkpoint-output-dir",
+        tmp_path / "rest",
+        "--pretrained-checkpoint",
+        stopped,
+    )
+    assert ended.status == 0 and "at step 5" in ended.out and "afresh" not in ended.out + ended.err
+    assert_same_weights(tmp_path / "rest" / "dalle_2.pt", tmp_path / "whole" / "dalle_2.pt")
+
+
+@pytest.mark.parametrize("there, back", [("ipu", "cpu"), ("cpu", "ipu")])
+def test_a_file_goes_on_on_another_machine(poptorch_standin, command, tiny_flags, tmp_path, there, back):
+    flags = [*tiny_flags, "--checkpoint-output-dir", tmp_path]
+    assert command(train.main, *flags, "--device", there).status == 0
+    ended = command(
+        train.main, *flags, "--epochs", 2, "--device", back, "--pretrained-checkpoint", tmp_path / "dalle_0.pt"
+    )
+    assert ended.status == 0 and "optimizer state" in ended.out and "starts afresh" in ended.out
+    assert (tmp_path / "dalle_1.pt").exists()
+
+
+def test_compile_only_needs_neither_data_nor_device(poptorch_standin, command, tiny_vqgan, tmp_path):
+    flags = ["--config", "L16", "--hidden-size", 32, "--num-attention-heads", 2, "--dim-head", 16, "--compile-only"]
+    flags += ["--gradient-accumulation", 8, "--executable-cache-dir", tmp_path / "cache", "--vae-path", tiny_vqgan]
+    nowhere = ("--input-folder", tmp_path / "nothing", "--checkpoint-output-dir", "")
+    ended = command(train.main, *flags, *IPU, *nowhere)
+    assert ended.status == 0, ended.err
+    assert "Compiled model in" in ended.out and "throughput" not in ended.out
+    assert list((tmp_path / "cache").iterdir())
+
+
+def test_synthetic_data_is_timed_and_never_saved(poptorch_standin, command, tiny_flags, tmp_path):
+    ended = command(
+        train.main, *tiny_flags, *IPU, "--synthetic-data", "--max-steps", 2, "--checkpoint-output-dir", tmp_path
+    )
+    assert ended.status == 0 and "throughput:" in ended.out, ended.err
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--gradient-accumulation 4 --ipus-per-replica 3 --layers-per-ipu 0,1,1", "needs 5"),
+        ("--ipus-per-replica 2 --layers-per-ipu 1,2", "adds up to 3"),
+        ("--ipus-per-replica 2 --layers-per-ipu 1,1 --matmul-proportion 0.1,0.2,0.3", "--matmul-proportion"),
+        ("--embedding-serialization-factor 7", "does not divide"),
+        ("--precision bf16", "bfloat16"),
+        ("--optimizer Muon", "Adam or AdamW"),
+        ("--gradient-accumulation 100", "one step takes 400 samples"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(poptorch_standin, command, tiny_flags, flags, told):
+    ended = command(train.main, *tiny_flags, *IPU, *flags.split())
+    assert ended.status == 2 and told in ended.err and ended.err.count("\n") == 1
+
+
+def test_without_an_sdk_commands_say_so(command, tiny_flags, tiny_checkpoint, monkeypatch):
+    monkeypatch.delenv("POPLAR_SDK_ENABLED", raising=False)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "poptorch" not in entry])
+    for ended in (
+        command(train.main, *tiny_flags, *IPU),
+        command(generate.main, "--dalle_path", tiny_checkpoint, "--text", "a dog", "--device", "ipu"),
+    ):
+        assert ended.status == 2 and "enable.sh" in ended.err and ended.err.count("\n") == 1
+
+
+# ---- PopRun
+
+SHOW_SHARES = """
+import sys
+import data.loader, train
+read = data.loader.TextImageDataset.__getitem__
+def reading(self, key):
+    if isinstance(key, tuple):
+        print("read", *key)
+    return read(self, key)
+data.loader.TextImageDataset.__getitem__ = reading
+if __name__ == "__main__":
+    train.main(sys.argv[1:])
+"""
+
+
+def poprun(instances, replicas, arguments, folder):
+    """The outputs of train.py's instances, as PopRun starts them."""
+    processes = []
+    for index in range(instances):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{STANDIN}{os.pathsep}{ROOT}"}
+        environment.update(
+            POPDIST_NUM_TOTAL_REPLICAS=str(replicas),
+            POPDIST_NUM_LOCAL_REPLICAS=str(replicas // instances),
+            POPDIST_INSTANCE_INDEX=str(index),
+            POPDIST_NUM_INSTANCES=str(instances),
+            STANDIN_STORE=str(folder / "store"),
+        )
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", SHOW_SHARES, *map(str, arguments)],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    ended = [process.communicate(timeout=120) for process in processes]
+    for process, (_, err) in zip(processes, ended):
+        assert process.returncode == 0, err
+    return ended
+
+
+def test_instances_share_the_data_and_train_as_one(poptorch_standin, command, tiny_flags, tmp_path):
+    flags = [*tiny_flags, "--device", "ipu", "--no-async-dataloader", "--epochs", 2, "--replication-factor", 2]
+    flags += ["--batch-size", 1, "--gradient-accumulation", 2, "--embedding-serialization-factor", 2]
+    assert command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "alone").status == 0
+    ended = poprun(2, 2, [*flags, "--checkpoint-output-dir", tmp_path / "together"], tmp_path)
+    shares = [re.findall(r"^read (\d+) (\d+)$", out, re.M) for out, _ in ended]
+    for epoch in ("0", "1"):
+        read = [[index for when, index in share if when == epoch] for share in shares]
+        assert [len(share) for share in read] == [6, 6]
+        assert sorted(map(int, read[0] + read[1])) == list(range(12))  # disjoint, and together everything
+    assert_same_weights(tmp_path / "together" / "dalle_1.pt", tmp_path / "alone" / "dalle_1.pt", 1e-5)
+    first, second = ("\n".join(part) for part in ended)
+    assert "throughput" in first and "wrote" in first and "12 pictures, 6 steps of 4 samples" in first
+    assert "throughput" not in second and "wrote" not in second  # rank 0 writes and logs
+    assert sorted(path.name for path in (tmp_path / "together").iterdir()) == ["dalle_0.pt", "dalle_1.pt"]
