@@ -41,7 +41,7 @@ def machine_flags(parser):
     add(
         "precision",
         "auto",
-        "arithmetic of the transformer; auto: bf16 where it is fast",
+        "arithmetic of the transformer; auto: bf16 where it is fast, on IPUs fp16 where --fp16 or a large model asks",
         choices=PRECISIONS,
     )
 
@@ -92,7 +92,7 @@ def train_parser():
     add("embedding-ipu-id", 0, "IPU of the image embedding", NATURAL)
     add("matmul-proportion", [0.6], "memory for matrix products, one number or one an IPU", list_of(SHARE), nargs="+")
     add("async-dataloader", True, "read batches ahead in a process of their own", bool)
-    add("synthetic-data", False, "random data made on the device, to time it alone", bool)
+    add("synthetic-data", False, "random data made on the device, to time it alone; nothing is saved", bool)
     add("compile-only", False, "compile for a machine without IPUs, then stop", bool)
     add("executable-cache-dir", None, "keep compiled programs here")
     add("profile-dir", None, "write PopVision profiles here")

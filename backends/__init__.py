@@ -5,6 +5,7 @@ def select(settings):
     """The backend of --device for a namespace of args.py. ValueError in one line where this machine has it not."""
     from backends import ipu, native
 
-    if settings.device == "ipu" or (settings.device == "auto" and ipu.is_enabled() and not native.has_cuda()):
-        return ipu.IpuBackend(settings)
-    return native.NativeBackend(settings)
+    on_ipu = settings.device == "ipu"
+    if settings.device == "auto" and not native.has_cuda():
+        on_ipu = ipu.is_enabled() and ipu.has_optimizer(settings)
+    return (ipu.IpuBackend if on_ipu else native.NativeBackend)(settings)

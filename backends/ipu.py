@@ -28,6 +28,11 @@ def is_enabled():
     return bool(os.environ.get("POPLAR_SDK_ENABLED")) and importlib.util.find_spec("poptorch") is not None
 
 
+def has_optimizer(settings):
+    """Whether PopTorch has the optimizer of train.py's namespace; others want none."""
+    return getattr(settings, "optimizer", "Adam") in ("Adam", "AdamW")
+
+
 def require_poptorch():
     if importlib.util.find_spec("poptorch") is None:
         enabled = "" if os.environ.get("POPLAR_SDK_ENABLED") else "run `. enable.sh` in the Poplar SDK's folders and "
@@ -113,8 +118,8 @@ class IpuBackend:
 
     def prepare_training(self, settings):
         settings.random_seed = self.instances.of_rank_zero(settings.random_seed)
-        if settings.optimizer == "Muon":
-            raise ValueError("--optimizer Muon: PopTorch has none; use Adam or AdamW")
+        if not has_optimizer(settings):
+            raise ValueError(f"--optimizer {settings.optimizer}: PopTorch has none; use Adam or AdamW")
         self.half = settings.precision == "fp16" or (settings.precision == "auto" and settings.fp16 is True)
         depth, ipus = settings.num_hidden_layers, settings.ipus_per_replica
         evenly = [depth * (ipu + 1) // ipus - depth * ipu // ipus for ipu in range(ipus)]

@@ -15,6 +15,7 @@ from tests.backends.ipu_runs import samples, settings, small_dalle
 def test_auto_is_an_ipu_where_the_sdk_is_enabled(poptorch_standin, monkeypatch):
     assert isinstance(backends.select(settings(device="auto")), ipu.IpuBackend)
     assert isinstance(backends.select(settings(device="cpu")), native.NativeBackend)
+    assert isinstance(backends.select(settings("--optimizer Muon", device="auto")), native.NativeBackend)
     monkeypatch.setattr(native, "has_cuda", lambda: True)
     monkeypatch.setattr(native, "fast_in_bf16", lambda device: False)
     assert isinstance(backends.select(settings(device="auto")), native.NativeBackend)

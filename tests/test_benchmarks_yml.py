@@ -1,0 +1,129 @@
+"""benchmarks.yml by the rules of Graphcore's examples_utils: names, commands, and figures found in logs really written.
+
+The tool takes every entry without `options` in its name, runs `cmd` (formatted, with environment variables, split as a
+shell does) from the file's folder, and reads each figure of `data` from stdout and stderr by its regular expression.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import args
+import generate
+import train
+from tests.conftest import ROOT
+
+SPEC = yaml.safe_load((ROOT / "benchmarks.yml").read_text(encoding="utf-8"))
+ENTRIES = {name: entry for name, entry in SPEC.items() if "options" not in name}
+ON_IPUS = [name for name in ENTRIES if "_cpu" not in name]
+POPRUN_VARIABLES = {"HOSTS", "IPUOF_VIPU_API_PARTITION_ID", "CLUSTER", "TCP_IF_INCLUDE", "VIPU_CLI_API_HOST"}
+REDUCED = "--hidden-size 32 --num-attention-heads 2 --dim-head 16 --gradient-accumulation 7 --batch-size 1"
+REDUCED += " --replication-factor 1 --max-steps 1 --dataloader-workers 0 --no-async-dataloader"
+
+
+def words_of(name, resolve=True):
+    """The command as the tool runs it."""
+    command = " ".join(ENTRIES[name]["cmd"].format().split())
+    parts = command.split(" ")
+    called = parts[parts.index("python3") + 1]
+    if resolve and called != "-m":
+        command = command.replace(called, str((ROOT / called).resolve()))
+    return shlex.split(os.path.expandvars(command))
+
+
+def calls_of(name):
+    """[(script, its arguments)] of every python3 in a command, those of a bash -c included."""
+    words = words_of(name, resolve=False)
+    if words[0] == "bash":
+        words = [word for part in words[2].split(";") for word in [*shlex.split(part), ";"]]
+    calls = []
+    for place, word in enumerate(words):
+        if word == "python3":
+            rest = words[place + 2 :]
+            calls.append((words[place + 1], rest[: rest.index(";")] if ";" in rest else rest))
+    return calls
+
+
+def figures(name, log):
+    """{figure: value}, the last of each that the log has: `final` is what all entries ask for."""
+    found = {}
+    for figure, how in ENTRIES[name]["data"].items():
+        assert how["reduction_type"] == "final"
+        found[figure] = [float(match) for match in re.findall(how["regexp"], log)][-1]
+    return found
+
+
+def test_there_is_an_entry_for_each_pod_and_for_a_plain_computer():
+    for pod in ("pod4", "pod16", "pod64"):
+        assert {f"pytorch_minidalle_train_real_{pod}", f"pytorch_minidalle_train_gen_{pod}"} <= ENTRIES.keys()
+    assert any(name.endswith("_conv") for name in ENTRIES)
+    assert {"pytorch_minidalle_generate_pod4", "pytorch_minidalle_train_gen_cpu"} <= ENTRIES.keys()
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_is_what_the_tool_takes(name):
+    entry = ENTRIES[name]
+    needs_no_data = "gen" in name or "synth" in name
+    assert needs_no_data == ("DATASETS_DIR" not in entry["cmd"])
+    assert (ROOT / entry["requirements_path"]).is_file()
+    assert all(figure in entry["data"] for _, figure in entry["output"])
+    variables = set(re.findall(r"\$(\w+)", entry["cmd"])) - {"DATASETS_DIR"}
+    assert variables <= POPRUN_VARIABLES and bool(variables) == ("poprun" in entry["cmd"])
+    for script, arguments in calls_of(name):
+        assert (ROOT / script).is_file()
+        parse = {"train.py": args.train_arguments, "generate.py": args.generate_arguments}[script]
+        settings = parse(arguments)
+        assert settings.device == ("ipu" if name in ON_IPUS else "cpu")
+        pod = re.search(r"pod(\d+)", name)
+        if script == "train.py" and pod:
+            assert settings.replication_factor * settings.ipus_per_replica == int(pod.group(1))
+    poprun = re.search(r"--num-replicas=(\d+)\s+--ipus-per-replica=(\d+)", entry["cmd"])
+    if poprun:
+        assert tuple(map(int, poprun.groups())) == (settings.replication_factor, settings.ipus_per_replica)
+
+
+@pytest.mark.parametrize("name", ON_IPUS)
+def test_figures_of_an_ipu_entry_are_in_its_log(
+    poptorch_standin, command, drawn_pictures, tiny_vqgan, tmp_path, name, monkeypatch
+):
+    """The entry's own command at reduced size, on the stand-in for PopTorch."""
+    monkeypatch.setenv("DATASETS_DIR", str(tmp_path))
+    (tmp_path / "coco").symlink_to(drawn_pictures)
+    log = ""
+    for script, arguments in calls_of(name):
+        if script == "train.py":
+            arguments = [word for word in arguments if "wandb" not in word]  # as the tool does unless told otherwise
+            folder = [] if "" in arguments else ["--checkpoint-output-dir", tmp_path]
+            places = ["--vae-path", tiny_vqgan, *folder]
+            places += ["--codes-cache", tmp_path] if "--codes-cache" in arguments else []
+            ended = command(train.main, *arguments, *REDUCED.split(), *places)
+        else:
+            reduced = ["--dalle_path", tmp_path / "dalle_step_1.pt", "--outputs_dir", tmp_path, "--num_images", 2]
+            ended = command(generate.main, *arguments, *reduced)
+        assert ended.status == 0, ended.err
+        log += ended.out + ended.err
+    found = figures(name, log)
+    assert found["throughput"] > 0
+    if "loss" in found:
+        assert 3 < found["loss"] < 12 and found["compile_time"] > 0
+
+
+@pytest.mark.parametrize("name", ["pytorch_minidalle_train_gen_cpu", "pytorch_minidalle_generate_cpu"])
+def test_a_plain_computers_entry_runs_as_it_stands(tmp_path, name):
+    for path in ROOT.iterdir():  # output lands in the folder of benchmarks.yml: here, not in the project
+        if path.name != "output" and not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
+    environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
+    ended = subprocess.run(
+        words_of(name), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = figures(name, ended.stdout + ended.stderr)
+    assert found["throughput"] > 0
+    if "loss" in found:
+        assert 6 < found["loss"] < 8
