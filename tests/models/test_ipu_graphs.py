@@ -27,10 +27,12 @@ VQGANS = pytest.mark.parametrize("gumbel", [False, True], ids=["VQModel", "Gumbe
 
 @pytest.fixture(scope="module")
 def used():
-    """The operators of all graphs of this file."""
-    used = Counter()
+    """The operators of all graphs of this file: {True: those of training, False: of inference}."""
+    used = {True: Counter(), False: Counter()}
     yield used
-    print("\noperators in use:", ", ".join(f"{name} ({count})" for name, count in sorted(used.items())))
+    for training, operators in used.items():
+        print(f"\n{'training' if training else 'inference'}, {len(operators)} operators, 0 refused:")
+        print(", ".join(sorted(operators)))
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def accepted(used):
         report = check(module, inputs, training=training)
         assert report.refused == {}
         assert report.losses == (["poptorch::identity_loss"] if training else [])
-        used.update(report.operators)
+        used[training].update(report.operators)
         return report
 
     return run

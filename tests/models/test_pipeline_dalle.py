@@ -14,6 +14,7 @@ from models.pipeline_dalle import (
     placement,
     stages,
 )
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -34,6 +35,20 @@ def test_l16_as_its_configuration_places_it():
     places = dict(placement(16, layers_per_ipu=[0, 6, 6, 4], embedding_ipu_id=0, cls_ipu_id=3, pixels=True))
     assert places["vae"] == places["text_emb"] == places["image_emb"] == 0 and places["to_logits"] == 3
     assert [places[f"transformer.layers.{layer}"] for layer in range(16)] == [1] * 6 + [2] * 6 + [3] * 4
+
+
+def test_parameters_of_l16_on_each_ipu(tiny_vae):
+    """The table of README.md."""
+    tiny_vae.image_size, tiny_vae.num_layers, tiny_vae.num_tokens = 256, 4, 1024
+    sizes = {"dim": 512, "num_text_tokens": 8192, "text_seq_len": 80, "depth": 16, "heads": 16, "dim_head": 64}
+    model = DALLE(vae=tiny_vae, **sizes)
+    places = dict(placement(16, layers_per_ipu=[0, 6, 6, 4]))
+    on_ipu = [0] * 4
+    for name, parameter in model.named_parameters():
+        on_ipu[next((ipu for module, ipu in places.items() if name.startswith(f"{module}.")), 0)] += parameter.numel()
+    assert on_ipu == [4_817_408, 31_506_432, 31_506_432, 25_774_160]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"{count:,}" in readme for count in on_ipu)
 
 
 def test_stages_follow_the_order_of_a_step():
