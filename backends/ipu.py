@@ -168,7 +168,7 @@ class IpuBackend:
             proportions = proportions * settings.ipus_per_replica
         options.setAvailableMemoryProportion({f"IPU{ipu}": share for ipu, share in enumerate(proportions)})
         options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
-        if settings.enable_als:
+        if settings.enable_als and training:
             options.Training.setAutomaticLossScaling(True)
         options.Precision.enableStochasticRounding(settings.stochastic_rounding)
         options.Precision.setPartialsType(torch.float16 if settings.enable_half_partials else torch.float32)
@@ -226,7 +226,8 @@ class IpuBackend:
     def trainer(self, model):
         LOG.info("training on IPUs in %s", "fp16" if self.half else "fp32")
         for number, (ipu, modules) in enumerate(stages(self.places)):
-            LOG.info("stage %d on IPU %d: %s", number, ipu, ", ".join(modules))
+            held = [modules[0], "…", modules[-1]] if len(modules) > 3 else modules
+            LOG.info("stage %d on IPU %d: %s", number, ipu, " ".join(held))
         return IpuTrainer(model, self)
 
     def encode(self, vae):

@@ -171,7 +171,7 @@ if __name__ == "__main__":
 
 
 def poprun(instances, replicas, arguments, folder):
-    """The outputs of train.py's instances, as PopRun starts them."""
+    """The outputs of train.py's instances, as PopRun starts them; of their seeds, the first one's is for all."""
     processes = []
     for index in range(instances):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{STANDIN}{os.pathsep}{ROOT}"}
@@ -184,7 +184,7 @@ def poprun(instances, replicas, arguments, folder):
         )
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", SHOW_SHARES, *map(str, arguments)],
+                [sys.executable, "-c", SHOW_SHARES, *map(str, arguments), "--random-seed", str(7 + index)],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -201,7 +201,7 @@ def poprun(instances, replicas, arguments, folder):
 def test_instances_share_the_data_and_train_as_one(poptorch_standin, command, tiny_flags, tmp_path):
     flags = [*tiny_flags, "--device", "ipu", "--no-async-dataloader", "--epochs", 2, "--replication-factor", 2]
     flags += ["--batch-size", 1, "--gradient-accumulation", 2, "--embedding-serialization-factor", 2]
-    alone = command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "alone")
+    alone = command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "alone", "--random-seed", 7)
     ended = poprun(2, 2, [*flags, "--checkpoint-output-dir", tmp_path / "together"], tmp_path)
     shares = [re.findall(r"^read (\d+) (\d+)$", out, re.M) for out, _ in ended]
     for epoch in ("0", "1"):
