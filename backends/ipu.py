@@ -16,7 +16,8 @@ import torch
 from backends.fixed_batches import Decoder, RowByRow, Sampler
 from backends.native import ADAM_EPS, leave_interrupts_to_the_parent
 from models.pipeline_dalle import WrappedDALLE, placement, stages, unshare_masks
-from utils.optimization import parameter_groups
+from utils.checkpoint import check_writable
+from utils.optimization import load_keeping_flags, parameter_groups
 
 LOG = logging.getLogger("minidalle")
 SHARE = 256  # samples that a worker loads at once
@@ -136,6 +137,9 @@ class IpuBackend:
                 f"--gradient-accumulation {settings.gradient_accumulation}: a pipeline of {len(pipeline)} stages needs "
                 f"{2 * len(pipeline) - 1} micro-batches or more to one update"
             )
+        for flag in ("executable_cache_dir", "profile_dir"):
+            if getattr(settings, flag):
+                check_writable(getattr(settings, flag), "--" + flag.replace("_", "-"))
         self.micro_batches = settings.gradient_accumulation * self.instances.replicas * settings.device_iterations
         self.samples_per_step = settings.batch_size * self.micro_batches
 
@@ -329,7 +333,6 @@ class IpuTrainer:
         return [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self.wrapped.named_parameters() if p.requires_grad]
 
     def load_state_dict(self, state):
-        """Decay rates, weight decay and the like stay those of this run's flags."""
         kept = {
             f"model.{name}": tensor
             for name, tensor in state["weights"].items()
@@ -343,13 +346,7 @@ class IpuTrainer:
             (saved,) = opt_state
             if not saved.get("ipu_state") or saved.get("parameters") != self.parameters():
                 raise ValueError
-            flags = [
-                {name: value for name, value in group.items() if name != "params"}
-                for group in self.optimizer.param_groups
-            ]
-            self.optimizer.load_state_dict({name: part for name, part in saved.items() if name != "parameters"})
-            for group, own in zip(self.optimizer.param_groups, flags):
-                group.update(own)
+            load_keeping_flags(self.optimizer, {name: saved[name] for name in saved if name != "parameters"})
             self.executor.setOptimizer(self.optimizer)
         except (ValueError, KeyError, TypeError, AttributeError):
             LOG.warning("the checkpoint's optimizer state is no IPU's, or another optimizer's; it starts afresh")

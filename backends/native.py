@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from models.sampling import generate_codes
 from utils.muon import Muon
-from utils.optimization import parameter_groups
+from utils.optimization import load_keeping_flags, parameter_groups
 
 LOG = logging.getLogger("minidalle")
 ADAM_EPS = 1e-6
@@ -205,7 +205,6 @@ class NativeTrainer:
         return {"weights": self.model.state_dict(), "opt_state": opt_state}
 
     def load_state_dict(self, state):
-        """Decay rates, weight decay and the like stay those of this run's flags."""
         self.model.load_state_dict(state["weights"])
         opt_state = state.get("opt_state")
         if opt_state is None:
@@ -214,15 +213,9 @@ class NativeTrainer:
             if len(opt_state) != len(self.optimizers):
                 raise ValueError
             for optimizer, saved in zip(self.optimizers, opt_state):
-                flags = [
-                    {name: value for name, value in group.items() if name != "params"}
-                    for group in optimizer.param_groups
-                ]
                 if saved.keys() != optimizer.state_dict().keys():  # PopTorch's optimizers keep more
                     raise ValueError
-                optimizer.load_state_dict(saved)
-                for group, own in zip(optimizer.param_groups, flags):
-                    group.update(own)
+                load_keeping_flags(optimizer, saved)
         except (ValueError, KeyError, TypeError, AttributeError):
             LOG.warning("the checkpoint's optimizer state belongs to another optimizer; it starts afresh")
 

@@ -130,6 +130,8 @@ def test_synthetic_data_is_timed_and_never_saved(poptorch_standin, command, tiny
         ("--ipus-per-replica 2 --layers-per-ipu 1,1 --matmul-proportion 0.1,0.2,0.3", "--matmul-proportion"),
         ("--embedding-serialization-factor 7", "does not divide"),
         ("--precision bf16", "bfloat16"),
+        ("--executable-cache-dir /proc/cache", "--executable-cache-dir /proc/cache: cannot be written"),
+        ("--profile-dir /proc/profile", "--profile-dir /proc/profile: cannot be written"),
         ("--optimizer Muon", "Adam or AdamW"),
         ("--gradient-accumulation 100", "one step takes 400 samples"),
     ],

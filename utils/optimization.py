@@ -17,6 +17,14 @@ def parameter_groups(model, weight_decay):
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
+def load_keeping_flags(optimizer, state):
+    """A saved state into an optimizer, whose decay rates, weight decay and the like stay those of this run's flags."""
+    flags = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, flags):
+        group.update(own)
+
+
 def multi_step(epoch, epochs):
     """Linear warm-up over the first fifth of the epochs, then 1, then 0.1 for the second half of what is left."""
     warmup = int(0.2 * epochs)
