@@ -10,6 +10,7 @@ from tests.poptorch_standin.helpers import (
     Through,
     assert_same_weights,
     batch_of,
+    infer,
     options_of,
     torch_training,
     trainer_of,
@@ -85,6 +86,22 @@ def test_half_precision(poptorch_standin):
     assert state["Accl1___first.weight"].dtype == torch.float16
     assert state["Accl2___first.weight"].dtype == torch.float32
     assert_same_weights(trainer.state_dict(), torch_training("AdamW", [(x, y)], 4, lr=1e-2), 2e-3)
+
+
+def test_half_precision_works_in_place_and_is_not_mixed(poptorch_standin):
+    """Whether or not torch's CPU has the operators for fp16."""
+    x = torch.full((2, 2), 1.0).half()
+    for _ in range(2):  # the second time torch 2.0 is not asked whether it has the operator
+        out, total = infer(poptorch_standin, lambda m, x: _added_product(x), x)
+        assert out.dtype == total.dtype == torch.float16
+        assert out.tolist() == total.tolist() == [[2.0, 2.0], [2.0, 2.0]]
+        with pytest.raises(RuntimeError, match="dtype|scalar type|Half"):
+            infer(poptorch_standin, lambda m, x: x @ m.weight, x, weight=nn.Parameter(torch.ones(2, 2)))
+
+
+def _added_product(x):
+    total = torch.zeros(2, 2, dtype=torch.float16)
+    return total.addmm_(x, x), total
 
 
 def test_fp16_accumulator_keeps_a_running_mean(poptorch_standin):

@@ -59,6 +59,8 @@ FACTORIES = ("arange", "empty", "full", "linspace", "logspace", "ones", "rand", 
 FACTORIES += ("tensor", "zeros")
 # Operators that are no work for an IPU and so need no block.
 BOOKKEEPING = {"detach", "alias", "lift_fresh", "lift", "_to_copy", "empty", "empty_like", "empty_strided"}
+# What these do in themselves, though forward may not: check the classes and, in torch 2.0, average a smoothed loss.
+INTERNAL = {"one_hot": {"_local_scalar_dense"}, "cross_entropy": {"masked_select"}}
 TOO_SMALL = {torch.bfloat16, *(getattr(torch, name) for name in dir(torch) if name.startswith("float8"))}
 
 
@@ -181,13 +183,13 @@ class Run(TorchFunctionMode):
         self._inside = 0  # > 0 while a function runs, whose own calls are not the model's
 
     def __enter__(self):
+        # Indexing asks no function mode. Below Tensor is TensorBase, _TensorBase in torch 2.0.
+        torch.Tensor.__getitem__ = self._indexing(torch.Tensor.__base__.__getitem__)
+        torch.Tensor.__setitem__ = self._indexing(torch.Tensor.__base__.__setitem__)
         _runs.append(self)
         self._real = {name: getattr(torch, name) for name in FACTORIES}
         for name, real in self._real.items():
             setattr(torch, name, self._factory(real))
-        # Indexing asks no function mode.
-        torch.Tensor.__getitem__ = self._indexing(torch._C.TensorBase.__getitem__)
-        torch.Tensor.__setitem__ = self._indexing(torch._C.TensorBase.__setitem__)
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -246,7 +248,7 @@ class Run(TorchFunctionMode):
             return f"tensor(device=ipu:0, shape={list(args[0].shape)})"
         self._check(name, args, kwargs, tensors, marks)
         func, args, kwargs = self._on_host(func, name, args, kwargs)
-        watch = OperatorWatch({"_local_scalar_dense"} if name == "one_hot" else ())
+        watch = OperatorWatch(INTERNAL.get(name, ()))
         self._inside += 1
         try:
             if active_trace() is None:

@@ -15,6 +15,7 @@ from torch import nn
 from . import batches, files, update
 from .device import DeviceRandom, Run
 from .enums import ConnectionType
+from .half import half_arithmetic
 from .optim import DTYPES, DeviceOptimizer
 from .options import Options
 from .trace import Trace
@@ -87,7 +88,7 @@ class Executor:
             self._check_parameters(weights)
         micro_batch = batches.micro_batches([self._first_rows(tensor) for tensor in batch], Options())[0]
         trace = Trace(self.model, options._values["strategy"])
-        with trace.recording(), DeviceRandom(self._rng):
+        with trace.recording(), half_arithmetic(), DeviceRandom(self._rng):
             run, outputs = self._pass(weights, micro_batch)
             batches.flatten(outputs)
             if self._training:
@@ -162,7 +163,7 @@ class Executor:
         options = self._options
         queue = iter(batches.micro_batches(batch, options))
         collector = batches.Collector(options, self._training)
-        with DeviceRandom(self._rng) as random:
+        with half_arithmetic(), DeviceRandom(self._rng) as random:
             for _ in range(options.device_iterations):
                 gradients = update.Gradients(options, self._optimizer.accum_type) if self._training else None
                 for step in range(options.Training.gradient_accumulation):
