@@ -34,6 +34,8 @@ def main(argv=None):
         seed = random.SystemRandom().randrange(2**31) if settings.seed is None else settings.seed
         log.LOG.info("seed %d, %s", seed, ", ".join(f"{key} {value}" for key, value in sampling.items()))
         for prompt in settings.prompts:
+            if settings.prompts.index(prompt) % backend.world_size != backend.rank:
+                continue  # another process's, where torchrun started several
             text = tokenize_prompt(model, tokenizer, prompt)
             if settings.gentxt:
                 text, prompt = complete_prompt(model, tokenizer, text, seed)

@@ -6,6 +6,7 @@ Log lines go to stdout, the bar and errors to stderr. The lines read by regular 
 
 import contextlib
 import logging
+import signal
 import sys
 import time
 
@@ -56,6 +57,16 @@ def interrupt_exits():
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def termination_interrupts():
+    """Within: SIGTERM, by which launchers and schedulers end a run, is taken like Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def weights_and_biases(settings):

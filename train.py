@@ -25,7 +25,7 @@ def main(argv=None):
         print("stopped before the first step")
         raise SystemExit(130) from None
     try:
-        with log.bad_input_exits(), worker_faults_in_one_line():
+        with log.bad_input_exits(), worker_faults_in_one_line(), log.termination_interrupts():
             train(run)
     except KeyboardInterrupt:
         path = save(run, f"dalle_step_{run.step}.pt")
@@ -89,7 +89,8 @@ def build(settings):
         rank=backend.rank,
         world_size=backend.world_size,
     )
-    torch.manual_seed(settings.random_seed)  # again: encoding draws numbers, and a cache of codes spares it
+    # Again: encoding draws numbers, and a cache of codes spares it. Processes drop out differently.
+    torch.manual_seed(settings.random_seed + backend.rank)
     steps = batches.batches_per_epoch * settings.epochs
     if settings.max_steps is not None:
         steps = min(steps, settings.max_steps)
@@ -231,7 +232,11 @@ def train(run):
         epoch = run.step // per_epoch
         lr = run.schedule.at(run.step, epoch)
         run.trainer.set_lr(lr)
-        losses = run.trainer.step(batch)
+        try:
+            losses = run.trainer.step(batch)
+        except ConnectionError as error:
+            path = save(run, f"dalle_step_{run.step}.pt")
+            raise ConnectionError(f"{error}; go on with --pretrained-checkpoint {path}" if path else error) from None
         if not math.isfinite(losses["total"]):
             raise ValueError(
                 f"the loss is no longer finite at step {run.step}; use a lower --learning-rate, or --max-grad-norm 1"

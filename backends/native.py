@@ -1,4 +1,5 @@
-"""One CPU or one CUDA GPU, through PyTorch. Micro-batches loop inside the step, replicas are further micro-batches.
+"""CPUs and CUDA GPUs, through PyTorch: one, or one a process of torchrun's. Micro-batches loop inside the step, and
+replicas are further micro-batches.
 
 Features newer than torch 2.0 live here only, each behind a check.
 """
@@ -10,8 +11,10 @@ import os
 import signal
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from backends.processes import Processes, share
 from models.sampling import generate_codes
 from utils.muon import Muon
 from utils.optimization import load_keeping_flags, parameter_groups
@@ -90,17 +93,27 @@ class MicroBatches:
 
 
 class NativeBackend:
-    rank, world_size = 0, 1
     compile_only = False
 
     def __init__(self, settings):
         """settings: train.py's or generate.py's namespace."""
         self.settings = settings
+        self.processes = Processes()
+        self.rank, self.world_size = self.processes.rank, self.processes.size
         self.device = pick_device(settings.device)
+        if self.device.type == "cuda" and self.world_size > 1:
+            self.device = torch.device("cuda", self.processes.local_rank)
         self.precision = pick_precision(settings, self.device)
-        self.micro_batches = getattr(settings, "gradient_accumulation", 1) * getattr(settings, "replication_factor", 1)
-        self.samples_per_step = settings.batch_size * self.micro_batches
-        LOG.info("running on %s in %s", self.device, self.precision)
+        self.batch_size, self.micro_batches = settings.batch_size, 1
+        if hasattr(settings, "gradient_accumulation"):
+            together = settings.gradient_accumulation * settings.replication_factor
+            self.batch_size, self.micro_batches = share(settings.batch_size, together, self.world_size)
+            self.processes.connect(self.device)
+        self.samples_per_step = self.batch_size * self.micro_batches
+        if self.rank:
+            return
+        among = f", in {self.world_size} processes" if self.world_size > 1 else ""
+        LOG.info("running on %s in %s%s", self.device, self.precision, among)
         unused = [name for name, default in IPU_ONLY if getattr(settings, name, default) != default]
         if unused:
             flags = ", ".join("--" + name.replace("_", "-") for name in unused)
@@ -116,7 +129,7 @@ class NativeBackend:
         workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would be in their own way
         micro_batches = DataLoader(
             dataset,
-            batch_sampler=MicroBatches(order, self.settings.batch_size),
+            batch_sampler=MicroBatches(order, self.batch_size),
             num_workers=workers,
             worker_init_fn=leave_interrupts_to_the_parent,
             pin_memory=self.device.type == "cuda",
@@ -136,8 +149,15 @@ class NativeBackend:
         vae = vae.to(self.device)
         return lambda codes: vae.decode(codes.to(self.device)).cpu()
 
+    @contextlib.contextmanager
     def rank_zero_first(self):
-        return contextlib.nullcontext()
+        if self.rank:
+            self.processes.wait()
+        try:
+            yield
+        finally:
+            if not self.rank:
+                self.processes.wait()
 
     def sampler(self, model):
         model = model.to(self.device).eval()
@@ -153,6 +173,10 @@ class NativeTrainer:
     def __init__(self, model, backend):
         self.model = model.to(backend.device).train()
         self.backend = backend
+        self.network = self.model
+        if backend.world_size > 1:
+            on = [backend.device] if backend.device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.model, device_ids=on, broadcast_buffers=False)
         self.optimizers = build_optimizers(model, backend.settings)
         scaler = torch.amp.GradScaler if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler
         self.scaler = scaler(enabled=backend.precision == "fp16")
@@ -161,27 +185,35 @@ class NativeTrainer:
         """Nothing to do: kernels are chosen as they are called."""
 
     def step(self, batch):
-        losses = self.losses(batch, lambda total: self.scaler.scale(total / self.backend.micro_batches).backward())
-        self.update()
+        with self.backend.processes.together():
+            losses = self.losses(batch, self.network, self.backward)
+            self.update()
         return losses
+
+    def backward(self, total):
+        self.scaler.scale(total / self.backend.micro_batches).backward()
 
     @torch.no_grad()
     def evaluate(self, batch):
         self.model.eval()
-        losses = self.losses(batch, lambda total: None)
+        with self.backend.processes.together():
+            losses = self.losses(batch, self.model, lambda total: None)
         self.model.train()
         return losses
 
-    def losses(self, batch, then):
-        """Means over the micro-batches; then(total loss) is called on each."""
-        sums = torch.zeros(3)
-        for text, image in batch:
+    def losses(self, batch, network, then):
+        """Means over the micro-batches of all processes; then(total loss) is called on each of this one."""
+        sums = torch.zeros(3, device=self.backend.device)
+        for number, (text, image) in enumerate(batch, start=1):
             text = text.to(self.backend.device, non_blocking=True)
             image = image.to(self.backend.device, non_blocking=True)
-            with self.backend.autocast():
-                losses = self.model(text, image, return_loss=True)
-            then(losses.total)
-            sums += torch.stack(losses).detach().float().cpu()
+            last = number == self.backend.micro_batches or network is self.model
+            with contextlib.nullcontext() if last else network.no_sync():  # gradients are exchanged once an update
+                with self.backend.autocast():
+                    losses = network(text, image, return_loss=True)
+                then(losses.total)
+            sums += torch.stack(losses).detach().float()
+        sums = self.backend.processes.mean(sums)
         return dict(zip(("total", "text", "image"), (sums / self.backend.micro_batches).tolist()))
 
     def update(self):

@@ -1,0 +1,71 @@
+"""The processes that torchrun started, of which this is one: who is who, means over all, and a word where one is gone.
+
+How gradients are exchanged is DistributedDataParallel's business, used in native.py. PopRun's instances are ipu.py's.
+"""
+
+import contextlib
+import datetime
+import os
+
+import torch.distributed as dist
+
+PATIENCE = datetime.timedelta(days=7)  # rank 0 may encode pictures for hours while the others wait
+SIGNS_OF_LOSS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "TCPStore", "c10d")
+
+
+class Processes:
+    """rank of size processes; local_rank among those of this machine. Alone where torchrun did not start it."""
+
+    def __init__(self):
+        self.rank, self.size, self.local_rank = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+
+    def connect(self, device):
+        """Meet the others; ValueError where they cannot be reached."""
+        if self.size == 1 or dist.is_initialized():
+            return
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"WORLD_SIZE is {self.size}, but the other processes cannot be reached: {reason}"
+            ) from None
+
+    def mean(self, tensor):
+        """The mean of a tensor over all processes, on the CPU."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor = tensor / self.size
+        return tensor.cpu()
+
+    def wait(self):
+        """Return when every process has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def together(self):
+        """Within: a ConnectionError in one line where another process of the run has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not any(sign in str(error) for sign in SIGNS_OF_LOSS):
+                raise
+            raise ConnectionError("another process of this run has ended") from error
+
+
+def share(batch_size, micro_batches, size):
+    """(micro-batch, micro-batches) of each of `size` processes, which take as many samples a step together as one.
+
+    ValueError where they cannot share evenly.
+    """
+    each, left = divmod(batch_size * micro_batches, size)
+    if left:
+        raise ValueError(
+            f"one step takes {batch_size * micro_batches} samples (--batch-size × --gradient-accumulation × "
+            f"--replication-factor), which {size} processes cannot share evenly; a multiple of {size} would do"
+        )
+    largest = max(rows for rows in range(1, batch_size + 1) if each % rows == 0)
+    return largest, each // largest
