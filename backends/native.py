@@ -176,6 +176,10 @@ class NativeTrainer:
         self.network = self.model
         if backend.world_size > 1:
             on = [backend.device] if backend.device.type == "cuda" else None
+            # Masks are constants, and gloo of torch 2.0 sends no bool.
+            self.model._ddp_params_and_buffers_to_ignore = [
+                name for name, _ in model.named_buffers(remove_duplicate=False)
+            ]
             self.network = DistributedDataParallel(self.model, device_ids=on, broadcast_buffers=False)
         self.optimizers = build_optimizers(model, backend.settings)
         scaler = torch.amp.GradScaler if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler
