@@ -11,11 +11,13 @@ import os
 import signal
 
 import torch
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from backends.processes import Processes, share
-from models.sampling import generate_codes
+from models.decoder import Decoder
+from models.sampling import draw_codes
 from utils.muon import Muon
 from utils.optimization import load_keeping_flags, parameter_groups
 
@@ -161,12 +163,44 @@ class NativeBackend:
 
     def sampler(self, model):
         model = model.to(self.device).eval()
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        cache_dtype = torch.float32 if self.device.type == "cpu" else dtype  # CPUs attend from bf16 five times slower
+        decoder = Decoder(
+            model, packer(self.device, dtype, self.settings.batch_size), dtype, cache_dtype, self.autocast
+        )
 
-        def sample(text, **settings):
-            with self.autocast():
-                return generate_codes(model, text.to(self.device), **settings).cpu()
+        @torch.no_grad()
+        def sample(text, *, generator=None, image_codes=None, **shaping):
+            shaping = {"top_k": 0.99, "top_p": None, "temperature": 1.0, "cond_scale": 1.0, **shaping}
+            given = {"generator": generator, "image_codes": image_codes}
+            return draw_codes(model, text.to(self.device), decoder.logits, **shaping, **given).cpu()
 
         return sample
+
+
+def packer(device, dtype, rows):
+    """Decoder's pack for this machine: (weight (out, in), bias (out,) or None) → a function (B, in) → (B, out).
+
+    oneDNN multiplies a few rows with weights in a layout of its own two to three times as fast as with plain ones.
+    """
+
+    def plain(weight, bias):
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return lambda x: F.linear(x, weight, bias)
+
+    on_cpu = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if on_cpu and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):  # what torch.compile uses, from torch 2.1 on
+        reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+
+        def packed(weight, bias):
+            weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+            weight = reorder(weight, rows)
+            return lambda x: multiply(x, weight, bias, "none", [], "")
+
+        with contextlib.suppress(RuntimeError, TypeError):  # not every build has it for every dtype
+            packed(torch.ones(8, 8), torch.ones(8))(torch.ones(2, 8, dtype=dtype))
+            return packed
+    return plain
 
 
 class NativeTrainer:

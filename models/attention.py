@@ -63,6 +63,15 @@ class KeyValueCache:
         return self.keys[:, :, :stop], self.values[:, :, :stop], mask[start:stop, :stop]
 
 
+class Prefix:
+    """A layer's cache for the first pass: it only remembers keys and values (B, H, n, D)."""
+
+    def put(self, keys, values, mask, start):
+        self.keys, self.values = keys, values
+        length = keys.shape[2]
+        return keys, values, mask[:length, :length]
+
+
 def attend(query, keys, values, mask, dropout=0.0):
     """softmax(q·kᵀ/√D)·v with `mask` (n, m) bool, softmax in fp32; (B, H, n, D) in and out."""
     if query.is_cuda:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.attention import Prefix
 from models.sampling import check_sampling, choose
 
 
@@ -24,15 +25,6 @@ def write_in_place(tensor, source, dim, start, size):
     signature.
     """
     return tensor.index_copy_(dim, start.long() + torch.arange(size, device=tensor.device), source)
-
-
-class Prefix:
-    """A layer's cache for the first call: it only remembers keys and values (B, H, n, D)."""
-
-    def put(self, keys, values, mask, start):
-        self.keys, self.values = keys, values
-        length = keys.shape[2]
-        return keys, values, mask[:length, :length]
 
 
 class FullLength:

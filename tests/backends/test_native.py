@@ -11,7 +11,7 @@ import args
 import backends
 from backends import native
 from backends.base import Backend, Trainer
-from backends.native import MicroBatches, NativeBackend, build_optimizers, pick_device, pick_precision
+from backends.native import MicroBatches, NativeBackend, build_optimizers, packer, pick_device, pick_precision
 from data.loader import GeneratedDataset
 from data.order import EpochBatches
 from models.dalle import DALLE
@@ -357,3 +357,30 @@ def test_the_contract_is_kept(tiny_vae):
     for contract, ours in pairs:
         for name in [name for name in vars(contract) if not name.startswith("_")]:
             assert callable(getattr(ours, name)), name
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_packed_weights_multiply_as_plain_ones(precision, tolerance):
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    pack = packer(torch.device("cpu"), dtype, 4)
+    weight, bias = torch.randn(96, 64) / 8, torch.randn(96)
+    for rows in (1, 4, 9):
+        x = torch.randn(rows, 64)
+        for given in (bias, None):
+            expected = torch.nn.functional.linear(x, weight, given)
+            torch.testing.assert_close(
+                pack(weight, given)(x.to(dtype)).float(), expected, atol=tolerance, rtol=tolerance
+            )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_sampler_draws_the_plain_loops_codes(tiny_vae, batch_size):
+    backend = NativeBackend(settings(batch_size=batch_size))
+    model = small_dalle(tiny_vae)
+    text, _ = samples(4)
+    for shaping in ({}, {"top_k": None, "top_p": 0.9, "temperature": 0.9, "cond_scale": 1.5}):
+        draws = [
+            draw(text, generator=[torch.Generator().manual_seed(i) for i in range(4)], **shaping)
+            for draw in (backend.sampler(model), lambda text, **more: generate_codes(model, text, **more))
+        ]
+        assert torch.equal(*draws)
