@@ -24,13 +24,14 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("stopped before the first step")
         raise SystemExit(130) from None
-    try:
-        with log.bad_input_exits(), worker_faults_in_one_line(), log.termination_interrupts():
-            train(run)
-    except KeyboardInterrupt:
-        path = save(run, f"dalle_step_{run.step}.pt")
-        print(f"stopped after step {run.step}; go on with --pretrained-checkpoint {path}" if path else "stopped")
-        raise SystemExit(130) from None
+    with log.termination_interrupts():  # around the last words, too
+        try:
+            with log.bad_input_exits(), worker_faults_in_one_line():
+                train(run)
+        except KeyboardInterrupt:
+            path = save(run, f"dalle_step_{run.step}.pt")
+            print(f"stopped after step {run.step}; go on with --pretrained-checkpoint {path}" if path else "stopped")
+            raise SystemExit(130) from None
 
 
 class Run:

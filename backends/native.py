@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from backends.processes import Processes, share
+from backends.processes import Processes, rank_zero_first, share
 from models.decoder import Decoder
 from models.sampling import draw_codes
 from utils.muon import Muon
@@ -151,15 +151,8 @@ class NativeBackend:
         vae = vae.to(self.device)
         return lambda codes: vae.decode(codes.to(self.device)).cpu()
 
-    @contextlib.contextmanager
     def rank_zero_first(self):
-        if self.rank:
-            self.processes.wait()
-        try:
-            yield
-        finally:
-            if not self.rank:
-                self.processes.wait()
+        return rank_zero_first(self.rank, self.processes.wait)
 
     def sampler(self, model):
         model = model.to(self.device).eval()

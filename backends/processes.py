@@ -1,6 +1,7 @@
 """The processes that torchrun started, of which this is one: who is who, means over all, and a word where one is gone.
 
-How gradients are exchanged is DistributedDataParallel's business, used in native.py. PopRun's instances are ipu.py's.
+How gradients are exchanged is DistributedDataParallel's business, used in native.py. PopRun's instances are ipu.py's;
+they take turns as these do.
 """
 
 import contextlib
@@ -54,6 +55,18 @@ class Processes:
             if self.size == 1 or not any(sign in str(error) for sign in SIGNS_OF_LOSS):
                 raise
             raise ConnectionError("another process of this run has ended") from error
+
+
+@contextlib.contextmanager
+def rank_zero_first(rank, wait):
+    """Within: rank 0 goes first, the others when it has left. wait() returns when every process has called it."""
+    if rank:
+        wait()
+    try:
+        yield
+    finally:
+        if not rank:
+            wait()
 
 
 def share(batch_size, micro_batches, size):
