@@ -13,7 +13,8 @@ import os
 import torch
 
 from backends.fixed_batches import Decoder, RowByRow, Sampler
-from backends.native import ADAM_EPS, leave_interrupts_to_the_parent
+from backends.native import leave_interrupts_to_the_parent
+from backends.native_training import ADAM_EPS
 from backends.processes import rank_zero_first
 from models.pipeline_dalle import WrappedDALLE, placement, stages, unshare_masks
 from utils.checkpoint import check_writable

@@ -1,7 +1,7 @@
-"""CPUs and CUDA GPUs, through PyTorch: one, or one a process of torchrun's. Micro-batches loop inside the step, and
-replicas are further micro-batches.
+"""CPUs and CUDA GPUs, through PyTorch: one, or one a process of torchrun's; replicas are further micro-batches.
 
-Features newer than torch 2.0 live here only, each behind a check.
+The step is native_training.py's, drawing native_drawing.py's. Features newer than torch 2.0 live in these three only,
+each behind a check.
 """
 
 import contextlib
@@ -11,18 +11,13 @@ import os
 import signal
 
 import torch
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from backends.native_drawing import sampler
+from backends.native_training import NativeTrainer
 from backends.processes import Processes, rank_zero_first, share
-from models.decoder import Decoder
-from models.sampling import draw_codes
-from utils.muon import Muon
-from utils.optimization import load_keeping_flags, parameter_groups
 
 LOG = logging.getLogger("minidalle")
-ADAM_EPS = 1e-6
 IPU_ONLY = (
     ("device_iterations", 1),
     ("stochastic_rounding", False),
@@ -155,142 +150,4 @@ class NativeBackend:
         return rank_zero_first(self.rank, self.processes.wait)
 
     def sampler(self, model):
-        model = model.to(self.device).eval()
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        cache_dtype = torch.float32 if self.device.type == "cpu" else dtype  # CPUs attend from bf16 five times slower
-        decoder = Decoder(
-            model, packer(self.device, dtype, self.settings.batch_size), dtype, cache_dtype, self.autocast
-        )
-
-        @torch.no_grad()
-        def sample(text, *, generator=None, image_codes=None, **shaping):
-            shaping = {"top_k": 0.99, "top_p": None, "temperature": 1.0, "cond_scale": 1.0, **shaping}
-            given = {"generator": generator, "image_codes": image_codes}
-            return draw_codes(model, text.to(self.device), decoder.logits, **shaping, **given).cpu()
-
-        return sample
-
-
-def packer(device, dtype, rows):
-    """Decoder's pack for this machine: (weight (out, in), bias (out,) or None) → a function (B, in) → (B, out).
-
-    oneDNN multiplies a few rows with weights in a layout of its own two to three times as fast as with plain ones.
-    """
-
-    def plain(weight, bias):
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        return lambda x: F.linear(x, weight, bias)
-
-    on_cpu = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if on_cpu and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):  # what torch.compile uses, from torch 2.1 on
-        reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-
-        def packed(weight, bias):
-            weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
-            weight = reorder(weight, rows)
-            return lambda x: multiply(x, weight, bias, "none", [], "")
-
-        with contextlib.suppress(RuntimeError, TypeError):  # not every build has it for every dtype
-            packed(torch.ones(8, 8), torch.ones(8))(torch.ones(2, 8, dtype=dtype))
-            return packed
-    return plain
-
-
-class NativeTrainer:
-    def __init__(self, model, backend):
-        self.model = model.to(backend.device).train()
-        self.backend = backend
-        self.network = self.model
-        if backend.world_size > 1:
-            on = [backend.device] if backend.device.type == "cuda" else None
-            # Masks are constants, and gloo of torch 2.0 sends no bool.
-            self.model._ddp_params_and_buffers_to_ignore = [
-                name for name, _ in model.named_buffers(remove_duplicate=False)
-            ]
-            self.network = DistributedDataParallel(self.model, device_ids=on, broadcast_buffers=False)
-        self.optimizers = build_optimizers(model, backend.settings)
-        scaler = torch.amp.GradScaler if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler
-        self.scaler = scaler(enabled=backend.precision == "fp16")
-
-    def compile(self, batch):
-        """Nothing to do: kernels are chosen as they are called."""
-
-    def step(self, batch):
-        with self.backend.processes.together():
-            losses = self.losses(batch, self.network, self.backward)
-            self.update()
-        return losses
-
-    def backward(self, total):
-        self.scaler.scale(total / self.backend.micro_batches).backward()
-
-    @torch.no_grad()
-    def evaluate(self, batch):
-        self.model.eval()
-        with self.backend.processes.together():
-            losses = self.losses(batch, self.model, lambda total: None)
-        self.model.train()
-        return losses
-
-    def losses(self, batch, network, then):
-        """Means over the micro-batches of all processes; then(total loss) is called on each of this one."""
-        sums = torch.zeros(3, device=self.backend.device)
-        for number, (text, image) in enumerate(batch, start=1):
-            text = text.to(self.backend.device, non_blocking=True)
-            image = image.to(self.backend.device, non_blocking=True)
-            last = number == self.backend.micro_batches or network is self.model
-            with contextlib.nullcontext() if last else network.no_sync():  # gradients are exchanged once an update
-                with self.backend.autocast():
-                    losses = network(text, image, return_loss=True)
-                then(losses.total)
-            sums += torch.stack(losses).detach().float()
-        sums = self.backend.processes.mean(sums)
-        return dict(zip(("total", "text", "image"), (sums / self.backend.micro_batches).tolist()))
-
-    def update(self):
-        limit = self.backend.settings.max_grad_norm
-        if limit is not None:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
-
-    def set_lr(self, lr):
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
-    def state_dict(self):
-        opt_state = [optimizer.state_dict() for optimizer in self.optimizers]
-        return {"weights": self.model.state_dict(), "opt_state": opt_state}
-
-    def load_state_dict(self, state):
-        self.model.load_state_dict(state["weights"])
-        opt_state = state.get("opt_state")
-        if opt_state is None:
-            return
-        try:
-            if len(opt_state) != len(self.optimizers):
-                raise ValueError
-            for optimizer, saved in zip(self.optimizers, opt_state):
-                if saved.keys() != optimizer.state_dict().keys():  # PopTorch's optimizers keep more
-                    raise ValueError
-                load_keeping_flags(optimizer, saved)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            LOG.warning("the checkpoint's optimizer state belongs to another optimizer; it starts afresh")
-
-
-def build_optimizers(model, settings):
-    """Adam or AdamW over all parameters; or Muon over the layers' matrices and AdamW over the rest."""
-    adam = {"betas": tuple(settings.adam_betas), "eps": ADAM_EPS, "lr": settings.learning_rate}
-    groups = parameter_groups(model, settings.weight_decay)
-    if settings.optimizer != "Muon":
-        return [getattr(torch.optim, settings.optimizer)(groups, **adam)]
-    in_layers = {id(parameter) for parameter in model.transformer.layers.parameters() if parameter.dim() == 2}
-    matrices = [parameter for parameter in groups[0]["params"] if id(parameter) in in_layers]
-    groups[0]["params"] = [parameter for parameter in groups[0]["params"] if id(parameter) not in in_layers]
-    muon = Muon(matrices, settings.learning_rate, settings.weight_decay)
-    return [muon, torch.optim.AdamW(groups, **adam)]
+        return sampler(model, self)

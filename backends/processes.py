@@ -1,7 +1,7 @@
 """The processes that torchrun started, of which this is one: who is who, means over all, and a word where one is gone.
 
-How gradients are exchanged is DistributedDataParallel's business, used in native.py. PopRun's instances are ipu.py's;
-they take turns as these do.
+How gradients are exchanged is DistributedDataParallel's business, used in native_training.py. PopRun's instances are
+ipu.py's; they take turns as these do.
 """
 
 import contextlib

@@ -11,7 +11,9 @@ import args
 import backends
 from backends import native
 from backends.base import Backend, Trainer
-from backends.native import MicroBatches, NativeBackend, build_optimizers, packer, pick_device, pick_precision
+from backends.native import MicroBatches, NativeBackend, pick_device, pick_precision
+from backends.native_drawing import packer
+from backends.native_training import build_optimizers
 from data.loader import GeneratedDataset
 from data.order import EpochBatches
 from models.dalle import DALLE
