@@ -105,6 +105,7 @@ def train_parser():
     add("weight-decay", 0.0, "decay of parameters with more than one dimension", number(float, low=0))
     add("adam-betas", [0.9, 0.999], "decay rates of Adam's moments", list_of(DROPOUT), nargs="+")
     add("max-grad-norm", None, "clip gradients to this norm; none: no clipping", POSITIVE)
+    add("ema-decay", None, "also keep an average of the weights, which then draws; 0.999 is usual", DROPOUT)
     add("loss-scaling", 1.0, "factor on the loss, against underflow in fp16 on IPUs", POSITIVE)
     add("enable-als", False, "let the IPU choose the loss scaling", bool)
     add("enable-half-first-order-momentum", False, "Adam's first moment in fp16, on IPUs", bool)
@@ -141,11 +142,18 @@ def train_parser():
         metavar="BOOL",
     )
 
+    add = parser.heading("Validation")
+    add("validation-folder", None, "folder of held-out pictures and captions")
+    add("validation-split", None, "share of the input folder that is held out instead", number(float, above=0, below=1))
+    add("validation-steps", 1000, "updates between validations; with ReduceLROnPlateau one more an epoch", COUNT)
+
     add = parser.heading("Checkpoints")
     add("checkpoint-output-dir", "./output/ckpt", "folder for checkpoints; '' writes none")
     add("checkpoint-save-steps", 1000, "updates between checkpoints, beside those at ends of epochs", COUNT)
+    add("checkpoint-save-minutes", None, "minutes from one checkpoint to the next, if earlier", POSITIVE)
     add("checkpoint-save-epochs", 1, "epochs from one checkpoint at an epoch's end to the next", COUNT)
-    add("keep-checkpoints", 3, "how many of the newest to keep", COUNT)
+    add("keep-checkpoints", 3, "how many of the newest to keep, beside the best by validation loss", COUNT)
+    add("resume", False, "go on from the newest good checkpoint in the folder; begin where there is none", bool)
     add("pretrained-checkpoint", None, "go on from this checkpoint")
     add("vae-path", None, "a folder of train_vqgan.py, or its .ckpt with the .yaml beside it")
     vqgan_file_flags(add)
@@ -300,6 +308,12 @@ def train_arguments(argv=None):
             parser.error(f"argument --{spelling}: no IPU {getattr(settings, flag)} with --ipus-per-replica {ipus}")
     if len(settings.adam_betas) != 2:
         parser.error("argument --adam-betas: give two numbers, such as 0.9,0.999")
+    if settings.resume and settings.pretrained_checkpoint:
+        parser.error("argument --resume: takes the newest of the output folder; leave --pretrained-checkpoint out")
+    if settings.resume and not settings.checkpoint_output_dir:
+        parser.error("argument --resume: needs a --checkpoint-output-dir to find checkpoints in")
+    if settings.validation_folder and settings.validation_split:
+        parser.error("argument --validation-split: --validation-folder holds the pictures already; give one of them")
     if not settings.input_folder and not (settings.generated_data or settings.synthetic_data):
         parser.error("give --input-folder FOLDER (pictures and captions) or --generated-data, or a --config that does")
     check_vqgan_files(parser, settings)

@@ -61,6 +61,8 @@ def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
 
     saved = checkpoint.read(dalle_path)
     weights = checkpoint.model_weights(saved["weights"])
+    if isinstance(saved.get("ema_weights"), dict):  # the average draws better
+        weights.update(checkpoint.model_weights(saved["ema_weights"]))
     ours = saved.get("vae_params") if isinstance(saved.get("vae_params"), dict) else {}
     if vqgan_model_path:
         vae = load_vqgan(vqgan_model_path, vqgan_config_path)

@@ -41,12 +41,33 @@ def bad_input_exits():
         yield
     except (ValueError, OSError) as error:
         LOG.debug("where it was noticed:", exc_info=True)
-        reason = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         program = sys.argv[0].rpartition("/")[2]
-        print(f"{program}: error: {' '.join(reason.split())}", file=sys.stderr)
+        print(f"{program}: error: {reason(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def reason(error):
+    """What an exception says, in one line, without Python's number of the error."""
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(said.split())
+
+
+@contextlib.contextmanager
+def worker_faults_in_one_line():
+    """Within: what goes wrong in a process that reads pictures is raised without that process's traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if "in DataLoader worker process" not in str(error):
+            raise
+        raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        said = str(error).splitlines()[0].rstrip(". ")
+        raise OSError(f"{said}; if memory ran out, fewer --dataloader-workers need less") from None
 
 
 @contextlib.contextmanager
@@ -83,6 +104,16 @@ def weights_and_biases(settings):
         return init(project=settings.wandb_project_name, name=settings.wandb_run_name, config=vars(settings))
     except errors.Error as error:  # no login, no network
         raise ValueError(f"--wandb: {error}; WANDB_MODE=offline records without a login") from None
+
+
+def validated(step, losses, tracker=None):
+    """The line of a validation after update `step`; losses: total, text, image and perplexity."""
+    LOG.info(
+        "step %d held-out: total %.4f text %.4f image %.4f perplexity %.2f",
+        *(step, losses["total"], losses["text"], losses["image"], losses["perplexity"]),
+    )
+    if tracker is not None:
+        tracker.log({f"held-out/{name}": value for name, value in losses.items()}, step)
 
 
 class Progress:
@@ -124,6 +155,10 @@ class Progress:
             self.steps_since * self.samples_per_step / max(seconds, 1e-9),
         )
         self.last_line, self.steps_since = time.monotonic(), 0
+
+    def skipped(self, step):
+        self.bar.update()
+        LOG.warning("step %d: loss or gradient is not finite, the update is left out", step)
 
     def close(self):
         self.bar.close()

@@ -2,17 +2,19 @@
 
     python train.py --config NAME [flags]
 
-What a step does on which machine is the backends' business; flags and configurations are args.py's.
+What a step does on which machine is the backends' business; what a run is made of, training/'s; flags and
+configurations are args.py's.
 """
 
 import contextlib
-import logging
 import math
 import time
-from pathlib import Path
 
 import args
 import log
+from utils import interrupts
+
+SKIPS_IN_A_ROW = 20  # updates left out one after the other, after which nothing will come of the run
 
 
 def main(argv=None):
@@ -20,300 +22,129 @@ def main(argv=None):
     log.set_up()
     try:
         with log.bad_input_exits():
+            from training.build import build
+
             run = build(settings)
     except KeyboardInterrupt:
         print("stopped before the first step")
         raise SystemExit(130) from None
     with log.termination_interrupts():  # around the last words, too
         try:
-            with log.bad_input_exits(), worker_faults_in_one_line():
+            with log.bad_input_exits(), log.worker_faults_in_one_line():
                 train(run)
         except KeyboardInterrupt:
-            path = save(run, f"dalle_step_{run.step}.pt")
-            print(f"stopped after step {run.step}; go on with --pretrained-checkpoint {path}" if path else "stopped")
-            raise SystemExit(130) from None
-
-
-class Run:
-    """What a run holds between build and save; step and epoch are those to come next."""
-
-    def __init__(self, **parts):
-        vars(self).update(parts)
-
-
-def build(settings):
-    """Everything a run needs, or ValueError / OSError in one line."""
-    import torch
-
-    import backends
-    from data.order import EpochBatches
-    from data.tokenizer import load_tokenizer
-    from models.dalle import DALLE
-    from utils import checkpoint, optimization
-
-    backend = backends.select(settings)
-    if backend.rank:
-        log.set_up(logging.WARNING)
-    tokenizer = load_tokenizer(settings.bpe_path)
-    # Before pictures are encoded, which may take hours.
-    saved = checkpoint.read(settings.pretrained_checkpoint) if settings.pretrained_checkpoint else None
-    if settings.checkpoint_output_dir and not backend.rank:
-        checkpoint.check_writable(settings.checkpoint_output_dir, "--checkpoint-output-dir")
-    # A compiler wants no more than the shape of samples.
-    made_up = settings.generated_data or settings.synthetic_data or backend.compile_only
-    if not made_up and not Path(settings.input_folder).exists():
-        raise FileNotFoundError(f"--input-folder {settings.input_folder}: no such folder")  # before a VQGAN is fetched
-    torch.manual_seed(settings.random_seed)
-    vae = image_tokenizer(settings, made_up)
-    hparams = {
-        "num_text_tokens": tokenizer.vocab_size,
-        "text_seq_len": settings.text_seq_len,
-        "dim": settings.hidden_size,
-        "depth": settings.num_hidden_layers,
-        "heads": settings.num_attention_heads,
-        "dim_head": settings.dim_head,
-        "loss_img_weight": settings.loss_img_weight,
-        "attn_types": tuple(settings.attn_types),
-        "ff_dropout": settings.ff_dropout,
-        "attn_dropout": settings.attn_dropout,
-        "sandwich_norm": settings.sandwich_norm,
-    }
-    torch.manual_seed(settings.random_seed)  # again: an untrained VQGAN drew numbers
-    model = DALLE(vae=vae, **hparams)
-    trainer = backend.trainer(model)
-    with backend.rank_zero_first():
-        dataset = build_dataset(settings, backend, tokenizer, vae, made_up)
-    batches = EpochBatches(
-        len(dataset),
-        backend.samples_per_step,
-        seed=settings.random_seed,
-        rank=backend.rank,
-        world_size=backend.world_size,
-    )
-    # Again: encoding draws numbers, and a cache of codes spares it. Processes drop out differently.
-    torch.manual_seed(settings.random_seed + backend.rank)
-    steps = batches.batches_per_epoch * settings.epochs
-    if settings.max_steps is not None:
-        steps = min(steps, settings.max_steps)
-    schedule = optimization.LearningRate(
-        settings.lr_scheduler,
-        settings.learning_rate,
-        epochs=math.ceil(steps / batches.batches_per_epoch),
-        steps=steps,
-        warmup_steps=settings.warmup_steps,
-    )
-    run = Run(
-        settings=settings,
-        backend=backend,
-        tokenizer=tokenizer,
-        vae=vae,
-        dataset=dataset,
-        batches=batches,
-        hparams=hparams,
-        trainer=trainer,
-        schedule=schedule,
-        steps=steps,
-        step=0,
-        tracker=None,
-        written=[],
-    )
-    if saved is not None:
-        resume(run, saved, model)
-    if not backend.rank:
-        run.tracker = log.weights_and_biases(settings)  # last, when nothing else can be refused
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    together = backend.samples_per_step * backend.world_size
-    log.LOG.info("%d pictures, %d steps of %d samples", len(dataset), steps, together)
-    log.LOG.info("%s trainable parameters, %d text tokens", f"{trained:,}", tokenizer.vocab_size)
-    return run
-
-
-def image_tokenizer(settings, made_up):
-    """The VQGAN of --vae-path or --vqgan-model-path; the official one otherwise (untrained for made-up samples)."""
-    from models.official_vqgan import OFFICIAL_PARAMS
-    from models.vae import VQGanVAE, load_vqgan
-
-    path = settings.vae_path or settings.vqgan_model_path
-    if path is None and made_up:
-        return VQGanVAE(OFFICIAL_PARAMS)
-    return load_vqgan(path, settings.vqgan_config_path)
-
-
-def build_dataset(settings, backend, tokenizer, vae, made_up):
-    """A folder's pairs with pixels or cached codes, or made-up samples."""
-    from data.codes import cached_codes
-    from data.loader import GeneratedDataset, TextImageDataset
-
-    use_codes = not settings.no_codes_cache
-    if made_up:
-        codes = {"num_image_codes": vae.num_tokens, "image_seq_len": vae.image_seq_len} if use_codes else {}
-        return GeneratedDataset(
-            16 * backend.samples_per_step * backend.world_size,
-            text_seq_len=settings.text_seq_len,
-            num_text_tokens=tokenizer.vocab_size,
-            image_size=vae.image_size,
-            byteio=settings.byteio,
-            seed=settings.random_seed,
-            **codes,
-        )
-    dataset = TextImageDataset(
-        settings.input_folder,
-        tokenizer,
-        text_seq_len=settings.text_seq_len,
-        image_size=vae.image_size,
-        truncate_captions=settings.truncate_captions,
-        byteio=settings.byteio,
-        caption_dropout=settings.caption_dropout,
-        seed=settings.random_seed,
-    )
-    if use_codes:
-        codes, bad = cached_codes(
-            dataset.pictures,
-            backend.encode(vae),
-            folder=dataset.folder,
-            cache_dir=settings.codes_cache or dataset.folder,
-            image_size=vae.image_size,
-            num_codes=vae.num_tokens,
-            fingerprint=vae.fingerprint(),
-            batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # as many pixels whatever their size
-        )
-        dataset.attach_codes(codes, bad)
-    else:
-        dataset[0]  # at least one picture can be read, or ValueError now
-    return dataset
-
-
-def resume(run, saved, model):
-    """Weights, optimizer, schedule and position of a checkpoint; ValueError where it does not fit this model."""
-    from utils import checkpoint
-
-    weights = checkpoint.model_weights(saved["weights"])
-    for name, tensor in model.state_dict().items():
-        if name.startswith("vae."):
-            weights[name] = tensor  # the VQGAN of this run's flags
-    misfit = checkpoint.first_misfit(model, weights)
-    if misfit:
-        raise ValueError(f"{run.settings.pretrained_checkpoint}: does not fit this configuration: {misfit}")
-    vocabulary = saved["tokenizer"].get("sha256") if isinstance(saved.get("tokenizer"), dict) else None
-    for flag, made_with, ours in (
-        ("--bpe-path", vocabulary, run.tokenizer.fingerprint),
-        ("--vae-path", saved.get("vqgan"), run.vae.fingerprint()),
-    ):
-        if made_with not in (None, ours):
-            raise ValueError(f"{run.settings.pretrained_checkpoint}: was trained with another {flag} than this run's")
-    opt_state = saved.get("opt_state") if isinstance(saved.get("opt_state"), list) else None
-    run.trainer.load_state_dict({"weights": weights, "opt_state": opt_state})
-    if isinstance(saved.get("scheduler_state"), dict):
-        run.schedule.load_state_dict(saved["scheduler_state"])
-    run.step = saved.get("step", (saved.get("epoch", -1) + 1) * run.batches.batches_per_epoch)
-    if run.step >= run.steps:
-        raise ValueError(
-            f"{run.settings.pretrained_checkpoint}: has {run.step} steps already, this run ends at {run.steps}; "
-            "give more --epochs or --max-steps"
-        )
-    log.LOG.info("going on from %s at step %d", run.settings.pretrained_checkpoint, run.step)
+            stopped(run)
 
 
 def train(run):
-    """Steps to the end, with checkpoints on the way. The prefix before the first step is compilation."""
+    """Updates to the end, with validation and checkpoints on the way. Before the first lies compilation."""
     from data.order import RunBatches
+    from training.checkpoints import save
 
-    settings, per_epoch = run.settings, run.batches.batches_per_epoch
     progress = log.Progress(run.steps, run.step, run.backend.samples_per_step * run.backend.world_size, run.tracker)
-    epoch_loss, compiled = [], False
-    for batch in run.backend.loader(run.dataset, RunBatches(run.batches, run.step, run.steps)):
-        if not compiled:
-            started = time.monotonic()
-            run.trainer.compile(batch)
-            log.LOG.info("Compiled model in %.3f secs", time.monotonic() - started)
-            compiled = True
-        if run.backend.compile_only:
-            log.LOG.info("compiled only, as --compile-only says")
-            break
-        epoch = run.step // per_epoch
-        lr = run.schedule.at(run.step, epoch)
-        run.trainer.set_lr(lr)
-        try:
-            losses = run.trainer.step(batch)
-        except ConnectionError as error:
-            path = save(run, f"dalle_step_{run.step}.pt")
-            raise ConnectionError(f"{error}; go on with --pretrained-checkpoint {path}" if path else error) from None
-        if not math.isfinite(losses["total"]):
-            raise ValueError(
-                f"the loss is no longer finite at step {run.step}; use a lower --learning-rate, or --max-grad-norm 1"
-            )
-        run.step += 1
-        progress.step(run.step, epoch, losses, lr)
-        epoch_loss.append(losses["total"])
-        if run.step % per_epoch == 0:
-            run.schedule.epoch_ended(sum(epoch_loss) / len(epoch_loss))
-            epoch_loss = []
-        if run.step % per_epoch == 0 and ((epoch + 1) % settings.checkpoint_save_epochs == 0 or run.step == run.steps):
-            save(run, f"dalle_{epoch}.pt")
-        elif run.step % settings.checkpoint_save_steps == 0 or run.step == run.steps:
-            save(run, f"dalle_step_{run.step}.pt")
+    order = RunBatches(run.batches, run.step, run.steps)
+    compiled, skips = False, 0
+    # Several processes stop after the same update, so that none waits for another that has left.
+    with interrupts.held() if run.backend.world_size > 1 else contextlib.nullcontext():
+        for batch in run.backend.loader(run.dataset, order) if len(order) else ():
+            if not compiled:
+                compile(run, batch)
+                compiled = True
+            if run.backend.compile_only:
+                log.LOG.info("compiled only, as --compile-only says")
+                break
+            epoch, lr = run.epoch(), run.schedule.at(run.step, run.epoch())
+            with interrupts.held():  # an update counts as soon as it is made
+                losses = update(run, batch, lr)
+                skips = 0 if finite(losses) else skips + 1
+                run.skipped += skips > 0
+                run.step += 1
+            if skips == SKIPS_IN_A_ROW or (skips and "grad_norm" not in losses):
+                raise ValueError(
+                    f"the loss is no longer finite at step {run.step}; use a lower --learning-rate, or "
+                    f"--max-grad-norm 1{last_file(run)}"
+                )
+            if skips:
+                progress.skipped(run.step)
+            else:
+                progress.step(run.step, epoch, losses, lr)
+                run.epoch_loss = run.epoch_loss[0] + losses["total"], run.epoch_loss[1] + 1
+            validate(run)
+            if run.epoch_begins():
+                epoch_ended(run)
+            name = run.folder.due(run)
+            if name:
+                save(run, name)
+            if run.backend.agreed(interrupts.asked()):
+                raise KeyboardInterrupt
     progress.close()
 
 
-@contextlib.contextmanager
-def worker_faults_in_one_line():
-    """Within: what goes wrong in a process that reads pictures is raised without that process's traceback."""
+def compile(run, batch):
+    started = time.monotonic()
+    run.trainer.compile(batch)
+    log.LOG.info("Compiled model in %.3f secs", time.monotonic() - started)
+
+
+def update(run, batch, lr):
+    """One update; a process that meets the end of another saves what it has."""
+    import torch
+
+    from data.order import random_bits
+    from training.checkpoints import save
+
+    run.trainer.set_lr(lr)
+    # Dropout draws from the seed, the step and the process alone: nothing to remember, whenever a run is stopped.
+    torch.manual_seed(random_bits(run.settings.random_seed, run.step, run.backend.rank) >> 1)
     try:
-        yield
-    except (ValueError, OSError) as error:
-        if "in DataLoader worker process" not in str(error):
-            raise
-        raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        reason = str(error).splitlines()[0].rstrip(". ")
-        raise OSError(f"{reason}; if memory ran out, fewer --dataloader-workers need less") from None
+        return run.trainer.step(batch)
+    except ConnectionError as error:
+        path = save(run, f"dalle_step_{run.step}.pt")
+        raise ConnectionError(f"{error}; go on with --pretrained-checkpoint {path}" if path else error) from None
 
 
-def save(run, name):
-    """Write a checkpoint under the output folder, keep the newest; → its path, or None without a folder."""
-    from torch import frombuffer, uint8
+def finite(losses):
+    return all(map(math.isfinite, losses.values()))
 
-    from utils import checkpoint
 
-    settings = run.settings
-    if not settings.checkpoint_output_dir or settings.synthetic_data:  # which trains on nothing
-        return None
-    state = run.trainer.state_dict()  # by every process, since what it holds may lie with all of them
-    if run.backend.rank:
-        return None
-    vocabulary = run.tokenizer.vocabulary
-    placement = ("embedding_ipu_id", "embedding_serialization_factor", "layers_per_ipu", "cls_ipu_id", "fp16", "byteio")
-    path = Path(settings.checkpoint_output_dir) / name
-    checkpoint.write(
-        path,
-        {
-            "hparams": {**run.hparams, **{name: getattr(settings, name) for name in placement}},
-            "vae_params": run.vae.hparams,
-            "epoch": (run.step - 1) // run.batches.batches_per_epoch,
-            "step": run.step,
-            "weights": checkpoint.canonical_weights(state["weights"]),
-            "opt_state": state["opt_state"],
-            "scheduler_state": run.schedule.state_dict(),
-            "tokenizer": {
-                "kind": run.tokenizer.kind,
-                "sha256": run.tokenizer.fingerprint,
-                "vocabulary": None if vocabulary is None else frombuffer(bytearray(vocabulary), dtype=uint8),
-            },
-            "vqgan": run.vae.fingerprint(),
-            "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
-            "settings": dict(vars(settings)),
-        },
-    )
-    log.LOG.info("wrote %s", path)
-    if path not in run.written:
-        run.written.append(path)
-    while len(run.written) > settings.keep_checkpoints:
-        oldest = run.written.pop(0)
-        if oldest.exists():
-            oldest.unlink()
-    return path
+def validate(run):
+    """Losses of held-out pairs where they are due, and the best checkpoint by them."""
+    from training import validation
+    from training.checkpoints import BEST, save
+
+    with_epochs = run.settings.lr_scheduler == "ReduceLROnPlateau" and run.epoch_begins()
+    due = run.step % run.settings.validation_steps == 0 or run.step == run.steps or with_epochs
+    if run.held_out is None or not due:
+        return
+    losses = validation.validate(run.trainer, run.backend, run.held_out)
+    run.held_out_loss = losses["total"]
+    log.validated(run.step, losses, run.tracker)
+    if run.best_loss is None or losses["total"] < run.best_loss:
+        run.best_loss = losses["total"]
+        save(run, BEST)
+
+
+def epoch_ended(run):
+    """The schedule learns of the held-out loss, or else of the mean of the training losses."""
+    total, count = run.epoch_loss
+    loss = run.held_out_loss if run.held_out is not None else total / max(count, 1)
+    if loss is not None and (count or run.held_out is not None):
+        run.schedule.epoch_ended(loss)
+    run.epoch_loss = (0.0, 0)
+
+
+def stopped(run):
+    """Ctrl-C or SIGTERM came: save, and say how to go on."""
+    from training.checkpoints import save
+
+    path = save(run, f"dalle_step_{run.step}.pt")
+    if not run.backend.rank:
+        print(f"stopped after step {run.step}; go on with --pretrained-checkpoint {path}" if path else "stopped")
+    raise SystemExit(130) from None
+
+
+def last_file(run):
+    return f"; the last good checkpoint is {run.folder.written[-1]}" if run.folder.written else ""
 
 
 if __name__ == "__main__":

@@ -14,19 +14,31 @@ class Trainer(Protocol):
         """Prepare for batches of this shape. Trains nothing."""
 
     def step(self, batch) -> Dict[str, float]:
-        """One update from one of loader()'s batches → total, text and image loss, means over the whole global batch."""
+        """One update from one of loader()'s batches → total, text and image loss, means over the whole global batch.
 
-    def evaluate(self, batch) -> Dict[str, float]:
-        """step()'s losses of a batch, without dropout and without an update."""
+        With them `grad_norm`, the gradient's norm before clipping, on machines that leave an update out where it is
+        not finite.
+        """
+
+    def evaluate(self, batches: Iterable) -> Dict[str, float]:
+        """step()'s losses without dropout and updates, means over all samples of loader()'s batches and over all
+        processes; of the averaged weights where the trainer keeps an average.
+
+        Processes may have different numbers of samples. The last batch may be smaller; machines of fixed shapes fill
+        it up with its own samples, which then count more.
+        """
 
     def set_lr(self, lr: float) -> None:
         """The learning rate from the next step on."""
 
     def state_dict(self) -> Dict:
-        """weights (a DALLE's own names) and opt_state, tensors and plain values only."""
+        """weights (a DALLE's own names), opt_state, and what else the trainer keeps; tensors and plain values only.
+
+        `ema_weights`, where an average is kept: weights again, without the VQGAN's.
+        """
 
     def load_state_dict(self, state: Dict) -> None:
-        """What state_dict() gave, on any backend; opt_state may be None: weights alone."""
+        """What state_dict() gave, on any backend; all but weights may be absent or None."""
 
 
 class Backend(Protocol):
@@ -44,6 +56,9 @@ class Backend(Protocol):
 
     def rank_zero_first(self) -> ContextManager:
         """Within: rank 0 goes first, the others when it has left; for what is made once and then read by all."""
+
+    def agreed(self, wish: bool) -> bool:
+        """Whether any of the processes wishes it; each must ask."""
 
     def loader(self, dataset, order: Sequence) -> Iterable:
         """Batches, each all that one step consumes: `order` holds lists of samples_per_step keys of `dataset`."""

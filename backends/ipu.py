@@ -99,8 +99,8 @@ class OrderedSamples(torch.utils.data.Dataset):
     def __getitem__(self, index):
         step, place = divmod(index, self.samples_per_step)
         if step != self.step:
-            self.step, self.keys = step, self.order[step]
-        return self.dataset[self.keys[place]]
+            self.step, self.keys = step, self.order[step] or self.order[0]
+        return self.dataset[self.keys[place % len(self.keys)]]  # a small batch, in evaluation, is filled up
 
 
 class IpuBackend:
@@ -119,6 +119,8 @@ class IpuBackend:
             self.prepare_training(settings)
 
     def prepare_training(self, settings):
+        if settings.ema_decay:
+            raise ValueError("--ema-decay: weights stay on the IPU and are not averaged; leave it out")
         settings.random_seed = self.instances.of_rank_zero(settings.random_seed)
         if not has_optimizer(settings):
             raise ValueError(f"--optimizer {settings.optimizer}: PopTorch has none; use Adam or AdamW")
@@ -146,6 +148,9 @@ class IpuBackend:
 
     def rank_zero_first(self):
         return rank_zero_first(self.rank, lambda: self.instances.of_rank_zero(0))  # a broadcast, so all have come
+
+    def agreed(self, wish):
+        return self.instances.mean([float(wish)])[0] > 0
 
     def options(self, training=True):
         """Those of a model that trains, or of one that evaluates as many samples a call."""
@@ -282,23 +287,25 @@ class IpuTrainer:
     def step(self, batch):
         return self.means(self.executor(*batch))
 
-    def evaluate(self, batch):
+    def evaluate(self, batches):
         import poptorch
 
         training = self.executor.isAttachedToDevice()
         if training:  # the same IPUs are wanted, and the weights that are there now
             self.executor.detachFromDevice()
-        if self.evaluator is None:
-            self.evaluator = poptorch.inferenceModel(self.wrapped.eval(), self.backend.options(training=False))
-            self.evaluator.compile(*batch)
-            self.wrapped.train()
-        else:
+        if self.evaluator is not None:
             self.evaluator.attachToDevice()
-        losses = self.means(self.evaluator(*batch))
+        losses = []
+        for batch in batches:
+            if self.evaluator is None:
+                self.evaluator = poptorch.inferenceModel(self.wrapped.eval(), self.backend.options(training=False))
+                self.evaluator.compile(*batch)
+                self.wrapped.train()
+            losses.append(self.means(self.evaluator(*batch)))
         self.evaluator.detachFromDevice()
         if training:
             self.executor.attachToDevice()
-        return losses
+        return {name: sum(found[name] for found in losses) / len(losses) for name in losses[0]}
 
     def means(self, sums):
         """Losses summed over the micro-batches of a call, a row a replica → their means over all instances."""

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from backends.native_drawing import sampler
 from backends.native_training import NativeTrainer
 from backends.processes import Processes, rank_zero_first, share
+from utils import interrupts
 
 LOG = logging.getLogger("minidalle")
 IPU_ONLY = (
@@ -75,6 +76,7 @@ def pick_precision(settings, device):
 def leave_interrupts_to_the_parent(worker):
     """For worker processes: Ctrl-C reaches them too, and the parent, which saves, is the one to end them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which it does
 
 
 class MicroBatches:
@@ -131,9 +133,19 @@ class NativeBackend:
             worker_init_fn=leave_interrupts_to_the_parent,
             pin_memory=self.device.type == "cuda",
         )
-        stream = iter(micro_batches)
+        stream = self.interruptible(micro_batches)
         for first in stream:
             yield itertools.chain([first], itertools.islice(stream, self.micro_batches - 1))
+
+    def interruptible(self, micro_batches):
+        """A process alone gives a step up where a signal waits; several finish it, then agree."""
+        for micro_batch in micro_batches:
+            if self.world_size == 1:
+                interrupts.check()
+            yield micro_batch
+
+    def agreed(self, wish):
+        return wish if self.world_size == 1 else self.processes.mean(torch.tensor(float(wish), device=self.device)) > 0
 
     def trainer(self, model):
         return NativeTrainer(model, self)

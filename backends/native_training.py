@@ -5,7 +5,9 @@ check.
 """
 
 import contextlib
+import copy
 import logging
+import math
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +24,9 @@ class NativeTrainer:
         self.model = model.to(backend.device).train()
         self.backend = backend
         self.network = self.model
+        self.decay = backend.settings.ema_decay
+        self.average = averaged(self.model) if self.decay else None
+        self.updates = 0
         if backend.world_size > 1:
             on = [backend.device] if backend.device.type == "cuda" else None
             # Masks are constants, and gloo of torch 2.0 sends no bool.
@@ -37,47 +42,64 @@ class NativeTrainer:
         """Nothing to do: kernels are chosen as they are called."""
 
     def step(self, batch):
+        """The losses, and `grad_norm`: before clipping; where it is not finite, the update was left out."""
         with self.backend.processes.together():
-            losses = self.losses(batch, self.network, self.backward)
-            self.update()
-        return losses
+            losses = self.losses(batch)
+            return {**losses, "grad_norm": self.update()}
 
-    def backward(self, total):
-        self.scaler.scale(total / self.backend.micro_batches).backward()
-
-    @torch.no_grad()
-    def evaluate(self, batch):
-        self.model.eval()
-        with self.backend.processes.together():
-            losses = self.losses(batch, self.model, lambda total: None)
-        self.model.train()
-        return losses
-
-    def losses(self, batch, network, then):
-        """Means over the micro-batches of all processes; then(total loss) is called on each of this one."""
+    def losses(self, batch):
+        """Forward and backward of every micro-batch; means over those of all processes."""
         sums = torch.zeros(3, device=self.backend.device)
         for number, (text, image) in enumerate(batch, start=1):
-            text = text.to(self.backend.device, non_blocking=True)
-            image = image.to(self.backend.device, non_blocking=True)
-            last = number == self.backend.micro_batches or network is self.model
-            with contextlib.nullcontext() if last else network.no_sync():  # gradients are exchanged once an update
-                with self.backend.autocast():
-                    losses = network(text, image, return_loss=True)
-                then(losses.total)
+            last = number == self.backend.micro_batches or self.network is self.model
+            with contextlib.nullcontext() if last else self.network.no_sync():  # gradients are exchanged once an update
+                losses = self.forward(self.network, text, image)
+                self.scaler.scale(losses.total / self.backend.micro_batches).backward()
             sums += torch.stack(losses).detach().float()
-        sums = self.backend.processes.mean(sums)
-        return dict(zip(("total", "text", "image"), (sums / self.backend.micro_batches).tolist()))
+        return named(self.backend.processes.mean(sums) / self.backend.micro_batches)
+
+    def forward(self, network, text, image):
+        text = text.to(self.backend.device, non_blocking=True)
+        image = image.to(self.backend.device, non_blocking=True)
+        with self.backend.autocast():
+            return network(text, image, return_loss=True)
 
     def update(self):
-        limit = self.backend.settings.max_grad_norm
-        if limit is not None:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        """→ the norm of the gradient; nothing is changed where it is not finite."""
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            self.scaler.unscale_(optimizer)
+        norm = gradient_norm(self.model.parameters(), self.backend.settings.max_grad_norm)
+        if math.isfinite(norm):
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            self.updates += 1
+            if self.average is not None:
+                self.follow()
+        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
+        return norm
+
+    @torch.no_grad()
+    def follow(self):
+        """The average takes its step towards the weights, larger ones at first so that it forgets where it began."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for ours, theirs in zip(self.average.parameters(), self.model.parameters()):
+            if theirs.requires_grad:
+                ours.lerp_(theirs, 1 - decay)
+
+    @torch.no_grad()
+    def evaluate(self, batches):
+        network = self.model.eval() if self.average is None else self.average
+        sums = torch.zeros(4, device=self.backend.device)
+        with self.backend.processes.together():
+            for batch in batches:
+                for text, image in batch:
+                    losses = torch.stack(self.forward(network, text, image)).float()
+                    sums += len(text) * torch.cat((losses, losses.new_ones(1)))
+            sums = self.backend.processes.mean(sums)
+        self.model.train()
+        return named(sums[:3] / sums[3])
 
     def set_lr(self, lr):
         for optimizer in self.optimizers:
@@ -85,11 +107,26 @@ class NativeTrainer:
                 group["lr"] = lr
 
     def state_dict(self):
-        opt_state = [optimizer.state_dict() for optimizer in self.optimizers]
-        return {"weights": self.model.state_dict(), "opt_state": opt_state}
+        state = {
+            "weights": self.model.state_dict(),
+            "opt_state": [optimizer.state_dict() for optimizer in self.optimizers],
+            "updates": self.updates,
+        }
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        if self.average is not None:
+            state["ema_weights"] = {
+                name: tensor for name, tensor in self.average.state_dict().items() if not name.startswith("vae.")
+            }
+        return state
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["weights"])
+        if self.average is not None:  # which begins at the weights where the state has none
+            self.average.load_state_dict({**state["weights"], **(state.get("ema_weights") or {})})
+        self.updates = state.get("updates") or 0
+        if self.scaler.is_enabled() and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         opt_state = state.get("opt_state")
         if opt_state is None:
             return
@@ -102,6 +139,23 @@ class NativeTrainer:
                 load_keeping_flags(optimizer, saved)
         except (ValueError, KeyError, TypeError, AttributeError):
             LOG.warning("the checkpoint's optimizer state belongs to another optimizer; it starts afresh")
+
+
+def named(losses):
+    return dict(zip(("total", "text", "image"), losses.tolist()))
+
+
+def averaged(model):
+    """A copy of a DALLE for the average of its weights; the frozen VQGAN is shared."""
+    return copy.deepcopy(model, {id(model.vae): model.vae}).requires_grad_(False).eval()
+
+
+def gradient_norm(parameters, limit):
+    """The norm of all gradients together, as a float; above `limit` (None: no limit) they are scaled down to it."""
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    if limit is not None:
+        return float(torch.nn.utils.clip_grad_norm_(trained, limit))
+    return float(torch.stack([parameter.grad.norm() for parameter in trained]).norm())
 
 
 def build_optimizers(model, settings):

@@ -4,6 +4,7 @@ How gradients are exchanged is DistributedDataParallel's business, used in nativ
 ipu.py's; they take turns as these do.
 """
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -28,6 +29,7 @@ class Processes:
             return
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            atexit.register(dist.destroy_process_group)  # its threads abort a process that ends before them
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(

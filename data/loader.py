@@ -7,7 +7,10 @@ of (seed, index). So workers, processes and resumed runs need share no state, an
 Nothing here knows a model: codes come as an array (data/codes.py makes it), the tokenizer from the caller.
 """
 
+import copy
+import hashlib
 import logging
+import os
 import signal
 from pathlib import Path
 from typing import List, Mapping, Optional, Tuple, Union
@@ -35,7 +38,7 @@ _TO_UPRIGHT = {
 _TOKENIZE_AT_ONCE = 4096  # captions handed to the tokenizer in one call
 _NAMED_IN_LOG = 20  # unreadable pictures told one by one; a disk that goes away would fill the log
 # What a random number is for, so that no two uses share one; 2 is the order's, in data/order.py.
-_CAPTION, _DROPOUT, _GENERATED = 0, 1, 3
+_CAPTION, _DROPOUT, _GENERATED, _HELD_OUT = 0, 1, 3, 4
 
 
 def load_picture(path: Union[str, Path], size: int) -> np.ndarray:
@@ -92,6 +95,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def leave_interrupts_to_the_parent(worker: int) -> None:
     """For worker processes: Ctrl-C reaches them too, and the parent is the one to end them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which it does
 
 
 class TextImageDataset(Dataset):
@@ -162,13 +166,42 @@ class TextImageDataset(Dataset):
             lost = {UNREADABLE: [picture for picture, kept in zip(self.pictures, good) if not kept]}
             report_skipped(lost)
             self._skipped[UNREADABLE] = sorted(set(self._skipped.get(UNREADABLE, []) + lost[UNREADABLE]))
-            self.pictures = [picture for picture, kept in zip(self.pictures, good) if kept]
-            self.captions = [caption for caption, kept in zip(self.captions, good) if kept]
-            self._caption_starts = self._caption_starts[good]
-            self._caption_counts = self._caption_counts[good]
-            self._unreadable = self._unreadable[torch.from_numpy(good)].share_memory_()
+            self._keep(np.flatnonzero(good))
             codes = codes[good]
         self._codes = codes
+
+    def _keep(self, rows: np.ndarray) -> None:
+        self.pictures = [self.pictures[row] for row in rows]
+        self.captions = [self.captions[row] for row in rows]
+        self._caption_starts, self._caption_counts = self._caption_starts[rows], self._caption_counts[rows]
+        self._unreadable = self._unreadable[torch.from_numpy(rows)].share_memory_()
+        if self._codes is not None:
+            self._codes = self._codes[rows]
+
+    def hold_out(self, share: float) -> "TextImageDataset":
+        """Take this share of the pairs out, at least one, and return them as a dataset of their own, without caption
+        dropout. A hash of a picture's name decides, so that the same pictures are held out whatever the seed, and
+        nearly the same ones of a folder that has grown. ValueError where nothing would be left to train on.
+        """
+        names = [os.path.relpath(picture, self.folder).replace(os.sep, "/") for picture in self.pictures]
+        order = sorted(range(len(names)), key=lambda row: hashlib.sha256(os.fsencode(names[row])).digest())
+        count = max(1, round(share * len(order)))
+        if count >= len(order):
+            raise ValueError(f"{printable(self.folder)}: {len(order)} pairs are too few to hold {share:g} of them out")
+        held_out = copy.copy(self)
+        held_out.caption_dropout, held_out._skipped = 0.0, {}
+        held_out._keep(np.sort(order[:count]))
+        self._keep(np.sort(order[count:]))
+        return held_out
+
+    def fingerprint(self) -> str:
+        """Names what there is to learn: pictures by name, captions by their tokens."""
+        digest = hashlib.sha256()
+        for picture in self.pictures:
+            digest.update(os.fsencode(os.path.relpath(picture, self.folder).replace(os.sep, "/")) + b"\0")
+        for part in (self._caption_starts, self._caption_counts, self._token_starts, self._tokens):
+            digest.update(np.ascontiguousarray(part))
+        return digest.hexdigest()
 
     @property
     def skipped(self) -> Skipped:
@@ -249,6 +282,15 @@ class GeneratedDataset(Dataset):
 
     def __len__(self) -> int:
         return self.length
+
+    def hold_out(self, share: float) -> "GeneratedDataset":
+        """A further dataset of this share of the length, at least one sample, of another seed."""
+        held_out = copy.copy(self)
+        held_out.length, held_out.seed = max(1, round(share * self.length)), random_bits(self.seed, _HELD_OUT)
+        return held_out
+
+    def fingerprint(self) -> str:
+        return f"{self.length} generated samples of seed {self.seed}"
 
     def __getitem__(self, key: Key) -> Tuple[torch.Tensor, torch.Tensor]:
         _, index = epoch_and_index(key, self.length)

@@ -163,7 +163,7 @@ CONFIGURATIONS = {
 COUNTS = {
     "train.py": "batch-size gradient-accumulation replication-factor epochs max-steps device-iterations "
     "embedding-serialization-factor ipus-per-replica hidden-size num-hidden-layers num-attention-heads dim-head "
-    "text-seq-len checkpoint-save-steps checkpoint-save-epochs keep-checkpoints",
+    "text-seq-len checkpoint-save-steps checkpoint-save-epochs keep-checkpoints validation-steps",
     "generate.py": "num-images batch-size",
     "train_vqgan.py": "image-size patch-size ch ch-mult num-res-blocks z-channels embed-dim n-embed batch-size "
     "max-steps",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("models", "data", "backends", "utils", "benchmarks")
+ROOMS = ("models", "data", "backends", "utils", "training", "benchmarks")
 SOURCES = sorted(path for folder in (ROOT, *map(ROOT.joinpath, ROOMS)) for path in folder.glob("*.py"))
 LOCAL = {*ROOMS, *(path.stem for path in ROOT.glob("*.py"))}
 FOREIGN = {"torch", "torchvision", "numpy", "PIL", "yaml", "tqdm", "einops", "taming", "ftfy", "tokenizers", "wandb"}

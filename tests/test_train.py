@@ -171,6 +171,8 @@ def test_without_an_output_folder_nothing_is_written(trained, tmp_path, monkeypa
     [
         ("dalle_1.pt", ["--lr-scheduler", "ReduceLROnPlateau"]),
         ("dalle_1.pt", ["--lr-scheduler", "multi_step"]),
+        ("dalle_step_4.pt", ["--ff-dropout", "0.2", "--attn-dropout", "0.2", "--caption-dropout", "0.3"]),
+        ("dalle_step_4.pt", ["--ema-decay", "0.9", "--lr-scheduler", "cosine"]),
         ("dalle_step_4.pt", ["--lr-scheduler", "trapezoid", "--warmup-steps", "4", "--optimizer", "Muon"]),
     ],
 )
@@ -194,6 +196,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trained, stopped_at,
     assert not (resumed / "dalle_0.pt").exists()
     expected, found = opened(whole / "dalle_3.pt"), opened(resumed / "dalle_3.pt")
     assert equal_weights(expected["weights"], found["weights"])
+    assert equal_weights(expected.get("ema_weights", {}), found.get("ema_weights", {}))
     assert (found["epoch"], found["step"]) == (3, 12)
     assert found["opt_state"][0]["state"][0].keys() == expected["opt_state"][0]["state"][0].keys()
     for ours, theirs in zip(found["opt_state"], expected["opt_state"]):
@@ -273,7 +276,7 @@ def test_ctrl_c_before_the_first_step(command, tiny_flags, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data.codes.cached_codes", interrupted)
+    monkeypatch.setattr("training.build.cached_codes", interrupted)
     ended = command(train.main, *tiny_flags)
     assert ended.status == 130 and ended.err == "" and ended.out.splitlines()[-1] == "stopped before the first step"
 

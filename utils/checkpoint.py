@@ -9,8 +9,10 @@ is built from them is generate.py's business.
 import contextlib
 import os
 import pickle
+import pickletools
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -19,8 +21,8 @@ PREFIX = "model."
 
 
 def write(path, checkpoint):
-    """torch.save, complete or not at all: written beside `path`, flushed to disk, renamed. OSError where it cannot
-    be.
+    """torch.save, complete or not at all: written beside `path`, flushed to disk, read back, renamed. OSError where it
+    cannot be.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +32,12 @@ def write(path, checkpoint):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        with zipfile.ZipFile(beside) as archive:
+            if archive.testzip() is not None:
+                raise OSError(f"{path}: what was written cannot be read back")
         os.replace(beside, path)
+    except zipfile.BadZipFile as error:
+        raise OSError(f"{path}: what was written cannot be read back ({_first_line(error)})") from error
     except RuntimeError as error:  # what torch's writer makes of a full disk
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"{path}: could not be written ({_first_line(reason)})") from error
@@ -58,6 +65,10 @@ def read(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's thoughts on a file that is then refused
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
+                    if archive.testzip() is not None:
+                        raise ValueError("checksum differs")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_]\w*(?:\.\w+)*)", str(error))
@@ -76,6 +87,21 @@ def read(path):
     if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in checkpoint["weights"].items()):
         raise ValueError(f"{path}: not a DALL-E checkpoint: its weights are not tensors under names")
     return checkpoint
+
+
+def step_of(path):
+    """The number of updates that a file of ours says it had, without reading its tensors; None where that fails."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            expected = False
+            for opcode, value, _ in pickletools.genops(archive.read(name)):  # read, not run
+                if expected and isinstance(value, int) and opcode.name.startswith("BININT"):
+                    return value
+                expected = value == "step" or (expected and opcode.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"))
+    except (OSError, ValueError, zipfile.BadZipFile):
+        pass
+    return None
 
 
 def canonical_weights(state):

@@ -56,8 +56,8 @@ def trapezoid(step, steps, warmup):
 class LearningRate:
     """The learning rate of each update, correct from the first; `name` is one of --lr-scheduler's.
 
-    Asked before the update: at(step, epoch). Told after every epoch: epoch_ended(mean loss), which only
-    ReduceLROnPlateau heeds (factor 0.5, patience 10, cooldown 10, never below 1e-6).
+    Asked before the update: at(step, epoch). Told after every epoch: epoch_ended(loss on held-out pairs, or the mean
+    of the training loss), which only ReduceLROnPlateau heeds (factor 0.5, patience 10, cooldown 10, never below 1e-6).
     """
 
     def __init__(self, name, peak, *, epochs, steps, warmup_steps=0):

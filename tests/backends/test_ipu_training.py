@@ -134,7 +134,7 @@ def test_states_go_from_machine_to_machine(poptorch_standin, tiny_vae, logged):
         target.load_state_dict({**state, "weights": {name: part.clone() for name, part in state["weights"].items()}})
         assert "starts afresh" in logged.text  # Adam's moments lie in another form on IPUs
         micro_batches = list(zip(*(part.split(1) for part in batch)))
-        losses = [trainer.evaluate(batch if trainer is on_ipu else micro_batches) for trainer in (source, target)]
+        losses = [trainer.evaluate([batch if trainer is on_ipu else micro_batches]) for trainer in (source, target)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
         on_cpu.step(micro_batches)
 
@@ -148,12 +148,12 @@ def test_evaluation_changes_nothing(poptorch_standin, tiny_vae):
     for trainer in (plain, watched):
         trainer.compile(batch)
     for _ in range(3):
-        losses = watched.evaluate(batch)
+        losses = watched.evaluate([batch])
         by_hand = small_dalle(tiny_vae, **dropouts).eval()
         by_hand.load_state_dict(weights_of(watched))
         with torch.no_grad():
             assert losses["total"] == pytest.approx(float(by_hand(*batch, return_loss=True).total), rel=1e-5)
-        assert watched.evaluate(batch) == losses
+        assert watched.evaluate([batch]) == losses
         assert plain.step(batch) == watched.step(batch) != losses
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -138,7 +139,9 @@ def test_losses_are_means_over_all_micro_batches(tiny_vae):
     with torch.no_grad():
         parts = [model(text[i : i + 2], codes[i : i + 2], return_loss=True) for i in range(0, 12, 2)]
     _, (losses,) = trained(tiny_vae, 1, batch_size=2, gradient_accumulation=6)
-    assert list(losses) == ["total", "text", "image"] and all(type(loss) is float for loss in losses.values())
+    assert list(losses) == ["total", "text", "image", "grad_norm"]
+    assert all(type(loss) is float for loss in losses.values())
+    del losses["grad_norm"]
     for name, loss in losses.items():
         values = [getattr(part, name).item() for part in parts]
         assert loss == pytest.approx(sum(values) / 6, rel=1e-5)
@@ -386,3 +389,70 @@ def test_the_sampler_draws_the_plain_loops_codes(tiny_vae, batch_size):
             for draw in (backend.sampler(model), lambda text, **more: generate_codes(model, text, **more))
         ]
         assert torch.equal(*draws)
+
+
+def test_the_average_of_the_weights_follows_them(tiny_vae):
+    given = dict(batch_size=4, gradient_accumulation=3)
+    trainer, _ = trained(tiny_vae, 0, ema_decay=0.4, **given)
+    average = weights_of(trainer.model)
+    for seed in range(4):
+        trainer.step(micro_batches(trainer.backend, samples(12, seed)))
+        decay = min(0.4, (2 + seed) / (11 + seed))  # 2/11, 3/12, 4/13, 5/14
+        now = weights_of(trainer.model)
+        average = {name: decay * average[name] + (1 - decay) * now[name] for name in average}
+    state = trainer.state_dict()
+    assert_same({name: state["ema_weights"][name] for name in average}, average, atol=1e-6, rtol=0)
+    plain, _ = trained(tiny_vae, 4, **given)
+    assert_same(weights_of(trainer.model), weights_of(plain.model), atol=0, rtol=0)  # training is as without it
+
+    batch = [micro_batches(trainer.backend, samples(12, 9))]
+    by_hand = small_dalle(tiny_vae).eval()
+    by_hand.load_state_dict({**by_hand.state_dict(), **average})
+    with torch.no_grad():
+        expected = by_hand(*samples(12, 9), return_loss=True)
+    assert trainer.evaluate(batch)["total"] == pytest.approx(float(expected.total), rel=1e-5)
+    other, _ = trained(tiny_vae, 0, ema_decay=0.4, **given)
+    other.load_state_dict(copy.deepcopy(state))
+    for each in (trainer, other):
+        each.step(micro_batches(each.backend, samples(12, 5)))
+    assert_same(other.state_dict()["ema_weights"], trainer.state_dict()["ema_weights"], atol=0, rtol=0)
+
+
+def test_evaluation_weighs_every_sample_alike(tiny_vae):
+    trainer, _ = trained(tiny_vae, 0, batch_size=4, gradient_accumulation=3)
+    text, codes = samples(7)
+    model = small_dalle(tiny_vae).eval()
+    with torch.no_grad():
+        each = [float(model(text[i : i + 1], codes[i : i + 1], return_loss=True).total) for i in range(7)]
+    losses = trainer.evaluate([[(text[:4], codes[:4]), (text[4:6], codes[4:6])], [(text[6:], codes[6:])]])
+    assert losses["total"] == pytest.approx(sum(each) / 7, rel=1e-5)
+    assert trainer.model.training
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("limit", [None, 0.02])
+def test_an_update_without_a_finite_gradient_is_left_out(tiny_vae, optimizer, limit):
+    given = dict(batch_size=4, gradient_accumulation=3, optimizer=optimizer, max_grad_norm=limit, ema_decay=0.9)
+    trainer, _ = trained(tiny_vae, 2, **given)
+    before = copy.deepcopy(trainer.state_dict())
+    with torch.no_grad():
+        scale = trainer.model.transformer.layers[0][0].scale
+        kept, scale[0, 0, 0] = float(scale[0, 0, 0]), float("nan")
+    losses = trainer.step(micro_batches(trainer.backend, samples(12, 3)))
+    with torch.no_grad():
+        scale[0, 0, 0] = kept
+    assert not math.isfinite(losses["grad_norm"]) and not math.isfinite(losses["total"])
+    after = trainer.state_dict()
+    assert_same(dict(after["weights"]), dict(before["weights"]), atol=0, rtol=0)
+    assert_same(dict(after["ema_weights"]), dict(before["ema_weights"]), atol=0, rtol=0)
+    assert str(after["opt_state"]) == str(before["opt_state"]) and after["updates"] == before["updates"] == 2
+    assert math.isfinite(trainer.step(micro_batches(trainer.backend, samples(12, 4)))["grad_norm"])
+
+
+def test_the_gradient_norm_is_that_before_clipping(tiny_vae):
+    model = small_dalle(tiny_vae)
+    model(*samples(12), return_loss=True).total.backward()
+    expected = float(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm())
+    for limit in (None, 1e-3):
+        _, (losses,) = trained(tiny_vae, 1, batch_size=12, max_grad_norm=limit)
+        assert losses["grad_norm"] == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,111 @@
+"""A run's folder of checkpoints: which file is the newest, what a second run may do there, what is told apart."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+import train
+from training import checkpoints
+from utils import checkpoint
+
+
+@pytest.fixture
+def folder(command, tiny_flags, tmp_path):
+    """Nine steps of three epochs, with checkpoints after 2, 3, 4, 6, 8 and 9."""
+    path = tmp_path / "run"
+    flags = ["--epochs", 3, "--checkpoint-save-steps", 2, "--keep-checkpoints", 9, "--checkpoint-output-dir", path]
+    assert command(train.main, *tiny_flags, *flags).status == 0
+    return path
+
+
+def test_age_is_steps_whatever_the_times_and_names(folder):
+    names = ["dalle_step_2.pt", "dalle_0.pt", "dalle_step_4.pt", "dalle_1.pt", "dalle_step_8.pt", "dalle_2.pt"]
+    for number, path in enumerate(sorted(folder.iterdir())):
+        os.utime(path, (number, number))  # as a copy in order of names leaves them
+    (folder / "dalle_best.pt").write_bytes(b"no number")
+    assert [path.name for path in checkpoints.by_age(folder)] == names
+    assert [checkpoint.step_of(folder / name) for name in names] == [2, 3, 4, 6, 8, 9]
+
+
+def test_a_second_run_into_the_folder_is_refused(folder, command, tiny_flags, tmp_path):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    other = shutil.copy(folder / "dalle_0.pt", tmp_path / "other.pt")
+    for flags in ([], ["--pretrained-checkpoint", other]):
+        ended = command(train.main, *tiny_flags, "--checkpoint-output-dir", folder, "--epochs", 9, *flags)
+        assert ended.status == 2 and ended.err.count("\n") == 1
+        assert all(word in ended.err for word in ("--checkpoint-output-dir", str(folder), "dalle_2.pt", "--resume"))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def resumed(command, tiny_flags, folder, *flags):
+    return command(train.main, *tiny_flags, "--checkpoint-output-dir", folder, "--resume", *flags)
+
+
+def test_resume_takes_the_newest_good_file(folder, command, tiny_flags):
+    newest = folder / "dalle_2.pt"
+    whole, expected = newest.read_bytes(), checkpoint.read(newest)["weights"]
+    left = folder / "dalle_step_8.pt.77.tmp"
+    left.write_bytes(b"half of a file")
+    for damaged in (whole[: len(whole) // 2], whole[:-100000] + bytes(100) + whole[-99900:], b""):
+        newest.write_bytes(damaged)
+        ended = resumed(command, tiny_flags, folder, "--epochs", 3)
+        assert ended.status == 0, ended
+        assert f"{newest}: damaged" in ended.out and "the one before it is taken" in ended.out
+        assert f"going on from {folder / 'dalle_step_8.pt'} at step 8" in ended.out
+        again = checkpoint.read(newest)["weights"]  # the same step, bit for bit
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in again.items()) and not left.exists()
+
+
+def test_resume_of_a_finished_run_ends_well_and_of_none_begins(folder, command, tiny_flags, tmp_path):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert resumed(command, tiny_flags, folder, "--epochs", 3).status == 0
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    ended = resumed(command, tiny_flags, tmp_path / "new", "--max-steps", 1)
+    assert ended.status == 0 and "so the run begins" in ended.out and (tmp_path / "new/dalle_step_1.pt").exists()
+    for path in folder.iterdir():
+        path.write_bytes(b"no checkpoint")
+    ended = resumed(command, tiny_flags, folder, "--epochs", 3)
+    assert ended.status == 2 and "can be read" in ended.err and "--resume" in ended.err
+
+
+def test_differences_are_told(folder, command, tiny_flags, picture_folder):
+    (picture_folder / "00.txt").write_text("a caption of its own\n")
+    flags = ["--epochs", 4, "--learning-rate", 0.5, "--input-folder", picture_folder]
+    ended = resumed(command, tiny_flags, folder, *flags)
+    told = [line for line in ended.out.splitlines() if "unlike the run that wrote it" in line]
+    assert ended.status == 0 and len(told) == 3
+    assert "--learning-rate 0.5, was 0.003" in told[1] and "other pictures or captions" in told[2]
+    assert "--epochs 4, was 3" in told[0]
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(command, tiny_flags, tmp_path, monkeypatch):
+    written, original = [], checkpoint.write
+
+    def full(path, content):
+        if content["step"] == 4:
+            raise OSError(28, "No space left on device", str(path))
+        written.append(content["step"])
+        original(path, content)
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    flags = ["--checkpoint-save-steps", 2, "--epochs", 2, "--checkpoint-output-dir", tmp_path, "--keep-checkpoints", 1]
+    ended = command(train.main, *tiny_flags, *flags)
+    assert ended.status == 0 and written == [2, 3, 6]
+    (told,) = [line for line in ended.out.splitlines() if "no checkpoint of step 4" in line]
+    assert "No space left on device" in told and "the last good one is" in told and "dalle_0.pt" in told
+
+
+def test_the_best_by_validation_loss_is_kept(command, tiny_flags, tmp_path):
+    flags = ["--validation-split", 0.25, "--validation-steps", 1, "--epochs", 8, "--learning-rate", 0.03]
+    flags += ["--checkpoint-output-dir", tmp_path, "--batch-size", 3, "--keep-checkpoints", 1]
+    ended = command(train.main, *tiny_flags, *flags)
+    losses = [float(line.split("total ")[1].split()[0]) for line in ended.out.splitlines() if "held-out: total" in line]
+    assert ended.status == 0 and "9 pictures" in ended.out and "3 more are held out" in ended.out and len(losses) == 24
+    best = checkpoint.read(tmp_path / "dalle_best.pt")
+    assert best["step"] == 1 + losses.index(min(losses)) < 24  # at this rate it does not end at its best
+    assert best["progress"]["best_loss"] == pytest.approx(min(losses), abs=1e-4)
+    last = checkpoint.read(tmp_path / "dalle_7.pt")
+    assert last["progress"]["best_loss"] == best["progress"]["best_loss"]
+    assert not torch.equal(last["weights"]["model.text_emb.weight"], best["weights"]["model.text_emb.weight"])

@@ -1,0 +1,217 @@
+"""A run's checkpoints: which file to go on from, what it brings back, what is written when, and what is kept.
+
+The file itself, its layout and how it is read and written safely, is utils/checkpoint.py's.
+"""
+
+import platform
+import re
+import time
+from pathlib import Path
+
+import torch
+
+import log
+from utils import checkpoint, interrupts
+
+BEST = "dalle_best.pt"
+# Of the settings that a file remembers, those that say how and where a run goes on rather than what it is.
+NOT_THE_SAME_RUN = {
+    *("config", "resume", "pretrained_checkpoint", "checkpoint_output_dir", "checkpoint_save_steps"),
+    *("checkpoint_save_minutes", "checkpoint_save_epochs", "keep_checkpoints", "device", "dataloader_workers"),
+    *("wandb", "wandb_project_name", "wandb_run_name", "codes_cache", "executable_cache_dir", "profile_dir"),
+    *("top_k", "top_p", "temperature", "cond_scale", "input_folder", "validation_folder", "vae_path", "bpe_path"),
+    *("vqgan_model_path", "vqgan_config_path", "async_dataloader", "validation_steps"),
+}
+
+
+class Folder:
+    """--checkpoint-output-dir: the files of this run, oldest first in `written`. Without a folder nothing is written.
+
+    Raises ValueError where it cannot be written, or holds another run's files and nothing says to go on with them.
+    """
+
+    def __init__(self, settings, writes=True):
+        self.settings, self.writes = settings, writes
+        wanted = settings.checkpoint_output_dir and not settings.synthetic_data  # which trains on nothing
+        self.path = Path(settings.checkpoint_output_dir) if wanted else None
+        self.written = []
+        self.saved_at = time.monotonic()
+        if self.path is None:
+            return
+        found = by_age(self.path)
+        given = settings.pretrained_checkpoint
+        if given and Path(given).resolve().parent == self.path.resolve() or settings.resume:
+            self.written = found
+        elif found:
+            raise ValueError(
+                f"--checkpoint-output-dir {self.path}: has {found[-1].name} of an earlier run; "
+                "go on with --resume, or give another folder"
+            )
+        if writes:
+            checkpoint.check_writable(self.path, "--checkpoint-output-dir")
+            for left in self.path.glob("dalle_*.pt.*.tmp"):  # by a run that was killed while it wrote
+                left.unlink()
+
+    def origin(self):
+        """(file, its dict) to go on from, or None to begin. A damaged newest file is told, and left for the one before
+        it.
+        """
+        if self.settings.pretrained_checkpoint:
+            return self.settings.pretrained_checkpoint, checkpoint.read(self.settings.pretrained_checkpoint)
+        if not self.settings.resume:
+            return None
+        candidates = list(reversed(self.written)) + [path for path in [self.path / BEST] if path.exists()]
+        for path in candidates:
+            try:
+                return path, checkpoint.read(path)
+            except (ValueError, OSError) as error:
+                log.LOG.warning("%s; the one before it is taken", error)
+        if candidates:
+            raise ValueError(f"--resume: no checkpoint in {self.path} can be read; give another folder to begin anew")
+        log.LOG.info("--resume: no checkpoint in %s yet, so the run begins", self.path)
+        return None
+
+    def due(self, run):
+        """The name of the checkpoint to write after this update, or None."""
+        settings, last = self.settings, run.step == run.steps
+        ended = run.epoch() - 1
+        if run.epoch_begins() and ((ended + 1) % settings.checkpoint_save_epochs == 0 or last):
+            return f"dalle_{ended}.pt"
+        minutes = settings.checkpoint_save_minutes
+        late = minutes is not None and run.backend.agreed(time.monotonic() - self.saved_at > 60 * minutes)
+        if run.step % settings.checkpoint_save_steps == 0 or last or late:
+            return f"dalle_step_{run.step}.pt"
+        return None
+
+    def keep(self, path):
+        """Note a file as the newest, and remove the oldest beyond --keep-checkpoints."""
+        if path in self.written:
+            self.written.remove(path)
+        self.written.append(path)
+        while len(self.written) > self.settings.keep_checkpoints:
+            oldest = self.written.pop(0)
+            if oldest.exists():
+                oldest.unlink()
+
+
+def by_age(folder):
+    """dalle_<epoch>.pt and dalle_step_<step>.pt of a folder, fewest steps first; damaged ones by their time."""
+    found = [path for path in folder.glob("dalle_*.pt") if re.fullmatch(r"dalle_(step_)?\d+\.pt", path.name)]
+    times = {path: path.stat().st_mtime_ns for path in found}
+    steps = {path: checkpoint.step_of(path) for path in found}
+    known = sorted((times[path], steps[path]) for path in found if steps[path] is not None)
+
+    def age(path):
+        before = [step for when, step in known if when <= times[path]]
+        return steps[path] if steps[path] is not None else max(before, default=-1) + 0.5
+
+    return sorted(found, key=lambda path: (age(path), times[path]))
+
+
+def resume(run, path, saved, model):
+    """Weights, optimizer, schedule and position of a file into a run; ValueError where it does not fit its model."""
+    weights = checkpoint.model_weights(saved["weights"])
+    for name, tensor in model.state_dict().items():
+        if name.startswith("vae."):
+            weights[name] = tensor  # the VQGAN of this run's flags
+    misfit = checkpoint.first_misfit(model, weights)
+    if misfit:
+        raise ValueError(f"{path}: does not fit this configuration: {misfit}")
+    vocabulary = saved["tokenizer"].get("sha256") if isinstance(saved.get("tokenizer"), dict) else None
+    for flag, made_with, ours in (
+        ("--bpe-path", vocabulary, run.tokenizer.fingerprint),
+        ("--vae-path", saved.get("vqgan"), run.vae.fingerprint()),
+    ):
+        if made_with not in (None, ours):
+            raise ValueError(f"{path}: was trained with another {flag} than this run's")
+    ema = saved.get("ema_weights")
+    run.trainer.load_state_dict(
+        {
+            "weights": weights,
+            "ema_weights": checkpoint.model_weights(ema) if isinstance(ema, dict) else None,
+            "opt_state": saved.get("opt_state") if isinstance(saved.get("opt_state"), list) else None,
+            **(saved.get("trainer") if isinstance(saved.get("trainer"), dict) else {}),
+        }
+    )
+    if isinstance(saved.get("scheduler_state"), dict):
+        run.schedule.load_state_dict(saved["scheduler_state"])
+    run.step = saved.get("step", (saved.get("epoch", -1) + 1) * run.batches.batches_per_epoch)
+    for name, value in (saved.get("progress") or {}).items():
+        setattr(run, name, tuple(value) if isinstance(value, list) else value)
+    if run.step > run.steps or (run.step == run.steps and not run.settings.resume):
+        raise ValueError(
+            f"{path}: has {run.step} steps already, this run ends at {run.steps}; give more --epochs or --max-steps"
+        )
+    log.LOG.info("going on from %s at step %d", path, run.step)
+    for line in differences(saved, run):
+        log.LOG.warning("unlike the run that wrote it: %s", line)
+
+
+def differences(saved, run):
+    """In what a run differs from the one that wrote a file, a phrase each."""
+    found = []
+    before = saved.get("settings") if isinstance(saved.get("settings"), dict) else {}
+    for name, value in vars(run.settings).items():
+        if name in before and name not in NOT_THE_SAME_RUN and plain(before[name]) != plain(value):
+            found.append(f"--{name.replace('_', '-')} {value}, was {before[name]}")
+    if saved.get("data") not in (None, run.dataset.fingerprint()):
+        found.append("other pictures or captions in the input folder")
+    return found
+
+
+def plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def save(run, name):
+    """Write a checkpoint, keep the newest → its path; None without a folder, or where it cannot be written: then the
+    log says so, and the run goes on with the last good file.
+    """
+    folder = run.folder
+    if folder.path is None:
+        return None
+    state = run.trainer.state_dict()  # by every process, since what it holds may lie with all of them
+    folder.saved_at = time.monotonic()
+    if run.backend.rank:
+        return None
+    path = folder.path / name
+    try:
+        with interrupts.held():
+            checkpoint.write(path, contents(run, state))
+            if name != BEST:
+                folder.keep(path)
+    except OSError as error:
+        last = f"; the last good one is {folder.written[-1]}" if folder.written else ""
+        log.LOG.warning("no checkpoint of step %d: %s%s", run.step, log.reason(error), last)
+        return None
+    log.LOG.info("wrote %s", path)
+    return path
+
+
+def contents(run, state):
+    """The dict of a file: the reference's keys, then ours (see utils/checkpoint.py)."""
+    settings, vocabulary = run.settings, run.tokenizer.vocabulary
+    placement = ("embedding_ipu_id", "embedding_serialization_factor", "layers_per_ipu", "cls_ipu_id", "fp16", "byteio")
+    written = {
+        "hparams": {**run.hparams, **{name: getattr(settings, name) for name in placement}},
+        "vae_params": run.vae.hparams,
+        "epoch": (run.step - 1) // run.batches.batches_per_epoch,
+        "step": run.step,
+        "weights": checkpoint.canonical_weights(state.pop("weights")),
+        "opt_state": state.pop("opt_state"),
+        "scheduler_state": run.schedule.state_dict(),
+        "progress": {name: getattr(run, name) for name in ("skipped", "epoch_loss", "held_out_loss", "best_loss")},
+        "tokenizer": {
+            "kind": run.tokenizer.kind,
+            "sha256": run.tokenizer.fingerprint,
+            "vocabulary": None if vocabulary is None else torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8),
+        },
+        "vqgan": run.vae.fingerprint(),
+        "data": run.dataset.fingerprint(),
+        "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
+        "settings": dict(vars(settings)),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+    }
+    if "ema_weights" in state:
+        written["ema_weights"] = checkpoint.canonical_weights(state.pop("ema_weights"))
+    return {**written, "trainer": state}
