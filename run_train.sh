@@ -17,7 +17,7 @@ if [ $# -gt 0 ]; then
     exec python train.py --config "$name" "$@"
 fi
 if [ ! -f output/demo/trained ]; then
-    python train.py --config demo
+    python train.py --config demo --resume
     touch output/demo/trained
 fi
 python evaluate.py --dalle_path "$(ls -t output/demo/ckpt/dalle_*.pt | head -n 1)"

@@ -2,6 +2,7 @@
 not been.
 """
 
+import math
 import os
 import re
 import signal
@@ -78,6 +79,24 @@ def test_twelve_pictures_are_learnt_by_heart(trained, command, drawn_pictures, t
         found = read_pixels(tmp_path / "drawn" / prompt.replace(" ", "_") / "0.jpg")
         right += int((expected - found).square().mean((1, 2, 3)).argmin()) == number
     assert right >= 11, right
+
+
+def test_caption_dropout_teaches_what_guidance_compares_with(trained, drawn_pictures, tiny_vqgan):
+    """Without a caption, a model that has seen none predicts codes as often as pictures have them; one that never went
+    without is sure of something wrong.
+    """
+    vae = load_vqgan(str(tiny_vqgan))
+    pictures = torch.stack([read_pixels(path) for path in sorted(drawn_pictures.glob("*.png"))])
+    codes = vae.get_codebook_indices(pictures)
+    losses, flags = [], ["--epochs", "60", "--learning-rate", "1e-2", "--lr-scheduler", "cosine"]
+    for dropout in ("0", "0.25"):
+        folder, _ = trained(*flags, "--checkpoint-save-epochs", "60", "--caption-dropout", dropout)
+        model = generate.load(folder / "dalle_59.pt")[0]
+        with torch.no_grad():
+            losses.append(float(model(torch.zeros(12, 16, dtype=torch.long), codes, return_loss=True).image))
+    # Which of twelve pictures it is, is all there is to guess: log 12 for the sixteen codes of a picture together.
+    least = math.log(12) / 16
+    assert 0.9 * least < losses[1] < 1.5 * least < 2 * least < losses[0], losses
 
 
 def test_lines_that_benchmarks_read(trained):
