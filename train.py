@@ -73,8 +73,8 @@ def train(run):
             if run.epoch_begins():
                 epoch_ended(run)
             name = run.folder.due(run)
-            if name:
-                save(run, name)
+            if name and save(run, name) is None and run.step == run.steps:
+                not_saved(run)
             if run.backend.agreed(interrupts.asked()):
                 raise KeyboardInterrupt
     progress.close()
@@ -141,6 +141,11 @@ def stopped(run):
     if not run.backend.rank:
         print(f"stopped after step {run.step}; go on with --pretrained-checkpoint {path}" if path else "stopped")
     raise SystemExit(130) from None
+
+
+def not_saved(run):
+    if run.folder.path is not None and not run.backend.rank:
+        raise OSError(f"the run ended at step {run.step}, but its last checkpoint was not written{last_file(run)}")
 
 
 def last_file(run):

@@ -349,7 +349,7 @@ class IpuTrainer:
                 raise ValueError
             load_keeping_flags(self.optimizer, {name: saved[name] for name in saved if name != "parameters"})
             self.executor.setOptimizer(self.optimizer)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             LOG.warning("the checkpoint's optimizer state is no IPU's, or another optimizer's; it starts afresh")
 
 

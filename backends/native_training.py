@@ -137,7 +137,7 @@ class NativeTrainer:
                 if saved.keys() != optimizer.state_dict().keys():  # PopTorch's optimizers keep more
                     raise ValueError
                 load_keeping_flags(optimizer, saved)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             LOG.warning("the checkpoint's optimizer state belongs to another optimizer; it starts afresh")
 
 

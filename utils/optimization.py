@@ -18,7 +18,16 @@ def parameter_groups(model, weight_decay):
 
 
 def load_keeping_flags(optimizer, state):
-    """A saved state into an optimizer, whose decay rates, weight decay and the like stay those of this run's flags."""
+    """A saved state into an optimizer, whose decay rates, weight decay and the like stay those of this run's flags.
+
+    ValueError, and nothing is changed, where a moment has not its parameter's shape: torch would notice in the middle
+    of an update.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, moments in state["state"].items():
+        for moment in moments.values():
+            if torch.is_tensor(moment) and moment.dim() and moment.shape != parameters[number].shape:
+                raise ValueError(f"a moment of {tuple(moment.shape)} for {tuple(parameters[number].shape)}")
     flags = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, flags):

@@ -1,0 +1,138 @@
+"""What happens to a run when the world around it fails: disks, numbers, files. Each ends as the README says."""
+
+import contextlib
+import copy
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from backends.native_training import NativeTrainer
+from tests.conftest import ROOT
+from utils import checkpoint
+
+SAVES = ["--checkpoint-save-steps", 2, "--epochs", 3, "--checkpoint-save-epochs", 9]  # nine steps
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(megabytes): a folder that is a file system of that size; and how to make it read-only."""
+    mounted = []
+
+    def mount(megabytes):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        tried = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], capture_output=True
+        )
+        if tried.returncode:
+            pytest.skip("no file system may be mounted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk(command, tiny_flags, small_disk):
+    folder = small_disk(24)  # three checkpoints of 7.0 MB, not four; a new one is written before the oldest goes
+    flags = [*tiny_flags, *SAVES, "--checkpoint-output-dir", folder]
+    ended = command(train.main, *flags, "--keep-checkpoints", 9)
+    assert ended.status == 2 and ended.err.count("\n") == 1 and "its last checkpoint was not written" in ended.err
+    told = [line for line in ended.out.splitlines() if "no checkpoint of step" in line]
+    assert [int(re.search(r"step (\d+)", line)[1]) for line in told] == [8, 9], ended.out
+    assert all("No space left" in line and str(folder / "dalle_step_6.pt") in line for line in told)
+    files = {path.name for path in folder.glob("dalle*")}
+    assert files == {"dalle_step_2.pt", "dalle_step_4.pt", "dalle_step_6.pt"}  # whole ones, and no half ones
+    assert all(checkpoint.read(folder / name)["step"] for name in files)
+    for name in ("dalle_step_2.pt", "dalle_step_4.pt"):
+        (folder / name).unlink()
+    ended = command(train.main, *flags, "--resume")
+    assert ended.status == 0 and "at step 6" in ended.out and checkpoint.read(folder / "dalle_2.pt")["step"] == 9
+
+
+@pytest.mark.parametrize("fault", ["read-only", "vanished"])
+def test_a_folder_that_cannot_be_written_any_more(fault, tiny_flags, small_disk):
+    folder = small_disk(64)
+    flags = [*tiny_flags, "--epochs", 100000, "--max-steps", 600, "--checkpoint-save-epochs", 100000]
+    flags += ["--checkpoint-save-steps", 50, "--checkpoint-output-dir", folder / "ckpt"]
+    run = subprocess.Popen(
+        [sys.executable, "-u", ROOT / "train.py", *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    for line in run.stdout:
+        if "wrote" in line:
+            break
+    if fault == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    else:
+        subprocess.run(["rm", "-r", folder / "ckpt"], check=True)
+    out, err = run.communicate(timeout=120)
+    assert "step 600/600" in out
+    if fault == "read-only":
+        assert run.returncode == 2 and err.count("\n") == 1 and "was not written; the last good" in err
+        assert "Read-only file system" in out and "the last good one is" in out
+        assert checkpoint.read(max((folder / "ckpt").glob("dalle*.pt"), key=checkpoint.step_of))["step"] < 600
+    else:  # it is made again
+        assert run.returncode == 0 and err == "" and checkpoint.read(folder / "ckpt" / "dalle_199.pt")["step"] == 600
+
+
+@contextlib.contextmanager
+def spoilt_losses(monkeypatch, steps):
+    """Within: the loss of these updates (counted from 1) is not a number."""
+    original, count = NativeTrainer.losses, [0]
+
+    def losses(self, batch):
+        count[0] += 1
+        found = original(self, batch)
+        if count[0] in steps:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(math.nan)
+            found["total"] = math.nan
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeTrainer, "losses", losses)
+        yield
+
+
+def test_a_batch_without_a_finite_loss_is_left_out(command, tiny_flags, tmp_path, monkeypatch):
+    with spoilt_losses(monkeypatch, {3, 5}):
+        ended = command(train.main, *tiny_flags, *SAVES, "--checkpoint-output-dir", tmp_path)
+    assert ended.status == 0 and len(re.findall(r"step [35]: .* not finite, the update is left out", ended.out)) == 2
+    saved = checkpoint.read(tmp_path / "dalle_2.pt")
+    assert saved["progress"]["skipped"] == 2 and saved["trainer"]["updates"] == 7 and saved["step"] == 9
+    assert all(torch.isfinite(tensor).all() for tensor in saved["weights"].values() if tensor.is_floating_point())
+
+
+def test_too_many_such_batches_end_the_run(command, tiny_flags, tmp_path, monkeypatch):
+    flags = [*tiny_flags, "--epochs", 30, "--checkpoint-save-epochs", 2, "--checkpoint-output-dir", tmp_path]
+    with spoilt_losses(monkeypatch, set(range(8, 1000))):
+        ended = command(train.main, *flags)
+    assert ended.status == 2 and ended.err.count("\n") == 1 and "no longer finite at step 27" in ended.err
+    assert "--learning-rate" in ended.err and f"the last good checkpoint is {tmp_path}" in ended.err
+
+
+def test_moments_of_another_shape_start_afresh(command, tiny_flags, tiny_checkpoint, tmp_path):
+    saved = checkpoint.read(tiny_checkpoint)
+    for spoil in (
+        lambda state: state["state"][0].update(exp_avg=torch.zeros(3, 3)),
+        lambda state: state["state"].update({9999: {"exp_avg": torch.zeros(3)}}),
+        lambda state: state.update(state="nothing"),
+        lambda state: state.update(param_groups=[]),
+    ):
+        spoilt = copy.deepcopy(saved)
+        spoil(spoilt["opt_state"][0])
+        torch.save(spoilt, tmp_path / "spoilt.pt")
+        ended = command(train.main, *tiny_flags, "--epochs", 2, "--pretrained-checkpoint", tmp_path / "spoilt.pt")
+        assert ended.status == 0 and "it starts afresh" in ended.out, ended
