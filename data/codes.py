@@ -285,7 +285,7 @@ def _read_parts(cache_dir: Path, made_by: Dict[str, Any]) -> List[_Part]:
         for path in sorted(cache_dir.glob(f"{_prefix(made_by)}*.json")):
             try:
                 part = _read_part(path, made_by)
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            except Exception as error:  # damage shows as whatever the layer that meets it raises
                 if not path.exists():
                     vanished = True  # another process joined its parts while we looked: look again for the joined one
                     break

@@ -1,11 +1,13 @@
 """A run that is killed, again and again, and resumed ends with the weights of one that never stopped."""
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,9 +67,20 @@ class Runs:
                 break
         time.sleep(after)
         alive = process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
+        for number in [process.pid, *descendants(process.pid)] if alive else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
         said.append(process.communicate()[0])
         return alive, "".join(said)
+
+
+def descendants(pid):
+    """Processes that a process started, and those that they did; torchrun's have sessions of their own."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
 
 
 def assert_same_end(folder, expected):

@@ -18,6 +18,11 @@ from pathlib import Path
 import torch
 
 PREFIX = "model."
+KINDS = {  # of what a file may hold; the rest is for the optimizer to judge
+    **dict.fromkeys(("hparams", "weights", "vae_params", "ema_weights", "tokenizer", "sampling", "settings"), dict),
+    **dict.fromkeys(("progress", "trainer", "versions"), dict),
+    **dict.fromkeys(("step", "epoch"), int),
+}
 
 
 def write(path, checkpoint):
@@ -82,11 +87,15 @@ def read(path):
     missing = {"hparams", "weights"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise ValueError(f"{path}: not a DALL-E checkpoint: it has no {' and no '.join(sorted(missing))}")
-    if not isinstance(checkpoint["hparams"], dict) or not isinstance(checkpoint["weights"], dict):
-        raise ValueError(f"{path}: not a DALL-E checkpoint: its hparams and weights are not dictionaries")
-    if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in checkpoint["weights"].items()):
-        raise ValueError(f"{path}: not a DALL-E checkpoint: its weights are not tensors under names")
-    return checkpoint
+    for key, kind in KINDS.items():
+        value = checkpoint.get(key)
+        if not isinstance(value, kind) and (value is not None or key in ("hparams", "weights")):
+            raise ValueError(f"{path}: not a DALL-E checkpoint: its {key} is no {kind.__name__}")
+    for key in ("weights", "ema_weights"):
+        weights = checkpoint.get(key) or {}
+        if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in weights.items()):
+            raise ValueError(f"{path}: not a DALL-E checkpoint: its {key} are not tensors under names")
+    return {key: value for key, value in checkpoint.items() if value is not None}
 
 
 def step_of(path):
