@@ -103,6 +103,11 @@ class NativeBackend:
         if self.device.type == "cuda" and self.world_size > 1:
             self.device = torch.device("cuda", self.processes.local_rank)
         self.precision = pick_precision(settings, self.device)
+        self.shard = getattr(settings, "shard", False)
+        if self.shard:
+            from backends import native_sharding
+
+            native_sharding.check(self.world_size, self.precision)
         self.batch_size, self.micro_batches = settings.batch_size, 1
         if hasattr(settings, "gradient_accumulation"):
             together = settings.gradient_accumulation * settings.replication_factor
@@ -112,6 +117,7 @@ class NativeBackend:
         if self.rank:
             return
         among = f", in {self.world_size} processes" if self.world_size > 1 else ""
+        among += " that share the model out" if self.shard else ""
         LOG.info("running on %s in %s%s", self.device, self.precision, among)
         unused = [name for name, default in IPU_ONLY if getattr(settings, name, default) != default]
         if unused:
@@ -148,6 +154,10 @@ class NativeBackend:
         return wish if self.world_size == 1 else self.processes.mean(torch.tensor(float(wish), device=self.device)) > 0
 
     def trainer(self, model):
+        if self.shard:
+            from backends.native_sharding import ShardedTrainer
+
+            return ShardedTrainer(model, self)
         return NativeTrainer(model, self)
 
     def encode(self, vae):

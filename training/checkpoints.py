@@ -170,7 +170,10 @@ def save(run, name):
     folder = run.folder
     if folder.path is None:
         return None
-    state = run.trainer.state_dict()  # by every process, since what it holds may lie with all of them
+    try:
+        state = run.trainer.state_dict()  # by every process, since what it holds may lie with all of them
+    except ConnectionError:  # and one of them is gone: what was written last is what there is
+        return folder.written[-1] if folder.written and not run.backend.rank else None
     folder.saved_at = time.monotonic()
     if run.backend.rank:
         return None
