@@ -145,6 +145,7 @@ def test_what_is_not_shared_out_stays():
 def test_what_cannot_be_shared_out_is_refused_in_one_line(monkeypatch, world_size, changes, reason):
     monkeypatch.setenv("WORLD_SIZE", world_size)
     monkeypatch.setattr(backends.native, "has_cuda", lambda: True)
+    monkeypatch.setattr(backends.native, "own_gpu", lambda rank: torch.device("cuda", rank))
     if world_size == "2" and not hasattr(fsdp, "fully_shard"):
         reason = "needs torch 2.6"
     with pytest.raises(ValueError, match=f"--shard: {reason}") as error:
