@@ -1,12 +1,10 @@
 """--shard: native_training.py's step with weights, gradients and moments shared out among torchrun's processes (FSDP2).
 
-Here is only what differs: who holds what, how a state is gathered for a checkpoint and shared out from one, and how
-processes stop together, since none of them has a whole model to save. Checkpoints are the same files as without.
-Run with gloo on CPUs so far; written for NCCL on GPUs as well.
+Here is only what differs: who holds what, and how a state is gathered for a checkpoint and shared out from one.
+Checkpoints are the same files as without. Run with gloo on CPUs so far; written for NCCL on GPUs as well.
 """
 
 import contextlib
-import signal
 
 import torch
 from torch import distributed as dist
@@ -72,37 +70,42 @@ class ShardedMuon(Muon):
 
 class ShardedTrainer(NativeTrainer):
     muon = ShardedMuon
+    alone = False  # whether another process has ended
 
-    def __init__(self, model, backend):
-        shard(model, backend.device)
-        super().__init__(model, backend)
-        self.interrupted = self.alone = False
+    def placed(self, model):
+        shard(model, self.backend.device)
+        return super().placed(model)
 
     def exchanging(self):
         return Exchange(self.model)
 
-    def compile(self, batch):
-        """From here on SIGINT and SIGTERM are taken between steps, see step()."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.interrupt)
-
-    def interrupt(self, *_):
-        self.interrupted = True
-
     def step(self, batch):
-        """KeyboardInterrupt before the update, in all processes, where one of them was interrupted: a process that
-        left at a place of its own would leave the others waiting, and none could gather what a checkpoint holds.
-        """
-        processes = self.backend.processes
         try:
-            with processes.together():
-                interrupted = processes.mean(torch.tensor(float(self.interrupted), device=self.backend.device)) > 0
-            if interrupted:
-                raise KeyboardInterrupt
             return super().step(batch)
         except ConnectionError:
             self.alone = True
             raise
+
+    def evaluate(self, batches):
+        network = self.model if self.average is None else self.average
+        losses = super().evaluate(self.in_step(network, batches))
+        network.reshard()  # without a backward pass, what is not in layers stays gathered
+        return losses
+
+    def in_step(self, network, batches):
+        """Batches of one micro-batch each. A process that has no more computes on while others have: layers are
+        gathered by all or none.
+        """
+        lengths = self.model.text_seq_len, self.model.image_seq_len
+        stream = (micro_batch for batch in batches for micro_batch in batch)
+        while True:
+            micro_batch = next(stream, None)
+            if not self.backend.agreed(micro_batch is not None):
+                return
+            if micro_batch is not None:
+                yield [micro_batch]
+            else:
+                self.forward(network, *(torch.zeros(1, length, dtype=torch.long) for length in lengths))
 
     def state_dict(self):
         """To be called by all processes; whole tensors on the CPU in rank 0, None in their place in the others.
@@ -116,8 +119,11 @@ class ShardedTrainer(NativeTrainer):
 
     def load_state_dict(self, state):
         own = self.model.state_dict()
-        weights = {name: own_rows(tensor, own.get(name)) for name, tensor in state["weights"].items()}
-        super().load_state_dict({**state, "weights": weights})
+        weights = {
+            kind: {name: own_rows(tensor, own.get(name)) for name, tensor in (state.get(kind) or {}).items()}
+            for kind in ("weights", "ema_weights")
+        }
+        super().load_state_dict({**state, **weights})
 
     def own_state(self, optimizer, saved):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

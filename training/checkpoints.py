@@ -17,7 +17,7 @@ BEST = "dalle_best.pt"
 # Of the settings that a file remembers, those that say how and where a run goes on rather than what it is.
 NOT_THE_SAME_RUN = {
     *("config", "resume", "pretrained_checkpoint", "checkpoint_output_dir", "checkpoint_save_steps"),
-    *("checkpoint_save_minutes", "checkpoint_save_epochs", "keep_checkpoints", "device", "dataloader_workers"),
+    *("checkpoint_save_minutes", "checkpoint_save_epochs", "keep_checkpoints", "shard", "device", "dataloader_workers"),
     *("wandb", "wandb_project_name", "wandb_run_name", "codes_cache", "executable_cache_dir", "profile_dir"),
     *("top_k", "top_p", "temperature", "cond_scale", "input_folder", "validation_folder", "vae_path", "bpe_path"),
     *("vqgan_model_path", "vqgan_config_path", "async_dataloader", "validation_steps"),

@@ -31,8 +31,10 @@ def run(optimizer, folder):
     backend = NativeBackend(settings(shard=True, optimizer=optimizer, **SETTINGS))
     trainer = backend.trainer(dalle_with_vqgan())
     trainer.load_state_dict(torch.load(folder / f"start_{optimizer}.pt", weights_only=True))
-    evaluated = trainer.evaluate(own((samples(PER_STEP)[0], pictures(PER_STEP)), backend.rank))
+    evaluated = trainer.evaluate([own((samples(PER_STEP)[0], pictures(PER_STEP)), backend.rank)])
     losses = [trainer.step(own(samples(PER_STEP, seed), backend.rank)) for seed in range(STEPS, 2 * STEPS)]
+    unevenly = [own(samples(PER_STEP), 0), own(samples(PER_STEP), 1)] if backend.rank else []
+    unevenly = trainer.evaluate(unevenly)
     state = trainer.state_dict()
     trainer.update = lambda: None  # which would clear gradients
     trainer.step(own(samples(PER_STEP), backend.rank))
@@ -42,6 +44,7 @@ def run(optimizer, folder):
         "state": state,
         "losses": losses,
         "evaluated": evaluated,
+        "unevenly": unevenly,
         "parameters": held(trained),
         "gradients": held(parameter.grad for parameter in trained),
         "moments": held(value for value in moments if value.dim()),
@@ -50,7 +53,8 @@ def run(optimizer, folder):
 
 
 def half_precision():
-    backend = NativeBackend(settings(shard=True, optimizer="AdamW", **{**SETTINGS, "precision": "bf16"}))
+    given = {**SETTINGS, "precision": "bf16", "max_grad_norm": None}
+    backend = NativeBackend(settings(shard=True, optimizer="AdamW", **given))
     trainer = backend.trainer(dalle_with_vqgan())
     return [trainer.step(own(samples(PER_STEP, seed), backend.rank)) for seed in range(STEPS)]
 
