@@ -73,6 +73,7 @@ def train_parser():
     add("batch-size", 1, "micro-batch: samples that pass through the model at once", COUNT)
     add("gradient-accumulation", 1, "micro-batches to one update", COUNT)
     add("replication-factor", 1, "data-parallel replicas; on one CPU or GPU they become further micro-batches", COUNT)
+    add("shard", False, "torchrun's processes share weights, gradients and optimizer state out (FSDP2)", bool)
     add("epochs", 1, "passes over the data", COUNT)
     add("max-steps", None, "stop after this many updates, whatever --epochs says", COUNT)
     add("random-seed", 42, "seed of weights, data order, captions and dropout", SEED)

@@ -8,4 +8,6 @@ def select(settings):
     on_ipu = settings.device == "ipu"
     if settings.device == "auto" and not native.has_cuda():
         on_ipu = ipu.is_enabled() and ipu.has_optimizer(settings)
+    if on_ipu and getattr(settings, "shard", False):
+        raise ValueError("--shard: for CPUs and GPUs; on IPUs --enable-rts shares the optimizer's state out")
     return (ipu.IpuBackend if on_ipu else native.NativeBackend)(settings)

@@ -52,6 +52,17 @@ def pick_device(name):
     return torch.device("cuda" if name != "cpu" and has_cuda() else "cpu")
 
 
+def own_gpu(local_rank):
+    """The GPU of one process among several on this machine, which then is the default one of all that torch does."""
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank + 1} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; "
+            "start as many with --nproc-per-node, or give --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
 def fast_in_bf16(device):
     """Whether bf16 matrix products beat fp32 ones: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
@@ -101,8 +112,13 @@ class NativeBackend:
         self.rank, self.world_size = self.processes.rank, self.processes.size
         self.device = pick_device(settings.device)
         if self.device.type == "cuda" and self.world_size > 1:
-            self.device = torch.device("cuda", self.processes.local_rank)
+            self.device = own_gpu(self.processes.local_rank)
         self.precision = pick_precision(settings, self.device)
+        self.shard = getattr(settings, "shard", False)
+        if self.shard:
+            from backends import native_sharding
+
+            native_sharding.check(self.world_size, self.precision)
         self.batch_size, self.micro_batches = settings.batch_size, 1
         if hasattr(settings, "gradient_accumulation"):
             together = settings.gradient_accumulation * settings.replication_factor
@@ -112,6 +128,7 @@ class NativeBackend:
         if self.rank:
             return
         among = f", in {self.world_size} processes" if self.world_size > 1 else ""
+        among += " that share the model out" if self.shard else ""
         LOG.info("running on %s in %s%s", self.device, self.precision, among)
         unused = [name for name, default in IPU_ONLY if getattr(settings, name, default) != default]
         if unused:
@@ -148,6 +165,10 @@ class NativeBackend:
         return wish if self.world_size == 1 else self.processes.mean(torch.tensor(float(wish), device=self.device)) > 0
 
     def trainer(self, model):
+        if self.shard:
+            from backends.native_sharding import ShardedTrainer
+
+            return ShardedTrainer(model, self)
         return NativeTrainer(model, self)
 
     def encode(self, vae):

@@ -20,23 +20,29 @@ ADAM_EPS = 1e-6
 
 
 class NativeTrainer:
+    muon = Muon
+
     def __init__(self, model, backend):
-        self.model = model.to(backend.device).train()
         self.backend = backend
-        self.network = self.model
         self.decay = backend.settings.ema_decay
-        self.average = averaged(self.model) if self.decay else None
+        self.average = self.placed(averaged(model)) if self.decay else None
         self.updates = 0
-        if backend.world_size > 1:
-            on = [backend.device] if backend.device.type == "cuda" else None
-            # Masks are constants, and gloo of torch 2.0 sends no bool.
-            self.model._ddp_params_and_buffers_to_ignore = [
-                name for name, _ in model.named_buffers(remove_duplicate=False)
-            ]
-            self.network = DistributedDataParallel(self.model, device_ids=on, broadcast_buffers=False)
-        self.optimizers = build_optimizers(model, backend.settings)
+        self.model = self.placed(model).train()
+        self.network = self.model if backend.world_size == 1 else self.exchanging()
+        self.optimizers = build_optimizers(self.model, backend.settings, self.muon)
         scaler = torch.amp.GradScaler if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler
         self.scaler = scaler(enabled=backend.precision == "fp16")
+
+    def placed(self, model):
+        return model.to(self.backend.device)
+
+    def exchanging(self):
+        """The model as step() calls it: gradients are exchanged with other processes, but within no_sync()."""
+        on = [self.backend.device] if self.backend.device.type == "cuda" else None
+        # Masks are constants, and gloo of torch 2.0 sends no bool.
+        buffers = [name for name, _ in self.model.named_buffers(remove_duplicate=False)]
+        self.model._ddp_params_and_buffers_to_ignore = buffers
+        return DistributedDataParallel(self.model, device_ids=on)
 
     def compile(self, batch):
         """Nothing to do: kernels are chosen as they are called."""
@@ -136,9 +142,13 @@ class NativeTrainer:
             for optimizer, saved in zip(self.optimizers, opt_state):
                 if saved.keys() != optimizer.state_dict().keys():  # PopTorch's optimizers keep more
                     raise ValueError
-                load_keeping_flags(optimizer, saved)
+                load_keeping_flags(optimizer, self.own_state(optimizer, saved))
         except (ValueError, LookupError, TypeError, AttributeError):
             LOG.warning("the checkpoint's optimizer state belongs to another optimizer; it starts afresh")
+
+    def own_state(self, optimizer, saved):
+        """What this process holds of an optimizer's saved state: all of it."""
+        return saved
 
 
 def named(losses):
@@ -154,11 +164,13 @@ def gradient_norm(parameters, limit):
     """The norm of all gradients together, as a float; above `limit` (None: no limit) they are scaled down to it."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     if limit is not None:
-        return float(torch.nn.utils.clip_grad_norm_(trained, limit))
-    return float(torch.stack([parameter.grad.norm() for parameter in trained]).norm())
+        norm = torch.nn.utils.clip_grad_norm_(trained, limit)
+    else:
+        norm = torch.stack([parameter.grad.norm() for parameter in trained]).norm()
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of shards: the norm of them all
 
 
-def build_optimizers(model, settings):
+def build_optimizers(model, settings, muon=Muon):
     """Adam or AdamW over all parameters; or Muon over the layers' matrices and AdamW over the rest."""
     adam = {"betas": tuple(settings.adam_betas), "eps": ADAM_EPS, "lr": settings.learning_rate}
     groups = parameter_groups(model, settings.weight_decay)
@@ -167,5 +179,5 @@ def build_optimizers(model, settings):
     in_layers = {id(parameter) for parameter in model.transformer.layers.parameters() if parameter.dim() == 2}
     matrices = [parameter for parameter in groups[0]["params"] if id(parameter) in in_layers]
     groups[0]["params"] = [parameter for parameter in groups[0]["params"] if id(parameter) not in in_layers]
-    muon = Muon(matrices, settings.learning_rate, settings.weight_decay)
+    muon = muon(matrices, settings.learning_rate, settings.weight_decay)
     return [muon, torch.optim.AdamW(groups, **adam)]

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import fsdp
 
 import generate
 import train
 from tests.conftest import ROOT
 from utils import checkpoint
+
+needs_fsdp2 = pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="fully_shard came with torch 2.6")
 
 
 def start(script, *arguments):
@@ -74,18 +77,40 @@ def test_what_processes_cannot_share_is_refused_in_one_line(tiny_flags):
     assert status != 0 and told and all("2 processes cannot share evenly" in line for line in told)
 
 
-@pytest.mark.slow  # a race with the launcher's signals by its nature; run by hand
-def test_a_process_that_dies_ends_the_run_with_a_checkpoint(command, tiny_flags, tmp_path):
-    flags = [*tiny_flags, "--epochs", 4000, "--checkpoint-output-dir", tmp_path]
-    flags += ["--checkpoint-save-epochs", 100000, "--checkpoint-save-steps", 7]
+def send_to_the_second(signal_number, flags, folder):
+    """train.py in two processes, of which rank 1 gets the signal after some checkpoint; → how that ended."""
     launcher = start("train.py", *flags)
-    while not list(tmp_path.glob("dalle_step_*.pt")):
+    while not list(folder.glob("dalle_step_*.pt")):
         time.sleep(0.1)
         assert launcher.poll() is None, launcher.communicate()[1]
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     (second,) = [pid for pid in children if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
-    os.kill(int(second), signal.SIGKILL)
-    status, out, err = ended(launcher)
+    os.kill(int(second), signal_number)
+    return ended(launcher)
+
+
+@needs_fsdp2
+def test_sharded_processes_stop_together_with_a_checkpoint_that_one_process_goes_on_from(command, tiny_flags, tmp_path):
+    flags = [*tiny_flags, "--epochs", 4000, "--checkpoint-output-dir", tmp_path / "run", "--shard"]
+    flags += ["--checkpoint-save-epochs", 100000, "--checkpoint-save-steps", 7]
+    status, out, err = send_to_the_second(signal.SIGINT, flags, tmp_path / "run")
+    stopped = int(re.search(r"stopped after step (\d+); go on with --pretrained-checkpoint \S+\.pt", out).group(1))
+    assert status != 0 and "in 2 processes that share the model out" in out and stopped % 7
+    found = tmp_path / "run" / f"dalle_step_{stopped}.pt"
+    alone = [*tiny_flags, "--epochs", 4000, "--max-steps"]
+    command(train.main, *alone, stopped, "--checkpoint-output-dir", tmp_path / "alone")
+    assert_same_weights(found, tmp_path / "alone" / found.name)
+    more = ("--pretrained-checkpoint", found, "--checkpoint-output-dir", tmp_path / "more")
+    resumed = command(train.main, *alone, stopped + 1, *more)
+    assert resumed.status == 0 and f"at step {stopped}" in resumed.out and "afresh" not in resumed.out
+
+
+@pytest.mark.slow  # a race with the launcher's signals by its nature; run by hand
+@pytest.mark.parametrize("shard", ["--no-shard", pytest.param("--shard", marks=needs_fsdp2)])
+def test_a_process_that_dies_ends_the_run_with_a_checkpoint(command, tiny_flags, tmp_path, shard):
+    flags = [*tiny_flags, "--epochs", 4000, "--checkpoint-output-dir", tmp_path]
+    flags += ["--checkpoint-save-epochs", 100000, "--checkpoint-save-steps", 7]
+    status, out, err = send_to_the_second(signal.SIGKILL, [*flags, shard], tmp_path)
     assert status != 0
     told = re.search(
         r"(another process of this run has ended|stopped after step \d+); go on with .* (\S+\.pt)", out + err

@@ -17,7 +17,7 @@ BEST = "dalle_best.pt"
 # Of the settings that a file remembers, those that say how and where a run goes on rather than what it is.
 NOT_THE_SAME_RUN = {
     *("config", "resume", "pretrained_checkpoint", "checkpoint_output_dir", "checkpoint_save_steps"),
-    *("checkpoint_save_minutes", "checkpoint_save_epochs", "keep_checkpoints", "device", "dataloader_workers"),
+    *("checkpoint_save_minutes", "checkpoint_save_epochs", "keep_checkpoints", "shard", "device", "dataloader_workers"),
     *("wandb", "wandb_project_name", "wandb_run_name", "codes_cache", "executable_cache_dir", "profile_dir"),
     *("top_k", "top_p", "temperature", "cond_scale", "input_folder", "validation_folder", "vae_path", "bpe_path"),
     *("vqgan_model_path", "vqgan_config_path", "async_dataloader", "validation_steps"),
@@ -170,7 +170,10 @@ def save(run, name):
     folder = run.folder
     if folder.path is None:
         return None
-    state = run.trainer.state_dict()  # by every process, since what it holds may lie with all of them
+    try:
+        state = run.trainer.state_dict()  # by every process, since what it holds may lie with all of them
+    except ConnectionError:  # and one of them is gone: what was written last is what there is
+        return folder.written[-1] if folder.written and not run.backend.rank else None
     folder.saved_at = time.monotonic()
     if run.backend.rank:
         return None

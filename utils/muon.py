@@ -33,9 +33,13 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), pairs in updates.items():
                 parameters, momenta = zip(*pairs)
                 lr = group["lr"] * ADAM_RMS * max(rows, columns) ** 0.5
-                for parameter, update in zip(parameters, orthogonal(torch.stack(momenta))):
+                for parameter, update in zip(parameters, self.orthogonal(momenta)):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update.view_as(parameter), alpha=-lr)
+
+    def orthogonal(self, momenta):
+        """Matrices of one shape → as many, of that shape."""
+        return orthogonal(torch.stack(momenta))
 
     def _momentum(self, parameter, group):
         state = self.state[parameter]

@@ -276,6 +276,23 @@ def test_devices(monkeypatch):
     assert isinstance(backends.select(settings(device="auto")), NativeBackend)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda")
+
+
+def test_each_process_has_a_gpu_of_its_own_or_is_told(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    drawing = SimpleNamespace(device="auto", precision="fp32", batch_size=4)  # of generate.py
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert NativeBackend(drawing).device == torch.device("cuda", rank)
+    assert taken == [0, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 3 of this machine has no GPU of its own, there are 2; [^\n]*$"):
+        NativeBackend(drawing)
     assert pick_device("cpu") == torch.device("cpu")
 
 
