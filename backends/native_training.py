@@ -10,6 +10,7 @@ import logging
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from backends.native_layers import keep_freed_memory, rows_at_once, use_fast_layers
 from utils.muon import Muon
 from utils.optimization import load_keeping_flags, parameter_groups
 
@@ -22,6 +23,9 @@ class NativeTrainer:
         self.model = model.to(backend.device).train()
         self.backend = backend
         self.network = self.model
+        use_fast_layers(self.model, backend.device, backend.dtype, backend.settings.recompute)
+        if backend.device.type == "cpu":
+            keep_freed_memory()
         if backend.world_size > 1:
             on = [backend.device] if backend.device.type == "cuda" else None
             # Masks are constants, and gloo of torch 2.0 sends no bool.
@@ -59,12 +63,16 @@ class NativeTrainer:
         for number, (text, image) in enumerate(batch, start=1):
             text = text.to(self.backend.device, non_blocking=True)
             image = image.to(self.backend.device, non_blocking=True)
-            last = number == self.backend.micro_batches or network is self.model
-            with contextlib.nullcontext() if last else network.no_sync():  # gradients are exchanged once an update
-                with self.backend.autocast():
-                    losses = network(text, image, return_loss=True)
-                then(losses.total)
-            sums += torch.stack(losses).detach().float()
+            rows = rows_at_once(self.model, len(text), self.backend.device)
+            parts = list(zip(text.split(rows), image.split(rows)))
+            for part, (some_text, some_image) in enumerate(parts, start=1):
+                share = len(some_text) / len(text)
+                last = (number == self.backend.micro_batches and part == len(parts)) or network is self.model
+                with contextlib.nullcontext() if last else network.no_sync():  # gradients are exchanged once an update
+                    with self.backend.autocast():
+                        losses = network(some_text, some_image, return_loss=True)
+                    then(losses.total * share)
+                sums += torch.stack(losses).detach().float() * share
         sums = self.backend.processes.mean(sums)
         return dict(zip(("total", "text", "image"), (sums / self.backend.micro_batches).tolist()))
 
