@@ -117,9 +117,17 @@ def build_optimizers(model, settings):
     adam = {"betas": tuple(settings.adam_betas), "eps": ADAM_EPS, "lr": settings.learning_rate}
     groups = parameter_groups(model, settings.weight_decay)
     if settings.optimizer != "Muon":
-        return [getattr(torch.optim, settings.optimizer)(groups, **adam)]
+        return [fused(getattr(torch.optim, settings.optimizer), groups, **adam)]
     in_layers = {id(parameter) for parameter in model.transformer.layers.parameters() if parameter.dim() == 2}
     matrices = [parameter for parameter in groups[0]["params"] if id(parameter) in in_layers]
     groups[0]["params"] = [parameter for parameter in groups[0]["params"] if id(parameter) not in in_layers]
     muon = Muon(matrices, settings.learning_rate, settings.weight_decay)
-    return [muon, torch.optim.AdamW(groups, **adam)]
+    return [muon, fused(torch.optim.AdamW, groups, **adam)]
+
+
+def fused(optimizer, groups, **flags):
+    """One of torch's optimizers, one pass over memory an update where it has that: on GPUs, on CPUs from torch 2.4."""
+    try:
+        return optimizer(groups, fused=True, **flags)
+    except RuntimeError:
+        return optimizer(groups, **flags)

@@ -20,9 +20,8 @@ def parameter_groups(model, weight_decay):
 def load_keeping_flags(optimizer, state):
     """A saved state into an optimizer, whose decay rates, weight decay and the like stay those of this run's flags."""
     flags = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, flags):
-        group.update(own)
+    groups = [{**saved, **own} for saved, own in zip(state["param_groups"], flags)]  # before: how it is kept is a flag
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def multi_step(epoch, epochs):
