@@ -78,6 +78,7 @@ def train_parser():
     add("max-steps", None, "stop after this many updates, whatever --epochs says", COUNT)
     add("random-seed", 42, "seed of weights, data order, captions and dropout", SEED)
     add("dataloader-workers", 4, "processes that read pictures", NATURAL)
+    add("recompute", False, "keep only layers' outputs for the backward pass, as IPUs do: less memory, more time", bool)
 
     add = parser.heading("Execution on IPUs (elsewhere accepted, and named in the log)")
     add("device-iterations", 1, "updates a call of the device", COUNT)

@@ -119,6 +119,7 @@ class NativeBackend:
             from backends import native_sharding
 
             native_sharding.check(self.world_size, self.precision)
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         self.batch_size, self.micro_batches = settings.batch_size, 1
         if hasattr(settings, "gradient_accumulation"):
             together = settings.gradient_accumulation * settings.replication_factor
@@ -138,7 +139,7 @@ class NativeBackend:
     def autocast(self):
         if self.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        return torch.autocast(self.device.type, self.dtype)
 
     def loader(self, dataset, order):
         """Batches for step(): iterators over (text, image) micro-batches, read when the step wants them."""

@@ -12,6 +12,7 @@ import math
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from backends.native_layers import keep_freed_memory, rows_at_once, use_fast_layers
 from utils.muon import Muon
 from utils.optimization import load_keeping_flags, parameter_groups
 
@@ -30,11 +31,15 @@ class NativeTrainer:
         self.model = self.placed(model).train()
         self.network = self.model if backend.world_size == 1 else self.exchanging()
         self.optimizers = build_optimizers(self.model, backend.settings, self.muon)
+        if backend.device.type == "cpu":
+            keep_freed_memory()
         scaler = torch.amp.GradScaler if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler
         self.scaler = scaler(enabled=backend.precision == "fp16")
 
     def placed(self, model):
-        return model.to(self.backend.device)
+        model = model.to(self.backend.device)
+        use_fast_layers(model, self.backend.device, self.backend.dtype, self.backend.settings.recompute)
+        return model
 
     def exchanging(self):
         """The model as step() calls it: gradients are exchanged with other processes, but within no_sync()."""
@@ -57,12 +62,17 @@ class NativeTrainer:
         """Forward and backward of every micro-batch; means over those of all processes."""
         sums = torch.zeros(3, device=self.backend.device)
         for number, (text, image) in enumerate(batch, start=1):
-            last = number == self.backend.micro_batches or self.network is self.model
-            with contextlib.nullcontext() if last else self.network.no_sync():  # gradients are exchanged once an update
-                losses = self.forward(self.network, text, image)
-                self.scaler.scale(losses.total / self.backend.micro_batches).backward()
-            sums += torch.stack(losses).detach().float()
-        return named(self.backend.processes.mean(sums) / self.backend.micro_batches)
+            rows = rows_at_once(self.model, len(text), self.backend.device)
+            for first in range(0, len(text), rows):
+                part = slice(first, first + rows)
+                share = len(text[part]) / len(text) / self.backend.micro_batches
+                last = number == self.backend.micro_batches and first + rows >= len(text)
+                # Gradients are exchanged once an update.
+                with contextlib.nullcontext() if last or self.network is self.model else self.network.no_sync():
+                    losses = self.forward(self.network, text[part], image[part])
+                    self.scaler.scale(losses.total * share).backward()
+                sums += torch.stack(losses).detach().float() * share
+        return named(self.backend.processes.mean(sums))
 
     def forward(self, network, text, image):
         text = text.to(self.backend.device, non_blocking=True)
@@ -175,9 +185,17 @@ def build_optimizers(model, settings, muon=Muon):
     adam = {"betas": tuple(settings.adam_betas), "eps": ADAM_EPS, "lr": settings.learning_rate}
     groups = parameter_groups(model, settings.weight_decay)
     if settings.optimizer != "Muon":
-        return [getattr(torch.optim, settings.optimizer)(groups, **adam)]
+        return [fused(getattr(torch.optim, settings.optimizer), groups, **adam)]
     in_layers = {id(parameter) for parameter in model.transformer.layers.parameters() if parameter.dim() == 2}
     matrices = [parameter for parameter in groups[0]["params"] if id(parameter) in in_layers]
     groups[0]["params"] = [parameter for parameter in groups[0]["params"] if id(parameter) not in in_layers]
     muon = muon(matrices, settings.learning_rate, settings.weight_decay)
-    return [muon, torch.optim.AdamW(groups, **adam)]
+    return [muon, fused(torch.optim.AdamW, groups, **adam)]
+
+
+def fused(optimizer, groups, **flags):
+    """One of torch's optimizers, one pass over memory an update where it has that: on GPUs, on CPUs from torch 2.4."""
+    try:
+        return optimizer(groups, fused=True, **flags)
+    except RuntimeError:
+        return optimizer(groups, **flags)

@@ -29,9 +29,8 @@ def load_keeping_flags(optimizer, state):
             if torch.is_tensor(moment) and moment.dim() and moment.shape != parameters[number].shape:
                 raise ValueError(f"a moment of {tuple(moment.shape)} for {tuple(parameters[number].shape)}")
     flags = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, flags):
-        group.update(own)
+    groups = [{**saved, **own} for saved, own in zip(state["param_groups"], flags)]  # before: how it is kept is a flag
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def multi_step(epoch, epochs):
