@@ -62,17 +62,21 @@ class NativeTrainer:
         """Forward and backward of every micro-batch; means over those of all processes."""
         sums = torch.zeros(3, device=self.backend.device)
         for number, (text, image) in enumerate(batch, start=1):
-            rows = rows_at_once(self.model, len(text), self.backend.device)
-            for first in range(0, len(text), rows):
-                part = slice(first, first + rows)
-                share = len(text[part]) / len(text) / self.backend.micro_batches
-                last = number == self.backend.micro_batches and first + rows >= len(text)
+            parts = self.parts(text, image)
+            for place, part in enumerate(parts, start=1):
+                share = len(part[0]) / len(text) / self.backend.micro_batches
+                last = number == self.backend.micro_batches and place == len(parts)
                 # Gradients are exchanged once an update.
                 with contextlib.nullcontext() if last or self.network is self.model else self.network.no_sync():
-                    losses = self.forward(self.network, text[part], image[part])
+                    losses = self.forward(self.network, *part)
                     self.scaler.scale(losses.total * share).backward()
                 sums += torch.stack(losses).detach().float() * share
         return named(self.backend.processes.mean(sums))
+
+    def parts(self, text, image):
+        """A micro-batch in pairs of as many rows as the machine does well to compute at once."""
+        rows = rows_at_once(self.model, len(text), self.backend.device)
+        return list(zip(text.split(rows), image.split(rows)))
 
     def forward(self, network, text, image):
         text = text.to(self.backend.device, non_blocking=True)
@@ -110,7 +114,7 @@ class NativeTrainer:
         sums = torch.zeros(4, device=self.backend.device)
         with self.backend.processes.together():
             for batch in batches:
-                for text, image in batch:
+                for text, image in (part for micro_batch in batch for part in self.parts(*micro_batch)):
                     losses = torch.stack(self.forward(network, text, image)).float()
                     sums += len(text) * torch.cat((losses, losses.new_ones(1)))
             sums = self.backend.processes.mean(sums)

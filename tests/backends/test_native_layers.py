@@ -148,9 +148,9 @@ def test_a_micro_batch_in_parts_trains_as_one(tiny_vae, recompute, monkeypatch):
         trainer = backend.trainer(dalle(tiny_vae))
         torch.manual_seed(0)
         some = batch(5)
-        evaluated = trainer.evaluate([some])
-        assert trainer.step([some]) == pytest.approx(evaluated, rel=1e-6)
-        found.append((trainer.evaluate([some]), {n: p.detach() for n, p in trainer.model.named_parameters()}))
+        evaluated, trained = trainer.evaluate([[some]]), trainer.step([some])
+        assert {name: trained[name] for name in evaluated} == pytest.approx(evaluated, rel=1e-6)
+        found.append((trainer.evaluate([[some]]), {n: p.detach() for n, p in trainer.model.named_parameters()}))
     for losses, weights in found[:2]:
         assert losses == pytest.approx(found[2][0], rel=1e-5)
         for name, weight in weights.items():
