@@ -18,13 +18,13 @@ import log
 def main(argv=None):
     settings = args.train_arguments(argv)
     log.set_up()
-    try:
-        with log.bad_input_exits():
-            run = build(settings)
-    except KeyboardInterrupt:
-        print("stopped before the first step")
-        raise SystemExit(130) from None
     with log.termination_interrupts():  # around the last words, too
+        try:
+            with log.bad_input_exits():
+                run = build(settings)
+        except KeyboardInterrupt:
+            print("stopped before the first step")
+            raise SystemExit(130) from None
         try:
             with log.bad_input_exits(), worker_faults_in_one_line():
                 train(run)
@@ -81,7 +81,7 @@ def build(settings):
     torch.manual_seed(settings.random_seed)  # again: an untrained VQGAN drew numbers
     model = DALLE(vae=vae, **hparams)
     trainer = backend.trainer(model)
-    with backend.rank_zero_first():
+    with backend.making_codes():
         dataset = build_dataset(settings, backend, tokenizer, vae, made_up)
     batches = EpochBatches(
         len(dataset),
@@ -141,7 +141,7 @@ def image_tokenizer(settings, made_up):
 
 def build_dataset(settings, backend, tokenizer, vae, made_up):
     """A folder's pairs with pixels or cached codes, or made-up samples."""
-    from data.codes import cached_codes
+    from data.codes import cached_codes, open_codes
     from data.loader import GeneratedDataset, TextImageDataset
 
     use_codes = not settings.no_codes_cache
@@ -156,6 +156,11 @@ def build_dataset(settings, backend, tokenizer, vae, made_up):
             seed=settings.random_seed,
             **codes,
         )
+    cache_dir = (settings.codes_cache or settings.input_folder) if use_codes else None
+    cache = None
+    if use_codes:
+        options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
+        cache = open_codes(settings.input_folder, cache_dir, **options)
     dataset = TextImageDataset(
         settings.input_folder,
         tokenizer,
@@ -165,19 +170,12 @@ def build_dataset(settings, backend, tokenizer, vae, made_up):
         byteio=settings.byteio,
         caption_dropout=settings.caption_dropout,
         seed=settings.random_seed,
+        cache_dir=cache_dir,
+        encoded=cache or (),
     )
     if use_codes:
-        codes, bad = cached_codes(
-            dataset.pictures,
-            backend.encode(vae),
-            folder=dataset.folder,
-            cache_dir=settings.codes_cache or dataset.folder,
-            image_size=vae.image_size,
-            num_codes=vae.num_tokens,
-            fingerprint=vae.fingerprint(),
-            batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # as many pixels whatever their size
-        )
-        dataset.attach_codes(codes, bad)
+        at_once = max(1, 16 * 256**2 // vae.image_size**2)  # as many pixels whatever their size
+        dataset.attach_codes(*cached_codes(dataset.pictures, backend.encode(vae), cache, batch_size=at_once))
     else:
         dataset[0]  # at least one picture can be read, or ValueError now
     return dataset
