@@ -1,7 +1,10 @@
-"""The code cache: what is encoded, what is found again, and what a stop or a damage leaves behind."""
+"""The code cache: what is encoded, with what, what is found again, and what a stop leaves behind."""
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,8 @@ from PIL import Image
 from data import codes as codes_module
 from data.codes import cached_codes, open_codes
 from data.loader import load_picture
+from models.vae import load_vqgan
+from tests.conftest import ROOT
 
 SIZE = 8
 
@@ -234,3 +239,55 @@ def test_file_names_that_are_not_utf8(folder):
     encode = MeanEncoder()
     codes, _ = cached(folder, encode, [in_its_state(folder, strange)])
     assert encode.seen == 0 and codes.tolist() == [[33] * 4]
+
+
+ENCODE = """
+import sys
+from pathlib import Path
+import torch
+from data.codes import cached_codes, open_codes
+from models.vae import load_vqgan
+
+torch.set_num_threads(1)
+folder, vqgan, cache_dir, at_once = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+vae = load_vqgan(vqgan)
+def encode(pixels):
+    codes = vae.get_codebook_indices(pixels)
+    print(len(pixels), flush=True)
+    sys.stdin.readline()
+    return codes
+pictures = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.png"))]
+options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
+cache = open_codes(folder, cache_dir, **options)
+cached_codes(pictures, encode, cache, batch_size=at_once, flush_seconds=0)
+"""
+
+
+def test_interrupted_twice_and_finished(picture_folder, tiny_vqgan, tmp_path):
+    """A process with a real VQGAN is killed once between two batches and once while it works on one."""
+    for number in range(12, 40):
+        shutil.copy(picture_folder / f"{number % 12:02d}.png", picture_folder / f"{number}.png")
+    encoded = []
+    for batches in (3, 4, None):
+        command = [sys.executable, "-c", ENCODE, picture_folder, tiny_vqgan, tmp_path / "codes", "3"]
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        done = []
+        for line in process.stdout:  # a batch that the process holds until it is told to go on
+            if len(done) == batches:
+                process.send_signal(signal.SIGKILL)
+                break
+            done.append(int(line))
+            process.stdin.write("\n")
+            process.stdin.flush()
+        process.stdin.close()
+        assert process.wait(60) == (0 if batches is None else -signal.SIGKILL)
+        encoded.append(sum(done))
+    assert encoded == [9, 12, 19]  # all 40, none of them twice but what was being encoded
+    vae = load_vqgan(tiny_vqgan)
+    pictures = [in_its_state(picture_folder, path) for path in sorted(picture_folder.glob("*.png"))]
+    options = {"image_size": 32, "num_codes": 64, "fingerprint": vae.fingerprint()}
+    kept, whole = (open_codes(picture_folder, tmp_path / name, **options) for name in ("codes", "whole"))
+    codes, bad = cached_codes(pictures, None, kept)  # which encodes nothing
+    uninterrupted, _ = cached_codes(pictures, vae.get_codebook_indices, whole)
+    assert not bad and np.array_equal(codes, uninterrupted) and len(np.unique(codes)) > 10
+    assert sorted(path.suffix for path in (tmp_path / "codes").iterdir()) == [".json", ".npy"]
