@@ -20,15 +20,15 @@ SKIPS_IN_A_ROW = 20  # updates left out one after the other, after which nothing
 def main(argv=None):
     settings = args.train_arguments(argv)
     log.set_up()
-    try:
-        with log.bad_input_exits():
-            from training.build import build
-
-            run = build(settings)
-    except KeyboardInterrupt:
-        print("stopped before the first step")
-        raise SystemExit(130) from None
     with log.termination_interrupts():  # around the last words, too
+        try:
+            with log.bad_input_exits():
+                from training.build import build
+
+                run = build(settings)
+        except KeyboardInterrupt:
+            print("stopped before the first step")
+            raise SystemExit(130) from None
         try:
             with log.bad_input_exits(), log.worker_faults_in_one_line():
                 train(run)

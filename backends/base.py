@@ -54,8 +54,8 @@ class Backend(Protocol):
     world_size: int
     compile_only: bool
 
-    def rank_zero_first(self) -> ContextManager:
-        """Within: rank 0 goes first, the others when it has left; for what is made once and then read by all."""
+    def making_codes(self) -> ContextManager:
+        """Within, pictures may be encoded: by all processes at once, or by rank 0 while the others wait for it."""
 
     def agreed(self, wish: bool) -> bool:
         """Whether any of the processes wishes it; each must ask."""

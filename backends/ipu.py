@@ -5,6 +5,7 @@ models/pipeline_dalle.py's. Not run on hardware so far: held by a strict stand-i
 and by checks of the operators in use.
 """
 
+import contextlib
 import copy
 import importlib.util
 import logging
@@ -15,7 +16,6 @@ import torch
 from backends.fixed_batches import Decoder, RowByRow, Sampler
 from backends.native import leave_interrupts_to_the_parent
 from backends.native_training import ADAM_EPS
-from backends.processes import rank_zero_first
 from models.pipeline_dalle import WrappedDALLE, placement, stages, unshare_masks
 from utils.checkpoint import check_writable
 from utils.optimization import load_keeping_flags, parameter_groups
@@ -146,8 +146,16 @@ class IpuBackend:
         self.micro_batches = settings.gradient_accumulation * self.instances.replicas * settings.device_iterations
         self.samples_per_step = settings.batch_size * self.micro_batches
 
-    def rank_zero_first(self):
-        return rank_zero_first(self.rank, lambda: self.instances.of_rank_zero(0))  # a broadcast, so all have come
+    @contextlib.contextmanager
+    def making_codes(self):
+        """Rank 0 first, on one IPU."""
+        if self.rank:
+            self.instances.of_rank_zero(0)  # a broadcast, so all have come
+        try:
+            yield
+        finally:
+            if not self.rank:
+                self.instances.of_rank_zero(0)
 
     def agreed(self, wish):
         return self.instances.mean([float(wish)])[0] > 0

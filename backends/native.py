@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from backends.native_drawing import sampler
 from backends.native_training import NativeTrainer
-from backends.processes import Processes, rank_zero_first, share
+from backends.processes import Processes, share
 from utils import interrupts
 
 LOG = logging.getLogger("minidalle")
@@ -180,8 +180,8 @@ class NativeBackend:
         vae = vae.to(self.device)
         return lambda codes: vae.decode(codes.to(self.device)).cpu()
 
-    def rank_zero_first(self):
-        return rank_zero_first(self.rank, self.processes.wait)
+    def making_codes(self):
+        return contextlib.nullcontext()
 
     def sampler(self, model):
         return sampler(model, self)

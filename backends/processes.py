@@ -1,7 +1,7 @@
 """The processes that torchrun started, of which this is one: who is who, means over all, and a word where one is gone.
 
 How gradients are exchanged is DistributedDataParallel's business, used in native_training.py. PopRun's instances are
-ipu.py's; they take turns as these do.
+ipu.py's.
 """
 
 import atexit
@@ -11,7 +11,7 @@ import os
 
 import torch.distributed as dist
 
-PATIENCE = datetime.timedelta(days=7)  # rank 0 may encode pictures for hours while the others wait
+PATIENCE = datetime.timedelta(days=7)  # for pictures that take hours to encode
 SIGNS_OF_LOSS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "TCPStore", "c10d")
 
 
@@ -43,11 +43,6 @@ class Processes:
             tensor = tensor / self.size
         return tensor.cpu()
 
-    def wait(self):
-        """Return when every process has come here."""
-        if self.size > 1:
-            dist.barrier()
-
     @contextlib.contextmanager
     def together(self):
         """Within: a ConnectionError in one line where another process of the run has ended."""
@@ -57,18 +52,6 @@ class Processes:
             if self.size == 1 or not any(sign in str(error) for sign in SIGNS_OF_LOSS):
                 raise
             raise ConnectionError("another process of this run has ended") from error
-
-
-@contextlib.contextmanager
-def rank_zero_first(rank, wait):
-    """Within: rank 0 goes first, the others when it has left. wait() returns when every process has called it."""
-    if rank:
-        wait()
-    try:
-        yield
-    finally:
-        if not rank:
-            wait()
 
 
 def share(batch_size, micro_batches, size):

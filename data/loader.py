@@ -13,15 +13,17 @@ import logging
 import os
 import signal
 from pathlib import Path
-from typing import List, Mapping, Optional, Tuple, Union
+from typing import Container, List, Mapping, Optional, Tuple, Union
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from data.arrays import pickled_by_name, unpickled
+from data.captions import open_captions, tokenized
 from data.order import Key, epoch_and_index, random_bits
-from data.pairs import UNREADABLE, Skipped, find_pairs, open_picture, printable, read_captions, report_skipped
+from data.pairs import UNREADABLE, File, Skipped, find_pairs, open_picture, printable, read_captions, report_skipped
 
 log = logging.getLogger("minidalle")
 
@@ -35,7 +37,6 @@ _TO_UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TOKENIZE_AT_ONCE = 4096  # captions handed to the tokenizer in one call
 _NAMED_IN_LOG = 20  # unreadable pictures told one by one; a disk that goes away would fill the log
 # What a random number is for, so that no two uses share one; 2 is the order's, in data/order.py.
 _CAPTION, _DROPOUT, _GENERATED, _HELD_OUT = 0, 1, 3, 4
@@ -106,8 +107,9 @@ class TextImageDataset(Dataset):
     image  float32 (3, image_size, image_size) in [0, 1]; uint8 in [0, 255] with `byteio`; int64 (image_seq_len,) when
            codes are attached.
 
-    `tokenizer.tokenize(texts, context_length, truncate_text)` gives int64 (len(texts), context_length), zero-padded,
-    and raises ValueError when a text is longer and may not be cut. Every caption goes through it once, here.
+    tokenizer: as captions.py wants it; `tokenize(texts, length)` raises ValueError when a text is longer. Every caption
+    is tokenized once, here, or taken from `cache_dir` where it is given and has it. Caption files that it has, and
+    pictures that are among `encoded`, are known to be sound and not opened.
 
     A picture that turns out unreadable while training is replaced by the next one that can be read; it is told in the
     log once and counted in `skipped`, also when a worker process found it.
@@ -126,7 +128,8 @@ class TextImageDataset(Dataset):
         byteio: bool = False,
         caption_dropout: float = 0.0,
         seed: int = 42,
-        codes: Optional[np.ndarray] = None,
+        cache_dir: Union[str, Path, None] = None,
+        encoded: Container[File] = (),
     ):
         self.folder = Path(folder)
         self.text_seq_len = text_seq_len
@@ -134,46 +137,56 @@ class TextImageDataset(Dataset):
         self.byteio = byteio
         self.caption_dropout = caption_dropout
         self.seed = seed
-        pairs, self._skipped = find_pairs(folder)
+        cache = None if cache_dir is None else open_captions(folder, cache_dir, tokenizer)
+        known = encoded if cache is None else cache
+        pairs, self._skipped = find_pairs(folder, lambda file: file in encoded or file in known)
         report_skipped(self._skipped)
-        self.pictures: List[Path] = [picture for picture, _ in pairs]
-        self.captions: List[Path] = [caption for _, caption in pairs]
-        # Captions are a dozen tokens as a rule, so they are kept end to end without their padding.
-        self._tokens, self._token_starts, self._caption_starts, self._caption_counts = _tokenize_captions(
-            self.captions, tokenizer, text_seq_len, truncate_captions
-        )
+        self.pictures: List[File] = [picture for picture, _ in pairs]
+        captions = [caption for _, caption in pairs]
+        self._captions = tokenized(captions, self.folder, tokenizer, cache)
+        if not truncate_captions:
+            self._refuse_long_captions(captions, tokenizer)
         self._codes: Optional[np.ndarray] = None
         # One flag a picture, in memory that worker processes share with their parent.
         self._unreadable = torch.zeros(len(self.pictures), dtype=torch.uint8).share_memory_()
-        if codes is not None:
-            self.attach_codes(codes)
 
-    def attach_codes(self, codes: np.ndarray, bad: Optional[Mapping[Path, str]] = None) -> None:
+    def _refuse_long_captions(self, files: List[File], tokenizer) -> None:
+        place = self._captions.first_longer_than(self.text_seq_len)
+        if place is None:
+            return
+        path = self.folder / files[place][0]
+        try:
+            tokenizer.tokenize(read_captions(path), self.text_seq_len)
+        except ValueError as error:
+            raise ValueError(f"{printable(path)}: {error}") from None
+        raise ValueError(f"{printable(path)}: changed while it was read")
+
+    def attach_codes(self, codes: np.ndarray, bad: Optional[Mapping[int, str]] = None) -> None:
         """From now on give codes in place of pixels. Call it before workers are started.
 
-        codes: integers (len(dataset), image_seq_len), row i for `pictures[i]`. bad: picture → reason for those that
-        could not be encoded (`cached_codes` returns both); they leave the dataset and are counted in `skipped`.
+        codes: integers (pictures, image_seq_len), in the order of `pictures` without those that are in bad. bad:
+        index → reason for those that could not be encoded (`cached_codes` returns both); they leave the dataset and are
+        counted in `skipped`.
         """
-        if codes.ndim != 2 or len(codes) != len(self):
-            raise ValueError(
-                f"codes have shape {tuple(codes.shape)}, {len(self)} pictures need ({len(self)}, codes each)"
-            )
         bad = bad or {}
-        good = np.array([picture not in bad for picture in self.pictures], dtype=bool)
+        good = np.ones(len(self), dtype=bool)
+        good[list(bad)] = False
+        if codes.ndim != 2 or len(codes) != good.sum():
+            raise ValueError(
+                f"codes have shape {tuple(codes.shape)}, {good.sum()} pictures need ({good.sum()}, codes each)"
+            )
         if not good.any():
             raise ValueError(f"{printable(self.folder)}: none of its {len(self)} pictures could be encoded")
         if not good.all():
-            lost = {UNREADABLE: [picture for picture, kept in zip(self.pictures, good) if not kept]}
+            lost = {UNREADABLE: [self.folder / self.pictures[index][0] for index in sorted(bad)]}
             report_skipped(lost)
             self._skipped[UNREADABLE] = sorted(set(self._skipped.get(UNREADABLE, []) + lost[UNREADABLE]))
             self._keep(np.flatnonzero(good))
-            codes = codes[good]
         self._codes = codes
 
     def _keep(self, rows: np.ndarray) -> None:
         self.pictures = [self.pictures[row] for row in rows]
-        self.captions = [self.captions[row] for row in rows]
-        self._caption_starts, self._caption_counts = self._caption_starts[rows], self._caption_counts[rows]
+        self._captions = self._captions.only(rows)
         self._unreadable = self._unreadable[torch.from_numpy(rows)].share_memory_()
         if self._codes is not None:
             self._codes = self._codes[rows]
@@ -183,8 +196,8 @@ class TextImageDataset(Dataset):
         dropout. A hash of a picture's name decides, so that the same pictures are held out whatever the seed, and
         nearly the same ones of a folder that has grown. ValueError where nothing would be left to train on.
         """
-        names = [os.path.relpath(picture, self.folder).replace(os.sep, "/") for picture in self.pictures]
-        order = sorted(range(len(names)), key=lambda row: hashlib.sha256(os.fsencode(names[row])).digest())
+        names = [os.fsencode(name) for name, _, _ in self.pictures]
+        order = sorted(range(len(names)), key=lambda row: hashlib.sha256(names[row]).digest())
         count = max(1, round(share * len(order)))
         if count >= len(order):
             raise ValueError(f"{printable(self.folder)}: {len(order)} pairs are too few to hold {share:g} of them out")
@@ -197,16 +210,21 @@ class TextImageDataset(Dataset):
     def fingerprint(self) -> str:
         """Names what there is to learn: pictures by name, captions by their tokens."""
         digest = hashlib.sha256()
-        for picture in self.pictures:
-            digest.update(os.fsencode(os.path.relpath(picture, self.folder).replace(os.sep, "/")) + b"\0")
-        for part in (self._caption_starts, self._caption_counts, self._token_starts, self._tokens):
-            digest.update(np.ascontiguousarray(part))
+        captions = self._captions
+        for (name, _, _), start, stop in zip(self.pictures, captions.starts, captions.stops):
+            digest.update(os.fsencode(name) + b"\0" + captions.tokens[start:stop].tobytes())
         return digest.hexdigest()
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_codes": pickled_by_name(self._codes)}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _codes=unpickled(state["_codes"]))
 
     @property
     def skipped(self) -> Skipped:
         """Reason → files left out, those that went bad since the scan included."""
-        found = [self.pictures[i] for i in self._unreadable.nonzero().flatten().tolist()]
+        found = [self.folder / self.pictures[i][0] for i in self._unreadable.nonzero().flatten().tolist()]
         if not found:
             return dict(self._skipped)
         return {**self._skipped, UNREADABLE: sorted(set(self._skipped.get(UNREADABLE, []) + found))}
@@ -221,7 +239,7 @@ class TextImageDataset(Dataset):
         for step in range(len(self)):
             place = (index + step) % len(self)
             try:
-                pixels = load_picture(self.pictures[place], self.image_size)
+                pixels = load_picture(self.folder / self.pictures[place][0], self.image_size)
             except (ValueError, OSError) as error:
                 self._note_unreadable(place, error)
                 continue
@@ -232,9 +250,8 @@ class TextImageDataset(Dataset):
     def _text(self, epoch: int, index: int) -> torch.Tensor:
         text = np.zeros(self.text_seq_len, dtype=np.int64)
         if random_bits(self.seed, _DROPOUT, epoch, index) >= self.caption_dropout * 2.0**64:
-            drawn = random_bits(self.seed, _CAPTION, epoch, index) % int(self._caption_counts[index])
-            caption = self._caption_starts[index] + drawn
-            tokens = self._tokens[self._token_starts[caption] : self._token_starts[caption + 1]]
+            captions = self._captions[index]
+            tokens = captions[random_bits(self.seed, _CAPTION, epoch, index) % len(captions)][: self.text_seq_len]
             text[: len(tokens)] = tokens
         return torch.from_numpy(text)
 
@@ -302,37 +319,3 @@ class GeneratedDataset(Dataset):
         if self.byteio:
             return text, torch.from_numpy(random.integers(0, 256, shape, dtype=np.uint8))
         return text, torch.from_numpy(random.random(shape, dtype=np.float32))
-
-
-def _tokenize_captions(
-    files: List[Path], tokenizer, text_seq_len: int, truncate: bool
-) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """All captions of all files, each tokenized once and kept without padding.
-
-    Returns tokens int32 (total,), token_starts int64 (captions + 1,): caption c is tokens[starts[c] : starts[c + 1]];
-    caption_starts and caption_counts int64 (files,): file f has captions caption_starts[f] + 0, 1, … counts[f] - 1.
-    """
-    texts: List[str] = []
-    counts = np.zeros(len(files), dtype=np.int64)
-    for place, path in enumerate(files):
-        lines = read_captions(path)
-        counts[place] = len(lines)
-        texts += lines
-    ends = np.cumsum(counts)
-    pieces, lengths = [np.zeros(0, dtype=np.int32)], [np.zeros(1, dtype=np.int64)]
-    for start in range(0, len(texts), _TOKENIZE_AT_ONCE):
-        batch = texts[start : start + _TOKENIZE_AT_ONCE]
-        try:
-            rows = tokenizer.tokenize(batch, text_seq_len, truncate).numpy()  # (B, text_seq_len)
-        except ValueError:
-            for place, text in enumerate(batch, start):  # only now find out which one it is
-                try:
-                    tokenizer.tokenize([text], text_seq_len, truncate)
-                except ValueError as error:
-                    path = files[int(np.searchsorted(ends, place, side="right"))]
-                    raise ValueError(f"{printable(path)}: {error}") from None
-            raise
-        used = np.where(rows.any(1), text_seq_len - np.argmax(rows[:, ::-1] != 0, axis=1), 0)  # up to the last token
-        pieces.append(rows[np.arange(text_seq_len) < used[:, None]].astype(np.int32))
-        lengths.append(used.astype(np.int64))
-    return np.concatenate(pieces), np.cumsum(np.concatenate(lengths)), ends - counts, counts

@@ -39,6 +39,7 @@ CANNOT_OPEN = "cannot be opened"
 UNREADABLE = "unreadable picture"  # the header is sound, the pixels are not: seen only when the picture is decoded
 
 Skipped = Dict[str, List[Path]]
+File = Tuple[str, int, int]  # a file in one state: name relative to the folder with "/", bytes, mtime in nanoseconds
 
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")  # str.splitlines would also cut at form feeds and U+2028 inside a caption
 _PROGRESS_FROM = 2000  # files; fewer are over before a bar could be read
@@ -48,7 +49,9 @@ _CHUNK = 128
 _HEAD = 16 << 10  # bytes
 
 
-def find_pairs(folder: Union[str, Path]) -> Tuple[List[Tuple[Path, Path]], Skipped]:
+def find_pairs(
+    folder: Union[str, Path], sound: Callable[[File], bool] = lambda file: False
+) -> Tuple[List[Tuple[File, File]], Skipped]:
     """Search `folder` and everything below it for pictures with a caption file of the same stem.
 
     A caption file in the picture's own folder is taken first, whatever else matches; otherwise the nearest by path: the
@@ -56,8 +59,10 @@ def find_pairs(folder: Union[str, Path]) -> Tuple[List[Tuple[Path, Path]], Skipp
     captions/val/1.txt), then sorted order. A caption file serves one picture. Symbolic links are followed, and no
     folder is entered twice.
 
-    Returns the pairs (picture, caption file), sorted by the picture's path relative to `folder`, and every other file
-    with one of the suffixes as reason → sorted paths.
+    sound: whether a file was found to be a picture, or to hold captions, before, and need not be opened again.
+
+    Returns the pairs (picture, caption file), sorted by the picture's path relative to `folder`, each in the state it
+    had before it was opened, and every other file with one of the suffixes as reason → sorted paths.
 
     Raises FileNotFoundError, PermissionError or ValueError, in one line, when the folder gives no pair at all.
     """
@@ -71,36 +76,24 @@ def find_pairs(folder: Union[str, Path]) -> Tuple[List[Tuple[Path, Path]], Skipp
     if not pictures or not texts:
         raise ValueError(_nothing_found(folder, len(pictures), len(texts)))
 
-    picture_stems = {_stem(name) for name in pictures}
-    captions = []
-    candidates = [name for name in texts if _stem(name) in picture_stems]
-    for name, reason in zip(candidates, _in_threads(_caption_fault, folder, candidates, "reading captions")):
-        if reason:
-            skipped.setdefault(reason, []).append(name)
-        else:
-            captions.append(name)
+    stem_of = {name: _stem(name) for names in (pictures, texts) for name in names}
+    stems = {stem_of[name] for name in pictures}
+    captions = _checked([name for name in texts if stem_of[name] in stems], folder, sound, "captions", skipped)
+    caption_stems = {stem_of[name] for name in captions}
+    usable = _checked([name for name in pictures if stem_of[name] in caption_stems], folder, sound, "pictures", skipped)
 
-    caption_stems = {_stem(name) for name in captions}
-    usable = []
-    candidates = [name for name in pictures if _stem(name) in caption_stems]
-    for name, reason in zip(candidates, _in_threads(_picture_fault, folder, candidates, "checking pictures")):
-        if reason:
-            skipped.setdefault(reason, []).append(name)
-        else:
-            usable.append(name)
-
-    matched = _match(usable, captions)
+    matched = _match(list(usable), list(captions))
     taken = set(matched.values())
     refused = {name for names in skipped.values() for name in names}
     for name in pictures:
         if name not in matched and name not in refused:
-            skipped.setdefault(CAPTION_TAKEN if _stem(name) in caption_stems else NO_CAPTION, []).append(name)
+            skipped.setdefault(CAPTION_TAKEN if stem_of[name] in caption_stems else NO_CAPTION, []).append(name)
     for name in texts:
         if name not in taken and name not in refused:
             skipped.setdefault(NO_PICTURE, []).append(name)
     if not matched:
         raise ValueError(_nothing_usable(folder, pictures, texts, skipped))
-    pairs = [(folder / name, folder / matched[name]) for name in sorted(matched)]
+    pairs = [(usable[name], captions[matched[name]]) for name in sorted(matched)]
     return pairs, {reason: [folder / name for name in sorted(names)] for reason, names in skipped.items()}
 
 
@@ -204,6 +197,29 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
+def _checked(
+    names: Sequence[str], folder: Path, sound: Callable[[File], bool], what: str, skipped: Dict[str, List[str]]
+) -> Dict[str, File]:
+    """The "captions" or "pictures" that can be used, in order; the others go to `skipped`."""
+    check = _caption_fault if what == "captions" else _picture_fault
+    root = os.path.join(str(folder), "")
+    files: Dict[str, File] = {}
+    doubtful = []
+    for name in names:
+        try:
+            status = os.stat(root + name)
+            files[name] = (name, status.st_size, status.st_mtime_ns)
+        except OSError:
+            files[name] = (name, 0, 0)  # the check tells
+        if not sound(files[name]):
+            doubtful.append(name)
+    for name, fault in zip(doubtful, _in_threads(check, folder, doubtful, f"checking {what}")):
+        if fault:
+            skipped.setdefault(fault, []).append(name)
+            del files[name]
+    return files
+
+
 def _in_threads(
     check: Callable[[str], Optional[str]], folder: Path, names: Sequence[str], title: str
 ) -> List[Optional[str]]:
@@ -278,7 +294,8 @@ def _is_label(line: str) -> bool:
 
 def _match(pictures: Sequence[str], captions: Sequence[str]) -> Dict[str, str]:
     """Picture → caption file, both sorted relative paths, by the rule of find_pairs."""
-    by_place = {os.path.splitext(name)[0]: name for name in captions}
+    places = [os.path.splitext(name)[0] for name in captions]
+    by_place = dict(zip(places, captions))
     matched: Dict[str, str] = {}
     for picture in pictures:
         caption = by_place.pop(os.path.splitext(picture)[0], None)
@@ -287,10 +304,10 @@ def _match(pictures: Sequence[str], captions: Sequence[str]) -> Dict[str, str]:
 
     # What is left lies in folders of its own: group it by stem, where most groups are one picture and one caption file.
     groups: Dict[str, Tuple[List[str], List[str]]] = {}
-    for caption in captions:
-        if os.path.splitext(caption)[0] in by_place:
+    for place, caption in zip(places, captions):
+        if place in by_place:
             groups.setdefault(_stem(caption), ([], []))[1].append(caption)
-    for picture in pictures:
+    for picture in pictures if groups else ():
         if picture not in matched and _stem(picture) in groups:
             groups[_stem(picture)][0].append(picture)
     for group_pictures, group_captions in groups.values():

@@ -38,6 +38,13 @@ def ended(process):
     return process.returncode, out, err
 
 
+def second_of(launcher):
+    """The process of rank 1."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    (second,) = [pid for pid in children if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
+    return int(second)
+
+
 def assert_same_weights(one, other):
     ours, theirs = (checkpoint.model_weights(checkpoint.read(path)["weights"]) for path in (one, other))
     assert ours.keys() == theirs.keys()
@@ -71,6 +78,67 @@ def test_one_process_goes_on_where_two_stopped(command, tiny_flags, tmp_path):
     assert_same_weights(tmp_path / "dalle_1.pt", tmp_path / "whole" / "dalle_1.pt")
 
 
+SHOW_ENCODING = """
+import functools, os, sys, time
+import data.codes, train
+from models.vae import VQGanVAE
+
+rank, seconds = os.environ.get("RANK", "0"), float(os.environ.get("SECONDS_A_PICTURE", 0))
+encode = VQGanVAE.get_codebook_indices
+def telling(self, pixels):
+    print(f"<{rank}>", flush=True)
+    time.sleep(seconds)
+    return encode(self, pixels)
+VQGanVAE.get_codebook_indices = telling
+original = data.codes.cached_codes
+def one_at_a_time(*arguments, **options):
+    return original(*arguments, **{**options, "batch_size": 1, "flush_seconds": 0 if rank == "1" else 60})
+data.codes.cached_codes = one_at_a_time
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def showing(tmp_path, monkeypatch):
+    """train.py that writes <rank> for each picture it encodes; as a path."""
+    (tmp_path / "showing.py").write_text(SHOW_ENCODING)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path / "showing.py"
+
+
+def test_pictures_are_shared_out_for_encoding(showing, tiny_flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECONDS_A_PICTURE", "0.1")
+    status, out, err = ended(start(showing, *tiny_flags, "--codes-cache", tmp_path / "codes"))
+    assert status == 0, err
+    ranks = re.findall("<(.)>", out)
+    assert len(ranks) == 12 and 4 <= ranks.count("1") <= 8 and "12 pictures, 3 steps" in out
+    names = sorted(path.name.partition("-")[0] + path.suffix for path in (tmp_path / "codes").iterdir())
+    assert names == ["captions.json", "captions.npy", "codes.json", "codes.npy"]
+
+
+@pytest.mark.slow  # as is a process that dies in training
+def test_what_processes_encoded_is_kept_when_one_dies(showing, tiny_flags, tmp_path, monkeypatch):
+    """Rank 1 is killed; rank 0, ended by the launcher, writes what it has."""
+    monkeypatch.setenv("SECONDS_A_PICTURE", "0.7")
+    flags = [*tiny_flags, "--codes-cache", tmp_path / "codes"]
+    launcher = start(showing, *flags)
+    told = ""
+    while min(told.count("<0>"), told.count("<1>")) < 3:
+        line = launcher.stdout.readline()
+        assert line, launcher.communicate()[1]
+        told += line
+    os.kill(second_of(launcher), signal.SIGKILL)
+    status, out, _ = ended(launcher)
+    told += out
+    assert status != 0 and "<0>" in told and "stopped before the first step" in told
+    begun = len(re.findall("<.>", told))
+    monkeypatch.setenv("SECONDS_A_PICTURE", "0")
+    alone = subprocess.run([sys.executable, showing, *map(str, flags)], capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    again = len(re.findall("<.>", alone.stdout))
+    assert 12 - begun <= again <= 12 - begun + 2  # what both were at is lost
+
+
 def test_what_processes_cannot_share_is_refused_in_one_line(tiny_flags):
     status, _, err = ended(start("train.py", *tiny_flags, "--batch-size", 3))
     told = [line for line in err.splitlines() if line.startswith("train.py: error:")]
@@ -83,9 +151,7 @@ def send_to_the_second(signal_number, flags, folder):
     while not list(folder.glob("dalle_step_*.pt")):
         time.sleep(0.1)
         assert launcher.poll() is None, launcher.communicate()[1]
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    (second,) = [pid for pid in children if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
-    os.kill(int(second), signal_number)
+    os.kill(second_of(launcher), signal_number)
     return ended(launcher)
 
 

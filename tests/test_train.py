@@ -291,6 +291,42 @@ def test_ctrl_c_saves_and_says_how_to_go_on(trained, tiny_flags, tmp_path):
     assert f"at step {step}" in ended.out and opened(onward / f"dalle_step_{step + 1}.pt")["step"] == step + 1
 
 
+SLOW_ENCODING = """
+import sys, time
+import data.codes, train
+from models.vae import VQGanVAE
+
+cached_codes = data.codes.cached_codes
+data.codes.cached_codes = lambda *given, **options: cached_codes(*given, **{**options, "batch_size": 1})
+encode = VQGanVAE.get_codebook_indices
+def slow(self, pixels):
+    print("<encoding>", flush=True)
+    time.sleep(0.2)
+    return encode(self, pixels)
+VQGanVAE.get_codebook_indices = slow
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_stop_while_pictures_are_encoded_keeps_the_codes(tiny_flags, trained, tmp_path, monkeypatch):
+    codes = ["--codes-cache", str(tmp_path / "codes")]
+    command = [sys.executable, "-c", SLOW_ENCODING, *tiny_flags, *codes]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out = ""
+    while out.count("<encoding>") < 5:
+        out += process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    rest, err = process.communicate(timeout=60)
+    out += rest
+    assert process.returncode == 130 and err == "" and out.splitlines()[-1] == "stopped before the first step"
+    encoded, original = [], VQGanVAE.get_codebook_indices
+    monkeypatch.setattr(
+        VQGanVAE, "get_codebook_indices", lambda self, pixels: encoded.append(len(pixels)) or original(self, pixels)
+    )
+    trained(*codes)
+    assert 12 - out.count("<encoding>") <= sum(encoded) <= 13 - out.count("<encoding>")  # one was under way
+
+
 def test_ctrl_c_before_the_first_step(command, tiny_flags, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -11,7 +11,7 @@ import torch
 
 import backends
 import log
-from data.codes import cached_codes
+from data.codes import cached_codes, open_codes
 from data.loader import GeneratedDataset, TextImageDataset
 from data.order import EpochBatches
 from data.tokenizer import load_tokenizer
@@ -75,7 +75,7 @@ def build(settings):
     torch.manual_seed(settings.random_seed)  # again: an untrained VQGAN drew numbers
     model = DALLE(vae=vae, **hparams)
     trainer = backend.trainer(model)
-    with backend.rank_zero_first():
+    with backend.making_codes():
         dataset, held_out = datasets(settings, backend, tokenizer, vae, made_up)
     batches = EpochBatches(
         len(dataset),
@@ -154,6 +154,11 @@ def datasets(settings, backend, tokenizer, vae, made_up):
 
 def folder_dataset(folder, settings, backend, tokenizer, vae, training=True):
     """A folder's pairs, with cached codes or with pixels."""
+    cache_dir = None if settings.no_codes_cache else settings.codes_cache or folder
+    cache = None
+    if cache_dir:
+        options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
+        cache = open_codes(folder, cache_dir, **options)
     dataset = TextImageDataset(
         folder,
         tokenizer,
@@ -163,19 +168,12 @@ def folder_dataset(folder, settings, backend, tokenizer, vae, training=True):
         byteio=settings.byteio,
         caption_dropout=settings.caption_dropout if training else 0.0,
         seed=settings.random_seed,
+        cache_dir=cache_dir,
+        encoded=cache or (),
     )
-    if settings.no_codes_cache:
+    if cache is None:
         dataset[0]  # at least one picture can be read, or ValueError now
-        return dataset
-    codes, bad = cached_codes(
-        dataset.pictures,
-        backend.encode(vae),
-        folder=dataset.folder,
-        cache_dir=settings.codes_cache or dataset.folder,
-        image_size=vae.image_size,
-        num_codes=vae.num_tokens,
-        fingerprint=vae.fingerprint(),
-        batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # as many pixels whatever their size
-    )
-    dataset.attach_codes(codes, bad)
+    else:
+        at_once = max(1, 16 * 256**2 // vae.image_size**2)  # as many pixels whatever their size
+        dataset.attach_codes(*cached_codes(dataset.pictures, backend.encode(vae), cache, batch_size=at_once))
     return dataset

@@ -1,12 +1,10 @@
-"""The code cache: what is encoded, what is found again, and what a stop or a damage leaves behind."""
+"""The code cache: what is encoded, with what, what is found again, and what a stop leaves behind."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +13,11 @@ import torch
 from PIL import Image
 
 from data import codes as codes_module
-from data.codes import cached_codes
+from data.codes import cached_codes, open_codes
 from data.loader import load_picture
+from models.vae import load_vqgan
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = 8
 
 
@@ -52,17 +51,17 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
-def cached(folder, encode, pictures=None, **options):
-    pictures = sorted(folder.rglob("*.png")) if pictures is None else pictures
-    given = {
-        "folder": folder,
-        "cache_dir": folder / ".codes",
-        "image_size": SIZE,
-        "num_codes": 256,
-        "fingerprint": "0123456789abcdef",
-        "batch_size": 3,
-    }
-    return cached_codes(pictures, encode, **{**given, **options})
+def in_its_state(folder, path):
+    status = path.stat()
+    return path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns
+
+
+def cached(folder, encode, pictures=None, *, cache_dir=None, workers=0, batch_size=3, **options):
+    if pictures is None:
+        pictures = [in_its_state(folder, path) for path in sorted(folder.rglob("*.png"))]
+    options = {"image_size": SIZE, "num_codes": 256, "fingerprint": "0123456789abcdef", **options}
+    cache = open_codes(folder, cache_dir or folder / ".codes", **options)
+    return cached_codes(pictures, encode, cache, batch_size=batch_size, workers=workers)
 
 
 def expected(values):
@@ -86,16 +85,16 @@ def test_encoded_once_then_read(folder):
 
 
 def test_pixels_are_those_of_the_loader(tmp_path, shared_data):
-    pictures = sorted((shared_data / "coco_by_bysa" / "val2017").glob("*.jpg"))[:5]
+    paths = sorted((shared_data / "coco_by_bysa" / "val2017").glob("*.jpg"))[:5]
+    pictures = [in_its_state(shared_data, path) for path in paths]
     seen = []
 
     def encode(images):
         seen.extend(images)
         return torch.zeros(len(images), 1, dtype=torch.long)
 
-    options = {"folder": shared_data, "cache_dir": tmp_path, "image_size": 64, "num_codes": 4, "fingerprint": "f"}
-    cached_codes(pictures, encode, workers=2, batch_size=2, **options)
-    for path, image in zip(pictures, seen):
+    cached(shared_data, encode, pictures, cache_dir=tmp_path, image_size=64, num_codes=4, workers=2, batch_size=2)
+    for path, image in zip(paths, seen):
         assert np.array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), load_picture(path, 64))
 
 
@@ -121,7 +120,7 @@ def test_only_a_changed_or_new_picture_is_encoded_again(folder):
 
 
 def test_part_of_a_folder_neither_loses_nor_repeats_the_rest(folder):
-    pictures = sorted(folder.rglob("*.png"))
+    pictures = [in_its_state(folder, path) for path in sorted(folder.rglob("*.png"))]
     encode = MeanEncoder()
     assert cached(folder, encode, pictures[2:5])[0][:, 0].tolist() == [40, 60, 80]
     assert cached(folder, encode, pictures[4:8])[0][:, 0].tolist() == [80, 100, 120, 140]
@@ -177,14 +176,14 @@ def test_the_widest_code_fits(folder, num_codes, dtype):
 def test_unreadable_pictures_are_told_and_never_cached(folder):
     whole = (folder / "sub" / "4.png").read_bytes()
     (folder / "sub" / "4.png").write_bytes(whole[:50])
-    pictures = sorted(folder.rglob("*.png"))
+    pictures = [in_its_state(folder, path) for path in sorted(folder.rglob("*.png"))]
     (folder / "sub" / "7.png").unlink()
     for expected_calls in (8, 0):
         encode = MeanEncoder()
         codes, bad = cached(folder, encode, pictures)
         assert encode.seen == expected_calls
-        assert sorted(path.name for path in bad) == ["4.png", "7.png"] and all(str(path) in bad[path] for path in bad)
-        assert codes[:, 0].tolist() == [0, 20, 40, 60, 0, 100, 120, 0, 160, 180]
+        assert sorted(bad) == [4, 7] and all(str(folder / "sub" / f"{number}.png") in bad[number] for number in bad)
+        assert codes[:, 0].tolist() == [0, 20, 40, 60, 100, 120, 160, 180] and isinstance(codes, np.memmap)
     (folder / "sub" / "4.png").write_bytes(whole)
     encode = MeanEncoder()
     codes, bad = cached(folder, encode)
@@ -210,74 +209,6 @@ def test_an_interrupted_run_keeps_what_it_finished(folder):
     codes, _ = cached(folder, encode)
     assert encode.seen == 4 and codes.tolist() == expected(range(0, 200, 20))
     assert cache_files(folder) == [".json", ".npy"]
-
-
-def test_a_killed_run_keeps_what_it_flushed(folder):
-    program = (
-        "import os, signal, sys; from pathlib import Path; from data import codes; import torch\n"
-        "codes._FLUSH_SECONDS = 0.0\n"
-        "folder, seen = Path(sys.argv[1]), 0\n"
-        "def encode(images):\n"
-        "    global seen\n"
-        "    if seen >= 6: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    seen += len(images)\n"
-        "    return (images.mean((1, 2, 3)) * 255).round().long()[:, None].repeat(1, 4)\n"
-        "codes.cached_codes(sorted(folder.rglob('*.png')), encode, folder=folder, cache_dir=folder / '.codes',\n"
-        "    image_size=8, num_codes=256, fingerprint='0123456789abcdef', batch_size=3)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program, str(folder)], env=environment, cwd=ROOT, capture_output=True)
-    assert done.returncode == -signal.SIGKILL
-    encode = MeanEncoder()
-    codes, _ = cached(folder, encode)
-    assert encode.seen == 4 and codes.tolist() == expected(range(0, 200, 20))
-
-
-def test_a_failed_write_leaves_no_half_file(folder, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(codes_module.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        cached(folder, MeanEncoder())
-    assert cache_files(folder) == []
-
-
-@pytest.mark.parametrize("damage", ["cut array", "flipped byte", "no array", "cut index", "other index"])
-def test_a_damaged_cache_is_made_again(folder, damage):
-    cached(folder, MeanEncoder())
-    array, index = (next((folder / ".codes").glob(f"*.{suffix}")) for suffix in ("npy", "json"))
-    if damage == "cut array":
-        array.write_bytes(array.read_bytes()[:-10])
-    elif damage == "flipped byte":
-        data = bytearray(array.read_bytes())
-        data[-1] ^= 1
-        array.write_bytes(bytes(data))
-    elif damage == "no array":
-        array.unlink()
-    elif damage == "cut index":
-        index.write_bytes(index.read_bytes()[:-5])
-    else:
-        index.write_text(json.dumps(["not", "an", "index"]))
-    encode = MeanEncoder()
-    codes, _ = cached(folder, encode)
-    assert encode.seen == 10 and codes.tolist() == expected(range(0, 200, 20))
-
-
-def test_two_at_once_both_succeed(folder):
-    results = {}
-
-    def work(name):
-        results[name] = cached(folder, MeanEncoder())[0].tolist()
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == {0: expected(range(0, 200, 20)), 1: expected(range(0, 200, 20))}
-    encode = MeanEncoder()
-    assert cached(folder, encode)[0].tolist() == results[0] and encode.seen == 0
 
 
 @pytest.mark.parametrize(
@@ -306,5 +237,57 @@ def test_file_names_that_are_not_utf8(folder):
     draw(strange, 33)
     cached(folder, MeanEncoder())
     encode = MeanEncoder()
-    codes, _ = cached(folder, encode, [strange])
+    codes, _ = cached(folder, encode, [in_its_state(folder, strange)])
     assert encode.seen == 0 and codes.tolist() == [[33] * 4]
+
+
+ENCODE = """
+import sys
+from pathlib import Path
+import torch
+from data.codes import cached_codes, open_codes
+from models.vae import load_vqgan
+
+torch.set_num_threads(1)
+folder, vqgan, cache_dir, at_once = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+vae = load_vqgan(vqgan)
+def encode(pixels):
+    codes = vae.get_codebook_indices(pixels)
+    print(len(pixels), flush=True)
+    sys.stdin.readline()
+    return codes
+pictures = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.png"))]
+options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
+cache = open_codes(folder, cache_dir, **options)
+cached_codes(pictures, encode, cache, batch_size=at_once, flush_seconds=0)
+"""
+
+
+def test_interrupted_twice_and_finished(picture_folder, tiny_vqgan, tmp_path):
+    """A process with a real VQGAN is killed once between two batches and once while it works on one."""
+    for number in range(12, 40):
+        shutil.copy(picture_folder / f"{number % 12:02d}.png", picture_folder / f"{number}.png")
+    encoded = []
+    for batches in (3, 4, None):
+        command = [sys.executable, "-c", ENCODE, picture_folder, tiny_vqgan, tmp_path / "codes", "3"]
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        done = []
+        for line in process.stdout:  # a batch that the process holds until it is told to go on
+            if len(done) == batches:
+                process.send_signal(signal.SIGKILL)
+                break
+            done.append(int(line))
+            process.stdin.write("\n")
+            process.stdin.flush()
+        process.stdin.close()
+        assert process.wait(60) == (0 if batches is None else -signal.SIGKILL)
+        encoded.append(sum(done))
+    assert encoded == [9, 12, 19]  # all 40, none of them twice but what was being encoded
+    vae = load_vqgan(tiny_vqgan)
+    pictures = [in_its_state(picture_folder, path) for path in sorted(picture_folder.glob("*.png"))]
+    options = {"image_size": 32, "num_codes": 64, "fingerprint": vae.fingerprint()}
+    kept, whole = (open_codes(picture_folder, tmp_path / name, **options) for name in ("codes", "whole"))
+    codes, bad = cached_codes(pictures, None, kept)  # which encodes nothing
+    uninterrupted, _ = cached_codes(pictures, vae.get_codebook_indices, whole)
+    assert not bad and np.array_equal(codes, uninterrupted) and len(np.unique(codes)) > 10
+    assert sorted(path.suffix for path in (tmp_path / "codes").iterdir()) == [".json", ".npy"]

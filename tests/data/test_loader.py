@@ -25,19 +25,19 @@ class Letters:
     """A token for each character, so that a test can read a row back."""
 
     vocab_size = 256
+    fingerprint = "letters"
 
     def __init__(self):
         self.seen = []
 
-    def tokenize(self, texts, context_length, truncate_text):
-        self.seen += texts
-        rows = torch.zeros(len(texts), context_length, dtype=torch.long)
-        for row, text in zip(rows, texts):
-            if len(text) > context_length and not truncate_text:
+    def encode(self, text):
+        self.seen.append(text)
+        return list(map(ord, text))
+
+    def tokenize(self, texts, context_length):
+        for text in texts:
+            if len(text) > context_length:
                 raise ValueError(f'"{text}" is {len(text)} tokens long, the limit is {context_length}')
-            text = text[:context_length]
-            row[: len(text)] = torch.tensor([ord(letter) for letter in text])
-        return rows
 
 
 def read(row):
@@ -161,7 +161,7 @@ def test_captions_of_full_length_and_of_no_token(tmp_path):
 
 
 def test_with_the_real_tokenizer_and_batches_of_captions(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.loader._TOKENIZE_AT_ONCE", 4)
+    monkeypatch.setattr("data.captions._FILES_AT_ONCE", 4)
     tokenizer = load_tokenizer()
     dataset = TextImageDataset(make_set(tmp_path), tokenizer, image_size=8)
     for i in range(6):
@@ -265,8 +265,8 @@ def test_samples_do_not_depend_on_the_process(tmp_path):
 def test_codes_take_the_place_of_pixels(tmp_path):
     folder = make_set(tmp_path)
     codes = np.arange(24, dtype=np.uint16).reshape(6, 4) + 65000
-    dataset = dataset_of(folder, codes=codes)
-    plain = dataset_of(folder)
+    dataset, plain = dataset_of(folder), dataset_of(folder)
+    dataset.attach_codes(codes)
     for i in range(6):
         text, image = dataset[(1, i)]
         assert image.dtype == torch.int64 and image.tolist() == codes[i].tolist()
@@ -276,9 +276,9 @@ def test_codes_take_the_place_of_pixels(tmp_path):
 def test_pictures_that_could_not_be_encoded_leave(tmp_path, told):
     folder = make_set(tmp_path)
     dataset = dataset_of(folder)
-    codes = np.arange(6, dtype=np.uint16).reshape(6, 1)
-    dataset.attach_codes(codes, bad={folder / "000.png": "truncated", folder / "004.png": "gone"})
-    assert [path.name for path in dataset.pictures] == ["001.png", "002.png", "003.png", "005.png"]
+    codes = np.array([[1], [2], [3], [5]], dtype=np.uint16)
+    dataset.attach_codes(codes, bad={0: "truncated", 4: "gone"})
+    assert [name for name, _, _ in dataset.pictures] == ["001.png", "002.png", "003.png", "005.png"]
     assert [read(dataset[i][0])[:9] for i in range(4)] == [f"picture {i}" for i in (1, 2, 3, 5)]
     assert [dataset[i][1].item() for i in range(4)] == [1, 2, 3, 5]
     assert dataset.skipped == {"unreadable picture": [folder / "000.png", folder / "004.png"]}
@@ -289,8 +289,10 @@ def test_codes_that_do_not_fit_are_refused(tmp_path):
     dataset = dataset_of(make_set(tmp_path))
     with pytest.raises(ValueError, match=r"\(5, 4\).*6 pictures"):
         dataset.attach_codes(np.zeros((5, 4), dtype=np.uint16))
+    with pytest.raises(ValueError, match=r"\(6, 4\).*5 pictures"):
+        dataset.attach_codes(np.zeros((6, 4), dtype=np.uint16), bad={2: "bad"})
     with pytest.raises(ValueError, match="none of its 6 pictures could be encoded"):
-        dataset.attach_codes(np.zeros((6, 4), dtype=np.uint16), bad=dict.fromkeys(dataset.pictures, "bad"))
+        dataset.attach_codes(np.zeros((0, 4), dtype=np.uint16), bad=dict.fromkeys(range(6), "bad"))
 
 
 # --- generated data ---------------------------------------------------------------------------------------------------

@@ -32,7 +32,10 @@ def text(path, content="a caption\n"):
 
 
 def names(folder, pairs):
-    return [tuple(path.relative_to(folder).as_posix() for path in pair) for pair in pairs]
+    for name, size, mtime in (file for pair in pairs for file in pair):
+        status = (folder / name).stat()
+        assert (size, mtime) == (status.st_size, status.st_mtime_ns)
+    return [(picture[0], caption[0]) for picture, caption in pairs]
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def test_every_picture_suffix_counts_in_any_case(tmp_path):
         text(tmp_path / f"{suffix}.TXT")
     (tmp_path / "notes.md").write_text("neither")
     pairs, skipped = find_pairs(str(tmp_path))
-    assert {path.name for path, _ in pairs} == {"png.png", "JPG.JPG", "jpeg.jpeg", "BmP.BmP"}
+    assert {picture[0] for picture, _ in pairs} == {"png.png", "JPG.JPG", "jpeg.jpeg", "BmP.BmP"}
     assert skipped == {}
 
 

@@ -1,0 +1,163 @@
+"""Captions as tokens: the same from the cache as without one, and a file is tokenized again only where it changed."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.captions import Captions, open_captions, tokenized
+from data.loader import TextImageDataset
+from data.tokenizer import load_tokenizer
+from tests.conftest import ROOT, YTTM
+
+KINDS = {"clip": None, "yttm": ROOT / YTTM}
+TEXTS = [
+    ["a red square", "Two green circles, side by side!"],
+    ["one"],
+    ["caf\u00e9 &amp; a caf\u00e9", "\u65e5\u672c", "x" * 40, "!", "a red square"],
+    ["a blue triangle beside a red circle beside a green square"],
+]
+
+
+@pytest.fixture(params=KINDS, ids=list(KINDS))
+def tokenizer(request):
+    return load_tokenizer(KINDS[request.param])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "set" / "words").mkdir(parents=True)
+    for number, texts in enumerate(TEXTS):
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(tmp_path / "set" / f"{number}.png")
+        (tmp_path / "set" / "words" / f"{number}.txt").write_text("\r\n".join(texts) + "\n\n", encoding="utf-8-sig")
+    return tmp_path / "set"
+
+
+def files_of(folder):
+    paths = sorted(folder.rglob("*.txt"))
+    return [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+
+def as_lists(captions):
+    return [[tokens.tolist() for tokens in captions[i]] for i in range(len(captions))]
+
+
+def counting(tokenizer, monkeypatch):
+    seen, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: seen.append(text) or encode(text))
+    return seen
+
+
+def test_the_tokens_are_those_of_the_tokenizer(folder, tokenizer, tmp_path):
+    expected = [[tokenizer.encode(text) for text in texts] for texts in TEXTS]
+    assert as_lists(tokenized(files_of(folder), folder, tokenizer)) == expected
+    for _ in range(2):
+        captions = tokenized(files_of(folder), folder, tokenizer, open_captions(folder, tmp_path / "at", tokenizer))
+        assert as_lists(captions) == expected and isinstance(captions.tokens, np.memmap)
+    assert as_lists(captions.only(np.array([False, True, True, False]))) == expected[1:3]
+    sent = pickle.dumps(captions)
+    assert len(sent) < 1000 and as_lists(pickle.loads(sent)) == expected
+
+
+def test_a_changed_file_is_tokenized_again_and_nothing_else(folder, tokenizer, tmp_path, monkeypatch):
+    def cached():
+        return tokenized(files_of(folder), folder, tokenizer, open_captions(folder, tmp_path, tokenizer))
+
+    cached()
+    seen = counting(tokenizer, monkeypatch)
+    cached()
+    assert seen == []
+    (folder / "words" / "1.txt").write_text("quite another one")
+    (folder / "words" / "10.txt").write_text("new")
+    captions = cached()
+    assert seen == ["quite another one", "new"]
+    assert [len(captions[i]) for i in range(5)] == [2, 1, 1, 5, 1]
+    assert len(captions.tokens) == captions.stops[-1] == sum(len(captions[i][k]) + 1 for i, k in every(captions))
+    (folder / "words" / "0.txt").unlink()
+    assert len(cached()) == 4 and len(seen) == 2
+
+
+def every(captions):
+    return [(i, k) for i in range(len(captions)) for k in range(len(captions[i]))]
+
+
+def test_each_vocabulary_has_a_cache_of_its_own(folder, tmp_path):
+    for path in KINDS.values():
+        tokenizer = load_tokenizer(path)
+        cache = open_captions(folder, tmp_path, tokenizer)
+        assert not any(file in cache for file in files_of(folder))
+        tokenized(files_of(folder), folder, tokenizer, cache)
+    assert len(list(tmp_path.glob("captions-*.json"))) == 2
+
+
+@pytest.mark.parametrize("options", [{"caption_dropout": 0.3, "seed": 3}, {"text_seq_len": 5, "seed": 4}])
+def test_samples_are_those_of_an_uncached_set(folder, tokenizer, tmp_path, options):
+    options = {"text_seq_len": 64, "image_size": 8, "truncate_captions": True, **options}
+    plain = TextImageDataset(folder, tokenizer, **options)
+    for _ in range(2):
+        cached = TextImageDataset(folder, tokenizer, cache_dir=tmp_path / "at", **options)
+        for key in ((epoch, index) for epoch in range(20) for index in range(4)):
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(cached[key], plain[key]))
+    assert len({tuple(plain[(epoch, 2)][0].tolist()) for epoch in range(20)}) >= 4
+
+
+def test_an_overlong_caption_is_the_same_error(folder, tokenizer, tmp_path):
+    said = []
+    for cache_dir in (None, tmp_path, tmp_path):
+        with pytest.raises(ValueError, match="tokens long, and the limit is 6.*--truncate-captions") as error:
+            TextImageDataset(folder, tokenizer, text_seq_len=6, image_size=8, cache_dir=cache_dir)
+        said.append(str(error.value))
+    first = next(i for i, texts in enumerate(TEXTS) if any(len(tokenizer.encode(text)) > 6 for text in texts))
+    assert len(set(said)) == 1 and said[0].startswith(str(folder / "words" / f"{first}.txt: "))
+    longest = max(len(tokenizer.encode(text)) for texts in TEXTS for text in texts)
+    TextImageDataset(folder, tokenizer, text_seq_len=longest, image_size=8, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=f"is {longest} tokens long"):
+        TextImageDataset(folder, tokenizer, text_seq_len=longest - 1, image_size=8, cache_dir=tmp_path)
+
+
+def test_a_long_caption_of_another_file_is_nobodys_error(folder, tokenizer, tmp_path):
+    TextImageDataset(folder, tokenizer, text_seq_len=64, image_size=8, cache_dir=tmp_path)
+    for number in (2, 3):
+        (folder / f"{number}.png").unlink()
+    TextImageDataset(folder, tokenizer, text_seq_len=13, image_size=8, cache_dir=tmp_path)
+
+
+def test_a_file_that_is_known_is_not_opened_again(folder, tokenizer, tmp_path, monkeypatch):
+    options = {"text_seq_len": 64, "image_size": 8, "cache_dir": tmp_path}
+    pictures = TextImageDataset(folder, tokenizer, **options).pictures
+    opened = []
+    monkeypatch.setattr("data.pairs._caption_fault", opened.append)
+    monkeypatch.setattr("data.pairs._picture_fault", opened.append)
+    again = TextImageDataset(folder, tokenizer, encoded=pictures, **options)
+    assert opened == [] and again.pictures == pictures
+    TextImageDataset(folder, tokenizer, encoded=pictures[:1], **options)
+    assert sorted(map(os.path.basename, opened)) == ["1.png", "2.png", "3.png"]
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_done_without(folder, tokenizer, tmp_path, logged):
+    (tmp_path / "file").touch()
+    captions = tokenized(files_of(folder), folder, tokenizer, open_captions(folder, tmp_path / "no", tokenizer))
+    assert "anew" not in logged.text
+    cache = open_captions(folder, tmp_path / "later", tokenizer)
+    (tmp_path / "later").touch()
+    assert as_lists(tokenized(files_of(folder), folder, tokenizer, cache)) == as_lists(captions)
+    assert "captions are tokenized anew in every run" in logged.text and "later" in logged.text
+
+
+def test_ids_of_16_bits_while_they_fit():
+    class Wide:
+        fingerprint = "wide"
+
+        def __init__(self, vocab_size):
+            self.vocab_size = vocab_size
+
+        def encode(self, text):
+            return [self.vocab_size - 1, 0, 1]
+
+    for vocab_size, dtype in ((65535, np.uint16), (65536, np.uint32)):
+        captions = tokenized([("LICENSE", 0, 0)], ROOT, Wide(vocab_size))
+        assert isinstance(captions, Captions) and captions.tokens.dtype == dtype
+        assert captions[0][0].tolist() == [vocab_size - 1, 0, 1]
