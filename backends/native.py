@@ -1,7 +1,7 @@
 """CPUs and CUDA GPUs, through PyTorch: one, or one a process of torchrun's; replicas are further micro-batches.
 
-The step is native_training.py's, drawing native_drawing.py's. Features newer than torch 2.0 live in these three only,
-each behind a check.
+The step is native_training.py's, drawing native_drawing.py's, pixels and codes native_vqgan.py's. Features newer than
+torch 2.0 live in these four only, each behind a check.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from backends.native_drawing import sampler
 from backends.native_training import NativeTrainer
+from backends.native_vqgan import decoder, encoder
 from backends.processes import Processes, share
 from utils import interrupts
 
@@ -173,12 +174,10 @@ class NativeBackend:
         return NativeTrainer(model, self)
 
     def encode(self, vae):
-        vae = vae.to(self.device)
-        return lambda pixels: vae.get_codebook_indices(pixels.to(self.device)).cpu()
+        return encoder(vae, self)
 
     def decode(self, vae):
-        vae = vae.to(self.device)
-        return lambda codes: vae.decode(codes.to(self.device)).cpu()
+        return decoder(vae, self)
 
     def making_codes(self):
         return contextlib.nullcontext()

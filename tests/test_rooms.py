@@ -19,6 +19,7 @@ ALLOWED = {
     "models": {"models", "torch", "einops", "taming", "yaml", "numpy", "tqdm"},
     "data": {"data", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers"},
     "backends": {"backends", "models", "utils", "torch"},
+    "backends/native_vqgan.py": {"torch", "taming"},
     "utils": {"torch", "yaml", "tqdm"},
     "args.py": {"utils.command_line"},
     "utils/command_line.py": {"yaml"},

@@ -366,12 +366,6 @@ def test_the_sampler_draws_what_generate_codes_draws(tiny_vae):
     assert not torch.equal(codes, sample(text, generator=torch.Generator().manual_seed(4), **given))
 
 
-def test_pictures_are_encoded_by_the_tokenizer(tiny_vae):
-    pixels = torch.rand(3, 3, 32, 32)
-    codes = NativeBackend(settings()).encode(tiny_vae)(pixels)
-    assert torch.equal(codes, tiny_vae.get_codebook_indices(pixels)) and codes.shape == (3, 16)
-
-
 def test_the_contract_is_kept(tiny_vae):
     backend = NativeBackend(settings(gradient_accumulation=5, replication_factor=3, batch_size=2))
     assert backend.samples_per_step == 30
