@@ -8,6 +8,7 @@ What a step does on which machine is the backends' business; flags and configura
 import contextlib
 import logging
 import math
+import os
 import time
 from pathlib import Path
 
@@ -156,8 +157,7 @@ def build_dataset(settings, backend, tokenizer, vae, made_up):
             seed=settings.random_seed,
             **codes,
         )
-    cache_dir = (settings.codes_cache or settings.input_folder) if use_codes else None
-    cache = None
+    cache_dir, cache = settings.codes_cache or settings.input_folder, ()
     if use_codes:
         options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
         cache = open_codes(settings.input_folder, cache_dir, **options)
@@ -170,12 +170,18 @@ def build_dataset(settings, backend, tokenizer, vae, made_up):
         byteio=settings.byteio,
         caption_dropout=settings.caption_dropout,
         seed=settings.random_seed,
-        cache_dir=cache_dir,
-        encoded=cache or (),
+        cache_dir=cache_dir if use_codes else None,
+        encoded=cache,
     )
     if use_codes:
-        at_once = max(1, 16 * 256**2 // vae.image_size**2)  # as many pixels whatever their size
-        dataset.attach_codes(*cached_codes(dataset.pictures, backend.encode(vae), cache, batch_size=at_once))
+        codes, bad = cached_codes(
+            dataset.pictures,
+            backend.encode(vae),
+            cache,
+            batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # as many pixels whatever their size
+            workers=min(settings.dataloader_workers, os.cpu_count() or 1),  # a GPU encodes faster than one reads
+        )
+        dataset.attach_codes(codes, bad)
     else:
         dataset[0]  # at least one picture can be read, or ValueError now
     return dataset
