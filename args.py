@@ -133,11 +133,11 @@ def train_parser():
     add("generated-data", False, "random pictures and captions instead of a folder", bool)
     add("byteio", False, "send pixels as bytes, and scale them on the device", bool)
     add("caption-dropout", 0.0, "share of captions that are emptied, which guidance needs", SHARE)
-    add("codes-cache", None, "folder for the pictures' VQGAN codes, encoded once; none: beside the pictures")
+    add("codes-cache", None, "folder for the pictures' VQGAN codes and the captions' tokens; none: beside them")
     add(
         "no-codes-cache",
         False,
-        "encode pixels in every step instead",
+        "encode pixels in every step instead, and keep nothing on disk",
         type=boolean,
         nargs="?",
         const=True,

@@ -5,6 +5,7 @@ Where a run goes on from is checkpoints.py's.
 
 import logging
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -174,6 +175,12 @@ def folder_dataset(folder, settings, backend, tokenizer, vae, training=True):
     if cache is None:
         dataset[0]  # at least one picture can be read, or ValueError now
     else:
-        at_once = max(1, 16 * 256**2 // vae.image_size**2)  # as many pixels whatever their size
-        dataset.attach_codes(*cached_codes(dataset.pictures, backend.encode(vae), cache, batch_size=at_once))
+        codes, bad = cached_codes(
+            dataset.pictures,
+            backend.encode(vae),
+            cache,
+            batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # as many pixels whatever their size
+            workers=min(settings.dataloader_workers, os.cpu_count() or 1),  # a GPU encodes faster than one reads
+        )
+        dataset.attach_codes(codes, bad)
     return dataset
