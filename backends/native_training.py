@@ -10,7 +10,7 @@ import logging
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from backends.native_layers import keep_freed_memory, rows_at_once, use_fast_layers
+from backends.native_layers import compile_layers, keep_freed_memory, rows_at_once, use_fast_layers
 from utils.muon import Muon
 from utils.optimization import load_keeping_flags, parameter_groups
 
@@ -38,7 +38,10 @@ class NativeTrainer:
         self.scaler = scaler(enabled=backend.precision == "fp16")
 
     def compile(self, batch):
-        """Nothing to do: kernels are chosen as they are called."""
+        """On GPUs, that of the layers; elsewhere kernels are chosen as they are called."""
+        if self.backend.device.type == "cuda":
+            settings = self.backend.settings
+            compile_layers(self.model, self.backend.batch_size, self.backend.autocast, settings.recompute)
 
     def step(self, batch):
         with self.backend.processes.together():
