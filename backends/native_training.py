@@ -131,6 +131,6 @@ def build_optimizers(model, settings):
 def fused(optimizer, groups, **flags):
     """One of torch's optimizers, one pass over memory an update where it has that: on GPUs, on CPUs from torch 2.4."""
     try:
-        return optimizer(groups, fused=True, **flags)
+        return optimizer([dict(group) for group in groups], fused=True, **flags)  # which fills in what it is given
     except RuntimeError:
         return optimizer(groups, **flags)
