@@ -6,6 +6,7 @@ attention, goes the plain way. Nothing here knows of optimizers or processes.
 
 import ctypes
 import functools
+import logging
 import sys
 
 import torch
@@ -24,6 +25,8 @@ from models.attention import pattern_mask
 from models.dalle import Losses
 from models.transformer import Layer
 
+LOG = logging.getLogger("minidalle")
+WORTH_COMPILING = 20e6  # parameters of all layers, below which a run may well be over before its compiler
 WORKING_SET = 1400 * 512  # positions times width that a CPU takes at once
 
 
@@ -73,6 +76,31 @@ def forward(layer, compute, recompute, x, cache=None, start=0):
     if recompute and torch.is_grad_enabled():
         return checkpoint(compute, layer, x, use_reentrant=False)
     return compute(layer, x)
+
+
+def compile_layers(model, rows, autocast, recompute=False):
+    """Have torch compile the layers of a large model; where that fails, say so and change nothing.
+
+    One compilation serves all layers and costs a minute. autocast() → the context in which they run.
+    """
+    layers = model.transformer.layers
+    if sum(parameter.numel() for parameter in layers.parameters()) < WORTH_COMPILING:
+        return
+    if not hasattr(getattr(torch, "compiler", None), "set_stance"):  # before torch 2.6: one for each
+        return
+    compute = torch.compile(plain_layer)
+    weight = model.text_emb.weight
+    shape = rows, model.text_seq_len + model.image_seq_len, weight.shape[1]
+    try:
+        with torch.random.fork_rng(), torch.enable_grad(), autocast():
+            x = torch.zeros(shape, device=weight.device, requires_grad=True)
+            torch.autograd.grad(compute(layers[0], x).sum(), x)
+    except Exception as error:  # whatever is missing: a compiler, a driver, a header file
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        LOG.info("layers are not compiled, which costs speed alone: %s", lines[0])
+        return
+    for layer in layers:
+        layer.forward = functools.partial(forward, layer, compute, recompute)
 
 
 def plain_layer(layer, x):

@@ -12,7 +12,7 @@ import math
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from backends.native_layers import keep_freed_memory, rows_at_once, use_fast_layers
+from backends.native_layers import compile_layers, keep_freed_memory, rows_at_once, use_fast_layers
 from utils.muon import Muon
 from utils.optimization import load_keeping_flags, parameter_groups
 
@@ -50,7 +50,10 @@ class NativeTrainer:
         return DistributedDataParallel(self.model, device_ids=on)
 
     def compile(self, batch):
-        """Nothing to do: kernels are chosen as they are called."""
+        """On GPUs, that of the layers; elsewhere kernels are chosen as they are called."""
+        if self.backend.device.type == "cuda":
+            settings = self.backend.settings
+            compile_layers(self.model, self.backend.batch_size, self.backend.autocast, settings.recompute)
 
     def step(self, batch):
         """The losses, and `grad_norm`: before clipping; where it is not finite, the update was left out."""
@@ -200,6 +203,6 @@ def build_optimizers(model, settings, muon=Muon):
 def fused(optimizer, groups, **flags):
     """One of torch's optimizers, one pass over memory an update where it has that: on GPUs, on CPUs from torch 2.4."""
     try:
-        return optimizer(groups, fused=True, **flags)
+        return optimizer([dict(group) for group in groups], fused=True, **flags)  # which fills in what it is given
     except RuntimeError:
         return optimizer(groups, **flags)

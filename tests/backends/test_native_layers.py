@@ -1,6 +1,8 @@
 """The native trainer's faster layers and losses against the plain ones of models/, which they stand in for."""
 
+import contextlib
 import copy
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from backends import native_kernels
 from backends.native import NativeBackend
 from backends.native_kernels import AxialAttention, DenseAttention, HeadLosses, axial_bias, bias_of
-from backends.native_layers import rows_at_once, use_fast_layers
+from backends.native_layers import compile_layers, rows_at_once, use_fast_layers
 from models.attention import PATTERNS, attend, pattern_mask
 from models.dalle import DALLE
 from tests.backends.test_native import settings
@@ -174,3 +176,43 @@ def test_recomputation_keeps_less(tiny_vae):
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(x.numel()) or x, lambda x: x):
             model(*some, return_loss=True)
     assert sum(kept[1]) < sum(kept[0]) / 2
+
+
+def compiled(model, monkeypatch, least=0):
+    monkeypatch.setattr("backends.native_layers.WORTH_COMPILING", least)
+    use_fast_layers(model, torch.device("meta"), torch.float32)  # no CPU: plain layers
+    compile_layers(model, 3, contextlib.nullcontext)
+
+
+def test_what_cannot_be_compiled_runs_all_the_same(tiny_vae, monkeypatch, logged):
+    def broken(function):
+        def fail(*arguments):
+            raise RuntimeError("no compiler\nmore")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model, some = dalle(tiny_vae), batch()
+    expected = losses_and_gradients(copy.deepcopy(model), *some)
+    compiled(model, monkeypatch, least=1e9)  # a small model is not even tried
+    assert not logged.messages
+    compiled(model, monkeypatch)
+    if hasattr(getattr(torch, "compiler", None), "set_stance"):
+        (message,) = set(logged.messages)
+        assert message.startswith("layers are not compiled") and message.endswith("no compiler")
+    assert_same(losses_and_gradients(model, *some), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(getattr(torch, "compiler", None), "set_stance"), reason="needs torch 2.6")
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler here")
+def test_compiled_layers_equal_plain_ones(tiny_vae, monkeypatch, logged):
+    model, some = dalle(tiny_vae).train(), batch()
+    expected = losses_and_gradients(copy.deepcopy(model), *some)
+    state = torch.get_rng_state()
+    compiled(model, monkeypatch)
+    assert torch.equal(torch.get_rng_state(), state) and not logged.messages
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch._dynamo.utils.counters.clear()
+    assert_same(losses_and_gradients(model, *some), expected, atol=2e-5, rtol=1e-4)
+    assert not torch._dynamo.utils.counters["stats"].get("unique_graphs")  # one compilation served all layers
