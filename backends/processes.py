@@ -44,9 +44,10 @@ class Processes:
         return tensor.cpu()
 
     def wait(self):
-        """Return when every process has come here."""
+        """Return when every process has come here; ConnectionError where one has ended."""
         if self.size > 1:
-            dist.barrier()
+            with self.together():
+                dist.barrier()
 
     @contextlib.contextmanager
     def together(self):
