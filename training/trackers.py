@@ -6,10 +6,12 @@ imported only where their flag asks for them.
 
 import importlib
 import logging
+import os
 
 import log
 
-GRID = "samples"
+GRID = "samples"  # what trackers call the pictures
+LOGIN_SECONDS = "60"  # that Weights & Biases waits for somebody to log in
 
 
 class Trackers:
@@ -80,14 +82,16 @@ def package(name, has, flag, install):
 
 
 def wandb_run(wandb, settings):
-    """A run at Weights & Biases. Without a login or a network: one that is kept on this machine; None where neither
-    works.
+    """A run at Weights & Biases. Without a login, which a terminal is asked for, or a network: one that is kept on this
+    machine; None where neither works.
     """
     given = {"project": settings.wandb_project_name, "name": settings.wandb_run_name, "config": vars(settings)}
+    os.environ.setdefault("WANDB_LOGIN_TIMEOUT", LOGIN_SECONDS)
     try:
         return wandb.init(**given)
     except Exception as error:
-        log.LOG.warning("--wandb: %s; recorded offline, `wandb sync` sends it later", log.reason(error))
+        reason = log.reason(error).rstrip(".")
+        log.LOG.warning("--wandb: %s; recorded offline, `wandb sync` sends it later", reason)
     try:
         return wandb.init(mode="offline", **given)
     except Exception as error:
