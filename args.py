@@ -162,7 +162,9 @@ def train_parser():
 
     sampling_flags(parser.heading("Sampling settings that checkpoints recommend to generate.py"))
 
-    add = parser.heading("Weights & Biases")
+    add = parser.heading("What there is to see, beside metrics.jsonl and loss.png in the output folder")
+    add("sample-steps", 1000, "updates between grids of sample pictures, with one more at the end; 0: none", NATURAL)
+    add("tensorboard", False, "also write TensorBoard's event files, into tensorboard/ in the output folder", bool)
     add("wandb", False, "log to Weights & Biases", bool)
     add("wandb-project-name", "miniDALL-E", "its project")
     add("wandb-run-name", None, "its run")
@@ -314,6 +316,8 @@ def train_arguments(argv=None):
         parser.error("argument --resume: takes the newest of the output folder; leave --pretrained-checkpoint out")
     if settings.resume and not settings.checkpoint_output_dir:
         parser.error("argument --resume: needs a --checkpoint-output-dir to find checkpoints in")
+    if settings.tensorboard and not settings.checkpoint_output_dir:
+        parser.error("argument --tensorboard: needs a --checkpoint-output-dir to write into")
     if settings.validation_folder and settings.validation_split:
         parser.error("argument --validation-split: --validation-folder holds the pictures already; give one of them")
     if not settings.input_folder and not (settings.generated_data or settings.synthetic_data):

@@ -90,77 +90,80 @@ def termination_interrupts():
         signal.signal(signal.SIGTERM, before)
 
 
-def weights_and_biases(settings):
-    """A run at Weights & Biases that records `settings`; None without --wandb. ValueError where it cannot begin."""
-    if not settings.wandb:
-        return None
-    try:
-        from wandb import errors, init
-    except ImportError:  # also where `wandb` is the folder that an earlier run left
-        raise ValueError(
-            "--wandb: the package wandb is not installed; pip install wandb, or leave the flag out"
-        ) from None
-    try:
-        return init(project=settings.wandb_project_name, name=settings.wandb_run_name, config=vars(settings))
-    except errors.Error as error:  # no login, no network
-        raise ValueError(f"--wandb: {error}; WANDB_MODE=offline records without a login") from None
-
-
-def validated(step, losses, tracker=None):
+def validated(step, losses):
     """The line of a validation after update `step`; losses: total, text, image and perplexity."""
     LOG.info(
         "step %d held-out: total %.4f text %.4f image %.4f perplexity %.2f",
         *(step, losses["total"], losses["text"], losses["image"], losses["perplexity"]),
     )
-    if tracker is not None:
-        tracker.log({f"held-out/{name}": value for name, value in losses.items()}, step)
 
 
 class Progress:
-    """Bar and log lines of a run: losses, learning rate, samples a second since the last line. The same goes to
-    `tracker` (a Weights & Biases run or None) with every step.
+    """Bar and log lines of a run: losses, learning rate, samples a second, and the time that is left.
+
+    Samples a second are those of the last LINE_SECONDS or somewhat more, without what lies between updates: validation,
+    checkpoints, pictures. The time left counts that in.
     """
 
-    def __init__(self, steps, first_step, samples_per_step, tracker=None):
-        self.steps, self.samples_per_step, self.tracker = steps, samples_per_step, tracker
+    def __init__(self, steps, first_step, samples_per_step):
+        self.steps, self.first_step, self.samples_per_step = steps, first_step, samples_per_step
         quiet = None if LOG.isEnabledFor(logging.INFO) else True  # None: no bar where there is no terminal
         self.bar = tqdm(
-            total=steps, initial=first_step, unit="step", desc="training", disable=quiet, dynamic_ncols=True
+            total=steps,
+            initial=first_step,
+            unit="step",
+            desc="training",
+            disable=quiet,
+            dynamic_ncols=True,
+            smoothing=0,  # the time left by the mean of the run
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
-        self.last_line, self.steps_since = time.monotonic(), 0
+        self.began = self.updated = self.last_line = time.monotonic()
+        self.not_training = 0.0  # seconds
+        self.marks = [(0.0, first_step)]  # seconds of training and step: at the last line, and at the one before
 
-    def step(self, step, epoch, losses, lr):
-        """After update `step` (counted from 1); losses: total, text and image."""
-        self.bar.update()
+    @contextlib.contextmanager
+    def paused(self):
+        """Within: what is no update, so that it does not count as one's time."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - started
+            self.not_training += seconds
+            self.updated += seconds
+
+    def compiled(self):
+        """The first update begins: what came before does not tell how long the run takes."""
+        self.began = self.updated = time.monotonic()
+        self.not_training = 0.0
+        self.bar.unpause()
+
+    def step(self, step, epoch, losses, lr, skipped=False):
+        """After update `step` (counted from 1) → its samples a second; losses: total, text and image."""
+        now = time.monotonic()
+        seconds, self.updated = now - self.updated, now
+        trained = now - self.began - self.not_training
+        since, step_then = self.marks[0]
+        throughput = (step - step_then) * self.samples_per_step / max(trained - since, 1e-9)
         self.bar.set_postfix_str(
-            f"loss {losses['total']:.3f} (text {losses['text']:.3f}, image {losses['image']:.3f}), lr {lr:.2e}"
+            f"{throughput:.3g} samples/s, loss {losses['total']:.3f} "
+            f"(text {losses['text']:.3f}, image {losses['image']:.3f}), lr {lr:.2e}",
+            refresh=False,
         )
-        if self.tracker is not None:
-            self.tracker.log(
-                {"lr": lr, "epoch": epoch, **{f"loss/{name}": loss for name, loss in losses.items()}}, step
-            )
-        self.steps_since += 1
-        seconds = time.monotonic() - self.last_line
-        if seconds < LINE_SECONDS and step != self.steps:
-            return
-        LOG.info(
-            "step %d/%d epoch %d loss: %.3f text %.3f image %.3f lr %.2e throughput: %.2f samples/sec",
-            step,
-            self.steps,
-            epoch,
-            losses["total"],
-            losses["text"],
-            losses["image"],
-            lr,
-            self.steps_since * self.samples_per_step / max(seconds, 1e-9),
-        )
-        self.last_line, self.steps_since = time.monotonic(), 0
-
-    def skipped(self, step):
         self.bar.update()
-        LOG.warning("step %d: loss or gradient is not finite, the update is left out", step)
+        if skipped:
+            LOG.warning("step %d: loss or gradient is not finite, the update is left out", step)
+        if not skipped and (now - self.last_line >= LINE_SECONDS or step == self.steps):
+            left = (self.steps - step) * (now - self.began) / (step - self.first_step)
+            LOG.info(
+                "step %d/%d epoch %d loss: %.3f text %.3f image %.3f lr %.2e throughput: %.2f samples/sec, %s left",
+                *(step, self.steps, epoch, losses["total"], losses["text"], losses["image"], lr, throughput),
+                tqdm.format_interval(left),
+            )
+            self.last_line = now
+            self.marks = [*self.marks, (trained, step)][-2:]
+        return self.samples_per_step / max(seconds, 1e-9)
 
     def close(self):
         self.bar.close()
-        if self.tracker is not None:
-            self.tracker.finish()

@@ -34,50 +34,55 @@ def main(argv=None):
                 train(run)
         except KeyboardInterrupt:
             stopped(run)
+        finally:
+            close(run)
 
 
 def train(run):
-    """Updates to the end, with validation and checkpoints on the way. Before the first lies compilation."""
+    """Updates to the end, with validation, checkpoints and pictures on the way. Before the first lies compilation."""
     from data.order import RunBatches
+    from training import samples
     from training.checkpoints import save
 
-    progress = log.Progress(run.steps, run.step, run.backend.samples_per_step * run.backend.world_size, run.tracker)
+    progress = log.Progress(run.steps, run.step, run.backend.samples_per_step * run.backend.world_size)
     order = RunBatches(run.batches, run.step, run.steps)
     compiled, skips = False, 0
     # Several processes stop after the same update, so that none waits for another that has left.
-    with interrupts.held() if run.backend.world_size > 1 else contextlib.nullcontext():
+    with contextlib.closing(progress), interrupts.held() if run.backend.world_size > 1 else contextlib.nullcontext():
         for batch in run.backend.loader(run.dataset, order) if len(order) else ():
             if not compiled:
                 compile(run, batch)
+                progress.compiled()
                 compiled = True
             if run.backend.compile_only:
                 log.LOG.info("compiled only, as --compile-only says")
                 break
             epoch, lr = run.epoch(), run.schedule.at(run.step, run.epoch())
-            with interrupts.held():  # an update counts as soon as it is made
+            with interrupts.held():  # an update counts, and is written down, as soon as it is made
                 losses = update(run, batch, lr)
                 skips = 0 if finite(losses) else skips + 1
                 run.skipped += skips > 0
                 run.step += 1
+                rate = progress.step(run.step, epoch, losses, lr, skipped=skips > 0)
+                run.trackers.update(run.step, epoch, lr, losses, rate, skipped=skips > 0)
+                if not skips:
+                    run.epoch_loss = run.epoch_loss[0] + losses["total"], run.epoch_loss[1] + 1
             if skips == SKIPS_IN_A_ROW or (skips and "grad_norm" not in losses):
                 raise ValueError(
                     f"the loss is no longer finite at step {run.step}; use a lower --learning-rate, or "
                     f"--max-grad-norm 1{last_file(run)}"
                 )
-            if skips:
-                progress.skipped(run.step)
-            else:
-                progress.step(run.step, epoch, losses, lr)
-                run.epoch_loss = run.epoch_loss[0] + losses["total"], run.epoch_loss[1] + 1
-            validate(run)
-            if run.epoch_begins():
-                epoch_ended(run)
-            name = run.folder.due(run)
-            if name and save(run, name) is None and run.step == run.steps:
-                not_saved(run)
+            with progress.paused():
+                validate(run)
+                if run.epoch_begins():
+                    epoch_ended(run)
+                name = run.folder.due(run)
+                if name and save(run, name) is None and run.step == run.steps:
+                    not_saved(run)
+                if samples.due(run):
+                    samples.draw(run)
             if run.backend.agreed(interrupts.asked()):
                 raise KeyboardInterrupt
-    progress.close()
 
 
 def compile(run, batch):
@@ -118,7 +123,8 @@ def validate(run):
         return
     losses = validation.validate(run.trainer, run.backend, run.held_out)
     run.held_out_loss = losses["total"]
-    log.validated(run.step, losses, run.tracker)
+    log.validated(run.step, losses)
+    run.trackers.validated(run.step, losses)
     if run.best_loss is None or losses["total"] < run.best_loss:
         run.best_loss = losses["total"]
         save(run, BEST)
@@ -146,6 +152,15 @@ def stopped(run):
 def not_saved(run):
     if run.folder.path is not None and not run.backend.rank:
         raise OSError(f"the run ended at step {run.step}, but its last checkpoint was not written{last_file(run)}")
+
+
+def close(run):
+    """Whatever ended the run: the last lines, the last plot, and trackers told that it is over."""
+    with log.interrupt_exits():
+        if run.metrics is not None:
+            run.metrics.flush()
+            run.plot.draw(at_end=True)
+        run.trackers.close()
 
 
 def last_file(run):

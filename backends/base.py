@@ -4,7 +4,7 @@ How micro-batches, replicas, precision and the update are carried out differs be
 is hidden here; devices, optimizers and ranks are not wrapped for their own sake.
 """
 
-from typing import ContextManager, Dict, Iterable, Protocol, Sequence
+from typing import Callable, ContextManager, Dict, Iterable, Optional, Protocol, Sequence
 
 
 class Trainer(Protocol):
@@ -26,6 +26,11 @@ class Trainer(Protocol):
 
         Processes may have different numbers of samples. The last batch may be smaller; machines of fixed shapes fill
         it up with its own samples, which then count more.
+        """
+
+    def sampler(self) -> Optional[Callable]:
+        """Backend.sampler of the weights as they are, of their average where one is kept: to be used before the next
+        step, which it does not change. None where the machine cannot draw while it trains. Called by rank 0 alone.
         """
 
     def set_lr(self, lr: float) -> None:

@@ -323,6 +323,9 @@ class IpuTrainer:
         means = [float(part.float().sum()) / self.backend.micro_batches for part in sums]
         return dict(zip(names, self.backend.instances.mean(means)))
 
+    def sampler(self):
+        """None: the IPUs hold the training program."""
+
     def set_lr(self, lr):
         if lr == self.lr:
             return

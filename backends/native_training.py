@@ -12,6 +12,7 @@ import math
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from backends.native_drawing import sampler
 from backends.native_layers import compile_layers, keep_freed_memory, rows_at_once, use_fast_layers
 from utils.muon import Muon
 from utils.optimization import load_keeping_flags, parameter_groups
@@ -123,6 +124,11 @@ class NativeTrainer:
             sums = self.backend.processes.mean(sums)
         self.model.train()
         return named(sums[:3] / sums[3])
+
+    def sampler(self):
+        drawing = sampler(self.model if self.average is None else self.average, self.backend)
+        self.model.train()  # which it took out of training; while codes are drawn, dropout is off all the same
+        return drawing
 
     def set_lr(self, lr):
         for optimizer in self.optimizers:

@@ -247,6 +247,13 @@ class TextImageDataset(Dataset):
             return self._text(epoch, place), image if self.byteio else image.float().div_(255)
         raise ValueError(f"{printable(self.folder)}: none of its {len(self)} pictures can be read any more")
 
+    def first_caption(self, index: int) -> torch.Tensor:
+        """int64 (text_seq_len,), zero-padded."""
+        text = np.zeros(self.text_seq_len, dtype=np.int64)
+        tokens = self._captions[index][0][: self.text_seq_len]
+        text[: len(tokens)] = tokens
+        return torch.from_numpy(text)
+
     def _text(self, epoch: int, index: int) -> torch.Tensor:
         text = np.zeros(self.text_seq_len, dtype=np.int64)
         if random_bits(self.seed, _DROPOUT, epoch, index) >= self.caption_dropout * 2.0**64:

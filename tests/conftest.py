@@ -121,7 +121,7 @@ def tiny_flags(drawn_pictures, tiny_vqgan, tmp_path_factory):
     A later flag wins, so tests append theirs.
     """
     model = "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --dim-head 16 --text-seq-len 16"
-    run = "--batch-size 4 --dataloader-workers 0 --device cpu --precision fp32 --learning-rate 3e-3"
+    run = "--batch-size 4 --dataloader-workers 0 --device cpu --precision fp32 --learning-rate 3e-3 --sample-steps 0"
     places = ["--input-folder", drawn_pictures, "--vae-path", tiny_vqgan, "--bpe-path", ROOT / YTTM]
     places += ["--codes-cache", tmp_path_factory.mktemp("codes"), "--checkpoint-output-dir", ""]
     return [*model.split(), *run.split(), *map(str, places)]

@@ -64,7 +64,7 @@ def test_two_processes_train_as_one(command, tiny_flags, tmp_path, optimizer):
     losses = [re.findall(r"(step 6/6 .* loss: .*) lr", log) for log in (alone.out, out)]
     assert losses[0] == losses[1] and len(losses[1]) == 1  # rank 0 alone logs
     assert "12 pictures, 6 steps of 4 samples" in out and "in 2 processes" in out
-    assert sorted(path.name for path in (tmp_path / "together").iterdir()) == ["dalle_0.pt", "dalle_1.pt"]
+    assert sorted(path.name for path in (tmp_path / "together").glob("*.pt")) == ["dalle_0.pt", "dalle_1.pt"]
 
 
 def test_one_process_goes_on_where_two_stopped(command, tiny_flags, tmp_path):

@@ -171,11 +171,11 @@ def test_a_checkpoint_is_laid_out_as_the_reference_lays_it_out(trained, tiny_vqg
 def test_names_and_number_of_checkpoints(trained):
     flags = ["--epochs", "3", "--max-steps", "8", "--checkpoint-save-steps", "2"]  # three steps an epoch
     folder, _ = trained(*flags, "--keep-checkpoints", "9")
-    positions = {path.name: (opened(path)["epoch"], opened(path)["step"]) for path in folder.iterdir()}
+    positions = {path.name: (opened(path)["epoch"], opened(path)["step"]) for path in folder.glob("*.pt")}
     expected = {"dalle_0.pt": (0, 3), "dalle_1.pt": (1, 6)}
     assert positions == {**expected, "dalle_step_2.pt": (0, 2), "dalle_step_4.pt": (1, 4), "dalle_step_8.pt": (2, 8)}
     folder, _ = trained(*flags, "--keep-checkpoints", "2", "--checkpoint-save-epochs", "2")
-    assert {path.name for path in folder.iterdir()} == {"dalle_1.pt", "dalle_step_8.pt"}
+    assert {path.name for path in folder.glob("*.pt")} == {"dalle_1.pt", "dalle_step_8.pt"}
 
 
 def test_without_an_output_folder_nothing_is_written(trained, tmp_path, monkeypatch):
@@ -285,7 +285,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(trained, tiny_flags, tmp_path):
     assert process.returncode == 130 and err == "", err
     said = re.fullmatch(r"stopped after step (\d+); go on with --pretrained-checkpoint (\S+)", out.splitlines()[-1])
     step, path = int(said[1]), Path(said[2])
-    assert path == folder / f"dalle_step_{step}.pt" and [*folder.iterdir()] == [path]
+    assert path == folder / f"dalle_step_{step}.pt" and [*folder.glob("*.pt")] == [path]
     assert opened(path)["step"] == step
     onward, ended = trained("--epochs", "100000", "--max-steps", step + 1, "--pretrained-checkpoint", path)
     assert f"at step {step}" in ended.out and opened(onward / f"dalle_step_{step + 1}.pt")["step"] == step + 1

@@ -19,7 +19,10 @@ from data.tokenizer import load_tokenizer
 from models.dalle import DALLE
 from models.official_vqgan import OFFICIAL_PARAMS
 from models.vae import VQGanVAE, load_vqgan
-from training import checkpoints
+from training import checkpoints, trackers
+from training.metrics import MetricsFile
+from training.plot import Plot
+from training.trackers import Trackers
 from utils import optimization
 
 
@@ -31,7 +34,9 @@ class Run:
         self.skipped = 0  # updates left out, since the gradient was not finite
         self.epoch_loss = (0.0, 0)  # sum and number of this epoch's losses
         self.held_out_loss = self.best_loss = None
-        self.tracker = None
+        self.pairs = None  # of sample pictures, once they are read
+        self.metrics = self.plot = None
+        self.trackers = Trackers([])  # rank 0 alone has some
         vars(self).update(parts)
 
     def epoch(self):
@@ -112,7 +117,7 @@ def build(settings):
     if origin is not None:
         checkpoints.resume(run, *origin, model)
     if not backend.rank:
-        run.tracker = log.weights_and_biases(settings)  # last, when nothing else can be refused
+        see(run)  # last, when nothing else can be refused
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     together = backend.samples_per_step * backend.world_size
     log.LOG.info("%d pictures, %d steps of %d samples", len(dataset), steps, together)
@@ -120,6 +125,16 @@ def build(settings):
         log.LOG.info("%d more are held out", len(held_out))
     log.LOG.info("%s trainable parameters, %d text tokens", f"{trained:,}", tokenizer.vocab_size)
     return run
+
+
+def see(run):
+    """metrics.jsonl and loss.png of the output folder, and the trackers that flags ask for."""
+    asked = list(trackers.chosen(run.settings, run.folder.path, run.step))
+    if run.folder.path:
+        run.metrics = MetricsFile(run.folder.path / "metrics.jsonl", run.step)
+        run.plot = Plot(run.metrics.path)
+        asked.insert(0, run.metrics)
+    run.trackers = Trackers(asked)
 
 
 def image_tokenizer(settings, made_up):

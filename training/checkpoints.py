@@ -19,6 +19,7 @@ NOT_THE_SAME_RUN = {
     *("config", "resume", "pretrained_checkpoint", "checkpoint_output_dir", "checkpoint_save_steps"),
     *("checkpoint_save_minutes", "checkpoint_save_epochs", "keep_checkpoints", "shard", "device", "dataloader_workers"),
     *("wandb", "wandb_project_name", "wandb_run_name", "codes_cache", "executable_cache_dir", "profile_dir"),
+    *("tensorboard", "sample_steps"),
     *("top_k", "top_p", "temperature", "cond_scale", "input_folder", "validation_folder", "vae_path", "bpe_path"),
     *("vqgan_model_path", "vqgan_config_path", "async_dataloader", "validation_steps"),
 }
@@ -177,6 +178,7 @@ def save(run, name):
     folder.saved_at = time.monotonic()
     if run.backend.rank:
         return None
+    run.metrics.flush()  # so that a run that goes on from the file lacks no line
     path = folder.path / name
     try:
         with interrupts.held():
@@ -188,6 +190,7 @@ def save(run, name):
         log.LOG.warning("no checkpoint of step %d: %s%s", run.step, log.reason(error), last)
         return None
     log.LOG.info("wrote %s", path)
+    run.plot.draw()
     return path
 
 

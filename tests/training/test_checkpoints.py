@@ -22,7 +22,7 @@ def folder(command, tiny_flags, tmp_path):
 
 def test_age_is_steps_whatever_the_times_and_names(folder):
     names = ["dalle_step_2.pt", "dalle_0.pt", "dalle_step_4.pt", "dalle_1.pt", "dalle_step_8.pt", "dalle_2.pt"]
-    for number, path in enumerate(sorted(folder.iterdir())):
+    for number, path in enumerate(sorted(folder.glob("*.pt"))):
         os.utime(path, (number, number))  # as a copy in order of names leaves them
     (folder / "dalle_best.pt").write_bytes(b"no number")
     assert [path.name for path in checkpoints.by_age(folder)] == names
@@ -30,13 +30,13 @@ def test_age_is_steps_whatever_the_times_and_names(folder):
 
 
 def test_a_second_run_into_the_folder_is_refused(folder, command, tiny_flags, tmp_path):
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.glob("*.pt")}
     other = shutil.copy(folder / "dalle_0.pt", tmp_path / "other.pt")
     for flags in ([], ["--pretrained-checkpoint", other]):
         ended = command(train.main, *tiny_flags, "--checkpoint-output-dir", folder, "--epochs", 9, *flags)
         assert ended.status == 2 and ended.err.count("\n") == 1
         assert all(word in ended.err for word in ("--checkpoint-output-dir", str(folder), "dalle_2.pt", "--resume"))
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in folder.glob("*.pt")} == before
 
 
 def resumed(command, tiny_flags, folder, *flags):
@@ -59,12 +59,12 @@ def test_resume_takes_the_newest_good_file(folder, command, tiny_flags):
 
 
 def test_resume_of_a_finished_run_ends_well_and_of_none_begins(folder, command, tiny_flags, tmp_path):
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.glob("*.pt")}
     assert resumed(command, tiny_flags, folder, "--epochs", 3).status == 0
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in folder.glob("*.pt")} == before
     ended = resumed(command, tiny_flags, tmp_path / "new", "--max-steps", 1)
     assert ended.status == 0 and "so the run begins" in ended.out and (tmp_path / "new/dalle_step_1.pt").exists()
-    for path in folder.iterdir():
+    for path in folder.glob("*.pt"):
         path.write_bytes(b"no checkpoint")
     ended = resumed(command, tiny_flags, folder, "--epochs", 3)
     assert ended.status == 2 and "can be read" in ended.err and "--resume" in ended.err
