@@ -21,6 +21,7 @@ import generate
 import process_captions
 import train
 import train_vqgan
+from models.vae import load_vqgan
 
 ROOT = Path(__file__).resolve().parent.parent
 BROKEN_CHECKPOINTS = ["README.md", "empty_file", "binary", "cut", "cut_early", "pickled", "pickle_alone", "folder"]
@@ -213,6 +214,19 @@ def test_a_checkpoint_of_another_vqgan_or_vocabulary(refused, things, tiny_vqgan
     (tmp_path / "swapped.txt").write_text("\n".join(numbers))  # two characters have changed their ids
     refused("train", f"{going_on} --bpe-path {tmp_path}/swapped.txt", "{place}/good", "--bpe-path")
     refused("generate", f"--bpe_path {tmp_path}/swapped.txt", f"{tmp_path}/swapped.txt", "{place}/good")
+    refused("generate", f"--vqgan_model_path {tmp_path}/other", f"{tmp_path}/other", "{place}/good")
+
+
+def test_both_sides_of_a_mismatch_are_named(refused, tiny_vqgan, tiny_checkpoint, tmp_path):
+    stored = torch.load(tiny_vqgan / "vqgan.ckpt", weights_only=True)
+    stored["state_dict"]["quantize.embedding.weight"] += 1
+    shutil.copytree(tiny_vqgan, tmp_path / "other")
+    torch.save(stored, tmp_path / "other" / "vqgan.ckpt")
+    sides = [load_vqgan(folder).fingerprint()[:12] for folder in (tiny_vqgan, tmp_path / "other")]
+    assert sides[0] != sides[1]
+    going_on = "--epochs 2 --pretrained-checkpoint {place}/good"
+    refused("train", f"{going_on} --vae-path {tmp_path}/other", *sides)
+    refused("generate", f"--vqgan_model_path {tmp_path}/other", *sides)
 
 
 SIZES = {
