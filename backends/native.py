@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from backends.native_drawing import sampler
-from backends.native_training import NativeTrainer
+from backends.native_training import NativeTrainer, mean_losses
 from backends.processes import Processes, rank_zero_first, share
 from utils import interrupts
 
@@ -149,6 +149,10 @@ class NativeBackend:
 
     def trainer(self, model):
         return NativeTrainer(model, self)
+
+    def evaluator(self, model):
+        model = model.to(self.device).eval()
+        return lambda batches: mean_losses(model, batches, self)
 
     def encode(self, vae):
         vae = vae.to(self.device)

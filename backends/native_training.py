@@ -6,6 +6,7 @@ check.
 
 import contextlib
 import copy
+import itertools
 import logging
 import math
 
@@ -53,16 +54,10 @@ class NativeTrainer:
         for number, (text, image) in enumerate(batch, start=1):
             last = number == self.backend.micro_batches or self.network is self.model
             with contextlib.nullcontext() if last else self.network.no_sync():  # gradients are exchanged once an update
-                losses = self.forward(self.network, text, image)
+                losses = forward(self.network, text, image, self.backend)
                 self.scaler.scale(losses.total / self.backend.micro_batches).backward()
             sums += torch.stack(losses).detach().float()
         return named(self.backend.processes.mean(sums) / self.backend.micro_batches)
-
-    def forward(self, network, text, image):
-        text = text.to(self.backend.device, non_blocking=True)
-        image = image.to(self.backend.device, non_blocking=True)
-        with self.backend.autocast():
-            return network(text, image, return_loss=True)
 
     def update(self):
         """→ the norm of the gradient; nothing is changed where it is not finite."""
@@ -88,18 +83,12 @@ class NativeTrainer:
             if theirs.requires_grad:
                 ours.lerp_(theirs, 1 - decay)
 
-    @torch.no_grad()
     def evaluate(self, batches):
         network = self.model.eval() if self.average is None else self.average
-        sums = torch.zeros(4, device=self.backend.device)
         with self.backend.processes.together():
-            for batch in batches:
-                for text, image in batch:
-                    losses = torch.stack(self.forward(network, text, image)).float()
-                    sums += len(text) * torch.cat((losses, losses.new_ones(1)))
-            sums = self.backend.processes.mean(sums)
+            losses = mean_losses(network, itertools.chain.from_iterable(batches), self.backend)
         self.model.train()
-        return named(sums[:3] / sums[3])
+        return losses
 
     def set_lr(self, lr):
         for optimizer in self.optimizers:
@@ -139,6 +128,24 @@ class NativeTrainer:
                 load_keeping_flags(optimizer, saved)
         except (ValueError, KeyError, TypeError, AttributeError):
             LOG.warning("the checkpoint's optimizer state belongs to another optimizer; it starts afresh")
+
+
+def forward(network, text, image, backend):
+    text = text.to(backend.device, non_blocking=True)
+    image = image.to(backend.device, non_blocking=True)
+    with backend.autocast():
+        return network(text, image, return_loss=True)
+
+
+@torch.no_grad()
+def mean_losses(network, batches, backend):
+    """Losses of (text, image) batches of any sizes: means over all samples, of all processes."""
+    sums = torch.zeros(4, device=backend.device)
+    for text, image in batches:
+        losses = torch.stack(forward(network, text, image, backend)).float()
+        sums += len(text) * torch.cat((losses, losses.new_ones(1)))
+    sums = backend.processes.mean(sums)
+    return named(sums[:3] / sums[3])
 
 
 def named(losses):

@@ -121,7 +121,7 @@ def refused(command, things, tiny_flags, drawn_pictures, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["missing", "folder", "README.md", "unreadable"])
-@pytest.mark.parametrize("name", ["train", "train_vqgan"])
+@pytest.mark.parametrize("name", ["train", "train_vqgan", "evaluate"])
 def test_folders_without_pictures(refused, name, folder):
     refused(name, f"--input-folder {{place}}/{folder}", f"{{place}}/{folder}")
 
@@ -169,13 +169,13 @@ def test_a_few_bad_pictures_are_skipped_and_counted(
 
 
 @pytest.mark.parametrize("vocabulary", ["missing", "folder", "empty_file", "README.md", "binary", "good"])
-@pytest.mark.parametrize("name", ["train", "generate"])
+@pytest.mark.parametrize("name", ["train", "generate", "evaluate"])
 def test_vocabularies(refused, name, vocabulary):
     refused(name, f"--bpe-path {{place}}/{vocabulary}", f"{{place}}/{vocabulary}", "vocabulary")
 
 
 @pytest.mark.parametrize("vqgan", ["missing", "folder", "no_params", "no_yaml", "other_sizes", "pickled_vqgan"])
-@pytest.mark.parametrize("flags", ["train --vae-path", "generate --vqgan_model_path"])
+@pytest.mark.parametrize("flags", ["train --vae-path", "generate --vqgan_model_path", "evaluate --vqgan_model_path"])
 def test_vqgans(refused, flags, vqgan):
     name, flag = flags.split()
     refused(name, f"{flag} {{place}}/{vqgan}", f"{{place}}/{vqgan}")
@@ -236,7 +236,7 @@ SIZES = {
     "train_vqgan": "image-size patch-size ch ch-mult num-res-blocks z-channels embed-dim n-embed batch-size max-steps "
     "learning-rate",
     "generate": "num-images batch-size temperature top-p",
-    "evaluate": "prompts batch-size temperature top-p",
+    "evaluate": "prompts max-pairs batch-size temperature top-p",
 }
 
 
@@ -271,6 +271,7 @@ def test_sizes(refused, name, flag, value):
         ("generate", ["--text", "red " * 17], ["--text", "17 tokens", "16"]),
         ("generate", "--vqgan_config_path {place}/vqgan/vqgan.yaml", ["--vqgan-config-path", "--vqgan-model-path"]),
         ("evaluate", "--prompts 5000", ["--prompts", "5000"]),
+        ("evaluate", "--max-pairs 3", ["--max-pairs", "--input-folder"]),
         ("evaluate", "--prompt-set train", ["--prompt-set", "score"]),
         ("process_captions", "--captions {place}/missing.json", ["{place}/missing.json"]),
         ("process_captions", "--captions {place}/folder", ["{place}/folder"]),

@@ -66,7 +66,8 @@ def read(path):
         raise ValueError(f"{path}: damaged (its header is not JSON)") from None
     if isinstance(saved.get("tokenizer"), dict):
         saved["tokenizer"]["vocabulary"] = tensors.pop(VOCABULARY, None)
-    return {**saved, "weights": tensors, "exported": saved.get("exported") or {}}
+    about = saved.get("exported") if isinstance(saved.get("exported"), dict) else {}
+    return {**saved, "weights": tensors, "exported": about}
 
 
 def checksum(tensors):
