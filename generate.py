@@ -32,7 +32,7 @@ def main(argv=None):
         sampler, decode = backend.sampler(model), backend.decode(model.vae)
         sampling = chosen_sampling(settings, recommended)
         seed = random.SystemRandom().randrange(2**31) if settings.seed is None else settings.seed
-        log.LOG.info("seed %d, %s", seed, ", ".join(f"{key} {value}" for key, value in sampling.items()))
+        log.LOG.info("seed %d, %s", seed, told(sampling, recommended))
         for prompt in settings.prompts:
             if settings.prompts.index(prompt) % backend.world_size != backend.rank:
                 continue  # another process's, where torchrun started several
@@ -47,8 +47,9 @@ def main(argv=None):
             print(f"{len(pictures)} pictures of '{prompt}' in {folder}")
 
 
-def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=None):
-    """A checkpoint → (DALLE in eval mode, tokenizer, recommended sampling settings).
+def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=None, saved=None):
+    """A checkpoint → (DALLE in eval mode, tokenizer, recommended sampling settings). saved: its dict, where it was read
+    already.
 
     A checkpoint of ours brings its VQGAN and vocabulary along. One of the reference brings the VQGAN's weights: its
     configuration is the official f=16 model's unless vqgan_model_path says otherwise. ValueError or OSError.
@@ -59,13 +60,14 @@ def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
     from models.vae import VQGanVAE, load_vqgan
     from utils import checkpoint
 
-    saved = checkpoint.read(dalle_path)
+    saved = checkpoint.read(dalle_path) if saved is None else saved
     weights = checkpoint.model_weights(saved["weights"])
     if isinstance(saved.get("ema_weights"), dict):  # the average draws better
         weights.update(checkpoint.model_weights(saved["ema_weights"]))
     ours = saved.get("vae_params") if isinstance(saved.get("vae_params"), dict) else {}
     if vqgan_model_path:
         vae = load_vqgan(vqgan_model_path, vqgan_config_path)
+        check_same(vqgan_model_path, vae.fingerprint(), dalle_path, saved.get("vqgan"), "--vqgan_model_path")
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("vae.")}
         weights.update({f"vae.{name}": tensor for name, tensor in vae.state_dict().items()})
     elif ours.get("target") and ours.get("params"):
@@ -81,8 +83,8 @@ def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
         tokenizer = load_tokenizer(vocabulary=torch_bytes(known["vocabulary"]))
     else:
         tokenizer = load_tokenizer(bpe_path)
-        if known.get("sha256") not in (None, tokenizer.fingerprint):
-            raise ValueError(f"{bpe_path}: not the vocabulary that {dalle_path} was trained with; leave --bpe_path out")
+        vocabulary = bpe_path or "CLIP's vocabulary"
+        check_same(vocabulary, tokenizer.fingerprint, dalle_path, known.get("sha256"), "--bpe_path")
     hparams = saved["hparams"]
     names = ("num_text_tokens", "text_seq_len", "dim", "depth", "heads", "dim_head", "loss_img_weight", "attn_types")
     names += ("sandwich_norm",)
@@ -109,10 +111,29 @@ def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
     return model.eval(), tokenizer, recommended
 
 
+def check_same(name, fingerprint, dalle_path, trained_with, flag):
+    """ValueError where a file is not the one that a checkpoint names (None: it names none), with both fingerprints."""
+    from utils.checkpoint import short
+
+    if trained_with not in (None, fingerprint):
+        raise ValueError(
+            f"{name}: fingerprint {short(fingerprint)}, but {dalle_path} was trained with {short(trained_with)}; "
+            f"leave {flag} out"
+        )
+
+
 def chosen_sampling(settings, recommended):
     """The sampling settings that the flags give, and the checkpoint's recommendation where they give none."""
     given = {key: getattr(settings, key) for key in DEFAULTS}
     return {key: recommended[key] if value is None else value for key, value in given.items()}
+
+
+def told(sampling, recommended):
+    """Sampling settings for the log; those that differ from what the checkpoint recommends with its own."""
+    return ", ".join(
+        f"{key} {value}" + (f" (recommended {recommended[key]})" if value != recommended[key] else "")
+        for key, value in sampling.items()
+    )
 
 
 def torch_bytes(tensor):

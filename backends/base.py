@@ -70,6 +70,11 @@ class Backend(Protocol):
 
     def trainer(self, model) -> Trainer: ...
 
+    def evaluator(self, model):
+        """A trained model's losses, without an optimizer: batches of any size of (text, codes), int64 (B, text_seq_len)
+        and (B, L) → total, text and image loss, means over all samples.
+        """
+
     def encode(self, vae):
         """Pixels float (B, 3, S, S) in [0, 1] → codes int64 (B, L) on the CPU, computed on this machine."""
 

@@ -32,6 +32,18 @@ class Decoder(nn.Module):
         return self.vae.decode(codes)
 
 
+class Losses(nn.Module):
+    """A DALLE's losses of a row: text and codes end to end, int (1, T + L) → total, text and image, fp32 (1, 3)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, row):
+        text, codes = row[:, : self.model.text_seq_len], row[:, self.model.text_seq_len :]
+        return torch.stack(self.model(text, codes, return_loss=True)).float()[None]
+
+
 class RowByRow:
     """module(x) for any number of rows: each call takes as many as the first, one after the other on the device."""
 

@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from backends.fixed_batches import Decoder, RowByRow, Sampler
+from backends.fixed_batches import Decoder, Losses, RowByRow, Sampler
 from backends.native import leave_interrupts_to_the_parent
 from backends.native_training import ADAM_EPS
 from models.pipeline_dalle import WrappedDALLE, placement, stages, unshare_masks
@@ -241,6 +241,29 @@ class IpuBackend:
             LOG.info("stage %d on IPU %d: %s", number, ipu, " ".join(held))
         return IpuTrainer(model, self)
 
+    def evaluator(self, model):
+        """On one IPU, row by row, so that no batch has to be filled up."""
+        module = RowByRow(Losses(self.for_inference(model)), self.inference)
+
+        def evaluate(batches):
+            if self.encoder is not None:
+                self.encoder.destroy()  # its IPU is wanted
+            rows = torch.cat([module(torch.cat((text, codes), dim=1)) for text, codes in batches])
+            module.destroy()  # others want its IPU
+            return dict(zip(("total", "text", "image"), rows.mean(dim=0).tolist()))
+
+        return evaluate
+
+    def for_inference(self, model):
+        """A copy of a DALLE as it runs on one IPU: without its VQGAN, in fp16 where asked for or large."""
+        weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
+        wanted = self.settings.precision
+        half = wanted == "fp16" or (wanted == "auto" and 4 * weights > FP32_WEIGHTS)
+        LOG.info("running on an IPU in %s", "fp16" if half else "fp32")
+        model = copy.deepcopy(model, {id(model.vae): None}).eval()  # without its VQGAN, which decode() has
+        unshare_masks(model)
+        return model.half() if half else model
+
     def encode(self, vae):
         """In fp32, so that codes are those of other machines."""
         self.encoder = RowByRow(vae, self.inference)
@@ -253,14 +276,8 @@ class IpuBackend:
         """whole_pictures: one call of the device a batch; otherwise, or where that does not compile, one a code."""
         import poptorch
 
-        weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
-        wanted = self.settings.precision
-        half = wanted == "fp16" or (wanted == "auto" and 4 * weights > FP32_WEIGHTS)
-        LOG.info("drawing on an IPU in %s", "fp16" if half else "fp32")
-        model = copy.deepcopy(model, {id(model.vae): None}).eval()  # without its VQGAN, which decode() has
-        unshare_masks(model)
         on_device = {"loop": poptorch.for_loop, "update": poptorch.dynamic_update} if whole_pictures else None
-        return Sampler(model.half() if half else model, self.settings.batch_size, self.inference, on_device)
+        return Sampler(self.for_inference(model), self.settings.batch_size, self.inference, on_device)
 
 
 class IpuTrainer:

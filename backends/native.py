@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from backends.native_drawing import sampler
-from backends.native_training import NativeTrainer
+from backends.native_training import NativeTrainer, mean_losses
 from backends.native_vqgan import decoder, encoder
 from backends.processes import Processes, share
 from utils import interrupts
@@ -172,6 +172,10 @@ class NativeBackend:
 
             return ShardedTrainer(model, self)
         return NativeTrainer(model, self)
+
+    def evaluator(self, model):
+        model = model.to(self.device).eval()
+        return lambda batches: mean_losses(model, batches, self)
 
     def encode(self, vae):
         return encoder(vae, self)

@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed import fsdp
 
-from backends.native_training import NativeTrainer
+from backends.native_training import NativeTrainer, forward
 from utils.muon import Muon
 
 
@@ -108,7 +108,10 @@ class ShardedTrainer(NativeTrainer):
             if micro_batch is not None:
                 yield [micro_batch]
             else:
-                self.forward(network, *(torch.zeros(1, length, dtype=torch.long) for length in lengths))
+                forward(network, *(torch.zeros(1, length, dtype=torch.long) for length in lengths), self.backend)
+
+    def sampler(self):
+        """None: no process holds the whole model."""
 
     def state_dict(self):
         """To be called by all processes; whole tensors on the CPU in rank 0, None in their place in the others.

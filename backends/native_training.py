@@ -72,7 +72,7 @@ class NativeTrainer:
                 last = number == self.backend.micro_batches and place == len(parts)
                 # Gradients are exchanged once an update.
                 with contextlib.nullcontext() if last or self.network is self.model else self.network.no_sync():
-                    losses = self.forward(self.network, *part)
+                    losses = forward(self.network, *part, self.backend)
                     self.scaler.scale(losses.total * share).backward()
                 sums += torch.stack(losses).detach().float() * share
         return named(self.backend.processes.mean(sums))
@@ -81,12 +81,6 @@ class NativeTrainer:
         """A micro-batch in pairs of as many rows as the machine does well to compute at once."""
         rows = rows_at_once(self.model, len(text), self.backend.device)
         return list(zip(text.split(rows), image.split(rows)))
-
-    def forward(self, network, text, image):
-        text = text.to(self.backend.device, non_blocking=True)
-        image = image.to(self.backend.device, non_blocking=True)
-        with self.backend.autocast():
-            return network(text, image, return_loss=True)
 
     def update(self):
         """→ the norm of the gradient; nothing is changed where it is not finite."""
@@ -112,18 +106,13 @@ class NativeTrainer:
             if theirs.requires_grad:
                 ours.lerp_(theirs, 1 - decay)
 
-    @torch.no_grad()
     def evaluate(self, batches):
         network = self.model.eval() if self.average is None else self.average
-        sums = torch.zeros(4, device=self.backend.device)
         with self.backend.processes.together():
-            for batch in batches:
-                for text, image in (part for micro_batch in batch for part in self.parts(*micro_batch)):
-                    losses = torch.stack(self.forward(network, text, image)).float()
-                    sums += len(text) * torch.cat((losses, losses.new_ones(1)))
-            sums = self.backend.processes.mean(sums)
+            samples = (part for batch in batches for micro_batch in batch for part in self.parts(*micro_batch))
+            losses = mean_losses(network, samples, self.backend)
         self.model.train()
-        return named(sums[:3] / sums[3])
+        return losses
 
     def sampler(self):
         drawing = sampler(self.model if self.average is None else self.average, self.backend)
@@ -172,6 +161,24 @@ class NativeTrainer:
     def own_state(self, optimizer, saved):
         """What this process holds of an optimizer's saved state: all of it."""
         return saved
+
+
+def forward(network, text, image, backend):
+    text = text.to(backend.device, non_blocking=True)
+    image = image.to(backend.device, non_blocking=True)
+    with backend.autocast():
+        return network(text, image, return_loss=True)
+
+
+@torch.no_grad()
+def mean_losses(network, batches, backend):
+    """Losses of (text, image) batches of any sizes: means over all samples, of all processes."""
+    sums = torch.zeros(4, device=backend.device)
+    for text, image in batches:
+        losses = torch.stack(forward(network, text, image, backend)).float()
+        sums += len(text) * torch.cat((losses, losses.new_ones(1)))
+    sums = backend.processes.mean(sums)
+    return named(sums[:3] / sums[3])
 
 
 def named(losses):

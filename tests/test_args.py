@@ -167,7 +167,7 @@ COUNTS = {
     "generate.py": "num-images batch-size",
     "train_vqgan.py": "image-size patch-size ch ch-mult num-res-blocks z-channels embed-dim n-embed batch-size "
     "max-steps",
-    "evaluate.py": "prompts batch-size",
+    "evaluate.py": "prompts batch-size max-pairs",
 }
 BAD_VALUES = {
     "train.py": {

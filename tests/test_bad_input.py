@@ -21,6 +21,7 @@ import generate
 import process_captions
 import train
 import train_vqgan
+from models.vae import load_vqgan
 
 ROOT = Path(__file__).resolve().parent.parent
 BROKEN_CHECKPOINTS = ["README.md", "empty_file", "binary", "cut", "cut_early", "pickled", "pickle_alone", "folder"]
@@ -120,7 +121,7 @@ def refused(command, things, tiny_flags, drawn_pictures, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["missing", "folder", "README.md", "unreadable"])
-@pytest.mark.parametrize("name", ["train", "train_vqgan"])
+@pytest.mark.parametrize("name", ["train", "train_vqgan", "evaluate"])
 def test_folders_without_pictures(refused, name, folder):
     refused(name, f"--input-folder {{place}}/{folder}", f"{{place}}/{folder}")
 
@@ -168,13 +169,13 @@ def test_a_few_bad_pictures_are_skipped_and_counted(
 
 
 @pytest.mark.parametrize("vocabulary", ["missing", "folder", "empty_file", "README.md", "binary", "good"])
-@pytest.mark.parametrize("name", ["train", "generate"])
+@pytest.mark.parametrize("name", ["train", "generate", "evaluate"])
 def test_vocabularies(refused, name, vocabulary):
     refused(name, f"--bpe-path {{place}}/{vocabulary}", f"{{place}}/{vocabulary}", "vocabulary")
 
 
 @pytest.mark.parametrize("vqgan", ["missing", "folder", "no_params", "no_yaml", "other_sizes", "pickled_vqgan"])
-@pytest.mark.parametrize("flags", ["train --vae-path", "generate --vqgan_model_path"])
+@pytest.mark.parametrize("flags", ["train --vae-path", "generate --vqgan_model_path", "evaluate --vqgan_model_path"])
 def test_vqgans(refused, flags, vqgan):
     name, flag = flags.split()
     refused(name, f"{flag} {{place}}/{vqgan}", f"{{place}}/{vqgan}")
@@ -213,6 +214,19 @@ def test_a_checkpoint_of_another_vqgan_or_vocabulary(refused, things, tiny_vqgan
     (tmp_path / "swapped.txt").write_text("\n".join(numbers))  # two characters have changed their ids
     refused("train", f"{going_on} --bpe-path {tmp_path}/swapped.txt", "{place}/good", "--bpe-path")
     refused("generate", f"--bpe_path {tmp_path}/swapped.txt", f"{tmp_path}/swapped.txt", "{place}/good")
+    refused("generate", f"--vqgan_model_path {tmp_path}/other", f"{tmp_path}/other", "{place}/good")
+
+
+def test_both_sides_of_a_mismatch_are_named(refused, tiny_vqgan, tiny_checkpoint, tmp_path):
+    stored = torch.load(tiny_vqgan / "vqgan.ckpt", weights_only=True)
+    stored["state_dict"]["quantize.embedding.weight"] += 1
+    shutil.copytree(tiny_vqgan, tmp_path / "other")
+    torch.save(stored, tmp_path / "other" / "vqgan.ckpt")
+    sides = [load_vqgan(folder).fingerprint()[:12] for folder in (tiny_vqgan, tmp_path / "other")]
+    assert sides[0] != sides[1]
+    going_on = "--epochs 2 --pretrained-checkpoint {place}/good"
+    refused("train", f"{going_on} --vae-path {tmp_path}/other", *sides)
+    refused("generate", f"--vqgan_model_path {tmp_path}/other", *sides)
 
 
 SIZES = {
@@ -222,7 +236,7 @@ SIZES = {
     "train_vqgan": "image-size patch-size ch ch-mult num-res-blocks z-channels embed-dim n-embed batch-size max-steps "
     "learning-rate",
     "generate": "num-images batch-size temperature top-p",
-    "evaluate": "prompts batch-size temperature top-p",
+    "evaluate": "prompts max-pairs batch-size temperature top-p",
 }
 
 
@@ -257,6 +271,7 @@ def test_sizes(refused, name, flag, value):
         ("generate", ["--text", "red " * 17], ["--text", "17 tokens", "16"]),
         ("generate", "--vqgan_config_path {place}/vqgan/vqgan.yaml", ["--vqgan-config-path", "--vqgan-model-path"]),
         ("evaluate", "--prompts 5000", ["--prompts", "5000"]),
+        ("evaluate", "--max-pairs 3", ["--max-pairs", "--input-folder"]),
         ("evaluate", "--prompt-set train", ["--prompt-set", "score"]),
         ("process_captions", "--captions {place}/missing.json", ["{place}/missing.json"]),
         ("process_captions", "--captions {place}/folder", ["{place}/folder"]),

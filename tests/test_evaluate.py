@@ -1,7 +1,10 @@
-"""evaluate.py as a user starts it: the figure, the grid and its prompts; and that the figure is right about pictures
-whose content is known.
+"""evaluate.py as a user starts it: the figures of a folder are those of train.py and train_vqgan.py; the figure of the
+demo set, the grid and its prompts; and that this figure is right about pictures whose content is known.
 """
 
+import contextlib
+import io
+import json
 import random
 import re
 
@@ -11,8 +14,14 @@ import torch
 from PIL import Image
 
 import evaluate
+import log
+import train
 from args import evaluate_arguments
+from data.pictures import load_pictures
 from data.shapes import COLOURS, draw_scene, held_out_prompts, parse_caption
+from generate import load
+from models.vqgan_training import evaluate as evaluate_vqgan
+from utils import checkpoint, checkpoint_info
 
 
 @pytest.fixture
@@ -64,3 +73,120 @@ def test_pictures_of_known_content_get_their_marks():
     pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 255
     share, wrong = evaluate.judge(prompts, pictures)
     assert share == 4 / 6 and wrong == {"count": 1, "colour": 1}
+
+
+def results(folder):
+    (path,) = folder.glob("*.json*")
+    return json.loads(path.read_text())
+
+
+def test_the_demo_sets_figures_are_saved(evaluated, tiny_checkpoint, tmp_path):
+    out = evaluated("--prompts", 3, "--top_k", 0.5)
+    found = results(tmp_path / "out")
+    assert found["checkpoint"] == str(tiny_checkpoint) and found["step"] == 3 and not found["averaged_weights"]
+    assert f"prompt accuracy: {100 * found['prompt_accuracy']:.1f} % (3 prompts)" in out
+    assert found["prompts"] == 3 and found["prompt_set"] == "score" and found["sampling"]["top_k"] == 0.5
+    assert sum(found["faults"].values()) >= 3 * (1 - found["prompt_accuracy"]) and "losses" not in found
+
+
+@pytest.fixture(scope="module")
+def validated(tiny_flags, drawn_pictures, tmp_path_factory):
+    """(a checkpoint, the losses in the last line of validation) of a run with averaged weights and cut captions."""
+    folder, out = tmp_path_factory.mktemp("validated"), io.StringIO()
+    flags = [*tiny_flags, "--checkpoint-output-dir", str(folder), "--validation-folder", str(drawn_pictures)]
+    flags += [
+        "--ema-decay",
+        "0.5",
+        "--random-seed",
+        "7",
+        "--text-seq-len",
+        "6",
+        "--truncate-captions",
+        "--batch-size",
+        "6",
+    ]
+    log.set_up()
+    with contextlib.redirect_stdout(out):
+        train.main(flags)
+    return folder / "dalle_0.pt", re.findall(r"held-out: (.*)", out.getvalue())[-1]
+
+
+def evaluate_folder(command, path, drawn_pictures, out, *flags):
+    fixed = ["--dalle_path", path, "--input-folder", drawn_pictures, "--outputs-dir", out, "--precision", "fp32"]
+    ended = command(evaluate.main, *fixed, "--device", "cpu", *flags)
+    assert ended.status == 0 and ended.err == "", ended
+    return ended.out, results(out)
+
+
+def test_losses_are_those_of_train(command, validated, drawn_pictures, tmp_path):
+    path, told = validated
+    before = sorted(drawn_pictures.iterdir())
+    out, found = evaluate_folder(command, path, drawn_pictures, tmp_path / "out", "--batch-size", 6)
+    assert f"losses of 12 pairs: {told}" in out
+    kept = checkpoint.read(path)
+    assert found["losses"]["total"] == kept["progress"]["held_out_loss"]  # to the last digit
+    assert found["averaged_weights"] and "prompt_accuracy" not in found and sorted(drawn_pictures.iterdir()) == before
+    _, others = evaluate_folder(command, path, drawn_pictures, tmp_path / "other", "--batch-size", 5)
+    assert others["losses"] == pytest.approx(found["losses"], rel=1e-5)
+    kept["settings"]["random_seed"] = 8  # other captions
+    checkpoint.write(tmp_path / "seed.pt", kept)
+    _, others = evaluate_folder(command, tmp_path / "seed.pt", drawn_pictures, tmp_path / "seed")
+    assert others["losses"]["text"] != pytest.approx(found["losses"]["text"], rel=1e-5)
+    del kept["ema_weights"]
+    checkpoint.write(tmp_path / "trained.pt", kept)
+    _, others = evaluate_folder(command, tmp_path / "trained.pt", drawn_pictures, tmp_path / "trained")
+    assert not others["averaged_weights"]
+    assert others["losses"]["image"] != pytest.approx(found["losses"]["image"], rel=1e-5)
+
+
+def test_an_export_has_the_same_figures(command, validated, drawn_pictures, tmp_path):
+    path, _ = validated
+    assert command(checkpoint_info.main, path, "--export", tmp_path / "w.safetensors").status == 0
+    _, expected = evaluate_folder(command, path, drawn_pictures, tmp_path / "pt")
+    _, found = evaluate_folder(command, tmp_path / "w.safetensors", drawn_pictures, tmp_path / "st")
+    assert found.pop("checkpoint") != expected.pop("checkpoint") and found == expected
+
+
+def test_reconstructions_are_those_of_train_vqgan(command, tiny_checkpoint, drawn_pictures, tmp_path):
+    _, found = evaluate_folder(command, tiny_checkpoint, drawn_pictures, tmp_path / "out")
+    vae = load(tiny_checkpoint)[0].vae
+    pictures = load_pictures(sorted(drawn_pictures.glob("*.png")), 32)
+    expected = evaluate_vqgan(vae.model, pictures, 4)
+    assert found["reconstruction_psnr"] == pytest.approx(expected.psnr, abs=1e-3)
+    grid = np.array(Image.open(tmp_path / "out" / "reconstructions.png")).astype(int)
+    assert grid.shape == (2 * 34 + 2, 8 * 34 + 2, 3)
+    for number in range(8):
+        left = 2 + 34 * number
+        assert np.array_equal(grid[2:34, left : left + 32], pictures[number].permute(1, 2, 0).numpy())
+        below = grid[36:68, left : left + 32] - expected.pictures[number].permute(1, 2, 0).numpy()
+        assert np.abs(below).max() <= 1
+
+
+def test_a_few_pairs_of_a_folder_with_a_bad_picture(command, tiny_checkpoint, picture_folder, tmp_path):
+    header = (picture_folder / "03.png").read_bytes()[:60]
+    (picture_folder / "03.png").write_bytes(header)
+    out, found = evaluate_folder(command, tiny_checkpoint, picture_folder, tmp_path / "out")
+    assert found["pairs"] == 11 and "1 file (unreadable picture)" in out
+    _, found = evaluate_folder(command, tiny_checkpoint, picture_folder, tmp_path / "out", "--max-pairs", 5)
+    assert found["pairs"] in (4, 5) and found["losses"]["perplexity"] == pytest.approx(np.exp(found["losses"]["image"]))
+
+
+def test_both_where_both_are_asked_for(command, tiny_checkpoint, drawn_pictures, tmp_path):
+    out, found = evaluate_folder(command, tiny_checkpoint, drawn_pictures, tmp_path / "out", "--prompts", 2)
+    assert found["pairs"] == 12 and found["prompts"] == 2 and "prompt accuracy" in out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"results.json", "grid.png", "prompts.txt", "reconstructions.png"}
+
+
+def test_captions_that_are_too_long_are_cut_where_it_is_said(command, tiny_checkpoint, picture_folder, tmp_path):
+    (picture_folder / "03.txt").write_text("red " * 50)
+    flags = ["--dalle_path", tiny_checkpoint, "--input-folder", picture_folder, "--outputs-dir", tmp_path / "out"]
+    ended = command(evaluate.main, *flags)
+    assert ended.status == 2 and "--truncate-captions" in ended.err and not (tmp_path / "out").exists()
+    assert command(evaluate.main, *flags, "--truncate-captions").status == 0
+
+
+def test_it_runs_in_one_process(command, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = command(evaluate.main, "--dalle_path", tiny_checkpoint, "--outputs-dir", tmp_path)
+    assert ended.status == 2 and "without torchrun" in ended.err and ended.err.count("\n") == 1

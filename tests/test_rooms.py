@@ -11,7 +11,7 @@ ROOMS = ("models", "data", "backends", "utils", "training", "benchmarks")
 SOURCES = sorted(path for folder in (ROOT, *map(ROOT.joinpath, ROOMS)) for path in folder.glob("*.py"))
 LOCAL = {*ROOMS, *(path.stem for path in ROOT.glob("*.py"))}
 FOREIGN = {"torch", "torchvision", "numpy", "PIL", "yaml", "tqdm", "einops", "taming", "ftfy", "tokenizers"}
-FOREIGN |= {"matplotlib", "wandb", "tensorboard"}
+FOREIGN |= {"matplotlib", "wandb", "tensorboard", "safetensors"}
 
 IPU_PACKAGES = {"poptorch", "popart", "popdist", "horovod"}
 IPU_FILES = {"models/pipeline_dalle.py", "backends/ipu.py"}
@@ -21,7 +21,7 @@ ALLOWED = {
     "data": {"data", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers"},
     "backends": {"backends", "models", "utils", "torch"},
     "backends/native_vqgan.py": {"torch", "taming"},
-    "utils": {"torch", "yaml", "tqdm"},
+    "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
     "args.py": {"utils.command_line"},
     "utils/command_line.py": {"yaml"},
     "log.py": {"tqdm"},

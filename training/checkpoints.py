@@ -41,6 +41,7 @@ class Folder:
             return
         found = by_age(self.path)
         given = settings.pretrained_checkpoint
+        given = given if given and not given.endswith(".safetensors") else None  # weights alone begin a run
         if given and Path(given).resolve().parent == self.path.resolve() or settings.resume:
             self.written = found
         elif found:
@@ -124,7 +125,12 @@ def resume(run, path, saved, model):
         ("--vae-path", saved.get("vqgan"), run.vae.fingerprint()),
     ):
         if made_with not in (None, ours):
-            raise ValueError(f"{path}: was trained with another {flag} than this run's")
+            sides = f"{checkpoint.short(made_with)}, this run's is {checkpoint.short(ours)}"
+            raise ValueError(f"{path}: was trained with another {flag} than this run's (fingerprint {sides})")
+    if "exported" in saved:
+        run.trainer.load_state_dict({"weights": weights})
+        log.LOG.info("%s: weights alone, of step %s; a new optimizer, from step 0", path, saved.get("step"))
+        return
     ema = saved.get("ema_weights")
     run.trainer.load_state_dict(
         {
@@ -155,6 +161,9 @@ def differences(saved, run):
     for name, value in vars(run.settings).items():
         if name in before and name not in NOT_THE_SAME_RUN and plain(before[name]) != plain(value):
             found.append(f"--{name.replace('_', '-')} {value}, was {before[name]}")
+    versions = saved.get("versions") if isinstance(saved.get("versions"), dict) else {}
+    if versions.get("torch") not in (None, str(torch.__version__)):
+        found.append(f"torch {torch.__version__}, was {versions['torch']}")
     if saved.get("data") not in (None, run.dataset.fingerprint()):
         found.append("other pictures or captions in the input folder")
     return found

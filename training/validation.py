@@ -16,5 +16,9 @@ def batches_of(length, samples_per_step, rank, world_size):
 def validate(trainer, backend, dataset):
     """Total, text and image loss of a dataset in its first captions' order, and `perplexity`, of a code."""
     order = batches_of(len(dataset), backend.samples_per_step, backend.rank, backend.world_size)
-    losses = trainer.evaluate(backend.loader(dataset, order))
-    return {**losses, "perplexity": math.exp(min(losses["image"], 700))}
+    return with_perplexity(trainer.evaluate(backend.loader(dataset, order)))
+
+
+def with_perplexity(losses):
+    """Losses, and `perplexity`: among how many codes the model wavers."""
+    return {**losses, "perplexity": math.exp(min(losses["image"], 700))}  # above, floats have no name for it

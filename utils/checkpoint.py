@@ -3,7 +3,9 @@ pickled code.
 
 The layout is the reference's: a dict of hparams, vae_params, epoch, weights (`model.…`), opt_state, scheduler_state.
 What we add stands beside: step, tokenizer, sampling, settings and versions. Tensors and plain values only. How a model
-is built from them is generate.py's business.
+is built from them is generate.py's business. Weights alone may also come as .safetensors (exported.py).
+
+    python -m utils.checkpoint FILE [--export OUT.safetensors]     what a file is and what made it
 """
 
 import contextlib
@@ -25,30 +27,36 @@ KINDS = {  # of what a file may hold; the rest is for the optimizer to judge
 }
 
 
-def write(path, checkpoint):
-    """torch.save, complete or not at all: written beside `path`, flushed to disk, read back, renamed. OSError where it
-    cannot be.
-    """
+@contextlib.contextmanager
+def written_whole(path):
+    """→ a path beside `path` to write to; on leaving it is flushed to disk and renamed, or removed after an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
+        yield beside
+        with open(beside, "rb") as file:
             os.fsync(file.fileno())
-        with zipfile.ZipFile(beside) as archive:
-            if archive.testzip() is not None:
-                raise OSError(f"{path}: what was written cannot be read back")
         os.replace(beside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()
+
+
+def write(path, checkpoint):
+    """torch.save, complete or not at all: written beside `path`, read back, renamed. OSError where it cannot be."""
+    try:
+        with written_whole(path) as beside:
+            with open(beside, "wb") as file:
+                torch.save(checkpoint, file)
+            with zipfile.ZipFile(beside) as archive:
+                if archive.testzip() is not None:
+                    raise OSError(f"{path}: what was written cannot be read back")
     except zipfile.BadZipFile as error:
         raise OSError(f"{path}: what was written cannot be read back ({_first_line(error)})") from error
     except RuntimeError as error:  # what torch's writer makes of a full disk
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"{path}: could not be written ({_first_line(reason)})") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            beside.unlink()
 
 
 def check_writable(folder, flag):
@@ -63,27 +71,19 @@ def check_writable(folder, flag):
 
 
 def read(path):
-    """The checkpoint's dict, on the CPU. ValueError in one line where it is none, is cut short or holds code."""
+    """The checkpoint's dict, on the CPU. ValueError in one line where it is none, is cut short or holds code.
+
+    Of a .safetensors file: without optimizer and schedule, and with `exported`.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; give a file that train.py wrote (dalle_<epoch>.pt)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's thoughts on a file that is then refused
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
-                    if archive.testzip() is not None:
-                        raise ValueError("checksum differs")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        name = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_]\w*(?:\.\w+)*)", str(error))
-        if name:
-            raise ValueError(
-                f"{path}: holds {name.group(1)}, neither tensor nor plain value, and was not opened"
-            ) from None
-        raise ValueError(f"{path}: damaged, cut short or not a checkpoint") from None
-    except Exception as error:  # damage shows as whatever the layer that meets it raises
-        raise ValueError(f"{path}: damaged, cut short or not a checkpoint ({_first_line(error)})") from None
+    if path.suffix == ".safetensors":
+        from utils import exported
+
+        checkpoint = exported.read(path)
+    else:
+        checkpoint = _unpickled(path)
     missing = {"hparams", "weights"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise ValueError(f"{path}: not a DALL-E checkpoint: it has no {' and no '.join(sorted(missing))}")
@@ -96,6 +96,26 @@ def read(path):
         if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in weights.items()):
             raise ValueError(f"{path}: not a DALL-E checkpoint: its {key} are not tensors under names")
     return {key: value for key, value in checkpoint.items() if value is not None}
+
+
+def _unpickled(path):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's thoughts on a file that is then refused
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
+                    if archive.testzip() is not None:
+                        raise ValueError("checksum differs")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_]\w*(?:\.\w+)*)", str(error))
+        if name:
+            raise ValueError(
+                f"{path}: holds {name.group(1)}, neither tensor nor plain value, and was not opened"
+            ) from None
+        raise ValueError(f"{path}: damaged, cut short or not a checkpoint") from None
+    except Exception as error:  # damage shows as whatever the layer that meets it raises
+        raise ValueError(f"{path}: damaged, cut short or not a checkpoint ({_first_line(error)})") from None
 
 
 def step_of(path):
@@ -158,5 +178,16 @@ def first_misfit(model, weights):
     return None
 
 
+def short(fingerprint):
+    """A fingerprint as messages show it."""
+    return str(fingerprint)[:12]
+
+
 def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
+if __name__ == "__main__":
+    from utils.checkpoint_info import main
+
+    main()

@@ -105,3 +105,20 @@ def test_the_vqgan_runs_on_the_device_both_ways(poptorch_standin, tiny_vqgan):
     backend.trainer(small_dalle(vae)).compile(samples(3))
     assert not executor.isAttachedToDevice()  # training wants its IPU
     assert torch.equal(encode(pixels), codes)
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("fp16", 1e-2)])
+def test_losses_are_those_of_a_cpu_whatever_the_batches(poptorch_standin, tiny_vae, precision, tolerance):
+    model = small_dalle(tiny_vae).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = ["--dalle_path", "x", "--input-folder", "y", "--precision"]
+    on_cpu = backends.select(args.evaluate_arguments([*flags, "fp32", "--device", "cpu"]))
+    on_ipu = backends.select(args.evaluate_arguments([*flags, precision, "--device", "ipu"]))
+    text, codes = samples(7)
+    text[:, 4:] = 0
+    batches = list(zip(text.split(3), codes.split(3)))
+    expected, losses = (backend.evaluator(model)(batches) for backend in (on_cpu, on_ipu))
+    assert list(losses) == ["total", "text", "image"] and losses == pytest.approx(expected, rel=tolerance)
+    with torch.no_grad():
+        assert expected["image"] == pytest.approx(float(model(text, codes, return_loss=True).image), rel=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

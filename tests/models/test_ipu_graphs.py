@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from backends.fixed_batches import Losses
 from models.attention import PATTERNS
 from models.pipeline_dalle import WrappedDALLE, placement
 from models.static_sampling import FullPass, StaticSampler
@@ -147,3 +148,12 @@ def test_what_no_ipu_can_do_is_noticed():
     shaping = {"top_k": None, "top_p": None, "cond_scale": 1.0, "temperature": 1.0}
     assert set(check(StaticSampler(model, **shaping), sampling_inputs(model, 0)).refused) == {"index_copy"}
     assert set(check(graphs.Loss(model), (graphs.text(model), graphs.codes(model)), training=True).refused) == {"loss"}
+
+
+@PRECISION
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_losses_are_computed_row_by_row(pattern, half):
+    model = graphs.small_dalle(graphs.codes_only(8), attn_types=(pattern,), depth=2)
+    module = Losses(model.half() if half else model).eval()
+    report = check(module, (torch.cat((graphs.text(model), graphs.codes(model)), dim=1)[:1],))
+    assert report.refused == {} and report.losses == ["nll_loss_forward"] * 2  # nothing is trained by them

@@ -72,11 +72,14 @@ def test_resume_of_a_finished_run_ends_well_and_of_none_begins(folder, command, 
 
 def test_differences_are_told(folder, command, tiny_flags, picture_folder):
     (picture_folder / "00.txt").write_text("a caption of its own\n")
+    newest = folder / "dalle_2.pt"
+    checkpoint.write(newest, {**checkpoint.read(newest), "versions": {"torch": "1.2.3"}})
     flags = ["--epochs", 4, "--learning-rate", 0.5, "--input-folder", picture_folder]
     ended = resumed(command, tiny_flags, folder, *flags)
     told = [line for line in ended.out.splitlines() if "unlike the run that wrote it" in line]
-    assert ended.status == 0 and len(told) == 3
-    assert "--learning-rate 0.5, was 0.003" in told[1] and "other pictures or captions" in told[2]
+    assert ended.status == 0 and len(told) == 4
+    assert "--learning-rate 0.5, was 0.003" in told[1] and f"torch {torch.__version__}, was 1.2.3" in told[2]
+    assert "other pictures or captions" in told[3]
     assert "--epochs 4, was 3" in told[0]
 
 

@@ -1,0 +1,78 @@
+"""`python -m utils.checkpoint FILE` as a user starts it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import checkpoint, checkpoint_info
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_file_of_train(tiny_checkpoint):
+    done = subprocess.run(
+        [sys.executable, "-m", "utils.checkpoint", tiny_checkpoint], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    text, saved = " ".join(done.stdout.split()), checkpoint.read(tiny_checkpoint)
+    weights = saved["weights"]
+    trained = sum(tensor.numel() for name, tensor in weights.items() if not name.startswith("model.vae."))
+    for wanted in (
+        f"{tiny_checkpoint}: {tiny_checkpoint.stat().st_size / 1e6:.1f} MB",
+        f"torch {torch.__version__}",
+        "step 3, epoch 0",
+        f"DALL-E {trained:,} in float32; VQGAN {sum(t.numel() for t in weights.values()) - trained:,} in float32",
+        "dim 32, depth 2",
+        f"VQModel, fingerprint {saved['vqgan']}, ch 32",
+        f"yttm, fingerprint {saved['tokenizer']['sha256']}, its vocabulary of 104,134 bytes is in the file",
+        saved["data"],
+        "learning_rate 0.003",
+        "caption_dropout 0.1",
+        "ff_dropout 0.0",
+        "optimizer state (",
+        "schedule state",
+    ):
+        assert wanted in text, wanted
+    assert "averaged" not in text and max(map(len, done.stdout.splitlines())) <= 118
+
+
+def test_a_file_of_the_reference(command, tmp_path):
+    hparams = {"dim": 64, "attn_types": ("axial_row", "full"), "cls_ipu_id": None, "fp16": True}
+    weights = {"model.text_emb.weight": torch.zeros(9, 2).half(), "model.vae.model.encoder.x": torch.zeros(5).half()}
+    weights["model.vae.model.loss.discriminator.x"] = torch.zeros(99)
+    adam = {"state": {0: {"step": 3, "exp_avg": torch.zeros(250000)}}, "param_groups": []}
+    for vae_params in ({}, None, {"image_size": 256}):
+        saved = {"hparams": hparams, "vae_params": vae_params, "epoch": 7, "weights": weights, "opt_state": adam}
+        torch.save({**saved, "scheduler_state": {"last_epoch": 3}}, tmp_path / "dalle_7.pt")
+        ended = command(checkpoint_info.main, tmp_path / "dalle_7.pt")
+        assert ended.status == 0 and ended.err == ""
+        for wanted in ("not told", "epoch 7", "DALL-E 18 in float16; VQGAN 5 in float16", "attn_types axial_row,full"):
+            assert wanted in ended.out, wanted
+        assert "optimizer state (1 tensors, 1.0 MB), schedule state" in ended.out and "tokenizer" not in ended.out
+
+
+def test_odd_contents_are_shown_as_they_are(command, tmp_path):
+    odd = {"hparams": {1: "\x1b[31mred\nline"}, "weights": {"a": torch.zeros(())}, "progress": 3, "settings": [1]}
+    odd.update(step=torch.zeros(2), tokenizer="x", vae_params={"params": 3}, versions={}, vqgan=4, exported=5)
+    checkpoint.write(tmp_path / "c.pt", odd)
+    ended = command(checkpoint_info.main, tmp_path / "c.pt")
+    assert ended.status == 0 and "\x1b" not in ended.out and "?[31mred?line" in ended.out
+
+
+@pytest.mark.parametrize("name", ["README.md", "missing", "."])
+def test_what_is_no_checkpoint_is_told_in_one_line(command, name, tmp_path):
+    for flags in ([], ["--export", tmp_path / "w.safetensors"]):
+        ended = command(checkpoint_info.main, ROOT / name, *flags)
+        assert ended.status == 2 and ended.out == "" and ended.err.count("\n") == 1 and str(ROOT / name) in ended.err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_export_under_another_name_or_into_a_file_is_refused(command, tiny_checkpoint, tmp_path):
+    ended = command(checkpoint_info.main, tiny_checkpoint, "--export", tmp_path / "w.pt")
+    assert ended.status == 2 and "w.pt does not end in .safetensors" in ended.err
+    (tmp_path / "file").touch()
+    ended = command(checkpoint_info.main, tiny_checkpoint, "--export", tmp_path / "file" / "w.safetensors")
+    assert ended.status == 2 and ended.err.count("\n") == 1 and str(tmp_path / "file") in ended.err, ended

@@ -1,0 +1,142 @@
+"""Weights alone as .safetensors: what comes back, what commands make of it, and what is refused."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import generate
+import train
+from utils import checkpoint, checkpoint_info, exported
+
+
+@pytest.fixture(scope="module")
+def averaged(tiny_flags, tmp_path_factory):
+    """A checkpoint with averaged weights, whose layers have two kinds of attention."""
+    folder = tmp_path_factory.mktemp("averaged")
+    train.main(
+        [*tiny_flags, "--checkpoint-output-dir", str(folder), "--ema-decay", "0.5", "--attn-types", "full,axial_row"]
+    )
+    return folder / "dalle_0.pt"
+
+
+@pytest.fixture
+def export(command, averaged, tmp_path):
+    def run(*flags):
+        out = tmp_path / "new" / "weights.safetensors"
+        ended = command(checkpoint_info.main, averaged, "--export", out, *flags)
+        assert ended.status == 0 and str(out) in ended.out and [*out.parent.iterdir()] == [out]
+        return out
+
+    return run
+
+
+def grid(command, path, out):
+    flags = ["--text", "a red circle", "--num_images", 4, "--seed", 5, "--precision", "fp32", "--outputs_dir", out]
+    assert command(generate.main, "--dalle_path", path, *flags).status == 0
+    return np.array(Image.open(out / "a_red_circle" / "grid.png"))
+
+
+def test_the_same_pictures_for_the_same_seed(command, averaged, export, tmp_path):
+    pictures = grid(command, averaged, tmp_path / "pt")
+    assert np.array_equal(pictures, grid(command, export(), tmp_path / "st"))
+    assert len(np.unique(pictures)) > 10
+    halved = generate.load(export("--half"))[0]  # the VQGAN is whole
+    whole = generate.load(averaged)[0]
+    assert halved.vae.fingerprint() == whole.vae.fingerprint()
+    assert torch.equal(halved.text_emb.weight, whole.text_emb.weight.half().float())
+
+
+def test_any_reader_finds_weights_and_header(averaged, export):
+    path, saved = export(), checkpoint.read(averaged)
+    tensors = load_file(path)
+    assert tensors.keys() - saved["weights"].keys() == {"tokenizer.vocabulary"}
+    assert torch.equal(tensors["model.text_emb.weight"], saved["ema_weights"]["model.text_emb.weight"])
+    assert not torch.equal(tensors["model.text_emb.weight"], saved["weights"]["model.text_emb.weight"])
+    with safe_open(str(path), framework="pt") as file:
+        header = {key: json.loads(value) for key, value in file.metadata().items() if key not in ("format", "crc32")}
+    assert header["hparams"]["attn_types"] == ["full", "axial_row"] and header["step"] == 3
+    assert header["vqgan"] == saved["vqgan"] and header["tokenizer"]["sha256"] == saved["tokenizer"]["sha256"]
+    back = checkpoint.read(path)
+    assert torch.equal(back["tokenizer"]["vocabulary"], saved["tokenizer"]["vocabulary"])
+    assert back["exported"] == {"averaged": True, "half": False} and "opt_state" not in back
+
+
+def test_training_begins_anew_from_the_weights(command, tiny_flags, export, tmp_path):
+    path = export()
+    flags = [*tiny_flags, "--attn-types", "full,axial_row", "--pretrained-checkpoint", path, "--learning-rate", 1e-30]
+    ended = command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "run")
+    (told,) = [line for line in ended.out.splitlines() if "weights alone" in line]
+    assert ended.status == 0 and str(path) in told and "of step 3; a new optimizer, from step 0" in told, ended
+    after = checkpoint.read(tmp_path / "run" / "dalle_0.pt")
+    assert after["step"] == 3
+    assert torch.equal(after["weights"]["model.text_emb.weight"], load_file(path)["model.text_emb.weight"])
+    ended = command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "run")
+    assert ended.status == 2 and "of an earlier run" in ended.err
+    path = path.rename(tmp_path / "run" / path.name)
+    flags[flags.index("--pretrained-checkpoint") + 1] = path
+    ended = command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "run")
+    assert ended.status == 2 and "of an earlier run" in ended.err
+
+
+def test_tensors_that_share_memory_and_files_of_the_reference(tmp_path):
+    rows = torch.arange(12.0).view(4, 3)
+    weights = {f"model.text_emb.split_embeddings.{i}.weight": rows[2 * i : 2 * i + 2].half() for i in range(2)}
+    weights.update({"model.a": rows, "model.b": rows, "model.c": rows.t(), "model.vae.model.n": torch.tensor(3)})
+    saved = {"hparams": {"attn_types": ("full",)}, "vae_params": None, "epoch": 2, "weights": weights}
+    exported.write(tmp_path / "w.safetensors", {**saved, "opt_state": {}, "scheduler_state": {}})
+    back = checkpoint.read(tmp_path / "w.safetensors")
+    assert all(torch.equal(back["weights"][name], tensor) for name, tensor in weights.items())
+    assert back["weights"].keys() == weights.keys() and back["epoch"] == 2
+    assert torch.equal(checkpoint.model_weights(back["weights"])["text_emb.weight"], rows)
+
+
+def test_a_damaged_file_is_refused_in_one_line(export, tmp_path):
+    path = export()
+    whole = path.read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    flipped = bytearray(whole)
+    flipped[header + 100000] ^= 1
+    cases = [whole[:length] for length in (0, 5, 8, 200, header, header + 9, len(whole) // 2, len(whole) - 1)]
+    cases += [bytes(flipped), whole[:100] + b"\xff\xfe" + whole[102:], b"\xff" * 300, b"# a readme\n" * 90]
+    for content in cases:
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as told:
+            checkpoint.read(path)
+        message = str(told.value)
+        assert message.startswith(f"{path}: damaged") and "\n" not in message and len(message) < len(str(path)) + 220
+
+
+@pytest.mark.parametrize(
+    "metadata, told",
+    [
+        (None, "it has no hparams"),
+        ({"hparams": "{"}, "its header is not JSON"),
+        ({"hparams": "[" * 100000}, "its header is not JSON"),
+        ({"hparams": "3"}, "not dictionaries"),
+        ({"hparams": "{}", "crc32": "0"}, "checksum differs"),
+    ],
+)
+def test_a_foreign_file_is_refused_in_one_line(metadata, told, command, tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(3)}, path, metadata)
+    ended = command(generate.main, "--dalle_path", path, "--text", "a", "--outputs_dir", tmp_path / "out")
+    assert ended.status == 2 and ended.err.count("\n") == 1 and str(path) in ended.err and told in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_and_an_export_that_fails_leave_nothing(averaged, tmp_path, monkeypatch, command):
+    def half_a_file(tensors, path, metadata):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise exported.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(exported, "save_file", half_a_file)
+    ended = command(checkpoint_info.main, averaged, "--export", tmp_path / "w.safetensors")
+    assert ended.status == 2 and "w.safetensors: could not be written (No space left on device)" in ended.err
+    assert not [*tmp_path.iterdir()]
