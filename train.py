@@ -30,7 +30,7 @@ def main(argv=None):
         raise SystemExit(130) from None
     with log.termination_interrupts():  # around the last words, too
         try:
-            with log.bad_input_exits(), log.worker_faults_in_one_line():
+            with log.bad_input_exits(), samples_accounted_for(run):
                 train(run)
         except KeyboardInterrupt:
             stopped(run)
@@ -141,6 +141,21 @@ def stopped(run):
     if not run.backend.rank:
         print(f"stopped after step {run.step}; go on with --pretrained-checkpoint {path}" if path else "stopped")
     raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def samples_accounted_for(run):
+    """Within: a run that gets no more samples saves what it has; every run tells how many pictures it lost."""
+    from backends.base import SamplesLost
+    from training.checkpoints import save
+
+    try:
+        yield
+    except SamplesLost as error:
+        path = save(run, f"dalle_step_{run.step}.pt") if run.step else None
+        raise SamplesLost(f"{error}; go on with --pretrained-checkpoint {path}" if path else error) from None
+    finally:
+        log.pictures_lost(run.dataset.lost)
 
 
 def last_file(run):

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from data.order import Key, epoch_and_index, random_bits
 from data.pairs import UNREADABLE, Skipped, find_pairs, open_picture, printable, read_captions, report_skipped
+from data.reading import Reading
 
 log = logging.getLogger("minidalle")
 
@@ -37,6 +38,7 @@ _TO_UPRIGHT = {
 }
 _TOKENIZE_AT_ONCE = 4096  # captions handed to the tokenizer in one call
 _NAMED_IN_LOG = 20  # unreadable pictures told one by one; a disk that goes away would fill the log
+_NEVER_AGAIN = 2  # the flag of a picture over which a worker was killed; 1: could not be read, and is tried again
 # What a random number is for, so that no two uses share one; 2 is the order's, in data/order.py.
 _CAPTION, _DROPOUT, _GENERATED, _HELD_OUT = 0, 1, 3, 4
 
@@ -110,7 +112,7 @@ class TextImageDataset(Dataset):
     and raises ValueError when a text is longer and may not be cut. Every caption goes through it once, here.
 
     A picture that turns out unreadable while training is replaced by the next one that can be read; it is told in the
-    log once and counted in `skipped`, also when a worker process found it.
+    log once and counted in `skipped` and `lost`, also when a worker process found it.
 
     Raises what find_pairs raises, and ValueError naming the caption file that is too long.
     """
@@ -145,6 +147,7 @@ class TextImageDataset(Dataset):
         self._codes: Optional[np.ndarray] = None
         # One flag a picture, in memory that worker processes share with their parent.
         self._unreadable = torch.zeros(len(self.pictures), dtype=torch.uint8).share_memory_()
+        self._reading = Reading()
         if codes is not None:
             self.attach_codes(codes)
 
@@ -175,6 +178,7 @@ class TextImageDataset(Dataset):
         self.captions = [self.captions[row] for row in rows]
         self._caption_starts, self._caption_counts = self._caption_starts[rows], self._caption_counts[rows]
         self._unreadable = self._unreadable[torch.from_numpy(rows)].share_memory_()
+        self._reading = Reading()  # of its own, where a copy keeps other rows
         if self._codes is not None:
             self._codes = self._codes[rows]
 
@@ -211,6 +215,17 @@ class TextImageDataset(Dataset):
             return dict(self._skipped)
         return {**self._skipped, UNREADABLE: sorted(set(self._skipped.get(UNREADABLE, []) + found))}
 
+    @property
+    def lost(self) -> int:
+        """How many pictures went bad since the scan."""
+        return int((self._unreadable > 0).sum())
+
+    def blame(self, said: str) -> List[str]:
+        """The pictures that the workers were reading whose end torch's error `said` tells; they are not read again."""
+        places = self._reading.of_ended(said)
+        self._unreadable[places] = _NEVER_AGAIN
+        return [printable(self.pictures[place]) for place in places]
+
     def __len__(self) -> int:
         return len(self.pictures)
 
@@ -220,11 +235,16 @@ class TextImageDataset(Dataset):
             return self._text(epoch, index), torch.from_numpy(self._codes[index].astype(np.int64))
         for step in range(len(self)):
             place = (index + step) % len(self)
+            if self._unreadable[place] == _NEVER_AGAIN:
+                continue
+            self._reading.now(place)
             try:
                 pixels = load_picture(self.pictures[place], self.image_size)
             except (ValueError, OSError) as error:
                 self._note_unreadable(place, error)
                 continue
+            finally:
+                self._reading.now(-1)
             image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (size, size, 3) -> (3, size, size)
             return self._text(epoch, place), image if self.byteio else image.float().div_(255)
         raise ValueError(f"{printable(self.folder)}: none of its {len(self)} pictures can be read any more")
@@ -242,7 +262,7 @@ class TextImageDataset(Dataset):
         if self._unreadable[index]:
             return
         self._unreadable[index] = 1
-        told = int(self._unreadable.sum())
+        told = self.lost
         if told <= _NAMED_IN_LOG:
             more = "; more will only be counted" if told == _NAMED_IN_LOG else ""
             log.warning("%s; another picture takes its place%s", error, more)
@@ -272,6 +292,7 @@ class GeneratedDataset(Dataset):
         if (num_image_codes is None) != (image_seq_len is None):
             raise ValueError("generated codes need both num_image_codes and image_seq_len")
         self.length = length
+        self.lost = 0  # pictures that went bad, as TextImageDataset has it
         self.text_seq_len = text_seq_len
         self.num_text_tokens = num_text_tokens
         self.image_size = image_size
@@ -288,6 +309,10 @@ class GeneratedDataset(Dataset):
         held_out = copy.copy(self)
         held_out.length, held_out.seed = max(1, round(share * self.length)), random_bits(self.seed, _HELD_OUT)
         return held_out
+
+    def blame(self, said: str) -> List[str]:
+        """As TextImageDataset has it: no picture was read."""
+        return []
 
     def fingerprint(self) -> str:
         return f"{self.length} generated samples of seed {self.seed}"
