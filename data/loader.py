@@ -361,3 +361,9 @@ def _tokenize_captions(
         pieces.append(rows[np.arange(text_seq_len) < used[:, None]].astype(np.int32))
         lengths.append(used.astype(np.int64))
     return np.concatenate(pieces), np.cumsum(np.concatenate(lengths)), ends - counts, counts
+
+
+if __name__ == "__main__":  # python -m data.loader check FOLDER
+    from data.check import main
+
+    main()
