@@ -25,6 +25,10 @@ def main(argv=None):
             from training.build import build
 
             run = build(settings)
+            if settings.dry_run:
+                from training import dry_run
+
+                return dry_run.tell(run)
     except KeyboardInterrupt:
         print("stopped before the first step")
         raise SystemExit(130) from None

@@ -18,7 +18,7 @@ from data.tokenizer import load_tokenizer
 from models.dalle import DALLE
 from models.official_vqgan import OFFICIAL_PARAMS
 from models.vae import VQGanVAE, load_vqgan
-from training import checkpoints
+from training import checkpoints, dry_run
 from utils import optimization
 
 
@@ -55,7 +55,7 @@ def build(settings):
         if folder and not made_up and not Path(folder).exists():
             raise FileNotFoundError(f"--{flag.replace('_', '-')} {folder}: no such folder")
     # Before pictures are encoded, which may take hours.
-    folder = checkpoints.Folder(settings, writes=not backend.rank)
+    folder = checkpoints.Folder(settings, writes=not backend.rank and not settings.dry_run)
     origin = folder.origin()
     torch.manual_seed(settings.random_seed)
     vae = image_tokenizer(settings, made_up)
@@ -110,7 +110,7 @@ def build(settings):
     )
     if origin is not None:
         checkpoints.resume(run, *origin, model)
-    if not backend.rank:
+    if not backend.rank and not settings.dry_run:
         run.tracker = log.weights_and_biases(settings)  # last, when nothing else can be refused
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     together = backend.samples_per_step * backend.world_size
@@ -167,14 +167,20 @@ def folder_dataset(folder, settings, backend, tokenizer, vae, training=True):
     if settings.no_codes_cache:
         dataset[0]  # at least one picture can be read, or ValueError now
         return dataset
+    cache = {
+        "folder": dataset.folder,
+        "cache_dir": settings.codes_cache or dataset.folder,
+        "image_size": vae.image_size,
+        "num_codes": vae.num_tokens,
+        "fingerprint": vae.fingerprint(),
+    }
+    if settings.dry_run:  # encoding may take hours
+        dry_run.empty_codes(dataset, vae, **cache)
+        return dataset
     codes, bad = cached_codes(
         dataset.pictures,
         backend.encode(vae),
-        folder=dataset.folder,
-        cache_dir=settings.codes_cache or dataset.folder,
-        image_size=vae.image_size,
-        num_codes=vae.num_tokens,
-        fingerprint=vae.fingerprint(),
+        **cache,
         batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # as many pixels whatever their size
     )
     dataset.attach_codes(codes, bad)
