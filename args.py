@@ -79,6 +79,7 @@ def train_parser():
     add("max-steps", None, "stop after this many updates, whatever --epochs says", COUNT)
     add("random-seed", 42, "seed of weights, data order, captions and dropout", SEED)
     add("dataloader-workers", 4, "processes that read pictures", NATURAL)
+    add("dry-run", False, "make a few steps, tell what the run would take, and write nothing", bool)
     add("recompute", False, "keep only layers' outputs for the backward pass, as IPUs do: less memory, more time", bool)
 
     add = parser.heading("Execution on IPUs (elsewhere accepted, and named in the log)")

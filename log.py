@@ -55,22 +55,6 @@ def reason(error):
 
 
 @contextlib.contextmanager
-def worker_faults_in_one_line():
-    """Within: what goes wrong in a process that reads pictures is raised without that process's traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if "in DataLoader worker process" not in str(error):
-            raise
-        raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        said = str(error).splitlines()[0].rstrip(". ")
-        raise OSError(f"{said}; if memory ran out, fewer --dataloader-workers need less") from None
-
-
-@contextlib.contextmanager
 def interrupt_exits():
     """Within: Ctrl-C ends the program with one line and status 130."""
     try:
@@ -88,6 +72,13 @@ def termination_interrupts():
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def pictures_lost(count):
+    """The line at a run's end about pictures that went bad while it trained."""
+    if count:
+        noun = "picture" if count == 1 else "pictures"
+        LOG.warning("%d %s could not be read while training; others took the place", count, noun)
 
 
 def validated(step, losses):

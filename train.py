@@ -26,11 +26,15 @@ def main(argv=None):
                 from training.build import build
 
                 run = build(settings)
+                if settings.dry_run:
+                    from training import dry_run
+
+                    return dry_run.tell(run)
         except KeyboardInterrupt:
             print("stopped before the first step")
             raise SystemExit(130) from None
         try:
-            with log.bad_input_exits(), log.worker_faults_in_one_line():
+            with log.bad_input_exits(), samples_accounted_for(run):
                 train(run)
         except KeyboardInterrupt:
             stopped(run)
@@ -161,6 +165,21 @@ def close(run):
             run.metrics.flush()
             run.plot.draw(at_end=True)
         run.trackers.close()
+
+
+@contextlib.contextmanager
+def samples_accounted_for(run):
+    """Within: a run that gets no more samples saves what it has; every run tells how many pictures it lost."""
+    from backends.base import SamplesLost
+    from training.checkpoints import save
+
+    try:
+        yield
+    except SamplesLost as error:
+        path = save(run, f"dalle_step_{run.step}.pt") if run.step else None
+        raise SamplesLost(f"{error}; go on with --pretrained-checkpoint {path}" if path else error) from None
+    finally:
+        log.pictures_lost(run.dataset.lost)
 
 
 def last_file(run):

@@ -7,6 +7,10 @@ is hidden here; devices, optimizers and ranks are not wrapped for their own sake
 from typing import Callable, ContextManager, Dict, Iterable, Optional, Protocol, Sequence
 
 
+class SamplesLost(OSError):
+    """loader() can give no more samples; says why, in one line."""
+
+
 class Trainer(Protocol):
     """Owns the model's weights and the optimizer while a run lasts."""
 
@@ -66,7 +70,10 @@ class Backend(Protocol):
         """Whether any of the processes wishes it; each must ask."""
 
     def loader(self, dataset, order: Sequence) -> Iterable:
-        """Batches, each all that one step consumes: `order` holds lists of samples_per_step keys of `dataset`."""
+        """Batches, each all that one step consumes: `order` holds lists of samples_per_step keys of `dataset`.
+
+        Raises SamplesLost, only where the next batch or a part of it is wanted.
+        """
 
     def trainer(self, model) -> Trainer: ...
 

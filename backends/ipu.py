@@ -13,10 +13,12 @@ import os
 
 import torch
 
+from backends.base import SamplesLost
 from backends.fixed_batches import Decoder, Losses, RowByRow, Sampler
-from backends.native import leave_interrupts_to_the_parent
+from backends.native_reading import MEMORY, leave_interrupts_to_the_parent, of_killed_worker, without_traceback
 from backends.native_training import ADAM_EPS
 from models.pipeline_dalle import WrappedDALLE, placement, stages, unshare_masks
+from utils import interrupts
 from utils.checkpoint import check_writable
 from utils.optimization import load_keeping_flags, parameter_groups
 
@@ -222,9 +224,15 @@ class IpuBackend:
             **rebatching,
         )
         try:
-            yield from batches
+            for batch in batches:
+                with interrupts.children_held():
+                    yield batch
+        except (ValueError, OSError) as error:
+            raise SamplesLost(without_traceback(error)) from None
+        except RuntimeError as error:
+            raise SamplesLost(of_killed_worker(error, dataset)[0] + MEMORY) from None
         except AssertionError as error:  # what PopTorch makes of a fault in its loader's process, which has told it
-            raise OSError(f"samples could not be read ({error})") from None
+            raise SamplesLost(f"samples could not be read ({error})") from None
         finally:
             batches.terminate()
 

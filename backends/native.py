@@ -1,19 +1,18 @@
 """CPUs and CUDA GPUs, through PyTorch: one, or one a process of torchrun's; replicas are further micro-batches.
 
-The step is native_training.py's, drawing native_drawing.py's, pixels and codes native_vqgan.py's. Features newer than
-torch 2.0 live in these four only, each behind a check.
+The step is native_training.py's, drawing native_drawing.py's, pixels and codes native_vqgan.py's, reading samples
+native_reading.py's. Features newer than torch 2.0 live in these only, each behind a check.
 """
 
 import contextlib
 import itertools
 import logging
 import os
-import signal
 
 import torch
-from torch.utils.data import DataLoader
 
 from backends.native_drawing import sampler
+from backends.native_reading import read
 from backends.native_training import NativeTrainer, mean_losses
 from backends.native_vqgan import decoder, encoder
 from backends.processes import Processes, share
@@ -85,24 +84,6 @@ def pick_precision(settings, device):
     return "bf16" if half else "fp32"
 
 
-def leave_interrupts_to_the_parent(worker):
-    """For worker processes: Ctrl-C reaches them too, and the parent, which saves, is the one to end them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which it does
-
-
-class MicroBatches:
-    """A batch sampler: each of order's lists of keys, cut into micro-batches of `size`."""
-
-    def __init__(self, order, size):
-        self.order, self.size = order, size
-
-    def __iter__(self):
-        for keys in self.order:
-            for first in range(0, len(keys), self.size):
-                yield keys[first : first + self.size]
-
-
 class NativeBackend:
     compile_only = False
 
@@ -145,13 +126,7 @@ class NativeBackend:
     def loader(self, dataset, order):
         """Batches for step(): iterators over (text, image) micro-batches, read when the step wants them."""
         workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would be in their own way
-        micro_batches = DataLoader(
-            dataset,
-            batch_sampler=MicroBatches(order, self.batch_size),
-            num_workers=workers,
-            worker_init_fn=leave_interrupts_to_the_parent,
-            pin_memory=self.device.type == "cuda",
-        )
+        micro_batches = read(dataset, order, self.batch_size, workers, self.device.type == "cuda")
         stream = self.interruptible(micro_batches)
         for first in stream:
             yield itertools.chain([first], itertools.islice(stream, self.micro_batches - 1))

@@ -24,6 +24,7 @@ from data.arrays import pickled_by_name, unpickled
 from data.captions import open_captions, tokenized
 from data.order import Key, epoch_and_index, random_bits
 from data.pairs import UNREADABLE, File, Skipped, find_pairs, open_picture, printable, read_captions, report_skipped
+from data.reading import Reading
 
 log = logging.getLogger("minidalle")
 
@@ -38,6 +39,7 @@ _TO_UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _NAMED_IN_LOG = 20  # unreadable pictures told one by one; a disk that goes away would fill the log
+_NEVER_AGAIN = 2  # the flag of a picture over which a worker was killed; 1: could not be read, and is tried again
 # What a random number is for, so that no two uses share one; 2 is the order's, in data/order.py.
 _CAPTION, _DROPOUT, _GENERATED, _HELD_OUT = 0, 1, 3, 4
 
@@ -112,7 +114,7 @@ class TextImageDataset(Dataset):
     pictures that are among `encoded`, are known to be sound and not opened.
 
     A picture that turns out unreadable while training is replaced by the next one that can be read; it is told in the
-    log once and counted in `skipped`, also when a worker process found it.
+    log once and counted in `skipped` and `lost`, also when a worker process found it.
 
     Raises what find_pairs raises, and ValueError naming the caption file that is too long.
     """
@@ -149,6 +151,7 @@ class TextImageDataset(Dataset):
         self._codes: Optional[np.ndarray] = None
         # One flag a picture, in memory that worker processes share with their parent.
         self._unreadable = torch.zeros(len(self.pictures), dtype=torch.uint8).share_memory_()
+        self._reading = Reading()
 
     def _refuse_long_captions(self, files: List[File], tokenizer) -> None:
         place = self._captions.first_longer_than(self.text_seq_len)
@@ -188,6 +191,7 @@ class TextImageDataset(Dataset):
         self.pictures = [self.pictures[row] for row in rows]
         self._captions = self._captions.only(rows)
         self._unreadable = self._unreadable[torch.from_numpy(rows)].share_memory_()
+        self._reading = Reading()  # of its own, where a copy keeps other rows
         if self._codes is not None:
             self._codes = self._codes[rows]
 
@@ -229,6 +233,17 @@ class TextImageDataset(Dataset):
             return dict(self._skipped)
         return {**self._skipped, UNREADABLE: sorted(set(self._skipped.get(UNREADABLE, []) + found))}
 
+    @property
+    def lost(self) -> int:
+        """How many pictures went bad since the scan."""
+        return int((self._unreadable > 0).sum())
+
+    def blame(self, said: str) -> List[str]:
+        """The pictures that the workers were reading whose end torch's error `said` tells; they are not read again."""
+        places = self._reading.of_ended(said)
+        self._unreadable[places] = _NEVER_AGAIN
+        return [printable(self.folder / self.pictures[place][0]) for place in places]
+
     def __len__(self) -> int:
         return len(self.pictures)
 
@@ -238,11 +253,16 @@ class TextImageDataset(Dataset):
             return self._text(epoch, index), torch.from_numpy(self._codes[index].astype(np.int64))
         for step in range(len(self)):
             place = (index + step) % len(self)
+            if self._unreadable[place] == _NEVER_AGAIN:
+                continue
+            self._reading.now(place)
             try:
                 pixels = load_picture(self.folder / self.pictures[place][0], self.image_size)
             except (ValueError, OSError) as error:
                 self._note_unreadable(place, error)
                 continue
+            finally:
+                self._reading.now(-1)
             image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (size, size, 3) -> (3, size, size)
             return self._text(epoch, place), image if self.byteio else image.float().div_(255)
         raise ValueError(f"{printable(self.folder)}: none of its {len(self)} pictures can be read any more")
@@ -266,7 +286,7 @@ class TextImageDataset(Dataset):
         if self._unreadable[index]:
             return
         self._unreadable[index] = 1
-        told = int(self._unreadable.sum())
+        told = self.lost
         if told <= _NAMED_IN_LOG:
             more = "; more will only be counted" if told == _NAMED_IN_LOG else ""
             log.warning("%s; another picture takes its place%s", error, more)
@@ -296,6 +316,7 @@ class GeneratedDataset(Dataset):
         if (num_image_codes is None) != (image_seq_len is None):
             raise ValueError("generated codes need both num_image_codes and image_seq_len")
         self.length = length
+        self.lost = 0  # pictures that went bad, as TextImageDataset has it
         self.text_seq_len = text_seq_len
         self.num_text_tokens = num_text_tokens
         self.image_size = image_size
@@ -313,6 +334,10 @@ class GeneratedDataset(Dataset):
         held_out.length, held_out.seed = max(1, round(share * self.length)), random_bits(self.seed, _HELD_OUT)
         return held_out
 
+    def blame(self, said: str) -> List[str]:
+        """As TextImageDataset has it: no picture was read."""
+        return []
+
     def fingerprint(self) -> str:
         return f"{self.length} generated samples of seed {self.seed}"
 
@@ -326,3 +351,9 @@ class GeneratedDataset(Dataset):
         if self.byteio:
             return text, torch.from_numpy(random.integers(0, 256, shape, dtype=np.uint8))
         return text, torch.from_numpy(random.random(shape, dtype=np.float32))
+
+
+if __name__ == "__main__":  # python -m data.loader check FOLDER
+    from data.check import main
+
+    main()

@@ -59,6 +59,7 @@ class Tokenizer:
 
     kind         "clip" or "yttm"
     vocab_size   number of ids, special tokens included
+    unknown      the id that stands for characters the vocabulary lacks; None for CLIP's, which lacks none
     fingerprint  SHA-256 (hex) of the vocabulary file, to tell whether two runs mean the same by an id
     vocabulary   the bytes of a YouTokenToMe file, for keeping in a checkpoint; None for CLIP's, which every copy of
                  this program has
@@ -68,6 +69,7 @@ class Tokenizer:
     def __init__(self, entries: Vocabulary, data: bytes, path: Optional[str]) -> None:
         self.kind = entries.kind
         self.vocab_size = len(entries.pieces)
+        self.unknown = entries.model.token_to_id(YTTM_UNKNOWN)
         self.fingerprint = CLIP_FINGERPRINT if self.kind == "clip" else hashlib.sha256(data).hexdigest()
         self.vocabulary = None if self.kind == "clip" else data
         self.path = path

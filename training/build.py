@@ -19,7 +19,7 @@ from data.tokenizer import load_tokenizer
 from models.dalle import DALLE
 from models.official_vqgan import OFFICIAL_PARAMS
 from models.vae import VQGanVAE, load_vqgan
-from training import checkpoints, trackers
+from training import checkpoints, dry_run, trackers
 from training.metrics import MetricsFile
 from training.plot import Plot
 from training.trackers import Trackers
@@ -61,7 +61,7 @@ def build(settings):
         if folder and not made_up and not Path(folder).exists():
             raise FileNotFoundError(f"--{flag.replace('_', '-')} {folder}: no such folder")
     # Before pictures are encoded, which may take hours.
-    folder = checkpoints.Folder(settings, writes=not backend.rank)
+    folder = checkpoints.Folder(settings, writes=not backend.rank and not settings.dry_run)
     origin = folder.origin()
     torch.manual_seed(settings.random_seed)
     vae = image_tokenizer(settings, made_up)
@@ -116,7 +116,7 @@ def build(settings):
     )
     if origin is not None:
         checkpoints.resume(run, *origin, model)
-    if not backend.rank:
+    if not backend.rank and not settings.dry_run:
         see(run)  # last, when nothing else can be refused
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     together = backend.samples_per_step * backend.world_size
@@ -184,11 +184,13 @@ def folder_dataset(folder, settings, backend, tokenizer, vae, training=True):
         byteio=settings.byteio,
         caption_dropout=settings.caption_dropout if training else 0.0,
         seed=settings.random_seed,
-        cache_dir=cache_dir,
+        cache_dir=None if settings.dry_run else cache_dir,
         encoded=cache or (),
     )
     if cache is None:
         dataset[0]  # at least one picture can be read, or ValueError now
+    elif settings.dry_run:  # encoding may take hours
+        dry_run.empty_codes(dataset, vae, cache)
     else:
         codes, bad = cached_codes(
             dataset.pictures,

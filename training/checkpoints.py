@@ -21,7 +21,7 @@ NOT_THE_SAME_RUN = {
     *("wandb", "wandb_project_name", "wandb_run_name", "codes_cache", "executable_cache_dir", "profile_dir"),
     *("tensorboard", "sample_steps"),
     *("top_k", "top_p", "temperature", "cond_scale", "input_folder", "validation_folder", "vae_path", "bpe_path"),
-    *("vqgan_model_path", "vqgan_config_path", "async_dataloader", "validation_steps"),
+    *("vqgan_model_path", "vqgan_config_path", "async_dataloader", "validation_steps", "dry_run"),
 }
 
 

@@ -53,3 +53,21 @@ def check():
     """A place where nothing is half done: KeyboardInterrupt if one is waiting."""
     if _waiting:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def children_held():
+    """Within: what is to be done when a child process ends waits; torch, for one, raises its error about a worker then
+    and there. On leaving, it is done.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ended = []
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: ended.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+    if ended:
+        signal.raise_signal(signal.SIGCHLD)

@@ -12,8 +12,9 @@ import args
 import backends
 from backends import native
 from backends.base import Backend, Trainer
-from backends.native import MicroBatches, NativeBackend, pick_device, pick_precision
+from backends.native import NativeBackend, pick_device, pick_precision
 from backends.native_drawing import packer
+from backends.native_reading import MicroBatches
 from backends.native_training import build_optimizers
 from data.loader import GeneratedDataset
 from data.order import EpochBatches
@@ -338,6 +339,7 @@ def test_micro_batches_cut_each_step_and_never_mix_two():
     assert list(MicroBatches(order, 2)) == [[5, 1], [4, 2], [0, 3], [7, 6]]
     assert list(MicroBatches(iter(order), 4)) == order
     assert list(MicroBatches([[1, 2, 3], [4, 5, 6]], 2)) == [[1, 2], [3], [4, 5], [6]]
+    assert list(MicroBatches([[1, 2, 3], [4, 5, 6]], 2, done=3)) == [[6]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

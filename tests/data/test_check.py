@@ -1,0 +1,218 @@
+"""The look through a folder: that it finds what training skips, no more and no less, and says so."""
+
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import check as checks
+from data import pairs
+from data.loader import TextImageDataset
+from data.process_trainset import write_caption_files
+from data.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+YTTM = ROOT / "bpe" / "bpe_yttm_vocab.txt"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(YTTM)
+
+
+@pytest.fixture
+def noise():
+    random = np.random.default_rng(0)
+    return lambda height=40, width=40, bands=3: Image.fromarray(
+        random.integers(0, 256, (height, width, bands), dtype=np.uint8).squeeze()
+    )
+
+
+def png_of(width, height):
+    """The beginning of a PNG of any size."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100)))
+
+
+@pytest.fixture
+def every_fault(tmp_path, noise):
+    """A folder with two sound pairs and one or two of everything that is skipped."""
+    folder = tmp_path / "faults"
+    folder.mkdir()
+
+    def pair(stem, picture=None, caption="a dog and a cat"):
+        if picture is None:
+            noise().save(folder / f"{stem}.png")
+        else:
+            (folder / f"{stem}.png").write_bytes(picture)
+        (folder / f"{stem}.txt").write_bytes(caption if isinstance(caption, bytes) else caption.encode())
+
+    pair("good_1", caption="a dog\na cat\n")
+    pair("good_2", caption="two dogs")
+    whole = (folder / "good_1.png").read_bytes()
+    pair("cut_1", whole[: len(whole) // 2])
+    pair("cut_2", whole[: len(whole) - 900])
+    pair("no_bytes", b"")
+    pair("web_page", b"<html>not here</html>")
+    pair("huge", png_of(60000, 60000))
+    pair("blank", caption="\n \n")
+    pair("latin", caption="ein grünes Herz".encode("latin-1"))
+    pair("boxes", caption="0 0.5 0.5 0.25 0.125\n")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    (folder / "gone.txt").write_text("a dog")
+    noise().save(folder / "uncaptioned_1.png")
+    noise().save(folder / "uncaptioned_2.png")
+    (folder / "unpictured.txt").write_text("a dog")
+    noise().save(folder / "good_1.bmp")  # whose captions good_1.png has
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_it_finds_what_training_skips(every_fault, tokenizer, workers):
+    report = checks.check(every_fault, tokenizer, text_seq_len=16, image_size=32, workers=workers)
+    dataset = TextImageDataset(every_fault, tokenizer, text_seq_len=16, image_size=32)
+    for index in range(len(dataset)):
+        dataset[index]
+    expected = {reason: sorted(path.name for path in paths) for reason, paths in dataset.skipped.items()}
+    kinds = [value for name, value in vars(pairs).items() if name.isupper() and value in expected]
+    assert len(kinds) == 11  # all there are
+    found = {**report.faults, pairs.LABEL_FILE: report.notes[pairs.LABEL_FILE]}
+    assert {kind: sorted(names) for kind, names in found.items()} == expected
+    assert report.pairs == len(dataset) - dataset.lost == 2 and len(report.tokens) == 3
+
+
+def test_captions_that_are_too_long_are_refused_or_cut(every_fault, tokenizer):
+    (every_fault / "good_2.txt").write_text("two dogs\n" + "a dog and a cat " * 4)
+    with pytest.raises(ValueError, match="good_2.txt.*tokens long"):
+        TextImageDataset(every_fault, tokenizer, text_seq_len=16, image_size=32)
+    options = {"text_seq_len": 16, "image_size": 32}
+    kind = checks.TOO_LONG.format(16)
+    report = checks.check(every_fault, tokenizer, **options)
+    assert report.faults[kind] == ["good_2.txt"] and report.tokens.max() > 16
+    cut = checks.check(every_fault, tokenizer, truncate_captions=True, **options)
+    assert kind not in cut.faults and cut.notes[kind] == ["good_2.txt"]
+
+
+def test_tokens_are_counted(tmp_path, tokenizer, noise):
+    captions = {"a": ["a dog", "a 日本 dog"], "b": ["a dog and a cat on a chair", "日"]}
+    for stem, texts in captions.items():
+        noise().save(tmp_path / f"{stem}.png")
+        (tmp_path / f"{stem}.txt").write_text("\n".join(texts), encoding="utf-8")
+    report = checks.check(tmp_path, tokenizer, text_seq_len=80, image_size=8)
+    ids = [tokenizer.encode(text) for texts in captions.values() for text in texts]
+    assert report.tokens.tolist() == list(map(len, ids))
+    assert report.unknown == 2 == sum(tokens.count(1) for tokens in ids)  # 1 is this vocabulary's unknown id
+    assert report.notes[checks.UNKNOWN] == ["a.txt", "b.txt"]
+    assert load_tokenizer().unknown is None
+    said = "\n".join(checks.lines(tmp_path, report, 3))
+    low, middle, _, top = np.percentile(list(map(len, ids)), [0, 50, 95, 100], method="lower")
+    assert f"{low} at least, median {middle}, " in said and f"the longest {top}; " in said
+
+
+def test_what_is_worth_knowing(tmp_path, tokenizer, noise):
+    pictures = {"small": noise(20, 60), "wide": noise(40, 121), "grey": noise(bands=1), "plain": noise()}
+    pictures["cmyk"] = noise().convert("CMYK")
+    pictures["deep"] = Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40))
+    pictures["see_through"] = noise(bands=4)
+    pictures["one_colour"] = Image.new("RGB", (40, 40), "teal")
+    for stem, picture in pictures.items():
+        picture.save(tmp_path / (f"{stem}.jpg" if stem == "cmyk" else f"{stem}.png"))
+        (tmp_path / f"{stem}.txt").write_text(f"a {stem.replace('_', ' ')} picture")
+    moving = [noise(), noise()]
+    moving[0].save(tmp_path / "moving.png", "PNG", save_all=True, append_images=moving[1:])
+    (tmp_path / "moving.txt").write_text("a moving picture")
+    shutil.copy(tmp_path / "plain.png", tmp_path / "same.png")
+    (tmp_path / "same.txt").write_text("something else\na plain picture")
+    report = checks.check(tmp_path, tokenizer, text_seq_len=80, image_size=32)
+    assert not any(report.faults.values())
+    assert {kind: names for kind, names in report.notes.items() if names} == {
+        checks.SMALL.format(32): ["small.png"],
+        checks.LONG: ["wide.png"],  # 121 × 40, but not 60 × 20
+        checks.CMYK: ["cmyk.jpg"],
+        checks.DEEP: ["deep.png"],
+        checks.TRANSPARENT: ["see_through.png"],
+        checks.ANIMATED: ["moving.png"],
+        checks.ONE_COLOUR: ["one_colour.png"],
+        checks.SAME_PICTURE: ["same.png as plain.png"],
+        checks.SAME_CAPTION: ["same.txt as plain.txt"],
+    }
+
+
+def test_stems_that_several_pictures_have(tmp_path, tokenizer, noise):
+    for place in ("images/a", "images/b", "captions/a", "captions/b", "beside/a", "beside/b"):
+        (tmp_path / place).mkdir(parents=True)
+    for part in "ab":
+        noise().save(tmp_path / "images" / part / "1.png")
+        (tmp_path / "captions" / part / "1.txt").write_text(f"a dog {part}")
+        noise().save(tmp_path / "beside" / part / "2.png")
+        (tmp_path / "beside" / part / "2.txt").write_text(f"a cat {part}")
+    report = checks.check(tmp_path, tokenizer, text_seq_len=80, image_size=32)
+    assert report.notes[checks.SAME_STEM] == [f"images/{part}/1.png with captions/{part}/1.txt" for part in "ab"]
+
+
+def test_a_picture_that_kills_its_reader_is_named(every_fault, tokenizer, monkeypatch):
+    parent, look = os.getpid(), checks.picture_traits
+
+    def dying(path, size):
+        if os.getpid() != parent and path.name in ("cut_1.png", "good_2.png"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return look(path, size)
+
+    monkeypatch.setattr(checks, "picture_traits", dying)
+    report = checks.check(every_fault, tokenizer, text_seq_len=16, image_size=32, workers=2)
+    assert report.faults[checks.ENDS_A_PROCESS] == ["cut_1.png", "good_2.png"]
+    assert report.faults[pairs.UNREADABLE] == ["cut_2.png"] and report.pairs == 1
+
+
+def run(*words):
+    command = [sys.executable, "-m", "data.loader", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command(every_fault, tmp_path, drawn_pictures):
+    small = ["--bpe-path", YTTM, "--image-size", 32, "--text-seq-len", 16]
+    before = sorted(every_fault.rglob("*"))
+    faulty = run("check", every_fault, *small, "--all")
+    assert faulty.returncode == 1 and faulty.stderr == ""
+    assert "2 × unreadable picture: cut_1.png, cut_2.png\n" in faulty.stdout
+    assert "uncaptioned_1.png, uncaptioned_2.png" in faulty.stdout
+    assert faulty.stdout.splitlines()[-1] == "training would skip or refuse 19 of these files"
+    assert sorted(every_fault.rglob("*")) == before
+    clean = run("check", drawn_pictures, *small)
+    assert clean.returncode == 0 and clean.stdout.splitlines()[-1] == "nothing would be skipped", clean
+    assert "12 pairs can be used, with 24 captions" in clean.stdout
+    (tmp_path / "empty").mkdir()
+    for words, status in (
+        (["check", tmp_path / "nowhere"], 2),
+        (["check", drawn_pictures, "--bpe-path", tmp_path / "nowhere"], 2),
+        (["check", drawn_pictures, "--text-seq-len", "0"], 2),
+        (["chekc", drawn_pictures], 2),
+        ([], 2),
+        (["check", tmp_path / "empty"], 1),
+    ):
+        ended = run(*words)
+        assert ended.returncode == status and len(ended.stderr.splitlines()) == 1, ended
+        assert ended.stderr.startswith("python -m data.loader: error: ")
+
+
+def test_the_photographs_are_clean(shared_data, tmp_path, tokenizer):
+    for split in ("train2017", "val2017"):
+        shutil.copytree(shared_data / "coco_by_bysa" / split, tmp_path / split)
+        captions = shared_data / "coco_by_bysa" / "annotations" / f"captions_{split}.json"
+        write_caption_files(captions, tmp_path / f"{split}_captions")
+    report = checks.check(tmp_path, tokenizer, text_seq_len=80, image_size=256, workers=2)
+    assert report.pairs == 133 and not any(report.faults.values()) and len(report.tokens) == 665
+    smaller = [path.name for path in tmp_path.rglob("*.jpg") if min(Image.open(path).size) < 256]
+    assert [name.rpartition("/")[2] for name in report.notes[checks.SMALL.format(256)]] == smaller
