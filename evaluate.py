@@ -36,7 +36,8 @@ def main(argv=None):
             *(settings.dalle_path, settings.vqgan_model_path, settings.vqgan_config_path, settings.bpe_path),
             saved=saved,
         )
-        averaged = isinstance(saved.get("ema_weights"), dict) or saved.get("exported", {}).get("averaged", False)
+        exported = saved["exported"] if isinstance(saved.get("exported"), dict) else {}
+        averaged = isinstance(saved.get("ema_weights"), dict) or exported.get("averaged", False)
         results = {"checkpoint": settings.dalle_path, "step": saved.get("step"), "averaged_weights": averaged}
         dataset = pairs(settings, saved, model, tokenizer) if settings.input_folder else None
         checkpoint.check_writable(settings.outputs_dir, "--outputs-dir")
