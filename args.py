@@ -1,4 +1,4 @@
-"""The flags of train.py, generate.py, train_vqgan.py and evaluate.py, each → one validated namespace.
+"""The flags of train.py, generate.py and train_vqgan.py, each → one validated namespace; args_evaluate.py has more.
 
 How flags are parsed, and how an entry of configs.yaml lies beneath them, is utils/command_line.py's. Imports nothing
 heavier than yaml, so that --help is immediate and needs neither torch nor an SDK. What only the data or a checkpoint
@@ -19,7 +19,6 @@ SEED = number(int, low=0, high=2**63 - 1)
 POSITIVE = number(float, above=0)
 SHARE = number(float, low=0, high=1)
 DROPOUT = number(float, low=0, below=1)
-DEMO_PROMPTS = 400
 
 
 def attention_types(text):
@@ -271,40 +270,6 @@ def vqgan_parser():
     return parser
 
 
-def evaluate_parser():
-    parser = Parser(
-        "Measures a DALL-E: losses and reconstructions of a folder's pairs, or demo prompts that it follows."
-    )
-    add = parser.heading("What to measure")
-    add("dalle-path", None, "checkpoint of train.py", required=True)
-    add(
-        "input-folder", None, "pictures and .txt captions to take losses and reconstructions of, as train.py pairs them"
-    )
-    add("max-pairs", None, "at most so many of its pairs, spread over the folder", COUNT)
-    add("truncate-captions", None, "cut captions that are too long; none: as in training", bool)
-    add(
-        "prompts",
-        None,
-        f"held-out prompts of the demo set to draw; none: {DEMO_PROMPTS} without --input-folder, else 0",
-        number(int, low=1, high=1120),
-    )
-    add(
-        "prompt-set",
-        "score",
-        "choose: prompts for choosing settings; score: those kept for the figure",
-        choices=("choose", "score"),
-    )
-    add("outputs-dir", None, "folder for results.json and grids; none: ./output/demo, of a folder ./output/evaluation")
-    add("seed", 0, "seed of prompts and pictures", SEED)
-    add("batch-size", 64, "pictures or pairs at once", COUNT)
-    sampling_flags(parser.heading("How to draw (none: what the checkpoint recommends)"))
-    machine_flags(parser)
-    add = parser.heading("Files that the checkpoint does not bring along")
-    add("bpe-path", None, "YouTokenToMe vocabulary; none: the checkpoint's, else CLIP's")
-    vqgan_file_flags(add)
-    return parser
-
-
 def train_arguments(argv=None):
     """The namespace of train.py: every flag of train_parser(), checked one by one and against each other."""
     parser = train_parser()
@@ -387,18 +352,4 @@ def vqgan_arguments(argv=None):
             f"argument --disc-weight: the discriminator needs pictures of at least 32 pixels a side, "
             f"not {settings.image_size}"
         )
-    return settings
-
-
-def evaluate_arguments(argv=None):
-    """The namespace of evaluate.py; `prompts` is 0 where none are to be drawn."""
-    parser = evaluate_parser()
-    settings = parse(parser, argv)
-    check_vqgan_files(parser, settings)
-    if settings.max_pairs and not settings.input_folder:
-        parser.error("argument --max-pairs: needs --input-folder, whose pairs they are")
-    if settings.prompts is None:
-        settings.prompts = 0 if settings.input_folder else DEMO_PROMPTS
-    if settings.outputs_dir is None:
-        settings.outputs_dir = "./output/evaluation" if settings.input_folder else "./output/demo"
     return settings

@@ -6,7 +6,8 @@
 Of a folder's pairs: total, text and image loss and perplexity of a code, as train.py's validation has them, what the
 VQGAN gives back of the pictures (PSNR), and a grid of them. Without a folder, or with --prompts: held-out prompts of
 the demo set are drawn and read back by data/shapes_reader.py: two objects, both colours, shapes and sizes, and the
-relation. Averaged weights are taken where the checkpoint keeps them.
+relation. Averaged weights are taken where the checkpoint keeps them. --clip-weights and --fid-weights score what is
+drawn, for those prompts or for the folder's captions (models/picture_scores.py).
 """
 
 import json
@@ -14,9 +15,9 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import args
 import log
-from generate import chosen_sampling, grid_of, load
+from args_evaluate import evaluate_arguments
+from generate import as_picture, chosen_sampling, grid_of, load
 
 GRID_PICTURES = 36
 GRID_PAIRS = 8
@@ -24,7 +25,7 @@ SMALLEST_ERROR = 1e-10  # of pixels in [0, 1], squared: 100 dB
 
 
 def main(argv=None):
-    settings = args.evaluate_arguments(argv)
+    settings = evaluate_arguments(argv)
     log.set_up()
     with log.interrupt_exits(), log.bad_input_exits():
         from backends import select
@@ -35,7 +36,8 @@ def main(argv=None):
             *(settings.dalle_path, settings.vqgan_model_path, settings.vqgan_config_path, settings.bpe_path),
             saved=saved,
         )
-        averaged = isinstance(saved.get("ema_weights"), dict) or saved.get("exported", {}).get("averaged", False)
+        exported = saved["exported"] if isinstance(saved.get("exported"), dict) else {}
+        averaged = isinstance(saved.get("ema_weights"), dict) or exported.get("averaged", False)
         results = {"checkpoint": settings.dalle_path, "step": saved.get("step"), "averaged_weights": averaged}
         dataset = pairs(settings, saved, model, tokenizer) if settings.input_folder else None
         checkpoint.check_writable(settings.outputs_dir, "--outputs-dir")
@@ -43,14 +45,33 @@ def main(argv=None):
         backend = select(settings)
         if backend.world_size > 1:
             raise ValueError("evaluate.py runs in one process; start it without torchrun")
+        clip, distance = scorers(settings)
+        sampling = chosen_sampling(settings, recommended)
         if dataset is not None:
             results.update(of_pairs(model, dataset, backend, settings, folder))
+            if clip or distance:
+                results.update(of_drawings(model, tokenizer, dataset, backend, settings, sampling, clip, distance))
         if settings.prompts:
-            sampling = chosen_sampling(settings, recommended)
-            results.update(of_prompts(model, tokenizer, backend, settings, sampling, folder))
+            results.update(of_prompts(model, tokenizer, backend, settings, sampling, folder, clip))
         with checkpoint.written_whole(folder / "results.json") as beside:
             beside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"all figures: {folder / 'results.json'}")
+
+
+def scorers(settings):
+    """(CLIP score, FID), None where it is not asked for. On IPUs they run on the CPU."""
+    if not (settings.clip_weights or settings.fid_weights):
+        return None, None
+    from backends.native import pick_device
+    from models import picture_scores
+
+    device = pick_device("cpu" if settings.device == "ipu" else settings.device)
+    clip = distance = None
+    if settings.clip_weights:
+        clip = picture_scores.clip_score(settings.clip_weights, settings.clip_model, device)
+    if settings.fid_weights:
+        distance = picture_scores.InceptionDistance(settings.fid_weights, device)
+    return clip, distance
 
 
 def pairs(settings, saved, model, tokenizer):
@@ -69,6 +90,10 @@ def pairs(settings, saved, model, tokenizer):
     )
     if settings.max_pairs and settings.max_pairs < len(dataset):
         dataset = dataset.hold_out(settings.max_pairs / len(dataset))
+    if settings.fid_weights and len(dataset) < 2:
+        raise ValueError(
+            f"--fid-weights: {len(dataset)} pair in {settings.input_folder}; FID needs two, better thousands"
+        )
     return dataset
 
 
@@ -132,7 +157,46 @@ def reconstruct(vae, dataset, backend, batch_size):
     return torch.cat(psnr).mean().item(), shown
 
 
-def of_prompts(model, tokenizer, backend, settings, sampling, folder):
+def of_drawings(model, tokenizer, dataset, backend, settings, sampling, clip, distance):
+    """One picture drawn for each pair's caption → its scores."""
+    import torch
+
+    from data.pictures import load_pictures
+
+    text = torch.stack([dataset[index][0] for index in range(len(dataset))])
+    pictures = draw_prompts(backend.sampler(model), backend.decode(model.vae), text, settings, sampling)
+    found = {"seed": settings.seed, "sampling": sampling}
+    if clip:
+        found["clip_score"] = mean_clip_score(clip, pictures, [tokenizer.decode(tokens) for tokens in text], settings)
+    if distance:
+        for first in batches_in(len(pictures), settings, "FID"):
+            part = slice(first, first + settings.batch_size)
+            distance.add("drawn", (pictures[part] * 255).round().byte())
+            distance.add("real", load_pictures(dataset.pictures[part], model.vae.image_size))
+        found["fid"] = distance.distance()
+        print(f"FID: {found['fid']:.2f} ({len(pictures)} pictures; with fewer than some thousands it is too high)")
+    return found
+
+
+def mean_clip_score(clip, pictures, texts, settings):
+    import torch
+
+    scores = []
+    for first in batches_in(len(pictures), settings, "CLIP"):
+        part = slice(first, first + settings.batch_size)
+        scores.append(clip([as_picture(pixels) for pixels in pictures[part]], texts[part]))
+    score = torch.cat(scores).mean().item()
+    print(f"CLIP score: {score:.2f} ({settings.clip_model}, {len(pictures)} pictures)")
+    return score
+
+
+def batches_in(count, settings, title):
+    from tqdm import tqdm
+
+    return tqdm(range(0, count, settings.batch_size), desc=title, unit="batch", disable=None)
+
+
+def of_prompts(model, tokenizer, backend, settings, sampling, folder, clip=None):
     """How many held-out prompts of the demo set the pictures follow; writes a grid of them and its prompts."""
     from data.shapes import held_out_prompts
 
@@ -146,7 +210,9 @@ def of_prompts(model, tokenizer, backend, settings, sampling, folder):
         log.LOG.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
     print(f"picture grid: {folder / 'grid.png'} (its prompts, row by row: {folder / 'prompts.txt'})")
     print(f"prompt accuracy: {100 * accuracy:.1f} % ({len(prompts)} prompts)")
+    scores = {"prompts_clip_score": mean_clip_score(clip, pictures, prompts, settings)} if clip else {}
     return {
+        **scores,
         "prompts": len(prompts),
         "prompt_set": settings.prompt_set,
         "prompt_accuracy": accuracy,
@@ -159,10 +225,9 @@ def of_prompts(model, tokenizer, backend, settings, sampling, folder):
 def draw_prompts(sampler, decode, text, settings, sampling):
     """One picture a prompt, float (K, 3, S, S) in [0, 1]."""
     import torch
-    from tqdm import tqdm
 
     pictures = []
-    for first in tqdm(range(0, len(text), settings.batch_size), desc="drawing", unit="batch", disable=None):
+    for first in batches_in(len(text), settings, "drawing"):
         part = text[first : first + settings.batch_size]
         generators = [torch.Generator().manual_seed(settings.seed + first + i) for i in range(len(part))]
         pictures.append(decode(sampler(part, generator=generators, **sampling)))

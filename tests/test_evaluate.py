@@ -16,7 +16,7 @@ from PIL import Image
 import evaluate
 import log
 import train
-from args import evaluate_arguments
+from args_evaluate import evaluate_arguments
 from data.pictures import load_pictures
 from data.shapes import COLOURS, draw_scene, held_out_prompts, parse_caption
 from generate import load

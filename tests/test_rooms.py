@@ -12,17 +12,20 @@ SOURCES = sorted(path for folder in (ROOT, *map(ROOT.joinpath, ROOMS)) for path 
 LOCAL = {*ROOMS, *(path.stem for path in ROOT.glob("*.py"))}
 FOREIGN = {"torch", "torchvision", "numpy", "PIL", "yaml", "tqdm", "einops", "taming", "ftfy", "tokenizers"}
 FOREIGN |= {"matplotlib", "wandb", "tensorboard", "safetensors"}
+FOREIGN |= {"open_clip", "torch_fidelity"}
 
 IPU_PACKAGES = {"poptorch", "popart", "popdist", "horovod"}
 IPU_FILES = {"models/pipeline_dalle.py", "backends/ipu.py"}
 # Room or file -> what it may import beside the standard library; what is not listed here may import everything.
 ALLOWED = {
     "models": {"models", "torch", "einops", "taming", "yaml", "numpy", "tqdm"},
+    "models/picture_scores.py": {"torch", "open_clip", "torch_fidelity"},
     "data": {"data", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers"},
     "backends": {"backends", "models", "utils", "torch"},
     "backends/native_vqgan.py": {"torch", "taming"},
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
     "args.py": {"utils.command_line"},
+    "args_evaluate.py": {"args", "utils.command_line"},
     "utils/command_line.py": {"yaml"},
     "log.py": {"tqdm"},
     "process_captions.py": {"data.process_trainset"},

@@ -5,6 +5,7 @@ import torch
 
 import args
 import backends
+from args_evaluate import evaluate_arguments
 from backends import ipu
 from models.vae import load_vqgan
 from tests.backends.ipu_runs import samples, settings, small_dalle
@@ -112,8 +113,8 @@ def test_losses_are_those_of_a_cpu_whatever_the_batches(poptorch_standin, tiny_v
     model = small_dalle(tiny_vae).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = ["--dalle_path", "x", "--input-folder", "y", "--precision"]
-    on_cpu = backends.select(args.evaluate_arguments([*flags, "fp32", "--device", "cpu"]))
-    on_ipu = backends.select(args.evaluate_arguments([*flags, precision, "--device", "ipu"]))
+    on_cpu = backends.select(evaluate_arguments([*flags, "fp32", "--device", "cpu"]))
+    on_ipu = backends.select(evaluate_arguments([*flags, precision, "--device", "ipu"]))
     text, codes = samples(7)
     text[:, 4:] = 0
     batches = list(zip(text.split(3), codes.split(3)))
