@@ -1,8 +1,8 @@
 """Faster forms of what a layer and the losses compute, put in place of models/'s own by the native trainer.
 
 Same results to rounding, each with its gradient written out: attention that leaves out what a pattern may not see,
-GEGLU that keeps its input only, LayerScale with its residual, and cross-entropy that never holds all logits. The plain
-path in models/ is the oracle of their tests. Where they are used is native_layers.py's.
+GEGLU, LayerScale with its residual, and cross-entropy that never holds all logits. The plain path in models/ is the
+oracle of their tests. Where they are used is native_layers.py's.
 """
 
 import torch
@@ -182,21 +182,22 @@ def seen_values(weights, values, text_len, side):
 
 
 class GatedGelu(Function):
-    """GEGLU: (…, 2·d) → (…, d). Keeps its input alone."""
+    """GEGLU: (…, 2·d) → (…, d)."""
 
     @staticmethod
     def forward(ctx, x):
-        ctx.save_for_backward(x)
         value, gate = x.chunk(2, dim=-1)
-        return F.gelu(gate).mul_(value)
+        opened = F.gelu(gate)
+        ctx.save_for_backward(x, opened)
+        return opened * value
 
     @staticmethod
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
+        x, opened = ctx.saved_tensors
         value, gate = x.chunk(2, dim=-1)
         grads = torch.empty_like(x)
         d_value, d_gate = grads.chunk(2, dim=-1)
-        torch.mul(F.gelu(gate), grad, out=d_value)
+        torch.mul(opened, grad, out=d_value)
         d_gate.copy_(torch.ops.aten.gelu_backward(value * grad, gate))
         return grads
 

@@ -52,10 +52,10 @@ def assert_same_weights(one, other):
         torch.testing.assert_close(tensor, theirs[name], atol=2e-6, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("optimizer", ["Adam", "Muon"])
-def test_two_processes_train_as_one(command, tiny_flags, tmp_path, optimizer):
+@pytest.mark.parametrize("optimizer, recompute", [("Adam", "false"), ("Muon", "true")])
+def test_two_processes_train_as_one(command, tiny_flags, tmp_path, optimizer, recompute):
     flags = [*tiny_flags, "--epochs", 2, "--batch-size", 2, "--gradient-accumulation", 2, "--optimizer", optimizer]
-    flags += ["--learning-rate", "1e-3", "--max-grad-norm", 0.5, "--keep-checkpoints", 9]
+    flags += ["--learning-rate", "1e-3", "--max-grad-norm", 0.5, "--recompute", recompute, "--keep-checkpoints", 9]
     alone = command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "alone")
     status, out, err = ended(start("train.py", *flags, "--checkpoint-output-dir", tmp_path / "together"))
     assert status == 0, err
