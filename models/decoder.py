@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from models.attention import Prefix
 
+FEW = 4  # pictures, up to which a CPU attends faster in one kernel
+
 
 def cache_plan(mask):
     """Where a layer keeps the keys of its n codes, and which of them each code reads.
@@ -86,12 +88,12 @@ class Layer:
 
     def start(self, prefix, text_len, rows, together):
         """Fill the cache from a pass over captions; rows int64 (B,): which of them each picture has, `together` after
-        another the same one.
+        another the same one, which they share then. together 0: nothing is shared.
         """
         seen = torch.stack((prefix.keys, prefix.values)).to(self.cache_dtype)  # (2, captions, H, n, D)
         text, codes = seen[:, :, :, :text_len], seen[:, :, :, text_len:]
         shape = 2, len(rows), self.heads, text_len + self.places, self.dim_head
-        if together == 1:  # a picture's text and codes side by side
+        if not together:  # a picture's text and codes side by side
             self.cache = torch.empty(shape, dtype=seen.dtype, device=seen.device)
             self.text, self.codes = self.cache.tensor_split([text_len], dim=3)
             self.text.copy_(text[:, rows])
@@ -107,7 +109,7 @@ class Layer:
         qkv = self.to_qkv(F.layer_norm(x, x.shape[-1:], *self.norm)).view(len(x), 3, self.heads, self.dim_head)
         self.codes[:, :, :, self.slots[place]] = qkv[:, 1:].transpose(0, 1)
         query, read = qkv[:, 0].to(self.cache_dtype), self.reads[place]
-        out = self.attend(query, read) if self.together == 1 else self.attend_shared(query, read)
+        out = self.attend_shared(query, read) if self.together else self.attend(query, read)
         x = x + self.after(self.to_out(out), self.norm_after)
         normed = F.layer_norm(x, x.shape[-1:], *self.ff_norm)
         return x + self.after(self.narrow(self.value(normed) * self.gate(normed)), self.ff_norm_after)
@@ -199,9 +201,9 @@ class Decoder:
             x = dalle.transformer(x, cache=prefixes)[:, -1]
         self.order = rows.argsort()  # pictures of a caption after one another, while drawing
         self.back = self.order.argsort()
-        together = functools.reduce(math.gcd, counts.tolist())
-        if self.cache_dtype != torch.float32:  # joined scores would be rounded, which the fused kernel does not do
-            together = 1
+        # One fused kernel is faster for few pictures, and does not round scores of less than fp32.
+        fused = len(rows) <= FEW or self.cache_dtype != torch.float32
+        together = 0 if fused else functools.reduce(math.gcd, counts.tolist())
         for layer, prefix in zip(self.layers, prefixes):
             layer.start(prefix, dalle.text_seq_len + 1, rows[self.order], together)
         return self.head(x.float()[rows])

@@ -383,12 +383,13 @@ def test_packed_weights_multiply_as_plain_ones(precision, tolerance):
     pack = packer(torch.device("cpu"), dtype, 4)
     weight, bias = torch.randn(96, 64) / 8, torch.randn(96)
     for rows in (1, 4, 9):
-        x = torch.randn(rows, 64)
+        x = torch.randn(rows, 64)  # the product rounds it
         for given in (bias, None):
             expected = torch.nn.functional.linear(x, weight, given)
-            torch.testing.assert_close(
-                pack(weight, given)(x.to(dtype)).float(), expected, atol=tolerance, rtol=tolerance
-            )
+            close = {"atol": tolerance, "rtol": tolerance, "check_dtype": False}
+            torch.testing.assert_close(pack(weight, given)(x), expected, **close)
+            expected = torch.nn.functional.gelu(expected)
+            torch.testing.assert_close(pack(weight, given, gelu=True)(x), expected, **close)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

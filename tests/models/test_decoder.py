@@ -65,10 +65,10 @@ def test_codes_are_those_of_the_plain_loop(tiny_vae, patterns, sandwich):
     model = dalle_of(tiny_vae, patterns, sandwich)
     decoder = Decoder(model, plain, torch.float32)
     every = some_text()
-    for rows in ([0, 1, 2, 3], [2, 1, 1, 2, 2, 1], [1] * 5):  # none shares a caption, three do, all do
+    for rows in ([0, 1, 2, 3], [0, 1, 0, 2, 1, 3], [2, 1, 1, 2, 2, 1], [1] * 5):  # few; no even shares; threes; all one
         text = every[rows]
         for shaping in SHAPINGS:
-            for count in (0, 1, 6, 15):
+            for count in (0, 1, 15) if len(rows) < 5 else (0, 6):
                 given = torch.randint(0, 32, (4, count))[rows]
                 expected = drawn(model, text, given, shaping)
                 assert torch.equal(drawn(model, text, given, shaping, decoder), expected)
