@@ -4,10 +4,11 @@ the same. What is made is the business of codes.py and captions.py; here it is n
 A cache is one or more pairs of files, each written once under a name of its own and never changed:
 
     <kind>-…-<number>.npy    values, those of one file after those of another
-    <kind>-…-<number>.json   what made them, a checksum, and for each file: name, bytes, mtime, and how many values
+    <kind>-…-<number>.json   what made them, their checksum, and for each file: name, bytes, mtime, and how many values
 
-The .json is renamed into place after the .npy, so a pair is either whole or not there, whenever a process stops. An
-interrupted process leaves the pairs it finished; when nothing is missing, they are joined into one.
+The number begins with the checksum of the .json. That is renamed into place after the .npy, so a pair is either whole
+or not there, whenever a process stops. An interrupted process leaves the pairs it finished; when nothing is missing,
+they are joined into one.
 
 Processes that work on one folder at the same time share the work, whoever started them: each claims what it is about
 to make in a lock file, which the system clears when a process ends, however it ends. Where a file system has no locks,
@@ -235,13 +236,14 @@ class Arrays:
         return part
 
     def _write(self, files: List[File], values: np.ndarray, lengths: Optional[List[int]]) -> Part:
-        path = self.cache_dir / f"{self.prefix}{uuid.uuid4().hex[:12]}.json"
         names, sizes, mtimes = zip(*files)
         index = {**self.made_by, "crc32": zlib.crc32(values), "names": names, "sizes": sizes, "mtimes": mtimes}
         if lengths is not None:
             index["lengths"] = lengths
+        content = json.dumps(index).encode("ascii")
+        path = self.cache_dir / f"{self.prefix}{zlib.crc32(content):08x}{uuid.uuid4().hex[:8]}.json"
         write_whole(path.with_suffix(".npy"), lambda file: np.save(file, values, allow_pickle=False))
-        write_whole(path, lambda file: file.write(json.dumps(index).encode("ascii")))
+        write_whole(path, lambda file: file.write(content))
         part = Part(path, files, _starts(lengths, len(files)), _mapped(path.with_suffix(".npy")))
         self._add(part)
         return part
@@ -254,7 +256,10 @@ class Arrays:
     def _read(self, path: Path) -> bool:
         """Add a part that another run or process wrote; False where it is gone. A damaged one is told and left out."""
         try:
-            index = json.loads(path.read_bytes().decode("ascii"))
+            content = path.read_bytes()
+            if not path.name.startswith(f"{self.prefix}{zlib.crc32(content):08x}"):
+                raise ValueError("checksum differs")
+            index = json.loads(content)
             if {key: index.get(key) for key in self.made_by} == self.made_by:
                 self._add(self._checked(path, index))
             else:

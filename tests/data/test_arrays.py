@@ -93,7 +93,7 @@ def test_what_is_left_out_is_asked_for_once(tmp_path):
         arrays.find(FILES)
 
 
-@pytest.mark.parametrize("damage", ["cut array", "flipped byte", "no array", "cut index", "other index"])
+@pytest.mark.parametrize("damage", ["cut array", "flipped byte", "empty array", "no array", "cut index", "other"])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_a_damaged_part_is_made_again_and_removed(tmp_path, damage, ragged):
     filled(tmp_path, ragged=ragged)
@@ -104,6 +104,8 @@ def test_a_damaged_part_is_made_again_and_removed(tmp_path, damage, ragged):
         data = bytearray(array.read_bytes())
         data[-1] ^= 1
         array.write_bytes(bytes(data))
+    elif damage == "empty array":
+        array.write_bytes(b"")
     elif damage == "no array":
         array.unlink()
     elif damage == "cut index":
@@ -114,12 +116,16 @@ def test_a_damaged_part_is_made_again_and_removed(tmp_path, damage, ragged):
     assert suffixes(tmp_path) == [".json", ".npy"] and not index.exists()
 
 
-@pytest.mark.parametrize("lengths", [[1] * 19, [1] * 20 + [-1, 1], [2] * 20])
-def test_lengths_that_do_not_fit_are_damage(tmp_path, lengths):
+def test_any_damage_to_an_index_is_noticed(tmp_path):
     filled(tmp_path, ragged=True)
     index = next((tmp_path / "cache").glob("*.json"))
-    index.write_text(json.dumps({**json.loads(index.read_text()), "lengths": lengths}))
-    assert filled(tmp_path, ragged=True) == (FILES, expected(ragged=True))
+    content = json.loads(index.read_text())
+    for key, value in content.items():
+        changed = value + value[:1] if isinstance(value, (list, str)) else value + 1
+        index.write_text(json.dumps({**content, key: changed}))
+        assert FILES[0] not in opened(tmp_path, ragged=True), key
+    index.write_text(json.dumps(content))
+    assert FILES[0] in opened(tmp_path, ragged=True)
 
 
 def test_a_failed_write_leaves_no_half_file(tmp_path, monkeypatch):

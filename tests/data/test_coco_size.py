@@ -15,7 +15,7 @@ from data.tokenizer import load_tokenizer
 PICTURES, CAPTIONS = 118_287, 591_753
 
 
-@pytest.mark.slow  # a minute
+@pytest.mark.slow  # minutes
 def test_a_hundred_megabytes_and_a_second_start_that_opens_nothing(shared_data, tmp_path, monkeypatch):
     draw = random.Random(0)
     annotations = json.loads((shared_data / "captions_val2017.json").read_text())["annotations"]
