@@ -10,8 +10,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed import fsdp
 
-from backends.native_training import NativeTrainer, forward
-from utils.muon import Muon
+from backends.native_training import NativeTrainer, SharedMuon, forward
 
 
 def check(world_size, precision):
@@ -60,8 +59,8 @@ class Exchange:
             self.model.set_requires_gradient_sync(True)
 
 
-class ShardedMuon(Muon):
-    """Muon whose matrices are gathered to be made orthogonal, by every process, of which each keeps its rows."""
+class ShardedMuon(SharedMuon):
+    """Muon whose matrices are gathered to be made orthogonal; each process keeps its rows of the update."""
 
     def orthogonal(self, momenta):
         whole = super().orthogonal([momentum.full_tensor() for momentum in momenta])

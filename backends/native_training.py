@@ -10,6 +10,7 @@ import logging
 import math
 
 import torch
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from backends.native_drawing import sampler
@@ -21,8 +22,21 @@ LOG = logging.getLogger("minidalle")
 ADAM_EPS = 1e-6
 
 
+class SharedMuon(Muon):
+    """Muon in every one of several processes: each makes its share of the matrices orthogonal, for all."""
+
+    def orthogonal(self, momenta):
+        share = -(-len(momenta) // dist.get_world_size())
+        first = share * dist.get_rank()
+        mine = [momenta[place % len(momenta)] for place in range(first, first + share)]  # as many in each
+        made = super().orthogonal(mine).contiguous()
+        whole = [torch.empty_like(made) for _ in range(dist.get_world_size())]
+        dist.all_gather(whole, made)
+        return torch.cat(whole)[: len(momenta)]
+
+
 class NativeTrainer:
-    muon = Muon
+    muon = SharedMuon
 
     def __init__(self, model, backend):
         self.backend = backend
@@ -31,7 +45,8 @@ class NativeTrainer:
         self.updates = 0
         self.model = self.placed(model).train()
         self.network = self.model if backend.world_size == 1 else self.exchanging()
-        self.optimizers = build_optimizers(self.model, backend.settings, self.muon)
+        muon = Muon if backend.world_size == 1 else self.muon
+        self.optimizers = build_optimizers(self.model, backend.settings, muon)
         if backend.device.type == "cpu":
             keep_freed_memory()
         scaler = torch.amp.GradScaler if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler

@@ -33,9 +33,9 @@ def settings(**changes):
     return SimpleNamespace(**{**given, **changes})
 
 
-def small_dalle(vae):
+def small_dalle(vae, depth=2):
     torch.manual_seed(0)
-    return DALLE(vae=vae, dim=32, num_text_tokens=50, text_seq_len=6, depth=2, heads=2, dim_head=16)
+    return DALLE(vae=vae, dim=32, num_text_tokens=50, text_seq_len=6, depth=depth, heads=2, dim_head=16)
 
 
 def samples(count, seed=0):
