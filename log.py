@@ -138,7 +138,7 @@ class Progress:
         since, step_then = self.marks[0]
         throughput = (step - step_then) * self.samples_per_step / max(trained - since, 1e-9)
         self.bar.set_postfix_str(
-            f"{throughput:.3g} samples/s, loss {losses['total']:.3f} "
+            f"{throughput:,.1f} samples/s, loss {losses['total']:.3f} "
             f"(text {losses['text']:.3f}, image {losses['image']:.3f}), lr {lr:.2e}",
             refresh=False,
         )

@@ -5,7 +5,6 @@ import io
 import logging
 import re
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -48,19 +47,6 @@ def program_log():
     log.LOG.setLevel(kept[1])
 
 
-class Tracker:
-    """Keeps what a Weights & Biases run would be sent."""
-
-    def __init__(self):
-        self.seen, self.finished = [], False
-
-    def log(self, figures, step):
-        self.seen.append((step, figures))
-
-    def finish(self):
-        self.finished = True
-
-
 def test_lines_go_to_stdout_with_the_time_and_only_once(program_log, capsys):
     log.set_up()
     program_log.info("wrote %s", "this")
@@ -80,7 +66,7 @@ def test_the_benchmark_finds_its_numbers(program_log, clock, capsys):
     progress.step(2, 1, {"total": 0.0625, "text": 8.0, "image": 9.0}, 3e-4)
     progress.close()
     out = capsys.readouterr().out
-    assert re.findall(THROUGHPUT, out) == ["1.60", "8.00"]
+    assert re.findall(THROUGHPUT, out) == ["1.60", "2.67"]  # of 20 seconds, and of 24
     assert re.findall(LOSS, out) == ["7.500", "0.062"]  # the total, not text or image
     lines = out.splitlines()
     assert "step 1/2 epoch 0" in lines[0] and "step 2/2 epoch 1" in lines[1] and "lr 3.00e-04" in lines[0]
@@ -95,7 +81,7 @@ def test_the_benchmark_finds_the_time_of_compilation_in_what_train_logs():
     assert float(seconds) == 1.5
 
 
-def test_throughput_counts_every_step_since_the_last_line(program_log, clock, capsys):
+def test_throughput_counts_every_step_since_the_line_before_last(program_log, clock, capsys):
     progress = log.Progress(steps=100, first_step=40, samples_per_step=6)
     for step in range(41, 46):
         clock.now += 3
@@ -105,8 +91,13 @@ def test_throughput_counts_every_step_since_the_last_line(program_log, clock, ca
     for step in range(46, 49):
         clock.now += 4
         progress.step(step, 0, LOSSES, 1e-3)
-    (second,) = re.findall(THROUGHPUT, capsys.readouterr().out)  # 3 + 4 + 4 seconds, after 3 steps
-    assert float(second) == round(3 * 6 / 11, 2)
+    (second,) = re.findall(THROUGHPUT, capsys.readouterr().out)  # since the line before last, which here is none
+    assert float(second) == round(7 * 6 / 23, 2)
+    for step in range(49, 52):
+        clock.now += 4
+        progress.step(step, 0, LOSSES, 1e-3)
+    (third,) = re.findall(THROUGHPUT, capsys.readouterr().out)  # since the first line
+    assert float(third) == round(6 * 6 / 23, 2)
 
 
 def test_the_last_step_has_a_line_however_soon_it_comes(program_log, clock, capsys):
@@ -116,7 +107,7 @@ def test_the_last_step_has_a_line_however_soon_it_comes(program_log, clock, caps
     assert len(re.findall(THROUGHPUT, capsys.readouterr().out)) == 1
 
 
-def test_the_bar_shows_losses_in_words_that_the_benchmark_does_not_match(clock, monkeypatch):
+def test_the_bar_shows_losses_in_words_that_the_benchmark_does_not_match(program_log, clock, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -127,44 +118,27 @@ def test_the_bar_shows_losses_in_words_that_the_benchmark_does_not_match(clock, 
     assert "2/3" in drawn and "loss 1.250" in drawn and not re.search(LOSS, drawn)
 
 
-def test_every_step_goes_to_the_tracker(clock):
-    tracker = Tracker()
-    progress = log.Progress(3, 1, samples_per_step=8, tracker=tracker)
-    progress.step(2, 0, LOSSES, 1e-3)
-    progress.step(3, 1, LOSSES, 5e-4)
-    assert not tracker.finished
-    progress.close()
-    losses = {"loss/total": 1.25, "loss/text": 0.5, "loss/image": 2.0}
-    assert tracker.seen == [(2, {"lr": 1e-3, "epoch": 0, **losses}), (3, {"lr": 5e-4, "epoch": 1, **losses})]
-    assert tracker.finished
+def test_what_lies_between_updates_is_no_training_but_takes_time(program_log, clock, capsys):
+    progress = log.Progress(steps=10, first_step=4, samples_per_step=2)
+    clock.now += 100  # compilation
+    progress.compiled()
+    rates = []
+    for step in (5, 6, 7):
+        clock.now += 4
+        rates.append(progress.step(step, 0, LOSSES, 1e-3))
+        with progress.paused():
+            clock.now += 20
+    assert rates == [0.5, 0.5, 0.5]
+    lines = capsys.readouterr().out.splitlines()
+    assert re.findall(THROUGHPUT, lines[-1]) == ["0.50"]  # 2 samples in 4 seconds
+    assert "00:52 left" in lines[-1]  # 3 more updates, of which these took 3 × 4 + 2 × 20 seconds
+    assert len(lines) == 3
 
 
-def wandb_settings(wandb):
-    return types.SimpleNamespace(wandb=wandb, wandb_project_name="project", wandb_run_name="run", epochs=3)
-
-
-@pytest.mark.parametrize("module", [None, types.ModuleType("wandb")])  # no package; a mere folder of that name
-def test_weights_and_biases_is_asked_for_only_with_its_flag(module, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    assert log.weights_and_biases(wandb_settings(False)) is None
-    with pytest.raises(ValueError, match="--wandb: the package wandb is not installed"):
-        log.weights_and_biases(wandb_settings(True))
-
-
-def test_weights_and_biases_gets_names_and_settings(monkeypatch):
-    package = types.ModuleType("wandb")
-    package.errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
-    package.init = lambda **given: given
-    monkeypatch.setitem(sys.modules, "wandb", package)
-    given = log.weights_and_biases(wandb_settings(True))
-    assert (given["project"], given["name"], given["config"]["epochs"]) == ("project", "run", 3)
-
-    def fail(**given):
-        raise package.errors.Error("api_key not configured (no-tty)")
-
-    package.init = fail
-    with pytest.raises(ValueError, match="--wandb: api_key not configured"):
-        log.weights_and_biases(wandb_settings(True))
+def test_an_update_that_is_left_out_is_told(program_log, clock, capsys):
+    progress = log.Progress(steps=2, first_step=0, samples_per_step=1)
+    progress.step(1, 0, dict.fromkeys(LOSSES, float("nan")), 1e-3, skipped=True)
+    assert "step 1: loss or gradient is not finite, the update is left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""loss.png: which lines of a long file are read, how curves are smoothed, and that a plot never stops a run."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+from training import plot
+
+
+def write(path, steps):
+    with open(path, "w") as file:
+        for step in range(1, steps + 1):
+            losses = {f"loss/{name}": scale * 9 / step for name, scale in (("total", 1), ("text", 2), ("image", 0.5))}
+            if step == 777:
+                losses = {**dict.fromkeys(losses, None), "skipped": True}
+            file.write(json.dumps({"step": step, "epoch": 0, **losses, "lr": 1e-3}) + "\n")
+            if step % 500 == 0:
+                held_out = {name.replace("loss", "held-out"): value * 1.1 for name, value in losses.items()}
+                file.write(json.dumps({"step": step, **held_out, "held-out/perplexity": 2.0}) + "\n")
+        file.write('{"step": 1234, "loss/to')
+
+
+def test_a_long_file_is_read_in_part_with_all_that_is_rare(tmp_path):
+    write(tmp_path / "metrics.jsonl", 10_000)
+    curves = plot.read(tmp_path / "metrics.jsonl", points=100)
+    steps, values = curves["loss/total"]
+    assert 90 <= len(steps) <= 110 and steps == sorted(steps) and steps[0] == 1
+    assert curves["held-out/total"][0] == list(range(500, 10_001, 500))
+    assert curves["skipped"][0] == [777] and np.isnan(values[steps.index(777)])
+    assert plot.read(tmp_path / "metrics.jsonl", points=20_000)["lr"] == (list(range(1, 10_001)), [1e-3] * 10_000)
+
+
+def test_smoothing_keeps_a_level_and_passes_over_what_is_missing():
+    values = np.full(300, 3.0)
+    values[[0, 100, 101, 299]] = np.nan
+    assert plot.smoothed(values) == pytest.approx(np.full(300, 3.0))
+    noisy = np.random.default_rng(0).normal(5, 1, 3000)
+    line = plot.smoothed(noisy)
+    assert len(line) == 3000 and abs(line - 5).max() < 0.6 and line.std() < 0.2
+    assert plot.smoothed([2.0, 4.0]).tolist() == [2.0, 4.0]
+    assert np.isnan(plot.smoothed([np.nan, np.nan])).all()
+
+
+@pytest.mark.parametrize("lines", [0, 1, 3, 1200])
+def test_a_plot_has_its_curves(tmp_path, lines):
+    write(tmp_path / "metrics.jsonl", lines)
+    plot.Plot(tmp_path / "metrics.jsonl").draw()
+    pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"), dtype=int)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+    for _, colour, _, _ in plot.LOSSES:
+        wanted = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)])
+        seen = (abs(pixels - wanted).sum(-1) < 30).sum()
+        assert seen > 300 if lines > 1 else seen < 300
+
+
+def test_a_plot_is_drawn_no_oftener_than_is_cheap(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda *paths: drawn.append(paths))
+    write(tmp_path / "metrics.jsonl", 3)
+    curves = plot.Plot(tmp_path / "metrics.jsonl")
+    for _ in range(5):
+        curves.draw()
+        curves.due_at += 1000
+    assert len(drawn) == 1
+    curves.draw(at_end=True)
+    assert len(drawn) == 2
+
+
+def test_without_matplotlib_a_run_says_so_once(command, tiny_flags, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    ended = command(train.main, *tiny_flags, "--checkpoint-output-dir", tmp_path, "--checkpoint-save-steps", 1)
+    assert ended.status == 0 and ended.out.count("matplotlib is not installed") == 1
+    assert not (tmp_path / "loss.png").exists() and (tmp_path / "metrics.jsonl").exists()

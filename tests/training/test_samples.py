@@ -1,0 +1,120 @@
+"""Sample grids: what is in them, that they are repeatable, and that drawing them changes nothing of the training."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate
+import train
+from data.loader import load_picture
+from training import samples
+from utils import checkpoint
+
+FLAGS = ["--epochs", 2, "--batch-size", 3, "--checkpoint-save-epochs", 99]
+
+
+@pytest.fixture
+def trained(command, tiny_flags, tmp_path):
+    """trained(name, *flags): train.py with FLAGS and these → its output folder."""
+
+    def run(name, *flags):
+        ended = command(train.main, *tiny_flags, *FLAGS, "--checkpoint-output-dir", tmp_path / name, *flags)
+        assert ended.status == 0 and "no sample" not in ended.out, ended
+        return tmp_path / name
+
+    return run
+
+
+@pytest.mark.parametrize("flags", [["--ff-dropout", 0.3, "--attn-dropout", 0.3], ["--ema-decay", 0.9]])
+def test_drawing_changes_no_bit_of_the_training(trained, flags):
+    folders = [trained("with", *flags, "--sample-steps", 1), trained("without", *flags)]
+    assert len(list((folders[0] / "samples").glob("*.png"))) == 8 and not (folders[1] / "samples").exists()
+    first, second = (checkpoint.read(folder / "dalle_1.pt") for folder in folders)
+    for kind in ("weights", "ema_weights") if "--ema-decay" in flags else ("weights",):
+        assert all(torch.equal(tensor, second[kind][name]) for name, tensor in first[kind].items())
+    for ours, theirs in zip(first["opt_state"], second["opt_state"]):
+        for number, state in theirs["state"].items():
+            assert all(torch.equal(value, ours["state"][number][name]) for name, value in state.items())
+
+
+def test_when_pictures_are_drawn_and_that_they_repeat(trained):
+    folder, again = trained("first", "--sample-steps", 3), trained("again", "--sample-steps", 3)
+    names = ["captions.txt", "step_3.png", "step_6.png", "step_8.png"]
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == names
+    for name in names:
+        assert (folder / "samples" / name).read_bytes() == (again / "samples" / name).read_bytes()
+    assert (folder / "samples/step_3.png").read_bytes() != (folder / "samples/step_8.png").read_bytes()
+    assert trained("none", "--sample-steps", 0) and not (folder.parent / "none/samples").exists()
+
+
+def rows_of(grid, columns):
+    """The three pictures of each column, as the file shows them: (3, columns, 32, 32, 3)."""
+    pixels = np.asarray(grid)
+    top, pitch = samples.FONT_SIZE + 2 * samples.GAP, samples.SIDES[0] + samples.GAP
+    places = [(top + row * pitch, samples.MARGIN + column * pitch) for row in range(3) for column in range(columns)]
+    found = [pixels[y + 2 : y + samples.SIDES[0] : 5, x + 2 : x + samples.SIDES[0] : 5] for y, x in places]
+    return np.stack(found).reshape(3, columns, 32, 32, 3)
+
+
+def test_what_a_grid_shows(trained, command, drawn_pictures, tmp_path):
+    shaping = ["--temperature", 0.5, "--top-k", 0.9, "--ema-decay", 0.5]
+    folder = trained("run", "--sample-steps", 99, "--learning-rate", 0.01, *shaping)
+    captions = (folder / "samples/captions.txt").read_text().splitlines()
+    pictures = sorted(drawn_pictures.glob("*.png"))[:8]
+    assert captions == [path.with_suffix(".txt").read_text().splitlines()[0] for path in pictures]
+    real, again, drawn = rows_of(Image.open(folder / "samples/step_8.png"), 8)
+    pixels = np.stack([load_picture(path, 32) for path in pictures])
+    assert np.array_equal(real, pixels)
+    model, tokenizer, recommended = generate.load(folder / "dalle_1.pt")  # the averaged weights
+    codes = model.vae.get_codebook_indices(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+    assert np.array_equal(again, as_bytes(model.vae.decode(codes)))
+    assert recommended["temperature"] == 0.5
+    for place, caption in enumerate(captions):  # what generate.py draws with the same noise
+        flags = ["--dalle_path", folder / "dalle_1.pt", "--seed", 42 + place, "--num_images", 1, "--device", "cpu"]
+        flags += ["--precision", "fp32", "--outputs_dir", tmp_path / str(place), "--text", caption]
+        assert command(generate.main, *flags).status == 0
+        (grid,) = (tmp_path / str(place)).rglob("grid.png")
+        assert np.array_equal(drawn[place], np.asarray(Image.open(grid))[2:34, 2:34])
+
+
+def as_bytes(pixels):
+    return (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def test_held_out_pairs_come_first_and_a_picture_that_went_bad_is_left_out(trained, picture_folder, monkeypatch):
+    held_out = sorted(picture_folder.glob("*.png"))[:3]
+    flags = ["--validation-folder", picture_folder, "--sample-steps", 99, "--max-steps", 1]
+    for path in sorted(picture_folder.glob("*.png"))[3:]:
+        path.unlink()
+    original = samples.first_pairs
+
+    def first_pairs(run):
+        held_out[1].write_bytes(b"no picture any more")
+        return original(run)
+
+    monkeypatch.setattr(samples, "first_pairs", first_pairs)
+    folder = trained("run", *flags)
+    captions = (folder / "samples/captions.txt").read_text().splitlines()
+    assert captions == [held_out[place].with_suffix(".txt").read_text().splitlines()[0] for place in (0, 2)]
+
+
+def test_what_goes_wrong_in_drawing_does_not_stop_the_run(command, tiny_flags, tmp_path):
+    (tmp_path / "samples").write_text("a file where the folder should be")
+    ended = command(train.main, *tiny_flags, "--sample-steps", 2, "--checkpoint-output-dir", tmp_path)
+    assert ended.status == 0 and (tmp_path / "dalle_0.pt").exists()
+    assert ended.out.count("no sample pictures of step") == 2
+
+
+def test_made_up_samples_are_not_drawn(command, tmp_path):
+    flags = ["--generated-data", "--max-steps", 2, "--sample-steps", 1, "--dataloader-workers", 0]
+    flags += ["--bpe-path", generate.Path(generate.__file__).parent / "bpe/bpe_yttm_vocab.txt"]
+    ended = command(train.main, "--config", "unit_test", *flags, "--checkpoint-output-dir", tmp_path)
+    assert ended.status == 0 and not (tmp_path / "samples").exists() and (tmp_path / "loss.png").exists()
+
+
+def test_long_captions_are_cut_in_the_picture():
+    pixels = torch.rand(2, 3, 300, 300)
+    grid = samples.grid_of(["word " * 200, "x" * 500], (pixels, pixels, pixels), "step 1")
+    assert grid.width == samples.MARGIN + 2 * (256 + samples.GAP)
+    assert grid.height < 3 * 300 + 200
