@@ -213,9 +213,10 @@ def disk(run):
     count = run.settings.keep_checkpoints + (run.held_out is not None)
     room, wanted = shutil.disk_usage(place).free, each * (count + 1 - len(run.folder.written))
     best = " and the best" if run.held_out is not None else ""
+    kept = f"the newest {run.settings.keep_checkpoints}{best}"
     yield (
-        f"{gigabytes(each)} a checkpoint; {gigabytes(wanted)} for the newest {run.settings.keep_checkpoints}{best}, "
-        f"and one being written; {gigabytes(room)} free in {place}" + ("" if wanted < room else "; NOT ENOUGH")
+        f"{gigabytes(each)} a checkpoint; {gigabytes(wanted)} for {kept}, and "
+        f"one being written; {gigabytes(room)} free in {place}" + ("" if wanted < room else "; NOT ENOUGH")
     )
 
 

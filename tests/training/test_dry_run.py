@@ -1,0 +1,123 @@
+"""train.py --dry-run against the run that it tells about; and that it leaves nothing behind."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from backends import memory
+from tests.conftest import ROOT
+from training import dry_run
+
+
+def files_under(folder):
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
+
+
+def told(ended):
+    """The lines by their titles."""
+    assert ended.status == 0 and ended.err == "", ended
+    return dict(re.findall(r"^([a-z]+(?: \d)?): +(.+)$", ended.out, re.MULTILINE))
+
+
+def amount(words):
+    """Bytes out of "1.2 GB" or "34 MB"."""
+    number, unit = re.match(r"([\d.e+]+) (GB|MB)", words).groups()
+    return float(number) * {"GB": 1e9, "MB": 1e6}[unit]
+
+
+@pytest.fixture
+def flags(tiny_flags, picture_folder, tmp_path):
+    places = ["--input-folder", picture_folder, "--codes-cache", tmp_path / "codes"]
+    return [*tiny_flags, *places, "--checkpoint-output-dir", tmp_path / "out", "--epochs", 50, "--ema-decay", 0.9]
+
+
+def test_it_tells_what_the_run_then_takes(command, flags, tmp_path):
+    before = files_under(tmp_path)
+    lines = told(command(train.main, *flags, "--dry-run", "--keep-checkpoints", 2))
+    assert files_under(tmp_path) == before
+    assert lines["codes"].startswith("12 pictures to encode first, once: about ")
+    assert lines["steps"].startswith("150 of 4 samples, 3 an epoch of 12 pairs")
+    assert command(train.main, *flags, "--max-steps", 2).status == 0
+    path = tmp_path / "out" / "dalle_step_2.pt"
+    weights = torch.load(path, weights_only=True)["weights"]
+    sizes = [sum(w.numel() for name, w in weights.items() if (".vae." in name) == frozen) for frozen in (False, True)]
+    assert lines["parameters"].startswith(f"{sizes[0]:,} trained of {sum(sizes):,} (")
+    parts = [int(number.replace(",", "")) for number in re.findall(r" ([\d,]+)(?:, |\))", lines["parameters"])]
+    assert sum(parts) == sum(sizes)
+    each = re.match(r"(\S+ .B) a checkpoint; (\S+ .B) for the newest 2, and one being written", lines["disk"])
+    assert amount(each[1]) == pytest.approx(path.stat().st_size, rel=0.05)
+    assert amount(each[2]) == pytest.approx(3 * path.stat().st_size, rel=0.05)
+    held = dict(re.findall(r"(gradients|optimizer|average of weights) (\S+ .B)", lines["memory"]))
+    assert {name: amount(words) / (4 * sizes[0]) for name, words in held.items()} == pytest.approx(
+        {"gradients": 1, "optimizer": 2, "average of weights": 1}, rel=0.02
+    )
+    peak, there = re.match(
+        r"(\S+ .B) at the peak of these steps, measured, of (\S+ .B) on cpu", lines["memory"]
+    ).groups()
+    assert amount(held["optimizer"]) < amount(peak) < amount(there)
+    assert re.match(r"about \S+ \S+ for 150 steps, \S+ s each, \S+ samples/sec", lines["time"])
+
+
+def test_codes_that_are_there_are_not_counted(command, flags, picture_folder):
+    assert command(train.main, *flags, "--max-steps", 1, "--checkpoint-output-dir", "").status == 0
+    (picture_folder / "03.png").write_bytes((picture_folder / "04.png").read_bytes())
+    lines = told(command(train.main, *flags, "--dry-run"))
+    assert lines["codes"].startswith("1 pictures")
+    assert command(train.main, *flags, "--max-steps", 1, "--checkpoint-output-dir", "").status == 0
+    assert "codes" not in told(command(train.main, *flags, "--dry-run"))
+
+
+def test_pixels_and_accumulation_in_a_run_that_goes_on(command, flags, tmp_path):
+    flags = [*flags, "--no-codes-cache", "--gradient-accumulation", 6, "--batch-size", 1, "--validation-split", 0.3]
+    assert command(train.main, *flags, "--max-steps", 3).status == 0
+    before = files_under(tmp_path)
+    refused = command(train.main, *flags, "--dry-run")
+    assert refused.status == 2 and "--resume" in refused.err  # as the run itself would be
+    ended = command(train.main, *flags, "--dry-run", "--resume")
+    lines = told(ended)
+    assert "--dry-run True" not in ended.out
+    assert lines["steps"].startswith("47 of 6 samples, 1 an epoch of 8 pairs; 4 more are held out")
+    assert "and the best" in lines["disk"]
+    assert files_under(tmp_path) == before
+
+
+def test_an_output_folder_that_cannot_be_written(command, flags, tmp_path):
+    (tmp_path / "file").touch()
+    ended = command(train.main, *flags, "--dry-run", "--checkpoint-output-dir", tmp_path / "file" / "below")
+    assert ended.status == 2 and str(tmp_path / "file" / "below") in ended.err and len(ended.err.splitlines()) == 1
+
+
+def test_stages_on_ipus(poptorch_standin, command, tiny_vqgan, tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run, "ROUNDS", 2)  # the stand-in takes its time
+    reduced = "--hidden-size 32 --num-attention-heads 2 --dim-head 16 --batch-size 1 --gradient-accumulation 7"
+    places = ["--vae-path", tiny_vqgan, "--checkpoint-output-dir", tmp_path / "out", "--bpe-path"]
+    flags = ["--device", "ipu", *reduced.split(), *places, ROOT / "bpe" / "bpe_yttm_vocab.txt"]
+    ended = command(train.main, "--config", "L16", "--generated-data", *flags, "--dry-run")
+    lines = told(ended)
+    assert not (tmp_path / "out").exists()
+    total = int(lines["parameters"].partition(" ")[0].replace(",", ""))
+    stages = [words for title, words in lines.items() if title.startswith("stage ")]
+    assert len(stages) == 4 and all(re.match(rf"on IPU {n}, ", words) for n, words in enumerate(stages))
+    weights = sum(amount(re.search("weights (.*?B)", words)[1]) for words in stages)
+    assert weights == pytest.approx(2 * total, rel=0.01)  # in fp16
+    optimizer = sum(amount(re.search("optimizer (.*?B)", words)[1]) for words in stages)
+    assert optimizer == pytest.approx(6 * total, rel=0.01)  # the first moment in fp16
+    assert "samples/sec" in lines["time"] and "memory" not in lines
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="elsewhere the peak is that of the whole process"
+)
+def test_the_peak_is_of_what_came_since():
+    cpu = torch.device("cpu")
+    np.ones(200 << 17)  # 200 MiB, gone again
+    memory.forget_peak(cpu)
+    before = memory.peak(cpu)
+    assert before == pytest.approx(memory.in_use(cpu), rel=0.05)
+    np.ones(100 << 17)
+    assert 95 << 20 < memory.peak(cpu) - before < 130 << 20
+    assert memory.in_use(cpu) < memory.there_is(cpu) and 0 < memory.free(cpu) <= memory.there_is(cpu)
