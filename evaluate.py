@@ -126,7 +126,7 @@ def reconstruct(vae, dataset, backend, batch_size):
     """
     import torch
 
-    from data.codes import cached_codes
+    from data.codes import cached_codes, open_codes
 
     encode, decode = backend.encode(vae), backend.decode(vae)
     psnr, originals, returned = [], [], []
@@ -142,16 +142,10 @@ def reconstruct(vae, dataset, backend, batch_size):
         return codes
 
     with tempfile.TemporaryDirectory() as place:  # pictures are read again in any case, and a user's folder left alone
-        codes, bad = cached_codes(
-            dataset.pictures,
-            encode_and_compare,
-            folder=dataset.folder,
-            cache_dir=place,
-            image_size=vae.image_size,
-            num_codes=vae.num_tokens,
-            fingerprint=vae.fingerprint(),
-            batch_size=min(batch_size, max(1, 16 * 256**2 // vae.image_size**2)),
-        )
+        options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
+        cache = open_codes(dataset.folder, place, **options)
+        at_once = min(batch_size, max(1, 16 * 256**2 // vae.image_size**2))
+        codes, bad = cached_codes(dataset.pictures, encode_and_compare, cache, batch_size=at_once)
         dataset.attach_codes(codes.copy(), bad)
     shown = torch.cat([torch.cat(part)[:GRID_PAIRS] for part in (originals, returned)])
     return torch.cat(psnr).mean().item(), shown
@@ -172,7 +166,8 @@ def of_drawings(model, tokenizer, dataset, backend, settings, sampling, clip, di
         for first in batches_in(len(pictures), settings, "FID"):
             part = slice(first, first + settings.batch_size)
             distance.add("drawn", (pictures[part] * 255).round().byte())
-            distance.add("real", load_pictures(dataset.pictures[part], model.vae.image_size))
+            real = [dataset.folder / name for name, _, _ in dataset.pictures[part]]
+            distance.add("real", load_pictures(real, model.vae.image_size))
         found["fid"] = distance.distance()
         print(f"FID: {found['fid']:.2f} ({len(pictures)} pictures; with fewer than some thousands it is too high)")
     return found

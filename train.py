@@ -14,7 +14,7 @@ import args
 import log
 from utils import interrupts
 
-SKIPS_IN_A_ROW = 20  # updates left out one after the other, after which nothing will come of the run
+SKIPS_IN_A_ROW = 10  # updates left out one after the other, after which nothing will come of the run
 
 
 def main(argv=None):
@@ -80,7 +80,7 @@ def train(run):
                 validate(run)
                 if run.epoch_begins():
                     epoch_ended(run)
-                name = run.folder.due(run)
+                name = run.folder.due(run) if not skips or run.step == run.steps else None  # nothing has changed
                 if name and save(run, name) is None and run.step == run.steps:
                     not_saved(run)
                 if samples.due(run):

@@ -1,7 +1,7 @@
 """Inference where shapes never change: any number of rows through a function that was compiled for a fixed number.
 
 How a module becomes such a function is handed in (`inference(module, device_iterations)`, ipu.py's); no SDK is named
-here.
+here. And samples one after the other, as a loader of fixed batches wants them.
 """
 
 import logging
@@ -9,6 +9,7 @@ import logging
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from models.sampling import draw_codes, given_codes, gumbel_noise
 from models.static_sampling import FullPass, StaticSampler
@@ -113,3 +114,22 @@ class Sampler:
         parts = zip(*(x.split(self.rows) for x in inputs))
         done = [executor(*(full(x, self.rows) for x in part), *others)[: len(part[0])] for part in parts]
         return torch.cat(done)
+
+
+class OrderedSamples(Dataset):
+    """The samples of a run one after the other, where the order's keys are those of steps: picklable, with a length,
+    as PopTorch's loader wants it.
+    """
+
+    def __init__(self, dataset, order, samples_per_step):
+        self.dataset, self.order, self.samples_per_step = dataset, order, samples_per_step
+        self.step, self.keys = None, []
+
+    def __len__(self):
+        return len(self.order) * self.samples_per_step
+
+    def __getitem__(self, index):
+        step, place = divmod(index, self.samples_per_step)
+        if step != self.step:
+            self.step, self.keys = step, self.order[step] or self.order[0]
+        return self.dataset[self.keys[place % len(self.keys)]]  # a small batch, in evaluation, is filled up

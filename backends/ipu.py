@@ -14,7 +14,7 @@ import os
 import torch
 
 from backends.base import SamplesLost
-from backends.fixed_batches import Decoder, Losses, RowByRow, Sampler
+from backends.fixed_batches import Decoder, Losses, OrderedSamples, RowByRow, Sampler
 from backends.native_reading import MEMORY, leave_interrupts_to_the_parent, of_killed_worker, without_traceback
 from backends.native_training import ADAM_EPS
 from models.pipeline_dalle import WrappedDALLE, placement, stages, unshare_masks
@@ -84,25 +84,6 @@ class Instances:
         if not self.horovod:
             return number
         return int(self.horovod.broadcast(torch.tensor([number]), root_rank=0))
-
-
-class OrderedSamples(torch.utils.data.Dataset):
-    """The samples of a run one after the other, where the order's keys are those of steps: picklable, with a length,
-    as PopTorch's loader wants it.
-    """
-
-    def __init__(self, dataset, order, samples_per_step):
-        self.dataset, self.order, self.samples_per_step = dataset, order, samples_per_step
-        self.step, self.keys = None, []
-
-    def __len__(self):
-        return len(self.order) * self.samples_per_step
-
-    def __getitem__(self, index):
-        step, place = divmod(index, self.samples_per_step)
-        if step != self.step:
-            self.step, self.keys = step, self.order[step] or self.order[0]
-        return self.dataset[self.keys[place % len(self.keys)]]  # a small batch, in evaluation, is filled up
 
 
 class IpuBackend:

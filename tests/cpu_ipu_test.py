@@ -76,7 +76,7 @@ def test_same_losses_on_cpu_and_ipu(run, pixels, poptorch, tiny_vae):
     found, weights = losses("ipu", RUNS[run], copy.deepcopy(tiny_vae), pixels)
     assert len(found) == len(expected) == STEPS
     for ours, theirs in zip(found, expected):
-        assert ours == pytest.approx(theirs, rel=tolerance)
+        assert ours == pytest.approx({name: theirs[name] for name in ours}, rel=tolerance)
     assert expected[0]["total"] > expected[-1]["total"] + 10 * tolerance  # something was learned
     assert weights.keys() == native_weights.keys()
     for name, tensor in weights.items():

@@ -63,6 +63,7 @@ def build(settings):
     # Before pictures are encoded, which may take hours.
     folder = checkpoints.Folder(settings, writes=not backend.rank and not settings.dry_run)
     origin = folder.origin()
+    folder.prepare()
     torch.manual_seed(settings.random_seed)
     vae = image_tokenizer(settings, made_up)
     hparams = {

@@ -28,7 +28,7 @@ NOT_THE_SAME_RUN = {
 class Folder:
     """--checkpoint-output-dir: the files of this run, oldest first in `written`. Without a folder nothing is written.
 
-    Raises ValueError where it cannot be written, or holds another run's files and nothing says to go on with them.
+    Raises ValueError where it holds another run's files and nothing says to go on with them.
     """
 
     def __init__(self, settings, writes=True):
@@ -49,7 +49,10 @@ class Folder:
                 f"--checkpoint-output-dir {self.path}: has {found[-1].name} of an earlier run; "
                 "go on with --resume, or give another folder"
             )
-        if writes:
+
+    def prepare(self):
+        """Make the folder, or ValueError now rather than after hours."""
+        if self.path is not None and self.writes:
             checkpoint.check_writable(self.path, "--checkpoint-output-dir")
             for left in self.path.glob("dalle_*.pt.*.tmp"):  # by a run that was killed while it wrote
                 left.unlink()

@@ -103,12 +103,12 @@ def test_when_no_picture_is_left_the_run_saves_and_ends(trained, picture_folder,
 
 def test_a_replacement_is_never_held_out(picture_folder, monkeypatch):
     dataset = data.loader.TextImageDataset(picture_folder, load_tokenizer(), image_size=8, text_seq_len=32)
-    held_out = {path.name for path in dataset.hold_out(0.25).pictures}
+    held_out = {name for name, _, _ in dataset.hold_out(0.25).pictures}
     read = data.loader.load_picture
     seen = []
     monkeypatch.setattr(data.loader, "load_picture", lambda path, size: seen.append(path.name) or read(path, size))
-    for path in dataset.pictures[1:]:
-        path.unlink()
+    for name, _, _ in dataset.pictures[1:]:
+        (picture_folder / name).unlink()
     for index in range(len(dataset)):
         dataset[index]
     assert seen and not held_out & set(seen) and len(held_out) == 3
