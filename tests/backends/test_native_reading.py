@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,6 +176,16 @@ def test_workers_that_go_on_being_killed_end_the_run_after_saving(trained, monke
     assert ended.out.count("new workers go on") == RESTARTS
     step = torch.load(said[2], weights_only=True)["step"]
     assert said[2] == str(folder / f"dalle_step_{step}.pt") and step >= 2
+
+
+def test_on_an_ipu_the_run_saves_and_names_the_picture(poptorch_standin, trained, monkeypatch, picture_folder):
+    worker_reads(monkeypatch, lambda path: path.name == "03.png" and kill_this_process())
+    flags = ["--device", "ipu", "--no-async-dataloader", "--dataloader-workers", 1, "--batch-size", 1]
+    folder, ended = trained(*flags, "--random-seed", 3, "--epochs", 40)  # read after a step or more
+    assert ended.status == 2 and len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out, ended
+    assert f"reading {picture_folder / '03.png'}; if memory ran out" in ended.err
+    if "go on with" in ended.err:
+        assert Path(ended.err.split()[-1]).parent == folder and Path(ended.err.split()[-1]).exists()
 
 
 def test_what_is_done_about_a_child_waits(monkeypatch):
