@@ -3,6 +3,7 @@
 python generate.py --dalle_path output/demo/ckpt/dalle_step_800.pt --text "a small red circle above a large blue square"
 """
 
+import logging
 import random
 import re
 import time
@@ -19,6 +20,8 @@ def main(argv=None):
     settings = args.generate_arguments(argv)
     log.set_up()
     with log.interrupt_exits(), log.bad_input_exits():
+        import torch
+
         from backends import select
         from utils.checkpoint import check_writable
 
@@ -32,16 +35,28 @@ def main(argv=None):
         sampler, decode = backend.sampler(model), backend.decode(model.vae)
         sampling = chosen_sampling(settings, recommended)
         seed = random.SystemRandom().randrange(2**31) if settings.seed is None else settings.seed
+        # Several processes share out prompts or, where there are too few of them, the pictures of each.
+        share_pictures = len(settings.prompts) < backend.world_size <= settings.num_images and backend.gather
+        if share_pictures:
+            seed = int(backend.gather(torch.tensor([seed]))[0])
+            log.set_up(logging.WARNING if backend.rank else logging.INFO)
         log.LOG.info("seed %d, %s", seed, told(sampling, recommended))
         for prompt in settings.prompts:
-            if settings.prompts.index(prompt) % backend.world_size != backend.rank:
-                continue  # another process's, where torchrun started several
+            if not share_pictures and settings.prompts.index(prompt) % backend.world_size != backend.rank:
+                continue
             text = tokenize_prompt(model, tokenizer, prompt)
             if settings.gentxt:
                 text, prompt = complete_prompt(model, tokenizer, text, seed)
                 log.LOG.info("completed prompt: %s", prompt)
             started = time.monotonic()
-            pictures = draw(sampler, decode, text, settings.num_images, settings.batch_size, seed, sampling, prompt)
+            first, last = 0, settings.num_images
+            if share_pictures:
+                first, last = (last * rank // backend.world_size for rank in (backend.rank, backend.rank + 1))
+            pictures = draw(sampler, decode, text, last - first, settings.batch_size, seed + first, sampling, prompt)
+            if share_pictures:
+                pictures = backend.gather(pictures)
+                if backend.rank:
+                    continue
             log.LOG.info("throughput: %.3f images/sec", len(pictures) / max(time.monotonic() - started, 1e-9))
             folder = save_pictures(pictures, prompt, settings.outputs_dir)
             print(f"{len(pictures)} pictures of '{prompt}' in {folder}")

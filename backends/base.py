@@ -69,6 +69,11 @@ class Backend(Protocol):
     def agreed(self, wish: bool) -> bool:
         """Whether any of the processes wishes it; each must ask."""
 
+    def gather(self, rows):
+        """For commands that do not train: tensors (n, …) on the CPU, n each process's own → (sum of all n, …), rank 0's
+        first, in every process. None in place of the method where processes cannot.
+        """
+
     def loader(self, dataset, order: Sequence) -> Iterable:
         """Batches, each all that one step consumes: `order` holds lists of samples_per_step keys of `dataset`.
 

@@ -87,6 +87,8 @@ class Instances:
 
 
 class IpuBackend:
+    gather = None
+
     def __init__(self, settings):
         """settings: train.py's or generate.py's namespace. ValueError for what no IPU can run."""
         require_poptorch()

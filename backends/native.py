@@ -141,6 +141,11 @@ class NativeBackend:
     def agreed(self, wish):
         return wish if self.world_size == 1 else self.processes.mean(torch.tensor(float(wish), device=self.device)) > 0
 
+    def gather(self, rows):
+        self.processes.connect(torch.device("cpu"))
+        with self.processes.together():
+            return self.processes.gather(rows)
+
     def trainer(self, model):
         if self.shard:
             from backends.native_sharding import ShardedTrainer

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import os
 
+import torch
 import torch.distributed as dist
 
 PATIENCE = datetime.timedelta(days=7)  # for pictures that take hours to encode
@@ -42,6 +43,16 @@ class Processes:
             dist.all_reduce(tensor)
             tensor = tensor / self.size
         return tensor.cpu()
+
+    def gather(self, rows):
+        """Tensors (n, …), n each process's own → (sum of all n, …), rank 0's first, in every process."""
+        counts = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(rows)]))
+        padded = rows.new_zeros(int(max(counts)), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
 
     @contextlib.contextmanager
     def together(self):

@@ -188,6 +188,21 @@ def test_a_process_that_dies_ends_the_run_with_a_checkpoint(command, tiny_flags,
     assert command(train.main, *flags, *more).status == 0
 
 
+def test_pictures_of_one_prompt_are_shared_out(command, tiny_checkpoint, tmp_path):
+    flags = ["--dalle_path", tiny_checkpoint, "--text", "red", "--num_images", 5, "--device", "cpu"]
+    flags += ["--precision", "fp32", "--batch_size", 2]
+    status, out, err = ended(start("generate.py", *flags, "--outputs_dir", tmp_path / "shared"))
+    assert status == 0, err
+    (seed,) = re.findall(r"seed (\d+)", out)  # made up by rank 0, for both
+    assert out.count("5 pictures of 'red'") == out.count("images/sec") == 1
+    assert command(generate.main, *flags, "--seed", seed, "--outputs_dir", tmp_path / "alone").status == 0
+    shared, alone = (
+        {path.name: path.read_bytes() for path in (tmp_path / where / "red").iterdir()} for where in ("shared", "alone")
+    )
+    assert len(shared) == 7 and shared == alone  # five pictures, their grid, the prompt
+    assert len({shared[f"{number}.jpg"] for number in range(5)}) == 5
+
+
 def test_prompts_are_shared_out(command, tiny_checkpoint, tmp_path):
     flags = ["--dalle_path", tiny_checkpoint, "--text", "red | blue | red | green", "--num_images", 2, "--seed", 3]
     flags += ["--device", "cpu", "--precision", "fp32"]
