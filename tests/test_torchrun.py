@@ -1,5 +1,6 @@
 """train.py and generate.py under torchrun: two processes do what one does, and one that dies is noticed."""
 
+import json
 import os
 import re
 import signal
@@ -57,12 +58,17 @@ def test_two_processes_train_as_one(command, tiny_flags, tmp_path, optimizer, re
     flags = [*tiny_flags, "--epochs", 2, "--batch-size", 2, "--gradient-accumulation", 2, "--optimizer", optimizer]
     flags += ["--learning-rate", "1e-3", "--max-grad-norm", 0.5, "--recompute", recompute, "--keep-checkpoints", 9]
     alone = command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "alone")
-    status, out, err = ended(start("train.py", *flags, "--checkpoint-output-dir", tmp_path / "together"))
+    seen = ["--sample-steps", 4, "--checkpoint-output-dir", tmp_path / "together"]
+    status, out, err = ended(start("train.py", *flags, *seen))
     assert status == 0, err
     for name in ("dalle_0.pt", "dalle_1.pt"):
         assert_same_weights(tmp_path / "together" / name, tmp_path / "alone" / name)
     losses = [re.findall(r"(step 6/6 .* loss: .*) lr", log) for log in (alone.out, out)]
     assert losses[0] == losses[1] and len(losses[1]) == 1  # rank 0 alone logs
+    for name in ("step_4.png", "step_6.png", "captions.txt"):
+        assert (tmp_path / "together/samples" / name).exists()
+    lines = [json.loads(line) for line in (tmp_path / "together/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]  # rank 0's alone
     assert "12 pictures, 6 steps of 4 samples" in out and "in 2 processes" in out
     assert sorted(path.name for path in (tmp_path / "together").glob("*.pt")) == ["dalle_0.pt", "dalle_1.pt"]
 
