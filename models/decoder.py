@@ -65,8 +65,7 @@ class Layer:
         self.to_out = pack(*self.scaled(inner.to_out[0], attention))
         wide, _, _, narrow = feed_forward.fn.fn.net
         _, self.ff_norm, self.ff_norm_after = self.fold(feed_forward)
-        (value, gate), (value_bias, gate_bias) = wide.weight.chunk(2), wide.bias.chunk(2)
-        self.value, self.gate = pack(value, value_bias), pack(gate, gate_bias, gelu=True)
+        self.wide = pack(wide.weight, wide.bias, geglu=True)
         self.narrow = pack(*self.scaled(narrow, feed_forward))
 
     @staticmethod
@@ -112,15 +111,13 @@ class Layer:
         out = self.attend_shared(query, read) if self.together else self.attend(query, read)
         x = x + self.after(self.to_out(out), self.norm_after)
         normed = F.layer_norm(x, x.shape[-1:], *self.ff_norm)
-        return x + self.after(self.narrow(self.value(normed) * self.gate(normed)), self.ff_norm_after)
+        return x + self.after(self.narrow(self.wide(normed)), self.ff_norm_after)
 
     def codes_at(self, read):
         """Keys and values, (2, B, H, m, D)."""
-        return (
-            self.codes[:, :, :, read]
-            if isinstance(read, slice)
-            else self.codes.index_select(3, read.to(self.codes.device))
-        )
+        if isinstance(read, slice):
+            return self.codes[:, :, :, read]
+        return self.codes.index_select(3, read.to(self.codes.device))
 
     def attend(self, query, read):
         """query (B, H, D) → (B, H·D), each picture with keys of its own for the text."""
@@ -156,9 +153,9 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(self, dalle, pack, cache_dtype, autocast=contextlib.nullcontext):
-        """pack(weight, bias or None, gelu=False) → a function (B, in) → (B, out) of any dtype, gelu after it or not.
-        cache_dtype: in which a machine attends fastest. autocast() → the context of the pass over captions, which the
-        model itself does.
+        """pack(weight, bias or None, geglu=False) → a function (B, in) → (B, out), or (B, out / 2) with GEGLU after it,
+        of any dtype. cache_dtype: in which a machine attends fastest. autocast() → the context of the pass over
+        captions, which the model itself does.
         """
         self.dalle = dalle
         plans, self.layers = {}, []

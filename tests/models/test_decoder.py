@@ -8,6 +8,7 @@ from models.attention import PATTERNS, pattern_mask
 from models.dalle import DALLE
 from models.decoder import Decoder, cache_plan
 from models.sampling import draw_codes, generate_codes
+from models.transformer import GEGLU
 
 SHAPINGS = (
     {"top_k": None, "top_p": None, "temperature": 1.0, "cond_scale": 1.0},
@@ -15,8 +16,12 @@ SHAPINGS = (
 )
 
 
-def plain(weight, bias, gelu=False):
-    return lambda x: F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
+def plain(weight, bias, geglu=False):
+    def product(x):
+        out = F.linear(x, weight, bias)
+        return GEGLU()(out) if geglu else out
+
+    return product
 
 
 def dalle_of(vae, patterns=PATTERNS, sandwich=False):
