@@ -11,4 +11,6 @@ if ! python -c "import importlib.metadata as m; [m.version(p) for p in ('dalle-p
     python -m pip install --quiet "setuptools<81" wheel
     python -m pip install --quiet --no-deps --no-build-isolation $oracles || echo "some oracles are missing; their tests skip"
 fi
-python -m pytest "$@"
+# Two at once, of one thread each: most of what is tested is small.
+case " $* " in *" -n"* | *" -s "*) ;; *) set -- -n 2 "$@" ;; esac
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} python -m pytest "$@"

@@ -40,6 +40,7 @@ def test_a_quick_run_prints_and_saves_every_row(capfd, tmp_path):
             assert row["of_limit"] > 0 and f" {100 * row['of_limit']:.0f} %" in line
 
 
+@pytest.mark.slow
 def test_peers_are_measured_in_the_same_run(capfd, tmp_path, dalle_pytorch):
     result, printed = run(tmp_path, capfd, "--peer", "--only", "train-4", "decod*", "load-pixels")
     found = {row["name"]: row for row in result["rows"]}

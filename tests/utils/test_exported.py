@@ -118,7 +118,7 @@ def test_a_damaged_file_is_refused_in_one_line(export, tmp_path):
         (None, "it has no hparams"),
         ({"hparams": "{"}, "its header is not JSON"),
         ({"hparams": "[" * 100000}, "its header is not JSON"),
-        ({"hparams": "3"}, "not dictionaries"),
+        ({"hparams": "3"}, "is no dict"),
         ({"hparams": "{}", "crc32": "0"}, "checksum differs"),
     ],
 )
