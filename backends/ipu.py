@@ -210,10 +210,10 @@ class IpuBackend:
             for batch in batches:
                 with interrupts.children_held():
                     yield batch
+        except (RuntimeError, ConnectionError) as error:
+            raise SamplesLost(of_killed_worker(error, dataset)[0] + MEMORY) from None
         except (ValueError, OSError) as error:
             raise SamplesLost(without_traceback(error)) from None
-        except RuntimeError as error:
-            raise SamplesLost(of_killed_worker(error, dataset)[0] + MEMORY) from None
         except AssertionError as error:  # what PopTorch makes of a fault in its loader's process, which has told it
             raise SamplesLost(f"samples could not be read ({error})") from None
         finally:

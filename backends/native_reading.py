@@ -7,6 +7,7 @@ it waits until the next micro-batch is wanted, where nothing is half done.
 import itertools
 import logging
 import signal
+import time
 
 from torch.utils.data import DataLoader
 
@@ -14,6 +15,7 @@ from backends.base import SamplesLost
 from utils import interrupts
 
 LOG = logging.getLogger("minidalle")
+HEARD = 5.0  # seconds
 RESTARTS = 3  # of the workers; a machine whose memory is short would go on killing them
 MEMORY = "; if memory ran out, fewer --dataloader-workers need less"
 
@@ -56,10 +58,10 @@ def read(dataset, order, size, workers, pin_memory):
                 with interrupts.children_held():
                     yield micro_batch
             return
+        except (RuntimeError, ConnectionError) as error:
+            said, names = of_killed_worker(error, dataset)
         except (ValueError, OSError) as error:
             raise SamplesLost(without_traceback(error)) from None
-        except RuntimeError as error:
-            said, names = of_killed_worker(error, dataset)
         killed += 1
         if killed > RESTARTS:
             raise SamplesLost(said + MEMORY)
@@ -68,6 +70,13 @@ def read(dataset, order, size, workers, pin_memory):
 
 def of_killed_worker(error, dataset):
     """What torch's error says of a worker that was killed, with what it was reading; and the names of that, a list."""
+    if isinstance(error, ConnectionError):  # the end of its pipe was seen before torch heard of its end
+        try:
+            time.sleep(HEARD)
+        except RuntimeError as heard:
+            error = heard
+        else:
+            return "DataLoader worker has ended", []
     said = str(error).splitlines()[0].rstrip(". ")
     if not said.startswith("DataLoader worker"):
         raise error

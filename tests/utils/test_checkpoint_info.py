@@ -55,7 +55,12 @@ def test_a_file_of_the_reference(command, tmp_path):
 
 
 def test_odd_contents_are_shown_as_they_are(command, tmp_path):
-    odd = {"hparams": {1: "\x1b[31mred\nline"}, "weights": {"a": torch.zeros(())}, "scheduler_state": 3, "opt_state": {1}}
+    odd = {
+        "hparams": {1: "\x1b[31mred\nline"},
+        "weights": {"a": torch.zeros(())},
+        "scheduler_state": 3,
+        "opt_state": {1},
+    }
     odd.update(step=10**30, tokenizer={"kind": 3}, vae_params={"params": 3}, versions={}, vqgan=4, exported=5)
     checkpoint.write(tmp_path / "c.pt", odd)
     ended = command(checkpoint_info.main, tmp_path / "c.pt")
