@@ -46,7 +46,7 @@ def train(run):
     """Updates to the end, with validation, checkpoints and pictures on the way. Before the first lies compilation."""
     from data.order import RunBatches
     from training import samples
-    from training.checkpoints import save
+    from training.checkpoints import BEST, save
 
     progress = log.Progress(run.steps, run.step, run.backend.samples_per_step * run.backend.world_size)
     order = RunBatches(run.batches, run.step, run.steps)
@@ -77,9 +77,11 @@ def train(run):
                     f"--max-grad-norm 1{last_file(run)}"
                 )
             with progress.paused():
-                validate(run)
+                best = validate(run)
                 if run.epoch_begins():
                     epoch_ended(run)
+                if best:  # only now: what a file holds is what the next update begins with
+                    save(run, BEST)
                 name = run.folder.due(run) if not skips or run.step == run.steps else None  # nothing has changed
                 if name and save(run, name) is None and run.step == run.steps:
                     not_saved(run)
@@ -117,21 +119,21 @@ def finite(losses):
 
 
 def validate(run):
-    """Losses of held-out pairs where they are due, and the best checkpoint by them."""
+    """Losses of held-out pairs where they are due → whether they are the best so far."""
     from training import validation
-    from training.checkpoints import BEST, save
 
     with_epochs = run.settings.lr_scheduler == "ReduceLROnPlateau" and run.epoch_begins()
     due = run.step % run.settings.validation_steps == 0 or run.step == run.steps or with_epochs
     if run.held_out is None or not due:
-        return
+        return False
     losses = validation.validate(run.trainer, run.backend, run.held_out)
     run.held_out_loss = losses["total"]
     log.validated(run.step, losses)
     run.trackers.validated(run.step, losses)
-    if run.best_loss is None or losses["total"] < run.best_loss:
+    best = run.best_loss is None or losses["total"] < run.best_loss
+    if best:
         run.best_loss = losses["total"]
-        save(run, BEST)
+    return best
 
 
 def epoch_ended(run):

@@ -100,6 +100,25 @@ def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(command, tiny
     assert "No space left on device" in told and "the last good one is" in told and "dalle_0.pt" in told
 
 
+def test_the_best_file_is_one_to_go_on_from(command, tiny_flags, tmp_path):
+    """Where nothing else was written before a kill, --resume takes it; the epoch that ended with it counts once."""
+    flags = ["--validation-split", 0.25, "--batch-size", 3, "--epochs", 4, "--checkpoint-save-epochs", 4]  # 12 steps
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert command(train.main, *tiny_flags, *flags, "--checkpoint-output-dir", whole).status == 0
+    first = ["--max-steps", 3, "--checkpoint-output-dir", killed]
+    assert command(train.main, *tiny_flags, *flags, *first).status == 0
+    best = checkpoint.read(killed / "dalle_best.pt")
+    for path in killed.glob("dalle_*"):
+        if path.name != checkpoints.BEST:
+            path.unlink()
+    ended = resumed(command, tiny_flags, killed, *flags)
+    assert ended.status == 0 and f"going on from {killed / checkpoints.BEST} at step {best['step']}" in ended.out
+    expected, found = checkpoint.read(whole / "dalle_3.pt"), checkpoint.read(killed / "dalle_3.pt")
+    for part in ("scheduler_state", "progress", "step"):
+        assert found[part] == expected[part]
+    assert all(torch.equal(tensor, expected["weights"][name]) for name, tensor in found["weights"].items())
+
+
 def test_the_best_by_validation_loss_is_kept(command, tiny_flags, tmp_path):
     flags = ["--validation-split", 0.25, "--validation-steps", 1, "--epochs", 8, "--learning-rate", 0.03]
     flags += ["--checkpoint-output-dir", tmp_path, "--batch-size", 3, "--keep-checkpoints", 1]
