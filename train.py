@@ -102,7 +102,6 @@ def update(run, batch, lr):
     import torch
 
     from data.order import random_bits
-    from training.checkpoints import save
 
     run.trainer.set_lr(lr)
     # Dropout draws from the seed, the step and the process alone: nothing to remember, whenever a run is stopped.
@@ -110,8 +109,7 @@ def update(run, batch, lr):
     try:
         return run.trainer.step(batch)
     except ConnectionError as error:
-        path = save(run, f"dalle_step_{run.step}.pt")
-        raise ConnectionError(f"{error}; go on with --pretrained-checkpoint {path}" if path else error) from None
+        raise ConnectionError(f"{error}{saved(run)}") from None
 
 
 def finite(losses):
@@ -139,20 +137,27 @@ def validate(run):
 def epoch_ended(run):
     """The schedule learns of the held-out loss, or else of the mean of the training losses."""
     total, count = run.epoch_loss
-    loss = run.held_out_loss if run.held_out is not None else total / max(count, 1)
-    if loss is not None and (count or run.held_out is not None):
+    mean = total / count if count else None
+    loss = mean if run.held_out is None else run.held_out_loss
+    if loss is not None:
         run.schedule.epoch_ended(loss)
     run.epoch_loss = (0.0, 0)
 
 
 def stopped(run):
     """Ctrl-C or SIGTERM came: save, and say how to go on."""
+    how = saved(run)
+    if not run.backend.rank:
+        print(f"stopped after step {run.step}{how}" if how else "stopped")
+    raise SystemExit(130) from None
+
+
+def saved(run):
+    """Save a run that ends here → how to go on, as the end of a line; "" where nothing was written."""
     from training.checkpoints import save
 
     path = save(run, f"dalle_step_{run.step}.pt")
-    if not run.backend.rank:
-        print(f"stopped after step {run.step}; go on with --pretrained-checkpoint {path}" if path else "stopped")
-    raise SystemExit(130) from None
+    return f"; go on with --pretrained-checkpoint {path}" if path else ""
 
 
 def not_saved(run):
@@ -173,13 +178,11 @@ def close(run):
 def samples_accounted_for(run):
     """Within: a run that gets no more samples saves what it has; every run tells how many pictures it lost."""
     from backends.base import SamplesLost
-    from training.checkpoints import save
 
     try:
         yield
     except SamplesLost as error:
-        path = save(run, f"dalle_step_{run.step}.pt") if run.step else None
-        raise SamplesLost(f"{error}; go on with --pretrained-checkpoint {path}" if path else error) from None
+        raise SamplesLost(f"{error}{saved(run) if run.step else ''}") from None
     finally:
         log.pictures_lost(run.dataset.lost)
 

@@ -17,9 +17,9 @@ ROWS = 4  # with fewer, oneDNN takes other bf16 kernels: a fifth slower, and the
 def sampler(model, backend):
     """Backend.sampler of a NativeBackend."""
     model = model.to(backend.device).eval()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[backend.precision]
-    cache_dtype = torch.float32 if backend.device.type == "cpu" else dtype  # CPUs attend from bf16 five times slower
-    pack = packer(backend.device, dtype, backend.settings.batch_size)
+    on_cpu = backend.device.type == "cpu"
+    cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend from bf16 five times slower
+    pack = packer(backend.device, backend.dtype, backend.settings.batch_size)
     decoder = Decoder(model, pack, cache_dtype, backend.autocast)
 
     @torch.no_grad()

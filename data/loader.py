@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 from pathlib import Path
-from typing import Container, List, Mapping, Optional, Tuple, Union
+from typing import Container, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -140,8 +140,8 @@ class TextImageDataset(Dataset):
         self.caption_dropout = caption_dropout
         self.seed = seed
         cache = None if cache_dir is None else open_captions(folder, cache_dir, tokenizer)
-        known = encoded if cache is None else cache
-        pairs, self._skipped = find_pairs(folder, lambda file: file in encoded or file in known)
+        tokenized_before = () if cache is None else cache
+        pairs, self._skipped = find_pairs(folder, lambda file: file in encoded or file in tokenized_before)
         report_skipped(self._skipped)
         self.pictures: List[File] = [picture for picture, _ in pairs]
         captions = [caption for _, caption in pairs]
@@ -269,17 +269,18 @@ class TextImageDataset(Dataset):
 
     def first_caption(self, index: int) -> torch.Tensor:
         """int64 (text_seq_len,), zero-padded."""
-        text = np.zeros(self.text_seq_len, dtype=np.int64)
-        tokens = self._captions[index][0][: self.text_seq_len]
-        text[: len(tokens)] = tokens
-        return torch.from_numpy(text)
+        return self._padded(self._captions[index][0])
 
     def _text(self, epoch: int, index: int) -> torch.Tensor:
+        if random_bits(self.seed, _DROPOUT, epoch, index) < self.caption_dropout * 2.0**64:
+            return self._padded(())
+        captions = self._captions[index]
+        return self._padded(captions[random_bits(self.seed, _CAPTION, epoch, index) % len(captions)])
+
+    def _padded(self, tokens: Sequence[int]) -> torch.Tensor:
         text = np.zeros(self.text_seq_len, dtype=np.int64)
-        if random_bits(self.seed, _DROPOUT, epoch, index) >= self.caption_dropout * 2.0**64:
-            captions = self._captions[index]
-            tokens = captions[random_bits(self.seed, _CAPTION, epoch, index) % len(captions)][: self.text_seq_len]
-            text[: len(tokens)] = tokens
+        tokens = tokens[: self.text_seq_len]
+        text[: len(tokens)] = tokens
         return torch.from_numpy(text)
 
     def _note_unreadable(self, index: int, error: Exception) -> None:
