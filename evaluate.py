@@ -37,7 +37,7 @@ def main(argv=None):
             saved=saved,
         )
         exported = saved["exported"] if isinstance(saved.get("exported"), dict) else {}
-        averaged = isinstance(saved.get("ema_weights"), dict) or exported.get("averaged", False)
+        averaged = "ema_weights" in saved or exported.get("averaged", False)
         results = {"checkpoint": settings.dalle_path, "step": saved.get("step"), "averaged_weights": averaged}
         dataset = pairs(settings, saved, model, tokenizer) if settings.input_folder else None
         checkpoint.check_writable(settings.outputs_dir, "--outputs-dir")
@@ -78,7 +78,7 @@ def pairs(settings, saved, model, tokenizer):
     """The folder's pairs as train.py validates on them: the run's choice of captions, cut where the run cut them."""
     from data.loader import TextImageDataset
 
-    trained = saved.get("settings") if isinstance(saved.get("settings"), dict) else {}
+    trained = saved.get("settings", {})
     truncate = settings.truncate_captions
     dataset = TextImageDataset(
         settings.input_folder,

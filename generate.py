@@ -77,9 +77,8 @@ def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
 
     saved = checkpoint.read(dalle_path) if saved is None else saved
     weights = checkpoint.model_weights(saved["weights"])
-    if isinstance(saved.get("ema_weights"), dict):  # the average draws better
-        weights.update(checkpoint.model_weights(saved["ema_weights"]))
-    ours = saved.get("vae_params") if isinstance(saved.get("vae_params"), dict) else {}
+    weights.update(checkpoint.model_weights(saved.get("ema_weights", {})))  # the average draws better
+    ours = saved.get("vae_params", {})
     if vqgan_model_path:
         vae = load_vqgan(vqgan_model_path, vqgan_config_path)
         check_same(vqgan_model_path, vae.fingerprint(), dalle_path, saved.get("vqgan"), "--vqgan_model_path")
@@ -93,7 +92,7 @@ def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
         vae = load_vqgan()
         weights.update({f"vae.{name}": tensor for name, tensor in vae.state_dict().items()})
 
-    known = saved.get("tokenizer") or {}
+    known = saved.get("tokenizer", {})
     if bpe_path is None and torch_bytes(known.get("vocabulary")) is not None:
         tokenizer = load_tokenizer(vocabulary=torch_bytes(known["vocabulary"]))
     else:
@@ -121,7 +120,7 @@ def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
     model.load_state_dict(weights)
     recommended = {
         **DEFAULTS,
-        **{key: value for key, value in (saved.get("sampling") or {}).items() if value is not None},
+        **{key: value for key, value in saved.get("sampling", {}).items() if value is not None},
     }
     return model.eval(), tokenizer, recommended
 

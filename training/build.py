@@ -114,6 +114,8 @@ def build(settings):
         trainer=trainer,
         schedule=schedule,
         steps=steps,
+        vqgan=vae.fingerprint(),  # once: both are hashes of all there is
+        data=dataset.fingerprint(),
     )
     if origin is not None:
         checkpoints.resume(run, *origin, model)

@@ -122,10 +122,9 @@ def resume(run, path, saved, model):
     misfit = checkpoint.first_misfit(model, weights)
     if misfit:
         raise ValueError(f"{path}: does not fit this configuration: {misfit}")
-    vocabulary = saved["tokenizer"].get("sha256") if isinstance(saved.get("tokenizer"), dict) else None
     for flag, made_with, ours in (
-        ("--bpe-path", vocabulary, run.tokenizer.fingerprint),
-        ("--vae-path", saved.get("vqgan"), run.vae.fingerprint()),
+        ("--bpe-path", saved.get("tokenizer", {}).get("sha256"), run.tokenizer.fingerprint),
+        ("--vae-path", saved.get("vqgan"), run.vqgan),
     ):
         if made_with not in (None, ours):
             sides = f"{checkpoint.short(made_with)}, this run's is {checkpoint.short(ours)}"
@@ -134,19 +133,18 @@ def resume(run, path, saved, model):
         run.trainer.load_state_dict({"weights": weights})
         log.LOG.info("%s: weights alone, of step %s; a new optimizer, from step 0", path, saved.get("step"))
         return
-    ema = saved.get("ema_weights")
     run.trainer.load_state_dict(
         {
             "weights": weights,
-            "ema_weights": checkpoint.model_weights(ema) if isinstance(ema, dict) else None,
+            "ema_weights": checkpoint.model_weights(saved.get("ema_weights", {})),
             "opt_state": saved.get("opt_state") if isinstance(saved.get("opt_state"), list) else None,
-            **(saved.get("trainer") if isinstance(saved.get("trainer"), dict) else {}),
+            **saved.get("trainer", {}),
         }
     )
     if isinstance(saved.get("scheduler_state"), dict):
         run.schedule.load_state_dict(saved["scheduler_state"])
     run.step = saved.get("step", (saved.get("epoch", -1) + 1) * run.batches.batches_per_epoch)
-    for name, value in (saved.get("progress") or {}).items():
+    for name, value in saved.get("progress", {}).items():
         setattr(run, name, tuple(value) if isinstance(value, list) else value)
     if run.step > run.steps or (run.step == run.steps and not run.settings.resume):
         raise ValueError(
@@ -160,14 +158,14 @@ def resume(run, path, saved, model):
 def differences(saved, run):
     """In what a run differs from the one that wrote a file, a phrase each."""
     found = []
-    before = saved.get("settings") if isinstance(saved.get("settings"), dict) else {}
+    before = saved.get("settings", {})
     for name, value in vars(run.settings).items():
         if name in before and name not in NOT_THE_SAME_RUN and plain(before[name]) != plain(value):
             found.append(f"--{name.replace('_', '-')} {value}, was {before[name]}")
-    versions = saved.get("versions") if isinstance(saved.get("versions"), dict) else {}
-    if versions.get("torch") not in (None, str(torch.__version__)):
-        found.append(f"torch {torch.__version__}, was {versions['torch']}")
-    if saved.get("data") not in (None, run.dataset.fingerprint()):
+    version = saved.get("versions", {}).get("torch")
+    if version not in (None, str(torch.__version__)):
+        found.append(f"torch {torch.__version__}, was {version}")
+    if saved.get("data") not in (None, run.data):
         found.append("other pictures or captions in the input folder")
     return found
 
@@ -224,8 +222,8 @@ def contents(run, state):
             "sha256": run.tokenizer.fingerprint,
             "vocabulary": None if vocabulary is None else torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8),
         },
-        "vqgan": run.vae.fingerprint(),
-        "data": run.dataset.fingerprint(),
+        "vqgan": run.vqgan,
+        "data": run.data,
         "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
         "settings": dict(vars(settings)),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},

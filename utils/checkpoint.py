@@ -73,7 +73,8 @@ def check_writable(folder, flag):
 def read(path):
     """The checkpoint's dict, on the CPU. ValueError in one line where it is none, is cut short or holds code.
 
-    Of a .safetensors file: without optimizer and schedule, and with `exported`.
+    What KINDS names is there in its kind, or not at all. Of a .safetensors file: without optimizer and schedule, and
+    with `exported`.
     """
     path = Path(path)
     if not path.is_file():

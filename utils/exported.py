@@ -27,7 +27,7 @@ def write(path, saved, half=False):
 
     half: floating-point weights in fp16, but for the VQGAN's, whose codes would not be those of training any more.
     """
-    averaged = saved.get("ema_weights") if isinstance(saved.get("ema_weights"), dict) else {}
+    averaged = saved.get("ema_weights", {})
     tensors = {**saved["weights"], **averaged}
     if half:
         tensors = {
@@ -36,7 +36,7 @@ def write(path, saved, half=False):
         }
     header = {key: saved[key] for key in KEYS if key in saved}
     header["exported"] = {"averaged": bool(averaged), "half": half}
-    if isinstance(saved.get("tokenizer"), dict):
+    if "tokenizer" in saved:
         header["tokenizer"] = {key: value for key, value in saved["tokenizer"].items() if key != "vocabulary"}
         if torch.is_tensor(saved["tokenizer"].get("vocabulary")):
             tensors[VOCABULARY] = saved["tokenizer"]["vocabulary"]
