@@ -2,12 +2,14 @@
 not been.
 """
 
+import json
 import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +291,43 @@ def test_ctrl_c_saves_and_says_how_to_go_on(trained, tiny_flags, tmp_path):
     assert opened(path)["step"] == step
     onward, ended = trained("--epochs", "100000", "--max-steps", step + 1, "--pretrained-checkpoint", path)
     assert f"at step {step}" in ended.out and opened(onward / f"dalle_step_{step + 1}.pt")["step"] == step + 1
+
+
+SLOW_VALIDATION = """
+import sys, time
+import train
+from training import validation
+
+validate = validation.validate
+def slow(trainer, backend, dataset):
+    print("<validating>", flush=True)
+    time.sleep(1)
+    return validate(trainer, backend, dataset)
+validation.validate = slow
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("place", [2, 4])  # of four validations, each at an epoch's end: within, and the very last
+def test_a_stop_during_a_validation_is_taken_up_there(tiny_flags, trained, tmp_path, place):
+    flags = ["--validation-split", "0.3", "--validation-steps", "99", "--epochs", "4"]
+    whole, _ = trained(*flags)
+    folder = tmp_path / "stopped"
+    words = [sys.executable, "-c", SLOW_VALIDATION, *tiny_flags, *flags, "--checkpoint-output-dir", str(folder)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(place):
+        while "<validating>" not in process.stdout.readline():
+            assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "" and "stopped after step" in out
+    resumed, ended = trained(*flags, "--checkpoint-output-dir", folder, "--resume")
+    expected, found = opened(whole / "dalle_3.pt"), opened(folder / "dalle_3.pt")
+    assert equal_weights(expected["weights"], found["weights"])
+    assert all(found[name] == expected[name] for name in ("scheduler_state", "progress", "step"))
+    steps = [[json.loads(line)["step"] for line in (at / "metrics.jsonl").open()] for at in (whole, folder)]
+    assert steps[0] == steps[1]
 
 
 SLOW_ENCODING = """
