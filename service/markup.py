@@ -10,6 +10,12 @@ CLICKS = """element.addEventListener('click', event => {
   const tile = event.target.closest('[data-place]');
   if (tile) trigger('select', {place: Number(tile.dataset.place)});
 });"""
+CHOSEN = """element.addEventListener('click', event => {
+  if (event.target.closest('.vary')) trigger('click');
+});
+watch('value', () => {
+  if (element.querySelector('.chosen')) element.scrollIntoView({block: 'nearest', behavior: 'smooth'});
+});"""
 NAMES = {
     "seed": "Seed",
     "temperature": "Temperature",
@@ -95,21 +101,26 @@ def grid(session, job):
     return f'<div class="grid n{min(len(tiles), 5)}">{"".join(tiles)}</div>'
 
 
+def plain(value):
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def chosen(finished):
     """The picture that was clicked, with what it was drawn from and a link that saves it."""
     if finished is None:
         return ""
     picture, about = finished.picture, finished.about
     facts = "".join(
-        f"<dt>{name}</dt><dd>{'none' if about[key] is None else html.escape(str(about[key]))}</dd>"
+        f"<dt>{name}</dt><dd>{html.escape(plain(about[key]))}</dd>"
         for key, name in NAMES.items()
         if key in about
     )
     source = data_url(finished.png, "png")
     return (
         f'<article class="chosen"><img src="{source}" alt="{html.escape(picture.prompt)}"><div>'
-        f"<p class=prompt>{html.escape(picture.prompt)}</p><dl>{facts}</dl>"
-        f'<a class="save" href="{source}" download="mini-dalle-seed-{picture.seed}.png">Download</a></div></article>'
+        f'<p class="prompt">{html.escape(picture.prompt)}</p><dl>{facts}</dl>'
+        f'<p class="acts"><button type="button" class="vary" title="Keep its upper half, draw the rest anew">Vary</button>'
+        f'<a href="{source}" download="mini-dalle-seed-{picture.seed}.png">Download</a></p></div></article>'
     )
 
 

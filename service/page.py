@@ -79,7 +79,7 @@ def build(loaded, queue, limits):
 
 def layout(loaded, limits):
     """Everything that is seen, in its places → the parts that events concern."""
-    gr.HTML("<header><h1>Mini DALL-E</h1><p>Text in, pictures out</p></header>")
+    bare("<header><h1>Mini DALL-E</h1><p>Text in, pictures out</p></header>")
     with gr.Row(elem_id="ask"):
         prompt = gr.Textbox(
             placeholder="What should the picture show?",
@@ -96,16 +96,15 @@ def layout(loaded, limits):
         stop = gr.Button("Stop", elem_id="stop", scale=0, min_width=120, visible=False)
     with gr.Row(elem_id="desk"):
         with gr.Column(scale=3, min_width=320):
-            status = gr.HTML("", elem_id="status")
-            grid = gr.HTML(markup.NOTHING, elem_id="grid", js_on_load=markup.CLICKS)
-            chosen = gr.HTML("", elem_id="chosen")
-            vary = gr.Button("Vary it: keep its upper half, draw the rest anew", elem_id="vary", visible=False)
-            history = gr.HTML("", elem_id="history", js_on_load=markup.CLICKS)
+            status = bare("", elem_id="status")
+            grid = bare(markup.NOTHING, elem_id="grid", js_on_load=markup.CLICKS)
+            chosen = bare("", elem_id="chosen", js_on_load=markup.CHOSEN)
+            history = bare("", elem_id="history", js_on_load=markup.CLICKS)
         with gr.Column(scale=1, min_width=280, elem_id="controls"):
             with gr.Accordion("Settings", open=True):
                 count = gr.Slider(1, limits.max_images, min(4, limits.max_images), step=1, label="Pictures")
                 shaping = sampling_sliders(loaded)
-                seed = gr.Number(label="Seed", info="empty: a new one each time", precision=0, elem_id="seed")
+                seed = gr.Textbox(label="Seed", placeholder="a new one each time", max_lines=1, elem_id="seed")
             with gr.Accordion("Begin from a picture", open=False, elem_id="image-prompt"):
                 image = Upload(
                     label="Its upper part stays, the rest is drawn",
@@ -118,8 +117,13 @@ def layout(loaded, limits):
                 )
                 rows = loaded.model.fmap_size
                 keep = gr.Slider(1, max(rows - 1, 2), max(rows // 2, 1), step=1, label=f"Rows that stay, of {rows}")
-    gr.HTML(f'<footer>Checkpoint {loaded.fingerprint[:8]} · <a href="docs">HTTP API</a></footer>')
+    bare(f'<footer>Checkpoint {loaded.fingerprint[:8]} · <a href="docs">HTTP API</a></footer>')
     return SimpleNamespace(**locals())
+
+
+def bare(value, **options):
+    """gr.HTML without Gradio's own style of text."""
+    return gr.HTML(value, apply_default_css=False, **options)
 
 
 def sampling_sliders(loaded):
@@ -150,15 +154,23 @@ def sampling_sliders(loaded):
 def wire(blocks, parts, events):
     """Which event calls what. Gradio's own queue lets everything through: who draws next is ours to say."""
     asked = [parts.prompt, parts.count, parts.seed, parts.image, parts.keep, *parts.shaping.values()]
-    seen = [parts.status, parts.grid, parts.chosen, parts.vary, parts.history, parts.draw, parts.stop]
+    seen = [parts.status, parts.grid, parts.chosen, parts.history, parts.draw, parts.stop]
     quiet = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     gr.on([parts.prompt.submit, parts.draw.click], events.draw, asked, seen, **quiet)
-    parts.vary.click(events.vary, [parts.count], seen, **quiet)
+    parts.chosen.click(events.vary, [parts.count], seen, **quiet)
     parts.stop.click(events.stop, None, None, **quiet)
     parts.grid.select(events.choose_shown, None, seen, **quiet)
     parts.history.select(events.choose_old, None, seen, **quiet)
     parts.image.upload(events.check, [parts.image], [parts.status, parts.image], **quiet)
     blocks.unload(events.leave)
+
+
+def seed_of(text):
+    """What was written as a seed → int, or None. ValueError with a sentence."""
+    text = (text or "").strip()
+    if text and not (text.isdecimal() and len(text) < 20):
+        raise ValueError(f"The seed is '{text[:40]}'; it must be a whole number from 0 on, or be left out.")
+    return int(text) if text else None
 
 
 class Events:
@@ -173,10 +185,10 @@ class Events:
     ):
         moved = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cond_scale": cond_scale}
         sampling = {key: value for key, value in moved.items() if value != self.at_first[key]}
-        wanted = {"prompt": prompt or "", "count": count, "seed": seed, "sampling": sampling}
+        wanted = {"prompt": prompt or "", "count": count, "sampling": sampling, "image": image, "keep": keep}
 
         def make():
-            return pictures_of(self.loaded, self.limits, **wanted, image=image, keep=keep)
+            return pictures_of(self.loaded, self.limits, **wanted, seed=seed_of(seed))
 
         async for update in self._drawing(request.session_hash, make):
             yield update
@@ -238,7 +250,6 @@ class Events:
         return {
             parts.grid: markup.grid(session, job),
             parts.chosen: markup.chosen(session.chosen),
-            parts.vary: gr.update(visible=session.chosen is not None),
         }
 
     async def stop(self, request: gr.Request):

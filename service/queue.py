@@ -107,6 +107,8 @@ class DrawingQueue:
                 raise Busy("The service is stopping.")
             if len(self.jobs) >= self.max_jobs or own >= max(1, self.max_jobs // 2):
                 raise Busy("Too many pictures are being drawn at the moment; please try again in a little while.")
+            if not self.jobs:  # nobody remembers who drew how much before
+                self.served, self.clock = {}, 0
             self.jobs.append(job)
             if client not in self.waiting:
                 self.served[client] = max(self.served.get(client, 0), self.clock)
