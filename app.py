@@ -38,7 +38,9 @@ def main(argv=None):
         limits = Limits(settings.max_images, settings.max_prompt_characters)
         server = serving(loaded, limits, settings.queue_size)
         host, port = listening.getsockname()[:2]
-        print(f"http://{f'[{host}]' if ':' in host else host}:{port} draws with {loaded.path}; Ctrl-C ends it", flush=True)
+        print(
+            f"http://{f'[{host}]' if ':' in host else host}:{port} draws with {loaded.path}; Ctrl-C ends it", flush=True
+        )
         server.run(sockets=[listening])
 
 

@@ -38,8 +38,12 @@ def page_of(model, loaded, limits):
     rows = ""
     for name, about in model.model_json_schema()["properties"].items():
         kind = about.get("type") or about["anyOf"][0]["type"]
-        rows += f"<tr><td><code>{name}</code></td><td>{TYPES[kind]}</td><td>{html.escape(about['description'])}</td></tr>"
-    recommended = ", ".join(f"{name} {'none' if value is None else value}" for name, value in loaded.recommended.items())
+        rows += (
+            f"<tr><td><code>{name}</code></td><td>{TYPES[kind]}</td><td>{html.escape(about['description'])}</td></tr>"
+        )
+    recommended = ", ".join(
+        f"{name} {'none' if value is None else value}" for name, value in loaded.recommended.items()
+    )
     return PAGE.format(
         rows=rows,
         images=limits.max_images,

@@ -111,9 +111,7 @@ def chosen(finished):
         return ""
     picture, about = finished.picture, finished.about
     facts = "".join(
-        f"<dt>{name}</dt><dd>{html.escape(plain(about[key]))}</dd>"
-        for key, name in NAMES.items()
-        if key in about
+        f"<dt>{name}</dt><dd>{html.escape(plain(about[key]))}</dd>" for key, name in NAMES.items() if key in about
     )
     source = data_url(finished.png, "png")
     return (

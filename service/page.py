@@ -180,9 +180,7 @@ class Events:
         self.loaded, self.queue, self.limits, self.sessions, self.parts = loaded, queue, limits, sessions, parts
         self.at_first = {key: slider.value for key, slider in parts.shaping.items()}
 
-    async def draw(
-        self, prompt, count, seed, image, keep, temperature, top_k, top_p, cond_scale, request: gr.Request
-    ):
+    async def draw(self, prompt, count, seed, image, keep, temperature, top_k, top_p, cond_scale, request: gr.Request):
         moved = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cond_scale": cond_scale}
         sampling = {key: value for key, value in moved.items() if value != self.at_first[key]}
         wanted = {"prompt": prompt or "", "count": count, "sampling": sampling, "image": image, "keep": keep}

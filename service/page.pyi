@@ -40,10 +40,10 @@ class Upload(gr.Image):
         return payload.path if payload else None
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 def theme():
     ink = {
@@ -64,7 +64,6 @@ def theme():
     sizes = {"radius_size": "lg", "text_size": "md"}
     return gr.themes.Base(**colours, **sizes, font=list(FONTS), font_mono=["ui-monospace", "monospace"]).set(**ink)
 
-
 def mount(app, loaded, queue, limits):
     """Put the page at / of a FastAPI application."""
     blocks = build(loaded, queue, limits)
@@ -73,7 +72,6 @@ def mount(app, loaded, queue, limits):
     style = Path(__file__).with_name("page.css")
     gr.mount_gradio_app(app, blocks, "/", theme=theme(), css_paths=[style], head=HEAD, **options)
 
-
 def build(loaded, queue, limits):
     """gr.Blocks of the page with its events."""
     sessions = Sessions()
@@ -81,7 +79,6 @@ def build(loaded, queue, limits):
         parts = layout(loaded, limits)
         wire(blocks, parts, Events(loaded, queue, limits, sessions, parts))
     return blocks
-
 
 def layout(loaded, limits):
     """Everything that is seen, in its places → the parts that events concern."""
@@ -127,7 +124,6 @@ def layout(loaded, limits):
     gr.HTML(f'<footer>Checkpoint {loaded.fingerprint[:8]} · <a href="docs">HTTP API</a></footer>')
     return SimpleNamespace(**locals())
 
-
 def sampling_sliders(loaded):
     """A slider each for temperature, top_k, top_p and cond_scale, at what the checkpoint recommends."""
     at = loaded.recommended
@@ -152,7 +148,6 @@ def sampling_sliders(loaded):
     )
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cond_scale": cond_scale}
 
-
 def wire(blocks, parts, events):
     """Which event calls what. Gradio's own queue lets everything through: who draws next is ours to say."""
     asked = [parts.prompt, parts.count, parts.seed, parts.image, parts.keep, *parts.shaping.values()]
@@ -166,7 +161,6 @@ def wire(blocks, parts, events):
     parts.image.upload(events.check, [parts.image], [parts.status, parts.image], **quiet)
     blocks.unload(events.leave)
 
-
 class Events:
     """What happens when something is pressed. Each method gives updates of the parts that change."""
 
@@ -174,9 +168,7 @@ class Events:
         self.loaded, self.queue, self.limits, self.sessions, self.parts = loaded, queue, limits, sessions, parts
         self.at_first = {key: slider.value for key, slider in parts.shaping.items()}
 
-    async def draw(
-        self, prompt, count, seed, image, keep, temperature, top_k, top_p, cond_scale, request: gr.Request
-    ):
+    async def draw(self, prompt, count, seed, image, keep, temperature, top_k, top_p, cond_scale, request: gr.Request):
         moved = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cond_scale": cond_scale}
         sampling = {key: value for key, value in moved.items() if value != self.at_first[key]}
         wanted = {"prompt": prompt or "", "count": count, "seed": seed, "sampling": sampling}
