@@ -1,4 +1,4 @@
-"""The page's parts as HTML: status line, grid, the chosen picture, history. Every text of the user's is escaped here."""
+"""The page's parts as HTML: status line, grid, chosen picture, history. Every text of the user's is escaped here."""
 
 import base64
 import html
@@ -117,7 +117,8 @@ def chosen(finished):
     return (
         f'<article class="chosen"><img src="{source}" alt="{html.escape(picture.prompt)}"><div>'
         f'<p class="prompt">{html.escape(picture.prompt)}</p><dl>{facts}</dl>'
-        f'<p class="acts"><button type="button" class="vary" title="Keep its upper half, draw the rest anew">Vary</button>'
+        '<p class="acts"><button type="button" class="vary" title="Keep its upper half, draw the rest anew">'
+        "Vary</button>"
         f'<a href="{source}" download="mini-dalle-seed-{picture.seed}.png">Download</a></p></div></article>'
     )
 

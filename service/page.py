@@ -22,21 +22,10 @@ VARIED = 0.5  # of a picture's rows stay where it is varied
 UNFORESEEN = "Something went wrong inside the program; its log says what."
 HEAD = """<meta name="color-scheme" content="light dark">
 <meta name="description" content="Text in, pictures out">
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect
-width='7' height='7' rx='1.5' fill='%23d6453d'/%3E%3Crect x='9' width='7' height='7' rx='3.5' fill='%233f6fd8'/%3E%3Crect
-y='9' width='7' height='7' rx='3.5' fill='%23e3a72f'/%3E%3Crect x='9' y='9' width='7' height='7' rx='1.5'
-fill='%23479a5f'/%3E%3C/svg%3E">"""
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 2 2'
+stroke-width='.9' stroke-linecap='round'%3E%3Cpath stroke='%23d6453d' d='M.5 .5h0'/%3E%3Cpath stroke='%233f6fd8'
+d='M1.5 .5h0'/%3E%3Cpath stroke='%23e3a72f' d='M.5 1.5h0'/%3E%3Cpath stroke='%23479a5f' d='M1.5 1.5h0'/%3E%3C/svg%3E">"""
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
-
-
-class Upload(gr.Image):
-    """gr.Image that gives the file's path and looks at nothing: uploads.py does that, with limits."""
-
-    def get_block_name(self):
-        return "image"
-
-    def preprocess(self, payload):
-        return payload.path if payload else None
 
 
 def theme():
@@ -106,7 +95,7 @@ def layout(loaded, limits):
                 shaping = sampling_sliders(loaded)
                 seed = gr.Textbox(label="Seed", placeholder="a new one each time", max_lines=1, elem_id="seed")
             with gr.Accordion("Begin from a picture", open=False, elem_id="image-prompt"):
-                image = Upload(
+                image = gr.Image(
                     label="Its upper part stays, the rest is drawn",
                     sources=["upload", "clipboard"],
                     type="filepath",
@@ -115,6 +104,7 @@ def layout(loaded, limits):
                     buttons=[],
                     elem_id="image",
                 )
+                image.preprocess = path_of  # else Gradio opens the picture itself, with errors of its own
                 rows = loaded.model.fmap_size
                 keep = gr.Slider(1, max(rows - 1, 2), max(rows // 2, 1), step=1, label=f"Rows that stay, of {rows}")
     bare(f'<footer>Checkpoint {loaded.fingerprint[:8]} · <a href="docs">HTTP API</a></footer>')
@@ -124,6 +114,11 @@ def layout(loaded, limits):
 def bare(value, **options):
     """gr.HTML without Gradio's own style of text."""
     return gr.HTML(value, apply_default_css=False, **options)
+
+
+def path_of(upload):
+    """What gr.Image sends → the file's path, or None; uploads.py looks at it, with limits."""
+    return upload.path if upload else None
 
 
 def sampling_sliders(loaded):
