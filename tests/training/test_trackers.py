@@ -90,7 +90,7 @@ def test_trackers_are_closed_however_a_run_ends(command, tiny_flags, wandb, monk
     def end(run):
         raise how
 
-    monkeypatch.setattr(train, "validate", end)
+    monkeypatch.setattr(train, "after_update", end)
     flags = [*tiny_flags, "--wandb", "--checkpoint-output-dir", tmp_path]
     if status == 1:
         with pytest.raises(KeyError):
