@@ -79,7 +79,8 @@ def generate_arguments(argv=None):
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"argument --prompts-file: {settings.prompts_file}: {error.strerror}")
+        if settings.prompts_file:  # else there was no standard input
+            parser.error(f"argument --prompts-file: {settings.prompts_file}: {error.strerror}")
     if settings.requests is None and not settings.variations:
         parser.error("argument --text: missing; write what the picture should show, or give --prompts-file")
     check_vqgan_files(parser, settings)

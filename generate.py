@@ -122,9 +122,9 @@ def requested(settings, loaded, seed):
     requests = [request._replace(image_prompt=request.image_prompt or beginning) for request in requests]
     if settings.gentxt:
         for place, request in enumerate(requests):
-            prompt = drawing.completed(loaded, request.prompt, seed if request.seed is None else request.seed)
+            text, prompt = drawing.completed(loaded, request.prompt, seed if request.seed is None else request.seed)
             log.LOG.info("completed prompt: %s", prompt)
-            requests[place] = request._replace(prompt=prompt)
+            requests[place] = request._replace(prompt=prompt, tokens=text)
     return requests
 
 
@@ -140,7 +140,11 @@ def pictures_of(request, settings, loaded, seed):
     sampling.update(request.sampling)
     count = settings.rank * (settings.num_images if request.num_images is None else request.num_images)
     first = seed if request.seed is None else request.seed
-    one = drawing.picture(loaded, request.prompt, first, sampling, given)
+    try:
+        text = drawing.tokens_of(loaded, request.prompt) if request.tokens is None else request.tokens
+    except ValueError as error:
+        raise ValueError(f"{request.where}: {error}") from None
+    one = drawing.picture(loaded, request.prompt, first, sampling, given, text)
     return [one._replace(seed=first + number) for number in range(count)]
 
 
@@ -198,7 +202,7 @@ def preview(settings, loaded):
     if settings.preview is None:
         yield lambda pictures: None
         return
-    path = Path(settings.outputs_dir) / "preview.png"
+    path = Path(settings.outputs_dir) / output.PREVIEW
 
     try:
         yield lambda pictures: previews.Forming(

@@ -22,13 +22,14 @@ class Picture(NamedTuple):
     given: torch.Tensor  # int64 (n,): its first codes, which are kept
 
 
-def picture(loaded, prompt, seed, sampling=None, given=None):
-    """A picture to be drawn with a Loaded. sampling: settings other than those that the checkpoint recommends.
+def picture(loaded, prompt, seed, sampling=None, given=None, text=None):
+    """A picture to be drawn with a Loaded. sampling: settings other than those that the checkpoint recommends. text:
+    the prompt's tokens, where they are known.
 
     ValueError, in one sentence, for a prompt that the model cannot read, an unknown setting, one out of its range, or
     guidance of a model that has not learnt it.
     """
-    text = tokens_of(loaded, prompt)
+    text = tokens_of(loaded, prompt) if text is None else text
     unknown = sorted(set(sampling or ()) - set(DEFAULTS))
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no such setting; there are {', '.join(DEFAULTS)}")
@@ -57,11 +58,11 @@ def tokens_of(loaded, prompt):
 
 
 def completed(loaded, prompt, seed, temperature=1.0):
-    """A started caption → the same with the words that the model adds."""
+    """A started caption → (tokens int64 (text_seq_len,), what they say) with the words that the model adds."""
     text = tokens_of(loaded, prompt)
     generator = torch.Generator().manual_seed(seed)
     text = complete_text(loaded.model, text[text != 0][None], temperature=temperature, generator=generator)
-    return " ".join(loaded.tokenizer.decode(text[0]).split())
+    return text[0], " ".join(loaded.tokenizer.decode(text[0]).split())
 
 
 def together(picture):

@@ -16,7 +16,7 @@ from utils.checkpoint import short, written_whole
 
 NAME_BYTES = 200  # of a folder's name; file systems allow 255
 SUFFIXES = {"png": ".png", "jpg": ".jpg"}
-RESULTS = "results.jsonl"
+RESULTS, PREVIEW = "results.jsonl", "preview.png"  # in the output folder, beside the prompts' folders
 
 
 def as_picture(pixels):
@@ -74,7 +74,12 @@ def folder_of(prompt, outputs_dir):
     """The folder of a prompt's pictures, made where it is missing; it holds caption.txt, by which it is found again."""
     base, caption = Path(outputs_dir) / folder_name(prompt), f"{prompt}\n".encode()
     folder, number = base, 1
-    while folder.is_file() or ((folder / "caption.txt").exists() and (folder / "caption.txt").read_bytes() != caption):
+    taken = (RESULTS, PREVIEW)
+    while (
+        folder.name in taken
+        or folder.is_file()
+        or ((folder / "caption.txt").exists() and (folder / "caption.txt").read_bytes() != caption)
+    ):
         number += 1  # another prompt has this name
         folder = base.with_name(f"{base.name}-{number}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,8 @@ class Request(NamedTuple):
     image_prompt: Optional[str] = None
     keep_rows: Optional[float] = None
     sampling: Dict = {}  # noqa: RUF012  no request changes it
+    where: str = "--text"
+    tokens: Optional[object] = None  # of a completed caption, whose words need not give the same ones again
 
 
 def read(text=None, file=None):
@@ -54,7 +56,7 @@ def checked_parts(text, where):
 def of_line(line, where):
     """A Request of one line: JSON where it begins with {, else a prompt."""
     if not line.lstrip().startswith("{"):
-        return Request(" ".join(line.split()))
+        return Request(" ".join(line.split()), where=where)
     try:
         said = json.loads(line)
     except (ValueError, RecursionError):
@@ -75,7 +77,7 @@ def of_line(line, where):
         if not least <= said.get(key, least) < 2**63:
             raise ValueError(f"{where}: {key} is {said[key]}; it must be {least} or more")
     rest = {key: said.get(key) for key in ("num_images", "seed", "image_prompt", "keep_rows")}
-    return Request(prompt, sampling={key: said[key] for key in NUMBERS if key in said}, **rest)
+    return Request(prompt, sampling={key: said[key] for key in NUMBERS if key in said}, where=where, **rest)
 
 
 NAMES = {str: "text", int: "a whole number", float: "a number"}

@@ -166,7 +166,7 @@ COUNTS = {
     "train.py": "batch-size gradient-accumulation replication-factor epochs max-steps device-iterations "
     "embedding-serialization-factor ipus-per-replica hidden-size num-hidden-layers num-attention-heads dim-head "
     "text-seq-len checkpoint-save-steps checkpoint-save-epochs keep-checkpoints validation-steps",
-    "generate.py": "num-images batch-size",
+    "generate.py": "num-images batch-size rank preview",
     "train_vqgan.py": "image-size patch-size ch ch-mult num-res-blocks z-channels embed-dim n-embed batch-size "
     "max-steps",
     "evaluate.py": "prompts batch-size max-pairs",
@@ -341,7 +341,7 @@ def test_flags_that_contradict_each_other_end_in_one_line(argv, told, capsys):
 
 def test_prompts_are_separated_and_trimmed(capsys):
     settings = args_generate.generate_arguments(["--dalle_path", "c.pt", "--text", " a  red cat|a dog "])
-    assert settings.prompts == ["a red cat", "a dog"]
+    assert [request.prompt for request in settings.requests] == ["a red cat", "a dog"]
     base = ["--dalle_path", "c.pt", "--text", "a"]
     assert "--vqgan-model-path" in refused(
         capsys, args_generate.generate_arguments, [*base, "--vqgan_config_path", "v.yaml"]
