@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("models", "data", "backends", "utils", "training", "benchmarks")
+ROOMS = ("models", "data", "backends", "generation", "utils", "training", "benchmarks")
 SOURCES = sorted(path for folder in (ROOT, *map(ROOT.joinpath, ROOMS)) for path in folder.glob("*.py"))
 LOCAL = {*ROOMS, *(path.stem for path in ROOT.glob("*.py"))}
 FOREIGN = {"torch", "torchvision", "numpy", "PIL", "yaml", "tqdm", "einops", "taming", "ftfy", "tokenizers"}
@@ -23,9 +23,12 @@ ALLOWED = {
     "data": {"data", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers"},
     "backends": {"backends", "models", "utils", "torch"},
     "backends/native_vqgan.py": {"torch", "taming"},
+    "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL"},
+    "generation/prompts.py": set(),
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
     "args.py": {"utils.command_line"},
     "args_evaluate.py": {"args", "utils.command_line"},
+    "args_generate.py": {"args", "generation.prompts", "utils.command_line"},
     "utils/command_line.py": {"yaml"},
     "log.py": {"tqdm"},
     "process_captions.py": {"data.process_trainset"},
