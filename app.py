@@ -21,8 +21,8 @@ def main(argv=None):
     with log.interrupt_exits(), log.termination_interrupts(), log.bad_input_exits(), stopping:
         os.environ.update(NO_NETWORK)  # before Gradio is imported
         os.environ["GRADIO_TEMP_DIR"] = stopping.enter_context(tempfile.TemporaryDirectory(prefix="mini-dalle-"))
-        need_gradio()
         listening = stopping.enter_context(listen(settings.host, settings.port))
+        need_gradio()
         from generation.loading import load
         from service.requests import Limits
 
@@ -50,7 +50,9 @@ def need_gradio():
         import gradio  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"{error.name} is missing; pip install -r requirements-app.txt brings it") from None
+        raise ValueError(
+            f"{error.name} is missing; pip install -r requirements-app.txt brings it (Python 3.10 on)"
+        ) from None
 
 
 def listen(host, port):
@@ -79,7 +81,7 @@ def serving(loaded, limits, queue_size):
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame):
-            queue.stopping = True  # gives up what is being drawn, so that nobody is waited for
+            queue.give_up()  # so that whoever waits for pictures is told, and not waited for
             super().handle_exit(sig, frame)
 
         async def serve(self, sockets=None):

@@ -96,7 +96,7 @@ def build(loaded, queue, limits):
         if not await waited(request, queue, job):
             return refusal(499, "The client went away.")
         if job.error:
-            return refusal(500, job.error)
+            return refusal(503 if queue.stopping else 500, job.error)
         drawn = await run_in_threadpool(answers, loaded, job)
         return JSONResponse({"pictures": drawn, "seconds": round(time.monotonic() - began, 3)})
 

@@ -4,7 +4,6 @@ import base64
 import html
 import io
 
-THUMBNAIL = 128  # pixels a side, in the history
 # What a click on a picture tells the page; its place is written on the button around it.
 CLICKS = """element.addEventListener('click', event => {
   const tile = event.target.closest('[data-place]');
@@ -90,7 +89,7 @@ def grid(session, job):
             tiles.append(
                 f'<button type="button" class="tile" data-place="{place}" aria-pressed="{pressed}" '
                 f'aria-label="Picture {place + 1}, seed {finished.picture.seed}">'
-                f'<img alt="" src="{data_url(finished.png, "png")}"></button>'
+                f'<img alt="" src="{finished.tile}"></button>'
             )
         elif forming is not None:
             tiles.append(f'<div class="tile forming"><img alt="" src="{small(forming)}"></div>')
@@ -130,7 +129,7 @@ def history(session):
     tiles = "".join(
         f'<button type="button" class="tile" data-place="{place}" title="{html.escape(one.picture.prompt)}" '
         f'aria-label="{html.escape(one.picture.prompt)}, seed {one.picture.seed}">'
-        f'<img alt="" src="{small(one.image, THUMBNAIL)}"></button>'
+        f'<img alt="" src="{one.thumbnail}"></button>'
         for place, one in enumerate(session.history)
     )
     return f'<section class="history"><h2>History</h2><div class="strip">{tiles}</div></section>'

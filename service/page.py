@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from log import LOG
 from service import markup, uploads
 from service.queue import Busy, changes
-from service.requests import pictures_of, sentence, variants
+from service.requests import check_image, pictures_of, sentence, variants
 from service.session import Sessions
 
 PAUSE = 0.08  # seconds between two looks at a job: more often than the eye needs
@@ -24,7 +24,8 @@ HEAD = """<meta name="color-scheme" content="light dark">
 <meta name="description" content="Text in, pictures out">
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 2 2'
 stroke-width='.9' stroke-linecap='round'%3E%3Cpath stroke='%23d6453d' d='M.5 .5h0'/%3E%3Cpath stroke='%233f6fd8'
-d='M1.5 .5h0'/%3E%3Cpath stroke='%23e3a72f' d='M.5 1.5h0'/%3E%3Cpath stroke='%23479a5f' d='M1.5 1.5h0'/%3E%3C/svg%3E">"""
+d='M1.5 .5h0'/%3E%3Cpath stroke='%23e3a72f' d='M.5 1.5h0'/%3E%3Cpath stroke='%23479a5f'
+d='M1.5 1.5h0'/%3E%3C/svg%3E">"""
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 
 
@@ -95,8 +96,10 @@ def layout(loaded, limits):
                 shaping = sampling_sliders(loaded)
                 seed = gr.Textbox(label="Seed", placeholder="a new one each time", max_lines=1, elem_id="seed")
             with gr.Accordion("Begin from a picture", open=False, elem_id="image-prompt"):
+                bare('<p class="hint">Its upper rows stay, the rest is drawn.</p>')
                 image = gr.Image(
-                    label="Its upper part stays, the rest is drawn",
+                    label="Picture",
+                    show_label=False,
                     sources=["upload", "clipboard"],
                     type="filepath",
                     image_mode=None,
@@ -127,20 +130,20 @@ def sampling_sliders(loaded):
     temperature = gr.Slider(0.1, 2, at["temperature"], step=0.05, label="Temperature", info="from safe to wild")
     if at["top_k"] is not None and at["top_k"] > 1:
         codes = loaded.model.num_image_tokens
-        top_k = gr.Slider(2, codes, at["top_k"], step=1, label="Top-k", info="codes to choose from")
+        top_k = gr.Slider(2, codes, at["top_k"], step=1, label="Top-k", info="codes kept")
     else:
-        top_k = gr.Slider(0, 1, at["top_k"] or 0, step=0.005, label="Top-k", info="fraction of codes that is cut")
+        top_k = gr.Slider(0, 1, at["top_k"] or 0, step=0.005, label="Top-k", info="share of codes cut")
     top_p = gr.Slider(
         *(0.05, 1, 1 if at["top_p"] is None else at["top_p"]),
         step=0.01,
         label="Top-p",
-        info="likeliest codes up to this sum",
+        info="likeliest codes kept",
     )
     cond_scale = gr.Slider(
         *(1, 10, at["cond_scale"]),
         step=0.25,
         label="Guidance",
-        info="how closely the prompt is followed",
+        info="towards the prompt",
         visible=loaded.guidable,
     )
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cond_scale": cond_scale}
@@ -216,7 +219,7 @@ class Events:
             async for _ in changes(job):
                 if session.job is not job:
                     return
-                session.take(self.loaded, job)
+                await run_in_threadpool(session.take, self.loaded, job)
                 if not job.ended.is_set():
                     status = markup.progress(job, self.queue.others(job), self.loaded.model.fmap_size)
                     yield {parts.status: status, **self._pictures(session, job)}
@@ -268,10 +271,10 @@ class Events:
     def check(self, image):
         """An upload that cannot be used is told and taken away at once."""
         try:
-            uploads.opened(image)
+            check_image(image)
         except (ValueError, OSError) as error:
             return {self.parts.status: markup.wrong(sentence(str(error))), self.parts.image: None}
-        return {self.parts.status: ""}
+        return {self.parts.status: markup.said("The upper rows of that picture will stay.")}
 
     def leave(self, request: gr.Request):
         """The page was closed: what it waited for need not be drawn."""

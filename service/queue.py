@@ -25,9 +25,10 @@ class Abandoned(Exception):
 class Job:
     """Pictures that one client waits for.
 
-    codes and drawn are lists of int64 (L,) and of PIL pictures, None where a picture is not drawn yet; forming has PIL
-    pictures of those that are being drawn, by their places. row: rows of codes that they have. error: a sentence, where
-    the job failed. ended is set when everything is drawn, or failed, or was cancelled.
+    codes and drawn are lists of int64 (L,) and of PIL pictures, None where a picture is not drawn yet. drawing: how
+    many are in the batch that is being drawn, row: how many rows of codes they have; forming: PIL pictures of upper
+    rows by places. error: a sentence, where the job failed. ended is set when everything is drawn, or failed, or was
+    cancelled.
     """
 
     def __init__(self, client, pictures, every):
@@ -86,15 +87,17 @@ class DrawingQueue:
     def start(self):
         self.thread.start()
 
-    def stop(self):
-        """Give up what is being drawn, and end the thread."""
+    def give_up(self):
+        """Give up what is being drawn and what waits; the thread then ends."""
         with self.something:
             self.stopping = True
             self.something.notify()
+
+    def stop(self):
+        """give_up(), and wait for the thread."""
+        self.give_up()
         if self.thread.ident:
             self.thread.join()
-        for job in list(self.jobs):
-            self._end(job, "The service is stopping.")
 
     def submit(self, client, pictures, every=None):
         """Queue generation.drawing.Pictures of a client (any hashable) → Job. every: rows between previews, None for
@@ -172,9 +175,11 @@ class DrawingQueue:
         while True:
             with self.something:
                 self.something.wait_for(lambda: self.stopping or self.waiting)
-                if self.stopping:
-                    return
-                batch = self._next_batch()
+                batch = None if self.stopping else self._next_batch()
+            if batch is None:
+                for job in list(self.jobs):
+                    self._end(job, "The service is stopping.")
+                return
             try:
                 self._draw(batch)
             except Abandoned:
@@ -191,9 +196,9 @@ class DrawingQueue:
         forming = None
         if seen:
 
-            def show(pictures, *_):
+            def show(pictures, rows):
                 for (job, place), picture in zip(seen, pictures):
-                    job.forming[place] = picture
+                    job.forming[place] = picture.crop((0, 0, picture.width, picture.height * rows // side))
 
             forming = Forming(loaded, min(job.every for job, _ in seen), show, most=len(seen))
 

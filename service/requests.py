@@ -32,6 +32,12 @@ def pictures_of(loaded, limits, *, prompt, count=1, seed=None, sampling=None, im
     return variants(loaded, limits, prompt=prompt, count=count, seed=seed, sampling=sampling, given=given)
 
 
+def check_image(image):
+    """ValueError, with a sentence, for a path or bytes of what cannot be used as a picture."""
+    with ONE_AT_A_TIME:
+        uploads.opened(image)
+
+
 def codes_of(loaded, image, keep):
     """Codes of a picture's upper rows, int64 (n,)."""
     with ONE_AT_A_TIME:

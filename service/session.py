@@ -7,18 +7,23 @@ import collections
 import threading
 
 from generation.output import encoded, metadata
+from service import markup
 
 HISTORY = 60  # pictures a page keeps
+THUMBNAIL = 128  # pixels a side, in the history
 SESSIONS = 500  # pages that are remembered, where closing one went unnoticed
 
 
 class Finished:
-    """A picture as a page has it: what it was drawn from, its codes, PIL picture and the bytes of its PNG."""
+    """A picture as a page has it: what it was drawn from, its codes, the bytes of its PNG, and data URLs of smaller
+    files for grid and history.
+    """
 
     def __init__(self, loaded, picture, codes, image):
-        self.picture, self.codes, self.image = picture, codes, image
+        self.picture, self.codes = picture, codes
         self.about = metadata(picture, loaded)
         self.png = encoded(image, self.about, "png")
+        self.tile, self.thumbnail = markup.small(image), markup.small(image, THUMBNAIL)
 
 
 class Session:

@@ -7,6 +7,7 @@ import random
 import socket
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -114,6 +115,12 @@ def test_the_documentation_names_every_key_and_needs_no_network(port):
         page = b"".join(iter(lambda: raw.recv(65536), b"")).decode()
     assert all(f"<code>{key}</code>" in page for key in Generate.model_fields)
     assert "src=" not in page and "https://" not in page
+
+
+def test_no_files_of_the_machine_are_served(port):
+    for path in ("/etc/passwd", "app.py", str(Path(__file__).resolve()), "../../etc/passwd"):
+        status, _ = call(port, "GET", f"/gradio_api/file={path}")
+        assert status in (403, 404)
 
 
 def wrong_requests():

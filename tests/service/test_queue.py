@@ -188,7 +188,7 @@ def test_rows_and_previews_reach_those_who_want_them(loaded, drawing, queue):
     side, size = loaded.model.fmap_size, loaded.model.vae.image_size
     asyncio.run(follow(queue.submit("me", pictures(loaded, 1, 2), every=1)))
     assert set(rows) >= set(range(1, side)) and rows[-1] == 0
-    assert [(size, size)] * 2 in previews and previews[-1] == []
+    assert [(size, size // side)] * 2 in previews and previews[-1] == []
 
     job = queue.submit("me", pictures(loaded, 3))
     asyncio.run(follow(job))
@@ -210,7 +210,7 @@ def test_stopping_ends_what_is_drawn_and_what_waits(loaded, drawing):
     queue.start()
     drawn = occupied(queue, loaded, drawing)
     waits = queue.submit("waits", pictures(loaded, 2, temperature=0.5))
-    queue.stopping = True
+    queue.give_up()
     drawing.release()
     queue.stop()
     assert not queue.thread.is_alive()
