@@ -109,7 +109,7 @@ def layout(loaded, limits):
                 )
                 image.preprocess = path_of  # else Gradio opens the picture itself, with errors of its own
                 rows = loaded.model.fmap_size
-                keep = gr.Slider(1, max(rows - 1, 2), max(rows // 2, 1), step=1, label=f"Rows that stay, of {rows}")
+                keep = gr.Slider(1, max(rows - 1, 2), max(rows // 2, 1), step=1, label=f"Rows kept, of {rows}")
     bare(f'<footer>Checkpoint {loaded.fingerprint[:8]} · <a href="docs">HTTP API</a></footer>')
     return SimpleNamespace(**locals())
 
@@ -143,7 +143,7 @@ def sampling_sliders(loaded):
         *(1, 10, at["cond_scale"]),
         step=0.25,
         label="Guidance",
-        info="towards the prompt",
+        info="1 is none",
         visible=loaded.guidable,
     )
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cond_scale": cond_scale}

@@ -96,7 +96,7 @@ class Page:
         until(lambda: words in self.text("#status"))
 
     def drawn(self, count=4):
-        self.said("seconds. Click one")
+        self.said("seconds. Choose one")
         until(lambda: len(self.all("#grid button.tile img")) == count)
 
     def click(self, css, place=0):
