@@ -37,7 +37,6 @@ from tqdm import tqdm
 
 VERSION = 1  # of the choice and the wording: raised whenever the same settings would give other files
 HELD_OUT_SHARE = 20  # one of so many
-LONGEST_CAPTION = 72  # letters, but for the bare name
 TAGS = 3
 
 TONES = range(0x1F3FB, 0x1F400)
@@ -151,7 +150,7 @@ def find_drawings() -> List[Drawing]:
 
 
 def captions(drawing: Drawing, seed: int = 0) -> List[str]:
-    """Up to six different wordings, the plain one first; they depend on the drawing and the seed alone."""
+    """Three to seven different wordings, the plain one first; they depend on the drawing and the seed alone."""
     rng = random.Random(f"{drawing.path.stem} {seed}")  # a string seeds the same on every Python
     thing, said = drawing.thing, set(drawing.thing.split())
     tags = [tag for tag in drawing.tags if not said & set(tag.split())]
@@ -165,7 +164,7 @@ def captions(drawing: Drawing, seed: int = 0) -> List[str]:
         wordings.append(f"{thing}, {tags[0]}")
         if not drawing.tone:
             wordings.append(", ".join(sorted(tags[:TAGS]) + [drawing.name.split()[-1]]))
-    return [text for place, text in enumerate(dict.fromkeys(wordings)) if place == 0 or len(text) <= LONGEST_CAPTION]
+    return list(dict.fromkeys(wordings))
 
 
 def render(path: Path, size: int) -> Image.Image:

@@ -96,7 +96,7 @@ def test_every_drawing_is_worded_in_the_vocabulary_and_within_the_length_trained
     tokenizer = pytest.importorskip("data.tokenizer").load_tokenizer(ROOT / "bpe" / "bpe_yttm_vocab.txt")
     for drawing in drawings.values():
         wordings = captions(drawing)
-        assert 2 <= len(wordings) == len(set(wordings)) <= 7 and wordings == captions(drawing)
+        assert 3 <= len(wordings) == len(set(wordings)) <= 7 and wordings == captions(drawing)
         for text in wordings:
             ids = tokenizer.encode(text)
             assert tokenizer.unknown not in ids and len(ids) <= text_seq_len, text
