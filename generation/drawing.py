@@ -47,8 +47,14 @@ def picture(loaded, prompt, seed, sampling=None, given=None, text=None):
 
 
 def tokens_of(loaded, prompt):
-    """Tokens int64 (text_seq_len,); ValueError for a prompt of which nothing is left, or with too many tokens."""
+    """Tokens int64 (text_seq_len,); ValueError for a prompt of which nothing is left, or with too many tokens.
+
+    A vocabulary that lacks some of the prompt's characters is given its small letters.
+    """
     tokens = loaded.tokenizer.encode(prompt)
+    if loaded.tokenizer.unknown in tokens:  # None, where nothing is unknown
+        prompt = prompt.lower()
+        tokens = loaded.tokenizer.encode(prompt)
     if not loaded.tokenizer.decode(tokens):  # nothing at all, or the token for what is unknown
         raise ValueError(f"'{prompt[:60]}' has no words that the vocabulary knows")
     most = loaded.model.text_seq_len

