@@ -33,14 +33,22 @@ class Generate(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = Field(description="what the pictures should show")
-    count: int = Field(1, ge=1, description="how many pictures")
-    seed: Optional[int] = Field(None, ge=0, lt=2**63, description="of the first picture; the next one's is 1 more")
-    top_k: Optional[float] = Field(None, allow_inf_nan=False, description="fraction of the vocabulary that is cut")
+    count: int = Field(1, ge=1, description="how many pictures; 1 unless told")
+    seed: Optional[int] = Field(
+        None, ge=0, lt=2**63, description="of the first picture, the next one's is 1 more; by chance unless told"
+    )
+    top_k: Optional[float] = Field(
+        None,
+        allow_inf_nan=False,
+        description="up to 1: share of the vocabulary that is cut; above: codes that are kept",
+    )
     top_p: Optional[float] = Field(None, allow_inf_nan=False, description="keep the likeliest codes up to this sum")
     temperature: Optional[float] = Field(None, allow_inf_nan=False, description="below 1 is safer, above 1 wilder")
     cond_scale: Optional[float] = Field(None, allow_inf_nan=False, description="guidance by the prompt; 1 is none")
     image: Optional[str] = Field(None, description="a picture, base64: its upper rows are kept, the rest is drawn")
-    keep: Optional[float] = Field(None, allow_inf_nan=False, description="rows of it, or a fraction below 1; 0.5")
+    keep: Optional[float] = Field(
+        None, allow_inf_nan=False, description="rows of it, or a share below 1; 0.5 unless told"
+    )
 
 
 class Wrong(Exception):
