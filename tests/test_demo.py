@@ -1,4 +1,4 @@
-"""The checkpoint that comes along: what it weighs, what it draws, and that a seed means the same however it is drawn."""
+"""The checkpoint that comes along: its size, what it draws, and that a seed means the same however it is drawn."""
 
 import json
 import subprocess
