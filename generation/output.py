@@ -105,7 +105,7 @@ def save_pictures(pictures, abouts, outputs_dir, format="jpg", forming=None):
     after = "" if first == 0 else f"-{first}"
     save_grid(pictures, folder / f"grid{after}.png")
     if forming:
-        write(folder / f"forming{after}.webp", animation([grid_of(frame) for frame in [*forming, pictures]]))
+        write(folder / f"forming{after}.webp", animation([grid_of(frame) for frame in forming]))
     with open(Path(outputs_dir) / RESULTS, "a", encoding="utf-8") as results:  # in one piece, beside other processes
         results.write("".join(lines))
     return folder

@@ -4,6 +4,7 @@ import time
 
 from generation.output import as_picture
 
+MOVING = 16  # pictures of an animation
 SHARE = 0.1  # of the time of drawing that previews may take
 
 
@@ -43,5 +44,5 @@ def upper_rows(loaded, codes, rows):
 
 
 def frames(loaded, codes):
-    """How pictures of codes (B, L) formed: one list of PIL pictures after each row but the last."""
-    return [upper_rows(loaded, codes, rows) for rows in range(1, loaded.side)]
+    """How the first MOVING pictures of codes (B, L) formed: a list of PIL pictures after each row."""
+    return [upper_rows(loaded, codes[:MOVING], rows) for rows in range(1, loaded.side + 1)]

@@ -3,6 +3,8 @@
 `likelihood` is the model's own, from codes; `clip` a network's that the user brings (models/picture_scores.py).
 """
 
+import contextlib
+
 import torch
 
 from generation.output import as_picture
@@ -14,9 +16,9 @@ def likelihoods(loaded, pictures, codes):
     device = next(loaded.model.parameters()).device
     text = torch.stack([one.text for one in pictures]).to(device)
     parts = zip(text.split(loaded.batch_size), codes.to(device).split(loaded.batch_size))
-    return torch.cat(
-        [caption_score(loaded.model, *part, contrast=CONTRAST if loaded.guidable else 0).cpu() for part in parts]
-    )
+    contrast = CONTRAST if loaded.guidable else 0
+    with getattr(loaded.backend, "autocast", contextlib.nullcontext)():  # an IPU's pictures are ranked on the CPU
+        return torch.cat([caption_score(loaded.model, *part, contrast=contrast).cpu() for part in parts])
 
 
 def kept(loaded, pictures, codes, count, clip=None):

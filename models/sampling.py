@@ -184,8 +184,10 @@ def _full_logits(dalle, text, codes, cache):
 
 
 @torch.no_grad()
-def complete_text(dalle, tokens, *, temperature=1.0, generator=None):
-    """Continue a caption: int64 (1, n) tokens → int64 (1, text_seq_len), 0 from where the model ends it."""
+def complete_text(dalle, tokens, *, top_p=None, temperature=1.0, generator=None):
+    """Continue a caption: int64 (1, n) tokens → int64 (1, text_seq_len), 0 from where the model ends it. top_p: as in
+    generate_codes.
+    """
     was_training = dalle.training
     dalle.eval()
     first_padding = dalle.num_text_tokens - dalle.text_seq_len
@@ -195,6 +197,7 @@ def complete_text(dalle, tokens, *, temperature=1.0, generator=None):
             x = dalle.transformer(dalle.embed_text(dalle.number_padding(seen))[:, : place + 1])
             logits = dalle.text_logits(x[:, -1]).float() / temperature  # (1, num_text_tokens)
             logits[:, 0] = float("-inf")  # 0 is padding in a caption; its position's own id says so
+            logits = logits if top_p is None else keep_top_p(logits, top_p)
             noise = gumbel_noise(1, 1, dalle.num_text_tokens, generator, tokens.device)[:, 0]
             token = (logits + noise).argmax(-1)
             if int(token) >= first_padding:

@@ -26,7 +26,9 @@ def test_rows_are_shown_as_they_come(loaded):
             seen = np.asarray(image)
             assert seen.shape == (32, 32, 3) and (seen[8 * row :] == 128).all()
             assert np.abs(seen[: 8 * row] - (pixels * 255).permute(1, 2, 0).numpy()).max() < 0.51
-    assert [image.size for image in previews.frames(loaded, codes)[2]] == [(32, 32)] * 2
+    moving = previews.frames(loaded, codes)
+    assert len(moving) == 4 and all(image.size == (32, 32) for images in moving for image in images)
+    assert np.abs(np.asarray(moving[3][1]) - (loaded.decode(codes)[1] * 255).permute(1, 2, 0).numpy()).max() < 0.51
 
 
 def test_every_second_row(loaded):
