@@ -12,7 +12,9 @@ from tests.backends.ipu_runs import samples, settings, small_dalle
 
 
 def sampling_settings(*flags):
-    return args_generate.generate_arguments(["--dalle_path", "x", "--text", "y", "--device", "ipu", *" ".join(flags).split()])
+    return args_generate.generate_arguments(
+        ["--dalle_path", "x", "--text", "y", "--device", "ipu", *" ".join(flags).split()]
+    )
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole pictures", "code by code"])
