@@ -92,7 +92,10 @@ def test_prompts_from_standard_input(tiny_checkpoint, tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "generate.py", *words], input="red\nblue star\n", capture_output=True, text=True
     )
-    assert done.returncode == 0 and {path.name for path in tmp_path.glob("*/")} == {"red", "blue_star"}, done.stderr
+    assert done.returncode == 0 and {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        "red",
+        "blue_star",
+    }, done.stderr
 
 
 def test_from_pictures_ranked_and_animated(command, tiny_checkpoint, drawn_pictures, tmp_path):
