@@ -23,20 +23,11 @@ def main(argv=None):
         os.environ["GRADIO_TEMP_DIR"] = stopping.enter_context(tempfile.TemporaryDirectory(prefix="mini-dalle-"))
         listening = stopping.enter_context(listen(settings.host, settings.port))
         need_gradio()
-        from generation.loading import load
+        from generation.loading import load_as_told
         from service.computing import compute
         from service.requests import Limits
 
-        loaded = compute(
-            load,
-            settings.dalle_path,
-            device=settings.device,
-            precision=settings.precision,
-            batch_size=settings.batch_size,
-            vqgan_model_path=settings.vqgan_model_path,
-            vqgan_config_path=settings.vqgan_config_path,
-            bpe_path=settings.bpe_path,
-        )
+        loaded = compute(load_as_told, settings)
         limits = Limits(settings.max_images, settings.max_prompt_characters)
         server = serving(loaded, limits, settings.queue_size)
         host, port = listening.getsockname()[:2]

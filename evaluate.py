@@ -27,12 +27,11 @@ def main(argv=None):
     settings = evaluate_arguments(argv)
     log.set_up()
     with log.interrupt_exits(), log.bad_input_exits():
-        from generation.loading import load
+        from generation.loading import load_as_told
         from utils import checkpoint
 
         saved = checkpoint.read(settings.dalle_path)
-        names = ("device", "precision", "batch_size", "vqgan_model_path", "vqgan_config_path", "bpe_path")
-        loaded = load(settings.dalle_path, saved=saved, **{name: getattr(settings, name) for name in names})
+        loaded = load_as_told(settings, saved=saved)
         exported = saved["exported"] if isinstance(saved.get("exported"), dict) else {}
         averaged = "ema_weights" in saved or exported.get("averaged", False)
         results = {"checkpoint": settings.dalle_path, "step": saved.get("step"), "averaged_weights": averaged}

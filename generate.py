@@ -23,17 +23,10 @@ def main(argv=None):
         from tqdm import tqdm
 
         from generation import drawing, output, ranking
+        from generation.loading import load_as_told
         from generation.previews import frames
 
-        loaded = load(
-            settings.dalle_path,
-            device=settings.device,
-            precision=settings.precision,
-            batch_size=settings.batch_size,
-            vqgan_model_path=settings.vqgan_model_path,
-            vqgan_config_path=settings.vqgan_config_path,
-            bpe_path=settings.bpe_path,
-        )
+        loaded = load_as_told(settings)
         seed, share_pictures = shared_seed(settings, loaded.backend)
         requests = requested(settings, loaded, seed)
         lists = [pictures_of(request, settings, loaded, seed) for request in requests]  # all, before hours go by

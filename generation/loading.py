@@ -91,6 +91,12 @@ def load(
     return Loaded(path, saved, model, tokenizer, recommended, backend)
 
 
+def load_as_told(settings, **more):
+    """load() by the flags that generate.py, evaluate.py and app.py share."""
+    names = ("device", "precision", "batch_size", "vqgan_model_path", "vqgan_config_path", "bpe_path")
+    return load(settings.dalle_path, **{name: getattr(settings, name) for name in names}, **more)
+
+
 def parameters(model):
     """Their number, without the VQGAN's."""
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
