@@ -5,7 +5,7 @@ import time
 from generation.output import as_picture
 
 MOVING = 16  # pictures of an animation
-SHARE = 0.1  # of the time of drawing that previews may take
+SHARE = 0.06  # of the time of drawing that previews may take; what they push out of caches comes on top, to a tenth
 
 
 class Forming:
