@@ -1,4 +1,4 @@
-"""The flags of train.py, generate.py and train_vqgan.py, each → one validated namespace; args_evaluate.py has more.
+"""The flags of train.py and train_vqgan.py, each → one validated namespace; args_generate.py and others have more.
 
 How flags are parsed, and how an entry of configs.yaml lies beneath them, is utils/command_line.py's. Imports nothing
 heavier than yaml, so that --help is immediate and needs neither torch nor an SDK. What only the data or a checkpoint
@@ -30,6 +30,14 @@ def attention_types(text):
     return names
 
 
+def top_k(text):
+    """A share from 0 to 1, or a whole number above."""
+    value = number(float, low=0)(text)
+    if value > 1 and value != int(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a share from 0 to 1 nor a whole number of codes")
+    return value
+
+
 def machine_flags(parser):
     add = parser.heading("Machine")
     add(
@@ -53,7 +61,12 @@ def vqgan_file_flags(add):
 
 def sampling_flags(add, default=None):
     """The settings that shape a picture; train.py stores them in checkpoints, where generate.py finds its defaults."""
-    add("top-k", default, "share of the text and image vocabulary that is cut, 0 … 1; generate.py: 0.99", SHARE)
+    add(
+        "top-k",
+        default,
+        "share of the text and image vocabulary that is cut, 0 … 1, or number of codes kept; generate.py: 0.99",
+        top_k,
+    )
     add("top-p", default, "keep the likeliest codes up to this probability", number(float, above=0, high=1))
     add("temperature", default, "below 1 is safer, above 1 wilder; generate.py's default is 1", POSITIVE)
     add(
@@ -172,24 +185,6 @@ def train_parser():
     return parser
 
 
-def generate_parser():
-    parser = Parser("Draws pictures for prompts with a trained DALL-E.")
-    add = parser.heading("What to draw")
-    add("dalle-path", None, "checkpoint of train.py", required=True)
-    add("text", None, "prompts, separated by |", required=True)
-    add("num-images", 128, "pictures a prompt", COUNT)
-    add("outputs-dir", "./outputs", "folder for the pictures; each prompt gets one of its own in it")
-    add("gentxt", False, "let the model complete each prompt first", bool)
-    add("seed", None, "the same seed gives the same pictures; none: a new one, which is printed", SEED)
-    add("batch-size", 4, "pictures drawn at once", COUNT)
-    sampling_flags(parser.heading("How to draw (none: what the checkpoint recommends)"))
-    machine_flags(parser)
-    add = parser.heading("Files that the checkpoint does not bring along")
-    add("bpe-path", None, "YouTokenToMe vocabulary; none: the checkpoint's, else CLIP's")
-    vqgan_file_flags(add)
-    return parser
-
-
 def vqgan_parser():
     parser = Parser(
         "Trains a VQGAN, the image tokenizer, on a folder of pictures.", "Named configurations: configs.yaml."
@@ -304,17 +299,6 @@ def train_arguments(argv=None):
         parser.error("argument --validation-split: --validation-folder holds the pictures already; give one of them")
     if not settings.input_folder and not (settings.generated_data or settings.synthetic_data):
         parser.error("give --input-folder FOLDER (pictures and captions) or --generated-data, or a --config that does")
-    check_vqgan_files(parser, settings)
-    return settings
-
-
-def generate_arguments(argv=None):
-    """The namespace of generate.py; `prompts` holds the parts of --text."""
-    parser = generate_parser()
-    settings = parse(parser, argv)
-    settings.prompts = [" ".join(prompt.split()) for prompt in settings.text.split("|")]
-    if not all(settings.prompts):
-        parser.error("argument --text: an empty prompt; write what the picture should show, prompts separated by |")
     check_vqgan_files(parser, settings)
     return settings
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import log
 from args_evaluate import evaluate_arguments
-from generate import as_picture, chosen_sampling, grid_of, load
 
 GRID_PICTURES = 36
 GRID_PAIRS = 8
@@ -28,31 +27,28 @@ def main(argv=None):
     settings = evaluate_arguments(argv)
     log.set_up()
     with log.interrupt_exits(), log.bad_input_exits():
-        from backends import select
+        from generation.loading import load
         from utils import checkpoint
 
         saved = checkpoint.read(settings.dalle_path)
-        model, tokenizer, recommended = load(
-            *(settings.dalle_path, settings.vqgan_model_path, settings.vqgan_config_path, settings.bpe_path),
-            saved=saved,
-        )
+        names = ("device", "precision", "batch_size", "vqgan_model_path", "vqgan_config_path", "bpe_path")
+        loaded = load(settings.dalle_path, saved=saved, **{name: getattr(settings, name) for name in names})
         exported = saved["exported"] if isinstance(saved.get("exported"), dict) else {}
         averaged = "ema_weights" in saved or exported.get("averaged", False)
         results = {"checkpoint": settings.dalle_path, "step": saved.get("step"), "averaged_weights": averaged}
-        dataset = pairs(settings, saved, model, tokenizer) if settings.input_folder else None
+        dataset = pairs(settings, saved, loaded) if settings.input_folder else None
         checkpoint.check_writable(settings.outputs_dir, "--outputs-dir")
         folder = Path(settings.outputs_dir)
-        backend = select(settings)
-        if backend.world_size > 1:
+        if loaded.backend.world_size > 1:
             raise ValueError("evaluate.py runs in one process; start it without torchrun")
         clip, distance = scorers(settings)
-        sampling = chosen_sampling(settings, recommended)
+        sampling = {name: getattr(settings, name) for name in loaded.recommended}
         if dataset is not None:
-            results.update(of_pairs(model, dataset, backend, settings, folder))
+            results.update(of_pairs(loaded, dataset, settings, folder))
             if clip or distance:
-                results.update(of_drawings(model, tokenizer, dataset, backend, settings, sampling, clip, distance))
+                results.update(of_drawings(loaded, dataset, settings, sampling, clip, distance))
         if settings.prompts:
-            results.update(of_prompts(model, tokenizer, backend, settings, sampling, folder, clip))
+            results.update(of_prompts(loaded, settings, sampling, folder, clip))
         with checkpoint.written_whole(folder / "results.json") as beside:
             beside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"all figures: {folder / 'results.json'}")
@@ -74,7 +70,7 @@ def scorers(settings):
     return clip, distance
 
 
-def pairs(settings, saved, model, tokenizer):
+def pairs(settings, saved, loaded):
     """The folder's pairs as train.py validates on them: the run's choice of captions, cut where the run cut them."""
     from data.loader import TextImageDataset
 
@@ -82,9 +78,9 @@ def pairs(settings, saved, model, tokenizer):
     truncate = settings.truncate_captions
     dataset = TextImageDataset(
         settings.input_folder,
-        tokenizer,
-        text_seq_len=model.text_seq_len,
-        image_size=model.vae.image_size,
+        loaded.tokenizer,
+        text_seq_len=loaded.model.text_seq_len,
+        image_size=loaded.model.vae.image_size,
         truncate_captions=trained.get("truncate_captions", True) if truncate is None else truncate,
         seed=trained.get("random_seed", 42),
     )
@@ -97,17 +93,18 @@ def pairs(settings, saved, model, tokenizer):
     return dataset
 
 
-def of_pairs(model, dataset, backend, settings, folder):
+def of_pairs(loaded, dataset, settings, folder):
     """Losses and reconstructions of a dataset of pixels, which has codes afterwards."""
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
+    from generation.output import as_picture, grid_of
     from training.validation import with_perplexity
 
-    psnr, shown = reconstruct(model.vae, dataset, backend, settings.batch_size)
-    grid_of(shown, columns=len(shown) // 2).save(folder / "reconstructions.png")
+    psnr, shown = reconstruct(loaded, dataset, settings.batch_size)
+    grid_of([as_picture(pixels) for pixels in shown], columns=len(shown) // 2).save(folder / "reconstructions.png")
     batches = DataLoader(dataset, settings.batch_size)
-    losses = backend.evaluator(model)(tqdm(batches, desc="losses", unit="batch", disable=None))
+    losses = loaded.backend.evaluator(loaded.model)(tqdm(batches, desc="losses", unit="batch", disable=None))
     losses = with_perplexity(losses)
     told = " ".join(f"{name} {losses[name]:.4f}" for name in ("total", "text", "image"))
     print(f"losses of {len(dataset)} pairs: {told} perplexity {losses['perplexity']:.2f}")
@@ -120,7 +117,7 @@ def of_pairs(model, dataset, backend, settings, folder):
     }
 
 
-def reconstruct(vae, dataset, backend, batch_size):
+def reconstruct(loaded, dataset, batch_size):
     """Attach codes to a dataset of pixels → (mean PSNR of its pictures as they come back, in dB; the first originals,
     then what comes back of them, float (2 N, 3, S, S) in [0, 1]).
     """
@@ -128,12 +125,12 @@ def reconstruct(vae, dataset, backend, batch_size):
 
     from data.codes import cached_codes, open_codes
 
-    encode, decode = backend.encode(vae), backend.decode(vae)
+    vae = loaded.model.vae
     psnr, originals, returned = [], [], []
 
     def encode_and_compare(pixels):
-        codes = encode(pixels)
-        decoded = decode(codes)
+        codes = loaded.encode(pixels)
+        decoded = loaded.decode(codes)
         errors = (decoded - pixels).square().mean(dim=(1, 2, 3))
         psnr.append(-10 * errors.clamp(min=SMALLEST_ERROR).log10())
         if sum(map(len, originals)) < GRID_PAIRS:
@@ -151,23 +148,22 @@ def reconstruct(vae, dataset, backend, batch_size):
     return torch.cat(psnr).mean().item(), shown
 
 
-def of_drawings(model, tokenizer, dataset, backend, settings, sampling, clip, distance):
+def of_drawings(loaded, dataset, settings, sampling, clip, distance):
     """One picture drawn for each pair's caption → its scores."""
-    import torch
-
     from data.pictures import load_pictures
 
-    text = torch.stack([dataset[index][0] for index in range(len(dataset))])
-    pictures = draw_prompts(backend.sampler(model), backend.decode(model.vae), text, settings, sampling)
+    text = [dataset[index][0] for index in range(len(dataset))]
+    captions = [loaded.tokenizer.decode(tokens) for tokens in text]
+    pictures, sampling = draw_prompts(loaded, captions, text, settings, sampling)
     found = {"seed": settings.seed, "sampling": sampling}
     if clip:
-        found["clip_score"] = mean_clip_score(clip, pictures, [tokenizer.decode(tokens) for tokens in text], settings)
+        found["clip_score"] = mean_clip_score(clip, pictures, captions, settings)
     if distance:
         for first in batches_in(len(pictures), settings, "FID"):
             part = slice(first, first + settings.batch_size)
             distance.add("drawn", (pictures[part] * 255).round().byte())
             real = [dataset.folder / name for name, _, _ in dataset.pictures[part]]
-            distance.add("real", load_pictures(real, model.vae.image_size))
+            distance.add("real", load_pictures(real, loaded.model.vae.image_size))
         found["fid"] = distance.distance()
         print(f"FID: {found['fid']:.2f} ({len(pictures)} pictures; with fewer than some thousands it is too high)")
     return found
@@ -175,6 +171,8 @@ def of_drawings(model, tokenizer, dataset, backend, settings, sampling, clip, di
 
 def mean_clip_score(clip, pictures, texts, settings):
     import torch
+
+    from generation.output import as_picture
 
     scores = []
     for first in batches_in(len(pictures), settings, "CLIP"):
@@ -191,15 +189,16 @@ def batches_in(count, settings, title):
     return tqdm(range(0, count, settings.batch_size), desc=title, unit="batch", disable=None)
 
 
-def of_prompts(model, tokenizer, backend, settings, sampling, folder, clip=None):
+def of_prompts(loaded, settings, sampling, folder, clip=None):
     """How many held-out prompts of the demo set the pictures follow; writes a grid of them and its prompts."""
     from data.shapes import held_out_prompts
+    from generation.output import as_picture, grid_of
 
     prompts = held_out_prompts(settings.prompt_set, settings.prompts, settings.seed)
-    text = tokenizer.tokenize(prompts, model.text_seq_len)
-    pictures = draw_prompts(backend.sampler(model), backend.decode(model.vae), text, settings, sampling)
+    text = loaded.tokenizer.tokenize(prompts, loaded.model.text_seq_len)
+    pictures, sampling = draw_prompts(loaded, prompts, text, settings, sampling)
     accuracy, wrong = judge(prompts, pictures)
-    grid_of(pictures[:GRID_PICTURES]).save(folder / "grid.png")
+    grid_of([as_picture(pixels) for pixels in pictures[:GRID_PICTURES]]).save(folder / "grid.png")
     (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_PICTURES]) + "\n", encoding="utf-8")
     if wrong:
         log.LOG.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
@@ -217,16 +216,23 @@ def of_prompts(model, tokenizer, backend, settings, sampling, folder, clip=None)
     }
 
 
-def draw_prompts(sampler, decode, text, settings, sampling):
-    """One picture a prompt, float (K, 3, S, S) in [0, 1]."""
+def draw_prompts(loaded, prompts, text, settings, sampling):
+    """One picture a prompt: float (K, 3, S, S) in [0, 1], and the sampling settings that they were drawn with."""
     import torch
+    from tqdm import tqdm
 
-    pictures = []
-    for first in batches_in(len(text), settings, "drawing"):
-        part = text[first : first + settings.batch_size]
-        generators = [torch.Generator().manual_seed(settings.seed + first + i) for i in range(len(part))]
-        pictures.append(decode(sampler(part, generator=generators, **sampling)))
-    return torch.cat(pictures)
+    from generation import drawing
+
+    shaping = drawing.picture(loaded, prompts[0], 0, sampling).sampling
+    none = text[0].new_zeros(0)
+    wanted = [
+        drawing.Picture(prompt, tokens, settings.seed + place, shaping, none)
+        for place, (prompt, tokens) in enumerate(zip(prompts, text))
+    ]
+    with tqdm(total=len(wanted), desc="drawing", unit="picture", disable=None) as bar:
+        parts = [[one] for one in wanted]
+        pixels = [loaded.decode(codes) for codes in drawing.draw_lists(loaded, parts, drawn=bar.update)]
+    return torch.cat(pixels), shaping
 
 
 def judge(prompts, pictures):

@@ -1,145 +1,178 @@
 """Draws pictures for prompts with a checkpoint of train.py, or of the reference application.
 
-python generate.py --dalle_path output/demo/ckpt/dalle_step_800.pt --text "a small red circle above a large blue square"
+    python generate.py --text "a small red circle above a large blue square"
+    python generate.py --dalle_path output/demo/ckpt/dalle_step_800.pt --text "…" --num_images 16
+
+The same from Python: load() and generate(). How a picture is drawn, ranked and saved is generation/'s.
 """
 
+import contextlib
 import logging
 import random
-import re
 import time
 from pathlib import Path
 
-import args
 import log
-
-DEFAULTS = {"top_k": 0.99, "top_p": None, "temperature": 1.0, "cond_scale": 1.0}
-NAME_BYTES = 200  # of a folder's name; file systems allow 255
+from args_generate import generate_arguments
 
 
 def main(argv=None):
-    settings = args.generate_arguments(argv)
+    settings = generate_arguments(argv)
     log.set_up()
     with log.interrupt_exits(), log.bad_input_exits():
-        import torch
+        from tqdm import tqdm
 
-        from backends import select
-        from utils.checkpoint import check_writable
+        from generation import drawing, output, ranking
+        from generation.previews import frames
 
-        model, tokenizer, recommended = load(
-            settings.dalle_path, settings.vqgan_model_path, settings.vqgan_config_path, settings.bpe_path
+        loaded = load(
+            settings.dalle_path,
+            device=settings.device,
+            precision=settings.precision,
+            batch_size=settings.batch_size,
+            vqgan_model_path=settings.vqgan_model_path,
+            vqgan_config_path=settings.vqgan_config_path,
+            bpe_path=settings.bpe_path,
         )
-        for prompt in settings.prompts:  # all of them, before hours go into the first
-            tokenize_prompt(model, tokenizer, prompt)
-        check_writable(settings.outputs_dir, "--outputs_dir")
-        backend = select(settings)
-        sampler, decode = backend.sampler(model), backend.decode(model.vae)
-        sampling = chosen_sampling(settings, recommended)
-        seed = random.SystemRandom().randrange(2**31) if settings.seed is None else settings.seed
-        # Several processes share out prompts or, where there are too few of them, the pictures of each.
-        share_pictures = len(settings.prompts) < backend.world_size <= settings.num_images and backend.gather
+        seed, share_pictures = shared_seed(settings, loaded.backend)
+        requests = requested(settings, loaded, seed)
+        lists = [pictures_of(request, settings, loaded, seed) for request in requests]  # all, before hours go by
+        clip = clip_judge(settings)
+        check_writable(settings.outputs_dir)
+        log.LOG.info("seed %d, %s", seed, told(lists[0][0].sampling, loaded.recommended))
         if share_pictures:
-            seed = int(backend.gather(torch.tensor([seed]))[0])
-            log.set_up(logging.WARNING if backend.rank else logging.INFO)
-        log.LOG.info("seed %d, %s", seed, told(sampling, recommended))
-        for prompt in settings.prompts:
-            if not share_pictures and settings.prompts.index(prompt) % backend.world_size != backend.rank:
-                continue
-            text = tokenize_prompt(model, tokenizer, prompt)
-            if settings.gentxt:
-                text, prompt = complete_prompt(model, tokenizer, text, seed)
-                log.LOG.info("completed prompt: %s", prompt)
-            started = time.monotonic()
-            first, last = 0, settings.num_images
-            if share_pictures:
-                first, last = (last * rank // backend.world_size for rank in (backend.rank, backend.rank + 1))
-            pictures = draw(sampler, decode, text, last - first, settings.batch_size, seed + first, sampling, prompt)
-            if share_pictures:
-                pictures = backend.gather(pictures)
-                if backend.rank:
-                    continue
-            log.LOG.info("throughput: %.3f images/sec", len(pictures) / max(time.monotonic() - started, 1e-9))
-            folder = save_pictures(pictures, prompt, settings.outputs_dir)
-            print(f"{len(pictures)} pictures of '{prompt}' in {folder}")
+            lists = [part[slice(*share_of(len(part), loaded.backend))] for part in lists]
+        else:
+            prompts = [request.prompt for request in requests]  # one prompt's folder is one process's
+            size, rank = loaded.backend.world_size, loaded.backend.rank
+            mine = [place for place, prompt in enumerate(prompts) if prompts.index(prompt) % size == rank]
+            requests, lists = ([them[place] for place in mine] for them in (requests, lists))
+        total = sum(map(len, lists))
+        loaded.batch_size = max(1, min(loaded.batch_size, total))
+        started = time.monotonic()
+        with tqdm(total=total, unit="picture", desc="drawing", disable=None) as bar, preview(
+            settings, loaded
+        ) as watcher:
+            for request, part, codes in zip(requests, lists, drawing.draw_lists(loaded, lists, watcher, bar.update)):
+                if share_pictures:
+                    codes = loaded.backend.gather(codes)
+                    if loaded.backend.rank:
+                        continue
+                    part = pictures_of(request, settings, loaded, seed)
+                kept = ranking.kept(loaded, part, codes, len(part) // settings.rank, clip)
+                codes = codes[[place for place, _ in kept]]
+                images = [output.as_picture(pixels) for pixels in loaded.decode(codes)]
+                abouts = [output.metadata(part[place], loaded, scores) for place, scores in kept]
+                forming = frames(loaded, codes) if settings.animate else None
+                folder = output.save_pictures(images, abouts, settings.outputs_dir, settings.format, forming)
+                tqdm.write(f"{len(images)} pictures of '{part[0].prompt}' in {folder}")
+        log.LOG.info("throughput: %.3f images/sec", total / max(time.monotonic() - started, 1e-9))
 
 
-def load(dalle_path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=None, saved=None):
-    """A checkpoint → (DALLE in eval mode, tokenizer, recommended sampling settings). saved: its dict, where it was read
-    already.
+def load(dalle_path=None, **options):
+    """A checkpoint, ready to draw, the demo's where none is named; options: see generation.loading.load."""
+    from generation.loading import load
 
-    A checkpoint of ours brings its VQGAN and vocabulary along. One of the reference brings the VQGAN's weights: its
-    configuration is the official f=16 model's unless vqgan_model_path says otherwise. ValueError or OSError.
+    return load(dalle_path, **options)
+
+
+def generate(
+    loaded, text, *, num_images=1, seed=None, rank=1, image_prompt=None, keep_rows=0.5, watch=None, **sampling
+):
+    """Draw `num_images` pictures of a prompt, or of each of a list → PIL pictures, with what they show and how they
+    were drawn in `.info`: prompt, seed, settings, and scores where rank is above 1.
+
+    loaded: what load() gave. seed: that of the first picture of each prompt, None for a new one; the same seed gives
+    the same picture in any company. rank: draw so many times as many, and keep the best. image_prompt: a path or PIL
+    picture whose upper `keep_rows` rows of codes (or fraction) are kept. watch: see generation.drawing.draw. sampling:
+    top_k, top_p, temperature, cond_scale, where not as recommended. ValueError for what cannot be drawn.
     """
-    from data.tokenizer import load_tokenizer
-    from models.dalle import DALLE
-    from models.official_vqgan import OFFICIAL_PARAMS
-    from models.vae import VQGanVAE, load_vqgan
-    from utils import checkpoint
+    from generation import drawing, image_prompts, output, ranking
 
-    saved = checkpoint.read(dalle_path) if saved is None else saved
-    weights = checkpoint.model_weights(saved["weights"])
-    weights.update(checkpoint.model_weights(saved.get("ema_weights", {})))  # the average draws better
-    ours = saved.get("vae_params", {})
-    if vqgan_model_path:
-        vae = load_vqgan(vqgan_model_path, vqgan_config_path)
-        check_same(vqgan_model_path, vae.fingerprint(), dalle_path, saved.get("vqgan"), "--vqgan_model_path")
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("vae.")}
-        weights.update({f"vae.{name}": tensor for name, tensor in vae.state_dict().items()})
-    elif ours.get("target") and ours.get("params"):
-        vae = VQGanVAE(ours["params"], gumbel=ours["target"] == "GumbelVQ")
-    elif any(name.startswith("vae.") for name in weights):
-        vae = VQGanVAE(OFFICIAL_PARAMS)
-    else:
-        vae = load_vqgan()
-        weights.update({f"vae.{name}": tensor for name, tensor in vae.state_dict().items()})
+    given = None if image_prompt is None else image_prompts.given_codes(loaded, image_prompt, keep_rows)
+    seed = new_seed() if seed is None else seed
+    prompts = [text] if isinstance(text, str) else list(text)
+    lists = [
+        [drawing.picture(loaded, prompt, seed + number, sampling, given) for number in range(num_images * rank)]
+        for prompt in prompts
+    ]
+    images = []
+    for part, codes in zip(lists, drawing.draw_lists(loaded, lists, lambda pictures: watch)):
+        kept = ranking.kept(loaded, part, codes, num_images)
+        pixels = loaded.decode(codes[[place for place, _ in kept]])
+        for (place, scores), one in zip(kept, pixels):
+            images.append(output.as_picture(one))
+            images[-1].info.update(output.metadata(part[place], loaded, scores))
+    return images
 
-    known = saved.get("tokenizer", {})
-    if bpe_path is None and torch_bytes(known.get("vocabulary")) is not None:
-        tokenizer = load_tokenizer(vocabulary=torch_bytes(known["vocabulary"]))
-    else:
-        tokenizer = load_tokenizer(bpe_path)
-        vocabulary = bpe_path or "CLIP's vocabulary"
-        check_same(vocabulary, tokenizer.fingerprint, dalle_path, known.get("sha256"), "--bpe_path")
-    hparams = saved["hparams"]
-    names = ("num_text_tokens", "text_seq_len", "dim", "depth", "heads", "dim_head", "loss_img_weight", "attn_types")
-    names += ("sandwich_norm",)
-    missing = [name for name in names if name not in hparams]
-    if missing:
-        raise ValueError(f"{dalle_path}: its hparams lack {', '.join(missing)}")
-    if tokenizer.vocab_size != hparams["num_text_tokens"]:
-        raise ValueError(
-            f"{dalle_path}: was trained with {hparams['num_text_tokens']} text tokens, the vocabulary "
-            f"{bpe_path or 'of CLIP'} has {tokenizer.vocab_size}; give the right one with --bpe_path"
-        )
+
+def requested(settings, loaded, seed):
+    """What to draw, with completed captions where --gentxt asks for them, and the pictures that it begins from."""
+    from generation import drawing, image_prompts, prompts
+
+    requests = settings.requests
+    if requests is None:
+        prompt = image_prompts.prompt_of(settings.variations)
+        if prompt is None:
+            raise ValueError(
+                f"--variations {settings.variations}: no picture that tells its prompt; give it with --text"
+            )
+        requests = [prompts.Request(prompt)]
+    beginning = settings.image_prompt or settings.variations
+    requests = [request._replace(image_prompt=request.image_prompt or beginning) for request in requests]
+    if settings.gentxt:
+        for place, request in enumerate(requests):
+            text, prompt = drawing.completed(loaded, request.prompt, seed if request.seed is None else request.seed)
+            log.LOG.info("completed prompt: %s", prompt)
+            requests[place] = request._replace(prompt=prompt, tokens=text)
+    return requests
+
+
+def pictures_of(request, settings, loaded, seed):
+    """A request → all pictures that are drawn for it, in order of their seeds."""
+    from generation import drawing, image_prompts
+
+    given = None
+    if request.image_prompt:
+        rows = settings.keep_rows if request.keep_rows is None else request.keep_rows
+        given = image_prompts.given_codes(loaded, request.image_prompt, rows)
+    sampling = {name: getattr(settings, name) for name in loaded.recommended}
+    sampling.update(request.sampling)
+    count = settings.rank * (settings.num_images if request.num_images is None else request.num_images)
+    first = seed if request.seed is None else request.seed
     try:
-        model = DALLE(vae=vae, **{name: hparams[name] for name in names})
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{dalle_path}: its hparams describe no model ({str(error).splitlines()[0]})") from None
-    misfit = checkpoint.first_misfit(model, weights)
-    if misfit:
-        raise ValueError(f"{dalle_path}: does not fit its hparams and VQGAN: {misfit} (see --vqgan_model_path)")
-    model.load_state_dict(weights)
-    recommended = {
-        **DEFAULTS,
-        **{key: value for key, value in saved.get("sampling", {}).items() if value is not None},
-    }
-    return model.eval(), tokenizer, recommended
+        text = drawing.tokens_of(loaded, request.prompt) if request.tokens is None else request.tokens
+    except ValueError as error:
+        raise ValueError(f"{request.where}: {error}") from None
+    one = drawing.picture(loaded, request.prompt, first, sampling, given, text)
+    return [one._replace(seed=first + number) for number in range(count)]
 
 
-def check_same(name, fingerprint, dalle_path, trained_with, flag):
-    """ValueError where a file is not the one that a checkpoint names (None: it names none), with both fingerprints."""
-    from utils.checkpoint import short
+def shared_seed(settings, backend):
+    """(the seed of the first pictures, whether processes share the pictures of each prompt rather than prompts)."""
+    import torch
 
-    if trained_with not in (None, fingerprint):
-        raise ValueError(
-            f"{name}: fingerprint {short(fingerprint)}, but {dalle_path} was trained with {short(trained_with)}; "
-            f"leave {flag} out"
-        )
+    seed = new_seed() if settings.seed is None else settings.seed
+    counts = [request.num_images or settings.num_images for request in settings.requests or ()] or [settings.num_images]
+    share_pictures = bool(len(counts) < backend.world_size <= min(counts) and backend.gather)
+    if share_pictures:
+        seed = int(backend.gather(torch.tensor([seed]))[0])
+        log.set_up(logging.WARNING if backend.rank else logging.INFO)
+    return seed, share_pictures
 
 
-def chosen_sampling(settings, recommended):
-    """The sampling settings that the flags give, and the checkpoint's recommendation where they give none."""
-    given = {key: getattr(settings, key) for key in DEFAULTS}
-    return {key: recommended[key] if value is None else value for key, value in given.items()}
+def share_of(count, backend):
+    return tuple(count * rank // backend.world_size for rank in (backend.rank, backend.rank + 1))
+
+
+def new_seed():
+    return random.SystemRandom().randrange(2**31)
+
+
+def check_writable(folder):
+    from utils.checkpoint import check_writable
+
+    check_writable(folder, "--outputs_dir")
 
 
 def told(sampling, recommended):
@@ -150,92 +183,34 @@ def told(sampling, recommended):
     )
 
 
-def torch_bytes(tensor):
-    return None if tensor is None else bytes(tensor.tolist())
+def clip_judge(settings):
+    """CLIP's score of pictures where --clip-weights names some; None: the model itself judges."""
+    if settings.clip_weights is None:
+        return None
+    from backends.native import pick_device
+    from models.picture_scores import clip_score
+
+    device = pick_device("cpu" if settings.device == "ipu" else settings.device)
+    return clip_score(settings.clip_weights, settings.clip_model, device)
 
 
-def tokenize_prompt(model, tokenizer, prompt):
-    """Tokens int64 (1, text_seq_len); ValueError for a prompt of which nothing is left, or with too many tokens."""
-    tokens = tokenizer.encode(prompt)
-    if not tokenizer.decode(tokens):  # nothing at all, or the token for what is unknown
-        raise ValueError(f"--text: '{prompt}' has no words that the vocabulary knows")
-    if len(tokens) > model.text_seq_len:
-        raise ValueError(f"--text: '{prompt[:60]}' is {len(tokens)} tokens long, the model reads {model.text_seq_len}")
-    return tokenizer.tokenize([prompt], model.text_seq_len)
+@contextlib.contextmanager
+def preview(settings, loaded):
+    """→ draw_lists' watcher: preview.png in the output folder while a batch forms, with --preview."""
+    from generation import output, previews
 
+    if settings.preview is None:
+        yield lambda pictures: None
+        return
+    path = Path(settings.outputs_dir) / output.PREVIEW
 
-def complete_prompt(model, tokenizer, text, seed):
-    """--gentxt: (the tokens with those that the model adds to them, what they say)."""
-    import torch
-
-    from models.sampling import complete_text
-
-    text = complete_text(model, text[:, text[0] != 0], generator=torch.Generator().manual_seed(seed))
-    return text, " ".join(tokenizer.decode(text[0]).split())
-
-
-def draw(sampler, decode, text, count, batch_size, seed, sampling, title=""):
-    """`count` pictures of text tokens (1, text_seq_len), float (count, 3, S, S) in [0, 1]; by a backend's sampler and
-    decode.
-
-    Picture i depends on seed + i alone.
-    """
-    import torch
-    from tqdm import tqdm
-
-    pictures = []
-    with tqdm(total=count, unit="picture", desc=title[:40], disable=None) as bar:
-        for first in range(0, count, batch_size):
-            generators = [torch.Generator().manual_seed(seed + i) for i in range(first, min(first + batch_size, count))]
-            codes = sampler(text.repeat(len(generators), 1), generator=generators, **sampling)
-            pictures.append(decode(codes))
-            bar.update(len(generators))
-    return torch.cat(pictures)
-
-
-def as_picture(pixels):
-    """Float (3, H, W) in [0, 1] → PIL, each value rounded, contrast untouched."""
-    from PIL import Image
-
-    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def grid_of(pictures, columns=None, gap=2):
-    """Float (N, 3, H, W) → one PIL picture, row by row on white."""
-    from PIL import Image
-
-    columns = columns or max(1, round(len(pictures) ** 0.5))
-    rows = -(-len(pictures) // columns)
-    height, width = pictures.shape[2] + gap, pictures.shape[3] + gap
-    grid = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
-    for place, pixels in enumerate(pictures):
-        row, column = divmod(place, columns)
-        grid.paste(as_picture(pixels), (gap + column * width, gap + row * height))
-    return grid
-
-
-def folder_name(prompt):
-    """A prompt as one plain file name: _ for spaces and for what means something to a file system, 100 characters."""
-    name = re.sub(r"[^\w.,'()+-]", "_", prompt)[:100].lstrip(".") or "prompt"
-    return name.encode()[:NAME_BYTES].decode(errors="ignore")
-
-
-def save_pictures(pictures, prompt, outputs_dir):
-    """0.jpg … , grid.png and caption.txt in the prompt's folder, numbered on after what is there; → the folder."""
-    base, caption = Path(outputs_dir) / folder_name(prompt), f"{prompt}\n".encode()
-    folder, number = base, 1
-    while folder.is_file() or ((folder / "caption.txt").exists() and (folder / "caption.txt").read_bytes() != caption):
-        number += 1  # another prompt has this name
-        folder = base.with_name(f"{base.name}-{number}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "caption.txt").write_bytes(caption)
-    taken = [int(path.stem) for path in folder.glob("*.jpg") if path.stem.isdigit()]
-    first = max(taken, default=-1) + 1
-    for place, pixels in enumerate(pictures):
-        as_picture(pixels).save(folder / f"{first + place}.jpg", quality=95, subsampling=0)
-    grid = "grid.png" if first == 0 else f"grid-{first}.png"
-    grid_of(pictures).save(folder / grid)
-    return folder
+    try:
+        yield lambda pictures: previews.Forming(
+            loaded, settings.preview, lambda images, row: output.save_grid(images, path)
+        )
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
 
 
 if __name__ == "__main__":

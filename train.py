@@ -45,8 +45,6 @@ def main(argv=None):
 def train(run):
     """Updates to the end, with validation, checkpoints and pictures on the way. Before the first lies compilation."""
     from data.order import RunBatches
-    from training import samples
-    from training.checkpoints import BEST, save
 
     progress = log.Progress(run.steps, run.step, run.backend.samples_per_step * run.backend.world_size)
     order = RunBatches(run.batches, run.step, run.steps)
@@ -58,15 +56,18 @@ def train(run):
                 compile(run, batch)
                 progress.compiled()
                 compiled = True
-            if run.backend.compile_only:
-                log.LOG.info("compiled only, as --compile-only says")
-                break
+                if run.backend.compile_only:
+                    log.LOG.info("compiled only, as --compile-only says")
+                    break
+                if not run.accounted:  # a stop came before all that follows an update was done
+                    after_update(run)
             epoch, lr = run.epoch(), run.schedule.at(run.step, run.epoch())
             with interrupts.held():  # an update counts, and is written down, as soon as it is made
                 losses = update(run, batch, lr)
                 skips = 0 if finite(losses) else skips + 1
                 run.skipped += skips > 0
                 run.step += 1
+                run.accounted = False
                 rate = progress.step(run.step, epoch, losses, lr, skipped=skips > 0)
                 run.trackers.update(run.step, epoch, lr, losses, rate, skipped=skips > 0)
                 if not skips:
@@ -77,18 +78,11 @@ def train(run):
                     f"--max-grad-norm 1{last_file(run)}"
                 )
             with progress.paused():
-                best = validate(run)
-                if run.epoch_begins():
-                    epoch_ended(run)
-                if best:  # only now: what a file holds is what the next update begins with
-                    save(run, BEST)
-                name = run.folder.due(run) if not skips or run.step == run.steps else None  # nothing has changed
-                if name and save(run, name) is None and run.step == run.steps:
-                    not_saved(run)
-                if samples.due(run):
-                    samples.draw(run)
+                after_update(run, changed=not skips)
             if run.backend.agreed(interrupts.asked()):
                 raise KeyboardInterrupt
+        if not run.accounted:  # the same after the last update
+            after_update(run)
 
 
 def compile(run, batch):
@@ -116,15 +110,37 @@ def finite(losses):
     return all(map(math.isfinite, losses.values()))
 
 
-def validate(run):
-    """Losses of held-out pairs where they are due → whether they are the best so far."""
-    from training import validation
+def after_update(run, changed=True):
+    """What comes before the next update: losses of held-out pairs, an epoch's end, checkpoints and pictures, where they
+    are due.
+
+    A stop may come before the first two are done, together: the file of that moment says so, and a run that goes on
+    from it begins here.
+    """
+    from training import samples, validation
+    from training.checkpoints import BEST, save
 
     with_epochs = run.settings.lr_scheduler == "ReduceLROnPlateau" and run.epoch_begins()
     due = run.step % run.settings.validation_steps == 0 or run.step == run.steps or with_epochs
-    if run.held_out is None or not due:
-        return False
-    losses = validation.validate(run.trainer, run.backend, run.held_out)
+    losses = None
+    if run.held_out is not None and due:
+        losses = validation.validate(run.trainer, run.backend, run.held_out)
+    with interrupts.held():
+        best = losses is not None and validated(run, losses)
+        if run.epoch_begins():
+            epoch_ended(run)
+        run.accounted = True
+        if best:  # only now: what a file holds is what the next update begins with
+            save(run, BEST)
+    name = run.folder.due(run) if changed or run.step == run.steps else None
+    if name and save(run, name) is None and run.step == run.steps:
+        not_saved(run)
+    if samples.due(run):
+        samples.draw(run)
+
+
+def validated(run, losses):
+    """Note the losses of held-out pairs → whether they are the best so far."""
     run.held_out_loss = losses["total"]
     log.validated(run.step, losses)
     run.trackers.validated(run.step, losses)

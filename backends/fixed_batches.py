@@ -75,7 +75,16 @@ class Sampler:
         self.executors = {}
 
     def __call__(
-        self, text, *, top_k=0.99, top_p=None, temperature=1.0, cond_scale=1.0, generator=None, image_codes=None
+        self,
+        text,
+        *,
+        top_k=0.99,
+        top_p=None,
+        temperature=1.0,
+        cond_scale=1.0,
+        generator=None,
+        image_codes=None,
+        watch=None,
     ):
         shaping = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
         given = given_codes(self.model, text, image_codes)
@@ -85,9 +94,11 @@ class Sampler:
             )
             inputs = (text, noise, given) if given.shape[1] else (text, noise)
             executor = self.compiled_loop(shaping, inputs, key=(given.shape[1], *shaping.values()))
-            if executor is not None:
+            if executor is not None:  # which cannot be watched
                 return self.run(executor, inputs).long()
-        return draw_codes(self.model, text, self.full_pass, generator=generator, image_codes=given, **shaping)
+        return draw_codes(
+            self.model, text, self.full_pass, generator=generator, image_codes=given, watch=watch, **shaping
+        )
 
     def compiled_loop(self, shaping, inputs, key):
         """The executor of `key`, or None where it does not compile."""

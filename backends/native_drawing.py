@@ -23,9 +23,10 @@ def sampler(model, backend):
     decoder = Decoder(model, pack, cache_dtype, backend.autocast)
 
     @torch.no_grad()
-    def sample(text, *, generator=None, image_codes=None, **shaping):
+    def sample(text, *, generator=None, image_codes=None, watch=None, **shaping):
         shaping = {"top_k": 0.99, "top_p": None, "temperature": 1.0, "cond_scale": 1.0, **shaping}
-        given = {"generator": generator, "image_codes": image_codes}
+        image_codes = None if image_codes is None else image_codes.to(backend.device)
+        given = {"generator": generator, "image_codes": image_codes, "watch": watch}
         return draw_codes(model, text.to(backend.device), decoder.logits, **shaping, **given).cpu()
 
     return sample

@@ -47,8 +47,8 @@ def decoder(vae, backend):
     fast = fast_copy(vae, "encoder", torch.bfloat16 if backend.precision == "bf16" else torch.float32, backend.device)
     at_once = 1 if backend.device.type == "cpu" else GPU_PICTURES  # sums in convolutions differ with the batch
 
-    def decode(codes):
-        return torch.cat([fast.decode(part.to(backend.device)).cpu() for part in codes.split(at_once)])
+    def decode(codes, rows=None):
+        return torch.cat([fast.decode(part.to(backend.device), rows).cpu() for part in codes.split(at_once)])
 
     return decode
 

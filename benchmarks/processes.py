@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def train(processes, quick):
     """Samples a second of each line that train.py logs but the first, in which memory is touched for the first time."""
-    flags = "--generated-data --device cpu --batch-size 4 --gradient-accumulation 1 --dataloader-workers 0 --config "
+    flags = "--generated-data --device cpu --batch-size 16 --gradient-accumulation 1 --dataloader-workers 0 --config "
     flags += "unit_test --max-steps 2" if quick else "L16 --loss-scaling 1 --learning-rate 1e-5 --max-steps 4"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     ended = subprocess.run(

@@ -48,7 +48,7 @@ ROWS = {
         "loading pictures", "samples/s", partial(loading.loading, codes=False), loading.their_loading, "a loader"
     ),
     "load-codes": Row("loading codes", "samples/s", partial(loading.loading, codes=True)),
-    "torchrun": Row("2 processes of 1 thread, batch 4", "samples/s", processes.two_processes),
+    "torchrun": Row("2 processes of 1 thread, batch 16", "samples/s", processes.two_processes),
 }
 
 

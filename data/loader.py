@@ -55,22 +55,27 @@ def load_picture(path: Union[str, Path], size: int) -> np.ndarray:
     """
     try:
         with open_picture(path) as image:
-            image.load()
-            image = _upright(image)
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            if image.width != image.height:
-                image = image.crop((left, top, left + side, top + side))
-            image = _to_rgb(image)
-            if side != size:
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
-            return np.array(image)
+            return middle_square(image, size)
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a damaged file makes PIL raise OSError, SyntaxError, struct.error, zlib.error and more
         reason = str(error).replace("\n", " ")
         named = reason if printable(path) in reason else f"{printable(path)}: cannot be read as a picture ({reason})"
         raise ValueError(named) from error
+
+
+def middle_square(image: Image.Image, size: int) -> np.ndarray:
+    """load_picture of an opened picture. Raises whatever PIL does for a damaged one."""
+    image.load()
+    image = _upright(image)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    if image.width != image.height:
+        image = image.crop((left, top, left + side, top + side))
+    image = _to_rgb(image)
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.array(image)
 
 
 def _upright(image: Image.Image) -> Image.Image:

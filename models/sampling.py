@@ -27,9 +27,11 @@ def keep_top_p(logits, mass):
 
 
 def top_k_count(top_k, num_tokens):
-    """How many codes a top_k of 0 … 1 keeps: the best (1 − top_k) of text and image vocabulary together, one at
-    least.
+    """How many codes a top_k keeps. Up to 1 it is a fraction: the best (1 − top_k) of text and image vocabulary
+    together, one at least. Above 1 it is their number.
     """
+    if top_k > 1:
+        return int(top_k)
     return max(int((1 - top_k) * num_tokens), 1)
 
 
@@ -52,8 +54,11 @@ def gumbel_noise(batch, length, num_codes, generator, device):
 
 def check_sampling(top_k, top_p, temperature, cond_scale):
     """ValueError in one line for a setting out of its range."""
-    if top_k is not None and not 0 <= top_k <= 1:
-        raise ValueError(f"top_k is {top_k}; it is the fraction of the vocabulary that is cut, from 0 (none) to 1")
+    if top_k is not None and not (0 <= top_k <= 1 or (1 < top_k < float("inf") and top_k == int(top_k))):
+        raise ValueError(
+            f"top_k is {top_k}; it is the fraction of the vocabulary that is cut, from 0 (none) to 1, or a whole "
+            "number of codes that are kept"
+        )
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it is the probability that is kept, above 0 and up to 1")
     if not 0 < temperature < float("inf"):
@@ -81,20 +86,31 @@ def choose(logits, noise, *, top_k, top_p, temperature, cond_scale, num_tokens):
 
 @torch.no_grad()
 def generate_codes(
-    dalle, text, *, top_k=0.99, top_p=None, temperature=1.0, cond_scale=1.0, generator=None, image_codes=None
+    dalle,
+    text,
+    *,
+    top_k=0.99,
+    top_p=None,
+    temperature=1.0,
+    cond_scale=1.0,
+    generator=None,
+    image_codes=None,
+    watch=None,
 ):
     """Draw pictures for text tokens int64 (B, text_seq_len), 0 = padding → codes int64 (B, image_seq_len).
 
-    top_k: fraction of text + image vocabulary that is cut (see top_k_count), None for nothing. top_p: probability that
-    is kept, None for all. cond_scale: classifier-free guidance against an empty caption, both branches in one batch.
-    generator: see gumbel_noise. image_codes int64 (B, n): the first n codes are given and kept. ValueError for a
-    setting out of its range.
+    top_k: fraction of text + image vocabulary that is cut, or number kept (see top_k_count), None for all. top_p:
+    probability that is kept, None for all. cond_scale: classifier-free guidance against an empty caption, both branches
+    in one batch. generator: see gumbel_noise. image_codes int64 (B, n): the first n codes are given and kept.
+    watch(codes so far, (B, n)) is called after every code; what it raises ends the drawing. ValueError for a setting
+    out of its range.
 
     Text and given codes pass through the model once; every further code is one position. Dropout is off while drawing,
     and the model's mode is put back afterwards.
     """
     shape = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
-    return draw_codes(dalle, text, _cached_logits, generator=generator, image_codes=image_codes, **shape)
+    given = {"generator": generator, "image_codes": image_codes, "watch": watch}
+    return draw_codes(dalle, text, _cached_logits, **given, **shape)
 
 
 @torch.no_grad()
@@ -116,7 +132,7 @@ def given_codes(dalle, text, image_codes):
     return codes
 
 
-def draw_codes(dalle, text, logits_of, *, top_k, top_p, temperature, cond_scale, generator, image_codes):
+def draw_codes(dalle, text, logits_of, *, top_k, top_p, temperature, cond_scale, generator, image_codes, watch=None):
     """The loop over codes; logits_of(dalle, text, codes so far, cache) → logits (B, V) of the next one."""
     check_sampling(top_k, top_p, temperature, cond_scale)
     codes = given_codes(dalle, text, image_codes)
@@ -141,6 +157,8 @@ def draw_codes(dalle, text, logits_of, *, top_k, top_p, temperature, cond_scale,
                 num_tokens=dalle.num_tokens,
             )
             codes = torch.cat((codes, code[:, None]), dim=1)
+            if watch is not None:
+                watch(codes)
     finally:
         dalle.train(was_training)
     return codes
@@ -166,8 +184,10 @@ def _full_logits(dalle, text, codes, cache):
 
 
 @torch.no_grad()
-def complete_text(dalle, tokens, *, temperature=1.0, generator=None):
-    """Continue a caption: int64 (1, n) tokens → int64 (1, text_seq_len), 0 from where the model ends it."""
+def complete_text(dalle, tokens, *, top_p=None, temperature=1.0, generator=None):
+    """Continue a caption: int64 (1, n) tokens → int64 (1, text_seq_len), 0 from where the model ends it. top_p: as in
+    generate_codes.
+    """
     was_training = dalle.training
     dalle.eval()
     first_padding = dalle.num_text_tokens - dalle.text_seq_len
@@ -177,6 +197,7 @@ def complete_text(dalle, tokens, *, temperature=1.0, generator=None):
             x = dalle.transformer(dalle.embed_text(dalle.number_padding(seen))[:, : place + 1])
             logits = dalle.text_logits(x[:, -1]).float() / temperature  # (1, num_text_tokens)
             logits[:, 0] = float("-inf")  # 0 is padding in a caption; its position's own id says so
+            logits = logits if top_p is None else keep_top_p(logits, top_p)
             noise = gumbel_noise(1, 1, dalle.num_text_tokens, generator, tokens.device)[:, 0]
             token = (logits + noise).argmax(-1)
             if int(token) >= first_padding:

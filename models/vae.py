@@ -148,13 +148,17 @@ class VQGanVAE(nn.Module):
             return self.model.nearest(self.model.encode(pixels)).flatten(1)  # (B, h, w) -> (B, h*w)
 
     @torch.no_grad()
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """(B, h*h) long codes of a square grid -> (B, 3, h*f, h*f) float32 pixels in [0, 1]."""
+    def decode(self, codes: torch.Tensor, rows: Optional[int] = None) -> torch.Tensor:
+        """(B, h*w) long codes, row by row -> (B, 3, h*f, w*f) float32 pixels in [0, 1].
+
+        rows: h, for a picture's upper part; None: as many as columns.
+        """
         side = math.isqrt(codes.shape[-1])
-        if codes.dim() != 2 or side**2 != codes.shape[-1]:
+        if codes.dim() != 2 or (rows is None and side**2 != codes.shape[-1]):
             raise ValueError(f"codes of shape {tuple(codes.shape)} are not (batch, side * side)")
+        rows = side if rows is None else rows
         with _no_autocast(codes.device):
-            latents = self.model.lookup(codes.reshape(-1, side, side))
+            latents = self.model.lookup(codes.reshape(len(codes), rows, -1))
             return ((self.model.decode(latents).float() + 1) / 2).clamp(0, 1)
 
     def fingerprint(self) -> str:

@@ -10,19 +10,20 @@ import yaml
 
 import args
 import args_evaluate
-import generate
+import args_generate
+from generation.loading import DEFAULTS
 from utils import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 PARSERS = {
     "train.py": args.train_parser,
-    "generate.py": args.generate_parser,
+    "generate.py": args_generate.generate_parser,
     "train_vqgan.py": args.vqgan_parser,
     "evaluate.py": args_evaluate.evaluate_parser,
 }
 COMMANDS = {
     "train.py": (args.train_arguments, ["--generated-data"]),
-    "generate.py": (args.generate_arguments, ["--dalle_path", "c.pt", "--text", "a cat"]),
+    "generate.py": (args_generate.generate_arguments, ["--dalle_path", "c.pt", "--text", "a cat"]),
     "train_vqgan.py": (args.vqgan_arguments, ["--input-folder", "pictures"]),
     "evaluate.py": (args_evaluate.evaluate_arguments, ["--dalle_path", "c.pt"]),
 }
@@ -165,7 +166,7 @@ COUNTS = {
     "train.py": "batch-size gradient-accumulation replication-factor epochs max-steps device-iterations "
     "embedding-serialization-factor ipus-per-replica hidden-size num-hidden-layers num-attention-heads dim-head "
     "text-seq-len checkpoint-save-steps checkpoint-save-epochs keep-checkpoints validation-steps",
-    "generate.py": "num-images batch-size",
+    "generate.py": "num-images batch-size rank preview",
     "train_vqgan.py": "image-size patch-size ch ch-mult num-res-blocks z-channels embed-dim n-embed batch-size "
     "max-steps",
     "evaluate.py": "prompts batch-size max-pairs",
@@ -245,10 +246,10 @@ def test_every_flag_of_the_reference_is_there_in_both_spellings(program, flags):
 def test_the_defaults_are_those_of_the_reference():
     settings = args.train_arguments(["--generated-data"])
     assert {name: getattr(settings, name) for name in TRAIN_DEFAULTS} == TRAIN_DEFAULTS
-    settings = args.generate_arguments(["--dalle_path", "c.pt", "--text", "a cat"])
-    assert (settings.num_images, settings.batch_size, settings.outputs_dir) == (128, 4, "./outputs")
+    settings = args_generate.generate_arguments(["--dalle_path", "c.pt", "--text", "a cat"])
+    assert (settings.num_images, settings.batch_size, settings.outputs_dir) == (128, None, "./outputs")
     assert settings.gentxt is False and settings.bpe_path is None
-    assert settings.top_k is None and generate.DEFAULTS["top_k"] == 0.99  # where the checkpoint says nothing
+    assert settings.top_k is None and DEFAULTS["top_k"] == 0.99  # where the checkpoint says nothing
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -339,12 +340,14 @@ def test_flags_that_contradict_each_other_end_in_one_line(argv, told, capsys):
 
 
 def test_prompts_are_separated_and_trimmed(capsys):
-    settings = args.generate_arguments(["--dalle_path", "c.pt", "--text", " a  red cat|a dog "])
-    assert settings.prompts == ["a red cat", "a dog"]
+    settings = args_generate.generate_arguments(["--dalle_path", "c.pt", "--text", " a  red cat|a dog "])
+    assert [request.prompt for request in settings.requests] == ["a red cat", "a dog"]
     base = ["--dalle_path", "c.pt", "--text", "a"]
-    assert "--vqgan-model-path" in refused(capsys, args.generate_arguments, [*base, "--vqgan_config_path", "v.yaml"])
-    assert "--text" in refused(capsys, args.generate_arguments, ["--dalle_path", "c.pt"])
-    assert "--dalle-path" in refused(capsys, args.generate_arguments, ["--text", "a cat"])
+    assert "--vqgan-model-path" in refused(
+        capsys, args_generate.generate_arguments, [*base, "--vqgan_config_path", "v.yaml"]
+    )
+    assert "--text" in refused(capsys, args_generate.generate_arguments, ["--dalle_path", "c.pt"])
+    assert args_generate.generate_arguments(["--text", "a cat"]).dalle_path is None  # the demo's
 
 
 @pytest.mark.parametrize("program", [*PARSERS, "process_captions.py"])

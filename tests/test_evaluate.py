@@ -19,7 +19,7 @@ import train
 from args_evaluate import evaluate_arguments
 from data.pictures import load_pictures
 from data.shapes import COLOURS, draw_scene, held_out_prompts, parse_caption
-from generate import load
+from generation.loading import read_model
 from models.vqgan_training import evaluate as evaluate_vqgan
 from utils import checkpoint, checkpoint_info
 
@@ -149,7 +149,7 @@ def test_an_export_has_the_same_figures(command, validated, drawn_pictures, tmp_
 
 def test_reconstructions_are_those_of_train_vqgan(command, tiny_checkpoint, drawn_pictures, tmp_path):
     _, found = evaluate_folder(command, tiny_checkpoint, drawn_pictures, tmp_path / "out")
-    vae = load(tiny_checkpoint)[0].vae
+    vae = read_model(tiny_checkpoint)[0].vae
     pictures = load_pictures(sorted(drawn_pictures.glob("*.png")), 32)
     expected = evaluate_vqgan(vae.model, pictures, 4)
     assert found["reconstruction_psnr"] == pytest.approx(expected.psnr, abs=1e-3)

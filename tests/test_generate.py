@@ -13,6 +13,8 @@ from PIL import Image
 
 import generate
 import train
+from generation.loading import read_model
+from generation.output import save_pictures
 from models.dalle import DALLE
 from models.sampling import generate_codes
 from models.vae import load_vqgan
@@ -54,6 +56,12 @@ def read_bytes(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def numbered(folder, number):
+    """A prompt's picture by its number; its seed stands in its name, too."""
+    (path,) = folder.glob(f"{number}-seed-*.*")
+    return path
+
+
 def pixels(path):
     return np.array(Image.open(path)).astype(int)
 
@@ -64,16 +72,20 @@ def test_a_checkpoint_is_all_it_needs(tiny_checkpoint, tmp_path):
     words = ["--dalle_path", alone, "--text", "a red circle|two  blue stars ", "--num_images", "3", "--batch_size", "2"]
     done = subprocess.run([sys.executable, ROOT / "generate.py", *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"a_red_circle", "two_blue_stars"}
-    for folder in (tmp_path / "outputs").iterdir():
-        assert {path.name for path in folder.iterdir()} == {"0.jpg", "1.jpg", "2.jpg", "grid.png", "caption.txt"}
-        assert all(Image.open(folder / f"{number}.jpg").size == (32, 32) for number in range(3))
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {
+        "a_red_circle",
+        "two_blue_stars",
+        "results.jsonl",
+    }
+    for folder in (tmp_path / "outputs").glob("*_*"):
+        assert {path.name.partition("-")[0] for path in folder.iterdir()} == {"0", "1", "2", "grid.png", "caption.txt"}
+        assert all(Image.open(numbered(folder, number)).size == (32, 32) for number in range(3))
     assert (tmp_path / "outputs" / "two_blue_stars" / "caption.txt").read_text() == "two blue stars\n"
 
 
 def test_pictures_are_saved_as_they_were_decoded(drawn, tiny_checkpoint, tmp_path):
     drawn("--seed", 11)
-    model, tokenizer, _ = generate.load(tiny_checkpoint)
+    model, tokenizer, _ = read_model(tiny_checkpoint)
     generators = [torch.Generator().manual_seed(11 + picture) for picture in range(3)]
     text = tokenizer.tokenize(["a red circle"] * 3, 16)
     decoded = model.vae.decode(generate_codes(model, text, top_k=0.99, generator=generators))
@@ -81,7 +93,7 @@ def test_pictures_are_saved_as_they_were_decoded(drawn, tiny_checkpoint, tmp_pat
     assert expected.min() > 10 and expected.max() < 245  # so that stretching the contrast would change the pictures
     folder = tmp_path / "out" / "a_red_circle"
     for number in range(3):
-        difference = pixels(folder / f"{number}.jpg") - expected[number]
+        difference = pixels(numbered(folder, number)) - expected[number]
         assert np.abs(difference).mean() < 5 and np.abs(difference.mean()) < 0.5  # JPEG's part
     grid = pixels(folder / "grid.png")  # two columns, two pixels of white between
     assert grid.shape == (70, 70, 3) and (grid[36:68, 36:68] == 255).all()
@@ -95,8 +107,8 @@ def test_a_seed_repeats_pictures_whatever_the_batch_size(drawn, tmp_path):
         drawn("--seed", 5, "--cond_scale", 1.5, "--outputs_dir", tmp_path / str(number), *flags)
         runs.append(read_bytes(tmp_path / str(number) / "a_red_circle"))
     assert runs[0] == runs[1] == runs[2]
-    assert len({runs[0][f"{number}.jpg"] for number in range(3)}) == 3
-    assert runs[3]["0.jpg"] == runs[0]["1.jpg"] and runs[3]["1.jpg"] == runs[0]["2.jpg"]
+    assert len({runs[0][f"{number}-seed-{5 + number}.jpg"] for number in range(3)}) == 3
+    assert runs[3]["0-seed-6.jpg"] == runs[0]["1-seed-6.jpg"] and runs[3]["1-seed-7.jpg"] == runs[0]["2-seed-7.jpg"]
 
 
 def test_without_a_seed_pictures_differ_and_the_seed_is_told(drawn, tmp_path):
@@ -104,7 +116,7 @@ def test_without_a_seed_pictures_differ_and_the_seed_is_told(drawn, tmp_path):
     drawn("--outputs_dir", tmp_path / "1", "--num_images", 1)
     seed = first.out.partition("seed ")[2].partition(",")[0]
     drawn("--outputs_dir", tmp_path / "2", "--num_images", 1, "--seed", seed)
-    pictures = [(tmp_path / name / "a_red_circle" / "0.jpg").read_bytes() for name in "012"]
+    pictures = [numbered(tmp_path / name / "a_red_circle", 0).read_bytes() for name in "012"]
     assert pictures[0] == pictures[2] != pictures[1]
 
 
@@ -115,30 +127,38 @@ def test_a_second_run_leaves_the_first_ones_pictures(drawn, tmp_path):
     drawn("--seed", 2, "--num_images", 2)
     after = read_bytes(folder)
     assert {name: after[name] for name in before} == before
-    assert after.keys() - before.keys() == {"3.jpg", "4.jpg", "grid-3.png"}
+    assert after.keys() - before.keys() == {"3-seed-2.jpg", "4-seed-3.jpg", "grid-3.png"}
+
+
+def saved(prompt, outputs):
+    return save_pictures([Image.new("RGB", (8, 8))], [{"prompt": prompt, "seed": 7}], outputs)
 
 
 def test_no_prompt_leaves_the_output_folder_or_takes_anothers_place(tmp_path):
     outputs = tmp_path / "deep" / "outputs"
-    folders = [generate.save_pictures(torch.zeros(1, 3, 8, 8), prompt, outputs) for prompt in HOSTILE]
+    folders = [saved(prompt, outputs) for prompt in HOSTILE]
     assert len(set(folders)) == len(HOSTILE)
     for prompt, folder in zip(HOSTILE, folders):
         assert folder.resolve().parent == outputs.resolve() and not folder.name.startswith(".")
-        assert (folder / "caption.txt").read_text(encoding="utf-8") == prompt + "\n" and (folder / "0.jpg").exists()
+        assert (folder / "caption.txt").read_text(encoding="utf-8") == prompt + "\n" and numbered(folder, 0)
         assert len(folder.name.partition("-")[0]) <= 100 and folder.name.isprintable()
     assert [*tmp_path.iterdir()] == [tmp_path / "deep"] and [*(tmp_path / "deep").iterdir()] == [outputs]
     assert folders[HOSTILE.index("a/b")].name == "a_b"
-    again = generate.save_pictures(torch.zeros(1, 3, 8, 8), "a/b", outputs)
-    assert again == folders[HOSTILE.index("a/b")] and (again / "1.jpg").exists()
+    again = saved("a/b", outputs)
+    assert again == folders[HOSTILE.index("a/b")] and numbered(again, 1)
     (outputs / "taken").write_text("a file")
-    assert generate.save_pictures(torch.zeros(1, 3, 8, 8), "taken", outputs).name == "taken-2"
+    assert saved("taken", outputs).name == "taken-2"
 
 
 def test_hostile_prompts_from_the_command_line(drawn, tmp_path):
     drawn("--text", "../../up|/x|\x1b[2J red|.dot", "--num_images", 1)
     assert [*tmp_path.iterdir()] == [tmp_path / "out"]
-    captions = {folder.name: (folder / "caption.txt").read_text() for folder in (tmp_path / "out").iterdir()}
+    captions = {path.parent.name: path.read_text() for path in (tmp_path / "out").glob("*/caption.txt")}
     assert captions == {"_.._up": "../../up\n", "_x": "/x\n", "__2J_red": "\x1b[2J red\n", "dot": ".dot\n"}
+
+
+def different(outputs):
+    return len({Image.open(path).tobytes() for path in (outputs / "a_red_circle").glob("*-seed-*.jpg")})
 
 
 def test_settings_come_from_the_checkpoint_and_flags_outdo_them(drawn, tiny_checkpoint, tmp_path):
@@ -149,17 +169,15 @@ def test_settings_come_from_the_checkpoint_and_flags_outdo_them(drawn, tiny_chec
     advised = ["--dalle_path", tmp_path / "advised.pt", "--num_images", 4]
     ended = drawn(*advised, "--outputs_dir", tmp_path / "one")
     assert "top_k 1.0, top_p None, temperature 0.7, cond_scale 1.5" in ended.out
-    assert (
-        len(set(read_bytes(tmp_path / "one" / "a_red_circle").values())) == 3
-    )  # one picture four times, grid, caption
+    assert different(tmp_path / "one") == 1  # one picture four times
     ended = drawn(*advised, "--outputs_dir", tmp_path / "all", "--top_k", 0, "--top_p", 0.9, "--cond_scale", 1)
     assert "top_k 0.0 (recommended 1.0), top_p 0.9 (recommended None), temperature 0.7, cond_scale 1.0 (" in ended.out
-    assert len(set(read_bytes(tmp_path / "all" / "a_red_circle").values())) == 6
+    assert different(tmp_path / "all") == 4
 
 
 def test_the_model_finishes_the_sentence(drawn, tmp_path):
     ended = drawn("--gentxt", "--seed", 3)
-    (folder,) = (tmp_path / "out").iterdir()
+    (folder,) = (tmp_path / "out").glob("*/")
     caption = (folder / "caption.txt").read_text(encoding="utf-8")
     assert (
         caption.startswith("a red circle ")
@@ -167,7 +185,7 @@ def test_the_model_finishes_the_sentence(drawn, tmp_path):
         and "completed prompt: a red circle" in ended.out
     )
     drawn("--gentxt", "--seed", 3)
-    assert [*(tmp_path / "out").iterdir()] == [folder] and (folder / "5.jpg").exists()
+    assert [*(tmp_path / "out").glob("*/")] == [folder] and numbered(folder, 5)
 
 
 def test_all_prompts_are_read_before_the_first_is_drawn(drawn, tmp_path):
@@ -244,15 +262,15 @@ def test_a_checkpoint_of_the_reference(drawn, tiny_vqgan, vqgan_weights, tmp_pat
     path = write_reference(tmp_path / "dalle_3.pt", weights, damaged, 8192, **kind)
     files = ["--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--vqgan_config_path", tiny_vqgan / "vqgan.yaml"]
     drawn("--dalle_path", path, *files, "--bpe_path", VOCABULARY, "--text", "red " * 75, "--seed", 1)
-    (folder,) = (tmp_path / "out").iterdir()
-    assert len(folder.name) == 100 and Image.open(folder / "2.jpg").size == (32, 32)
+    (folder,) = (tmp_path / "out").glob("*/")
+    assert len(folder.name) == 100 and Image.open(numbered(folder, 2)).size == (32, 32)
     assert len(np.unique(pixels(folder / "grid.png"))) > 10
 
     vae = load_vqgan(str(tiny_vqgan))
     expected = DALLE(vae=vae, num_text_tokens=8192, sandwich_norm=sandwich_norm, **REFERENCE).eval()
     missing, unexpected = expected.load_state_dict(weights, strict=False)
     assert not unexpected and all(name.startswith("vae.") for name in missing)
-    loaded, tokenizer, _ = generate.load(path, *files[1::2], VOCABULARY)
+    loaded, tokenizer, _ = read_model(path, *files[1::2], VOCABULARY)
     text = tokenizer.tokenize(["a red circle", "two blue stars"], 80)
     codes = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -284,7 +302,7 @@ def test_clips_vocabulary_is_the_default_and_any_bytes_make_a_caption(drawn, tin
     path = write_reference(tmp_path / "dalle_3.pt", reference_weights(49408, 4, 64, False), vqgan_weights, 49408)
     flags = ["--dalle_path", path, "--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--num_images", 1]
     drawn(*flags, "--gentxt", "--temperature", 2)  # random weights: halves of characters among the 80 tokens
-    (folder,) = (tmp_path / "out").iterdir()
+    (folder,) = (tmp_path / "out").glob("*/")
     assert (folder / "caption.txt").read_text(encoding="utf-8").startswith("a red circle")
     ended = drawn(*flags, "--bpe_path", VOCABULARY, status=2)
     assert "49408 text tokens" in ended.err and "8192" in ended.err and "--bpe_path" in ended.err
@@ -303,4 +321,4 @@ def test_the_official_vqgan_inside_needs_no_file(drawn, tmp_path):
     assert len(vqgan) == 343 and sum(tensor.numel() for tensor in vqgan.values()) == 72_141_699
     path = write_reference(tmp_path / "dalle_3.pt", reference_weights(8192, 16, 1024, False), vqgan, 8192, half=True)
     drawn("--dalle_path", path, "--bpe_path", VOCABULARY, "--num_images", 1, "--seed", 4)
-    assert Image.open(tmp_path / "out" / "a_red_circle" / "0.jpg").size == (256, 256)
+    assert Image.open(numbered(tmp_path / "out" / "a_red_circle", 0)).size == (256, 256)

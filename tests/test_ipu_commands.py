@@ -55,7 +55,7 @@ def test_a_configuration_runs_to_its_end(poptorch_standin, command, tiny_vqgan, 
         )
         assert ended.status == 0, ended.err
         assert re.search(r"throughput: \d+\.\d+ images/sec", ended.out)
-    pictures = [(tmp_path / device / "a_dog" / "2.jpg").read_bytes() for device in ("cpu", "ipu")]
+    pictures = [(tmp_path / device / "a_dog" / "2-seed-3.jpg").read_bytes() for device in ("cpu", "ipu")]
     assert pictures[0] == pictures[1]
 
 

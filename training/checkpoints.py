@@ -14,6 +14,7 @@ import log
 from utils import checkpoint, interrupts
 
 BEST = "dalle_best.pt"
+PROGRESS = ("skipped", "epoch_loss", "held_out_loss", "best_loss", "accounted")  # of a Run, beside its step
 # Of the settings that a file remembers, those that say how and where a run goes on rather than what it is.
 NOT_THE_SAME_RUN = {
     *("config", "resume", "pretrained_checkpoint", "checkpoint_output_dir", "checkpoint_save_steps"),
@@ -146,7 +147,8 @@ def resume(run, path, saved, model):
     run.step = saved.get("step", (saved.get("epoch", -1) + 1) * run.batches.batches_per_epoch)
     for name, value in saved.get("progress", {}).items():
         setattr(run, name, tuple(value) if isinstance(value, list) else value)
-    if run.step > run.steps or (run.step == run.steps and not run.settings.resume):
+    over = run.step == run.steps and run.accounted and not run.settings.resume
+    if run.step > run.steps or over:
         raise ValueError(
             f"{path}: has {run.step} steps already, this run ends at {run.steps}; give more --epochs or --max-steps"
         )
@@ -216,7 +218,7 @@ def contents(run, state):
         "weights": checkpoint.canonical_weights(state.pop("weights")),
         "opt_state": state.pop("opt_state"),
         "scheduler_state": run.schedule.state_dict(),
-        "progress": {name: getattr(run, name) for name in ("skipped", "epoch_loss", "held_out_loss", "best_loss")},
+        "progress": {name: getattr(run, name) for name in PROGRESS},
         "tokenizer": {
             "kind": run.tokenizer.kind,
             "sha256": run.tokenizer.fingerprint,

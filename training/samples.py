@@ -10,9 +10,10 @@ import textwrap
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import generate
 import log
 from data.loader import TextImageDataset, load_picture
+from generation.loading import DEFAULTS
+from generation.output import as_picture
 
 PAIRS = 8
 SIDES = 160, 256  # pixels; smaller pictures are shown larger, larger ones smaller
@@ -43,7 +44,8 @@ def draw(run):
             run.pairs = first_pairs(run)
         captions, text, real, again = run.pairs
         noise = [torch.Generator().manual_seed(run.settings.random_seed + place) for place in range(len(captions))]
-        sampling = generate.chosen_sampling(run.settings, generate.DEFAULTS)
+        given = {name: getattr(run.settings, name) for name in DEFAULTS}
+        sampling = {name: DEFAULTS[name] if value is None else value for name, value in given.items()}
         drawn = run.backend.decode(run.vae)(sampler(text, generator=noise, **sampling))
         grid = grid_of(captions, (real, again, drawn), f"step {run.step:,}")
         if run.folder.path:
@@ -95,7 +97,7 @@ def grid_of(captions, rows, title):
         pen.text((MARGIN - GAP, top + side / 2), name, "#555555", font, anchor="rm")
         for column, pixels in enumerate(pictures):
             small = side > pixels.shape[-1]  # pixels of small pictures stay sharp squares
-            picture = generate.as_picture(pixels)
+            picture = as_picture(pixels)
             picture = picture.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
             grid.paste(picture, (MARGIN + column * (side + GAP), top))
     for column, text in enumerate(texts):

@@ -1,5 +1,7 @@
 """Sample grids: what is in them, that they are repeatable, and that drawing them changes nothing of the training."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 import generate
 import train
 from data.loader import load_picture
+from generation.loading import read_model
 from training import samples
 from utils import checkpoint
 
@@ -66,7 +69,7 @@ def test_what_a_grid_shows(trained, command, drawn_pictures, tmp_path):
     real, again, drawn = rows_of(Image.open(folder / "samples/step_8.png"), 8)
     pixels = np.stack([load_picture(path, 32) for path in pictures])
     assert np.array_equal(real, pixels)
-    model, tokenizer, recommended = generate.load(folder / "dalle_1.pt")  # the averaged weights
+    model, tokenizer, recommended = read_model(folder / "dalle_1.pt")  # the averaged weights
     codes = model.vae.get_codebook_indices(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
     assert np.array_equal(again, as_bytes(model.vae.decode(codes)))
     assert recommended["temperature"] == 0.5
@@ -108,7 +111,7 @@ def test_what_goes_wrong_in_drawing_does_not_stop_the_run(command, tiny_flags, t
 
 def test_made_up_samples_are_not_drawn(command, tmp_path):
     flags = ["--generated-data", "--max-steps", 2, "--sample-steps", 1, "--dataloader-workers", 0]
-    flags += ["--bpe-path", generate.Path(generate.__file__).parent / "bpe/bpe_yttm_vocab.txt"]
+    flags += ["--bpe-path", Path(generate.__file__).parent / "bpe/bpe_yttm_vocab.txt"]
     ended = command(train.main, "--config", "unit_test", *flags, "--checkpoint-output-dir", tmp_path)
     assert ended.status == 0 and not (tmp_path / "samples").exists() and (tmp_path / "loss.png").exists()
 

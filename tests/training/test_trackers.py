@@ -87,10 +87,10 @@ def test_an_error_while_logging_is_told_once_and_does_not_stop_the_run(logged):
 
 @pytest.mark.parametrize("how, status", [(KeyboardInterrupt(), 130), (ValueError("out of luck"), 2), (KeyError(), 1)])
 def test_trackers_are_closed_however_a_run_ends(command, tiny_flags, wandb, monkeypatch, tmp_path, how, status):
-    def end(run):
+    def end(run, changed):
         raise how
 
-    monkeypatch.setattr(train, "validate", end)
+    monkeypatch.setattr(train, "after_update", end)
     flags = [*tiny_flags, "--wandb", "--checkpoint-output-dir", tmp_path]
     if status == 1:
         with pytest.raises(KeyError):

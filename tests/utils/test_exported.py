@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import generate
 import train
+from generation.loading import read_model
 from utils import checkpoint, checkpoint_info, exported
 
 
@@ -46,8 +47,8 @@ def test_the_same_pictures_for_the_same_seed(command, averaged, export, tmp_path
     pictures = grid(command, averaged, tmp_path / "pt")
     assert np.array_equal(pictures, grid(command, export(), tmp_path / "st"))
     assert len(np.unique(pictures)) > 10
-    halved = generate.load(export("--half"))[0]  # the VQGAN is whole
-    whole = generate.load(averaged)[0]
+    halved = read_model(export("--half"))[0]  # the VQGAN is whole
+    whole = read_model(averaged)[0]
     assert halved.vae.fingerprint() == whole.vae.fingerprint()
     assert torch.equal(halved.text_emb.weight, whole.text_emb.weight.half().float())
 

@@ -1,0 +1,94 @@
+"""What the service's tests share: a loaded model whose drawing can be watched and held up, and a server that runs."""
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+
+from generation.loading import load
+
+
+class Drawing:
+    """A Loaded's sampler, with a record of what is drawn together and a gate that every code passes.
+
+    batches: a list of seeds for each drawing that began. codes: how many codes were drawn in all. hold() makes drawing
+    stop before its next code until release(). before(seeds) is called where a drawing begins; what it raises fails it.
+    """
+
+    def __init__(self, loaded):
+        self.loaded, self.plain = loaded, loaded.sampler
+        self.batches, self.codes, self.seconds = [], 0, 0.0
+        self.open, self.before = threading.Event(), lambda seeds: None
+        self.open.set()
+        loaded.sampler = self.sample
+
+    hold = property(lambda self: self.open.clear)
+    release = property(lambda self: self.open.set)
+
+    def sample(self, text, *, generator, watch=None, **options):
+        seeds = [one.initial_seed() for one in generator]
+        self.batches.append(seeds)
+        self.before(seeds)
+
+        def seen(codes):
+            assert self.open.wait(20)
+            time.sleep(self.seconds)
+            self.codes += 1
+            if watch is not None:
+                watch(codes)
+
+        return self.plain(text, generator=generator, watch=seen, **options)
+
+    def began(self, count):
+        """Wait until so many drawings have begun."""
+        until(lambda: len(self.batches) >= count)
+
+    def remove(self):
+        self.open.set()
+        self.loaded.sampler = self.plain
+
+
+def loaded_for_tests(checkpoint, batch_size=4):
+    return load(str(checkpoint), device="cpu", precision="fp32", batch_size=batch_size)
+
+
+def until(holds, seconds=20):
+    """Wait until holds() is true."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def running(loaded, limits, queue_size=64):
+    """Page and API of app.py on a free port of this machine, in a thread → the port."""
+    import app
+
+    with app.listen("127.0.0.1", 0) as listening:
+        server = app.serving(loaded, limits, queue_size)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        until(lambda: server.started)
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+def call(port, method="GET", path="/health", body=None, kind="application/json", timeout=60):
+    """One request → (status, JSON of the answer). body: bytes, or what becomes JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    try:
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request(method, path, data, {"Content-Type": kind} if data is not None else {})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def generate(port, **wanted):
+    return call(port, "POST", "/api/generate", wanted)

@@ -1,0 +1,268 @@
+"""The HTTP API of a server that runs: its answers, what it says to 200 wrong requests, and clients that leave."""
+
+import base64
+import io
+import json
+import random
+import socket
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from generation.drawing import draw, picture
+from generation.image_prompts import given_codes
+from generation.output import as_picture, metadata
+from tests.service.running import Drawing, call, generate, loaded_for_tests, running, until
+
+pytest.importorskip("gradio", exc_type=ImportError)
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint):
+    return loaded_for_tests(tiny_checkpoint, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def port(loaded):
+    from service.requests import Limits
+
+    with running(loaded, Limits(max_images=8, max_prompt_characters=60), queue_size=6) as port:
+        yield port
+
+
+@pytest.fixture
+def drawing(loaded):
+    drawing = Drawing(loaded)
+    yield drawing
+    drawing.remove()
+
+
+def image_of(answer):
+    return Image.open(io.BytesIO(base64.b64decode(answer["png"], validate=True)))
+
+
+def png(width, height, pixels=None):
+    """Bytes of a PNG that says it has so many pixels; without pixels they are all of one colour, or missing."""
+    file = io.BytesIO()
+    (pixels or Image.new("1", (width, height))).save(file, "PNG")
+    return file.getvalue()
+
+
+def said_size(width, height):
+    """A small PNG whose header says what it has not: width × height pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+        + bytes(3)
+        + b"\x0aIDAT"
+    )
+
+
+def b64(data):
+    return base64.b64encode(data).decode()
+
+
+def is_a_sentence(answer):
+    assert set(answer) == {"error"}
+    error = answer["error"]
+    return isinstance(error, str) and error.endswith(".") and "\n" not in error and len(error) < 300
+
+
+def test_health(port, loaded):
+    status, about = call(port)
+    assert status == 200 and about["status"] == "ok" and about["checkpoint"] == loaded.fingerprint
+    assert about["waiting"] == 0
+
+
+def test_the_same_seed_gives_the_picture_of_the_library(port, loaded):
+    status, answer = generate(port, prompt=f"  {PROMPT} ", count=3, seed=11, temperature=0.9)
+    assert status == 200 and [one["seed"] for one in answer["pictures"]] == [11, 12, 13]
+    for one in answer["pictures"]:
+        wanted = picture(loaded, PROMPT, one["seed"], {"temperature": 0.9})
+        alone = as_picture(loaded.decode(draw(loaded, [wanted]))[0])
+        image = image_of(one)
+        assert image.tobytes() == alone.tobytes()
+        assert one["metadata"] == json.loads(image.info["Comment"]) == metadata(wanted, loaded)
+
+
+def test_an_image_prompt_is_kept_as_by_the_library(port, loaded, drawn_pictures):
+    path = sorted(drawn_pictures.glob("*.png"))[3]
+    side = loaded.model.fmap_size
+    for keep, rows in ((1, 1), (0.5, side // 2), (None, side // 2)):
+        status, answer = generate(port, prompt=PROMPT, seed=2, image=b64(path.read_bytes()), keep=keep)
+        wanted = picture(loaded, PROMPT, 2, given=given_codes(loaded, path, rows))
+        alone = as_picture(loaded.decode(draw(loaded, [wanted]))[0])
+        assert status == 200 and image_of(answer["pictures"][0]).tobytes() == alone.tobytes()
+
+
+def test_without_a_seed_pictures_differ(port):
+    answers = [generate(port, prompt=PROMPT)[1] for _ in range(2)]
+    assert answers[0]["pictures"][0]["seed"] != answers[1]["pictures"][0]["seed"]
+
+
+def test_the_documentation_names_every_key_and_needs_no_network(port):
+    from service.api import Generate
+
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        raw.sendall(b"GET /docs HTTP/1.0\r\n\r\n")
+        page = b"".join(iter(lambda: raw.recv(65536), b"")).decode()
+    assert all(f"<code>{key}</code>" in page for key in Generate.model_fields)
+    assert "src=" not in page and "https://" not in page
+
+
+def test_no_files_of_the_machine_are_served(port):
+    for path in ("/etc/passwd", "app.py", str(Path(__file__).resolve()), "../../etc/passwd"):
+        status, _ = call(port, "GET", f"/gradio_api/file={path}")
+        assert status in (403, 404)
+
+
+def wrong_requests():
+    """200 of them: hand-picked ones, then random ones of a seed. (what is wrong, path, method, body, kind)"""
+    chance = random.Random(20261124)
+    good = {"prompt": PROMPT}
+    post = ("/api/generate", "POST")
+    bodies = [b"", b"{", b"null", b"[]", b'"text"', b"7", b"\xff\xfe{}", b"{'prompt': 'x'}", b'{"prompt": "x"', b"NaN"]
+    bodies += [b'{"prompt": "x", "top_k": NaN}', b'{"prompt": "x", "temperature": Infinity}', b"[" * 100_000]
+    bodies += [b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", b'{"a":' * 50_000, b"\x00" * 1000]
+    bodies += [b'{"prompt": "\\ud800"}', b'{"prompt": "x", "\\ud800": 1}']
+    objects = [{}, {"prompt": ""}, {"prompt": "   "}, {"prompt": None}, {"prompt": "x" * 61}, {"prompt": ["a"]}]
+    objects += [{"prompt": "\u2603" * 60}, {"text": PROMPT}, {**good, "colour": 1}, {**good, "Prompt": PROMPT}]
+    values = {
+        "count": [0, -1, 9, 1.5, "2", True, [], {}, 10**30, -(10**30)],
+        "seed": [-1, 2**63, 2**63 - 1, 1.5, "7", False, [1], 10**400],
+        "top_k": [-0.1, 1.5, "0.9", True, [], 1e400],
+        "top_p": [0, -1, 1.01, "1", {}, False],
+        "temperature": [0, -1, "hot", True, []],
+        "cond_scale": [-1, "1", True, {}, [1]],
+        "keep": [0.5, 1],  # without an image
+        "image": [
+            7,
+            "",
+            "nonsense!",
+            "====",
+            b64(b""),
+            b64(b"GIF89a"),
+            b64(b"<svg></svg>"),
+            b64(bytes(1000)),
+            True,
+            [],
+        ],
+    }
+    objects += [{**good, key: value} for key, some in values.items() for value in some]
+    whole = png(8, 8)
+    images = [png(10_000, 5_000), said_size(50_000, 50_000), said_size(100_000, 100_000), whole[:40], whole[:-30]]
+    images += [said_size(8, 8), b"BM" + bytes(60), b"II*\x00" + bytes(50), b"%PDF-1.7", b"\xff\xd8\xff\xe0" + bytes(30)]
+    objects += [{**good, "image": b64(data)} for data in images]
+    objects += [{**good, "image": b64(whole), "keep": keep} for keep in (0, -1, 4, 100, 1.5, 0.99, "all", 1e300)]
+    for body in bodies:
+        yield ("body", *post, body, "application/json")
+    for body in objects:
+        yield ("object", *post, body, "application/json")
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        yield ("kind", *post, json.dumps(good).encode(), kind)
+    for path, method in (("/api/generate", "PUT"), ("/api/generate", "GET"), ("/api/x", "GET"), ("/health", "POST")):
+        yield ("route", path, method, None, "")
+    junk = [None, True, -7, 1e9, "", "x", [], {}, [[1]], {"a": {"b": []}}, "\u0000", 10**25, -0.5]
+    for _ in range(200):  # what is left of 200 is random: broken text, and keys with values of other kinds
+        if chance.random() < 0.4:
+            text = bytearray(json.dumps({**good, "count": 2, "seed": 3}).encode())
+            for _ in range(chance.randrange(1, 6)):
+                text[chance.randrange(len(text))] = chance.randrange(256)
+            yield ("bytes", *post, b"{" + bytes(text), "application/json")
+        else:
+            body = {key: chance.choice(junk) for key in chance.sample(list(values), 3)}
+            body[chance.choice(["styl", "n", "model"])] = chance.choice(junk)
+            yield ("keys", *post, {**good, **body, "unknown": 1}, "application/json")
+
+
+def test_200_wrong_requests_get_a_sentence_each(port, drawing):
+    before = call(port)[1]["pictures_drawn"]
+    for _, (what, path, method, body, kind) in zip(range(200), wrong_requests()):
+        status, answer = call(port, method, path, body, kind)
+        assert 400 <= status < 500, (what, body if not isinstance(body, bytes) else body[:80], answer)
+        assert is_a_sentence(answer), answer
+    assert call(port)[1]["pictures_drawn"] == before and drawing.batches == []
+    assert generate(port, prompt=PROMPT)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "wanted, sentence",
+    [
+        ({"prompt": "x" * 61}, "The prompt has 61 characters; at most 60 are accepted."),
+        ({"prompt": PROMPT, "count": 9}, "9 pictures are asked for; from 1 to 8 can be drawn at once."),
+        ({"prompt": PROMPT, "count": "2"}, "count must be a whole number."),
+        ({"prompt": PROMPT, "size": 2}, "size is not a key that is known; there are prompt, count, seed"),
+        ({"count": 2}, "prompt is missing."),
+        ({"prompt": PROMPT, "image": "???"}, "image is not base64."),
+        ({"prompt": PROMPT, "image": b64(b"GIF")}, "The file is no picture that can be read; PNG, JPEG"),
+        (
+            {"prompt": PROMPT, "image": b64(png(10_000, 5_000))},
+            "The picture is 10000 × 5000 pixels, 50.0 megapixels; at most 24 are accepted.",
+        ),
+        ({"prompt": PROMPT, "image": b64(said_size(60_000, 60_000))}, "The picture is too large"),
+        ({"prompt": PROMPT, "temperature": 0}, "Temperature is 0.0; it must be above 0."),
+    ],
+)
+def test_a_sentence_names_what_is_wrong(port, wanted, sentence):
+    status, answer = generate(port, **wanted)
+    assert status == 422 and answer["error"].startswith(sentence)
+
+
+def test_a_large_body_is_refused_before_it_is_sent(port):
+    for header in (b"Content-Length: 500000000", b"Content-Length: 15728640"):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+            raw.sendall(b"POST /api/generate HTTP/1.0\r\nContent-Type: application/json\r\n" + header + b"\r\n\r\n")
+            answer = b"".join(iter(lambda raw=raw: raw.recv(4096), b"")).decode()
+        assert answer.startswith("HTTP/1.1 413") and '{"error":"The request is too large; at most ' in answer
+
+
+def test_a_client_that_leaves_takes_its_request_back(port, drawing):
+    drawing.hold()
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        body = json.dumps({"prompt": PROMPT, "count": 8}).encode()
+        head = (
+            f"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        raw.sendall(head.encode() + b"\r\n\r\n" + body)
+        drawing.began(1)
+        assert call(port)[1]["waiting"] == 1
+    until(lambda: call(port)[1]["waiting"] == 0)
+    drawing.release()
+    assert generate(port, prompt=PROMPT)[0] == 200
+    assert len(drawing.batches) == 2  # the second half of the eight was never begun
+
+
+def test_a_full_queue_is_told_with_503(port, drawing):
+    drawing.hold()
+    raws = []
+    body = json.dumps({"prompt": PROMPT}).encode()
+    head = f"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    for _ in range(3):  # half of the queue
+        raws.append(socket.create_connection(("127.0.0.1", port)))
+        raws[-1].sendall(head.encode() + b"\r\n\r\n" + body)
+    until(lambda: call(port)[1]["waiting"] == 3)
+    status, answer = generate(port, prompt=PROMPT)
+    assert status == 503 and "try again" in answer["error"] and is_a_sentence(answer)
+    for raw in raws:
+        raw.close()
+    until(lambda: call(port)[1]["waiting"] == 0)
+    drawing.release()
+    assert generate(port, prompt=PROMPT)[0] == 200
+
+
+def test_a_drawing_that_fails_is_told_with_500(port, drawing):
+    def before(seeds):
+        raise RuntimeError("secret")
+
+    drawing.before = before
+    status, answer = generate(port, prompt=PROMPT)
+    assert status == 500 and is_a_sentence(answer) and "secret" not in answer["error"]
+    drawing.before = lambda seeds: None
+    assert generate(port, prompt=PROMPT)[0] == 200

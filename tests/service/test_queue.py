@@ -1,0 +1,220 @@
+"""Who draws next, what is drawn together, and what happens where somebody leaves or a drawing fails."""
+
+import asyncio
+
+import pytest
+import torch
+
+from generation.drawing import draw, picture
+from generation.output import as_picture
+from service.queue import Busy, DrawingQueue, changes
+from tests.service.running import Drawing, loaded_for_tests, until
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint):
+    return loaded_for_tests(tiny_checkpoint, batch_size=4)
+
+
+@pytest.fixture
+def drawing(loaded):
+    drawing = Drawing(loaded)
+    yield drawing
+    drawing.remove()
+
+
+@pytest.fixture
+def queue(loaded, drawing):
+    queue = DrawingQueue(loaded, max_jobs=8)
+    queue.start()
+    yield queue
+    drawing.release()
+    queue.stop()
+
+
+def pictures(loaded, *seeds, prompt=PROMPT, **sampling):
+    return [picture(loaded, prompt, seed, sampling) for seed in seeds]
+
+
+def wait(*jobs):
+    for job in jobs:
+        assert job.ended.wait(20)
+
+
+def occupied(queue, loaded, drawing):
+    """A drawing that has begun and is held up, so that what is submitted next waits."""
+    drawing.hold()
+    job = queue.submit("first", pictures(loaded, 1000))
+    drawing.began(1)
+    return job
+
+
+def test_pictures_are_those_of_a_plain_drawing(loaded, drawing, queue):
+    wanted = pictures(loaded, *range(5, 12), prompt="a small blue square")
+    job = queue.submit("me", wanted)
+    wait(job)
+    for one, codes, drawn in zip(wanted, job.codes, job.drawn):
+        alone = draw(loaded, [one])
+        assert torch.equal(alone[0], codes)
+        assert as_picture(loaded.decode(alone)[0]).tobytes() == drawn.tobytes()
+    assert job.error is None and not job.cancelled and queue.pictures_drawn == 7
+
+
+def test_pictures_of_several_people_are_drawn_together(loaded, drawing, queue):
+    first = occupied(queue, loaded, drawing)
+    jobs = [queue.submit(f"client {seed}", pictures(loaded, seed, prompt=f"a {seed} star")) for seed in (1, 2, 3)]
+    jobs.append(queue.submit("another", pictures(loaded, 4, temperature=0.5)))
+    drawing.release()
+    wait(first, *jobs)
+    assert drawing.batches == [[1000], [1, 2, 3], [4]]
+
+
+def test_a_small_request_does_not_wait_for_a_large_one(loaded, drawing, queue):
+    first = occupied(queue, loaded, drawing)
+    large = queue.submit("greedy", pictures(loaded, *range(20)))
+    more = queue.submit("greedy", pictures(loaded, *range(20, 40)))
+    small = queue.submit("modest", pictures(loaded, 50, 51))
+    drawing.release()
+    wait(first, large, more, small)
+    assert {50, 51} <= set(drawing.batches[1])
+    assert sorted(sum(drawing.batches[1:], [])) == [*range(40), 50, 51]
+    assert all(len(batch) <= loaded.batch_size for batch in drawing.batches)
+
+
+def test_pictures_that_go_with_no_others_get_their_turn(loaded, drawing, queue):
+    first = occupied(queue, loaded, drawing)
+    many = [queue.submit(f"client {i}", pictures(loaded, *range(10 * i, 10 * i + 8))) for i in range(1, 4)]
+    odd = queue.submit("odd", pictures(loaded, 99, temperature=0.5))
+    drawing.release()
+    wait(first, odd, *many)
+    turn = next(number for number, batch in enumerate(drawing.batches) if 99 in batch)
+    assert drawing.batches[turn] == [99] and turn <= 2
+
+
+def test_who_was_served_much_does_not_wait_longer_afterwards(loaded, drawing, queue):
+    """The count begins anew: having drawn yesterday is no reason to wait today."""
+    wait(queue.submit("old", pictures(loaded, *range(12))))
+    first = occupied_again(queue, loaded, drawing)
+    new = queue.submit("new", pictures(loaded, *range(100, 108)))
+    old = queue.submit("old", pictures(loaded, *range(200, 208)))
+    drawing.release()
+    wait(first, new, old)
+    for batch in drawing.batches[-4:]:
+        assert sum(seed >= 200 for seed in batch) == 2
+
+
+def occupied_again(queue, loaded, drawing):
+    drawing.hold()
+    count = len(drawing.batches)
+    job = queue.submit("first", pictures(loaded, 1000))
+    drawing.began(count + 1)
+    return job
+
+
+def test_cancelled_pictures_that_wait_are_never_drawn(loaded, drawing, queue):
+    first = occupied(queue, loaded, drawing)
+    gone = queue.submit("gone", pictures(loaded, *range(10)))
+    stays = queue.submit("stays", pictures(loaded, 77))
+    queue.cancel(gone)
+    queue.cancel(gone)
+    drawing.release()
+    wait(first, stays, gone)
+    assert drawing.batches == [[1000], [77]]
+    assert gone.cancelled and gone.error is None and gone.done == 0 and not stays.cancelled
+
+
+def test_a_drawing_that_nobody_waits_for_is_given_up(loaded, drawing, queue):
+    job = occupied(queue, loaded, drawing)
+    queue.cancel(job)
+    drawing.release()
+    after = queue.submit("after", pictures(loaded, 5))
+    wait(after)
+    codes = loaded.model.image_seq_len
+    assert drawing.codes == codes + 1  # one of the drawing that was held up, then it ended
+    assert queue.pictures_drawn == 1 and job.drawn == [None]
+
+
+def test_a_batch_goes_on_for_those_who_stay(loaded, drawing, queue):
+    first = occupied(queue, loaded, drawing)
+    leaves, stays = queue.submit("leaves", pictures(loaded, 1)), queue.submit("stays", pictures(loaded, 2))
+    drawing.release()
+    wait(first)
+    drawing.hold()
+    until(lambda: leaves.started or leaves.ended.is_set())
+    queue.cancel(leaves)
+    drawing.release()
+    wait(stays)
+    assert stays.done == 1 and stays.error is None
+
+
+def test_the_worker_survives_a_drawing_that_fails(loaded, drawing, queue):
+    def before(seeds):
+        if 13 in seeds:
+            raise RuntimeError("out of memory")
+
+    drawing.before = before
+    broken = queue.submit("a", pictures(loaded, 13, 14))
+    wait(broken)
+    assert broken.error == "The drawing failed inside the program; its log says why."
+    fine = queue.submit("a", pictures(loaded, 15))
+    wait(fine)
+    assert fine.error is None and fine.done == 1 and queue.jobs == []
+
+
+def test_a_full_queue_says_so(loaded, drawing, queue):
+    first = occupied(queue, loaded, drawing)
+    own = [queue.submit("greedy", pictures(loaded, seed)) for seed in range(4)]  # half of the queue
+    with pytest.raises(Busy, match="try again"):
+        queue.submit("greedy", pictures(loaded, 9))
+    others = [queue.submit(f"client {seed}", pictures(loaded, seed)) for seed in range(3)]
+    with pytest.raises(Busy, match=r"^Too many .*\.$"):
+        queue.submit("one more", pictures(loaded, 9))
+    drawing.release()
+    wait(first, *own, *others)
+    wait(queue.submit("one more", pictures(loaded, 9)))
+
+
+def test_rows_and_previews_reach_those_who_want_them(loaded, drawing, queue):
+    rows, previews = [], []
+
+    async def follow(job):
+        async for _ in changes(job):
+            rows.append(job.row)
+            previews.append([one.size for one in job.forming.values()])
+
+    drawing.seconds = 0.02
+    side, size = loaded.model.fmap_size, loaded.model.vae.image_size
+    asyncio.run(follow(queue.submit("me", pictures(loaded, 1, 2), every=1)))
+    assert set(rows) >= set(range(1, side)) and rows[-1] == 0
+    assert [(size, size // side)] * 2 in previews and previews[-1] == []
+
+    job = queue.submit("me", pictures(loaded, 3))
+    asyncio.run(follow(job))
+    assert job.forming == {} and job.done == 1
+
+
+def test_what_waits_for_previews_is_drawn_first_in_a_batch(loaded, drawing, queue):
+    first = occupied(queue, loaded, drawing)
+    blind = queue.submit("a", pictures(loaded, 1))
+    sees = queue.submit("b", pictures(loaded, 2), every=1)
+    drawing.release()
+    wait(first, blind, sees)
+    assert drawing.batches[1] == [2, 1]
+    assert torch.equal(blind.codes[0], draw(loaded, pictures(loaded, 1))[0])
+
+
+def test_stopping_ends_what_is_drawn_and_what_waits(loaded, drawing):
+    queue = DrawingQueue(loaded, max_jobs=8)
+    queue.start()
+    drawn = occupied(queue, loaded, drawing)
+    waits = queue.submit("waits", pictures(loaded, 2, temperature=0.5))
+    queue.give_up()
+    drawing.release()
+    queue.stop()
+    assert not queue.thread.is_alive()
+    assert [job.error for job in (drawn, waits)] == ["The service is stopping."] * 2
+    assert drawing.codes == 1
+    with pytest.raises(Busy, match="stopping"):
+        queue.submit("late", pictures(loaded, 3))

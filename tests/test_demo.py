@@ -1,0 +1,81 @@
+"""The checkpoint that comes along: its size, what it draws, and that a seed means the same however it is drawn."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import generate
+from data.shapes import held_out_prompts, parse_caption
+from evaluate import judge
+from generation import drawing
+from generation.loading import DEMO, load
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "a small red circle above a large blue square"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(device="cpu")
+
+
+def test_it_is_small_and_brings_everything_along(demo):
+    assert DEMO.stat().st_size <= 8_000_000
+    assert demo.guidable and demo.recommended == {"top_k": 0.0, "top_p": 0.9, "temperature": 0.8, "cond_scale": 1.25}
+    assert demo.tokenizer.vocabulary == (ROOT / "bpe" / "bpe_shapes_vocab.txt").read_bytes()
+
+
+def test_it_draws_as_a_user_starts_it(tmp_path):
+    words = ["--text", PROMPT, "--num_images", "4", "--seed", "1", "--device", "cpu"]
+    done = subprocess.run([sys.executable, ROOT / "generate.py", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "outputs" / "results.jsonl").open()]
+    assert [line["seed"] for line in lines] == [1, 2, 3, 4] and lines[0]["checkpoint"] == DEMO.name
+    assert all(Image.open(tmp_path / "outputs" / line["file"]).size == (64, 64) for line in lines)
+
+
+def test_it_follows_prompts_that_it_was_never_shown(demo):
+    import torch
+
+    prompts = held_out_prompts("score", 48)
+    lists = [[drawing.picture(demo, prompt, place)] for place, prompt in enumerate(prompts)]
+    accuracy, faults = judge(prompts, torch.cat([demo.decode(codes) for codes in drawing.draw_lists(demo, lists)]))
+    assert accuracy >= 0.9, faults
+
+
+def test_a_seed_means_the_same_in_any_batch(tmp_path, command):
+    prompts = [PROMPT, "a big green star", "there is a little pink heart to the left of a big yellow triangle"]
+    seen = []
+    for size in (1, 3, 8):
+        out = tmp_path / str(size)
+        words = ["--num_images", 3, "--seed", 5, "--batch_size", size, "--device", "cpu", "--format", "png"]
+        assert command(generate.main, "--text", "|".join(prompts), *words, "--outputs_dir", out).status == 0
+        seen.append({path.relative_to(out): path.read_bytes() for path in sorted(out.rglob("*-seed-*.png"))})
+    alone = tmp_path / "alone"
+    words = ["--num_images", 1, "--seed", 6, "--device", "cpu", "--format", "png", "--outputs_dir", alone]
+    assert command(generate.main, "--text", prompts[2], *words).status == 0
+    (path,) = alone.rglob("*-seed-6.png")
+    assert len(seen[0]) == 9 and seen[0] == seen[1] == seen[2]
+    assert path.read_bytes() == seen[0][Path(path.parent.name) / "1-seed-6.png"]
+
+
+def test_it_finishes_captions(demo):
+    right = 0
+    for seed in range(20):
+        _, caption = drawing.completed(demo, "a small red", seed)
+        try:
+            parse_caption(caption)
+        except ValueError:
+            continue
+        right += caption.startswith("a small red ")
+    assert right >= 18
+
+
+def test_capital_letters_are_read_as_small_ones(demo):
+    assert drawing.tokens_of(demo, PROMPT.title()).tolist() == drawing.tokens_of(demo, PROMPT).tolist()
+    with pytest.raises(ValueError, match="no words that the vocabulary knows"):
+        drawing.tokens_of(demo, "日本")
