@@ -24,9 +24,11 @@ def main(argv=None):
         listening = stopping.enter_context(listen(settings.host, settings.port))
         need_gradio()
         from generation.loading import load
+        from service.computing import compute
         from service.requests import Limits
 
-        loaded = load(
+        loaded = compute(
+            load,
             settings.dalle_path,
             device=settings.device,
             precision=settings.precision,

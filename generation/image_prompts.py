@@ -40,8 +40,8 @@ def rows_kept(loaded, keep_rows):
     rows = int(keep_rows) if whole else math.ceil(keep_rows * loaded.side)
     if not (whole or 0 < keep_rows < 1) or not 1 <= rows < loaded.side:
         raise ValueError(
-            f"keep_rows is {keep_rows}; it is a number of rows from 1 to {loaded.side - 1}, or a fraction below 1 that "
-            "leaves a row to be drawn"
+            f"keep_rows is {keep_rows:g}; it is a number of rows from 1 to {loaded.side - 1}, or a fraction below 1 "
+            "that leaves a row to be drawn"
         )
     return rows
 

@@ -33,18 +33,52 @@ class Generate(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str = Field(description="what the pictures should show")
-    count: int = Field(1, ge=1, description="how many pictures")
-    seed: Optional[int] = Field(None, ge=0, lt=2**63, description="of the first picture; the next one's is 1 more")
-    top_k: Optional[float] = Field(None, allow_inf_nan=False, description="fraction of the vocabulary that is cut")
+    count: int = Field(1, ge=1, description="how many pictures; 1 unless told")
+    seed: Optional[int] = Field(
+        None, ge=0, lt=2**63, description="of the first picture, the next one's is 1 more; by chance unless told"
+    )
+    top_k: Optional[float] = Field(
+        None,
+        allow_inf_nan=False,
+        description="up to 1: share of the vocabulary that is cut; above: codes that are kept",
+    )
     top_p: Optional[float] = Field(None, allow_inf_nan=False, description="keep the likeliest codes up to this sum")
     temperature: Optional[float] = Field(None, allow_inf_nan=False, description="below 1 is safer, above 1 wilder")
     cond_scale: Optional[float] = Field(None, allow_inf_nan=False, description="guidance by the prompt; 1 is none")
     image: Optional[str] = Field(None, description="a picture, base64: its upper rows are kept, the rest is drawn")
-    keep: Optional[float] = Field(None, allow_inf_nan=False, description="rows of it, or a fraction below 1; 0.5")
+    keep: Optional[float] = Field(
+        None, allow_inf_nan=False, description="rows of it, or a share below 1; 0.5 unless told"
+    )
 
 
 class Wrong(Exception):
     """A request that cannot be served: (HTTP status, a sentence)."""
+
+
+class BodyLimit:
+    """ASGI middleware: no route of the API or the page reads a body of more than MAX_BODY bytes."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        too_large = 413, f"The request is too large; at most {MAX_BODY // 2**20} MB are accepted."
+        read = 0
+
+        async def limited():
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > MAX_BODY:
+                raise Wrong(*too_large)
+            return message
+
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif int(dict(scope["headers"]).get(b"content-length", 0)) > MAX_BODY:
+            await refusal(*too_large)(scope, receive, send)
+        else:
+            await self.app(scope, limited, send)
 
 
 def refusal(status, sentence, **headers):
@@ -54,6 +88,7 @@ def refusal(status, sentence, **headers):
 def build(loaded, queue, limits):
     """The FastAPI application with the routes above; the caller starts and stops the queue."""
     app = FastAPI(title="Mini DALL-E", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(BodyLimit)
     started = time.monotonic()
 
     @app.exception_handler(Wrong)
@@ -110,26 +145,14 @@ def build(loaded, queue, limits):
 
 
 async def body_of(request):
-    """The body's bytes, of which no more are read than may be. Wrong where there are more."""
+    """The body's bytes; Wrong where it says that it is no JSON, or does not arrive."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Wrong(415, "The request's Content-Type must be application/json.")
-    too_large = Wrong(413, f"The request is too large; at most {MAX_BODY // 2**20} MB are accepted.")
-    if int(request.headers.get("content-length", 0)) > MAX_BODY:
-        raise too_large
-    body = bytearray()
-
-    async def read():
-        async for part in request.stream():
-            body.extend(part)
-            if len(body) > MAX_BODY:
-                raise too_large
-
     try:
-        await asyncio.wait_for(read(), BODY_SECONDS)
+        return await asyncio.wait_for(request.body(), BODY_SECONDS)
     except asyncio.TimeoutError:
         raise Wrong(408, "The request took too long to arrive.") from None
-    return bytes(body)
 
 
 def asked(body):

@@ -24,6 +24,7 @@ NAMES = {
     "kept_rows": "Rows kept",
     "checkpoint": "Checkpoint",
 }
+SMALL = 128**2  # pixels, up to which a PNG is small enough
 HINT = "Write a sentence and press Enter."
 NOTHING = f'<div class="nothing"><p>{HINT}</p></div>'
 
@@ -36,9 +37,10 @@ def small(image, side=None):
     """A PIL picture as a data URL that is quick to send; side: at most so many pixels."""
     if side is not None and max(image.size) > side:
         image = image.resize((side * image.width // max(image.size), side * image.height // max(image.size)))
+    kind = "png" if image.width * image.height <= SMALL else "jpeg"
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=85, subsampling=0)
-    return data_url(file.getvalue(), "jpeg")
+    image.save(file, kind, **({} if kind == "png" else {"quality": 88, "subsampling": 0}))
+    return data_url(file.getvalue(), kind)
 
 
 def said(text, done=None):
@@ -76,7 +78,7 @@ def ended(job, seconds):
     count = f"{job.done} picture{'' if job.done == 1 else 's'}"
     if job.cancelled:
         return said(f"Stopped; {count} had been drawn." if job.done else "Stopped.")
-    return said(f"{count} in {seconds:.1f} seconds. Click one to see its seed, to vary it or to save it.")
+    return said(f"{count} in {seconds:.1f} seconds. Choose one to see its seed, to vary it or to save it.")
 
 
 def grid(session, job):

@@ -109,9 +109,11 @@ def layout(loaded, limits):
                 )
                 image.preprocess = path_of  # else Gradio opens the picture itself, with errors of its own
                 rows = loaded.model.fmap_size
-                keep = gr.Slider(1, max(rows - 1, 2), max(rows // 2, 1), step=1, label=f"Rows that stay, of {rows}")
+                keep = gr.Slider(1, max(rows - 1, 2), max(rows // 2, 1), step=1, label=f"Rows kept, of {rows}")
     bare(f'<footer>Checkpoint {loaded.fingerprint[:8]} · <a href="docs">HTTP API</a></footer>')
-    return SimpleNamespace(**locals())
+    asked = {"prompt": prompt, "count": count, "seed": seed, "image": image, "keep": keep, "shaping": shaping}
+    seen = {"status": status, "grid": grid, "chosen": chosen, "history": history, "draw": draw, "stop": stop}
+    return SimpleNamespace(**asked, **seen)
 
 
 def bare(value, **options):
@@ -127,23 +129,25 @@ def path_of(upload):
 def sampling_sliders(loaded):
     """A slider each for temperature, top_k, top_p and cond_scale, at what the checkpoint recommends."""
     at = loaded.recommended
-    temperature = gr.Slider(0.1, 2, at["temperature"], step=0.05, label="Temperature", info="from safe to wild")
+    temperature = gr.Slider(
+        *(min(0.1, at["temperature"]), max(2, at["temperature"]), at["temperature"]),
+        step=0.05,
+        label="Temperature",
+        info="from safe to wild",
+    )
     if at["top_k"] is not None and at["top_k"] > 1:
         codes = loaded.model.num_image_tokens
         top_k = gr.Slider(2, codes, at["top_k"], step=1, label="Top-k", info="codes kept")
     else:
         top_k = gr.Slider(0, 1, at["top_k"] or 0, step=0.005, label="Top-k", info="share of codes cut")
     top_p = gr.Slider(
-        *(0.05, 1, 1 if at["top_p"] is None else at["top_p"]),
-        step=0.01,
-        label="Top-p",
-        info="likeliest codes kept",
+        *(0.01, 1, 1 if at["top_p"] is None else at["top_p"]), step=0.01, label="Top-p", info="likeliest codes kept"
     )
     cond_scale = gr.Slider(
-        *(1, 10, at["cond_scale"]),
+        *(min(1, at["cond_scale"]), max(10, at["cond_scale"]), at["cond_scale"]),
         step=0.25,
         label="Guidance",
-        info="towards the prompt",
+        info="1 is none",
         visible=loaded.guidable,
     )
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cond_scale": cond_scale}

@@ -1,4 +1,4 @@
-"""Who draws next: one thread owns the model and draws batches of pictures of several people at once.
+"""Who draws next: batches of pictures of several people at once, one after the other.
 
 A batch begins with the client who got the fewest pictures so far, and takes one picture at a time from whoever got
 fewest of those whose pictures go together with it. Knows nothing of HTTP or of pages.
@@ -7,11 +7,15 @@ fewest of those whose pictures go together with it. Knows nothing of HTTP or of 
 import asyncio
 import contextlib
 import threading
+import time
 
 from generation.drawing import draw, together
 from generation.output import as_picture
 from generation.previews import Forming
 from log import LOG
+from service.computing import compute
+
+PATIENCE = 0.1  # of the time of a batch, to wait for the next one to fill
 
 
 class Busy(Exception):
@@ -72,7 +76,7 @@ async def changes(job):
 
 
 class DrawingQueue:
-    """Jobs → pictures, drawn in a thread of its own between start() and stop()."""
+    """Jobs → pictures, in batches that a thread of its own makes up between start() and stop()."""
 
     def __init__(self, loaded, max_jobs):
         self.loaded, self.max_jobs = loaded, max_jobs
@@ -171,23 +175,31 @@ class DrawingQueue:
         # Pictures that are to be seen while they form first: previews show the first ones of a batch.
         return sorted(batch, key=lambda one: one[0].every is None)
 
+    def _is_full(self):
+        return sum(map(len, self.waiting.values())) >= self.loaded.batch_size
+
     def _work(self):
+        seconds = 0.0  # that the batch before took, where somebody was answered after it
         while True:
             with self.something:
                 self.something.wait_for(lambda: self.stopping or self.waiting)
+                # Whoever was just answered may ask again at once; a half empty batch costs as much as a full one.
+                self.something.wait_for(lambda: self.stopping or self._is_full(), PATIENCE * seconds)
                 batch = None if self.stopping else self._next_batch()
             if batch is None:
                 for job in list(self.jobs):
                     self._end(job, "The service is stopping.")
                 return
+            started, jobs = time.monotonic(), len(self.jobs)
             try:
-                self._draw(batch)
+                compute(self._draw, batch)
             except Abandoned:
                 pass
             except Exception:
                 LOG.exception("a drawing failed")
                 for job in {id(job): job for job, _ in batch}.values():
                     self._end(job, "The drawing failed inside the program; its log says why.")
+            seconds = time.monotonic() - started if len(self.jobs) < jobs else 0.0
 
     def _draw(self, batch):
         loaded, jobs = self.loaded, list({id(job): job for job, _ in batch}.values())
@@ -210,7 +222,8 @@ class DrawingQueue:
                     forming(codes)
                 for job in jobs:
                     job.row = codes.shape[1] // side
-                    job.changed()
+                    if job.every is not None:  # whoever sees nothing form is told at the end
+                        job.changed()
 
         for job in jobs:
             job.started, job.row = True, len(batch[0][0].pictures[batch[0][1]].given) // side

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from generation.drawing import picture
 from generation.image_prompts import given_codes
 from service import uploads
+from service.computing import compute
 
 SEEDS = 2**63
 ONE_AT_A_TIME = threading.Lock()  # of pictures that are decoded and encoded, which takes memory
@@ -42,7 +43,7 @@ def codes_of(loaded, image, keep):
     """Codes of a picture's upper rows, int64 (n,)."""
     with ONE_AT_A_TIME:
         opened = uploads.opened(image)
-        return sentence_of(lambda: given_codes(loaded, opened, keep))
+        return sentence_of(lambda: compute(given_codes, loaded, opened, keep))
 
 
 def variants(loaded, limits, *, prompt, count=1, seed=None, sampling=None, given=None):

@@ -39,6 +39,8 @@ class Session:
 
     def take(self, loaded, job):
         """Pictures of the page's job that became ready since, into grid and history."""
+        if self.job is not job:
+            return
         for place, drawn in enumerate(job.drawn):
             if drawn is not None and self.shown[place] is None:
                 self.shown[place] = Finished(loaded, job.pictures[place], job.codes[place], drawn)

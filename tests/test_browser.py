@@ -1,6 +1,6 @@
 """The page in a real browser: Chromium without a window, driven by selenium. Skipped where there is none.
 
-BROWSER_SHOTS=FOLDER keeps screenshots there; DALLE_PATH=FILE takes another checkpoint than the tiny one.
+BROWSER_SHOTS=FOLDER keeps screenshots there; DALLE_PATH=FILE takes another checkpoint than the demo.
 """
 
 import base64
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from generation.loading import DEMO
 from tests.service.running import Drawing, call, generate, loaded_for_tests, running, until
 
 pytest.importorskip("gradio", exc_type=ImportError)
@@ -28,7 +29,8 @@ DESK, PHONE = (1280, 900), (390, 844)
 
 @pytest.fixture(scope="module")
 def loaded(tiny_checkpoint):
-    return loaded_for_tests(os.environ.get("DALLE_PATH", tiny_checkpoint), batch_size=4)
+    demo = DEMO if DEMO.exists() else tiny_checkpoint
+    return loaded_for_tests(os.environ.get("DALLE_PATH", demo), batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ class Page:
         until(lambda: words in self.text("#status"))
 
     def drawn(self, count=4):
-        self.said("seconds. Click one")
+        self.said("seconds. Choose one")
         until(lambda: len(self.all("#grid button.tile img")) == count)
 
     def click(self, css, place=0):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import args
+import args_generate
 import backends
 from args_evaluate import evaluate_arguments
 from backends import ipu
@@ -12,7 +12,9 @@ from tests.backends.ipu_runs import samples, settings, small_dalle
 
 
 def sampling_settings(*flags):
-    return args.generate_arguments(["--dalle_path", "x", "--text", "y", "--device", "ipu", *" ".join(flags).split()])
+    return args_generate.generate_arguments(
+        ["--dalle_path", "x", "--text", "y", "--device", "ipu", *" ".join(flags).split()]
+    )
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole pictures", "code by code"])

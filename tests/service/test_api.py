@@ -1,6 +1,7 @@
 """The HTTP API of a server that runs: its answers, what it says to 200 wrong requests, and clients that leave."""
 
 import base64
+import contextlib
 import io
 import json
 import random
@@ -216,11 +217,27 @@ def test_a_sentence_names_what_is_wrong(port, wanted, sentence):
 
 
 def test_a_large_body_is_refused_before_it_is_sent(port):
-    for header in (b"Content-Length: 500000000", b"Content-Length: 15728640"):
+    for path, size in (("/api/generate", 500_000_000), ("/api/generate", 15 << 20), ("/gradio_api/upload", 15 << 20)):
+        header = f"POST {path} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
-            raw.sendall(b"POST /api/generate HTTP/1.0\r\nContent-Type: application/json\r\n" + header + b"\r\n\r\n")
+            raw.sendall(header.encode())
             answer = b"".join(iter(lambda raw=raw: raw.recv(4096), b"")).decode()
         assert answer.startswith("HTTP/1.1 413") and '{"error":"The request is too large; at most ' in answer
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/gradio_api/queue/join"])
+def test_a_body_of_unknown_length_is_read_no_further_than_may_be(port, path):
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        raw.sendall(head.encode())
+        for _ in range(15):  # megabytes
+            with contextlib.suppress(ConnectionError):
+                raw.sendall(b"100000\r\n" + b" " * 2**20 + b"\r\n")
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            answer = raw.recv(4096)
+    assert answer[9:12] in ((b"413",) if path.startswith("/api") else (b"413", b"400", b"500"))
+    assert call(port)[0] == 200
 
 
 def test_a_client_that_leaves_takes_its_request_back(port, drawing):
