@@ -45,6 +45,21 @@ class Losses(nn.Module):
         return torch.stack(self.model(text, codes, return_loss=True)).float()[None]
 
 
+def upper_rows(decode):
+    """decode of a picture's codes (B, L) → decode(codes, rows=None), which takes those of its upper rows, too: the rest
+    is filled up and cut off again, since shapes cannot change.
+    """
+
+    def decode_rows(codes, rows=None):
+        if rows is None:
+            return decode(codes)
+        side = codes.shape[1] // rows
+        pixels = decode(F.pad(codes, (0, side**2 - codes.shape[1])))
+        return pixels[:, :, : pixels.shape[3] * rows // side]
+
+    return decode_rows
+
+
 class RowByRow:
     """module(x) for any number of rows: each call takes as many as the first, one after the other on the device."""
 

@@ -14,7 +14,7 @@ import os
 import torch
 
 from backends.base import SamplesLost
-from backends.fixed_batches import Decoder, Losses, OrderedSamples, RowByRow, Sampler
+from backends.fixed_batches import Decoder, Losses, OrderedSamples, RowByRow, Sampler, upper_rows
 from backends.native_reading import MEMORY, leave_interrupts_to_the_parent, of_killed_worker, without_traceback
 from backends.native_training import ADAM_EPS
 from models.pipeline_dalle import WrappedDALLE, placement, stages, unshare_masks
@@ -261,7 +261,7 @@ class IpuBackend:
         return lambda pixels: self.encoder(pixels).long()
 
     def decode(self, vae):
-        return RowByRow(Decoder(vae), self.inference)
+        return upper_rows(RowByRow(Decoder(vae), self.inference))
 
     def sampler(self, model, whole_pictures=True):
         """whole_pictures: one call of the device a batch; otherwise, or where that does not compile, one a code."""

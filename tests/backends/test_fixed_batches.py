@@ -103,6 +103,9 @@ def test_the_vqgan_runs_on_the_device_both_ways(poptorch_standin, tiny_vqgan):
         codes = encode(pixels)
         assert codes.dtype == torch.int64 and torch.equal(codes, vae.get_codebook_indices(pixels))
         torch.testing.assert_close(decode(codes), vae.decode(codes), atol=1e-5, rtol=0)
+        filled = torch.cat((codes[:, :8], torch.zeros_like(codes[:, 8:])), dim=1)  # two rows of four
+        expected = vae.decode(filled)[:, :, :16]
+        torch.testing.assert_close(decode(codes[:, :8], 2), expected, atol=1e-5, rtol=0)
     executor = backend.encoder.executor
     assert executor.isAttachedToDevice()
     backend.trainer(small_dalle(vae)).compile(samples(3))
