@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from data.shapes import sample_picture
 ROOT = Path(__file__).resolve().parent.parent
 YTTM = "bpe/bpe_yttm_vocab.txt"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests start and send one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class TinyTokenizer(nn.Module):
