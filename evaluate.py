@@ -217,7 +217,6 @@ def of_prompts(loaded, settings, sampling, folder, clip=None):
 
 def draw_prompts(loaded, prompts, text, settings, sampling):
     """One picture a prompt: float (K, 3, S, S) in [0, 1], and the sampling settings that they were drawn with."""
-    import torch
     from tqdm import tqdm
 
     from generation import drawing
@@ -229,9 +228,8 @@ def draw_prompts(loaded, prompts, text, settings, sampling):
         for place, (prompt, tokens) in enumerate(zip(prompts, text))
     ]
     with tqdm(total=len(wanted), desc="drawing", unit="picture", disable=None) as bar:
-        parts = [[one] for one in wanted]
-        pixels = [loaded.decode(codes) for codes in drawing.draw_lists(loaded, parts, drawn=bar.update)]
-    return torch.cat(pixels), shaping
+        (codes,) = drawing.draw_lists(loaded, [wanted], drawn=bar.update)
+    return loaded.decode(codes), shaping
 
 
 def judge(prompts, pictures):

@@ -7,6 +7,7 @@ The same from Python: load() and generate(). How a picture is drawn, ranked and 
 """
 
 import contextlib
+import functools
 import logging
 import random
 import time
@@ -22,36 +23,36 @@ def main(argv=None):
     with log.interrupt_exits(), log.bad_input_exits():
         from tqdm import tqdm
 
-        from generation import drawing, output, ranking
+        from generation import drawing, image_prompts, output, ranking
         from generation.loading import load_as_told
         from generation.previews import frames
 
         loaded = load_as_told(settings)
         seed, share_pictures = shared_seed(settings, loaded.backend)
         requests = requested(settings, loaded, seed)
-        lists = [pictures_of(request, settings, loaded, seed) for request in requests]  # all, before hours go by
+        given_codes = functools.lru_cache(maxsize=None)(functools.partial(image_prompts.given_codes, loaded))
+        wanted = [pictures_of(request, settings, loaded, seed, given_codes) for request in requests]  # all, at first
         clip = clip_judge(settings)
         check_writable(settings.outputs_dir)
-        log.LOG.info("seed %d, %s", seed, told(lists[0][0].sampling, loaded.recommended))
+        log.LOG.info("seed %d, %s", seed, told(wanted[0][0].sampling, loaded.recommended))
         if share_pictures:
-            lists = [part[slice(*share_of(len(part), loaded.backend))] for part in lists]
+            lists = [part[slice(*share_of(len(part), loaded.backend))] for part in wanted]
         else:
             prompts = [request.prompt for request in requests]  # one prompt's folder is one process's
             size, rank = loaded.backend.world_size, loaded.backend.rank
             mine = [place for place, prompt in enumerate(prompts) if prompts.index(prompt) % size == rank]
-            requests, lists = ([them[place] for place in mine] for them in (requests, lists))
+            lists = wanted = [wanted[place] for place in mine]
         total = sum(map(len, lists))
         loaded.batch_size = max(1, min(loaded.batch_size, total))
         started = time.monotonic()
         with tqdm(total=total, unit="picture", desc="drawing", disable=None) as bar, preview(
             settings, loaded
         ) as watcher:
-            for request, part, codes in zip(requests, lists, drawing.draw_lists(loaded, lists, watcher, bar.update)):
+            for part, codes in zip(wanted, drawing.draw_lists(loaded, lists, watcher, bar.update)):
                 if share_pictures:
                     codes = loaded.backend.gather(codes)
                     if loaded.backend.rank:
                         continue
-                    part = pictures_of(request, settings, loaded, seed)
                 kept = ranking.kept(loaded, part, codes, len(part) // settings.rank, clip)
                 codes = codes[[place for place, _ in kept]]
                 images = [output.as_picture(pixels) for pixels in loaded.decode(codes)]
@@ -121,14 +122,14 @@ def requested(settings, loaded, seed):
     return requests
 
 
-def pictures_of(request, settings, loaded, seed):
-    """A request → all pictures that are drawn for it, in order of their seeds."""
-    from generation import drawing, image_prompts
+def pictures_of(request, settings, loaded, seed, given_codes):
+    """A request → all pictures that are drawn for it, in order of their seeds. given_codes(picture's path, rows)."""
+    from generation import drawing
 
     given = None
     if request.image_prompt:
         rows = settings.keep_rows if request.keep_rows is None else request.keep_rows
-        given = image_prompts.given_codes(loaded, request.image_prompt, rows)
+        given = given_codes(request.image_prompt, rows)
     sampling = {name: getattr(settings, name) for name in loaded.recommended}
     sampling.update(request.sampling)
     count = settings.rank * (settings.num_images if request.num_images is None else request.num_images)

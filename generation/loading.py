@@ -35,6 +35,8 @@ class Loaded:
     def __init__(self, path, saved, model, tokenizer, recommended, backend):
         self.path, self.model, self.tokenizer, self.recommended = str(path), model, tokenizer, recommended
         self.guidable = bool(saved.get("settings", {}).get("caption_dropout"))
+        if not self.guidable:  # whatever the run's settings said
+            self.recommended = {**recommended, "cond_scale": 1.0}
         self.backend = backend
         self.fingerprint = fingerprint(model)
 

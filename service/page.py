@@ -108,7 +108,7 @@ def layout(loaded, limits):
                     elem_id="image",
                 )
                 image.preprocess = path_of  # else Gradio opens the picture itself, with errors of its own
-                rows = loaded.model.fmap_size
+                rows = loaded.side
                 keep = gr.Slider(1, max(rows - 1, 2), max(rows // 2, 1), step=1, label=f"Rows kept, of {rows}")
     bare(f'<footer>Checkpoint {loaded.fingerprint[:8]} · <a href="docs">HTTP API</a></footer>')
     asked = {"prompt": prompt, "count": count, "seed": seed, "image": image, "keep": keep, "shaping": shaping}
@@ -197,7 +197,7 @@ class Events:
         finished = self.sessions.of(request.session_hash).chosen
         if finished is None:
             return
-        side = self.loaded.model.fmap_size
+        side = self.loaded.side
         given = finished.codes[: max(1, int(side * VARIED)) * side]
         wanted = {"prompt": finished.picture.prompt, "count": count, "sampling": finished.picture.sampling}
 
@@ -225,7 +225,7 @@ class Events:
                     return
                 await run_in_threadpool(session.take, self.loaded, job)
                 if not job.ended.is_set():
-                    status = markup.progress(job, self.queue.others(job), self.loaded.model.fmap_size)
+                    status = markup.progress(job, self.queue.others(job), self.loaded.side)
                     yield {parts.status: status, **self._pictures(session, job)}
                     await asyncio.sleep(PAUSE)
             ending = markup.ended(job, time.monotonic() - began)

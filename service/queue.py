@@ -203,7 +203,7 @@ class DrawingQueue:
 
     def _draw(self, batch):
         loaded, jobs = self.loaded, list({id(job): job for job, _ in batch}.values())
-        side = loaded.model.fmap_size
+        side = loaded.side
         seen = [(job, place) for job, place in batch if job.every is not None]
         forming = None
         if seen:

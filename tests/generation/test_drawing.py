@@ -87,9 +87,11 @@ def test_what_cannot_be_drawn_is_said_in_a_sentence(loaded, prompt, sampling, to
 def test_guidance_needs_a_model_that_has_seen_no_captions(tiny_checkpoint, tmp_path):
     saved = torch.load(tiny_checkpoint, weights_only=True)
     saved["settings"]["caption_dropout"] = 0.0
+    saved["sampling"]["cond_scale"] = 1.5  # which the run could not have meant
     torch.save(saved, tmp_path / "told.pt")
     with pytest.raises(ValueError, match="cond_scale is 2, but .*told.pt was trained without --caption-dropout"):
         drawing.picture(load(tmp_path / "told.pt", device="cpu"), "red", 0, {"cond_scale": 2})
+    assert drawing.picture(load(tmp_path / "told.pt", device="cpu"), "red", 0).sampling["cond_scale"] == 1
     drawing.picture(load(tiny_checkpoint, device="cpu"), "red", 0, {"cond_scale": 2})
 
 
