@@ -9,7 +9,8 @@ from backends.base import Backend, Trainer
 from data.loader import GeneratedDataset, TextImageDataset
 from data.order import EpochBatches, RunBatches
 from data.tokenizer import load_tokenizer
-from tests.backends.ipu_runs import samples, settings, small_dalle
+from tests.backends.ipu_runs import samples, settings
+from tests.builders import small_dalle
 
 
 def test_auto_is_an_ipu_where_the_sdk_is_enabled(poptorch_standin, monkeypatch):

@@ -12,7 +12,8 @@ from torch.distributed import fsdp
 import backends
 from backends.native import NativeBackend
 from backends.native_sharding import gathered, own_rows
-from tests.backends.test_native import OPTIMIZERS, assert_same, micro_batches, samples, settings, small_dalle
+from tests.backends.test_native import OPTIMIZERS, assert_same, micro_batches, samples, settings
+from tests.builders import small_dalle
 from tests.conftest import ROOT, TinyTokenizer
 
 PER_STEP, STEPS = 12, 3
