@@ -164,7 +164,7 @@ def new_seed():
 
 
 def check_writable(folder):
-    from utils.checkpoint import check_writable
+    from utils.files import check_writable
 
     check_writable(folder, "--outputs_dir")
 

@@ -38,7 +38,7 @@ def train(settings):
     from data.pictures import endless_batches
     from models.vae import VQGan
     from models.vqgan_training import SEED_CELLS, VQGanTrainer
-    from utils.checkpoint import check_writable
+    from utils.files import check_writable
     from utils.optimization import cosine
 
     torch.manual_seed(settings.random_seed)

@@ -19,7 +19,7 @@ from backends.native_reading import MEMORY, leave_interrupts_to_the_parent, of_k
 from backends.native_training import ADAM_EPS
 from models.pipeline_dalle import WrappedDALLE, placement, stages, unshare_masks
 from utils import interrupts
-from utils.checkpoint import check_writable
+from utils.files import check_writable
 from utils.optimization import load_keeping_flags, parameter_groups
 
 LOG = logging.getLogger("minidalle")
