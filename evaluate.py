@@ -58,7 +58,7 @@ def scorers(settings):
     """(CLIP score, FID), None where it is not asked for. On IPUs they run on the CPU."""
     if not (settings.clip_weights or settings.fid_weights):
         return None, None
-    from backends.native import pick_device
+    from backends.native.backend import pick_device
     from models import picture_scores
 
     device = pick_device("cpu" if settings.device == "ipu" else settings.device)

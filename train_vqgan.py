@@ -34,7 +34,7 @@ def train(settings):
     import torch
     from tqdm import tqdm
 
-    from backends.native import pick_device
+    from backends.native.backend import pick_device
     from data.pictures import endless_batches
     from models.vae import VQGan
     from models.vqgan_training import SEED_CELLS, VQGanTrainer

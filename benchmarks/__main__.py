@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import log
-from backends.native import pick_device, pick_precision
+from backends.native.backend import pick_device, pick_precision
 from benchmarks import network, peer, plot
 from benchmarks.limits import machine
 from benchmarks.plot import figure
