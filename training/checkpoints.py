@@ -13,6 +13,7 @@ import torch
 
 import log
 from utils import checkpoint, interrupts
+from utils.files import check_writable
 
 logger = logging.getLogger("minidalle")
 
@@ -57,7 +58,7 @@ class Folder:
     def prepare(self):
         """Make the folder, or ValueError now rather than after hours."""
         if self.path is not None and self.writes:
-            checkpoint.check_writable(self.path, "--checkpoint-output-dir")
+            check_writable(self.path, "--checkpoint-output-dir")
             for left in self.path.glob("dalle_*.pt.*.tmp"):  # by a run that was killed while it wrote
                 left.unlink()
 
