@@ -13,12 +13,12 @@ import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from backends.native_drawing import sampler
-from backends.native_layers import compile_layers, keep_freed_memory, rows_at_once, use_fast_layers
+from backends.native.fast_layers import compile_layers, keep_freed_memory, rows_at_once, use_fast_layers
+from backends.native.sampler import sampler
 from utils.muon import Muon
 from utils.optimization import load_keeping_flags, parameter_groups
 
-LOG = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 ADAM_EPS = 1e-6
 
 
@@ -171,7 +171,7 @@ class NativeTrainer:
                     raise ValueError
                 load_keeping_flags(optimizer, self.own_state(optimizer, saved))
         except (ValueError, LookupError, TypeError, AttributeError):
-            LOG.warning("the checkpoint's optimizer state belongs to another optimizer; it starts afresh")
+            logger.warning("the checkpoint's optimizer state belongs to another optimizer; it starts afresh")
 
     def own_state(self, optimizer, saved):
         """What this process holds of an optimizer's saved state: all of it."""

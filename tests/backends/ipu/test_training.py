@@ -7,7 +7,7 @@ import torch
 
 import backends
 from models.vae import load_vqgan
-from tests.backends.ipu_runs import samples, settings, trainer_of
+from tests.backends.ipu.ipu_runs import samples, settings, trainer_of
 from tests.builders import small_dalle
 from utils import checkpoint
 

@@ -1,7 +1,7 @@
 """CPUs and CUDA GPUs, through PyTorch: one, or one a process of torchrun's; replicas are further micro-batches.
 
-The step is native_training.py's, drawing native_drawing.py's, pixels and codes native_vqgan.py's, reading samples
-native_reading.py's. Features newer than torch 2.0 live in these only, each behind a check.
+The step is trainer.py's, drawing sampler.py's, pixels and codes vqgan.py's, reading samples
+resilient_loader.py's. Features newer than torch 2.0 live in these only, each behind a check.
 """
 
 import contextlib
@@ -11,14 +11,14 @@ import os
 
 import torch
 
-from backends.native_drawing import sampler
-from backends.native_reading import read
-from backends.native_training import NativeTrainer, mean_losses
-from backends.native_vqgan import decoder, encoder
-from backends.processes import Processes, share
+from backends.native.processes import Processes, share
+from backends.native.resilient_loader import read
+from backends.native.sampler import sampler
+from backends.native.trainer import NativeTrainer, mean_losses
+from backends.native.vqgan import decoder, encoder
 from utils import interrupts
 
-LOG = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 IPU_ONLY = (
     ("device_iterations", 1),
     ("stochastic_rounding", False),
@@ -98,9 +98,9 @@ class NativeBackend:
         self.precision = pick_precision(settings, self.device)
         self.shard = getattr(settings, "shard", False)
         if self.shard:
-            from backends import native_sharding
+            from backends.native import sharding
 
-            native_sharding.check(self.world_size, self.precision)
+            sharding.check(self.world_size, self.precision)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         self.batch_size, self.micro_batches = settings.batch_size, 1
         if hasattr(settings, "gradient_accumulation"):
@@ -112,11 +112,11 @@ class NativeBackend:
             return
         among = f", in {self.world_size} processes" if self.world_size > 1 else ""
         among += " that share the model out" if self.shard else ""
-        LOG.info("running on %s in %s%s", self.device, self.precision, among)
+        logger.info("running on %s in %s%s", self.device, self.precision, among)
         unused = [name for name, default in IPU_ONLY if getattr(settings, name, default) != default]
         if unused:
             flags = ", ".join("--" + name.replace("_", "-") for name in unused)
-            LOG.info("for IPUs only, without effect here: %s", flags)
+            logger.info("for IPUs only, without effect here: %s", flags)
 
     def autocast(self):
         if self.precision == "fp32":
@@ -135,7 +135,7 @@ class NativeBackend:
         """A process alone gives a step up where a signal waits; several finish it, then agree."""
         for micro_batch in micro_batches:
             if self.world_size == 1:
-                interrupts.check()
+                interrupts.raise_if_pending()
             yield micro_batch
 
     def agreed(self, wish):
@@ -148,7 +148,7 @@ class NativeBackend:
 
     def trainer(self, model):
         if self.shard:
-            from backends.native_sharding import ShardedTrainer
+            from backends.native.sharding import ShardedTrainer
 
             return ShardedTrainer(model, self)
         return NativeTrainer(model, self)

@@ -1,4 +1,4 @@
-"""Puts native_kernels.py's faster forms in the place of a DALLE's own, for training and for its losses.
+"""Puts autograd_ops.py's faster forms in the place of a DALLE's own, for training and for its losses.
 
 The model stays what it was: parameters, their names, and what it computes to rounding. A cache, or dropout within
 attention, goes the plain way. Nothing here knows of optimizers or processes.
@@ -12,7 +12,7 @@ import sys
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from backends.native_kernels import (
+from backends.native.autograd_ops import (
     AxialAttention,
     DenseAttention,
     GatedGelu,
@@ -25,7 +25,7 @@ from models.attention import pattern_mask
 from models.dalle import Losses
 from models.transformer import Layer
 
-LOG = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 WORTH_COMPILING = 20e6  # parameters of all layers, below which a run may well be over before its compiler
 WORKING_SET = 2800 * 512  # positions times width that a CPU takes at once
 
@@ -97,7 +97,7 @@ def compile_layers(model, rows, autocast, recompute=False):
             torch.autograd.grad(compute(layers[0], x).sum(), x)
     except Exception as error:  # whatever is missing: a compiler, a driver, a header file
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        LOG.info("layers are not compiled, which costs speed alone: %s", lines[0])
+        logger.info("layers are not compiled, which costs speed alone: %s", lines[0])
         return
     for layer in layers:
         layer.forward = functools.partial(forward, layer, compute, recompute)
