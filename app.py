@@ -18,7 +18,7 @@ def main(argv=None):
     settings = app_arguments(argv)
     log.set_up()
     stopping = contextlib.ExitStack()
-    with log.interrupt_exits(), log.termination_interrupts(), log.bad_input_exits(), stopping:
+    with log.exit_on_interrupt(), log.sigterm_as_ctrl_c(), log.exit_on_bad_input(), stopping:
         os.environ.update(NO_NETWORK)  # before Gradio is imported
         os.environ["GRADIO_TEMP_DIR"] = stopping.enter_context(tempfile.TemporaryDirectory(prefix="mini-dalle-"))
         listening = stopping.enter_context(listen(settings.host, settings.port))
@@ -57,7 +57,7 @@ def listen(host, port):
         listening.bind(address)
         listening.listen(128)
     except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: {log.reason(error)}; give others") from None
+        raise ValueError(f"--host {host} --port {port}: {log.describe_error(error)}; give others") from None
     return listening
 
 
