@@ -11,12 +11,16 @@ drawn, for those prompts or for the folder's captions (models/image_scores.py).
 """
 
 import json
+import logging
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import log
 from args_evaluate import evaluate_arguments
+from utils.files import atomic_write, check_writable
+
+logger = logging.getLogger("minidalle")
 
 GRID_PICTURES = 36
 GRID_PAIRS = 8
@@ -36,7 +40,7 @@ def main(argv=None):
         averaged = "ema_weights" in saved or exported.get("averaged", False)
         results = {"checkpoint": settings.dalle_path, "step": saved.get("step"), "averaged_weights": averaged}
         dataset = pairs(settings, saved, loaded) if settings.input_folder else None
-        checkpoint.check_writable(settings.outputs_dir, "--outputs-dir")
+        check_writable(settings.outputs_dir, "--outputs-dir")
         folder = Path(settings.outputs_dir)
         if loaded.backend.world_size > 1:
             raise ValueError("evaluate.py runs in one process; start it without torchrun")
@@ -48,8 +52,8 @@ def main(argv=None):
                 results.update(of_drawings(loaded, dataset, settings, sampling, clip, distance))
         if settings.prompts:
             results.update(of_prompts(loaded, settings, sampling, folder, clip))
-        with checkpoint.written_whole(folder / "results.json") as beside:
-            beside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        with atomic_write(folder / "results.json", text=True) as file:
+            file.write(json.dumps(results, indent=2) + "\n")
     print(f"all figures: {folder / 'results.json'}")
 
 
@@ -200,7 +204,7 @@ def of_prompts(loaded, settings, sampling, folder, clip=None):
     make_grid([to_image(pixels) for pixels in pictures[:GRID_PICTURES]]).save(folder / "grid.png")
     (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_PICTURES]) + "\n", encoding="utf-8")
     if wrong:
-        log.LOG.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
+        logger.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
     print(f"picture grid: {folder / 'grid.png'} (its prompts, row by row: {folder / 'prompts.txt'})")
     print(f"prompt accuracy: {100 * accuracy:.1f} % ({len(prompts)} prompts)")
     scores = {"prompts_clip_score": mean_clip_score(clip, pictures, prompts, settings)} if clip else {}

@@ -6,14 +6,16 @@ fewest of those whose pictures go together with it. Knows nothing of HTTP or of 
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 
 from generation.batching import batch_key, generate_batch
 from generation.output import to_image
 from generation.previews import Preview
-from log import LOG
 from service.computing import compute
+
+logger = logging.getLogger("minidalle")
 
 PATIENCE = 0.1  # of the time of a batch, to wait for the next one to fill
 
@@ -196,7 +198,7 @@ class DrawingQueue:
             except Abandoned:
                 pass
             except Exception:
-                LOG.exception("a drawing failed")
+                logger.exception("a drawing failed")
                 for job in {id(job): job for job, _ in batch}.values():
                     self._end(job, "The drawing failed inside the program; its log says why.")
             seconds = time.monotonic() - started if len(self.jobs) < jobs else 0.0

@@ -72,14 +72,14 @@ def assert_same(weights, expected, **tolerance):
 @pytest.fixture
 def logged():
     """The lines that the program logs, whoever has set its log up before."""
-    lines, handlers, level = [], native.LOG.handlers, native.LOG.level
+    lines, handlers, level = [], native.logger.handlers, native.logger.level
     handler = logging.Handler()
     handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))
-    native.LOG.handlers = [handler]
-    native.LOG.setLevel(logging.INFO)
+    native.logger.handlers = [handler]
+    native.logger.setLevel(logging.INFO)
     yield lines
-    native.LOG.handlers = handlers
-    native.LOG.setLevel(level)
+    native.logger.handlers = handlers
+    native.logger.setLevel(level)
 
 
 def by_hand(model, batches, optimizer, lr, decay, limit=None):
