@@ -23,11 +23,11 @@ def main(argv=None):
         os.environ["GRADIO_TEMP_DIR"] = stopping.enter_context(tempfile.TemporaryDirectory(prefix="mini-dalle-"))
         listening = stopping.enter_context(listen(settings.host, settings.port))
         need_gradio()
-        from generation.loading import load_as_told
+        from generation.loading import load_from_flags
         from service.computing import compute
         from service.requests import Limits
 
-        loaded = compute(load_as_told, settings)
+        loaded = compute(load_from_flags, settings)
         limits = Limits(settings.max_images, settings.max_prompt_characters)
         server = serving(loaded, limits, settings.queue_size)
         host, port = listening.getsockname()[:2]
