@@ -11,6 +11,7 @@ drawn, for those prompts or for the folder's captions (models/picture_scores.py)
 """
 
 import json
+import logging
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,8 @@ from pathlib import Path
 import log
 from args_evaluate import evaluate_arguments
 from utils.files import atomic_write, check_writable
+
+logger = logging.getLogger("minidalle")
 
 GRID_PICTURES = 36
 GRID_PAIRS = 8
@@ -201,7 +204,7 @@ def of_prompts(loaded, settings, sampling, folder, clip=None):
     grid_of([as_picture(pixels) for pixels in pictures[:GRID_PICTURES]]).save(folder / "grid.png")
     (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_PICTURES]) + "\n", encoding="utf-8")
     if wrong:
-        log.LOG.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
+        logger.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
     print(f"picture grid: {folder / 'grid.png'} (its prompts, row by row: {folder / 'prompts.txt'})")
     print(f"prompt accuracy: {100 * accuracy:.1f} % ({len(prompts)} prompts)")
     scores = {"prompts_clip_score": mean_clip_score(clip, pictures, prompts, settings)} if clip else {}

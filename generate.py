@@ -16,6 +16,8 @@ from pathlib import Path
 import log
 from args_generate import generate_arguments
 
+logger = logging.getLogger("minidalle")
+
 
 def main(argv=None):
     settings = generate_arguments(argv)
@@ -34,7 +36,7 @@ def main(argv=None):
         wanted = [pictures_of(request, settings, loaded, seed, given_codes) for request in requests]  # all, at first
         clip = clip_judge(settings)
         check_writable(settings.outputs_dir)
-        log.LOG.info("seed %d, %s", seed, told(wanted[0][0].sampling, loaded.recommended))
+        logger.info("seed %d, %s", seed, told(wanted[0][0].sampling, loaded.recommended))
         if share_pictures:
             lists = [part[slice(*share_of(len(part), loaded.backend))] for part in wanted]
         else:
@@ -60,7 +62,7 @@ def main(argv=None):
                 forming = frames(loaded, codes) if settings.animate else None
                 folder = output.save_pictures(images, abouts, settings.outputs_dir, settings.format, forming)
                 tqdm.write(f"{len(images)} pictures of '{part[0].prompt}' in {folder}")
-        log.LOG.info("throughput: %.3f images/sec", total / max(time.monotonic() - started, 1e-9))
+        logger.info("throughput: %.3f images/sec", total / max(time.monotonic() - started, 1e-9))
 
 
 def load(dalle_path=None, **options):
@@ -117,7 +119,7 @@ def requested(settings, loaded, seed):
     if settings.gentxt:
         for place, request in enumerate(requests):
             text, prompt = drawing.completed(loaded, request.prompt, seed if request.seed is None else request.seed)
-            log.LOG.info("completed prompt: %s", prompt)
+            logger.info("completed prompt: %s", prompt)
             requests[place] = request._replace(prompt=prompt, tokens=text)
     return requests
 

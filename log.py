@@ -12,7 +12,7 @@ import time
 
 from tqdm import tqdm
 
-LOG = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 LINE_SECONDS = 10  # at most one log line of losses in so much time; the bar moves with every step
 
 
@@ -26,12 +26,12 @@ class _AroundTheBar(logging.StreamHandler):
 
 def set_up(level=logging.INFO):
     """Send the program's log to stdout, with the time. Further calls change the level only."""
-    LOG.setLevel(level)
-    if not LOG.handlers:
+    logger.setLevel(level)
+    if not logger.handlers:
         handler = _AroundTheBar()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        LOG.addHandler(handler)
-        LOG.propagate = False
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def bad_input_exits():
     try:
         yield
     except (ValueError, OSError) as error:
-        LOG.debug("where it was noticed:", exc_info=True)
+        logger.debug("where it was noticed:", exc_info=True)
         program = sys.argv[0].rpartition("/")[2]
         print(f"{program}: error: {reason(error)}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -78,12 +78,12 @@ def pictures_lost(count):
     """The line at a run's end about pictures that went bad while it trained."""
     if count:
         noun = "picture" if count == 1 else "pictures"
-        LOG.warning("%d %s could not be read while training; others took the place", count, noun)
+        logger.warning("%d %s could not be read while training; others took the place", count, noun)
 
 
 def validated(step, losses):
     """The line of a validation after update `step`; losses: total, text, image and perplexity."""
-    LOG.info(
+    logger.info(
         "step %d held-out: total %.4f text %.4f image %.4f perplexity %.2f",
         *(step, losses["total"], losses["text"], losses["image"], losses["perplexity"]),
     )
@@ -98,7 +98,7 @@ class Progress:
 
     def __init__(self, steps, first_step, samples_per_step):
         self.steps, self.first_step, self.samples_per_step = steps, first_step, samples_per_step
-        quiet = None if LOG.isEnabledFor(logging.INFO) else True  # None: no bar where there is no terminal
+        quiet = None if logger.isEnabledFor(logging.INFO) else True  # None: no bar where there is no terminal
         self.bar = tqdm(
             total=steps,
             initial=first_step,
@@ -144,10 +144,10 @@ class Progress:
         )
         self.bar.update()
         if skipped:
-            LOG.warning("step %d: loss or gradient is not finite, the update is left out", step)
+            logger.warning("step %d: loss or gradient is not finite, the update is left out", step)
         if not skipped and (now - self.last_line >= LINE_SECONDS or step == self.steps):
             left = (self.steps - step) * (now - self.began) / (step - self.first_step)
-            LOG.info(
+            logger.info(
                 "step %d/%d epoch %d loss: %.3f text %.3f image %.3f lr %.2e throughput: %.2f samples/sec, %s left",
                 *(step, self.steps, epoch, losses["total"], losses["text"], losses["image"], lr, throughput),
                 tqdm.format_interval(left),

@@ -7,12 +7,15 @@ configurations are args.py's.
 """
 
 import contextlib
+import logging
 import math
 import time
 
 import args
 import log
 from utils import interrupts
+
+logger = logging.getLogger("minidalle")
 
 SKIPS_IN_A_ROW = 10  # updates left out one after the other, after which nothing will come of the run
 
@@ -50,19 +53,21 @@ def train(run):
     order = RunBatches(run.batches, run.step, run.steps)
     compiled, skips = False, 0
     # Several processes stop after the same update, so that none waits for another that has left.
-    with contextlib.closing(progress), interrupts.held() if run.backend.world_size > 1 else contextlib.nullcontext():
+    with contextlib.closing(
+        progress
+    ), interrupts.defer_signals() if run.backend.world_size > 1 else contextlib.nullcontext():
         for batch in run.backend.loader(run.dataset, order) if len(order) else ():
             if not compiled:
                 compile(run, batch)
                 progress.compiled()
                 compiled = True
                 if run.backend.compile_only:
-                    log.LOG.info("compiled only, as --compile-only says")
+                    logger.info("compiled only, as --compile-only says")
                     break
                 if not run.accounted:  # a stop came before all that follows an update was done
                     after_update(run)
             epoch, lr = run.epoch(), run.schedule.at(run.step, run.epoch())
-            with interrupts.held():  # an update counts, and is written down, as soon as it is made
+            with interrupts.defer_signals():  # an update counts, and is written down, as soon as it is made
                 losses = update(run, batch, lr)
                 skips = 0 if finite(losses) else skips + 1
                 run.skipped += skips > 0
@@ -79,7 +84,7 @@ def train(run):
                 )
             with progress.paused():
                 after_update(run, changed=not skips)
-            if run.backend.agreed(interrupts.asked()):
+            if run.backend.agreed(interrupts.signal_pending()):
                 raise KeyboardInterrupt
         if not run.accounted:  # the same after the last update
             after_update(run)
@@ -88,7 +93,7 @@ def train(run):
 def compile(run, batch):
     started = time.monotonic()
     run.trainer.compile(batch)
-    log.LOG.info("Compiled model in %.3f secs", time.monotonic() - started)
+    logger.info("Compiled model in %.3f secs", time.monotonic() - started)
 
 
 def update(run, batch, lr):
@@ -125,7 +130,7 @@ def after_update(run, changed=True):
     losses = None
     if run.held_out is not None and due:
         losses = validation.validate(run.trainer, run.backend, run.held_out)
-    with interrupts.held():
+    with interrupts.defer_signals():
         best = losses is not None and validated(run, losses)
         if run.epoch_begins():
             epoch_ended(run)

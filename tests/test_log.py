@@ -39,12 +39,12 @@ def clock(monkeypatch):
 @pytest.fixture
 def program_log():
     """log.set_up() as a command does it; put back afterwards."""
-    kept = log.LOG.handlers[:], log.LOG.level, log.LOG.propagate
-    log.LOG.handlers = []
+    kept = log.logger.handlers[:], log.logger.level, log.logger.propagate
+    log.logger.handlers = []
     log.set_up()
-    yield log.LOG
-    log.LOG.handlers, log.LOG.propagate = kept[0], kept[2]
-    log.LOG.setLevel(kept[1])
+    yield log.logger
+    log.logger.handlers, log.logger.propagate = kept[0], kept[2]
+    log.logger.setLevel(kept[1])
 
 
 def test_lines_go_to_stdout_with_the_time_and_only_once(program_log, capsys):

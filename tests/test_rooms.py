@@ -223,7 +223,7 @@ def test_a_source_runs_on_python_3_8(path):
         ("data/x.py", "from models import dalle"),
         ("data/x.py", "import importlib\nimportlib.import_module('models.vae')"),
         ("utils/x.py", "import models"),
-        ("utils/x.py", "def f():\n    from log import LOG"),
+        ("utils/x.py", "def f():\n    from log import logger"),
         ("utils/command_line.py", "import torch"),
         ("args.py", "def f():\n    import torch"),
         ("args.py", "from utils import checkpoint"),

@@ -25,6 +25,8 @@ from training.plot import Plot
 from training.trackers import Trackers
 from utils import optimization
 
+logger = logging.getLogger("minidalle")
+
 
 class Run:
     """What a run holds. `step` is the number of updates so far, as are the figures beside it; files keep them."""
@@ -124,10 +126,10 @@ def build(settings):
         see(run)  # last, when nothing else can be refused
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     together = backend.samples_per_step * backend.world_size
-    log.LOG.info("%d pictures, %d steps of %d samples", len(dataset), steps, together)
+    logger.info("%d pictures, %d steps of %d samples", len(dataset), steps, together)
     if held_out is not None:
-        log.LOG.info("%d more are held out", len(held_out))
-    log.LOG.info("%s trainable parameters, %d text tokens", f"{trained:,}", tokenizer.vocab_size)
+        logger.info("%d more are held out", len(held_out))
+    logger.info("%s trainable parameters, %d text tokens", f"{trained:,}", tokenizer.vocab_size)
     return run
 
 

@@ -3,6 +3,7 @@
 The file itself, its layout and how it is read and written safely, is utils/checkpoint.py's.
 """
 
+import logging
 import platform
 import re
 import time
@@ -13,6 +14,8 @@ import torch
 import log
 from utils import checkpoint, interrupts
 from utils.files import check_writable
+
+logger = logging.getLogger("minidalle")
 
 BEST = "dalle_best.pt"
 PROGRESS = ("skipped", "epoch_loss", "held_out_loss", "best_loss", "accounted")  # of a Run, beside its step
@@ -72,10 +75,10 @@ class Folder:
             try:
                 return path, checkpoint.read(path)
             except (ValueError, OSError) as error:
-                log.LOG.warning("%s; the one before it is taken", error)
+                logger.warning("%s; the one before it is taken", error)
         if candidates:
             raise ValueError(f"--resume: no checkpoint in {self.path} can be read; give another folder to begin anew")
-        log.LOG.info("--resume: no checkpoint in %s yet, so the run begins", self.path)
+        logger.info("--resume: no checkpoint in %s yet, so the run begins", self.path)
         return None
 
     def due(self, run):
@@ -133,7 +136,7 @@ def resume(run, path, saved, model):
             raise ValueError(f"{path}: was trained with another {flag} than this run's (fingerprint {sides})")
     if "exported" in saved:
         run.trainer.load_state_dict({"weights": weights})
-        log.LOG.info("%s: weights alone, of step %s; a new optimizer, from step 0", path, saved.get("step"))
+        logger.info("%s: weights alone, of step %s; a new optimizer, from step 0", path, saved.get("step"))
         return
     run.trainer.load_state_dict(
         {
@@ -153,9 +156,9 @@ def resume(run, path, saved, model):
         raise ValueError(
             f"{path}: has {run.step} steps already, this run ends at {run.steps}; give more --epochs or --max-steps"
         )
-    log.LOG.info("going on from %s at step %d", path, run.step)
+    logger.info("going on from %s at step %d", path, run.step)
     for line in differences(saved, run):
-        log.LOG.warning("unlike the run that wrote it: %s", line)
+        logger.warning("unlike the run that wrote it: %s", line)
 
 
 def differences(saved, run):
@@ -194,15 +197,15 @@ def save(run, name):
     run.metrics.flush()  # so that a run that goes on from the file lacks no line
     path = folder.path / name
     try:
-        with interrupts.held():
+        with interrupts.defer_signals():
             checkpoint.write(path, contents(run, state))
             if name != BEST:
                 folder.keep(path)
     except OSError as error:
         last = f"; the last good one is {folder.written[-1]}" if folder.written else ""
-        log.LOG.warning("no checkpoint of step %d: %s%s", run.step, log.reason(error), last)
+        logger.warning("no checkpoint of step %d: %s%s", run.step, log.reason(error), last)
         return None
-    log.LOG.info("wrote %s", path)
+    logger.info("wrote %s", path)
     run.plot.draw()
     return path
 

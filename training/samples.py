@@ -4,6 +4,7 @@ The captions are the first of the held-out pairs, else of those that are learnt;
 is the trainer's, the settings are those that generate.py takes for the run's checkpoints.
 """
 
+import logging
 import os
 import textwrap
 
@@ -14,6 +15,8 @@ import log
 from data.loader import TextImageDataset, load_picture
 from generation.loading import DEFAULTS
 from generation.output import as_picture
+
+logger = logging.getLogger("minidalle")
 
 PAIRS = 8
 SIDES = 160, 256  # pixels; smaller pictures are shown larger, larger ones smaller
@@ -51,7 +54,7 @@ def draw(run):
         if run.folder.path:
             save(grid, captions, run.folder.path / "samples", run.step)
     except (ValueError, OSError, RuntimeError) as error:  # the last is memory's
-        log.LOG.warning("no sample pictures of step %d: %s", run.step, log.reason(error))
+        logger.warning("no sample pictures of step %d: %s", run.step, log.reason(error))
         return
     run.trackers.picture(run.step, grid)
 

@@ -10,6 +10,8 @@ import os
 
 import log
 
+logger = logging.getLogger("minidalle")
+
 GRID = "samples"  # what trackers call the pictures
 LOGIN_SECONDS = "60"  # that Weights & Biases waits for somebody to log in
 
@@ -48,7 +50,7 @@ class Trackers:
                 getattr(tracker, name)(*given)
             except Exception as error:  # of other people's packages, which raise anything
                 self.trackers.remove(tracker)
-                log.LOG.warning("%s: %s; the run goes on without it", type(tracker).__name__, log.reason(error))
+                logger.warning("%s: %s; the run goes on without it", type(tracker).__name__, log.reason(error))
 
 
 def named(group, losses):
@@ -91,11 +93,11 @@ def wandb_run(wandb, settings):
         return wandb.init(**given)
     except Exception as error:
         reason = log.reason(error).rstrip(".")
-        log.LOG.warning("--wandb: %s; recorded offline, `wandb sync` sends it later", reason)
+        logger.warning("--wandb: %s; recorded offline, `wandb sync` sends it later", reason)
     try:
         return wandb.init(mode="offline", **given)
     except Exception as error:
-        log.LOG.warning("--wandb: %s; the run goes on without it", log.reason(error))
+        logger.warning("--wandb: %s; the run goes on without it", log.reason(error))
         return None
 
 

@@ -15,14 +15,14 @@ import torch
 
 from backends.base import SamplesLost
 from backends.ipu.inference import Decoder, Losses, OrderedSamples, RowByRow, Sampler, upper_rows
-from backends.native.resilient_loader import MEMORY, leave_interrupts_to_the_parent, of_killed_worker, without_traceback
+from backends.native.resilient_loader import MEMORY, of_killed_worker, without_traceback
 from backends.native.trainer import ADAM_EPS
 from models.pipeline_dalle import WrappedDALLE, placement, stages, unshare_masks
 from utils import interrupts
 from utils.files import check_writable
 from utils.optimization import load_keeping_flags, parameter_groups
 
-LOG = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 SHARE = 256  # samples that a worker loads at once
 FP32_WEIGHTS = 300e6  # bytes of weights up to which an IPU, with some 900 MB, draws pictures in fp32
 
@@ -64,7 +64,7 @@ class Instances:
         self.rank, self.size = popdist.getInstanceIndex(), popdist.getNumInstances()
         self.replicas, self.all_replicas = popdist.getNumLocalReplicas(), popdist.getNumTotalReplicas()
         if self.all_replicas != replicas and not self.rank:
-            LOG.info("PopRun has %d replicas, which --replication-factor %d gives way to", self.all_replicas, replicas)
+            logger.info("using PopRun's %d replicas instead of --replication-factor %d", self.all_replicas, replicas)
 
     def options(self, ipus_per_replica):
         import poptorch
@@ -203,12 +203,12 @@ class IpuBackend:
             drop_last=True,
             auto_distributed_partitioning=False,  # the order holds this instance's share already
             mode=mode,
-            worker_init_fn=leave_interrupts_to_the_parent,
+            worker_init_fn=interrupts.ignore_interrupts_in_worker,
             **rebatching,
         )
         try:
             for batch in batches:
-                with interrupts.children_held():
+                with interrupts.defer_sigchld():
                     yield batch
         except (RuntimeError, ConnectionError) as error:
             raise SamplesLost(of_killed_worker(error, dataset)[0] + MEMORY) from None
@@ -226,10 +226,10 @@ class IpuBackend:
         return poptorch.inferenceModel(module.eval(), poptorch.Options().deviceIterations(device_iterations))
 
     def trainer(self, model):
-        LOG.info("training on IPUs in %s", "fp16" if self.half else "fp32")
+        logger.info("training on IPUs in %s", "fp16" if self.half else "fp32")
         for number, (ipu, modules) in enumerate(stages(self.places)):
             held = [modules[0], "…", modules[-1]] if len(modules) > 3 else modules
-            LOG.info("stage %d on IPU %d: %s", number, ipu, " ".join(held))
+            logger.info("stage %d on IPU %d: %s", number, ipu, " ".join(held))
         return IpuTrainer(model, self)
 
     def evaluator(self, model):
@@ -250,7 +250,7 @@ class IpuBackend:
         weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
         wanted = self.settings.precision
         half = wanted == "fp16" or (wanted == "auto" and 4 * weights > FP32_WEIGHTS)
-        LOG.info("running on an IPU in %s", "fp16" if half else "fp32")
+        logger.info("running on an IPU in %s", "fp16" if half else "fp32")
         model = copy.deepcopy(model, {id(model.vae): None}).eval()  # without its VQGAN, which decode() has
         unshare_masks(model)
         return model.half() if half else model
@@ -369,7 +369,7 @@ class IpuTrainer:
             load_keeping_flags(self.optimizer, {name: saved[name] for name in saved if name != "parameters"})
             self.executor.setOptimizer(self.optimizer)
         except (ValueError, LookupError, TypeError, AttributeError):
-            LOG.warning("the checkpoint's optimizer state is no IPU's, or another optimizer's; it starts afresh")
+            logger.warning("the checkpoint's optimizer state is no IPU's, or another optimizer's; it starts afresh")
 
 
 def build_optimizer(model, settings, half):

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from models.sampling import draw_codes, given_codes, gumbel_noise
 from models.static_sampling import FullPass, StaticSampler
 
-LOG = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 
 
 def full(x, rows):
@@ -122,7 +122,9 @@ class Sampler:
             try:
                 executor.compile(*(full(x[: self.rows], self.rows) for x in inputs))
             except RuntimeError as error:
-                LOG.warning("the loop over codes does not compile, so one call a code: %s", str(error).splitlines()[0])
+                logger.warning(
+                    "the sampling loop does not compile, so each code is one call: %s", str(error).splitlines()[0]
+                )
                 self.on_device = executor = None
             self.executors[key] = executor
         return self.executors[key]

@@ -18,7 +18,7 @@ from backends.native.trainer import NativeTrainer, mean_losses
 from backends.native.vqgan import decoder, encoder
 from utils import interrupts
 
-LOG = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 IPU_ONLY = (
     ("device_iterations", 1),
     ("stochastic_rounding", False),
@@ -112,11 +112,11 @@ class NativeBackend:
             return
         among = f", in {self.world_size} processes" if self.world_size > 1 else ""
         among += " that share the model out" if self.shard else ""
-        LOG.info("running on %s in %s%s", self.device, self.precision, among)
+        logger.info("running on %s in %s%s", self.device, self.precision, among)
         unused = [name for name, default in IPU_ONLY if getattr(settings, name, default) != default]
         if unused:
             flags = ", ".join("--" + name.replace("_", "-") for name in unused)
-            LOG.info("for IPUs only, without effect here: %s", flags)
+            logger.info("for IPUs only, without effect here: %s", flags)
 
     def autocast(self):
         if self.precision == "fp32":
@@ -135,7 +135,7 @@ class NativeBackend:
         """A process alone gives a step up where a signal waits; several finish it, then agree."""
         for micro_batch in micro_batches:
             if self.world_size == 1:
-                interrupts.check()
+                interrupts.raise_if_pending()
             yield micro_batch
 
     def agreed(self, wish):

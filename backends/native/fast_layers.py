@@ -25,7 +25,7 @@ from models.attention import pattern_mask
 from models.dalle import Losses
 from models.transformer import Layer
 
-LOG = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 WORTH_COMPILING = 20e6  # parameters of all layers, below which a run may well be over before its compiler
 WORKING_SET = 2800 * 512  # positions times width that a CPU takes at once
 
@@ -97,7 +97,7 @@ def compile_layers(model, rows, autocast, recompute=False):
             torch.autograd.grad(compute(layers[0], x).sum(), x)
     except Exception as error:  # whatever is missing: a compiler, a driver, a header file
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        LOG.info("layers are not compiled, which costs speed alone: %s", lines[0])
+        logger.info("layers are not compiled, which costs speed alone: %s", lines[0])
         return
     for layer in layers:
         layer.forward = functools.partial(forward, layer, compute, recompute)

@@ -6,7 +6,6 @@ it waits until the next micro-batch is wanted, where nothing is half done.
 
 import itertools
 import logging
-import signal
 import time
 
 from torch.utils.data import DataLoader
@@ -14,16 +13,10 @@ from torch.utils.data import DataLoader
 from backends.base import SamplesLost
 from utils import interrupts
 
-LOG = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 HEARD = 5.0  # seconds
 RESTARTS = 3  # of the workers; a machine whose memory is short would go on killing them
 MEMORY = "; if memory ran out, fewer --dataloader-workers need less"
-
-
-def leave_interrupts_to_the_parent(worker):
-    """For worker processes: Ctrl-C reaches them too, and the parent, which saves, is the one to end them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which it does
 
 
 class MicroBatches:
@@ -49,13 +42,13 @@ def read(dataset, order, size, workers, pin_memory):
             dataset,
             batch_sampler=MicroBatches(order, size, done),
             num_workers=workers,
-            worker_init_fn=leave_interrupts_to_the_parent,
+            worker_init_fn=interrupts.ignore_interrupts_in_worker,
             pin_memory=pin_memory,
         )
         try:
             for micro_batch in loader:
                 done += 1
-                with interrupts.children_held():
+                with interrupts.defer_sigchld():
                     yield micro_batch
             return
         except (RuntimeError, ConnectionError) as error:
@@ -65,7 +58,7 @@ def read(dataset, order, size, workers, pin_memory):
         killed += 1
         if killed > RESTARTS:
             raise SamplesLost(said + MEMORY)
-        LOG.warning("%s; %snew workers go on", said, "another picture takes its place, and " if names else "")
+        logger.warning("%s; %snew workers go on", said, "another picture takes its place, and " if names else "")
 
 
 def of_killed_worker(error, dataset):

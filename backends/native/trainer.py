@@ -18,7 +18,7 @@ from backends.native.sampler import sampler
 from utils.muon import Muon
 from utils.optimization import load_keeping_flags, parameter_groups
 
-LOG = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 ADAM_EPS = 1e-6
 
 
@@ -171,7 +171,7 @@ class NativeTrainer:
                     raise ValueError
                 load_keeping_flags(optimizer, self.own_state(optimizer, saved))
         except (ValueError, LookupError, TypeError, AttributeError):
-            LOG.warning("the checkpoint's optimizer state belongs to another optimizer; it starts afresh")
+            logger.warning("the checkpoint's optimizer state belongs to another optimizer; it starts afresh")
 
     def own_state(self, optimizer, saved):
         """What this process holds of an optimizer's saved state: all of it."""

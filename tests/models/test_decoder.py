@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from models.attention import PATTERNS, pattern_mask
-from models.dalle import DALLE
 from models.decoder import Decoder, cache_plan
 from models.sampling import draw_codes, generate_codes
 from models.transformer import GEGLU
+from tests.builders import small_dalle
 
 SHAPINGS = (
     {"top_k": None, "top_p": None, "temperature": 1.0, "cond_scale": 1.0},
@@ -25,12 +25,7 @@ def plain(weight, bias, geglu=False):
 
 
 def dalle_of(vae, patterns=PATTERNS, sandwich=False):
-    torch.manual_seed(0)
-    sizes = {"dim": 32, "num_text_tokens": 50, "text_seq_len": 6, "depth": 4, "heads": 2, "dim_head": 16}
-    model = DALLE(vae=vae, attn_types=patterns, sandwich_norm=sandwich, **sizes).eval()
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.3
-    return model
+    return small_dalle(vae, weight_std=0.3, depth=4, attn_types=patterns, sandwich_norm=sandwich).eval()
 
 
 def some_text(count=4):

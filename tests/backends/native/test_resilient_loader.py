@@ -192,11 +192,11 @@ def test_what_is_done_about_a_child_waits(monkeypatch):
     done = []
     before = signal.signal(signal.SIGCHLD, lambda *_: done.append(1))
     try:
-        with interrupts.children_held():
+        with interrupts.defer_sigchld():
             subprocess.run([sys.executable, "-c", ""], check=True)
             assert not done
         assert done == [1]
-        with pytest.raises(ZeroDivisionError), interrupts.children_held():
+        with pytest.raises(ZeroDivisionError), interrupts.defer_sigchld():
             subprocess.run([sys.executable, "-c", ""], check=True)
             raise ZeroDivisionError
         assert done == [1]  # an error that is on its way is not overtaken
