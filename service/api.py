@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from generation.image_prompts import given_codes
+from generation.image_prompts import encode_kept_rows
 from generation.output import encode_image, image_metadata
 from service import docs, uploads, validation
 from service.events import EventResponse
@@ -121,7 +121,7 @@ def build(loaded, queue, streams, limits):
                 image = await run_in_threadpool(uploads.decode, wanted.image, size)
             try:
                 rows = 0.5 if keep is None else keep
-                given = await asyncio.wrap_future(queue.call(given_codes, loaded, image, rows))
+                given = await asyncio.wrap_future(queue.call(encode_kept_rows, loaded, image, rows))
             except ValueError as error:
                 raise ValueError(validation.as_sentence(error)) from None
         elif keep is not None:

@@ -271,7 +271,7 @@ class GenerationQueue:
             job.on_change()
         with self.condition:
             self._count_ahead()
-        codes = generate_batch(loaded, [job.specs[index] for job, index in batch], watch=watch)
+        codes = generate_batch(loaded, [job.specs[index] for job, index in batch], on_code=watch)
         for (job, index), pixels in zip(batch, loaded.decode(codes)):
             job.images[index] = to_image(pixels)
             job.previews.pop(index, None)
