@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import logging
 import mimetypes
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from service.events import EventResponse
 from service.guard import client_of, refuse
 from service.queue import Busy
 
+logger = logging.getLogger("minidalle")
 PAGE = Path(__file__).with_name("page")
 MESSAGES = {
     400: "The request's body is not JSON.",
@@ -59,7 +61,8 @@ def build(loaded, queue, streams, limits):
         return refuse(503 if error.stopping else 429, str(error))
 
     @app.exception_handler(Exception)
-    async def unexpected(*_):
+    async def unexpected(_, error):
+        logger.error("a request failed", exc_info=error)
         return refuse(500, "The request failed inside the program; its log says why.")
 
     @get("/", include_in_schema=False)
@@ -71,7 +74,7 @@ def build(loaded, queue, streams, limits):
         if name not in files:
             raise HTTPException(404)
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        return Response(files[name], media_type=kind, headers={"Cache-Control": "no-cache"})
+        return Response(files[name], media_type=kind)
 
     @get("/docs", include_in_schema=False)
     async def documentation():
@@ -154,7 +157,7 @@ def build(loaded, queue, streams, limits):
             raise HTTPException(404)
         return streams.streams[id]
 
-    @app.get("/api/jobs/{id}/events", response_class=EventResponse)
+    @app.get("/api/jobs/{id}/events", status_code=200, response_class=EventResponse)
     async def events(id: str, request: Request):
         """Follow a job as server-sent events: queued, row, image, done, error. Last-Event-ID continues after an event."""
         last = request.headers.get("last-event-id", "")

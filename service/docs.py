@@ -36,7 +36,7 @@ def table(title, fields):
     """Return the HTML of a table of fields, or nothing if there are none."""
     rows = ""
     for name, field in fields.items():
-        kinds = [one.get("type") or one["$ref"].rpartition("/")[2] for one in field.get("anyOf", [field])]
+        kinds = [one.get("type") or one.get("$ref", "any").rpartition("/")[2] for one in field.get("anyOf", [field])]
         about = field.get("description", "")
         if "default" in field and field["default"] is not None:
             about += f" (default {json.dumps(field['default'])})"

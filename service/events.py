@@ -64,8 +64,10 @@ class Stream:
 class EventResponse(StreamingResponse):
     """The answer to one reader of a stream, which counts as a reader until it is sent or its client goes away."""
 
+    media_type = "text/event-stream"
+
     def __init__(self, streams, stream, after):
-        super().__init__(stream.read(after), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        super().__init__(stream.read(after), headers={"X-Accel-Buffering": "no"})
         self.streams, self.stream = streams, stream
 
     async def __call__(self, scope, receive, send):

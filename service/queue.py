@@ -14,7 +14,7 @@ from concurrent.futures import Future
 
 from generation.batching import batch_key, generate_batch
 from generation.output import to_image
-from generation.previews import Forming
+from generation.previews import Preview
 
 logger = logging.getLogger("minidalle")
 PATIENCE = 0.1  # share of the last batch's time to wait for the next batch to fill
@@ -252,7 +252,7 @@ class GenerationQueue:
             for (job, index), image in zip(shown, images):
                 job.previews[index] = image.crop((0, 0, image.width, image.height * row // rows))
 
-        forming = Forming(loaded, min(job.every for job, _ in shown), show, most=len(shown)) if shown else None
+        forming = Preview(loaded, min(job.every for job, _ in shown), show, most=len(shown)) if shown else None
 
         def watch(codes):
             if self.stopping or all(job.ended.is_set() for job in jobs):
@@ -266,7 +266,7 @@ class GenerationQueue:
                         job.on_change()
 
         for job in jobs:
-            job.started, job.row = True, len(batch[0][0].specs[batch[0][1]].given) // rows
+            job.started, job.row = True, len(batch[0][0].specs[batch[0][1]].given_codes) // rows
             job.active = [index for other, index in batch if other is job]
             job.on_change()
         with self.condition:
