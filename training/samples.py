@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 import log
 from data.loader import TextImageDataset, load_picture
 from generation.loading import DEFAULTS
-from generation.output import as_picture
+from generation.output import to_image
 
 logger = logging.getLogger("minidalle")
 
@@ -100,7 +100,7 @@ def grid_of(captions, rows, title):
         pen.text((MARGIN - GAP, top + side / 2), name, "#555555", font, anchor="rm")
         for column, pixels in enumerate(pictures):
             small = side > pixels.shape[-1]  # pixels of small pictures stay sharp squares
-            picture = as_picture(pixels)
+            picture = to_image(pixels)
             picture = picture.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
             grid.paste(picture, (MARGIN + column * (side + GAP), top))
     for column, text in enumerate(texts):
