@@ -1,4 +1,4 @@
-"""The words of training captions: a checkpoint keeps them, so that prompts with words the model never saw are noticed."""
+"""The words of training captions, which checkpoints keep to tell which words of a prompt the model never saw."""
 
 import collections
 import re

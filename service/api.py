@@ -50,7 +50,9 @@ def build(loaded, queue, streams, limits):
     async def refuse_values(request, error):
         model = validation.JobRequest if request.url.path.endswith("/jobs") else validation.GenerateRequest
         first = error.errors()[0]
-        return refuse(400 if first["type"] == "json_invalid" else 422, validation.describe_error(first, model.model_fields))
+        return refuse(
+            400 if first["type"] == "json_invalid" else 422, validation.describe_error(first, model.model_fields)
+        )
 
     @app.exception_handler(ValueError)
     async def refuse_request(_, error):
@@ -58,23 +60,25 @@ def build(loaded, queue, streams, limits):
 
     @app.exception_handler(Busy)
     async def refuse_for_now(_, error):
-        return refuse(503 if error.stopping else 429, str(error))
+        return refuse(error.status, str(error))
 
     @app.exception_handler(Exception)
     async def unexpected(_, error):
         logger.error("a request failed", exc_info=error)
         return refuse(500, "The request failed inside the program; its log says why.")
 
+    def find_file(name):
+        if name not in files:
+            raise HTTPException(404)
+        return Response(files[name], media_type=mimetypes.guess_type(name)[0] or "application/octet-stream")
+
     @get("/", include_in_schema=False)
     async def page():
-        return HTMLResponse(files["index.html"])
+        return find_file("index.html")
 
     @get("/static/{name}", include_in_schema=False)
     async def static(name: str):
-        if name not in files:
-            raise HTTPException(404)
-        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        return Response(files[name], media_type=kind)
+        return find_file(name)
 
     @get("/docs", include_in_schema=False)
     async def documentation():
@@ -134,7 +138,7 @@ def build(loaded, queue, streams, limits):
 
     @app.post("/api/generate", response_model=validation.Generated)
     async def generate(wanted: validation.GenerateRequest, request: Request):
-        """Generate images of one prompt, and answer when they are ready. A client that closes its connection cancels."""
+        """Generate images of one prompt, and answer when they are ready; closing the connection cancels them."""
         began = time.monotonic()
         specs = await plan(wanted, [wanted.prompt], wanted.count, wanted.keep)
         job = queue.submit(client_of(request.scope), specs)
@@ -159,7 +163,7 @@ def build(loaded, queue, streams, limits):
 
     @app.get("/api/jobs/{id}/events", status_code=200, response_class=EventResponse)
     async def events(id: str, request: Request):
-        """Follow a job as server-sent events: queued, row, image, done, error. Last-Event-ID continues after an event."""
+        """Follow a job as server-sent events: queued, row, image, done, error. Last-Event-ID skips what was read."""
         last = request.headers.get("last-event-id", "")
         return EventResponse(streams, find(id), int(last) if last.isdecimal() and len(last) < 10 else 0)
 

@@ -16,7 +16,9 @@ def render(document):
     schemas, routes = document["components"]["schemas"], []
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            routes.append(f"<h2>{method.upper()} {html.escape(path)}</h2><p>{html.escape(operation['description'])}</p>")
+            routes.append(
+                f"<h2>{method.upper()} {html.escape(path)}</h2><p>{html.escape(operation['description'])}</p>"
+            )
             fields = {one["name"]: one["schema"] for one in operation.get("parameters", ())}
             fields.update(fields_of(operation.get("requestBody", {}), schemas))
             routes.append(table("Request", fields))

@@ -153,7 +153,9 @@ class Streams:
                         spec = job.specs[index]
                         about = image_metadata(spec, loaded)
                         png = await run_in_threadpool(encode_image, image, about, "png")
-                        stream.emit("image", index=index, prompt=spec.prompt, seed=spec.seed, png=text(png), metadata=about)
+                        stream.emit(
+                            "image", index=index, prompt=spec.prompt, seed=spec.seed, png=text(png), metadata=about
+                        )
                 row, previews = job.row, dict(job.previews)
                 left = seconds_left(job, time.monotonic() - began, loaded.side)
                 for index in job.active:

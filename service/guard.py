@@ -1,6 +1,5 @@
 """The gate before all routes: which hosts, origins and clients are served, and how large a request may be."""
 
-import asyncio
 import hmac
 import ipaddress
 from urllib.parse import urlsplit
@@ -169,5 +168,3 @@ def replay(body, receive):
         return {"type": "http.request", "body": body, "more_body": False}
 
     return receive_again
-
-

@@ -23,11 +23,11 @@ FAILED = "The images could not be generated; the program's log says why."
 
 
 class Busy(Exception):
-    """The queue cannot take a job; the message is a sentence for the user, `stopping` says that it never will."""
+    """The queue cannot take a job: a sentence for the user, and the HTTP status (429: for this client's jobs)."""
 
-    def __init__(self, sentence, stopping=False):
+    def __init__(self, sentence, status=503):
         super().__init__(sentence)
-        self.stopping = stopping
+        self.status = status
 
 
 class Abandoned(Exception):
@@ -114,7 +114,7 @@ class GenerationQueue:
         future = Future()
         with self.condition:
             if self.stopping:
-                raise Busy(STOPPING, stopping=True)
+                raise Busy(STOPPING)
             self.calls.append((future, function, arguments))
             self.condition.notify()
         return future
@@ -140,11 +140,11 @@ class GenerationQueue:
         jobs = list(self.jobs)
         own = [job for job in jobs if job.client == client]
         if self.stopping or not self.thread.is_alive():
-            raise Busy(STOPPING, stopping=True)
-        for some, share in ((jobs, 1), (own, 2)):
+            raise Busy(STOPPING)
+        for some, share, status in ((own, 2, 429), (jobs, 1, 503)):
             images = sum(len(job.specs) - job.ready for job in some)
             if some and (len(some) >= self.max_jobs / share or images + count > self.max_images / share):
-                raise Busy("Too many images are being generated at the moment; please try again in a little while.")
+                raise Busy("Too many images are being generated now; please try again in a little while.", status)
 
     def cancel(self, job):
         """Drop the images of a job. The current batch is given up if no other job has a part in it."""
@@ -208,7 +208,7 @@ class GenerationQueue:
             with self.condition:
                 self.condition.wait_for(lambda: self.stopping or self.calls or self.waiting)
                 if not self.calls:
-                    # A client that was just served may ask again at once; a half empty batch costs as much as a full one.
+                    # Clients just served may ask again at once; a half empty batch costs as much as a full one.
                     self.condition.wait_for(lambda: self.stopping or self.calls or self._is_full(), PATIENCE * seconds)
                 calls, self.calls = self.calls, collections.deque()
                 if not self.stopping and not calls and self.waiting:
@@ -217,7 +217,7 @@ class GenerationQueue:
                 for job in list(self.jobs):
                     self._end(job, STOPPING)
                 for future, _, _ in calls:
-                    future.set_exception(Busy(STOPPING, stopping=True))
+                    future.set_exception(Busy(STOPPING))
                 return
             for future, function, arguments in calls:
                 try:

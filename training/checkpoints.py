@@ -185,7 +185,9 @@ def summarize(run):
     """Return the words and some examples of the training captions; they are collected once per run."""
     if run.captions is None:
         dataset, tokenizer = run.dataset, run.tokenizer
-        rows = [place * len(dataset) // (4 * EXAMPLES) for place in range(4 * EXAMPLES)]  # some may be equal, or too long
+        rows = [
+            place * len(dataset) // (4 * EXAMPLES) for place in range(4 * EXAMPLES)
+        ]  # some may be equal, or too long
         texts = dataset.iter_captions(tokenizer), dataset.iter_captions(tokenizer, rows)
         run.captions = summarize_captions(*texts)
     return run.captions
