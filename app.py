@@ -17,7 +17,7 @@ def main(argv=None):
     """Load the model and serve until Ctrl-C or SIGTERM."""
     settings = app_arguments(argv)
     log.set_up()
-    with log.interrupt_exits(), log.termination_interrupts(), log.bad_input_exits(), contextlib.ExitStack() as stack:
+    with log.exit_on_interrupt(), log.sigterm_as_ctrl_c(), log.exit_on_bad_input(), contextlib.ExitStack() as stack:
         listening = stack.enter_context(listen(settings.host, settings.port))
         check_packages()
         from generation.loading import load_from_flags
@@ -57,7 +57,7 @@ def listen(host, port):
         listening.bind(address)
         listening.listen(128)
     except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: {log.reason(error)}; give others") from None
+        raise ValueError(f"--host {host} --port {port}: {log.describe_error(error)}; give others") from None
     return listening
 
 

@@ -30,7 +30,7 @@ SMALLEST_ERROR = 1e-10  # of pixels in [0, 1], squared: 100 dB
 def main(argv=None):
     settings = evaluate_arguments(argv)
     log.set_up()
-    with log.interrupt_exits(), log.bad_input_exits():
+    with log.exit_on_interrupt(), log.exit_on_bad_input():
         from generation.loading import load_from_flags
         from utils import checkpoint
 

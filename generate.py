@@ -22,7 +22,7 @@ logger = logging.getLogger("minidalle")
 def main(argv=None):
     settings = generate_arguments(argv)
     log.set_up()
-    with log.interrupt_exits(), log.bad_input_exits():
+    with log.exit_on_interrupt(), log.exit_on_bad_input():
         from tqdm import tqdm
 
         from generation import batching, image_prompts, output, ranking

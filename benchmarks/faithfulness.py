@@ -43,7 +43,7 @@ def main(argv=None):
     machine_flags(parser)
     settings = parse(parser, argv)
     log.set_up()
-    with log.interrupt_exits(), log.bad_input_exits():
+    with log.exit_on_interrupt(), log.exit_on_bad_input():
         from generation.loading import load
 
         check_writable(settings.output_dir, "--output-dir")

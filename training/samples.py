@@ -54,7 +54,7 @@ def draw(run):
         if run.folder.path:
             save(grid, captions, run.folder.path / "samples", run.step)
     except (ValueError, OSError, RuntimeError) as error:  # the last is memory's
-        logger.warning("no sample pictures of step %d: %s", run.step, log.reason(error))
+        logger.warning("no sample pictures of step %d: %s", run.step, log.describe_error(error))
         return
     run.trackers.picture(run.step, grid)
 
@@ -65,7 +65,7 @@ def first_pairs(run):
 
     ValueError where no picture can be read.
     """
-    dataset = run.dataset if run.held_out is None else run.held_out
+    dataset = run.dataset if run.validation_set is None else run.validation_set
     tokens, pixels = [], []
     for index, (name, _, _) in enumerate(dataset.pictures):
         try:

@@ -217,7 +217,7 @@ def test_a_sentence_names_what_is_wrong(port, wanted, sentence):
 
 def test_a_large_body_is_refused_before_it_is_sent(port):
     for path, size in (("/api/generate", 500_000_000), ("/api/generate", 15 << 20), ("/gradio_api/upload", 15 << 20)):
-        header = f"POST {path} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
+        header = f"POST {path} {HEAD}Connection: close\r\nContent-Length: {size}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
             raw.sendall(header.encode())
             answer = b"".join(iter(lambda raw=raw: raw.recv(4096), b"")).decode()
