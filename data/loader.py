@@ -11,9 +11,8 @@ import copy
 import hashlib
 import logging
 import os
-import signal
 from pathlib import Path
-from typing import Container, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Container, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from data.order import Key, epoch_and_index, random_bits
 from data.pairs import UNREADABLE, File, Skipped, find_pairs, open_picture, printable, read_captions, report_skipped
 from data.reading import Reading
 
-log = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TO_UPRIGHT = {
@@ -98,12 +97,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         paper = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(paper, image).convert("RGB")
     return image.convert("RGB")
-
-
-def leave_interrupts_to_the_parent(worker: int) -> None:
-    """For worker processes: Ctrl-C reaches them too, and the parent is the one to end them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which it does
 
 
 class TextImageDataset(Dataset):
@@ -272,6 +265,13 @@ class TextImageDataset(Dataset):
             return self._text(epoch, place), image if self.byteio else image.float().div_(255)
         raise ValueError(f"{printable(self.folder)}: none of its {len(self)} pictures can be read any more")
 
+    def iter_captions(self, tokenizer, rows: Optional[Sequence[int]] = None) -> Iterator[str]:
+        """Yield the text of every caption of all images, or the first caption of each image in `rows`."""
+        for row in range(len(self)) if rows is None else rows:
+            captions = self._captions[row]
+            for tokens in captions if rows is None else captions[:1]:
+                yield " ".join(tokenizer.decode(tokens).split())
+
     def first_caption(self, index: int) -> torch.Tensor:
         """int64 (text_seq_len,), zero-padded."""
         return self._padded(self._captions[index][0])
@@ -295,7 +295,7 @@ class TextImageDataset(Dataset):
         told = self.lost
         if told <= _NAMED_IN_LOG:
             more = "; more will only be counted" if told == _NAMED_IN_LOG else ""
-            log.warning("%s; another picture takes its place%s", error, more)
+            logger.warning("%s; another picture takes its place%s", error, more)
 
 
 class GeneratedDataset(Dataset):
@@ -346,6 +346,10 @@ class GeneratedDataset(Dataset):
 
     def fingerprint(self) -> str:
         return f"{self.length} generated samples of seed {self.seed}"
+
+    def iter_captions(self, tokenizer, rows: Optional[Sequence[int]] = None) -> Iterator[str]:
+        """Yield nothing: random tokens are no captions."""
+        return iter(())
 
     def __getitem__(self, key: Key) -> Tuple[torch.Tensor, torch.Tensor]:
         _, index = epoch_and_index(key, self.length)

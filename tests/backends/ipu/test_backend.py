@@ -1,0 +1,186 @@
+"""The IPU backend on the stand-in for PopTorch: where it is chosen, what it refuses, its options and its loader."""
+
+import pytest
+import torch
+
+import backends
+from backends.base import Backend, Trainer
+from backends.ipu import backend as ipu
+from backends.native import backend as native
+from data.loader import GeneratedDataset, TextImageDataset
+from data.order import EpochBatches, RunBatches
+from data.tokenizer import load_tokenizer
+from tests.backends.ipu.ipu_runs import samples, settings
+from tests.builders import small_dalle
+
+
+def test_auto_is_an_ipu_where_the_sdk_is_enabled(poptorch_standin, monkeypatch):
+    assert isinstance(backends.select(settings(device="auto")), ipu.IpuBackend)
+    assert isinstance(backends.select(settings(device="cpu")), native.NativeBackend)
+    assert isinstance(backends.select(settings("--optimizer Muon", device="auto")), native.NativeBackend)
+    monkeypatch.setattr(native, "has_cuda", lambda: True)
+    monkeypatch.setattr(native, "fast_in_bf16", lambda device: False)
+    assert isinstance(backends.select(settings(device="auto")), native.NativeBackend)
+    monkeypatch.undo()
+
+
+def test_without_an_sdk_one_line_says_how_to_enable_it(monkeypatch):
+    monkeypatch.delenv("POPLAR_SDK_ENABLED", raising=False)
+    if ipu.importlib.util.find_spec("poptorch"):
+        pytest.skip("PopTorch is installed")
+    assert isinstance(backends.select(settings(device="auto")), native.NativeBackend)
+    with pytest.raises(ValueError, match=r"--device ipu: .*enable\.sh.*pip install .*poptorch wheel") as error:
+        backends.select(settings())
+    assert "\n" not in str(error.value)
+    monkeypatch.setenv("POPLAR_SDK_ENABLED", "/opt/poplar")
+    assert isinstance(backends.select(settings(device="auto")), native.NativeBackend)
+    with pytest.raises(ValueError, match="no PopTorch here; pip install"):
+        backends.select(settings())
+
+
+def test_it_has_what_the_contract_asks(poptorch_standin, tiny_vae):
+    backend = backends.select(settings())
+    for contract, ours in ((Backend, backend), (Trainer, backend.trainer(small_dalle(tiny_vae)))):
+        for name in [*vars(contract).get("__annotations__", ()), *vars(contract)]:
+            assert name.startswith("_") or hasattr(ours, name), name
+
+
+@pytest.mark.parametrize(
+    "flags, refusal",
+    [
+        ("--gradient-accumulation 2", r"--gradient-accumulation 2: .* 2 stages needs 3 "),
+        ("--gradient-accumulation 4 --cls-ipu-id 0", "3 stages needs 5 "),
+        ("--gradient-accumulation 6 --ipus-per-replica 4 --layers-per-ipu 0,1,1,0", "4 stages needs 7 "),
+        ("--optimizer Muon", "--optimizer Muon: .*Adam or AdamW"),
+        ("--precision bf16", "--precision bf16: .*fp16 or fp32"),
+    ],
+)
+def test_what_no_ipu_can_run_is_refused_at_once(poptorch_standin, flags, refusal):
+    with pytest.raises(ValueError, match=refusal) as error:
+        backends.select(settings(flags))
+    assert "\n" not in str(error.value)
+
+
+def test_a_serialization_that_does_not_divide_is_refused(poptorch_standin, tiny_vae):
+    backend = backends.select(settings("--embedding-serialization-factor 3"))
+    with pytest.raises(ValueError, match="factor 3 does not divide the 64 text tokens with padding; 2 does"):
+        backend.trainer(small_dalle(tiny_vae))
+
+
+def test_a_batch_of_another_size_is_refused(poptorch_standin, tiny_vae):
+    trainer = backends.select(settings()).trainer(small_dalle(tiny_vae))
+    with pytest.raises(ValueError, match="a batch of 4 samples; .* are 3"):
+        trainer.compile(samples(4))
+
+
+def test_options_are_those_of_the_flags(poptorch_standin):
+    flags = "--device-iterations 2 --replication-factor 2 --matmul-proportion 0.2,0.3 --stochastic-rounding"
+    flags += " --enable-half-partials --enable-rts --optimizer-state-offchip --random-seed 7"
+    plain, given = (backends.select(settings(text)).options() for text in ("", flags))
+    assert (plain.device_iterations, plain.replication_factor, plain.Training.gradient_accumulation) == (1, 1, 3)
+    assert (given.device_iterations, given.replication_factor, given.Training.gradient_accumulation) == (2, 2, 3)
+    assert given.output_mode == plain.output_mode == poptorch_standin.OutputMode.Sum
+    assert backends.select(settings(flags)).samples_per_step == 1 * 3 * 2 * 2
+
+
+def recorded(monkeypatch, poptorch, *flags):
+    """Every call of a setter that options() makes for these flags, as {name: arguments}."""
+    calls = {}
+
+    class Recorder:
+        def __init__(self, path=""):
+            self.path = path
+
+        def __getattr__(self, name):
+            if name in ("Training", "Precision", "TensorLocations", "_Popart"):
+                return Recorder(f"{name}.")
+
+            def call(*arguments, **keywords):
+                key = self.path + name
+                calls[f"{key} {arguments[0]}" if name == "set" else key] = arguments[-1] if arguments else keywords
+                return self
+
+            return call
+
+    monkeypatch.setattr(poptorch, "Options", Recorder)
+    monkeypatch.setattr(poptorch, "TensorLocationSettings", lambda: Recorder("location."))
+    backend = backends.select(settings(*flags))
+    calls.clear()
+    backend.options()
+    return calls
+
+
+def test_each_flag_reaches_its_option(poptorch_standin, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    plain = recorded(monkeypatch, poptorch_standin)
+    assert plain["setAvailableMemoryProportion"] == {"IPU0": 0.6, "IPU1": 0.6}
+    assert isinstance(plain["setExecutionStrategy"], poptorch_standin.PipelinedExecution)
+    assert plain["autoRoundNumIPUs"] is True and plain["randomSeed"] == 42
+    assert plain["Precision.enableStochasticRounding"] is False
+    assert plain["Precision.setPartialsType"] == torch.float32
+    assert plain["location.useOnChipStorage"] is True and plain["location.useReplicatedTensorSharding"] is False
+    assert plain["Training.accumulationAndReplicationReductionType"] == poptorch_standin.ReductionType.Mean
+    optional = {"enableExecutableCaching", "enableProfiling", "enableSyntheticData", "useOfflineIpuTarget"}
+    assert not plain.keys() & {*optional, "Training.setAutomaticLossScaling"}
+    given = recorded(
+        monkeypatch,
+        poptorch_standin,
+        "--matmul-proportion 0.2,0.3 --random-seed 7 --stochastic-rounding --enable-half-partials --enable-als",
+        "--optimizer-state-offchip --enable-rts --replication-factor 2 --executable-cache-dir cache",
+        "--profile-dir profile --synthetic-data --compile-only",
+    )
+    assert given["setAvailableMemoryProportion"] == {"IPU0": 0.2, "IPU1": 0.3} and given["randomSeed"] == 7
+    assert given["Precision.enableStochasticRounding"] is True
+    assert given["Precision.setPartialsType"] == torch.float16
+    assert given["location.useOnChipStorage"] is False and given["location.useReplicatedTensorSharding"] is True
+    assert given["Training.setAutomaticLossScaling"] is True
+    assert (given["enableExecutableCaching"], given["enableProfiling"]) == ("cache", "profile")
+    assert given["enableSyntheticData"] is True and given["useOfflineIpuTarget"] == {"ipu_version": 2}
+    alone = recorded(monkeypatch, poptorch_standin, "--enable-rts")  # nothing to shard over
+    assert alone["location.useReplicatedTensorSharding"] is False
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mode", ["--no-async-dataloader", "--async-dataloader"])
+@pytest.mark.parametrize("shape", ["--gradient-accumulation 5", "--gradient-accumulation 1 --ipus-per-replica 1"])
+def test_batches_are_the_orders(poptorch_standin, mode, workers, shape, monkeypatch):
+    monkeypatch.setattr(ipu, "SHARE", 2)  # rebatching from shares that do not divide a batch
+    layers = " --layers-per-ipu 2" if "ipus" in shape else ""
+    backend = backends.select(settings(mode, shape + layers, f"--dataloader-workers {workers}"))
+    per_step = backend.samples_per_step
+    dataset = GeneratedDataset(
+        4 * per_step + 1, text_seq_len=6, num_text_tokens=58, num_image_codes=32, image_seq_len=16
+    )
+    order = RunBatches(EpochBatches(len(dataset), per_step, seed=3), 2, 7)  # from within an epoch into the next
+    found = [[part.clone() for part in batch] for batch in backend.loader(dataset, order)]
+    assert len(found) == 5
+    for (text, codes), keys in zip(found, order):
+        assert torch.equal(text, torch.stack([dataset[key][0] for key in keys]))
+        assert torch.equal(codes, torch.stack([dataset[key][1] for key in keys]))
+
+
+def test_a_folder_of_pictures_can_be_read_by_another_process(poptorch_standin, picture_folder, tiny_vqgan):
+    tokenizer = load_tokenizer("bpe/bpe_yttm_vocab.txt")
+    dataset = TextImageDataset(picture_folder, tokenizer, text_seq_len=6, image_size=32, truncate_captions=True)
+    backend = backends.select(settings("--async-dataloader"))
+    order = RunBatches(EpochBatches(len(dataset), 3), 0, 4)
+    for (text, image), keys in zip(backend.loader(dataset, order), order):
+        assert torch.equal(text, torch.stack([dataset[key][0] for key in keys])) and image.shape == (3, 3, 32, 32)
+
+
+def test_a_fault_in_the_loaders_process_is_told_in_one_line(poptorch_standin, monkeypatch):
+    def broken(*arguments, **keywords):
+        class Broken:
+            terminated = False
+
+            def __iter__(self):
+                raise AssertionError("An error occurred in the data fetcher")
+
+            def terminate(self):
+                Broken.terminated = True
+
+        return Broken()
+
+    monkeypatch.setattr(poptorch_standin, "DataLoader", broken)
+    with pytest.raises(OSError, match="samples could not be read"):
+        next(iter(backends.select(settings()).loader([1], [[0]])))

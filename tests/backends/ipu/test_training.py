@@ -1,0 +1,193 @@
+"""Training on the stand-in for PopTorch: means of losses, learning rate, precision, states and files, evaluation."""
+
+import copy
+
+import pytest
+import torch
+
+import backends
+from models.vae import load_vqgan
+from tests.backends.ipu.ipu_runs import samples, settings, trainer_of
+from tests.builders import small_dalle
+from utils import checkpoint
+
+
+def weights_of(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.state_dict()["weights"].items()}
+
+
+def test_half_precision_only_where_it_is_asked_for(poptorch_standin, tiny_vae):
+    def optimizer_of(*flags):
+        backend = backends.select(settings(*flags))
+        return backend, backend.trainer(small_dalle(tiny_vae)).optimizer
+
+    half, single = torch.float16, torch.float32
+    for flags, accumulator, momentum, scaling in (
+        ("", single, single, 1),
+        ("--loss-scaling 1024", single, single, 1024),
+        ("--precision auto --fp16", half, single, 1),
+        ("--precision auto --fp16 --enable-half-first-order-momentum --loss-scaling 64", half, half, 64),
+        ("--precision fp16 --fp16 false", half, single, 1),
+        ("--precision auto --fp16 false", single, single, 1),
+    ):
+        backend, optimizer = optimizer_of(flags)
+        assert backend.half == (accumulator == half), flags
+        assert optimizer.accum_type == accumulator, flags
+        assert optimizer.first_order_momentum_accum_type == momentum, flags
+        assert optimizer.second_order_momentum_accum_type == single
+        assert optimizer.loss_scaling == scaling
+        assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
+
+
+def test_losses_are_means_over_everything_that_a_call_takes(poptorch_standin, tiny_vae):
+    """Of micro-batches that differ, without an update in between, against the model by hand."""
+    trainer, batch = trainer_of(tiny_vae, "--replication-factor 2 --batch-size 2")
+    expected = small_dalle(tiny_vae)(*batch, return_loss=True)
+    assert trainer.step(batch) == pytest.approx(
+        {name: float(loss.detach()) for name, loss in expected._asdict().items()}, rel=1e-5
+    )
+
+
+def test_a_changed_learning_rate_reaches_the_device(poptorch_standin, tiny_vae):
+    trainer, batch = trainer_of(tiny_vae)
+    before = weights_of(trainer)
+    trainer.set_lr(0.0)
+    trainer.step(batch)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
+    trainer.set_lr(1e-3)
+    trainer.step(batch)
+    assert not torch.equal(weights_of(trainer)["to_logits.1.weight"], before["to_logits.1.weight"])
+
+
+def test_the_host_model_stays_as_it_was(poptorch_standin, tiny_vae):
+    """Placement, precision and training happen to a copy; the fingerprint of its VQGAN is that of the run."""
+    model = small_dalle(tiny_vae)
+    before = copy.deepcopy(model)
+    backend = backends.select(settings("--precision fp16 --embedding-serialization-factor 2"))
+    trainer, batch = backend.trainer(model), samples(3)
+    trainer.compile(batch)
+    trainer.step(batch)
+    for (name, ours), theirs in zip(model.state_dict().items(), before.state_dict().values()):
+        assert torch.equal(ours, theirs), name
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    weights = trainer.state_dict()["weights"]
+    assert sorted(weights) == sorted(model.state_dict())
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert not torch.equal(weights["text_emb.weight"], model.text_emb.weight)
+
+
+def test_fp16_follows_fp32(poptorch_standin, tiny_vae):
+    flags = "--loss-scaling 1024 --learning-rate 1e-3"
+    losses = {}
+    for precision in ("fp32", "fp16"):
+        trainer, batch = trainer_of(tiny_vae, flags, f"--precision {precision}")
+        losses[precision] = [trainer.step(batch)["total"] for _ in range(5)]
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=2e-2)
+    assert losses["fp16"] != losses["fp32"] and losses["fp16"][-1] < losses["fp16"][0]
+
+
+@pytest.mark.parametrize("flags", ["", "--embedding-serialization-factor 4 --optimizer AdamW --weight-decay 0.1"])
+def test_a_state_that_went_through_a_file_goes_on_exactly(poptorch_standin, tiny_vae, tmp_path, flags, logged):
+    trainer, batch = trainer_of(tiny_vae, flags)
+    for _ in range(2):
+        trainer.step(batch)
+    state = trainer.state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    expected = [trainer.step(batch) for _ in range(3)]
+
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    for compile_first in (False, True):
+        backend = backends.select(settings(flags))
+        again = backend.trainer(small_dalle(tiny_vae))
+        if compile_first:
+            again.compile(batch)
+        again.load_state_dict(saved)
+        if not compile_first:
+            again.compile(batch)
+        assert [again.step(batch) for _ in range(3)] == expected
+    assert "afresh" not in logged.text
+    fresh = backends.select(settings(flags)).trainer(small_dalle(tiny_vae))
+    fresh.load_state_dict({**saved, "opt_state": None})
+    fresh.compile(batch)
+    assert [fresh.step(batch) for _ in range(3)] != expected  # without moments it is another run
+
+
+@pytest.mark.parametrize("flags", ["--embedding-serialization-factor 4", "--precision fp16"])
+def test_weights_go_on_where_the_optimizers_state_does_not_fit(poptorch_standin, tiny_vae, flags, logged):
+    trainer, batch = trainer_of(tiny_vae)
+    trainer.step(batch)
+    state = trainer.state_dict()
+    other = backends.select(settings(flags)).trainer(small_dalle(tiny_vae))
+    other.load_state_dict(state)
+    assert "starts afresh" in logged.text
+    other.compile(batch)
+    assert other.step(batch)["total"] == pytest.approx(trainer.step(batch)["total"], rel=2e-3)
+
+
+def test_states_go_from_machine_to_machine(poptorch_standin, tiny_vae, logged):
+    on_ipu, batch = trainer_of(tiny_vae, "--embedding-serialization-factor 2")
+    on_ipu.step(batch)
+    on_cpu = backends.select(settings(device="cpu")).trainer(small_dalle(tiny_vae))
+    for source, target in ((on_ipu, on_cpu), (on_cpu, on_ipu)):
+        logged.clear()
+        state = source.state_dict()
+        target.load_state_dict({**state, "weights": {name: part.clone() for name, part in state["weights"].items()}})
+        assert "starts afresh" in logged.text  # Adam's moments lie in another form on IPUs
+        micro_batches = list(zip(*(part.split(1) for part in batch)))
+        losses = [trainer.evaluate([batch if trainer is on_ipu else micro_batches]) for trainer in (source, target)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        on_cpu.step(micro_batches)
+
+
+def test_evaluation_changes_nothing(poptorch_standin, tiny_vae):
+    """It draws no dropout, updates no weight, sees the weights of now, and training goes on as without it."""
+    flags = "--replication-factor 2"
+    dropouts = {"ff_dropout": 0.5, "attn_dropout": 0.5}
+    plain, watched = (backends.select(settings(flags)).trainer(small_dalle(tiny_vae, **dropouts)) for _ in range(2))
+    batch = samples(6)
+    for trainer in (plain, watched):
+        trainer.compile(batch)
+    for _ in range(3):
+        losses = watched.evaluate([batch])
+        by_hand = small_dalle(tiny_vae, **dropouts).eval()
+        by_hand.load_state_dict(weights_of(watched))
+        with torch.no_grad():
+            assert losses["total"] == pytest.approx(float(by_hand(*batch, return_loss=True).total), rel=1e-5)
+        assert watched.evaluate([batch]) == losses
+        assert plain.step(batch) == watched.step(batch) != losses
+
+
+def test_compile_only_wants_no_device(poptorch_standin, tiny_vae, tmp_path):
+    flags = f"--compile-only --executable-cache-dir {tmp_path / 'cache'} --profile-dir {tmp_path / 'profile'}"
+    trainer, batch = trainer_of(tiny_vae, flags)
+    assert trainer.backend.compile_only and not trainer.executor.isAttachedToDevice()
+    with pytest.raises(Exception, match="offline"):
+        trainer.step(batch)
+    assert list((tmp_path / "cache").iterdir()) and list((tmp_path / "profile").iterdir())
+    assert trainer.state_dict()["weights"].keys() == small_dalle(tiny_vae).state_dict().keys()
+    again, _ = trainer_of(tiny_vae, flags)
+    assert again.executor.trace.cache_hit and not trainer.executor.trace.cache_hit
+
+
+def test_synthetic_data_brings_no_losses_back(poptorch_standin, tiny_vae):
+    trainer, batch = trainer_of(tiny_vae, "--synthetic-data")
+    assert trainer.step(batch) == {"total": 0, "text": 0, "image": 0}  # not what an idle buffer holds
+
+
+def test_files_have_the_canonical_names(poptorch_standin, tiny_vqgan):
+    """Whatever the serialisation, from codes or pixels, with the VQGAN's weights untouched by fp16."""
+    vae = load_vqgan(tiny_vqgan)
+    model = small_dalle(vae)
+    for flags in ("", "--no-codes-cache --byteio", "--no-codes-cache --precision fp16"):
+        backend = backends.select(settings(flags, "--embedding-serialization-factor 4"))
+        trainer, fingerprint = backend.trainer(model), vae.fingerprint()
+        text, codes = samples(3)
+        pixels = torch.rand(3, 3, 32, 32)
+        batch = (text, codes) if not flags else (text, pixels if "byteio" not in flags else (pixels * 255).byte())
+        trainer.compile(batch)
+        trainer.step(batch)
+        weights = checkpoint.canonical_weights(trainer.state_dict()["weights"])
+        assert checkpoint.first_misfit(model, checkpoint.model_weights(weights)) is None
+        assert vae.fingerprint() == fingerprint
+        for name, tensor in vae.state_dict().items():
+            assert torch.equal(weights[f"model.vae.{name}"], tensor)

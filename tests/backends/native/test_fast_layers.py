@@ -1,0 +1,213 @@
+"""The native trainer's faster layers and losses against the plain ones of models/, which they stand in for."""
+
+import contextlib
+import copy
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from backends.native import autograd_ops
+from backends.native.autograd_ops import AxialAttention, DenseAttention, HeadLosses, axial_bias, bias_of
+from backends.native.backend import NativeBackend
+from backends.native.fast_layers import compile_layers, rows_at_once, use_fast_layers
+from models.attention import PATTERNS, attend, pattern_mask
+from tests.backends.native.test_backend import settings
+from tests.builders import small_dalle
+
+CPU = torch.device("cpu")
+TEXT, SIDE = 6, 4
+
+
+def dalle(vae, **changes):
+    return small_dalle(vae, weight_std=0.3, **{"depth": 4, "attn_types": PATTERNS, **changes})
+
+
+def batch(rows=3):
+    text = torch.randint(1, 50, (rows, TEXT))
+    text[1:, 3:] = 0
+    return text, torch.randint(0, 32, (rows, SIDE**2))
+
+
+def losses_and_gradients(model, text, codes, seed=0):
+    torch.manual_seed(seed)
+    model.zero_grad()
+    found = model(text, codes, return_loss=True)
+    found.total.backward()
+    return [*map(torch.Tensor.detach, found)], {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same(ours, expected, **tolerance):
+    for loss, other in zip(ours[0], expected[0]):
+        torch.testing.assert_close(loss, other, **tolerance)
+    assert ours[1].keys() == expected[1].keys()
+    for name, gradient in ours[1].items():
+        torch.testing.assert_close(gradient, expected[1][name], msg=lambda text, n=name: f"{n}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"sandwich_norm": True}, {"ff_dropout": 0.3}, {"attn_dropout": 0.3}], ids=str)
+def test_losses_and_gradients_equal_the_plain_ones(tiny_vae, changes, recompute):
+    plain = dalle(tiny_vae, **changes).train()
+    fast = copy.deepcopy(plain)
+    use_fast_layers(fast, CPU, torch.float32, recompute)
+    some = batch()
+    expected = losses_and_gradients(plain, *some)
+    ours = losses_and_gradients(fast, *some)
+    assert_same(ours, expected, atol=2e-5, rtol=1e-4)
+    again = losses_and_gradients(fast, *some)
+    assert_same(again, ours, atol=0, rtol=0)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    fast.transformer.layers[2][0].fn.fn.to_out[0].weight.data.mul_(1.1)
+    with pytest.raises(AssertionError):  # a small change does show at this tolerance
+        assert_same(losses_and_gradients(fast, *some), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("queries", [128, 7])
+def test_attention_has_its_own_gradient(pattern, queries, monkeypatch):
+    monkeypatch.setattr(autograd_ops, "QUERIES", queries)
+    torch.manual_seed(0)
+    mask = pattern_mask(pattern, 3, 3)
+    qkv = torch.randn(2, len(mask), 3, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    def fast(qkv):
+        if not pattern.startswith("axial"):
+            return DenseAttention.apply(qkv, bias_of(mask).double())
+        return AxialAttention.apply(qkv, axial_bias(3, 3).double(), 3, 3, pattern == "axial_col")
+
+    plain = attend(*qkv.permute(2, 0, 3, 1, 4), mask).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(fast(qkv), plain, atol=1e-6, rtol=0)
+    assert torch.autograd.gradcheck(fast, qkv)
+
+
+@pytest.mark.parametrize("rows", [1024, 5])
+def test_head_losses_have_their_own_gradient(rows, monkeypatch):
+    monkeypatch.setattr(autograd_ops, "ROWS", rows)
+    torch.manual_seed(0)
+    shapes = (8, 4), (12, 4), (11, 4), (11,)
+    floats = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    text, codes = torch.randint(0, 7, (8,)), torch.randint(0, 4, (12,))
+    text_x, codes_x, weight, bias = floats
+    expected = (
+        torch.nn.functional.cross_entropy(text_x @ weight[:7].t() + bias[:7], text),
+        torch.nn.functional.cross_entropy(codes_x @ weight[7:].t() + bias[7:], codes),
+    )
+    ours = HeadLosses.apply(*floats, text, codes, 7, True)
+    for one, other in zip(ours, expected):
+        torch.testing.assert_close(one, other)
+    gradients = [torch.autograd.grad(2 * one + 3 * other, floats) for one, other in (ours, expected)]
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(HeadLosses.apply(*floats, text, codes, 7, False), expected)
+
+
+def test_a_cache_and_a_caption_alone_go_the_plain_way(tiny_vae):
+    plain = dalle(tiny_vae).eval()
+    fast = copy.deepcopy(plain)
+    use_fast_layers(fast, CPU, torch.float32, recompute=True)
+    text, codes = batch()
+    with torch.no_grad():
+        for given in ((text,), (text, codes[:, :5]), (text, codes)):
+            torch.testing.assert_close(fast(*given), plain(*given), atol=1e-5, rtol=1e-5)
+        caches = [model.transformer.new_cache(TEXT + 1) for model in (fast, plain)]
+        embedded = plain.embed_text(plain.number_padding(text))
+        torch.testing.assert_close(fast.transformer(embedded, caches[0]), plain.transformer(embedded, caches[1]))
+    assert caches[0][0].keys is not None
+
+
+def test_half_precision_is_near_and_keeps_gradients_fp32(tiny_vae):
+    plain = dalle(tiny_vae).train()
+    fast = copy.deepcopy(plain)
+    use_fast_layers(fast, CPU, torch.bfloat16)
+    some = batch()
+    expected = losses_and_gradients(plain, *some)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain_half = (losses_and_gradients(model, *some) for model in (fast, plain))
+
+    def error(found):
+        differences = [(found[1][name] - gradient).norm() / gradient.norm() for name, gradient in expected[1].items()]
+        return sum(differences) / len(differences)
+
+    assert error(ours) < 1.2 * error(plain_half) < 0.1
+    assert all(gradient.dtype == torch.float32 for gradient in ours[1].values())
+    torch.testing.assert_close(ours[0][0], expected[0][0], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_micro_batch_in_parts_trains_as_one(tiny_vae, recompute, monkeypatch):
+    found = []
+    for fitting in (1, 2, 99):
+        monkeypatch.setattr("backends.native.fast_layers.WORKING_SET", fitting * 22 * 32)
+        backend = NativeBackend(settings(batch_size=5, recompute=recompute))
+        trainer = backend.trainer(dalle(tiny_vae))
+        torch.manual_seed(0)
+        some = batch(5)
+        evaluated, trained = trainer.evaluate([[some]]), trainer.step([some])
+        assert {name: trained[name] for name in evaluated} == pytest.approx(evaluated, rel=1e-6)
+        found.append((trainer.evaluate([[some]]), {n: p.detach() for n, p in trainer.model.named_parameters()}))
+    for losses, weights in found[:2]:
+        assert losses == pytest.approx(found[2][0], rel=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, found[2][1][name], atol=2e-5, rtol=0, msg=name)
+
+
+def test_rows_are_cut_evenly_and_on_cpus_only(monkeypatch):
+    model = SimpleNamespace(text_seq_len=80, image_seq_len=256, text_emb=SimpleNamespace(weight=torch.empty(1, 512)))
+    assert [rows_at_once(model, rows, CPU) for rows in (1, 8, 9, 16, 18)] == [1, 8, 5, 8, 6]
+    assert rows_at_once(model, 64, torch.device("cuda")) == 64
+    model.text_emb.weight = torch.empty(1, 10**6)
+    assert rows_at_once(model, 3, CPU) == 1
+
+
+def test_recomputation_keeps_less(tiny_vae):
+    some, kept = batch(), []
+    for recompute in (False, True):
+        model = dalle(tiny_vae).train()
+        use_fast_layers(model, CPU, torch.float32, recompute)
+        kept.append([])
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(x.numel()) or x, lambda x: x):
+            model(*some, return_loss=True)
+    assert sum(kept[1]) < sum(kept[0]) / 2
+
+
+def compiled(model, monkeypatch, least=0):
+    monkeypatch.setattr("backends.native.fast_layers.WORTH_COMPILING", least)
+    use_fast_layers(model, torch.device("meta"), torch.float32)  # no CPU: plain layers
+    compile_layers(model, 3, contextlib.nullcontext)
+
+
+def test_what_cannot_be_compiled_runs_all_the_same(tiny_vae, monkeypatch, logged):
+    def broken(function):
+        def fail(*arguments):
+            raise RuntimeError("no compiler\nmore")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model, some = dalle(tiny_vae), batch()
+    expected = losses_and_gradients(copy.deepcopy(model), *some)
+    compiled(model, monkeypatch, least=1e9)  # a small model is not even tried
+    assert not logged.messages
+    compiled(model, monkeypatch)
+    if hasattr(getattr(torch, "compiler", None), "set_stance"):
+        (message,) = set(logged.messages)
+        assert message.startswith("layers are not compiled") and message.endswith("no compiler")
+    assert_same(losses_and_gradients(model, *some), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(getattr(torch, "compiler", None), "set_stance"), reason="needs torch 2.6")
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler here")
+def test_compiled_layers_equal_plain_ones(tiny_vae, monkeypatch, logged):
+    model, some = dalle(tiny_vae).train(), batch()
+    expected = losses_and_gradients(copy.deepcopy(model), *some)
+    state = torch.get_rng_state()
+    compiled(model, monkeypatch)
+    assert torch.equal(torch.get_rng_state(), state) and not logged.messages
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch._dynamo.utils.counters.clear()
+    assert_same(losses_and_gradients(model, *some), expected, atol=2e-5, rtol=1e-4)
+    assert not torch._dynamo.utils.counters["stats"].get("unique_graphs")  # one compilation served all layers

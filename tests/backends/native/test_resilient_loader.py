@@ -1,0 +1,205 @@
+"""Pictures that go bad and worker processes that are killed while train.py runs: it goes on, and tells."""
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data.loader
+import train
+from backends.native.resilient_loader import RESTARTS
+from data.tokenizer import load_tokenizer
+from utils import interrupts
+
+
+@pytest.fixture
+def trained(command, tiny_flags, picture_folder, tmp_path):
+    """trained(*flags): train.py on pixels of picture_folder, 12 steps → (output folder, Ended)."""
+    flags = ["--input-folder", picture_folder, "--no-codes-cache", "--epochs", 4, "--dataloader-workers", 2]
+
+    def run(*more, name="out"):
+        folder = tmp_path / name
+        return folder, command(train.main, *tiny_flags, *flags, "--checkpoint-output-dir", folder, *more)
+
+    return run
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def assert_equal(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def after_updates(monkeypatch, count, act):
+    """act() happens once, as soon as `count` updates are made."""
+    update, made = train.update, []
+
+    def updating(*arguments):
+        losses = update(*arguments)
+        made.append(losses)
+        if len(made) == count:
+            act()
+        return losses
+
+    monkeypatch.setattr(train, "update", updating)
+
+
+def worker_reads(monkeypatch, act):
+    """act(path) before a worker reads a picture."""
+    parent, read = os.getpid(), data.loader.load_picture
+
+    def reading(path, size):
+        if os.getpid() != parent:
+            act(path)
+        return read(path, size)
+
+    monkeypatch.setattr(data.loader, "load_picture", reading)
+
+
+def kill_this_process():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_that_go_bad_are_replaced_and_counted(trained, picture_folder, monkeypatch, workers):
+    def spoil():
+        (picture_folder / "03.png").unlink()
+        (picture_folder / "07.png").write_bytes((picture_folder / "07.png").read_bytes()[:200])
+
+    after_updates(monkeypatch, 2, spoil)
+    folder, ended = trained("--dataloader-workers", workers)
+    assert ended.status == 0 and ended.err == "", ended
+    assert (folder / "dalle_3.pt").exists() and torch.load(folder / "dalle_3.pt", weights_only=True)["step"] == 12
+    for name in ("03.png", "07.png") if workers == 0 else ():  # a worker's own lines do not come into capsys
+        assert len(re.findall(f"{name}.*another picture takes its place", ended.out)) == 1, ended.out
+    assert "2 pictures could not be read while training" in ended.out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_when_no_picture_is_left_the_run_saves_and_ends(trained, picture_folder, monkeypatch, workers):
+    def spoil():
+        for path in picture_folder.glob("*.png"):
+            path.unlink()
+
+    after_updates(monkeypatch, 4, spoil)
+    folder, ended = trained("--dataloader-workers", workers)
+    assert ended.status == 2 and len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out, ended
+    said = re.search(
+        r"none of its 12 pictures can be read any more; go on with --pretrained-checkpoint (\S+)", ended.err
+    )
+    step = torch.load(said[1], weights_only=True)["step"]
+    assert said[1] == str(folder / f"dalle_step_{step}.pt") and 4 <= step < 12
+    assert "12 pictures could not be read while training" in ended.out
+
+
+def test_a_replacement_is_never_held_out(picture_folder, monkeypatch):
+    dataset = data.loader.TextImageDataset(picture_folder, load_tokenizer(), image_size=8, text_seq_len=32)
+    held_out = {name for name, _, _ in dataset.hold_out(0.25).pictures}
+    read = data.loader.load_picture
+    seen = []
+    monkeypatch.setattr(data.loader, "load_picture", lambda path, size: seen.append(path.name) or read(path, size))
+    for name, _, _ in dataset.pictures[1:]:
+        (picture_folder / name).unlink()
+    for index in range(len(dataset)):
+        dataset[index]
+    assert seen and not held_out & set(seen) and len(held_out) == 3
+
+
+def test_a_picture_that_kills_workers_is_left_out(trained, monkeypatch, picture_folder):
+    worker_reads(monkeypatch, lambda path: path.name == "03.png" and kill_this_process())
+    folder, ended = trained()
+    assert ended.status == 0 and ended.err == "", ended
+    told = [line for line in ended.out.splitlines() if "DataLoader worker" in line]
+    assert len(told) == 1 and f"reading {picture_folder / '03.png'}; another picture takes its place" in told[0]
+    assert "1 picture could not be read while training" in ended.out
+
+    def unreadable(path):
+        if path.name == "03.png":
+            raise ValueError(f"{path}: cannot be read")
+
+    monkeypatch.undo()
+    worker_reads(monkeypatch, unreadable)
+    other, ended = trained(name="other")
+    assert ended.status == 0
+    assert_equal(folder / "dalle_3.pt", other / "dalle_3.pt")  # as if it had been unreadable: nothing lost or doubled
+
+
+def test_a_worker_killed_from_outside_changes_nothing(trained, monkeypatch):
+    undisturbed, _ = trained("--gradient-accumulation", 3, "--batch-size", 1)
+    killed = []
+
+    def kill_one():
+        victim = multiprocessing.active_children()[0]
+        killed.append(victim.pid)
+        os.kill(victim.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)  # torch's handler is to find it
+
+    step = train.update
+
+    def killing_within(run, batch, lr):
+        def parts():
+            for number, part in enumerate(batch):
+                if number == 1 and run.step == 5 and not killed:
+                    kill_one()  # gradients of one micro-batch of three are there
+                yield part
+
+        return step(run, parts(), lr)
+
+    monkeypatch.setattr(train, "update", killing_within)
+    folder, ended = trained("--gradient-accumulation", 3, "--batch-size", 1, name="killed")
+    assert ended.status == 0 and ended.err == "" and killed, ended
+    assert f"(pid {killed[0]}) is killed by signal: Killed" in ended.out and "new workers go on" in ended.out
+    assert_equal(undisturbed / "dalle_3.pt", folder / "dalle_3.pt")
+
+
+def test_workers_that_go_on_being_killed_end_the_run_after_saving(trained, monkeypatch, picture_folder):
+    spoilt = picture_folder / "spoilt"
+    worker_reads(monkeypatch, lambda path: spoilt.exists() and kill_this_process())
+    after_updates(monkeypatch, 2, spoilt.touch)
+    folder, ended = trained()
+    assert ended.status == 2 and len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out, ended
+    said = re.search(
+        rf"worker \(pid.* reading ({re.escape(str(picture_folder))}/\d\d\.png).*; if memory ran out, fewer "
+        r"--dataloader-workers need less; go on with --pretrained-checkpoint (\S+)",
+        ended.err,
+    )
+    assert ended.out.count("new workers go on") == RESTARTS
+    step = torch.load(said[2], weights_only=True)["step"]
+    assert said[2] == str(folder / f"dalle_step_{step}.pt") and step >= 2
+
+
+def test_on_an_ipu_the_run_saves_and_names_the_picture(poptorch_standin, trained, monkeypatch, picture_folder):
+    worker_reads(monkeypatch, lambda path: path.name == "03.png" and kill_this_process())
+    flags = ["--device", "ipu", "--no-async-dataloader", "--dataloader-workers", 1, "--batch-size", 1]
+    folder, ended = trained(*flags, "--random-seed", 3, "--epochs", 40)  # read after a step or more
+    assert ended.status == 2 and len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out, ended
+    assert f"reading {picture_folder / '03.png'}; if memory ran out" in ended.err
+    if "go on with" in ended.err:
+        assert Path(ended.err.split()[-1]).parent == folder and Path(ended.err.split()[-1]).exists()
+
+
+def test_what_is_done_about_a_child_waits(monkeypatch):
+    done = []
+    before = signal.signal(signal.SIGCHLD, lambda *_: done.append(1))
+    try:
+        with interrupts.defer_sigchld():
+            subprocess.run([sys.executable, "-c", ""], check=True)
+            assert not done
+        assert done == [1]
+        with pytest.raises(ZeroDivisionError), interrupts.defer_sigchld():
+            subprocess.run([sys.executable, "-c", ""], check=True)
+            raise ZeroDivisionError
+        assert done == [1]  # an error that is on its way is not overtaken
+        assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGCHLD, before)

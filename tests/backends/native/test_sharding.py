@@ -1,0 +1,177 @@
+"""--shard: two processes that hold half each do what one does with the whole, and give and take the same states."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed import fsdp
+
+import backends
+from backends.native.backend import NativeBackend
+from backends.native.sharding import gathered, own_rows
+from tests.backends.native.test_backend import OPTIMIZERS, assert_same, micro_batches, samples, settings
+from tests.builders import small_dalle
+from tests.conftest import ROOT, TinyTokenizer
+
+PER_STEP, STEPS = 12, 3
+SETTINGS = dict(batch_size=2, gradient_accumulation=6, max_grad_norm=0.02, weight_decay=0.1, ema_decay=0.9)
+needs_fsdp2 = pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="fully_shard came with torch 2.6")
+
+
+def dalle_with_vqgan():
+    """A small DALLE whose image tokenizer has weights, as a VQGAN has."""
+    vae = TinyTokenizer()
+    vae.codebook = nn.Embedding(32, 6)
+    nn.init.ones_(vae.codebook.weight)
+    return small_dalle(vae, depth=3)  # matrices that two processes cannot share evenly
+
+
+def pictures(count):
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+def alone(steps, start=None, **changes):
+    """A trainer of one process after `steps`, from `start` (first step, state) on, and its losses."""
+    backend = NativeBackend(settings(**{**SETTINGS, **changes}))
+    trainer = backend.trainer(dalle_with_vqgan())
+    first, state = start or (0, None)
+    if state:
+        trainer.load_state_dict(state)
+    losses = [trainer.step(micro_batches(backend, samples(PER_STEP, seed))) for seed in range(first, first + steps)]
+    return trainer, losses
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """What two processes that share each model out made of it, by rank."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for optimizer in OPTIMIZERS:
+        torch.save(alone(STEPS, optimizer=optimizer)[0].state_dict(), folder / f"start_{optimizer}.pt")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = ROOT / "tests" / "backends" / "native" / "sharded_runs.py"
+    ended = subprocess.run([*launcher, str(script), str(folder)], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@needs_fsdp2
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_two_processes_with_half_each_train_as_one(shared, optimizer):
+    whole, losses = alone(2 * STEPS, optimizer=optimizer)
+    first, second = (each[optimizer] for each in shared)
+    for ours, theirs, expected in zip(first["losses"], second["losses"], losses[STEPS:]):
+        assert ours == theirs == pytest.approx(expected, rel=1e-5)
+    state = whole.state_dict()
+    for kind in ("weights", "ema_weights"):
+        assert_same(first["state"][kind], state[kind], atol=1e-6, rtol=0)
+    assert any(not torch.equal(average, state["weights"][name]) for name, average in state["ema_weights"].items())
+    assert len(first["state"]["opt_state"]) == len(state["opt_state"])
+    for ours, expected in zip(first["state"]["opt_state"], state["opt_state"]):
+        assert ours["param_groups"] == expected["param_groups"]
+        for number, moments in expected["state"].items():
+            assert_same(ours["state"][number], moments, atol=1e-7, rtol=1e-3)
+    unclipped, _ = alone(2 * STEPS, optimizer=optimizer, max_grad_norm=None)
+    if optimizer != "Muon":  # which heeds no gradient's size in its first steps
+        with pytest.raises(AssertionError):
+            assert_same(first["state"]["weights"], unclipped.state_dict()["weights"], atol=1e-6, rtol=0)
+
+
+@needs_fsdp2
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_process_goes_on_from_a_gathered_state(shared, optimizer):
+    expected, _ = alone(3 * STEPS, optimizer=optimizer)
+    resumed, _ = alone(STEPS, (2 * STEPS, shared[0][optimizer]["state"]), optimizer=optimizer)
+    assert_same(resumed.state_dict()["weights"], expected.state_dict()["weights"], atol=2e-6, rtol=0)
+
+
+@needs_fsdp2
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_each_process_holds_half(shared, optimizer):
+    model = dalle_with_vqgan()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = {id(parameter) for parameter in model.transformer.parameters() if parameter.dim() == 2}
+    whole = sum(parameter.numel() for parameter in trained)
+    for rank, each in enumerate(shared):
+        parts = [(parameter, parameter.chunk(2)[rank]) for parameter in trained if len(parameter) > 1 or not rank]
+        count = sum(part.numel() for _, part in parts)
+        assert 0.45 * whole < count < 0.55 * whole  # what has one row is not divided
+        assert each[optimizer]["parameters"] == each[optimizer]["gradients"] == 4 * count
+        in_muon = sum(part.numel() for parameter, part in parts if id(parameter) in matrices)  # one moment, not two
+        assert each[optimizer]["moments"] == 4 * (2 * count - in_muon * (optimizer == "Muon"))
+    assert [each[optimizer]["vqgan"] for each in shared] == [4 * 32 * 6] * 2  # whole in both
+
+
+@needs_fsdp2
+def test_the_others_gather_without_keeping(shared):
+    state = shared[1]["Adam"]["state"]
+    assert all(tensor is None or name == "vae.codebook.weight" for name, tensor in state["weights"].items())
+    moments = [value for values in state["opt_state"][0]["state"].values() for value in values.values()]
+    assert all(value is None or value.dim() == 0 for value in moments)
+
+
+@needs_fsdp2
+def test_pictures_are_evaluated_as_by_one(shared):
+    start, _ = alone(STEPS, optimizer="Adam")
+    whole = samples(PER_STEP)[0], pictures(PER_STEP)
+    expected = start.evaluate([micro_batches(start.backend, whole)])
+    for each in shared:
+        assert each["Adam"]["evaluated"] == pytest.approx(expected, rel=1e-6)
+
+
+@needs_fsdp2
+def test_one_process_may_have_more_to_evaluate_than_another(shared):
+    trained, _ = alone(2 * STEPS, optimizer="Adam")
+    expected = trained.evaluate([micro_batches(trained.backend, samples(PER_STEP))])
+    for each in shared:
+        assert each["Adam"]["unevenly"] == pytest.approx(expected, rel=1e-6)
+
+
+@needs_fsdp2
+def test_half_precision_is_that_of_one(shared):
+    _, half = alone(STEPS, optimizer="AdamW", precision="bf16", max_grad_norm=None)
+    _, full = alone(STEPS, optimizer="AdamW", max_grad_norm=None)
+    for ours, expected, exact in zip(shared[0]["bf16"], half, full):
+        assert ours["total"] == pytest.approx(expected["total"], rel=2e-4)
+        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
+        assert ours["total"] != exact["total"]
+
+
+def test_what_is_not_shared_out_stays():
+    tensor = torch.ones(3, 2)
+    assert own_rows(tensor, torch.zeros(3, 2)) is tensor and own_rows(tensor, None) is tensor
+    state = {"weights": {"a": tensor}, "opt_state": [{"param_groups": [{"lr": 1.0}]}]}
+    assert gathered(state, keep=False) == state
+
+
+@pytest.mark.parametrize(
+    "world_size, changes, reason",
+    [
+        ("1", {}, "there is one process only; start several with torchrun"),
+        ("2", {"precision": "fp16", "device": "cuda"}, "not with --precision fp16"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused_in_one_line(monkeypatch, world_size, changes, reason):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setattr(backends.native.backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(backends.native.backend, "own_gpu", lambda rank: torch.device("cuda", rank))
+    if world_size == "2" and not hasattr(fsdp, "fully_shard"):
+        reason = "needs torch 2.6"
+    with pytest.raises(ValueError, match=f"--shard: {reason}") as error:
+        NativeBackend(settings(shard=True, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_a_torch_without_it_is_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delattr(fsdp, "fully_shard", raising=False)
+    with pytest.raises(ValueError, match="--shard: needs torch 2.6 or newer, this is 2"):
+        NativeBackend(settings(shard=True))
+
+
+def test_it_means_nothing_on_an_ipu(monkeypatch):
+    with pytest.raises(ValueError, match="--shard: for CPUs and GPUs; on IPUs --enable-rts"):
+        backends.select(settings(shard=True, device="ipu"))
