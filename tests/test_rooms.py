@@ -20,7 +20,7 @@ IPU_FILES = {"models/pipeline_dalle.py", "backends/ipu/backend.py"}
 # Room or file -> what it may import beside the standard library; what is not listed here may import everything.
 ALLOWED = {
     "models": {"models", "torch", "einops", "taming", "yaml", "numpy", "tqdm"},
-    "models/picture_scores.py": {"torch", "open_clip", "torch_fidelity"},
+    "models/image_scores.py": {"torch", "open_clip", "torch_fidelity"},
     "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers"},
     "backends": {"backends", "models", "utils", "torch"},
     "backends/native/vqgan.py": {"torch", "taming"},

@@ -10,7 +10,8 @@ from backends.native import backend as native
 from data.loader import GeneratedDataset, TextImageDataset
 from data.order import EpochOrder, RunOrder
 from data.tokenizer import load_tokenizer
-from tests.backends.ipu.ipu_runs import samples, settings, small_dalle
+from tests.backends.ipu.ipu_runs import samples, settings
+from tests.builders import small_dalle
 
 
 def test_auto_is_an_ipu_where_the_sdk_is_enabled(poptorch_standin, monkeypatch):

@@ -8,7 +8,8 @@ import backends
 from args_evaluate import evaluate_arguments
 from backends.ipu import backend as ipu
 from models.vae import load_vqgan
-from tests.backends.ipu.ipu_runs import samples, settings, small_dalle
+from tests.backends.ipu.ipu_runs import samples, settings
+from tests.builders import small_dalle
 
 
 def sampling_settings(*flags):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import backends
-from models.dalle import DALLE
 from models.vae import load_vqgan
-from tests.backends.ipu.ipu_runs import SIZES, samples, settings, small_dalle, trainer_of
+from tests.backends.ipu.ipu_runs import samples, settings, trainer_of
+from tests.builders import small_dalle
 from utils import checkpoint
 
 
@@ -177,7 +177,7 @@ def test_synthetic_data_brings_no_losses_back(poptorch_standin, tiny_vae):
 def test_files_have_the_canonical_names(poptorch_standin, tiny_vqgan):
     """Whatever the serialisation, from codes or pixels, with the VQGAN's weights untouched by fp16."""
     vae = load_vqgan(tiny_vqgan)
-    model = DALLE(vae=vae, **SIZES)
+    model = small_dalle(vae)
     for flags in ("", "--no-codes-cache --byteio", "--no-codes-cache --precision fp16"):
         backend = backends.select(settings(flags, "--embedding-serialization-factor 4"))
         trainer, fingerprint = backend.trainer(model), vae.fingerprint()

@@ -1,7 +1,6 @@
 """A native step against loops written out with torch alone: accumulation, clipping, decay, Muon, resuming, loading."""
 
 import copy
-import logging
 import math
 from types import SimpleNamespace
 
@@ -18,8 +17,8 @@ from backends.native.sampler import packer
 from backends.native.trainer import build_optimizers
 from data.loader import GeneratedDataset
 from data.order import EpochOrder
-from models.dalle import DALLE
 from models.sampling import generate_codes
+from tests.builders import small_dalle, train_settings
 from utils import checkpoint
 from utils.muon import Muon
 
@@ -28,14 +27,7 @@ LR = 1e-3
 
 
 def settings(**changes):
-    given = args.train_arguments(["--generated-data", "--device", "cpu", "--precision", "fp32"])
-    given = dict(vars(given), batch_size=2, dataloader_workers=0, learning_rate=LR)
-    return SimpleNamespace(**{**given, **changes})
-
-
-def small_dalle(vae, depth=2):
-    torch.manual_seed(0)
-    return DALLE(vae=vae, dim=32, num_text_tokens=50, text_seq_len=6, depth=depth, heads=2, dim_head=16)
+    return train_settings("--batch-size 2", **{"learning_rate": LR, **changes})
 
 
 def samples(count, seed=0):
@@ -67,19 +59,6 @@ def assert_same(weights, expected, **tolerance):
     assert weights.keys() == expected.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, expected[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
-
-
-@pytest.fixture
-def logged():
-    """The lines that the program logs, whoever has set its log up before."""
-    lines, handlers, level = [], native.logger.handlers, native.logger.level
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))
-    native.logger.handlers = [handler]
-    native.logger.setLevel(logging.INFO)
-    yield lines
-    native.logger.handlers = handlers
-    native.logger.setLevel(level)
 
 
 def by_hand(model, batches, optimizer, lr, decay, limit=None):
@@ -224,12 +203,12 @@ def test_the_state_of_another_optimizer_is_left_aside_with_a_warning(tiny_vae, b
         state["opt_state"] = []
     trainer = NativeBackend(settings(optimizer=after)).trainer(small_dalle(tiny_vae))
     trainer.load_state_dict(state)
-    (warning,) = [message for level, message in logged if level == "WARNING"]
+    (warning,) = [record.message for record in logged.records if record.levelname == "WARNING"]
     assert "another optimizer" in warning and "afresh" in warning
     assert_same(weights_of(trainer.model), weights_of(first.model), atol=0, rtol=0)
     fresh = NativeBackend(settings(optimizer=after)).trainer(small_dalle(tiny_vae))
     fresh.load_state_dict({**state, "opt_state": None})
-    assert [level for level, _ in logged].count("WARNING") == 1  # there was nothing to leave aside
+    assert [record.levelname for record in logged.records].count("WARNING") == 1  # there was nothing to leave aside
     for each in (trainer, fresh):
         each.step([samples(2, 9)])
     assert_same(weights_of(trainer.model), weights_of(fresh.model), atol=0, rtol=0)
@@ -316,10 +295,10 @@ def test_precision_is_the_flag_then_what_fp16_means_then_what_is_fast(monkeypatc
 
 def test_flags_for_ipus_are_named_in_one_line(logged):
     NativeBackend(args.train_arguments(["--generated-data", "--device=cpu"]))
-    assert len(logged) == 1 and "running on cpu" in logged[0][1]
+    assert len(logged.messages) == 1 and "running on cpu" in logged.text
     logged.clear()
     NativeBackend(args.train_arguments(["--config=L16_POD16", "--device=cpu", "--profile-dir=p", "--compile-only"]))
-    (line,) = [message for _, message in logged if "IPU" in message]
+    (line,) = [message for message in logged.messages if "IPU" in message]
     expected = "stochastic-rounding enable-half-partials enable-rts embedding-serialization-factor ipus-per-replica "
     expected += "layers-per-ipu cls-ipu-id compile-only profile-dir loss-scaling enable-half-first-order-momentum"
     assert line.partition(": ")[2].split(", ") == [f"--{name}" for name in expected.split()]
@@ -381,6 +360,7 @@ def test_the_contract_is_kept(tiny_vae):
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
 def test_packed_weights_multiply_as_plain_ones(precision, tolerance, batch_size):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    torch.manual_seed(0)
     pack = packer(torch.device("cpu"), dtype, batch_size)
     weight, bias = torch.randn(96, 64) / 8, torch.randn(96)
     for scale in (1, 1e-7, 1e6):  # what fp16 holds, and what is too small or large for it

@@ -13,20 +13,15 @@ from backends.native.autograd_ops import AxialAttention, DenseAttention, HeadLos
 from backends.native.backend import NativeBackend
 from backends.native.fast_layers import compile_layers, rows_at_once, use_fast_layers
 from models.attention import PATTERNS, attend, pattern_mask
-from models.dalle import DALLE
 from tests.backends.native.test_backend import settings
+from tests.builders import small_dalle
 
 CPU = torch.device("cpu")
 TEXT, SIDE = 6, 4
 
 
 def dalle(vae, **changes):
-    torch.manual_seed(0)
-    sizes = dict(dim=32, num_text_tokens=50, text_seq_len=TEXT, depth=4, heads=2, dim_head=16, attn_types=PATTERNS)
-    model = DALLE(vae=vae, **{**sizes, **changes})
-    for parameter in model.parameters():  # LayerScale's 0.1 and zero biases would hide mistakes
-        parameter.data = torch.randn_like(parameter) * 0.3
-    return model
+    return small_dalle(vae, weight_std=0.3, **{"depth": 4, "attn_types": PATTERNS, **changes})
 
 
 def batch(rows=3):

@@ -12,7 +12,8 @@ from torch.distributed import fsdp
 import backends
 from backends.native.backend import NativeBackend
 from backends.native.sharding import gathered, own_rows
-from tests.backends.native.test_backend import OPTIMIZERS, assert_same, micro_batches, samples, settings, small_dalle
+from tests.backends.native.test_backend import OPTIMIZERS, assert_same, micro_batches, samples, settings
+from tests.builders import small_dalle
 from tests.conftest import ROOT, TinyTokenizer
 
 PER_STEP, STEPS = 12, 3
