@@ -38,6 +38,7 @@ class Run:
         self.validation_loss = self.best_loss = None
         self.post_update_done = True  # whether what follows the last update, validation and an epoch's end, is done
         self.pairs = None  # of sample pictures, once they are read
+        self.captions = None  # their words and examples, once they are collected
         self.metrics = self.plot = None
         self.trackers = Trackers([])  # rank 0 alone has some
         vars(self).update(parts)

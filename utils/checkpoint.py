@@ -22,7 +22,7 @@ from utils.files import atomic_write, first_line
 PREFIX = "model."
 KINDS = {  # of what a file may hold; the rest is for the optimizer to judge
     **dict.fromkeys(("hparams", "weights", "vae_params", "ema_weights", "tokenizer", "sampling", "settings"), dict),
-    **dict.fromkeys(("progress", "trainer", "versions"), dict),
+    **dict.fromkeys(("progress", "trainer", "versions", "captions"), dict),
     **dict.fromkeys(("step", "epoch"), int),
 }
 

@@ -19,8 +19,8 @@ SUFFIX = ".safetensors"
 VOCABULARY = "tokenizer.vocabulary"
 VQGAN = f"{PREFIX}vae."
 # Of a checkpoint; `exported` says which weights these are.
-KEYS = ("hparams", "vae_params", "epoch", "step", "progress", "tokenizer", "vqgan", "data", "sampling", "settings")
-KEYS += ("versions", "exported")
+KEYS = ("hparams", "vae_params", "epoch", "step", "progress", "tokenizer", "vqgan", "data", "captions", "sampling")
+KEYS += ("settings", "versions", "exported")
 
 
 def write(path, saved, half=False):
