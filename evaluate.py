@@ -7,7 +7,7 @@ Of a folder's pairs: total, text and image loss and perplexity of a code, as tra
 VQGAN gives back of the pictures (PSNR), and a grid of them. Without a folder, or with --prompts: held-out prompts of
 the demo set are drawn and read back by data/shapes_reader.py: two objects, both colours, shapes and sizes, and the
 relation. Averaged weights are taken where the checkpoint keeps them. --clip-weights and --fid-weights score what is
-drawn, for those prompts or for the folder's captions (models/picture_scores.py).
+drawn, for those prompts or for the folder's captions (models/image_scores.py).
 """
 
 import json
@@ -30,12 +30,12 @@ SMALLEST_ERROR = 1e-10  # of pixels in [0, 1], squared: 100 dB
 def main(argv=None):
     settings = evaluate_arguments(argv)
     log.set_up()
-    with log.interrupt_exits(), log.bad_input_exits():
-        from generation.loading import load_as_told
+    with log.exit_on_interrupt(), log.exit_on_bad_input():
+        from generation.loading import load_from_flags
         from utils import checkpoint
 
         saved = checkpoint.read(settings.dalle_path)
-        loaded = load_as_told(settings, saved=saved)
+        loaded = load_from_flags(settings, saved=saved)
         exported = saved["exported"] if isinstance(saved.get("exported"), dict) else {}
         averaged = "ema_weights" in saved or exported.get("averaged", False)
         results = {"checkpoint": settings.dalle_path, "step": saved.get("step"), "averaged_weights": averaged}
@@ -62,14 +62,14 @@ def scorers(settings):
     if not (settings.clip_weights or settings.fid_weights):
         return None, None
     from backends.native.backend import pick_device
-    from models import picture_scores
+    from models import image_scores
 
     device = pick_device("cpu" if settings.device == "ipu" else settings.device)
     clip = distance = None
     if settings.clip_weights:
-        clip = picture_scores.clip_score(settings.clip_weights, settings.clip_model, device)
+        clip = image_scores.clip_score(settings.clip_weights, settings.clip_model, device)
     if settings.fid_weights:
-        distance = picture_scores.InceptionDistance(settings.fid_weights, device)
+        distance = image_scores.InceptionDistance(settings.fid_weights, device)
     return clip, distance
 
 
@@ -101,11 +101,11 @@ def of_pairs(loaded, dataset, settings, folder):
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    from generation.output import as_picture, grid_of
+    from generation.output import make_grid, to_image
     from training.validation import with_perplexity
 
     psnr, shown = reconstruct(loaded, dataset, settings.batch_size)
-    grid_of([as_picture(pixels) for pixels in shown], columns=len(shown) // 2).save(folder / "reconstructions.png")
+    make_grid([to_image(pixels) for pixels in shown], columns=len(shown) // 2).save(folder / "reconstructions.png")
     batches = DataLoader(dataset, settings.batch_size)
     losses = loaded.backend.evaluator(loaded.model)(tqdm(batches, desc="losses", unit="batch", disable=None))
     losses = with_perplexity(losses)
@@ -175,12 +175,12 @@ def of_drawings(loaded, dataset, settings, sampling, clip, distance):
 def mean_clip_score(clip, pictures, texts, settings):
     import torch
 
-    from generation.output import as_picture
+    from generation.output import to_image
 
     scores = []
     for first in batches_in(len(pictures), settings, "CLIP"):
         part = slice(first, first + settings.batch_size)
-        scores.append(clip([as_picture(pixels) for pixels in pictures[part]], texts[part]))
+        scores.append(clip([to_image(pixels) for pixels in pictures[part]], texts[part]))
     score = torch.cat(scores).mean().item()
     print(f"CLIP score: {score:.2f} ({settings.clip_model}, {len(pictures)} pictures)")
     return score
@@ -195,13 +195,13 @@ def batches_in(count, settings, title):
 def of_prompts(loaded, settings, sampling, folder, clip=None):
     """How many held-out prompts of the demo set the pictures follow; writes a grid of them and its prompts."""
     from data.shapes import held_out_prompts
-    from generation.output import as_picture, grid_of
+    from generation.output import make_grid, to_image
 
     prompts = held_out_prompts(settings.prompt_set, settings.prompts, settings.seed)
     text = loaded.tokenizer.tokenize(prompts, loaded.model.text_seq_len)
     pictures, sampling = draw_prompts(loaded, prompts, text, settings, sampling)
     accuracy, wrong = judge(prompts, pictures)
-    grid_of([as_picture(pixels) for pixels in pictures[:GRID_PICTURES]]).save(folder / "grid.png")
+    make_grid([to_image(pixels) for pixels in pictures[:GRID_PICTURES]]).save(folder / "grid.png")
     (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_PICTURES]) + "\n", encoding="utf-8")
     if wrong:
         logger.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
@@ -223,16 +223,16 @@ def draw_prompts(loaded, prompts, text, settings, sampling):
     """One picture a prompt: float (K, 3, S, S) in [0, 1], and the sampling settings that they were drawn with."""
     from tqdm import tqdm
 
-    from generation import drawing
+    from generation import batching
 
-    shaping = drawing.picture(loaded, prompts[0], 0, sampling).sampling
+    shaping = batching.plan_image(loaded, prompts[0], 0, sampling).sampling
     none = text[0].new_zeros(0)
     wanted = [
-        drawing.Picture(prompt, tokens, settings.seed + place, shaping, none)
+        batching.ImageSpec(prompt, tokens, settings.seed + place, shaping, none)
         for place, (prompt, tokens) in enumerate(zip(prompts, text))
     ]
     with tqdm(total=len(wanted), desc="drawing", unit="picture", disable=None) as bar:
-        (codes,) = drawing.draw_lists(loaded, [wanted], drawn=bar.update)
+        (codes,) = batching.generate_lists(loaded, [wanted], drawn=bar.update)
     return loaded.decode(codes), shaping
 
 

@@ -35,18 +35,18 @@ def set_up(level=logging.INFO):
 
 
 @contextlib.contextmanager
-def bad_input_exits():
+def exit_on_bad_input():
     """Within: ValueError and OSError, raised for bad input, end the program with one line and status 2."""
     try:
         yield
     except (ValueError, OSError) as error:
         logger.debug("where it was noticed:", exc_info=True)
         program = sys.argv[0].rpartition("/")[2]
-        print(f"{program}: error: {reason(error)}", file=sys.stderr)
+        print(f"{program}: error: {describe_error(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def reason(error):
+def describe_error(error):
     """What an exception says, in one line, without Python's number of the error."""
     said = str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -55,7 +55,7 @@ def reason(error):
 
 
 @contextlib.contextmanager
-def interrupt_exits():
+def exit_on_interrupt():
     """Within: Ctrl-C ends the program with one line and status 130."""
     try:
         yield
@@ -65,7 +65,7 @@ def interrupt_exits():
 
 
 @contextlib.contextmanager
-def termination_interrupts():
+def sigterm_as_ctrl_c():
     """Within: SIGTERM, by which launchers and schedulers end a run, is taken like Ctrl-C."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -81,7 +81,7 @@ def pictures_lost(count):
         logger.warning("%d %s could not be read while training; others took the place", count, noun)
 
 
-def validated(step, losses):
+def log_validation(step, losses):
     """The line of a validation after update `step`; losses: total, text, image and perplexity."""
     logger.info(
         "step %d held-out: total %.4f text %.4f image %.4f perplexity %.2f",

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from args import vqgan_arguments
-from log import bad_input_exits, set_up
+from log import exit_on_bad_input, set_up
 
 logger = logging.getLogger("minidalle")
 
@@ -28,7 +28,7 @@ EXIT_INTERRUPTED = 130
 def main(argv=None):
     settings = vqgan_arguments(argv)
     set_up()
-    with bad_input_exits():
+    with exit_on_bad_input():
         train(settings)
 
 

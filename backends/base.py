@@ -93,11 +93,11 @@ class Backend(Protocol):
     def decode(self, vae):
         """Codes int64 (B, L) → pixels float (B, 3, S, S) in [0, 1] on the CPU, computed on this machine.
 
-        Where `watch` below is called, decode(codes, rows) makes pixels of a picture's upper rows.
+        Where `on_code` below is called, decode(codes, rows) makes pixels of a picture's upper rows.
         """
 
     def sampler(self, model):
         """generate_codes for this machine: (text, **settings) → codes int64 (B, L) on the CPU.
 
-        Machines that draw a whole picture in one call do not call `watch`.
+        Machines that draw a whole picture in one call do not call `on_code`.
         """

@@ -34,7 +34,7 @@ def main(argv=None):
     if flags.list:
         print("\n".join(f"{name:12} {row.what}" for name, row in ROWS.items()))
         return
-    with log.interrupt_exits(), log.bad_input_exits():
+    with log.exit_on_interrupt(), log.exit_on_bad_input():
         check_writable(flags.output_dir, "--output-dir")
         device = pick_device("auto")
         found = {

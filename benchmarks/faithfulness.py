@@ -43,7 +43,7 @@ def main(argv=None):
     machine_flags(parser)
     settings = parse(parser, argv)
     log.set_up()
-    with log.interrupt_exits(), log.bad_input_exits():
+    with log.exit_on_interrupt(), log.exit_on_bad_input():
         from generation.loading import load
 
         check_writable(settings.output_dir, "--output-dir")
@@ -68,21 +68,23 @@ def measured(loaded, prompts, seed, what, settings, rank):
     """A row: a picture a prompt, the best of `rank` by the model's own likelihood."""
     import torch
 
-    from generation import drawing, ranking
+    from generation import batching, ranking
 
     sampling = {**PLAIN, **settings}
-    first = drawing.picture(loaded, prompts[0], 0, {key: v for key, v in sampling.items() if v is not None})
+    first = batching.plan_image(loaded, prompts[0], 0, {key: v for key, v in sampling.items() if v is not None})
     first = first._replace(sampling=sampling)  # None, too, which picture() takes for the checkpoint's advice
     lists = [
         [
-            first._replace(prompt=prompt, text=drawing.tokens_of(loaded, prompt), seed=seed + place * rank + number)
+            first._replace(
+                prompt=prompt, tokens=batching.encode_prompt(loaded, prompt), seed=seed + place * rank + number
+            )
             for number in range(rank)
         ]
         for place, prompt in enumerate(prompts)
     ]
     started, pictures = time.monotonic(), []
-    for part, codes in zip(lists, drawing.draw_lists(loaded, lists)):
-        ((place, _),) = ranking.kept(loaded, part, codes, 1)
+    for part, codes in zip(lists, batching.generate_lists(loaded, lists)):
+        ((place, _),) = ranking.best_of(loaded, part, codes, 1)
         pictures.append(loaded.decode(codes[place][None]))
     seconds = (time.monotonic() - started) / len(prompts)
     accuracy, faults = judge(prompts, torch.cat(pictures))

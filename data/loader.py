@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Container, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Container, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -265,6 +265,13 @@ class TextImageDataset(Dataset):
             return self._text(epoch, place), image if self.byteio else image.float().div_(255)
         raise ValueError(f"{printable(self.folder)}: none of its {len(self)} pictures can be read any more")
 
+    def iter_captions(self, tokenizer, rows: Optional[Sequence[int]] = None) -> Iterator[str]:
+        """Yield the text of every caption of all images, or the first caption of each image in `rows`."""
+        for row in range(len(self)) if rows is None else rows:
+            captions = self._captions[row]
+            for tokens in captions if rows is None else captions[:1]:
+                yield " ".join(tokenizer.decode(tokens).split())
+
     def first_caption(self, index: int) -> torch.Tensor:
         """int64 (text_seq_len,), zero-padded."""
         return self._padded(self._captions[index][0])
@@ -339,6 +346,10 @@ class GeneratedDataset(Dataset):
 
     def fingerprint(self) -> str:
         return f"{self.length} generated samples of seed {self.seed}"
+
+    def iter_captions(self, tokenizer, rows: Optional[Sequence[int]] = None) -> Iterator[str]:
+        """Yield nothing: random tokens are no captions."""
+        return iter(())
 
     def __getitem__(self, key: Key) -> Tuple[torch.Tensor, torch.Tensor]:
         _, index = epoch_and_index(key, self.length)

@@ -24,7 +24,7 @@ HALF_FROM = 300e6
 AT_ONCE = {"cpu": 32, "cuda": 256, "ipu": 4}  # pictures, from where on more at once are no faster; as many as fit
 
 
-class Loaded:
+class LoadedModel:
     """A model that is ready to draw.
 
     model (DALLE, in eval mode), tokenizer, recommended (sampling settings), path, fingerprint (of the weights),
@@ -77,7 +77,7 @@ def load(
     bpe_path=None,
     saved=None,
 ):
-    """A file of train.py or of the reference → Loaded. ValueError or OSError, in one line.
+    """A file of train.py or of the reference → LoadedModel. ValueError or OSError, in one line.
 
     dalle_path None: the demo that ships with the program. device, precision: as generate.py's flags. batch_size None:
     what the machine does well and its memory holds. saved: the file's dict, where it was read already.
@@ -90,10 +90,10 @@ def load(
     backend = backends.select(SimpleNamespace(device=device, precision=precision, batch_size=batch_size or 1))
     if batch_size is None:
         backend.settings.batch_size = fitting_batch(model, backend)
-    return Loaded(path, saved, model, tokenizer, recommended, backend)
+    return LoadedModel(path, saved, model, tokenizer, recommended, backend)
 
 
-def load_as_told(settings, **more):
+def load_from_flags(settings, **more):
     """load() by the flags that generate.py, evaluate.py and app.py share."""
     names = ("device", "precision", "batch_size", "vqgan_model_path", "vqgan_config_path", "bpe_path")
     return load(settings.dalle_path, **{name: getattr(settings, name) for name in names}, **more)

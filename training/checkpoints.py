@@ -12,13 +12,21 @@ from pathlib import Path
 import torch
 
 import log
+from data.words import EXAMPLES, summarize_captions
 from utils import checkpoint, interrupts
 from utils.files import check_writable
 
 logger = logging.getLogger("minidalle")
 
 BEST = "dalle_best.pt"
-PROGRESS = ("skipped", "epoch_loss", "held_out_loss", "best_loss", "accounted")  # of a Run, beside its step
+# Attributes of a Run that are stored next to its step -> their keys in the file.
+PROGRESS = {
+    "skipped": "skipped",
+    "epoch_loss": "epoch_loss",
+    "validation_loss": "held_out_loss",
+    "best_loss": "best_loss",
+    "post_update_done": "accounted",
+}
 # Of the settings that a file remembers, those that say how and where a run goes on rather than what it is.
 NOT_THE_SAME_RUN = {
     *("config", "resume", "pretrained_checkpoint", "checkpoint_output_dir", "checkpoint_save_steps"),
@@ -149,9 +157,11 @@ def resume(run, path, saved, model):
     if isinstance(saved.get("scheduler_state"), dict):
         run.schedule.load_state_dict(saved["scheduler_state"])
     run.step = saved.get("step", (saved.get("epoch", -1) + 1) * run.batches.batches_per_epoch)
-    for name, value in saved.get("progress", {}).items():
-        setattr(run, name, tuple(value) if isinstance(value, list) else value)
-    over = run.step == run.steps and run.accounted and not run.settings.resume
+    progress = saved.get("progress", {})
+    for name, key in PROGRESS.items():
+        if key in progress:
+            setattr(run, name, tuple(progress[key]) if isinstance(progress[key], list) else progress[key])
+    over = run.step == run.steps and run.post_update_done and not run.settings.resume
     if run.step > run.steps or over:
         raise ValueError(
             f"{path}: has {run.step} steps already, this run ends at {run.steps}; give more --epochs or --max-steps"
@@ -180,6 +190,18 @@ def plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
+def summarize(run):
+    """Return the words and some examples of the training captions; they are collected once per run."""
+    if run.captions is None:
+        dataset, tokenizer = run.dataset, run.tokenizer
+        rows = [
+            place * len(dataset) // (4 * EXAMPLES) for place in range(4 * EXAMPLES)
+        ]  # some may be equal, or too long
+        texts = dataset.iter_captions(tokenizer), dataset.iter_captions(tokenizer, rows)
+        run.captions = summarize_captions(*texts)
+    return run.captions
+
+
 def save(run, name):
     """Write a checkpoint, keep the newest → its path; None without a folder, or where it cannot be written: then the
     log says so, and the run goes on with the last good file.
@@ -203,7 +225,7 @@ def save(run, name):
                 folder.keep(path)
     except OSError as error:
         last = f"; the last good one is {folder.written[-1]}" if folder.written else ""
-        logger.warning("no checkpoint of step %d: %s%s", run.step, log.reason(error), last)
+        logger.warning("no checkpoint of step %d: %s%s", run.step, log.describe_error(error), last)
         return None
     logger.info("wrote %s", path)
     run.plot.draw()
@@ -222,7 +244,7 @@ def contents(run, state):
         "weights": checkpoint.canonical_weights(state.pop("weights")),
         "opt_state": state.pop("opt_state"),
         "scheduler_state": run.schedule.state_dict(),
-        "progress": {name: getattr(run, name) for name in PROGRESS},
+        "progress": {key: getattr(run, name) for name, key in PROGRESS.items()},
         "tokenizer": {
             "kind": run.tokenizer.kind,
             "sha256": run.tokenizer.fingerprint,
@@ -232,6 +254,7 @@ def contents(run, state):
         "data": run.data,
         "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
         "settings": dict(vars(settings)),
+        "captions": summarize(run),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
     if "ema_weights" in state:

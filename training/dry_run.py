@@ -55,7 +55,8 @@ def lines(run):
     yield (
         "steps",
         f"{run.steps - run.step:,} of {together:,} samples, {run.batches.batches_per_epoch:,} an epoch of "
-        f"{len(run.dataset):,} pairs" + (f"; {len(run.held_out):,} more are held out" if run.held_out else ""),
+        f"{len(run.dataset):,} pairs"
+        + (f"; {len(run.validation_set):,} in the validation set" if run.validation_set else ""),
     )
     encoding = to_encode(run)
     if encoding:
@@ -92,7 +93,7 @@ def parameters(weights):
 
 def to_encode(run):
     """How many pictures have no codes yet, and how long those of a few of them take."""
-    sets = [run.dataset] + ([run.held_out] if run.settings.validation_folder else [])
+    sets = [run.dataset] + ([run.validation_set] if run.settings.validation_folder else [])
     missing = sum(getattr(dataset, "to_encode", 0) for dataset in sets)
     if not missing:
         return None
@@ -210,9 +211,9 @@ def disk(run):
     place = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f"--checkpoint-output-dir {path}: cannot be written; give another folder")
-    count = run.settings.keep_checkpoints + (run.held_out is not None)
+    count = run.settings.keep_checkpoints + (run.validation_set is not None)
     room, wanted = shutil.disk_usage(place).free, each * (count + 1 - len(run.folder.written))
-    best = " and the best" if run.held_out is not None else ""
+    best = " and the best" if run.validation_set is not None else ""
     kept = f"the newest {run.settings.keep_checkpoints}{best}"
     yield (
         f"{gigabytes(each)} a checkpoint; {gigabytes(wanted)} for {kept}, and "

@@ -38,7 +38,7 @@ class Plot:
         try:
             draw(self.metrics_path, self.path)
         except Exception as error:  # of a package that is not needed to train
-            reason = "matplotlib is not installed" if isinstance(error, ImportError) else log.reason(error)
+            reason = "matplotlib is not installed" if isinstance(error, ImportError) else log.describe_error(error)
             logger.warning("no %s: %s", self.path, reason)
             self.works = isinstance(error, OSError)  # a disk may have room again
         now = time.monotonic()

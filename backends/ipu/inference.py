@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from models.sampling import draw_codes, given_codes, gumbel_noise
+from models.sampling import check_given_codes, gumbel_noise, sample_codes
 from models.static_sampling import FullPass, StaticSampler
 
 logger = logging.getLogger("minidalle")
@@ -99,10 +99,10 @@ class Sampler:
         cond_scale=1.0,
         generator=None,
         image_codes=None,
-        watch=None,
+        on_code=None,
     ):
         shaping = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
-        given = given_codes(self.model, text, image_codes)
+        given = check_given_codes(self.model, text, image_codes)
         if self.on_device and given.shape[1] < self.model.image_seq_len:
             noise = gumbel_noise(
                 len(text), self.model.image_seq_len, self.model.num_image_tokens, generator, text.device
@@ -111,8 +111,8 @@ class Sampler:
             executor = self.compiled_loop(shaping, inputs, key=(given.shape[1], *shaping.values()))
             if executor is not None:  # which cannot be watched
                 return self.run(executor, inputs).long()
-        return draw_codes(
-            self.model, text, self.full_pass, generator=generator, image_codes=given, watch=watch, **shaping
+        return sample_codes(
+            self.model, text, self.full_pass, generator=generator, image_codes=given, on_code=on_code, **shaping
         )
 
     def compiled_loop(self, shaping, inputs, key):
@@ -130,7 +130,7 @@ class Sampler:
         return self.executors[key]
 
     def full_pass(self, dalle, text, codes, cache):
-        """draw_codes' logits_of: (B, V) of the code after `codes`."""
+        """sample_codes' logits_of: (B, V) of the code after `codes`."""
         if "full pass" not in self.executors:
             self.executors["full pass"] = self.inference(FullPass(self.model))
         place = codes.shape[1]

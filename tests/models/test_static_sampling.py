@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.attention import PATTERNS
-from models.sampling import draw_codes, generate_codes, gumbel_noise
+from models.sampling import generate_codes, gumbel_noise, sample_codes
 from models.static_sampling import FullPass, StaticSampler
 from tests.builders import small_dalle
 
@@ -52,7 +52,7 @@ def test_a_full_pass_a_code_gives_the_same(dalle, given):
         unseen = torch.full((len(text), 16 - codes.shape[1]), 31)  # whatever stands there
         return full_pass(text, torch.cat((codes, unseen), dim=1), torch.tensor([codes.shape[1]]))
 
-    found = draw_codes(dalle, some_text(), logits_of, generator=generators(), image_codes=codes, **shaping)
+    found = sample_codes(dalle, some_text(), logits_of, generator=generators(), image_codes=codes, **shaping)
     expected = generate_codes(dalle, some_text(), generator=generators(), image_codes=codes, **shaping)
     assert torch.equal(found, expected)
 

@@ -80,7 +80,7 @@ def test_pixels_and_accumulation_in_a_run_that_goes_on(command, flags, tmp_path)
     ended = command(train.main, *flags, "--dry-run", "--resume")
     lines = told(ended)
     assert "--dry-run True" not in ended.out
-    assert lines["steps"].startswith("47 of 6 samples, 1 an epoch of 8 pairs; 4 more are held out")
+    assert lines["steps"].startswith("47 of 6 samples, 1 an epoch of 8 pairs; 4 in the validation set")
     assert "and the best" in lines["disk"]
     assert files_under(tmp_path) == before
 

@@ -35,9 +35,10 @@ class Run:
         self.step = 0
         self.skipped = 0  # updates left out, since the gradient was not finite
         self.epoch_loss = (0.0, 0)  # sum and number of this epoch's losses
-        self.held_out_loss = self.best_loss = None
-        self.accounted = True  # whether what follows the last update, validation and an epoch's end, is done
+        self.validation_loss = self.best_loss = None
+        self.post_update_done = True  # whether what follows the last update, validation and an epoch's end, is done
         self.pairs = None  # of sample pictures, once they are read
+        self.captions = None  # their words and examples, once they are collected
         self.metrics = self.plot = None
         self.trackers = Trackers([])  # rank 0 alone has some
         vars(self).update(parts)
@@ -86,7 +87,7 @@ def build(settings):
     model = DALLE(vae=vae, **hparams)
     trainer = backend.trainer(model)
     with backend.making_codes():
-        dataset, held_out = datasets(settings, backend, tokenizer, vae, made_up)
+        dataset, validation_set = datasets(settings, backend, tokenizer, vae, made_up)
     batches = EpochBatches(
         len(dataset),
         backend.samples_per_step,
@@ -111,7 +112,7 @@ def build(settings):
         tokenizer=tokenizer,
         vae=vae,
         dataset=dataset,
-        held_out=held_out,
+        validation_set=validation_set,
         batches=batches,
         hparams=hparams,
         trainer=trainer,
@@ -123,17 +124,17 @@ def build(settings):
     if origin is not None:
         checkpoints.resume(run, *origin, model)
     if not backend.rank and not settings.dry_run:
-        see(run)  # last, when nothing else can be refused
+        open_trackers(run)  # last, when nothing else can be refused
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     together = backend.samples_per_step * backend.world_size
     logger.info("%d pictures, %d steps of %d samples", len(dataset), steps, together)
-    if held_out is not None:
-        logger.info("%d more are held out", len(held_out))
+    if validation_set is not None:
+        logger.info("%d in the validation set", len(validation_set))
     logger.info("%s trainable parameters, %d text tokens", f"{trained:,}", tokenizer.vocab_size)
     return run
 
 
-def see(run):
+def open_trackers(run):
     """metrics.jsonl and loss.png of the output folder, and the trackers that flags ask for."""
     asked = list(trackers.chosen(run.settings, run.folder.path, run.step))
     if run.folder.path:
