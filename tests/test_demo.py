@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import generate
-from data.shapes import parse_caption
+from data.shapes import parse_caption, validation_prompts
 from evaluate import judge
 from generation import batching
 from generation.loading import DEMO, load

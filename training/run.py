@@ -14,6 +14,7 @@ import backends
 import log
 from data.codes import load_codes, open_code_cache
 from data.loader import GeneratedDataset, TextImageDataset
+from data.order import EpochOrder
 from data.tokenizer import load_tokenizer
 from models.dalle import DALLE
 from models.official_vqgan import OFFICIAL_PARAMS
