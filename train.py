@@ -1,6 +1,6 @@
 """Train a DALL-E: build a run, loop over its batches, save checkpoints.
 
-    python train.py --config NAME [flags]
+python train.py --config NAME [flags]
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     log.set_up()
     with log.exit_on_interrupt(), log.sigterm_as_ctrl_c(), log.exit_on_bad_input():
         try:
+            from training import dry_run
             from training.run import build
 
             run = build(settings)
             if settings.dry_run:
-                from training import dry_run
-
-                return dry_run.report(run)
+                dry_run.report(run)
         except KeyboardInterrupt:
             print("stopped before the first step")
             raise SystemExit(130) from None
-        train(run)
+        if not settings.dry_run:
+            train(run)
 
 
 def train(run: Run) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import peer
-from data.shapes import sample_picture
+from data.shapes import make_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 YTTM = "bpe/bpe_yttm_vocab.txt"
@@ -98,7 +98,7 @@ def drawn_pictures(tmp_path_factory):
     """A folder of twelve 32 × 32 pictures of two shapes and their captions; not to be written to."""
     folder = tmp_path_factory.mktemp("drawn")
     for number in range(12):
-        pixels, captions = sample_picture("train", number, size=32)
+        pixels, captions = make_sample("train", number, size=32)
         Image.fromarray(pixels).save(folder / f"{number:02d}.png")
         (folder / f"{number:02d}.txt").write_text("\n".join(captions[:2]) + "\n")
     return folder

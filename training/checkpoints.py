@@ -1,4 +1,4 @@
-"""Decide which checkpoint a run resumes from, when it writes one and which it keeps; utils/checkpoint.py has the format."""
+"""Decide which checkpoint a run resumes from, when it writes one and which it keeps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 import torch
 
 import log
+from data.words import EXAMPLES, summarize_captions
 from utils import checkpoint
 from utils.files import check_writable
 from utils.interrupts import defer_signals
@@ -197,6 +198,16 @@ def find_differences(saved: Dict[str, Any], run: Run) -> List[str]:
     return found
 
 
+def summarize(run: Run) -> Dict[str, Any]:
+    """Return the words and some examples of the training captions; they are collected once per run."""
+    if run.captions is None:
+        dataset, tokenizer = run.dataset, run.tokenizer
+        rows = [number * len(dataset) // (4 * EXAMPLES) for number in range(4 * EXAMPLES)]  # some are equal or too long
+        texts = dataset.iter_captions(tokenizer), dataset.iter_captions(tokenizer, rows)
+        run.captions = summarize_captions(*texts)
+    return run.captions
+
+
 def save_if_due(run: Run) -> None:
     """Write a checkpoint if one is due; OSError if the run ends without one."""
     name = run.folder.due(run)
@@ -263,6 +274,7 @@ def contents(run: Run, state: Dict[str, Any]) -> Dict[str, Any]:
         "data": run.data_fingerprint,
         "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
         "settings": dict(vars(settings)),
+        "captions": summarize(run),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
     if "ema_weights" in state:

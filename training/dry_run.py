@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple
 import torch
 
 from backends import memory
-from data.loader import load_picture
-from data.order import RunBatches
+from data.images import load_image
+from data.order import RunOrder
 from models.pipeline_dalle import stages
 from training import checkpoints
 
@@ -95,10 +95,10 @@ def describe_encoding(run: Run) -> Optional[str]:
     seconds = []
     if not hasattr(run.backend, "places"):
         encode = run.backend.encode(run.vae)
-        for name, _, _ in itertools.islice(itertools.cycle(run.dataset.pictures), 1 + ENCODED_IMAGES):
+        for name, _, _ in itertools.islice(itertools.cycle(run.dataset.images), 1 + ENCODED_IMAGES):
             started = time.monotonic()
             try:
-                pixels = torch.from_numpy(load_picture(run.dataset.folder / name, run.vae.image_size))
+                pixels = torch.from_numpy(load_image(run.dataset.folder / name, run.vae.image_size))
             except (ValueError, OSError):
                 continue
             encode(pixels.permute(2, 0, 1)[None].float() / 255)
@@ -116,7 +116,7 @@ def time_steps(run: Run, device: Any, weights: Dict[str, torch.Tensor]) -> Tuple
     If a step has many micro-batches, steps of one and of two are timed: each further one takes what the second does.
     """
     micro_batches = run.backend.micro_batches
-    order = RunBatches(run.batches, run.step, run.step + 2 * MAX_ROUNDS + 1)
+    order = RunOrder(run.batches, run.step, run.step + 2 * MAX_ROUNDS + 1)
     times: Dict[int, list] = {}  # seconds of steps by their number of micro-batches
     before, first = 0, None
     run.trainer.set_lr(run.learning_rate())

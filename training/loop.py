@@ -16,7 +16,7 @@ import torch
 
 import log
 from backends.base import SamplesLost
-from data.order import RunBatches, random_bits
+from data.order import RunOrder, random_bits
 from training import checkpoints, validation
 from utils.interrupts import defer_signals, signal_pending
 
@@ -60,7 +60,7 @@ class Loop:
     def batches(self) -> Iterator[Any]:
         """Yield the batches of the remaining updates; compile the model before the first."""
         run = self.run
-        order = RunBatches(run.batches, run.step, run.steps)
+        order = RunOrder(run.batches, run.step, run.steps)
         compiled = False
         for batch in run.backend.loader(run.dataset, order) if len(order) else ():
             if not compiled:

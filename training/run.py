@@ -16,9 +16,9 @@ import torch
 import backends
 import log
 from backends.base import Backend, Trainer
-from data.codes import cached_codes, open_codes
+from data.codes import load_codes, open_code_cache
 from data.loader import GeneratedDataset, TextImageDataset
-from data.order import EpochBatches
+from data.order import EpochOrder
 from data.tokenizer import Tokenizer, load_tokenizer
 from models.dalle import DALLE
 from models.official_vqgan import OFFICIAL_PARAMS
@@ -42,7 +42,7 @@ class Run:
     dataset: Any
     validation_set: Any  # None: no validation
     generated: bool  # whether the training set is generated instead of read
-    batches: EpochBatches
+    batches: EpochOrder
     hparams: Dict[str, Any]
     trainer: Trainer
     schedule: LearningRate
@@ -59,6 +59,7 @@ class Run:
 
     trackers: Trackers = dataclasses.field(default_factory=Trackers)
     samples: Any = None  # what sample images show, once read
+    captions: Optional[Dict[str, Any]] = None  # words and examples of the training captions, once collected
 
     def epoch(self) -> int:
         """Return the epoch of the next update, from 0."""
@@ -122,7 +123,7 @@ def build(settings: Namespace) -> Run:
     with backend.making_codes():
         dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
     samples_per_step = backend.samples_per_step * backend.world_size
-    batches = EpochBatches(
+    batches = EpochOrder(
         len(dataset),
         backend.samples_per_step,
         seed=settings.random_seed,
@@ -193,7 +194,7 @@ def build_datasets(
     else:
         dataset = open_folder(settings.input_folder, settings, backend, tokenizer, vae)
     if settings.validation_split:
-        return dataset, dataset.hold_out(settings.validation_split)
+        return dataset, dataset.split_off(settings.validation_split)
     if settings.validation_folder and not generated:
         return dataset, open_folder(settings.validation_folder, settings, backend, tokenizer, vae, training=False)
     return dataset, None
@@ -207,7 +208,7 @@ def open_folder(
     cache = None
     if cache_dir:
         options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-        cache = open_codes(folder, cache_dir, **options)
+        cache = open_code_cache(folder, cache_dir, **options)
     dataset = TextImageDataset(
         folder,
         tokenizer,
@@ -225,8 +226,8 @@ def open_folder(
     elif settings.dry_run:  # encoding may take hours
         attach_empty_codes(dataset, vae, cache)
     else:
-        codes, bad = cached_codes(
-            dataset.pictures,
+        codes, bad = load_codes(
+            dataset.images,
             backend.encode(vae),
             cache,
             batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # the same number of pixels for any image size
@@ -238,5 +239,5 @@ def open_folder(
 
 def attach_empty_codes(dataset: TextImageDataset, vae: VQGanVAE, cache: Any) -> None:
     """Attach zeros for codes, which take a step as long as any, and count the images to encode in `to_encode`."""
-    dataset.to_encode = sum(picture not in cache for picture in dataset.pictures)
+    dataset.to_encode = sum(picture not in cache for picture in dataset.images)
     dataset.attach_codes(np.broadcast_to(np.uint16(0), (len(dataset), vae.image_seq_len)))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import log
-from data.loader import load_picture
+from data.images import load_image
 from generation.loading import DEFAULTS
 from generation.output import to_image
 from utils.files import atomic_write
@@ -100,9 +100,9 @@ def read_samples(run: Run) -> Samples:
     """Read the first pairs of the validation set, else of the training set; ValueError if no image can be read."""
     dataset = run.dataset if run.validation_set is None else run.validation_set
     tokens, pixels = [], []
-    for index, (name, _, _) in enumerate(dataset.pictures):
+    for index, (name, _, _) in enumerate(dataset.images):
         try:
-            pixels.append(torch.from_numpy(load_picture(dataset.folder / name, run.vae.image_size)))
+            pixels.append(torch.from_numpy(load_image(dataset.folder / name, run.vae.image_size)))
         except (ValueError, OSError):  # removed or damaged since the run began
             continue
         tokens.append(dataset.first_caption(index))

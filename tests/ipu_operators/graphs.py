@@ -17,7 +17,6 @@ CODES = 64
 GRIDS = {
     "demo": 8,
     "demo_long": 8,
-    "emoji": 12,
 }  # sides of the code grid; the others read 256 × 256 pictures with f = 16
 BATCH = 2
 
