@@ -209,7 +209,7 @@ print(json.dumps({name: [verdict["ok"], verdict["warnings"]] for name, verdict i
 
 
 def test_a_second_opinion():
-    """Run the other checker in a process of its own, because it changes torch for good."""
+    """Run the other checker in a separate process, because it changes torch for good."""
     folder = ROOT.parent / "shared" / "poptorch"
     if not folder.is_dir():
         pytest.skip("no second opinion next to the project")
