@@ -13,11 +13,11 @@ import backends
 from data.tokenizer import load_tokenizer
 from models.dalle import DALLE
 from models.official_vqgan import OFFICIAL_PARAMS
+from models.sampling import Sampling
 from models.vae import VQGanVAE, load_vqgan
 from utils import checkpoint
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "dalle.safetensors"
-DEFAULTS = {"top_k": 0.99, "top_p": None, "temperature": 1.0, "cond_scale": 1.0}
 # A model of fewer bytes of fp32 weights is not faster in half precision, where a rounding may change a code from one
 # batch size to another.
 HALF_FROM = 300e6
@@ -36,7 +36,7 @@ class LoadedModel:
         self.path, self.model, self.tokenizer, self.recommended = str(path), model, tokenizer, recommended
         self.guidable = bool(saved.get("settings", {}).get("caption_dropout"))
         if not self.guidable:  # whatever the run's settings said
-            self.recommended = {**recommended, "cond_scale": 1.0}
+            self.recommended = recommended._replace(cond_scale=1.0)
         self.backend = backend
         self.fingerprint = fingerprint(model)
 
@@ -157,8 +157,7 @@ def read_model(path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
     if misfit:
         raise ValueError(f"{path}: does not fit its hparams and VQGAN: {misfit} (see --vqgan_model_path)")
     model.load_state_dict(weights)
-    known = {key: value for key, value in saved.get("sampling", {}).items() if value is not None}
-    return model.eval(), tokenizer, {**DEFAULTS, **known}
+    return model.eval(), tokenizer, Sampling().override(saved.get("sampling", {}))
 
 
 def read_tokenizer(path, bpe_path, known):

@@ -42,7 +42,7 @@ def page_of(model, loaded, limits):
             f"<tr><td><code>{name}</code></td><td>{TYPES[kind]}</td><td>{html.escape(about['description'])}</td></tr>"
         )
     recommended = ", ".join(
-        f"{name} {'none' if value is None else value}" for name, value in loaded.recommended.items()
+        f"{name} {'none' if value is None else value}" for name, value in loaded.recommended._asdict().items()
     )
     return PAGE.format(
         rows=rows,

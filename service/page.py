@@ -132,21 +132,21 @@ def sampling_sliders(loaded):
     """A slider each for temperature, top_k, top_p and cond_scale, at what the checkpoint recommends."""
     at = loaded.recommended
     temperature = gr.Slider(
-        *(min(0.1, at["temperature"]), max(2, at["temperature"]), at["temperature"]),
+        *(min(0.1, at.temperature), max(2, at.temperature), at.temperature),
         step=0.05,
         label="Temperature",
         info="from safe to wild",
     )
-    if at["top_k"] is not None and at["top_k"] > 1:
+    if at.top_k is not None and at.top_k > 1:
         codes = loaded.model.num_image_tokens
-        top_k = gr.Slider(2, codes, at["top_k"], step=1, label="Top-k", info="codes kept")
+        top_k = gr.Slider(2, codes, at.top_k, step=1, label="Top-k", info="codes kept")
     else:
-        top_k = gr.Slider(0, 1, at["top_k"] or 0, step=0.005, label="Top-k", info="share of codes cut")
+        top_k = gr.Slider(0, 1, at.top_k or 0, step=0.005, label="Top-k", info="share of codes cut")
     top_p = gr.Slider(
-        *(0.01, 1, 1 if at["top_p"] is None else at["top_p"]), step=0.01, label="Top-p", info="likeliest codes kept"
+        *(0.01, 1, 1 if at.top_p is None else at.top_p), step=0.01, label="Top-p", info="likeliest codes kept"
     )
     cond_scale = gr.Slider(
-        *(min(1, at["cond_scale"]), max(10, at["cond_scale"]), at["cond_scale"]),
+        *(min(1, at.cond_scale), max(10, at.cond_scale), at.cond_scale),
         step=0.25,
         label="Guidance",
         info="1 is none",
