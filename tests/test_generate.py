@@ -194,7 +194,7 @@ def test_the_model_finishes_the_sentence(drawn, tmp_path):
 
 def test_all_prompts_are_read_before_the_first_is_drawn(drawn, tmp_path):
     ended = drawn("--text", "a red circle|" + "red " * 17, status=2)
-    assert "17 tokens long, the model reads 16" in ended.err and len(ended.err.splitlines()) == 1
+    assert "17 tokens long; the model reads at most 16" in ended.err and len(ended.err.splitlines()) == 1
     ended = drawn("--text", "a red circle|日本", status=2)
     assert "'日本' has no words that the vocabulary knows" in ended.err
     assert not (tmp_path / "out").exists()
