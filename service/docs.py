@@ -37,23 +37,6 @@ def fields_of(body, schemas):
 def table(title, fields):
     """Return the HTML of a table of fields, or nothing if there are none."""
     rows = ""
-<<<<<<< HEAD
-    for name, about in model.model_json_schema()["properties"].items():
-        kind = about.get("type") or about["anyOf"][0]["type"]
-        rows += (
-            f"<tr><td><code>{name}</code></td><td>{TYPES[kind]}</td><td>{html.escape(about['description'])}</td></tr>"
-        )
-    recommended = ", ".join(
-        f"{name} {'none' if value is None else value}" for name, value in loaded.recommended._asdict().items()
-    )
-    return PAGE.format(
-        rows=rows,
-        images=limits.max_images,
-        characters=limits.max_prompt_characters,
-        megabytes=MAX_BYTES // 2**20,
-        recommended=html.escape(recommended),
-    )
-=======
     for name, field in fields.items():
         kinds = [one.get("type") or one.get("$ref", "any").rpartition("/")[2] for one in field.get("anyOf", [field])]
         about = field.get("description", "")
@@ -61,4 +44,3 @@ def table(title, fields):
             about += f" (default {json.dumps(field['default'])})"
         rows += f"<tr><td><code>{name}</code></td><td>{' or '.join(kinds)}</td><td>{html.escape(about)}</td></tr>"
     return rows and f"<table><caption>{title}</caption><tr><th>key</th><th>type</th><th>meaning</th></tr>{rows}</table>"
->>>>>>> main

@@ -146,16 +146,10 @@ def test_a_picture_is_drawn_in_one_call(poptorch, accepted, top_k, top_p, cond_s
 
 def test_what_no_ipu_can_do_is_noticed():
     model = graphs.small_dalle(graphs.codes_only(2)).eval()
-<<<<<<< HEAD
     assert set(check(StaticSampler(model, Sampling(top_k=None)), sampling_inputs(model, 0)).refused) == {"index_copy"}
-    assert set(check(graphs.Loss(model), (graphs.text(model), graphs.codes(model)), training=True).refused) == {"loss"}
-=======
-    shaping = {"top_k": None, "top_p": None, "cond_scale": 1.0, "temperature": 1.0}
-    assert set(check(StaticSampler(model, **shaping), sampling_inputs(model, 0)).refused) == {"index_copy"}
     assert set(check(graphs.plain_losses(model), (graphs.text(model), graphs.codes(model)), training=True).refused) == {
         "loss"
     }
->>>>>>> main
 
 
 @PRECISION

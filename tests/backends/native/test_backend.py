@@ -16,13 +16,8 @@ from backends.native.resilient_loader import MicroBatches
 from backends.native.sampler import packer
 from backends.native.trainer import build_optimizers
 from data.loader import GeneratedDataset
-<<<<<<< HEAD
-from data.order import EpochBatches
-from models.sampling import CachedStepper, Sampling, sample_codes
-=======
 from data.order import EpochOrder
-from models.sampling import generate_codes
->>>>>>> main
+from models.sampling import CachedStepper, Sampling, sample_codes
 from tests.builders import small_dalle, train_settings
 from utils import checkpoint
 from utils.muon import Muon
