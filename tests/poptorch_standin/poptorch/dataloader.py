@@ -1,4 +1,4 @@
-"""DataLoader: batches of all that one call takes, and the traps of asynchronous loaders.
+"""DataLoader: a batch holds everything for one call; asynchronous loaders have traps.
 
 An asynchronous loader works in this process, but on a pickled copy of the dataset, as the real one's worker does. It
 hands out the buffers of a ring: a later batch overwrites one that is kept without cloning.
@@ -112,7 +112,7 @@ class DataLoader(TorchLoader):
 
 
 def _share_of(dataset, process, processes):
-    """Return the contiguous part of the dataset that this process reads; a remainder is left out."""
+    """Return the contiguous part of the dataset that this process reads; a remainder is dropped."""
     size = len(dataset) // processes
     return Subset(dataset, range(process * size, (process + 1) * size))
 

@@ -45,7 +45,7 @@ def identity_loss(x, reduction):
 
 
 def recomputationCheckpoint(*tensors):
-    """Return the same tensors, kept for the backward pass; what lies between two checkpoints is computed again."""
+    """Return the same tensors, stored for the backward pass; the rest is recomputed."""
     for tensor in tensors:
         _check_tensor("recomputationCheckpoint", tensor)
     if active_trace() is not None:

@@ -183,7 +183,7 @@ class DistributedOptions(Settings):
 
 
 class PipelinedExecution:
-    """All stages work at once, each on a micro-batch of its own."""
+    """All stages work at once, each on its own micro-batch."""
 
     def __init__(self, auto_stage=AutoStage.SameAsIpu):
         self.auto_stage = check_instance("PipelinedExecution", auto_stage, AutoStage)

@@ -114,7 +114,7 @@ class Weights:
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
         self.host = {**self.parameters, **self.buffers}
-        self.device, self._slots = {}, []  # slots: (what holds it, key, device tensor)
+        self.device, self._slots = {}, []  # slots: (dict, key, device tensor)
         self._modes = [(module.__dict__, module.training) for module in model.modules()]  # train or eval, compiled in
         first_names = {id(tensor): name for name, tensor in self.host.items()}
         names = []
@@ -127,7 +127,7 @@ class Weights:
                         names.append((name, first_names[id(tensor)]))
                         self._slots.append((own, key, self._copy(name, tensor)))
         listed = self._listed(model)
-        # Every module gets a copy of its own; the aliases that state_dict() lists become one tensor again.
+        # Every module gets its own copy; the aliases that state_dict() lists become one tensor again.
         for number, (name, origin) in enumerate(names):
             own, key, moved = self._slots[number]
             if name == origin:
