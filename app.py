@@ -18,16 +18,16 @@ def main(argv=None):
     settings = app_arguments(argv)
     log.set_up()
     stopping = contextlib.ExitStack()
-    with log.interrupt_exits(), log.termination_interrupts(), log.bad_input_exits(), stopping:
+    with log.exit_on_interrupt(), log.sigterm_as_ctrl_c(), log.exit_on_bad_input(), stopping:
         os.environ.update(NO_NETWORK)  # before Gradio is imported
         os.environ["GRADIO_TEMP_DIR"] = stopping.enter_context(tempfile.TemporaryDirectory(prefix="mini-dalle-"))
         listening = stopping.enter_context(listen(settings.host, settings.port))
         need_gradio()
-        from generation.loading import load_as_told
+        from generation.loading import load_from_flags
         from service.computing import compute
         from service.requests import Limits
 
-        loaded = compute(load_as_told, settings)
+        loaded = compute(load_from_flags, settings)
         limits = Limits(settings.max_images, settings.max_prompt_characters)
         server = serving(loaded, limits, settings.queue_size)
         host, port = listening.getsockname()[:2]
@@ -57,7 +57,7 @@ def listen(host, port):
         listening.bind(address)
         listening.listen(128)
     except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: {log.reason(error)}; give others") from None
+        raise ValueError(f"--host {host} --port {port}: {log.describe_error(error)}; give others") from None
     return listening
 
 

@@ -73,9 +73,9 @@ def generate_arguments(argv=None):
     settings.requests = None
     try:
         if settings.text is not None:
-            settings.requests = prompts.read(text=settings.text)
+            settings.requests = prompts.read_requests(text=settings.text)
         elif settings.prompts_file or not (settings.variations or sys.stdin is None or sys.stdin.isatty()):
-            settings.requests = prompts.read(file=settings.prompts_file or "-")
+            settings.requests = prompts.read_requests(file=settings.prompts_file or "-")
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

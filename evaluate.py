@@ -7,16 +7,20 @@ Of a folder's pairs: total, text and image loss and perplexity of a code, as tra
 VQGAN gives back of the pictures (PSNR), and a grid of them. Without a folder, or with --prompts: held-out prompts of
 the demo set are drawn and read back by data/shapes_reader.py: two objects, both colours, shapes and sizes, and the
 relation. Averaged weights are taken where the checkpoint keeps them. --clip-weights and --fid-weights score what is
-drawn, for those prompts or for the folder's captions (models/picture_scores.py).
+drawn, for those prompts or for the folder's captions (models/image_scores.py).
 """
 
 import json
+import logging
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import log
 from args_evaluate import evaluate_arguments
+from utils.files import atomic_write, check_writable
+
+logger = logging.getLogger("minidalle")
 
 GRID_PICTURES = 36
 GRID_PAIRS = 8
@@ -26,21 +30,21 @@ SMALLEST_ERROR = 1e-10  # of pixels in [0, 1], squared: 100 dB
 def main(argv=None):
     settings = evaluate_arguments(argv)
     log.set_up()
-    with log.interrupt_exits(), log.bad_input_exits():
-        from generation.loading import load_as_told
+    with log.exit_on_interrupt(), log.exit_on_bad_input():
+        from generation.loading import load_from_flags
         from utils import checkpoint
 
         saved = checkpoint.read(settings.dalle_path)
-        loaded = load_as_told(settings, saved=saved)
+        loaded = load_from_flags(settings, saved=saved)
         exported = saved["exported"] if isinstance(saved.get("exported"), dict) else {}
         averaged = "ema_weights" in saved or exported.get("averaged", False)
         results = {"checkpoint": settings.dalle_path, "step": saved.get("step"), "averaged_weights": averaged}
         dataset = pairs(settings, saved, loaded) if settings.input_folder else None
-        checkpoint.check_writable(settings.outputs_dir, "--outputs-dir")
+        check_writable(settings.outputs_dir, "--outputs-dir")
         folder = Path(settings.outputs_dir)
         if loaded.backend.world_size > 1:
             raise ValueError("evaluate.py runs in one process; start it without torchrun")
-        clip, distance = scorers(settings)
+        clip, distance = scorers(settings, loaded.backend.device)
         sampling = {name: getattr(settings, name) for name in loaded.recommended}
         if dataset is not None:
             results.update(of_pairs(loaded, dataset, settings, folder))
@@ -48,24 +52,22 @@ def main(argv=None):
                 results.update(of_drawings(loaded, dataset, settings, sampling, clip, distance))
         if settings.prompts:
             results.update(of_prompts(loaded, settings, sampling, folder, clip))
-        with checkpoint.written_whole(folder / "results.json") as beside:
-            beside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        with atomic_write(folder / "results.json", text=True) as file:
+            file.write(json.dumps(results, indent=2) + "\n")
     print(f"all figures: {folder / 'results.json'}")
 
 
-def scorers(settings):
+def scorers(settings, device):
     """(CLIP score, FID), None where it is not asked for. On IPUs they run on the CPU."""
     if not (settings.clip_weights or settings.fid_weights):
         return None, None
-    from backends.native.backend import pick_device
-    from models import picture_scores
+    from models import image_scores
 
-    device = pick_device("cpu" if settings.device == "ipu" else settings.device)
     clip = distance = None
     if settings.clip_weights:
-        clip = picture_scores.clip_score(settings.clip_weights, settings.clip_model, device)
+        clip = image_scores.clip_score(settings.clip_weights, settings.clip_model, device)
     if settings.fid_weights:
-        distance = picture_scores.InceptionDistance(settings.fid_weights, device)
+        distance = image_scores.InceptionDistance(settings.fid_weights, device)
     return clip, distance
 
 
@@ -97,11 +99,11 @@ def of_pairs(loaded, dataset, settings, folder):
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    from generation.output import as_picture, grid_of
+    from generation.output import make_grid, to_image
     from training.validation import with_perplexity
 
     psnr, shown = reconstruct(loaded, dataset, settings.batch_size)
-    grid_of([as_picture(pixels) for pixels in shown], columns=len(shown) // 2).save(folder / "reconstructions.png")
+    make_grid([to_image(pixels) for pixels in shown], columns=len(shown) // 2).save(folder / "reconstructions.png")
     batches = DataLoader(dataset, settings.batch_size)
     losses = loaded.backend.evaluator(loaded.model)(tqdm(batches, desc="losses", unit="batch", disable=None))
     losses = with_perplexity(losses)
@@ -171,12 +173,12 @@ def of_drawings(loaded, dataset, settings, sampling, clip, distance):
 def mean_clip_score(clip, pictures, texts, settings):
     import torch
 
-    from generation.output import as_picture
+    from generation.output import to_image
 
     scores = []
     for first in batches_in(len(pictures), settings, "CLIP"):
         part = slice(first, first + settings.batch_size)
-        scores.append(clip([as_picture(pixels) for pixels in pictures[part]], texts[part]))
+        scores.append(clip([to_image(pixels) for pixels in pictures[part]], texts[part]))
     score = torch.cat(scores).mean().item()
     print(f"CLIP score: {score:.2f} ({settings.clip_model}, {len(pictures)} pictures)")
     return score
@@ -191,16 +193,16 @@ def batches_in(count, settings, title):
 def of_prompts(loaded, settings, sampling, folder, clip=None):
     """How many held-out prompts of the demo set the pictures follow; writes a grid of them and its prompts."""
     from data.shapes import held_out_prompts
-    from generation.output import as_picture, grid_of
+    from generation.output import make_grid, to_image
 
     prompts = held_out_prompts(settings.prompt_set, settings.prompts, settings.seed)
     text = loaded.tokenizer.tokenize(prompts, loaded.model.text_seq_len)
     pictures, sampling = draw_prompts(loaded, prompts, text, settings, sampling)
     accuracy, wrong = judge(prompts, pictures)
-    grid_of([as_picture(pixels) for pixels in pictures[:GRID_PICTURES]]).save(folder / "grid.png")
+    make_grid([to_image(pixels) for pixels in pictures[:GRID_PICTURES]]).save(folder / "grid.png")
     (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_PICTURES]) + "\n", encoding="utf-8")
     if wrong:
-        log.LOG.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
+        logger.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
     print(f"picture grid: {folder / 'grid.png'} (its prompts, row by row: {folder / 'prompts.txt'})")
     print(f"prompt accuracy: {100 * accuracy:.1f} % ({len(prompts)} prompts)")
     scores = {"prompts_clip_score": mean_clip_score(clip, pictures, prompts, settings)} if clip else {}
@@ -219,16 +221,16 @@ def draw_prompts(loaded, prompts, text, settings, sampling):
     """One picture a prompt: float (K, 3, S, S) in [0, 1], and the sampling settings that they were drawn with."""
     from tqdm import tqdm
 
-    from generation import drawing
+    from generation import batching
 
-    shaping = drawing.picture(loaded, prompts[0], 0, sampling).sampling
+    shaping = batching.plan_image(loaded, prompts[0], 0, sampling).sampling
     none = text[0].new_zeros(0)
     wanted = [
-        drawing.Picture(prompt, tokens, settings.seed + place, shaping, none)
+        batching.ImageSpec(prompt, tokens, settings.seed + place, shaping, none)
         for place, (prompt, tokens) in enumerate(zip(prompts, text))
     ]
     with tqdm(total=len(wanted), desc="drawing", unit="picture", disable=None) as bar:
-        (codes,) = drawing.draw_lists(loaded, [wanted], drawn=bar.update)
+        (codes,) = batching.generate_lists(loaded, [wanted], drawn=bar.update)
     return loaded.decode(codes), shaping
 
 

@@ -16,25 +16,27 @@ from pathlib import Path
 import log
 from args_generate import generate_arguments
 
+logger = logging.getLogger("minidalle")
+
 
 def main(argv=None):
     settings = generate_arguments(argv)
     log.set_up()
-    with log.interrupt_exits(), log.bad_input_exits():
+    with log.exit_on_interrupt(), log.exit_on_bad_input():
         from tqdm import tqdm
 
-        from generation import drawing, image_prompts, output, ranking
-        from generation.loading import load_as_told
-        from generation.previews import frames
+        from generation import batching, image_prompts, output, ranking
+        from generation.loading import load_from_flags
+        from generation.previews import animation_frames
 
-        loaded = load_as_told(settings)
+        loaded = load_from_flags(settings)
         seed, share_pictures = shared_seed(settings, loaded.backend)
         requests = requested(settings, loaded, seed)
-        given_codes = functools.lru_cache(maxsize=None)(functools.partial(image_prompts.given_codes, loaded))
+        given_codes = functools.lru_cache(maxsize=None)(functools.partial(image_prompts.encode_kept_rows, loaded))
         wanted = [pictures_of(request, settings, loaded, seed, given_codes) for request in requests]  # all, at first
-        clip = clip_judge(settings)
+        clip = clip_judge(settings, loaded.backend.device)
         check_writable(settings.outputs_dir)
-        log.LOG.info("seed %d, %s", seed, told(wanted[0][0].sampling, loaded.recommended))
+        logger.info("seed %d, %s", seed, told(wanted[0][0].sampling, loaded.recommended))
         if share_pictures:
             lists = [part[slice(*share_of(len(part), loaded.backend))] for part in wanted]
         else:
@@ -48,19 +50,19 @@ def main(argv=None):
         with tqdm(total=total, unit="picture", desc="drawing", disable=None) as bar, preview(
             settings, loaded
         ) as watcher:
-            for part, codes in zip(wanted, drawing.draw_lists(loaded, lists, watcher, bar.update)):
+            for part, codes in zip(wanted, batching.generate_lists(loaded, lists, watcher, bar.update)):
                 if share_pictures:
                     codes = loaded.backend.gather(codes)
                     if loaded.backend.rank:
                         continue
-                kept = ranking.kept(loaded, part, codes, len(part) // settings.rank, clip)
+                kept = ranking.best_of(loaded, part, codes, len(part) // settings.rank, clip)
                 codes = codes[[place for place, _ in kept]]
-                images = [output.as_picture(pixels) for pixels in loaded.decode(codes)]
-                abouts = [output.metadata(part[place], loaded, scores) for place, scores in kept]
-                forming = frames(loaded, codes) if settings.animate else None
-                folder = output.save_pictures(images, abouts, settings.outputs_dir, settings.format, forming)
+                images = [output.to_image(pixels) for pixels in loaded.decode(codes)]
+                abouts = [output.image_metadata(part[place], loaded, scores) for place, scores in kept]
+                forming = animation_frames(loaded, codes) if settings.animate else None
+                folder = output.save_images(images, abouts, settings.outputs_dir, settings.format, forming)
                 tqdm.write(f"{len(images)} pictures of '{part[0].prompt}' in {folder}")
-        log.LOG.info("throughput: %.3f images/sec", total / max(time.monotonic() - started, 1e-9))
+        logger.info("throughput: %.3f images/sec", total / max(time.monotonic() - started, 1e-9))
 
 
 def load(dalle_path=None, **options):
@@ -78,35 +80,36 @@ def generate(
 
     loaded: what load() gave. seed: that of the first picture of each prompt, None for a new one; the same seed gives
     the same picture in any company. rank: draw so many times as many, and keep the best. image_prompt: a path or PIL
-    picture whose upper `keep_rows` rows of codes (or fraction) are kept. watch: see generation.drawing.draw. sampling:
-    top_k, top_p, temperature, cond_scale, where not as recommended. ValueError for what cannot be drawn.
+    picture whose upper `keep_rows` rows of codes (or fraction) are kept. watch: see
+    generation.batching.generate_batch. sampling: top_k, top_p, temperature,
+    cond_scale, where not as recommended. ValueError for what cannot be drawn.
     """
-    from generation import drawing, image_prompts, output, ranking
+    from generation import batching, image_prompts, output, ranking
 
-    given = None if image_prompt is None else image_prompts.given_codes(loaded, image_prompt, keep_rows)
+    given = None if image_prompt is None else image_prompts.encode_kept_rows(loaded, image_prompt, keep_rows)
     seed = new_seed() if seed is None else seed
     prompts = [text] if isinstance(text, str) else list(text)
     lists = [
-        [drawing.picture(loaded, prompt, seed + number, sampling, given) for number in range(num_images * rank)]
+        [batching.plan_image(loaded, prompt, seed + number, sampling, given) for number in range(num_images * rank)]
         for prompt in prompts
     ]
     images = []
-    for part, codes in zip(lists, drawing.draw_lists(loaded, lists, lambda pictures: watch)):
-        kept = ranking.kept(loaded, part, codes, num_images)
+    for part, codes in zip(lists, batching.generate_lists(loaded, lists, lambda pictures: watch)):
+        kept = ranking.best_of(loaded, part, codes, num_images)
         pixels = loaded.decode(codes[[place for place, _ in kept]])
         for (place, scores), one in zip(kept, pixels):
-            images.append(output.as_picture(one))
-            images[-1].info.update(output.metadata(part[place], loaded, scores))
+            images.append(output.to_image(one))
+            images[-1].info.update(output.image_metadata(part[place], loaded, scores))
     return images
 
 
 def requested(settings, loaded, seed):
     """What to draw, with completed captions where --gentxt asks for them, and the pictures that it begins from."""
-    from generation import drawing, image_prompts, prompts
+    from generation import batching, image_prompts, prompts
 
     requests = settings.requests
     if requests is None:
-        prompt = image_prompts.prompt_of(settings.variations)
+        prompt = image_prompts.read_prompt(settings.variations)
         if prompt is None:
             raise ValueError(
                 f"--variations {settings.variations}: no picture that tells its prompt; give it with --text"
@@ -116,15 +119,17 @@ def requested(settings, loaded, seed):
     requests = [request._replace(image_prompt=request.image_prompt or beginning) for request in requests]
     if settings.gentxt:
         for place, request in enumerate(requests):
-            text, prompt = drawing.completed(loaded, request.prompt, seed if request.seed is None else request.seed)
-            log.LOG.info("completed prompt: %s", prompt)
+            text, prompt = batching.complete_caption(
+                loaded, request.prompt, seed if request.seed is None else request.seed
+            )
+            logger.info("completed prompt: %s", prompt)
             requests[place] = request._replace(prompt=prompt, tokens=text)
     return requests
 
 
 def pictures_of(request, settings, loaded, seed, given_codes):
     """A request → all pictures that are drawn for it, in order of their seeds. given_codes(picture's path, rows)."""
-    from generation import drawing
+    from generation import batching
 
     given = None
     if request.image_prompt:
@@ -135,10 +140,10 @@ def pictures_of(request, settings, loaded, seed, given_codes):
     count = settings.rank * (settings.num_images if request.num_images is None else request.num_images)
     first = seed if request.seed is None else request.seed
     try:
-        text = drawing.tokens_of(loaded, request.prompt) if request.tokens is None else request.tokens
+        text = batching.encode_prompt(loaded, request.prompt) if request.tokens is None else request.tokens
     except ValueError as error:
         raise ValueError(f"{request.where}: {error}") from None
-    one = drawing.picture(loaded, request.prompt, first, sampling, given, text)
+    one = batching.plan_image(loaded, request.prompt, first, sampling, given, text)
     return [one._replace(seed=first + number) for number in range(count)]
 
 
@@ -148,7 +153,7 @@ def shared_seed(settings, backend):
 
     seed = new_seed() if settings.seed is None else settings.seed
     counts = [request.num_images or settings.num_images for request in settings.requests or ()] or [settings.num_images]
-    share_pictures = bool(len(counts) < backend.world_size <= min(counts) and backend.gather)
+    share_pictures = bool(len(counts) < backend.world_size <= min(counts) and backend.can_gather)
     if share_pictures:
         seed = int(backend.gather(torch.tensor([seed]))[0])
         log.set_up(logging.WARNING if backend.rank else logging.INFO)
@@ -164,7 +169,7 @@ def new_seed():
 
 
 def check_writable(folder):
-    from utils.checkpoint import check_writable
+    from utils.files import check_writable
 
     check_writable(folder, "--outputs_dir")
 
@@ -177,20 +182,18 @@ def told(sampling, recommended):
     )
 
 
-def clip_judge(settings):
+def clip_judge(settings, device):
     """CLIP's score of pictures where --clip-weights names some; None: the model itself judges."""
     if settings.clip_weights is None:
         return None
-    from backends.native.backend import pick_device
-    from models.picture_scores import clip_score
+    from models.image_scores import clip_score
 
-    device = pick_device("cpu" if settings.device == "ipu" else settings.device)
     return clip_score(settings.clip_weights, settings.clip_model, device)
 
 
 @contextlib.contextmanager
 def preview(settings, loaded):
-    """→ draw_lists' watcher: preview.png in the output folder while a batch forms, with --preview."""
+    """→ generate_lists' watcher: preview.png in the output folder while a batch forms, with --preview."""
     from generation import output, previews
 
     if settings.preview is None:
@@ -199,7 +202,7 @@ def preview(settings, loaded):
     path = Path(settings.outputs_dir) / output.PREVIEW
 
     try:
-        yield lambda pictures: previews.Forming(
+        yield lambda pictures: previews.Preview(
             loaded, settings.preview, lambda images, row: output.save_grid(images, path)
         )
     finally:

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 import log
 from backends.native.backend import pick_device, pick_precision
-from benchmarks import network, peer, plot
+from benchmarks import peer, plot
 from benchmarks.limits import machine
 from benchmarks.plot import figure
 from benchmarks.rows import ROWS, measured
-from utils.checkpoint import check_writable
 from utils.command_line import Parser
+from utils.files import atomic_write, check_writable
 
 HEAD = f"{'':34}{'here':>9} {'':10} {'(min - max)':>17} {'of limit':>8} {'MB':>7} {'peer':>9} {'ratio':>7} {'MB':>7}"
 
@@ -34,13 +34,13 @@ def main(argv=None):
     if flags.list:
         print("\n".join(f"{name:12} {row.what}" for name, row in ROWS.items()))
         return
-    with log.interrupt_exits(), log.bad_input_exits():
+    with log.exit_on_interrupt(), log.exit_on_bad_input():
         check_writable(flags.output_dir, "--output-dir")
         device = pick_device("auto")
         found = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "machine": machine(device),
-            "precision": pick_precision(network.settings_of(flags.quick), device),
+            "precision": pick_precision("auto", device),
             "quick": flags.quick,
             "rows": [],
         }
@@ -96,11 +96,10 @@ def line(row):
 def save(found, folder):
     """results.json and results.png, each written beside its name and renamed."""
     path = folder / "results.json"
-    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".tmp").replace(path)
-    picture = folder / "results.tmp"
-    plot.draw(found["rows"], title(found)).save(picture, "PNG")
-    picture.replace(folder / "results.png")
+    with atomic_write(path, text=True) as file:
+        file.write(json.dumps(found, indent=1) + "\n")
+    with atomic_write(folder / "results.png") as file:
+        plot.draw(found["rows"], title(found)).save(file, "PNG")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import log
 from args import COUNT, SEED, machine_flags
 from data.shapes import held_out_prompts
 from evaluate import judge
-from utils.checkpoint import check_writable, written_whole
 from utils.command_line import Parser, number, parse
+from utils.files import atomic_write, check_writable
 
 PLAIN = {"top_k": 0.0, "top_p": None, "temperature": 1.0, "cond_scale": 1.0}  # the model's own distribution
 ROWS = [  # (what is varied, settings beside PLAIN, pictures of which the best is kept)
@@ -43,7 +43,7 @@ def main(argv=None):
     machine_flags(parser)
     settings = parse(parser, argv)
     log.set_up()
-    with log.interrupt_exits(), log.bad_input_exits():
+    with log.exit_on_interrupt(), log.exit_on_bad_input():
         from generation.loading import load
 
         check_writable(settings.output_dir, "--output-dir")
@@ -58,8 +58,8 @@ def main(argv=None):
             print(f"{row['name']:40}{100 * row['accuracy']:8.1f} %{row['seconds']:13.3f}")
         about = {"checkpoint": loaded.path, "fingerprint": loaded.fingerprint, "pictures": len(prompts)}
         folder = Path(settings.output_dir)
-        with written_whole(folder / "faithfulness.json") as beside:
-            beside.write_text(json.dumps({**about, "seed": settings.seed, "rows": rows}, indent=2) + "\n")
+        with atomic_write(folder / "faithfulness.json", text=True) as file:
+            file.write(json.dumps({**about, "seed": settings.seed, "rows": rows}, indent=2) + "\n")
         plot(rows, len(prompts), folder / "faithfulness.png")
         print(f"wrote {folder / 'faithfulness.json'} and .png", file=sys.stderr)
 
@@ -68,21 +68,23 @@ def measured(loaded, prompts, seed, what, settings, rank):
     """A row: a picture a prompt, the best of `rank` by the model's own likelihood."""
     import torch
 
-    from generation import drawing, ranking
+    from generation import batching, ranking
 
     sampling = {**PLAIN, **settings}
-    first = drawing.picture(loaded, prompts[0], 0, {key: v for key, v in sampling.items() if v is not None})
+    first = batching.plan_image(loaded, prompts[0], 0, {key: v for key, v in sampling.items() if v is not None})
     first = first._replace(sampling=sampling)  # None, too, which picture() takes for the checkpoint's advice
     lists = [
         [
-            first._replace(prompt=prompt, text=drawing.tokens_of(loaded, prompt), seed=seed + place * rank + number)
+            first._replace(
+                prompt=prompt, tokens=batching.encode_prompt(loaded, prompt), seed=seed + place * rank + number
+            )
             for number in range(rank)
         ]
         for place, prompt in enumerate(prompts)
     ]
     started, pictures = time.monotonic(), []
-    for part, codes in zip(lists, drawing.draw_lists(loaded, lists)):
-        ((place, _),) = ranking.kept(loaded, part, codes, 1)
+    for part, codes in zip(lists, batching.generate_lists(loaded, lists)):
+        ((place, _),) = ranking.best_of(loaded, part, codes, 1)
         pictures.append(loaded.decode(codes[place][None]))
     seconds = (time.monotonic() - started) / len(prompts)
     accuracy, faults = judge(prompts, torch.cat(pictures))
@@ -104,8 +106,8 @@ def plot(rows, count, path):
     axes.invert_yaxis()
     axes.set(xlim=(0, 112), xlabel=f"of {count} held-out prompts followed, %")
     axes.spines[["top", "right"]].set_visible(False)
-    with written_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=120)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
 
 

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from data.pairs import File, printable
 
-log = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 
 FLUSH_SECONDS = 60.0  # at most this much work is lost to a kill
 # Bytes of the lock file, beside one for each file from 0 on.
@@ -128,10 +128,10 @@ class Arrays:
         missing = [i for i, file in enumerate(files) if file not in self]
         if not missing:
             return
-        log.info("%s: %s, once", doing, f"{len(missing):,} {unit}s")
+        logger.info("%s: %s, once", doing, f"{len(missing):,} {unit}s")
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         # A process that is not to log shows no bar; None: a bar on a terminal only.
-        hidden = None if log.isEnabledFor(logging.INFO) else True
+        hidden = None if logger.isEnabledFor(logging.INFO) else True
         before, left_out = len(self._numbers), set()
         with self._lock() as lock, tqdm(total=len(missing), desc=doing, unit=unit, disable=hidden) as bar:
             while missing:
@@ -267,7 +267,7 @@ class Arrays:
         except Exception as error:  # damage shows as whatever the layer that meets it raises
             if not path.exists():
                 return False
-            log.warning("%s: damaged, what it held is made again (%s)", printable(path), error)
+            logger.warning("%s: damaged, what it held is made again (%s)", printable(path), error)
             unheard_of = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
             self._others.add(path) if unheard_of else self._damaged.append(path)
         return True

@@ -15,7 +15,7 @@ import numpy as np
 from data.arrays import Arrays, Made, pickled_by_name, unpickled
 from data.pairs import File, printable, read_captions
 
-log = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 
 _FILES_AT_ONCE = 512  # claimed together, so that several processes share the work
 
@@ -86,7 +86,7 @@ def tokenized(files: Sequence[File], folder: Union[str, Path], tokenizer, cache:
             cache.fill(files, make, batch_size=_FILES_AT_ONCE, doing="tokenizing captions", unit="file")
             return Captions(*cache.find(files))
         except OSError as error:
-            log.warning("captions are tokenized anew in every run: %s", error)
+            logger.warning("captions are tokenized anew in every run: %s", error)
     batches = (range(len(files))[start : start + _FILES_AT_ONCE] for start in range(0, len(files), _FILES_AT_ONCE))
     _, tokens, lengths = zip(*make(batches))
     lengths = np.concatenate(lengths)

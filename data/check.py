@@ -17,10 +17,11 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.loader import leave_interrupts_to_the_parent, load_picture
+from data.loader import load_picture
 from data.pairs import LABEL_FILE, UNREADABLE, find_pairs, open_picture, printable, read_captions
 from data.reading import Reading
 from data.tokenizer import load_tokenizer
+from utils.interrupts import ignore_interrupts_in_worker
 
 ENDS_A_PROCESS = "picture over which the process that reads it is killed"
 TOO_LONG = "caption file with more than {} tokens a caption"
@@ -114,7 +115,7 @@ def look_at_all(pairs: Pairs, workers: int) -> List[Optional[Found]]:
                 sampler=left,
                 num_workers=min(workers, len(left)),
                 collate_fn=list,
-                worker_init_fn=leave_interrupts_to_the_parent,
+                worker_init_fn=ignore_interrupts_in_worker,
             )
             try:
                 for part in loader:

@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.arrays import FLUSH_SECONDS, Arrays, Made
-from data.loader import leave_interrupts_to_the_parent, load_picture
+from data.loader import load_picture
 from data.pairs import File, printable
+from utils.interrupts import ignore_interrupts_in_worker
 
 CROP = "upright, middle square, bilinear"  # what load_picture does; a change there must change this
 
@@ -69,7 +70,7 @@ def cached_codes(
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=list,
-            worker_init_fn=leave_interrupts_to_the_parent,
+            worker_init_fn=ignore_interrupts_in_worker,
         )
         for samples in loader:
             readable = [(index, pixels) for index, pixels in samples if not isinstance(pixels, str)]

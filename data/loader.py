@@ -11,7 +11,6 @@ import copy
 import hashlib
 import logging
 import os
-import signal
 from pathlib import Path
 from typing import Container, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -26,7 +25,7 @@ from data.order import Key, epoch_and_index, random_bits
 from data.pairs import UNREADABLE, File, Skipped, find_pairs, open_picture, printable, read_captions, report_skipped
 from data.reading import Reading
 
-log = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TO_UPRIGHT = {
@@ -98,12 +97,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         paper = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(paper, image).convert("RGB")
     return image.convert("RGB")
-
-
-def leave_interrupts_to_the_parent(worker: int) -> None:
-    """For worker processes: Ctrl-C reaches them too, and the parent is the one to end them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which it does
 
 
 class TextImageDataset(Dataset):
@@ -295,7 +288,7 @@ class TextImageDataset(Dataset):
         told = self.lost
         if told <= _NAMED_IN_LOG:
             more = "; more will only be counted" if told == _NAMED_IN_LOG else ""
-            log.warning("%s; another picture takes its place%s", error, more)
+            logger.warning("%s; another picture takes its place%s", error, more)
 
 
 class GeneratedDataset(Dataset):

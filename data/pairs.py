@@ -19,7 +19,7 @@ from typing import BinaryIO, Callable, Dict, Iterable, List, Optional, Sequence,
 from PIL import Image
 from tqdm import tqdm
 
-log = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 CAPTION_SUFFIX = ".txt"
@@ -97,7 +97,7 @@ def find_pairs(
     return pairs, {reason: [folder / name for name in sorted(names)] for reason, names in skipped.items()}
 
 
-def report_skipped(skipped: Skipped, logger: logging.Logger = log, examples: int = 3) -> None:
+def report_skipped(skipped: Skipped, logger: logging.Logger = logger, examples: int = 3) -> None:
     """One log line for each reason: how many files, and the first few of them.
 
     Label files and captions that belong to no picture are told as information, everything else as a warning.

@@ -12,11 +12,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.loader import leave_interrupts_to_the_parent, load_picture
+from data.loader import load_picture
 from data.order import EpochBatches, Key
 from data.pairs import IMAGE_SUFFIXES, UNREADABLE, printable, report_skipped
+from utils.interrupts import ignore_interrupts_in_worker
 
-log = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 
 _AT_ONCE = 64  # pictures that a worker hands over together
 
@@ -76,7 +77,7 @@ def load_pictures(paths: Sequence[Path], size: int, workers: int = 0) -> torch.T
         batch_size=_AT_ONCE,
         collate_fn=_readable,
         num_workers=min(workers, len(paths) // _AT_ONCE),
-        worker_init_fn=leave_interrupts_to_the_parent,
+        worker_init_fn=ignore_interrupts_in_worker,
     )
     batches, broken = [], []
     with tqdm(total=len(paths), desc="reading pictures", unit="pictures", leave=False, disable=None) as bar:
@@ -111,7 +112,7 @@ def endless_batches(
         batch_sampler=order,
         collate_fn=_readable,
         num_workers=workers,
-        worker_init_fn=leave_interrupts_to_the_parent,
+        worker_init_fn=ignore_interrupts_in_worker,
         persistent_workers=workers > 0,
     )
     told = set()
@@ -119,7 +120,7 @@ def endless_batches(
         any_read = False
         for batch, missing in loader:
             for index in set(missing) - told:
-                log.warning("%s: cannot be read and is left out", printable(pictures[index]))
+                logger.warning("%s: cannot be read and is left out", printable(pictures[index]))
             told.update(missing)
             if batch is not None:
                 any_read = True

@@ -16,12 +16,12 @@ from data.loader import load_picture, middle_square
 KEEP = 0.5  # of the rows, unless told otherwise
 
 
-def given_codes(loaded, picture, keep_rows=KEEP):
+def encode_kept_rows(loaded, picture, keep_rows=KEEP):
     """int64 (n,): codes of the upper rows of a picture's middle square. picture: a path, or PIL's.
 
     keep_rows: a number of rows of codes, from 1 on, or a fraction of them below 1. ValueError or OSError, in one line.
     """
-    rows = rows_kept(loaded, keep_rows)
+    rows = count_kept_rows(loaded, keep_rows)
     size = loaded.model.vae.image_size
     if isinstance(picture, Image.Image):
         try:
@@ -34,7 +34,7 @@ def given_codes(loaded, picture, keep_rows=KEEP):
     return codes[0, : rows * loaded.side]
 
 
-def rows_kept(loaded, keep_rows):
+def count_kept_rows(loaded, keep_rows):
     """keep_rows as a number of rows, 1 … side − 1; ValueError where it is none."""
     whole = keep_rows >= 1 and keep_rows == int(keep_rows)
     rows = int(keep_rows) if whole else math.ceil(keep_rows * loaded.side)
@@ -46,7 +46,7 @@ def rows_kept(loaded, keep_rows):
     return rows
 
 
-def prompt_of(path):
+def read_prompt(path):
     """The prompt that a picture of ours was drawn from; None where the file does not say."""
     try:
         with Image.open(Path(path)) as image:

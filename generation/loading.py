@@ -7,7 +7,6 @@ its configuration is the official f = 16 model's unless a file says otherwise.
 import functools
 import hashlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import backends
 from data.tokenizer import load_tokenizer
@@ -24,7 +23,7 @@ HALF_FROM = 300e6
 AT_ONCE = {"cpu": 32, "cuda": 256, "ipu": 4}  # pictures, from where on more at once are no faster; as many as fit
 
 
-class Loaded:
+class LoadedModel:
     """A model that is ready to draw.
 
     model (DALLE, in eval mode), tokenizer, recommended (sampling settings), path, fingerprint (of the weights),
@@ -32,21 +31,13 @@ class Loaded:
     may be lowered before the first drawing).
     """
 
-    def __init__(self, path, saved, model, tokenizer, recommended, backend):
+    def __init__(self, path, saved, model, tokenizer, recommended, backend, batch_size):
         self.path, self.model, self.tokenizer, self.recommended = str(path), model, tokenizer, recommended
         self.guidable = bool(saved.get("settings", {}).get("caption_dropout"))
         if not self.guidable:  # whatever the run's settings said
             self.recommended = {**recommended, "cond_scale": 1.0}
-        self.backend = backend
+        self.backend, self.batch_size = backend, batch_size
         self.fingerprint = fingerprint(model)
-
-    @property
-    def batch_size(self):
-        return self.backend.settings.batch_size
-
-    @batch_size.setter
-    def batch_size(self, count):
-        self.backend.settings.batch_size = count
 
     @property
     def side(self):
@@ -55,7 +46,7 @@ class Loaded:
 
     @functools.cached_property
     def sampler(self):
-        return self.backend.sampler(self.model)
+        return self.backend.sampler(self.model, self.batch_size)
 
     @functools.cached_property
     def encode(self):
@@ -77,7 +68,7 @@ def load(
     bpe_path=None,
     saved=None,
 ):
-    """A file of train.py or of the reference → Loaded. ValueError or OSError, in one line.
+    """A file of train.py or of the reference → LoadedModel. ValueError or OSError, in one line.
 
     dalle_path None: the demo that ships with the program. device, precision: as generate.py's flags. batch_size None:
     what the machine does well and its memory holds. saved: the file's dict, where it was read already.
@@ -87,13 +78,12 @@ def load(
     model, tokenizer, recommended = read_model(path, vqgan_model_path, vqgan_config_path, bpe_path, saved)
     if precision == "auto" and 4 * parameters(model) < HALF_FROM:
         precision = "fp32"
-    backend = backends.select(SimpleNamespace(device=device, precision=precision, batch_size=batch_size or 1))
-    if batch_size is None:
-        backend.settings.batch_size = fitting_batch(model, backend)
-    return Loaded(path, saved, model, tokenizer, recommended, backend)
+    backend = backends.for_inference(device, precision)
+    batch_size = batch_size or fitting_batch(model, backend)
+    return LoadedModel(path, saved, model, tokenizer, recommended, backend, batch_size)
 
 
-def load_as_told(settings, **more):
+def load_from_flags(settings, **more):
     """load() by the flags that generate.py, evaluate.py and app.py share."""
     names = ("device", "precision", "batch_size", "vqgan_model_path", "vqgan_config_path", "bpe_path")
     return load(settings.dalle_path, **{name: getattr(settings, name) for name in names}, **more)
@@ -106,17 +96,14 @@ def parameters(model):
 
 def fitting_batch(model, backend):
     """Pictures at once: as many as the machine does well, in half of the memory that is free."""
-    from backends import memory
-
-    kind = getattr(getattr(backend, "device", None), "type", "ipu")
-    if kind == "ipu":
-        return AT_ONCE["ipu"]
+    if backend.memory is None:
+        return AT_ONCE[backend.kind]
     attention = model.transformer.layers[0][0].fn.fn
     keys = 2 * len(model.transformer.layers) * attention.heads * attention.dim_head  # and values, of a position
     positions = model.text_seq_len + model.image_seq_len
     noise = model.image_seq_len * model.num_image_tokens
     picture = 4 * (2 * keys * positions + 2 * noise + 64 * 3 * model.vae.image_size**2)  # bytes, guided
-    return int(max(1, min(AT_ONCE[kind], memory.free(backend.device) // 2 // picture)))
+    return int(max(1, min(AT_ONCE[backend.kind], backend.memory.free() // 2 // picture)))
 
 
 def read_model(path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=None, saved=None):

@@ -12,19 +12,20 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from utils.checkpoint import short, written_whole
+from utils.checkpoint import short
+from utils.files import atomic_write
 
 NAME_BYTES = 200  # of a folder's name; file systems allow 255
 SUFFIXES = {"png": ".png", "jpg": ".jpg"}
 RESULTS, PREVIEW = "results.jsonl", "preview.png"  # in the output folder, beside the prompts' folders
 
 
-def as_picture(pixels):
+def to_image(pixels):
     """Float (3, H, W) in [0, 1] → PIL, each value rounded, contrast untouched."""
     return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def grid_of(pictures, columns=None, gap=2):
+def make_grid(pictures, columns=None, gap=2):
     """PIL pictures of one size → one, row by row on white."""
     columns = columns or max(1, round(len(pictures) ** 0.5))
     rows = -(-len(pictures) // columns)
@@ -36,21 +37,21 @@ def grid_of(pictures, columns=None, gap=2):
     return grid
 
 
-def metadata(picture, loaded, scores=None):
+def image_metadata(picture, loaded, scores=None):
     """What a picture was drawn from, plain values: as files carry it, and a line of results.jsonl begins."""
     side = loaded.side
     return {
         "prompt": picture.prompt,
         "seed": picture.seed,
         **picture.sampling,
-        **({"kept_rows": len(picture.given) // side} if len(picture.given) else {}),
+        **({"kept_rows": len(picture.given_codes) // side} if len(picture.given_codes) else {}),
         "checkpoint": Path(loaded.path).name,
         "fingerprint": short(loaded.fingerprint),
         **({"scores": scores} if scores else {}),
     }
 
 
-def encoded(image, about, format="png"):
+def encode_image(image, about, format="png"):
     """A PIL picture → the bytes of a file, `about` (see metadata) inside. format: png or jpg."""
     said, file = json.dumps(about, ensure_ascii=False), io.BytesIO()
     if format == "png":
@@ -87,11 +88,11 @@ def folder_of(prompt, outputs_dir):
     return folder
 
 
-def save_pictures(pictures, abouts, outputs_dir, format="jpg", forming=None):
+def save_images(pictures, abouts, outputs_dir, format="jpg", forming=None):
     """PIL pictures of one prompt, each with its metadata → their folder.
 
-    Files are numbered on after what is there: <number>-seed-<seed>.jpg, grid.png; with `forming` (previews.frames)
-    forming.webp. One line a picture is added to results.jsonl of outputs_dir.
+    Files are numbered on after what is there: <number>-seed-<seed>.jpg, grid.png; with `forming`
+    (previews.animation_frames) forming.webp. One line a picture is added to results.jsonl of outputs_dir.
     """
     folder = folder_of(abouts[0]["prompt"], outputs_dir)
     numbers = [re.match(r"\d+(?=-seed-\d+\.(jpg|png)$)", path.name) for path in folder.iterdir()]
@@ -99,13 +100,13 @@ def save_pictures(pictures, abouts, outputs_dir, format="jpg", forming=None):
     lines = []
     for number, (image, about) in enumerate(zip(pictures, abouts), first):
         path = folder / f"{number}-seed-{about['seed']}{SUFFIXES[format]}"
-        write(path, encoded(image, about, format))
+        write(path, encode_image(image, about, format))
         file = os.path.relpath(path, outputs_dir).replace(os.sep, "/")
         lines.append(json.dumps({"file": file, **about}, ensure_ascii=False) + "\n")
     after = "" if first == 0 else f"-{first}"
     save_grid(pictures, folder / f"grid{after}.png")
     if forming:
-        write(folder / f"forming{after}.webp", animation([grid_of(frame) for frame in forming]))
+        write(folder / f"forming{after}.webp", animation([make_grid(frame) for frame in forming]))
     with open(Path(outputs_dir) / RESULTS, "a", encoding="utf-8") as results:  # in one piece, beside other processes
         results.write("".join(lines))
     return folder
@@ -113,7 +114,7 @@ def save_pictures(pictures, abouts, outputs_dir, format="jpg", forming=None):
 
 def save_grid(pictures, path):
     file = io.BytesIO()
-    grid_of(pictures).save(file, "PNG")
+    make_grid(pictures).save(file, "PNG")
     write(path, file.getvalue())
 
 
@@ -128,5 +129,5 @@ def animation(frames, milliseconds=120, last=2500):
 
 
 def write(path, contents):
-    with written_whole(path) as beside:
-        beside.write_bytes(contents)
+    with atomic_write(path) as file:
+        file.write(contents)

@@ -29,31 +29,31 @@ class Request(NamedTuple):
     tokens: Optional[object] = None  # of a completed caption, whose words need not give the same ones again
 
 
-def read(text=None, file=None):
+def read_requests(text=None, file=None):
     """Requests of --text (parts between |) or of a file, - for standard input. ValueError or OSError in one line."""
     if text is not None:
-        return [Request(prompt) for prompt in checked_parts(text, "--text")]
+        return [Request(prompt) for prompt in split_prompts(text, "--text")]
     name = "standard input" if file == "-" else file
     try:
         lines = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{name}: not UTF-8 text; give one prompt a line") from None
     found = [
-        of_line(line, f"{name}, line {number}") for number, line in enumerate(lines.splitlines(), 1) if line.strip()
+        parse_line(line, f"{name}, line {number}") for number, line in enumerate(lines.splitlines(), 1) if line.strip()
     ]
     if not found:
         raise ValueError(f"{name}: no prompts in it; give one a line")
     return found
 
 
-def checked_parts(text, where):
+def split_prompts(text, where):
     parts = [" ".join(part.split()) for part in text.split("|")]
     if not all(parts):
         raise ValueError(f"{where}: an empty prompt; write what the picture should show, prompts separated by |")
     return parts
 
 
-def of_line(line, where):
+def parse_line(line, where):
     """A Request of one line: JSON where it begins with {, else a prompt."""
     if not line.lstrip().startswith("{"):
         return Request(" ".join(line.split()), where=where)

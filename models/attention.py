@@ -63,7 +63,7 @@ class KeyValueCache:
         return self.keys[:, :, :stop], self.values[:, :, :stop], mask[start:stop, :stop]
 
 
-class Prefix:
+class PrefixCache:
     """A layer's cache for the first pass: it only remembers keys and values (B, H, n, D)."""
 
     def put(self, keys, values, mask, start):

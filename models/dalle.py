@@ -53,6 +53,20 @@ class Head(nn.Sequential):
         return self.linear(norm(x), projection.weight[tokens], projection.bias[tokens])
 
 
+def compute_losses(dalle: "DALLE", x: torch.Tensor, text: torch.Tensor, codes: torch.Tensor) -> Losses:
+    """Compute the cross-entropies of x (B, N, dim) against numbered text (B, T) and codes (B, L), in fp32.
+
+    Each position is compared with its own vocabulary only. A masked logit adds exp(lowest) = 0 to a softmax, so this
+    equals the loss over masked_logits and saves most of the head's work.
+    """
+    text_logits = dalle.text_logits(x[:, : dalle.text_seq_len])  # (B, T, num_text_tokens)
+    image_logits = dalle.image_logits(x[:, dalle.text_seq_len :])  # (B, L, num_image_tokens)
+    text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), text.flatten())
+    image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
+    weight = dalle.loss_img_weight
+    return Losses((text_loss + weight * image_loss) / (1 + weight), text_loss, image_loss)
+
+
 class DALLE(nn.Module):
     """The transformer with its embeddings and head, and the frozen VQGAN that turns pixels into codes.
 
@@ -60,7 +74,13 @@ class DALLE(nn.Module):
     given, a call of it turns them into codes. num_text_tokens does not count the padding ids: a padding token
     (0) at position p becomes the id num_text_tokens + p, so each padding position has a token of its own. The attribute
     self.num_text_tokens counts both.
+
+    Attributes:
+        compute_losses: called as compute_losses(dalle, x, text, codes). The default is the function of this name;
+            backends/native/fast_layers.py sets a faster equivalent on the instance that trains.
     """
+
+    compute_losses = staticmethod(compute_losses)
 
     def __init__(
         self,
@@ -134,7 +154,7 @@ class DALLE(nn.Module):
         if codes is not None:
             x = torch.cat((x, self.embed_codes(codes[:, : self.image_seq_len - 1])), dim=1)  # (B, n, dim)
         x = self.transformer(x)
-        return self.losses(x, text, codes) if return_loss else self.masked_logits(x)
+        return self.compute_losses(self, x, text, codes) if return_loss else self.masked_logits(x)
 
     def number_padding(self, text):
         """Give every padding position its own id; (B, text_seq_len) in and out."""
@@ -172,16 +192,3 @@ class DALLE(nn.Module):
         positions, tokens = self.is_image_position
         forbidden = (positions[: x.shape[1]] != tokens).to(x.device)
         return logits.masked_fill(forbidden, -torch.finfo(logits.dtype).max)
-
-    def losses(self, x, text, codes):
-        """Cross-entropies in fp32 of x (B, N, dim) against numbered text (B, T) and codes (B, L).
-
-        Each position meets its own vocabulary only. A masked logit adds exp(lowest) = 0 to a softmax, so this equals
-        the loss over masked_logits and leaves out most of the head's work.
-        """
-        text_logits = self.text_logits(x[:, : self.text_seq_len])  # (B, T, num_text_tokens)
-        image_logits = self.image_logits(x[:, self.text_seq_len :])  # (B, L, num_image_tokens)
-        text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), text.flatten())
-        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
-        weight = self.loss_img_weight
-        return Losses((text_loss + weight * image_loss) / (1 + weight), text_loss, image_loss)

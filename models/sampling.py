@@ -67,7 +67,7 @@ def check_sampling(top_k, top_p, temperature, cond_scale):
         raise ValueError(f"cond_scale is {cond_scale}; 1 is no guidance, above 1 follows the text more closely")
 
 
-def choose(logits, noise, *, top_k, top_p, temperature, cond_scale, num_tokens):
+def choose_code(logits, noise, *, top_k, top_p, temperature, cond_scale, num_tokens):
     """One code a picture: logits (B or 2B, V), noise (B, V) → int64 (B,).
 
     With guidance (arXiv 2207.12598) the first half of logits saw the caption and the second half an empty one.
@@ -95,22 +95,22 @@ def generate_codes(
     cond_scale=1.0,
     generator=None,
     image_codes=None,
-    watch=None,
+    on_code=None,
 ):
     """Draw pictures for text tokens int64 (B, text_seq_len), 0 = padding → codes int64 (B, image_seq_len).
 
     top_k: fraction of text + image vocabulary that is cut, or number kept (see top_k_count), None for all. top_p:
     probability that is kept, None for all. cond_scale: classifier-free guidance against an empty caption, both branches
     in one batch. generator: see gumbel_noise. image_codes int64 (B, n): the first n codes are given and kept.
-    watch(codes so far, (B, n)) is called after every code; what it raises ends the drawing. ValueError for a setting
+    on_code(codes so far, (B, n)) is called after every code; what it raises ends the drawing. ValueError for a setting
     out of its range.
 
     Text and given codes pass through the model once; every further code is one position. Dropout is off while drawing,
     and the model's mode is put back afterwards.
     """
     shape = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
-    given = {"generator": generator, "image_codes": image_codes, "watch": watch}
-    return draw_codes(dalle, text, _cached_logits, **given, **shape)
+    given = {"generator": generator, "image_codes": image_codes, "on_code": on_code}
+    return sample_codes(dalle, text, _cached_logits, **given, **shape)
 
 
 @torch.no_grad()
@@ -119,10 +119,10 @@ def generate_codes_naive(
 ):
     """generate_codes without a cache, a whole pass a code: the same codes for the same generator, slowly."""
     shape = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
-    return draw_codes(dalle, text, _full_logits, generator=generator, image_codes=image_codes, **shape)
+    return sample_codes(dalle, text, _full_logits, generator=generator, image_codes=image_codes, **shape)
 
 
-def given_codes(dalle, text, image_codes):
+def check_given_codes(dalle, text, image_codes):
     """image_codes, or none at all: int64 (B, 0). ValueError where they do not go with `text`."""
     codes = text.new_zeros(len(text), 0) if image_codes is None else image_codes
     if codes.shape[1] > dalle.image_seq_len or len(codes) != len(text):
@@ -132,10 +132,12 @@ def given_codes(dalle, text, image_codes):
     return codes
 
 
-def draw_codes(dalle, text, logits_of, *, top_k, top_p, temperature, cond_scale, generator, image_codes, watch=None):
+def sample_codes(
+    dalle, text, logits_of, *, top_k, top_p, temperature, cond_scale, generator, image_codes, on_code=None
+):
     """The loop over codes; logits_of(dalle, text, codes so far, cache) → logits (B, V) of the next one."""
     check_sampling(top_k, top_p, temperature, cond_scale)
-    codes = given_codes(dalle, text, image_codes)
+    codes = check_given_codes(dalle, text, image_codes)
     noise = gumbel_noise(len(text), dalle.image_seq_len, dalle.num_image_tokens, generator, text.device)
     guided = cond_scale != 1
     branches = torch.cat((text, torch.zeros_like(text))) if guided else text
@@ -147,7 +149,7 @@ def draw_codes(dalle, text, logits_of, *, top_k, top_p, temperature, cond_scale,
         for place in range(codes.shape[1], dalle.image_seq_len):
             seen = codes.repeat(2, 1) if guided else codes
             logits = logits_of(dalle, branches, seen, cache)
-            code = choose(
+            code = choose_code(
                 logits,
                 noise[:, place],
                 top_k=top_k,
@@ -157,8 +159,8 @@ def draw_codes(dalle, text, logits_of, *, top_k, top_p, temperature, cond_scale,
                 num_tokens=dalle.num_tokens,
             )
             codes = torch.cat((codes, code[:, None]), dim=1)
-            if watch is not None:
-                watch(codes)
+            if on_code is not None:
+                on_code(codes)
     finally:
         dalle.train(was_training)
     return codes

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.attention import Prefix
-from models.sampling import check_sampling, choose
+from models.attention import PrefixCache
+from models.sampling import check_sampling, choose_code
 
 
 def in_python(count, body, inputs):
@@ -82,7 +82,7 @@ class StaticSampler(nn.Module):
         count = 0 if given is None else given.shape[1]
         place = torch.full((1,), count, dtype=torch.int32, device=text.device)  # of the code to be chosen next
 
-        prefixes = [Prefix() for _ in dalle.transformer.layers]
+        prefixes = [PrefixCache() for _ in dalle.transformer.layers]
         branches = torch.cat((text, torch.zeros_like(text))) if guided else text  # (2B or B, T)
         x = dalle.embed_text(dalle.number_padding(branches))
         if count:
@@ -117,4 +117,4 @@ class StaticSampler(nn.Module):
         """x (2B or B, dim) of the last position → int32 (B, 1)."""
         noise = noise.index_select(1, place)[:, 0]
         logits = self.dalle.image_logits(x)
-        return choose(logits, noise, num_tokens=self.dalle.num_tokens, **self.shaping)[:, None].to(torch.int32)
+        return choose_code(logits, noise, num_tokens=self.dalle.num_tokens, **self.shaping)[:, None].to(torch.int32)

@@ -5,8 +5,9 @@ Embeddings, the head and the loss are dalle.py's. Module names follow the checkp
 """
 
 from itertools import cycle, islice
+from typing import Any, Optional
 
-from torch import nn, ones
+from torch import Tensor, nn, ones
 from torch.nn import functional as F
 
 from models.attention import Attention, KeyValueCache, pattern_mask
@@ -57,13 +58,28 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class Layer(nn.ModuleList):
-    """Attention, then feed-forward, each added to what it reads: (B, n, dim) in and out."""
+def compute_layer(layer: "Layer", x: Tensor, cache: Optional[Any] = None, start: int = 0) -> Tensor:
+    """Add the attention's output to x, then the feed-forward's: (B, n, dim) in and out."""
+    attention, feed_forward = layer
+    x = x + attention(x, cache=cache, start=start)
+    return x + feed_forward(x)
 
-    def forward(self, x, cache=None, start=0):
-        attention, feed_forward = self
-        x = x + attention(x, cache=cache, start=start)
-        return x + feed_forward(x)
+
+class Layer(nn.ModuleList):
+    """Attention and feed-forward, as residual blocks.
+
+    Attributes:
+        compute: the operation of a pass without a cache, called as compute(layer, x). The default is compute_layer;
+            backends/native/fast_layers.py sets a faster equivalent on the instances of a model that trains.
+    """
+
+    compute = staticmethod(compute_layer)
+
+    def forward(self, x: Tensor, cache: Optional[Any] = None, start: int = 0) -> Tensor:
+        """Apply the layer to x (B, n, dim), which stands at positions start … start + n."""
+        if cache is not None:
+            return compute_layer(self, x, cache, start)
+        return self.compute(self, x)
 
 
 class Transformer(nn.Module):

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from generation.output import encoded, metadata
+from generation.output import encode_image, image_metadata
 from service import uploads
 from service.docs import page_of
 from service.queue import Busy, changes
@@ -233,7 +233,7 @@ def answers(loaded, job):
     """The pictures of a job as they stand in the answer."""
     found = []
     for picture, drawn in zip(job.pictures, job.drawn):
-        about = metadata(picture, loaded)
-        png = base64.b64encode(encoded(drawn, about, "png")).decode()
+        about = image_metadata(picture, loaded)
+        png = base64.b64encode(encode_image(drawn, about, "png")).decode()
         found.append({"png": png, "seed": picture.seed, "metadata": about})
     return found

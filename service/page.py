@@ -4,6 +4,7 @@ Drawing is queue.py's; what a page holds session.py's; its HTML and CSS are mark
 """
 
 import asyncio
+import logging
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,12 @@ from types import SimpleNamespace
 import gradio as gr
 from starlette.concurrency import run_in_threadpool
 
-from log import LOG
 from service import markup, uploads
 from service.queue import Busy, changes
 from service.requests import check_image, pictures_of, sentence, variants
 from service.session import Sessions
+
+logger = logging.getLogger("minidalle")
 
 PAUSE = 0.08  # seconds between two looks at a job: more often than the eye needs
 VARIED = 0.5  # of a picture's rows stay where it is varied
@@ -232,7 +234,7 @@ class Events:
         except (ValueError, Busy) as error:
             ending = markup.wrong(str(error))
         except Exception:
-            LOG.exception("the page could not draw")
+            logger.exception("the page could not draw")
             ending = markup.wrong(UNFORESEEN)
         finally:
             if job is not None:

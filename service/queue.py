@@ -6,14 +6,16 @@ fewest of those whose pictures go together with it. Knows nothing of HTTP or of 
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 
-from generation.drawing import draw, together
-from generation.output import as_picture
-from generation.previews import Forming
-from log import LOG
+from generation.batching import batch_key, generate_batch
+from generation.output import to_image
+from generation.previews import Preview
 from service.computing import compute
+
+logger = logging.getLogger("minidalle")
 
 PATIENCE = 0.1  # of the time of a batch, to wait for the next one to fill
 
@@ -81,7 +83,7 @@ class DrawingQueue:
     def __init__(self, loaded, max_jobs):
         self.loaded, self.max_jobs = loaded, max_jobs
         self.jobs = []  # that have not ended
-        self.waiting = {}  # client → [(job, place, what together() says of the picture)], none of them empty
+        self.waiting = {}  # client → [(job, place, batch_key() of the image)], none of them empty
         self.served = {}  # client → pictures that were drawn for them, counted from when they came
         self.clock = 0  # what the client who was next last had been served; who comes new begins here
         self.pictures_drawn, self.stopping = 0, False
@@ -104,8 +106,8 @@ class DrawingQueue:
             self.thread.join()
 
     def submit(self, client, pictures, every=None):
-        """Queue generation.drawing.Pictures of a client (any hashable) → Job. every: rows between previews, None for
-        none. Busy where the queue is full, or half full with jobs of this client.
+        """Queue generation.batching.ImageSpec objects of a client (any hashable) → Job. every: rows between previews,
+        None for none. Busy where the queue is full, or half full with jobs of this client.
         """
         job = Job(client, pictures, every)
         with self.something:
@@ -119,7 +121,7 @@ class DrawingQueue:
             self.jobs.append(job)
             if client not in self.waiting:
                 self.served[client] = max(self.served.get(client, 0), self.clock)
-            entries = [(job, place, together(one)) for place, one in enumerate(pictures)]
+            entries = [(job, place, batch_key(one)) for place, one in enumerate(pictures)]
             self.waiting.setdefault(client, []).extend(entries)
             self.something.notify()
         return job
@@ -196,7 +198,7 @@ class DrawingQueue:
             except Abandoned:
                 pass
             except Exception:
-                LOG.exception("a drawing failed")
+                logger.exception("a drawing failed")
                 for job in {id(job): job for job, _ in batch}.values():
                     self._end(job, "The drawing failed inside the program; its log says why.")
             seconds = time.monotonic() - started if len(self.jobs) < jobs else 0.0
@@ -212,7 +214,7 @@ class DrawingQueue:
                 for (job, place), picture in zip(seen, pictures):
                     job.forming[place] = picture.crop((0, 0, picture.width, picture.height * rows // side))
 
-            forming = Forming(loaded, min(job.every for job, _ in seen), show, most=len(seen))
+            forming = Preview(loaded, min(job.every for job, _ in seen), show, most=len(seen))
 
         def watch(codes):
             if self.stopping or all(job.ended.is_set() for job in jobs):
@@ -226,12 +228,12 @@ class DrawingQueue:
                         job.changed()
 
         for job in jobs:
-            job.started, job.row = True, len(batch[0][0].pictures[batch[0][1]].given) // side
+            job.started, job.row = True, len(batch[0][0].pictures[batch[0][1]].given_codes) // side
             job.drawing = sum(other is job for other, _ in batch)
             job.changed()
-        codes = draw(loaded, [job.pictures[place] for job, place in batch], watch=watch)
+        codes = generate_batch(loaded, [job.pictures[place] for job, place in batch], on_code=watch)
         for (job, place), one, pixels in zip(batch, codes, loaded.decode(codes)):
-            job.codes[place], job.drawn[place] = one, as_picture(pixels)
+            job.codes[place], job.drawn[place] = one, to_image(pixels)
             job.forming.pop(place, None)
         self.pictures_drawn += len(batch)
         for job in jobs:

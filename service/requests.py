@@ -8,8 +8,8 @@ import secrets
 import threading
 from typing import NamedTuple
 
-from generation.drawing import picture
-from generation.image_prompts import given_codes
+from generation.batching import plan_image
+from generation.image_prompts import encode_kept_rows
 from service import uploads
 from service.computing import compute
 
@@ -43,7 +43,7 @@ def codes_of(loaded, image, keep):
     """Codes of a picture's upper rows, int64 (n,)."""
     with ONE_AT_A_TIME:
         opened = uploads.opened(image)
-        return sentence_of(lambda: compute(given_codes, loaded, opened, keep))
+        return sentence_of(lambda: compute(encode_kept_rows, loaded, opened, keep))
 
 
 def variants(loaded, limits, *, prompt, count=1, seed=None, sampling=None, given=None):
@@ -61,7 +61,7 @@ def variants(loaded, limits, *, prompt, count=1, seed=None, sampling=None, given
         seed = secrets.randbelow(2**31)
     if not 0 <= seed < SEEDS - limits.max_images:
         raise ValueError(f"The seed is {seed}; it must be a whole number from 0 to {SEEDS - limits.max_images - 1}.")
-    first = sentence_of(lambda: picture(loaded, prompt, seed, sampling, given))
+    first = sentence_of(lambda: plan_image(loaded, prompt, seed, sampling, given))
     return [first._replace(seed=seed + i) for i in range(count)]
 
 

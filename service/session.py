@@ -6,7 +6,7 @@ Kept by the server from when the page first asks for something until it is close
 import collections
 import threading
 
-from generation.output import encoded, metadata
+from generation.output import encode_image, image_metadata
 from service import markup
 
 HISTORY = 60  # pictures a page keeps
@@ -21,8 +21,8 @@ class Finished:
 
     def __init__(self, loaded, picture, codes, image):
         self.picture, self.codes = picture, codes
-        self.about = metadata(picture, loaded)
-        self.png = encoded(image, self.about, "png")
+        self.about = image_metadata(picture, loaded)
+        self.png = encode_image(image, self.about, "png")
         self.tile, self.thumbnail = markup.small(image), markup.small(image, THUMBNAIL)
 
 

@@ -160,12 +160,14 @@ def poptorch_standin(monkeypatch):
 
 
 @pytest.fixture
-def logged(caplog):
-    """What the program logs, as caplog."""
+def logged(caplog, monkeypatch):
+    """Record what the program logs, each line once: pytest's caplog."""
+    logger = logging.getLogger("minidalle")
     caplog.set_level(logging.INFO, "minidalle")
-    logging.getLogger("minidalle").addHandler(caplog.handler)
+    monkeypatch.setattr(logger, "propagate", False)  # the root logger has caplog's handler, too
+    logger.addHandler(caplog.handler)
     yield caplog
-    logging.getLogger("minidalle").removeHandler(caplog.handler)
+    logger.removeHandler(caplog.handler)
 
 
 class Ended(NamedTuple):

@@ -145,10 +145,10 @@ def test_ctrl_c_ends_it_even_while_it_draws(served):
 
 @pytest.mark.slow
 def test_twenty_clients_for_a_minute_get_what_plain_drawing_gives():
-    """Pictures a second, beside generation.drawing.draw in batches of the same size before and after; with the demo
-    that ships, or the checkpoint DALLE_PATH.
+    """Pictures a second, compared with generation.batching.generate_batch in batches of the same size
+    before and after; with the demo, or the checkpoint DALLE_PATH.
     """
-    from generation.drawing import draw, picture
+    from generation.batching import generate_batch, plan_image
     from generation.loading import DEMO
 
     checkpoint = Path(os.environ.get("DALLE_PATH", DEMO))
@@ -159,8 +159,8 @@ def test_twenty_clients_for_a_minute_get_what_plain_drawing_gives():
     def plain(seconds):
         count, began = 0, time.monotonic()
         while time.monotonic() < began + seconds:
-            batch = [picture(loaded, "a red circle", count + place) for place in range(loaded.batch_size)]
-            loaded.decode(draw(loaded, batch))
+            batch = [plan_image(loaded, "a red circle", count + place) for place in range(loaded.batch_size)]
+            loaded.decode(generate_batch(loaded, batch))
             count += len(batch)
         return count / (time.monotonic() - began)
 

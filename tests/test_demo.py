@@ -11,7 +11,7 @@ from PIL import Image
 import generate
 from data.shapes import held_out_prompts, parse_caption
 from evaluate import judge
-from generation import drawing
+from generation import batching
 from generation.loading import DEMO, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,8 +42,8 @@ def test_it_follows_prompts_that_it_was_never_shown(demo):
     import torch
 
     prompts = held_out_prompts("score", 48)
-    lists = [[drawing.picture(demo, prompt, place)] for place, prompt in enumerate(prompts)]
-    accuracy, faults = judge(prompts, torch.cat([demo.decode(codes) for codes in drawing.draw_lists(demo, lists)]))
+    lists = [[batching.plan_image(demo, prompt, place)] for place, prompt in enumerate(prompts)]
+    accuracy, faults = judge(prompts, torch.cat([demo.decode(codes) for codes in batching.generate_lists(demo, lists)]))
     assert accuracy >= 0.9, faults
 
 
@@ -66,7 +66,7 @@ def test_a_seed_means_the_same_in_any_batch(tmp_path, command):
 def test_it_finishes_captions(demo):
     right = 0
     for seed in range(20):
-        _, caption = drawing.completed(demo, "a small red", seed)
+        _, caption = batching.complete_caption(demo, "a small red", seed)
         try:
             parse_caption(caption)
         except ValueError:
@@ -76,6 +76,6 @@ def test_it_finishes_captions(demo):
 
 
 def test_capital_letters_are_read_as_small_ones(demo):
-    assert drawing.tokens_of(demo, PROMPT.title()).tolist() == drawing.tokens_of(demo, PROMPT).tolist()
+    assert batching.encode_prompt(demo, PROMPT.title()).tolist() == batching.encode_prompt(demo, PROMPT).tolist()
     with pytest.raises(ValueError, match="no words that the vocabulary knows"):
-        drawing.tokens_of(demo, "日本")
+        batching.encode_prompt(demo, "日本")

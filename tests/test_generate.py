@@ -14,7 +14,7 @@ from PIL import Image
 import generate
 import train
 from generation.loading import read_model
-from generation.output import save_pictures
+from generation.output import save_images
 from models.dalle import DALLE
 from models.sampling import generate_codes
 from models.vae import load_vqgan
@@ -135,7 +135,7 @@ def test_a_second_run_leaves_the_first_ones_pictures(drawn, tmp_path):
 
 
 def saved(prompt, outputs):
-    return save_pictures([Image.new("RGB", (8, 8))], [{"prompt": prompt, "seed": 7}], outputs)
+    return save_images([Image.new("RGB", (8, 8))], [{"prompt": prompt, "seed": 7}], outputs)
 
 
 def test_no_prompt_leaves_the_output_folder_or_takes_anothers_place(tmp_path):

@@ -383,7 +383,7 @@ def test_ctrl_c_before_the_first_step(command, tiny_flags, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.build.cached_codes", interrupted)
+    monkeypatch.setattr("training.run.cached_codes", interrupted)
     ended = command(train.main, *tiny_flags)
     assert ended.status == 130 and ended.err == "" and ended.out.splitlines()[-1] == "stopped before the first step"
 

@@ -4,6 +4,7 @@ The captions are the first of the held-out pairs, else of those that are learnt;
 is the trainer's, the settings are those that generate.py takes for the run's checkpoints.
 """
 
+import logging
 import os
 import textwrap
 
@@ -13,7 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 import log
 from data.loader import TextImageDataset, load_picture
 from generation.loading import DEFAULTS
-from generation.output import as_picture
+from generation.output import to_image
+
+logger = logging.getLogger("minidalle")
 
 PAIRS = 8
 SIDES = 160, 256  # pixels; smaller pictures are shown larger, larger ones smaller
@@ -51,7 +54,7 @@ def draw(run):
         if run.folder.path:
             save(grid, captions, run.folder.path / "samples", run.step)
     except (ValueError, OSError, RuntimeError) as error:  # the last is memory's
-        log.LOG.warning("no sample pictures of step %d: %s", run.step, log.reason(error))
+        logger.warning("no sample pictures of step %d: %s", run.step, log.describe_error(error))
         return
     run.trackers.picture(run.step, grid)
 
@@ -62,7 +65,7 @@ def first_pairs(run):
 
     ValueError where no picture can be read.
     """
-    dataset = run.dataset if run.held_out is None else run.held_out
+    dataset = run.dataset if run.validation_set is None else run.validation_set
     tokens, pixels = [], []
     for index, (name, _, _) in enumerate(dataset.pictures):
         try:
@@ -97,7 +100,7 @@ def grid_of(captions, rows, title):
         pen.text((MARGIN - GAP, top + side / 2), name, "#555555", font, anchor="rm")
         for column, pixels in enumerate(pictures):
             small = side > pixels.shape[-1]  # pixels of small pictures stay sharp squares
-            picture = as_picture(pixels)
+            picture = to_image(pixels)
             picture = picture.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
             grid.paste(picture, (MARGIN + column * (side + GAP), top))
     for column, text in enumerate(texts):

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from models.sampling import draw_codes, given_codes, gumbel_noise
+from models.sampling import check_given_codes, gumbel_noise, sample_codes
 from models.static_sampling import FullPass, StaticSampler
 
-LOG = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 
 
 def full(x, rows):
@@ -22,7 +22,7 @@ def full(x, rows):
     return torch.cat((x, x[-1:].expand(rows - len(x), *x.shape[1:])))
 
 
-class Decoder(nn.Module):
+class VqganDecoder(nn.Module):
     """A VQGAN's way back as a module of its own: codes int (B, L) → pixels (B, 3, S, S)."""
 
     def __init__(self, vae):
@@ -33,7 +33,7 @@ class Decoder(nn.Module):
         return self.vae.decode(codes)
 
 
-class Losses(nn.Module):
+class DeviceLosses(nn.Module):
     """A DALLE's losses of a row: text and codes end to end, int (1, T + L) → total, text and image, fp32 (1, 3)."""
 
     def __init__(self, model):
@@ -45,7 +45,7 @@ class Losses(nn.Module):
         return torch.stack(self.model(text, codes, return_loss=True)).float()[None]
 
 
-def upper_rows(decode):
+def decode_upper_rows(decode):
     """decode of a picture's codes (B, L) → decode(codes, rows=None), which takes those of its upper rows, too: the rest
     is filled up and cut off again, since shapes cannot change.
     """
@@ -79,7 +79,7 @@ class RowByRow:
             self.executor = None
 
 
-class Sampler:
+class DeviceSampler:
     """generate_codes in calls of `rows` pictures, the last repeated where fewer are wanted.
 
     on_device: StaticSampler's loop and update, for one call a batch; None, or where that does not compile: one a code.
@@ -99,10 +99,10 @@ class Sampler:
         cond_scale=1.0,
         generator=None,
         image_codes=None,
-        watch=None,
+        on_code=None,
     ):
         shaping = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
-        given = given_codes(self.model, text, image_codes)
+        given = check_given_codes(self.model, text, image_codes)
         if self.on_device and given.shape[1] < self.model.image_seq_len:
             noise = gumbel_noise(
                 len(text), self.model.image_seq_len, self.model.num_image_tokens, generator, text.device
@@ -111,8 +111,8 @@ class Sampler:
             executor = self.compiled_loop(shaping, inputs, key=(given.shape[1], *shaping.values()))
             if executor is not None:  # which cannot be watched
                 return self.run(executor, inputs).long()
-        return draw_codes(
-            self.model, text, self.full_pass, generator=generator, image_codes=given, watch=watch, **shaping
+        return sample_codes(
+            self.model, text, self.full_pass, generator=generator, image_codes=given, on_code=on_code, **shaping
         )
 
     def compiled_loop(self, shaping, inputs, key):
@@ -122,13 +122,15 @@ class Sampler:
             try:
                 executor.compile(*(full(x[: self.rows], self.rows) for x in inputs))
             except RuntimeError as error:
-                LOG.warning("the loop over codes does not compile, so one call a code: %s", str(error).splitlines()[0])
+                logger.warning(
+                    "the sampling loop does not compile, so each code is one call: %s", str(error).splitlines()[0]
+                )
                 self.on_device = executor = None
             self.executors[key] = executor
         return self.executors[key]
 
     def full_pass(self, dalle, text, codes, cache):
-        """draw_codes' logits_of: (B, V) of the code after `codes`."""
+        """sample_codes' logits_of: (B, V) of the code after `codes`."""
         if "full pass" not in self.executors:
             self.executors["full pass"] = self.inference(FullPass(self.model))
         place = codes.shape[1]

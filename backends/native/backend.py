@@ -151,7 +151,7 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
         """Yield micro-batches; a single process abandons its step on a signal, several finish it and then agree."""
         for micro_batch in micro_batches:
             if self.world_size == 1:
-                interrupts.check()
+                interrupts.raise_if_pending()
             yield micro_batch
 
     def trainer(self, model: DALLE) -> Trainer:

@@ -1,4 +1,4 @@
-"""Drawing on CPUs and CUDA GPUs: models/decoder.py with weights in the form that the machine multiplies fastest.
+"""Drawing on CPUs and CUDA GPUs: models/packed_sampler.py with weights in the form that the machine multiplies fastest.
 
 Features newer than torch 2.0 stand behind a check.
 """
@@ -8,32 +8,32 @@ import contextlib
 import torch
 from torch.nn import functional as F
 
-from models.decoder import Decoder
-from models.sampling import draw_codes
+from models.packed_sampler import PackedStepper
+from models.sampling import sample_codes
 
 ROWS = 4  # with fewer, oneDNN takes other bf16 kernels: a fifth slower, and their last bits differ
 
 
-def sampler(model, backend):
-    """Backend.sampler of a NativeBackend."""
+def sampler(model, backend, batch_size):
+    """Return Backend.sampler of a NativeBackend."""
     model = model.to(backend.device).eval()
     on_cpu = backend.device.type == "cpu"
     cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend from bf16 five times slower
-    pack = packer(backend.device, backend.dtype, backend.settings.batch_size)
-    decoder = Decoder(model, pack, cache_dtype, backend.autocast)
+    pack = packer(backend.device, backend.dtype, batch_size)
+    decoder = PackedStepper(model, pack, cache_dtype, backend.autocast)
 
     @torch.no_grad()
-    def sample(text, *, generator=None, image_codes=None, watch=None, **shaping):
+    def sample(text, *, generator=None, image_codes=None, on_code=None, **shaping):
         shaping = {"top_k": 0.99, "top_p": None, "temperature": 1.0, "cond_scale": 1.0, **shaping}
         image_codes = None if image_codes is None else image_codes.to(backend.device)
-        given = {"generator": generator, "image_codes": image_codes, "watch": watch}
-        return draw_codes(model, text.to(backend.device), decoder.logits, **shaping, **given).cpu()
+        given = {"generator": generator, "image_codes": image_codes, "on_code": on_code}
+        return sample_codes(model, text.to(backend.device), decoder.logits, **shaping, **given).cpu()
 
     return sample
 
 
 def packer(device, dtype, rows):
-    """Decoder's pack for this machine and batches of `rows`.
+    """PackedStepper's pack for this machine and batches of `rows`.
 
     (weight (out, in), bias (out,) or None, geglu) → a function of x (B, in), fp32 or dtype, → dtype (B, out), or (B,
     out / 2) with GEGLU. x is rounded to dtype before and what comes out after, sums are fp32, in every one of them.

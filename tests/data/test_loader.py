@@ -1,6 +1,5 @@
 """The loader: samples that depend on their key alone, whatever becomes of the pictures meanwhile."""
 
-import logging
 import os
 import pickle
 import subprocess
@@ -57,16 +56,6 @@ def make_set(folder, count=6, captions=3, size=(20, 16)):
 def dataset_of(folder, **options):
     options = {"text_seq_len": LENGTH, "image_size": 8, **options}
     return TextImageDataset(folder, Letters(), **options)
-
-
-@pytest.fixture
-def told():
-    records = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logging.getLogger("minidalle").addHandler(handler)
-    yield records
-    logging.getLogger("minidalle").removeHandler(handler)
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -171,16 +160,16 @@ def test_with_the_real_tokenizer_and_batches_of_captions(tmp_path, monkeypatch):
         assert any(torch.equal(text, row) for row in options)
 
 
-def test_scan_faults_are_reported_and_kept(tmp_path, told):
+def test_scan_faults_are_reported_and_kept(tmp_path, logged):
     folder = make_set(tmp_path)
     (folder / "002.png").write_bytes(b"")
     dataset = dataset_of(folder)
     assert len(dataset) == 5
     assert dataset.skipped["zero-byte picture"] == [folder / "002.png"]
-    assert sum("002.png" in record.getMessage() for record in told) == 1
+    assert sum("002.png" in message for message in logged.messages) == 1
 
 
-def test_a_picture_that_goes_bad_is_replaced_counted_and_told_once(tmp_path, told):
+def test_a_picture_that_goes_bad_is_replaced_counted_and_told_once(tmp_path, logged):
     folder = make_set(tmp_path)
     dataset = dataset_of(folder)
     whole = (folder / "005.png").read_bytes()
@@ -191,17 +180,17 @@ def test_a_picture_that_goes_bad_is_replaced_counted_and_told_once(tmp_path, tol
         assert read(text).startswith("picture 1,") and torch.allclose(image[0], torch.tensor(10 / 255))
     assert torch.equal(text, dataset[(7, 1)][0])
     assert dataset.skipped == {"unreadable picture": [folder / "000.png", folder / "005.png"]}
-    assert len(told) == 2 and "005.png" in told[0].getMessage() and "000.png" in told[1].getMessage()
+    assert len(logged.messages) == 2 and "005.png" in logged.messages[0] and "000.png" in logged.messages[1]
 
 
-def test_many_pictures_that_go_bad_do_not_fill_the_log(tmp_path, told):
+def test_many_pictures_that_go_bad_do_not_fill_the_log(tmp_path, logged):
     folder = make_set(tmp_path, count=40, captions=1)
     dataset = dataset_of(folder)
     for path in sorted(folder.glob("*.png"))[:-1]:
         path.unlink()
     assert read(dataset[0][0]) == "picture 39, way 0"
     assert len(dataset.skipped["unreadable picture"]) == 39
-    assert len(told) == 20 and "only be counted" in told[-1].getMessage()
+    assert len(logged.messages) == 20 and "only be counted" in logged.messages[-1]
 
 
 def test_when_no_picture_is_left_it_ends(tmp_path):
@@ -273,7 +262,7 @@ def test_codes_take_the_place_of_pixels(tmp_path):
         assert torch.equal(text, plain[(1, i)][0])
 
 
-def test_pictures_that_could_not_be_encoded_leave(tmp_path, told):
+def test_pictures_that_could_not_be_encoded_leave(tmp_path, logged):
     folder = make_set(tmp_path)
     dataset = dataset_of(folder)
     codes = np.array([[1], [2], [3], [5]], dtype=np.uint16)
@@ -282,7 +271,7 @@ def test_pictures_that_could_not_be_encoded_leave(tmp_path, told):
     assert [read(dataset[i][0])[:9] for i in range(4)] == [f"picture {i}" for i in (1, 2, 3, 5)]
     assert [dataset[i][1].item() for i in range(4)] == [1, 2, 3, 5]
     assert dataset.skipped == {"unreadable picture": [folder / "000.png", folder / "004.png"]}
-    assert len(told) == 1 and "2 files" in told[0].getMessage()
+    assert len(logged.messages) == 1 and "2 files" in logged.text
 
 
 def test_codes_that_do_not_fit_are_refused(tmp_path):

@@ -38,21 +38,6 @@ def names(folder, pairs):
     return [(picture[0], caption[0]) for picture, caption in pairs]
 
 
-@pytest.fixture
-def told():
-    """The records that the program's logger gets, whatever else listens to it."""
-    records = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logger = logging.getLogger("minidalle")
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    yield records
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-
-
 def test_captions_beside_pictures_pair_within_their_folder(tmp_path):
     for animal in ("dogs", "cats"):
         for stem in ("001", "002"):
@@ -184,7 +169,7 @@ def test_label_files_are_known_by_content(lines, label):
     assert is_label_file(lines) is label
 
 
-def test_every_reason_is_counted_once(tmp_path, told):
+def test_every_reason_is_counted_once(tmp_path, logged):
     picture(tmp_path / "good.png")
     text(tmp_path / "good.txt")
     picture(tmp_path / "lonely.png")
@@ -214,31 +199,31 @@ def test_every_reason_is_counted_once(tmp_path, told):
         "cannot be opened": ["dangling.png"],
     }
     report_skipped(skipped)
-    lines = [record.getMessage() for record in told]
+    lines = logged.messages
     assert len(lines) == len(skipped)
     assert "blank.png" in next(line for line in lines if "skipped 4 files (picture without caption)" in line)
-    levels = {record.getMessage().split("(")[1].split(")")[0]: record.levelno for record in told}
+    levels = {record.getMessage().split("(")[1].split(")")[0]: record.levelno for record in logged.records}
     assert levels["label file"] == logging.INFO
     assert levels["zero-byte picture"] == logging.WARNING
 
 
-def test_only_a_few_names_of_many_are_told(tmp_path, told):
+def test_only_a_few_names_of_many_are_told(tmp_path, logged):
     report_skipped({"not a picture": [tmp_path / f"{i}.png" for i in range(1000)]})
-    (record,) = told
+    (record,) = logged.records
     assert (
         "1,000 files" in record.getMessage() and "2.png, …" in record.getMessage() and "3.png" not in str(record.args)
     )
 
 
-def test_a_name_that_is_not_utf8_can_be_told(tmp_path, told):
+def test_a_name_that_is_not_utf8_can_be_told(tmp_path, logged):
     raw = os.fsencode(tmp_path) + b"/caf\xe9.png"
     Image.new("RGB", (2, 2)).save(os.fsdecode(raw))
     picture(tmp_path / "good.png")
     text(tmp_path / "good.txt")
     _, skipped = find_pairs(tmp_path)
     report_skipped(skipped)
-    told[0].getMessage().encode("utf-8")
-    assert "caf\ufffd.png" in told[0].getMessage()
+    logged.messages[0].encode("utf-8")
+    assert "caf\ufffd.png" in logged.messages[0]
 
 
 def test_captions_are_the_non_blank_lines(tmp_path):

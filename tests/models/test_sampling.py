@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from models.attention import PATTERNS
-from models.dalle import DALLE
 from models.sampling import (
     check_sampling,
     generate_codes,
@@ -14,15 +13,12 @@ from models.sampling import (
     keep_top_p,
     top_k_count,
 )
+from tests.builders import small_dalle
 
 
-def small_dalle(vae, attn_types, sandwich_norm=False):
-    torch.manual_seed(0)
-    sizes = dict(dim=32, num_text_tokens=50, text_seq_len=6, depth=len(attn_types), heads=2, dim_head=16)
-    dalle = DALLE(vae=vae, attn_types=attn_types, sandwich_norm=sandwich_norm, **sizes)
-    for parameter in dalle.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.3
-    return dalle
+def dalle_of(vae, attn_types, sandwich_norm=False):
+    changes = {"depth": len(attn_types), "attn_types": attn_types, "sandwich_norm": sandwich_norm}
+    return small_dalle(vae, weight_std=0.3, **changes)
 
 
 def captions():
@@ -39,7 +35,7 @@ def seeded(seed=7):
 @pytest.mark.parametrize("cond_scale", [1.0, 1.7])
 @pytest.mark.parametrize("sandwich_norm", [False, True])
 def test_cached_codes_equal_uncached(tiny_vae, attn_types, cond_scale, sandwich_norm):
-    dalle = small_dalle(tiny_vae, attn_types, sandwich_norm)
+    dalle = dalle_of(tiny_vae, attn_types, sandwich_norm)
     settings = dict(top_k=0.7, top_p=0.95, temperature=0.9, cond_scale=cond_scale)
     cached = generate_codes(dalle, captions(), generator=seeded(), **settings)
     assert cached.shape == (3, 16) and cached.dtype == torch.int64
@@ -49,7 +45,7 @@ def test_cached_codes_equal_uncached(tiny_vae, attn_types, cond_scale, sandwich_
 
 @pytest.mark.parametrize("count", [1, 9, 15, 16])
 def test_given_codes_are_kept(tiny_vae, count):
-    dalle = small_dalle(tiny_vae, ("full", "axial_col"))
+    dalle = dalle_of(tiny_vae, ("full", "axial_col"))
     given = torch.randint(0, 32, (3, count), generator=seeded())
     cached = generate_codes(dalle, captions(), generator=seeded(), image_codes=given)
     assert torch.equal(cached[:, :count], given) and cached.shape == (3, 16)
@@ -57,14 +53,14 @@ def test_given_codes_are_kept(tiny_vae, count):
 
 
 def test_a_picture_depends_on_its_own_generator_alone(tiny_vae):
-    dalle = small_dalle(tiny_vae, ("full",))
+    dalle = dalle_of(tiny_vae, ("full",))
     together = generate_codes(dalle, captions(), generator=[seeded(i) for i in range(3)])
     alone = [generate_codes(dalle, captions()[i : i + 1], generator=[seeded(i)]) for i in range(3)]
     assert torch.equal(together, torch.cat(alone))
 
 
 def test_drawing_leaves_no_trace(tiny_vae):
-    dalle = small_dalle(tiny_vae, ("full",)).train()
+    dalle = dalle_of(tiny_vae, ("full",)).train()
     codes = generate_codes(dalle, captions())
     assert dalle.training and not codes.requires_grad
     assert all(parameter.grad is None for parameter in dalle.parameters())

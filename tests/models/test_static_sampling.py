@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from models.dalle import DALLE
-from models.sampling import draw_codes, generate_codes, gumbel_noise
+from models.attention import PATTERNS
+from models.sampling import generate_codes, gumbel_noise, sample_codes
 from models.static_sampling import FullPass, StaticSampler
+from tests.builders import small_dalle
 
 SHAPINGS = [
     {"top_k": None, "top_p": None, "temperature": 1.0, "cond_scale": 1.0},
@@ -17,13 +18,7 @@ SHAPINGS = [
 
 @pytest.fixture
 def dalle(tiny_vae):
-    torch.manual_seed(0)
-    patterns = ("full", "axial_row", "axial_col", "conv_like")
-    sizes = {"dim": 32, "num_text_tokens": 50, "text_seq_len": 6, "depth": 4, "heads": 2, "dim_head": 16}
-    model = DALLE(vae=tiny_vae, attn_types=patterns, **sizes).eval()
-    for parameter in model.parameters():  # LayerScale's 0.1 would hide what attention sees
-        parameter.data = torch.randn_like(parameter) * 0.3
-    return model
+    return small_dalle(tiny_vae, weight_std=0.3, depth=4, attn_types=PATTERNS).eval()
 
 
 def some_text(count=3):
@@ -57,7 +52,7 @@ def test_a_full_pass_a_code_gives_the_same(dalle, given):
         unseen = torch.full((len(text), 16 - codes.shape[1]), 31)  # whatever stands there
         return full_pass(text, torch.cat((codes, unseen), dim=1), torch.tensor([codes.shape[1]]))
 
-    found = draw_codes(dalle, some_text(), logits_of, generator=generators(), image_codes=codes, **shaping)
+    found = sample_codes(dalle, some_text(), logits_of, generator=generators(), image_codes=codes, **shaping)
     expected = generate_codes(dalle, some_text(), generator=generators(), image_codes=codes, **shaping)
     assert torch.equal(found, expected)
 

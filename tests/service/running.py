@@ -10,7 +10,7 @@ from generation.loading import load
 
 
 class Drawing:
-    """A Loaded's sampler, with a record of what is drawn together and a gate that every code passes.
+    """A LoadedModel's sampler, with a record of what is drawn together and a gate that every code passes.
 
     batches: a list of seeds for each drawing that began. codes: how many codes were drawn in all. hold() makes drawing
     stop before its next code until release(). before(seeds) is called where a drawing begins; what it raises fails it.
@@ -26,7 +26,7 @@ class Drawing:
     hold = property(lambda self: self.open.clear)
     release = property(lambda self: self.open.set)
 
-    def sample(self, text, *, generator, watch=None, **options):
+    def sample(self, text, *, generator, on_code=None, **options):
         seeds = [one.initial_seed() for one in generator]
         self.batches.append(seeds)
         self.before(seeds)
@@ -35,10 +35,10 @@ class Drawing:
             assert self.open.wait(20)
             time.sleep(self.seconds)
             self.codes += 1
-            if watch is not None:
-                watch(codes)
+            if on_code is not None:
+                on_code(codes)
 
-        return self.plain(text, generator=generator, watch=seen, **options)
+        return self.plain(text, generator=generator, on_code=seen, **options)
 
     def began(self, count):
         """Wait until so many drawings have begun."""

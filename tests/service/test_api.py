@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from generation.drawing import draw, picture
-from generation.image_prompts import given_codes
-from generation.output import as_picture, metadata
+from generation.batching import generate_batch, plan_image
+from generation.image_prompts import encode_kept_rows
+from generation.output import image_metadata, to_image
 from tests.service.running import Drawing, call, generate, loaded_for_tests, running, until
 
 pytest.importorskip("gradio", exc_type=ImportError)
@@ -86,11 +86,11 @@ def test_the_same_seed_gives_the_picture_of_the_library(port, loaded):
     status, answer = generate(port, prompt=f"  {PROMPT} ", count=3, seed=11, temperature=0.9)
     assert status == 200 and [one["seed"] for one in answer["pictures"]] == [11, 12, 13]
     for one in answer["pictures"]:
-        wanted = picture(loaded, PROMPT, one["seed"], {"temperature": 0.9})
-        alone = as_picture(loaded.decode(draw(loaded, [wanted]))[0])
+        wanted = plan_image(loaded, PROMPT, one["seed"], {"temperature": 0.9})
+        alone = to_image(loaded.decode(generate_batch(loaded, [wanted]))[0])
         image = image_of(one)
         assert image.tobytes() == alone.tobytes()
-        assert one["metadata"] == json.loads(image.info["Comment"]) == metadata(wanted, loaded)
+        assert one["metadata"] == json.loads(image.info["Comment"]) == image_metadata(wanted, loaded)
 
 
 def test_an_image_prompt_is_kept_as_by_the_library(port, loaded, drawn_pictures):
@@ -98,8 +98,8 @@ def test_an_image_prompt_is_kept_as_by_the_library(port, loaded, drawn_pictures)
     side = loaded.model.fmap_size
     for keep, rows in ((1, 1), (0.5, side // 2), (None, side // 2)):
         status, answer = generate(port, prompt=PROMPT, seed=2, image=b64(path.read_bytes()), keep=keep)
-        wanted = picture(loaded, PROMPT, 2, given=given_codes(loaded, path, rows))
-        alone = as_picture(loaded.decode(draw(loaded, [wanted]))[0])
+        wanted = plan_image(loaded, PROMPT, 2, given_codes=encode_kept_rows(loaded, path, rows))
+        alone = to_image(loaded.decode(generate_batch(loaded, [wanted]))[0])
         assert status == 200 and image_of(answer["pictures"][0]).tobytes() == alone.tobytes()
 
 

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 import torch
 
-from generation.drawing import draw, picture
-from generation.output import as_picture
+from generation.batching import generate_batch, plan_image
+from generation.output import to_image
 from service.queue import Busy, DrawingQueue, changes
 from tests.service.running import Drawing, loaded_for_tests, until
 
@@ -35,7 +35,7 @@ def queue(loaded, drawing):
 
 
 def pictures(loaded, *seeds, prompt=PROMPT, **sampling):
-    return [picture(loaded, prompt, seed, sampling) for seed in seeds]
+    return [plan_image(loaded, prompt, seed, sampling) for seed in seeds]
 
 
 def wait(*jobs):
@@ -56,9 +56,9 @@ def test_pictures_are_those_of_a_plain_drawing(loaded, drawing, queue):
     job = queue.submit("me", wanted)
     wait(job)
     for one, codes, drawn in zip(wanted, job.codes, job.drawn):
-        alone = draw(loaded, [one])
+        alone = generate_batch(loaded, [one])
         assert torch.equal(alone[0], codes)
-        assert as_picture(loaded.decode(alone)[0]).tobytes() == drawn.tobytes()
+        assert to_image(loaded.decode(alone)[0]).tobytes() == drawn.tobytes()
     assert job.error is None and not job.cancelled and queue.pictures_drawn == 7
 
 
@@ -202,7 +202,7 @@ def test_what_waits_for_previews_is_drawn_first_in_a_batch(loaded, drawing, queu
     drawing.release()
     wait(first, blind, sees)
     assert drawing.batches[1] == [2, 1]
-    assert torch.equal(blind.codes[0], draw(loaded, pictures(loaded, 1))[0])
+    assert torch.equal(blind.codes[0], generate_batch(loaded, pictures(loaded, 1))[0])
 
 
 def test_stopping_ends_what_is_drawn_and_what_waits(loaded, drawing):

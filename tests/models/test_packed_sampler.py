@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from models.attention import PATTERNS, pattern_mask
-from models.dalle import DALLE
-from models.decoder import Decoder, cache_plan
-from models.sampling import draw_codes, generate_codes
+from models.packed_sampler import PackedStepper, cache_plan
+from models.sampling import generate_codes, sample_codes
 from models.transformer import GEGLU
+from tests.builders import small_dalle
 
 SHAPINGS = (
     {"top_k": None, "top_p": None, "temperature": 1.0, "cond_scale": 1.0},
@@ -25,12 +25,7 @@ def plain(weight, bias, geglu=False):
 
 
 def dalle_of(vae, patterns=PATTERNS, sandwich=False):
-    torch.manual_seed(0)
-    sizes = {"dim": 32, "num_text_tokens": 50, "text_seq_len": 6, "depth": 4, "heads": 2, "dim_head": 16}
-    model = DALLE(vae=vae, attn_types=patterns, sandwich_norm=sandwich, **sizes).eval()
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.3
-    return model
+    return small_dalle(vae, weight_std=0.3, depth=4, attn_types=patterns, sandwich_norm=sandwich).eval()
 
 
 def some_text(count=4):
@@ -42,7 +37,7 @@ def some_text(count=4):
 def drawn(model, text, given, shaping, decoder=None):
     """The plain loop's codes, or the decoder's; picture i has seed i."""
     given = {"generator": [torch.Generator().manual_seed(i) for i in range(len(text))], "image_codes": given, **shaping}
-    return draw_codes(model, text, decoder.logits, **given) if decoder else generate_codes(model, text, **given)
+    return sample_codes(model, text, decoder.logits, **given) if decoder else generate_codes(model, text, **given)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -68,7 +63,7 @@ def test_a_cache_is_small_and_its_keys_lie_together():
 @pytest.mark.parametrize("patterns", [*((pattern,) for pattern in PATTERNS), PATTERNS])
 def test_codes_are_those_of_the_plain_loop(tiny_vae, patterns, sandwich):
     model = dalle_of(tiny_vae, patterns, sandwich)
-    decoder = Decoder(model, plain, torch.float32)
+    decoder = PackedStepper(model, plain, torch.float32)
     every = some_text()
     for rows in ([0, 1, 2, 3], [0, 1, 0, 2, 1, 3], [2, 1, 1, 2, 2, 1], [1] * 5):  # few; no even shares; threes; all one
         text = every[rows]
@@ -83,16 +78,16 @@ def test_each_caption_passes_once(tiny_vae, monkeypatch):
     model = dalle_of(tiny_vae)
     rows, forward = [], model.transformer.forward
     monkeypatch.setattr(model.transformer, "forward", lambda x, **more: rows.append(len(x)) or forward(x, **more))
-    decoder = Decoder(model, plain, torch.float32)
+    decoder = PackedStepper(model, plain, torch.float32)
     text = some_text(2)[[0, 1, 0, 0, 1]]
     shaping = {"top_k": None, "top_p": None, "temperature": 1.0, "cond_scale": 1.5}
     with torch.no_grad():
-        draw_codes(model, text, decoder.logits, generator=None, image_codes=None, **shaping)
+        sample_codes(model, text, decoder.logits, generator=None, image_codes=None, **shaping)
     assert rows == [3]  # two captions and the empty one
 
 
 def test_the_weights_of_the_model_stay(tiny_vae):
     model = dalle_of(tiny_vae)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    Decoder(model, plain, torch.float32)
+    PackedStepper(model, plain, torch.float32)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

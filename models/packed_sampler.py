@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.attention import Prefix
+from models.attention import PrefixCache
 
 FEW = 4  # pictures, up to which a CPU attends faster in one kernel
 
@@ -53,7 +53,7 @@ def cache_plan(mask):
     return slots, reads
 
 
-class Layer:
+class PackedLayer:
     """One layer at one position: x fp32 (B, dim) → fp32 (B, dim)."""
 
     def __init__(self, attention, feed_forward, plan, pack, cache_dtype):
@@ -148,8 +148,8 @@ class Layer:
         return out if norm is None else F.layer_norm(out.float(), out.shape[-1:], *norm)
 
 
-class Decoder:
-    """Logits of the next code, for sampling.draw_codes; holds the caches of one drawing at a time."""
+class PackedStepper:
+    """Logits of the next code, for sampling.sample_codes; holds the caches of one drawing at a time."""
 
     @torch.no_grad()
     def __init__(self, dalle, pack, cache_dtype, autocast=contextlib.nullcontext):
@@ -164,7 +164,7 @@ class Decoder:
             name = mask.numpy().tobytes()
             if name not in plans:  # once a pattern
                 plans[name] = cache_plan(mask)
-            self.layers.append(Layer(attention, feed_forward, plans[name], pack, cache_dtype))
+            self.layers.append(PackedLayer(attention, feed_forward, plans[name], pack, cache_dtype))
         norm, projection = dalle.to_logits
         self.norm = norm.weight, norm.bias
         codes = slice(dalle.num_text_tokens, dalle.num_tokens)
@@ -173,9 +173,9 @@ class Decoder:
 
     @torch.no_grad()
     def logits(self, dalle, text, codes, cache):
-        """draw_codes' logits_of: text int64 (B, T), codes int64 (B, n) so far → (B, V)."""
+        """sample_codes' logits_of: text int64 (B, T), codes int64 (B, n) so far → (B, V)."""
         place = codes.shape[1] - 1
-        if cache[0].keys is None:  # draw_codes made it anew: the first call of a drawing
+        if cache[0].keys is None:  # sample_codes made it anew: the first call of a drawing
             cache[0].keys = self.layers[0]
             return self.begin(text, codes)
         x = dalle.image_emb(codes[self.order, -1]) + self.positions[place]  # (B, dim)
@@ -190,7 +190,7 @@ class Decoder:
         seen = torch.cat((text, codes), dim=1)
         different, rows, counts = seen.unique(dim=0, return_inverse=True, return_counts=True)
         text, codes = different.split((text.shape[1], codes.shape[1]), dim=1)
-        prefixes = [Prefix() for _ in self.layers]
+        prefixes = [PrefixCache() for _ in self.layers]
         with self.autocast():
             x = dalle.embed_text(dalle.number_padding(text))
             if codes.shape[1]:

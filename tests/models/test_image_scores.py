@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from models import picture_scores
+from models import image_scores
 
 NAME = "ViT-S-32-alt"  # the smallest
 TEXTS = ["a red circle", "two blue stars above a heart", ""]
@@ -53,7 +53,7 @@ def clip_file(tmp_path_factory):
 def test_clip_scores_are_cosines(clip_file, pictures, caplog):
     open_clip, path, model = clip_file
     drawn = [Image.fromarray(picture.transpose(1, 2, 0)) for picture in pictures[:3]]
-    score = picture_scores.clip_score(path, NAME, torch.device("cpu"))
+    score = image_scores.clip_score(path, NAME, torch.device("cpu"))
     assert not caplog.records  # open_clip would warn of random weights
     pixels = np.stack([np.array(picture.resize((224, 224), Image.Resampling.BICUBIC)) for picture in drawn]) / 255
     pixels = (pixels - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
@@ -73,7 +73,7 @@ def test_other_weights_and_models_are_refused_in_one_line(clip_file, tmp_path, t
     cases += [(path, "roberta-ViT-B-32", "would be downloaded"), (path, "hf-hub:a/b", "--clip-model hf-hub:a/b")]
     for weights, name, told in cases:
         with pytest.raises(ValueError) as error:
-            picture_scores.clip_score(weights, name, torch.device("cpu"))
+            image_scores.clip_score(weights, name, torch.device("cpu"))
         assert told in str(error.value) and "\n" not in str(error.value), error.value
 
 
@@ -99,9 +99,9 @@ def inception_file(tmp_path_factory):
 @pytest.mark.slow
 def test_fid_is_that_of_torchmetrics(inception_file, pictures):
     fid = pytest.importorskip("torchmetrics.image.fid")
-    ours = picture_scores.InceptionDistance(inception_file, torch.device("cpu"))
+    ours = image_scores.InceptionDistance(inception_file, torch.device("cpu"))
     theirs = fid.FrechetInceptionDistance(feature_extractor_weights_path=str(inception_file), antialias=False)
-    same = picture_scores.InceptionDistance(inception_file, torch.device("cpu"))
+    same = image_scores.InceptionDistance(inception_file, torch.device("cpu"))
     real, drawn = torch.from_numpy(pictures[:6]), torch.from_numpy(pictures[6:]) // 2
     for which, batch in (("real", real), ("drawn", drawn[:4]), ("drawn", drawn[4:])):
         ours.add(which, batch)
@@ -119,7 +119,7 @@ def test_other_weights_of_inception_are_refused_and_run_nothing(inception_file, 
     torch.save({"fc.weight": Code()}, tmp_path / "code.pth")
     for path in (tiny_checkpoint, tmp_path / "code.pth"):
         with pytest.raises(ValueError, match="no weights of FID's InceptionV3") as error:
-            picture_scores.InceptionDistance(path, torch.device("cpu"))
+            image_scores.InceptionDistance(path, torch.device("cpu"))
         assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "marker").exists()
 

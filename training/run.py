@@ -25,6 +25,8 @@ from training.plot import Plot
 from training.trackers import Trackers
 from utils import optimization
 
+logger = logging.getLogger("minidalle")
+
 
 class Run:
     """What a run holds. `step` is the number of updates so far, as are the figures beside it; files keep them."""
@@ -33,8 +35,8 @@ class Run:
         self.step = 0
         self.skipped = 0  # updates left out, since the gradient was not finite
         self.epoch_loss = (0.0, 0)  # sum and number of this epoch's losses
-        self.held_out_loss = self.best_loss = None
-        self.accounted = True  # whether what follows the last update, validation and an epoch's end, is done
+        self.validation_loss = self.best_loss = None
+        self.post_update_done = True  # whether what follows the last update, validation and an epoch's end, is done
         self.pairs = None  # of sample pictures, once they are read
         self.metrics = self.plot = None
         self.trackers = Trackers([])  # rank 0 alone has some
@@ -51,7 +53,7 @@ class Run:
 
 def build(settings):
     """Everything a run needs, or ValueError / OSError in one line."""
-    backend = backends.select(settings)
+    backend = backends.for_training(settings)
     if backend.rank:
         log.set_up(logging.WARNING)
     tokenizer = load_tokenizer(settings.bpe_path)
@@ -84,7 +86,7 @@ def build(settings):
     model = DALLE(vae=vae, **hparams)
     trainer = backend.trainer(model)
     with backend.making_codes():
-        dataset, held_out = datasets(settings, backend, tokenizer, vae, made_up)
+        dataset, validation_set = datasets(settings, backend, tokenizer, vae, made_up)
     batches = EpochBatches(
         len(dataset),
         backend.samples_per_step,
@@ -109,7 +111,7 @@ def build(settings):
         tokenizer=tokenizer,
         vae=vae,
         dataset=dataset,
-        held_out=held_out,
+        validation_set=validation_set,
         batches=batches,
         hparams=hparams,
         trainer=trainer,
@@ -121,17 +123,17 @@ def build(settings):
     if origin is not None:
         checkpoints.resume(run, *origin, model)
     if not backend.rank and not settings.dry_run:
-        see(run)  # last, when nothing else can be refused
+        open_trackers(run)  # last, when nothing else can be refused
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     together = backend.samples_per_step * backend.world_size
-    log.LOG.info("%d pictures, %d steps of %d samples", len(dataset), steps, together)
-    if held_out is not None:
-        log.LOG.info("%d more are held out", len(held_out))
-    log.LOG.info("%s trainable parameters, %d text tokens", f"{trained:,}", tokenizer.vocab_size)
+    logger.info("%d pictures, %d steps of %d samples", len(dataset), steps, together)
+    if validation_set is not None:
+        logger.info("%d in the validation set", len(validation_set))
+    logger.info("%s trainable parameters, %d text tokens", f"{trained:,}", tokenizer.vocab_size)
     return run
 
 
-def see(run):
+def open_trackers(run):
     """metrics.jsonl and loss.png of the output folder, and the trackers that flags ask for."""
     asked = list(trackers.chosen(run.settings, run.folder.path, run.step))
     if run.folder.path:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from generation import drawing, ranking
-from generation.image_prompts import given_codes, prompt_of, rows_kept
+from generation import batching, ranking
+from generation.image_prompts import count_kept_rows, encode_kept_rows, read_prompt
 from generation.loading import load
-from generation.output import as_picture, encoded, metadata
+from generation.output import encode_image, image_metadata, to_image
 from models.likelihood import caption_score, log_likelihood
 
 PROMPTS = ["a red circle", "a small blue star above a large green heart", "two", "little pink square"]
@@ -22,17 +22,19 @@ def wanted(loaded):
     sampling = [{}, {"temperature": 0.5, "top_k": 5}, {"cond_scale": 2.0}]
     given = [None, torch.tensor([3, 1, 4, 1])]
     return [
-        drawing.picture(loaded, PROMPTS[place % 4], 100 + place, sampling[place % 3], given[place % 5 == 0])
+        batching.plan_image(loaded, PROMPTS[place % 4], 100 + place, sampling[place % 3], given[place % 5 == 0])
         for place in range(11)
     ]
 
 
 @pytest.mark.parametrize("size", [3, 8, 32])
 def test_the_same_pictures_for_any_batch_size_and_company(tiny_checkpoint, loaded, size):
-    alone = [drawing.draw(load(tiny_checkpoint, device="cpu", batch_size=1), [one])[0] for one in wanted(loaded)]
+    alone = [
+        batching.generate_batch(load(tiny_checkpoint, device="cpu", batch_size=1), [one])[0] for one in wanted(loaded)
+    ]
     other = load(tiny_checkpoint, device="cpu", batch_size=size)
     lists = [wanted(loaded)[:4], wanted(loaded)[4:5], wanted(loaded)[5:]]
-    codes = list(drawing.draw_lists(other, lists))
+    codes = list(batching.generate_lists(other, lists))
     assert [len(part) for part in codes] == [4, 1, 6]
     assert torch.equal(torch.cat(codes), torch.stack(alone))
     assert len({tuple(row.tolist()) for row in alone}) == 11
@@ -40,11 +42,13 @@ def test_the_same_pictures_for_any_batch_size_and_company(tiny_checkpoint, loade
 
 def test_batches_hold_what_goes_together(loaded):
     pictures = wanted(loaded)
-    parts = drawing.batches(pictures, 3)
+    parts = batching.group_into_batches(pictures, 3)
     assert sorted(place for part in parts for place in part) == list(range(11))
     for part in parts:
-        assert len(part) <= 3 and len({drawing.together(pictures[place]) for place in part}) == 1
-    assert [len(part) for part in drawing.batches([pictures[1]._replace(seed=seed) for seed in range(7)], 3)] == [
+        assert len(part) <= 3 and len({batching.batch_key(pictures[place]) for place in part}) == 1
+    assert [
+        len(part) for part in batching.group_into_batches([pictures[1]._replace(seed=seed) for seed in range(7)], 3)
+    ] == [
         3,
         3,
         1,
@@ -53,7 +57,7 @@ def test_batches_hold_what_goes_together(loaded):
 
 def test_a_watch_sees_every_code_and_can_end_the_drawing(loaded):
     pictures, seen = wanted(loaded)[1:2], []
-    codes = drawing.draw(loaded, pictures, lambda codes: seen.append(codes.clone()))
+    codes = batching.generate_batch(loaded, pictures, lambda codes: seen.append(codes.clone()))
     assert [part.shape[1] for part in seen] == list(range(1, 17))
     assert all(torch.equal(part, codes[:, : part.shape[1]]) for part in seen)
 
@@ -62,8 +66,8 @@ def test_a_watch_sees_every_code_and_can_end_the_drawing(loaded):
             raise InterruptedError("nobody waits")
 
     with pytest.raises(InterruptedError, match="nobody waits"):
-        drawing.draw(loaded, pictures, give_up)
-    assert torch.equal(drawing.draw(loaded, pictures), codes)
+        batching.generate_batch(loaded, pictures, give_up)
+    assert torch.equal(batching.generate_batch(loaded, pictures), codes)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_a_watch_sees_every_code_and_can_end_the_drawing(loaded):
 )
 def test_what_cannot_be_drawn_is_said_in_a_sentence(loaded, prompt, sampling, told):
     with pytest.raises(ValueError, match=told) as error:
-        drawing.picture(loaded, prompt, 0, sampling)
+        batching.plan_image(loaded, prompt, 0, sampling)
     assert "\n" not in str(error.value)
 
 
@@ -90,54 +94,56 @@ def test_guidance_needs_a_model_that_has_seen_no_captions(tiny_checkpoint, tmp_p
     saved["sampling"]["cond_scale"] = 1.5  # which the run could not have meant
     torch.save(saved, tmp_path / "told.pt")
     with pytest.raises(ValueError, match="cond_scale is 2, but .*told.pt was trained without --caption-dropout"):
-        drawing.picture(load(tmp_path / "told.pt", device="cpu"), "red", 0, {"cond_scale": 2})
-    assert drawing.picture(load(tmp_path / "told.pt", device="cpu"), "red", 0).sampling["cond_scale"] == 1
-    drawing.picture(load(tiny_checkpoint, device="cpu"), "red", 0, {"cond_scale": 2})
+        batching.plan_image(load(tmp_path / "told.pt", device="cpu"), "red", 0, {"cond_scale": 2})
+    assert batching.plan_image(load(tmp_path / "told.pt", device="cpu"), "red", 0).sampling["cond_scale"] == 1
+    batching.plan_image(load(tiny_checkpoint, device="cpu"), "red", 0, {"cond_scale": 2})
 
 
 def test_capital_letters_are_read_where_the_vocabulary_has_small_ones(loaded):
     assert loaded.tokenizer.unknown in loaded.tokenizer.encode("ÄB")  # which no small letters help
     with pytest.raises(ValueError, match="no words"):
-        drawing.tokens_of(loaded, "Ä")
+        batching.encode_prompt(loaded, "Ä")
 
 
 def test_an_image_prompt_keeps_its_rows(loaded, drawn_pictures):
     path = sorted(drawn_pictures.glob("*.png"))[3]
-    pixels = as_picture(loaded.decode(given_whole(loaded, path)[None])[0])
+    pixels = to_image(loaded.decode(given_whole(loaded, path)[None])[0])
     for picture in (path, pixels):
-        given = given_codes(loaded, picture, 0.5)
-        codes = drawing.draw(loaded, [drawing.picture(loaded, "red", seed, {}, given) for seed in range(5)])
+        given = encode_kept_rows(loaded, picture, 0.5)
+        codes = batching.generate_batch(
+            loaded, [batching.plan_image(loaded, "red", seed, {}, given) for seed in range(5)]
+        )
         assert len(given) == 8 and all(torch.equal(row[:8], given) for row in codes)
         assert len({tuple(row.tolist()) for row in codes}) == 5
-    assert torch.equal(given_codes(loaded, path, 3)[:8], given_codes(loaded, path, 0.3))
+    assert torch.equal(encode_kept_rows(loaded, path, 3)[:8], encode_kept_rows(loaded, path, 0.3))
 
 
 def given_whole(loaded, path):
-    return torch.cat([given_codes(loaded, path, 3), torch.zeros(4, dtype=torch.long)])
+    return torch.cat([encode_kept_rows(loaded, path, 3), torch.zeros(4, dtype=torch.long)])
 
 
 @pytest.mark.parametrize("keep, rows", [(1, 1), (3, 3), (0.1, 1), (0.5, 2), (0.74, 3), (4, None), (0.9, None)])
 def test_rows_kept(loaded, keep, rows):
     if rows is None:
         with pytest.raises(ValueError, match="keep_rows is"):
-            rows_kept(loaded, keep)
+            count_kept_rows(loaded, keep)
     else:
-        assert rows_kept(loaded, keep) == rows
+        assert count_kept_rows(loaded, keep) == rows
 
 
 @pytest.mark.parametrize("format", ["png", "jpg"])
 def test_a_file_tells_its_prompt(loaded, tmp_path, format):
     one = wanted(loaded)[0]._replace(prompt="a réd circle")
     path = tmp_path / f"it.{format}"
-    image = as_picture(torch.full((3, 32, 32), 0.5))
-    path.write_bytes(encoded(image, metadata(one, loaded), format))
-    assert prompt_of(path) == "a réd circle"
+    image = to_image(torch.full((3, 32, 32), 0.5))
+    path.write_bytes(encode_image(image, image_metadata(one, loaded), format))
+    assert read_prompt(path) == "a réd circle"
     image.save(tmp_path / "other.png")
-    assert prompt_of(tmp_path / "other.png") is None and prompt_of(tmp_path / "missing.png") is None
+    assert read_prompt(tmp_path / "other.png") is None and read_prompt(tmp_path / "missing.png") is None
 
 
 def test_likelihoods_are_those_of_the_models_own_logits(loaded):
-    text = torch.stack([one.text for one in wanted(loaded)[:3]])
+    text = torch.stack([one.tokens for one in wanted(loaded)[:3]])
     codes = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(0))
     model = loaded.model
     with torch.no_grad():
@@ -150,21 +156,21 @@ def test_likelihoods_are_those_of_the_models_own_logits(loaded):
 
 
 def test_the_best_are_kept_in_their_order(loaded):
-    pictures = [drawing.picture(loaded, "a red circle", seed) for seed in range(6)]
-    codes = drawing.draw(loaded, pictures)
+    pictures = [batching.plan_image(loaded, "a red circle", seed) for seed in range(6)]
+    codes = batching.generate_batch(loaded, pictures)
     scores = ranking.likelihoods(loaded, pictures, codes)
-    kept = ranking.kept(loaded, pictures, codes, 2)
+    kept = ranking.best_of(loaded, pictures, codes, 2)
     assert [place for place, _ in kept] == scores.argsort(descending=True)[:2].tolist()
     assert [figures["likelihood"] for _, figures in kept] == pytest.approx(
         scores.sort().values.flip(0)[:2].tolist(), abs=1e-3
     )
-    assert ranking.kept(loaded, pictures, codes, 6) == [(place, None) for place in range(6)]
+    assert ranking.best_of(loaded, pictures, codes, 6) == [(place, None) for place in range(6)]
 
     def green(images, prompts):  # a judge of its own taste
         assert set(prompts) == {"a red circle"}
         return torch.tensor([sum(image.getpixel((x, x))[1] for x in range(32)) for image in images]).float()
 
-    kept = ranking.kept(loaded, pictures, codes, 3, green)
-    liked = green([as_picture(pixels) for pixels in loaded.decode(codes)], ["a red circle"] * 6)
+    kept = ranking.best_of(loaded, pictures, codes, 3, green)
+    liked = green([to_image(pixels) for pixels in loaded.decode(codes)], ["a red circle"] * 6)
     assert [place for place, _ in kept] == liked.argsort(descending=True, stable=True)[:3].tolist()
     assert kept[0][1].keys() == {"likelihood", "clip"}
