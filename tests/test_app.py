@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.service.running import call, generate, loaded_for_tests, until
 
-pytest.importorskip("gradio", exc_type=ImportError)
+pytest.importorskip("fastapi", exc_type=ImportError)
 CLIENTS = 20
 
 
@@ -80,14 +80,14 @@ def test_wrong_flags_are_one_line(command, monkeypatch, flags, said):
     assert ended.status == 2 and said in ended.err and ended.err.count("\n") == 1
 
 
-def test_missing_gradio_is_one_line(command, monkeypatch):
+def test_a_missing_package_is_one_line(command, monkeypatch):
     import app
 
     monkeypatch.setattr(os, "environ", {**os.environ})
-    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     ended = command(app.main, "--port", 0)
     assert ended.status == 2 and ended.err.count("\n") == 1
-    assert "gradio is missing; pip install -r requirements-app.txt brings it" in ended.err
+    assert "uvicorn is missing; pip install -r requirements-app.txt brings it" in ended.err
 
 
 def besieged(port, seconds, count):

@@ -253,7 +253,7 @@ def test_pictures(data):
         dataset = TextImageDataset(folder, load_tokenizer(str(ROOT / YTTM)), image_size=16, text_seq_len=12)
         shapes = {tuple(dataset[index][1].shape) for index in range(len(dataset))}
         assert shapes == {(3, 16, 16)}
-        pictures = [name for name, _, _ in dataset.pictures]
+        pictures = [name for name, _, _ in dataset.images]
         seen = pictures + [path.name for files in dataset.skipped.values() for path in files]
         assert "bad.png" in seen and "good.png" in pictures
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import log
+from data.words import EXAMPLES, summarize_captions
 from utils import checkpoint, interrupts
 from utils.files import check_writable
 
@@ -189,6 +190,18 @@ def plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
+def summarize(run):
+    """Return the words and some examples of the training captions; they are collected once per run."""
+    if run.captions is None:
+        dataset, tokenizer = run.dataset, run.tokenizer
+        rows = [
+            place * len(dataset) // (4 * EXAMPLES) for place in range(4 * EXAMPLES)
+        ]  # some may be equal, or too long
+        texts = dataset.iter_captions(tokenizer), dataset.iter_captions(tokenizer, rows)
+        run.captions = summarize_captions(*texts)
+    return run.captions
+
+
 def save(run, name):
     """Write a checkpoint, keep the newest → its path; None without a folder, or where it cannot be written: then the
     log says so, and the run goes on with the last good file.
@@ -241,6 +254,7 @@ def contents(run, state):
         "data": run.data,
         "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
         "settings": dict(vars(settings)),
+        "captions": summarize(run),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
     if "ema_weights" in state:

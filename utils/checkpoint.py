@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from utils.files import atomic_write
+from utils.files import atomic_write, first_line
 
 PREFIX = "model."
 KINDS = {  # of what a file may hold; the rest is for the optimizer to judge
     **dict.fromkeys(("hparams", "weights", "vae_params", "ema_weights", "tokenizer", "sampling", "settings"), dict),
-    **dict.fromkeys(("progress", "trainer", "versions"), dict),
+    **dict.fromkeys(("progress", "trainer", "versions", "captions"), dict),
     **dict.fromkeys(("step", "epoch"), int),
 }
 
@@ -37,10 +37,10 @@ def write(path, checkpoint):
                 if archive.testzip() is not None:
                     raise OSError(f"{path}: what was written cannot be read back")
     except zipfile.BadZipFile as error:
-        raise OSError(f"{path}: what was written cannot be read back ({_first_line(error)})") from error
+        raise OSError(f"{path}: what was written cannot be read back ({first_line(error)})") from error
     except RuntimeError as error:  # what torch's writer makes of a full disk
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"{path}: could not be written ({_first_line(reason)})") from error
+        raise OSError(f"{path}: could not be written ({first_line(reason)})") from error
 
 
 def read(path):
@@ -89,7 +89,7 @@ def _unpickled(path):
             ) from None
         raise ValueError(f"{path}: damaged, cut short or not a checkpoint") from None
     except Exception as error:  # damage shows as whatever the layer that meets it raises
-        raise ValueError(f"{path}: damaged, cut short or not a checkpoint ({_first_line(error)})") from None
+        raise ValueError(f"{path}: damaged, cut short or not a checkpoint ({first_line(error)})") from None
 
 
 def step_of(path):
@@ -133,9 +133,7 @@ def model_weights(weights):
         try:
             joined[f"{name}.weight"] = torch.cat([rows[index] for index in sorted(rows)])
         except RuntimeError as error:
-            raise ValueError(
-                f"{name}.split_embeddings: the pieces do not fit together ({_first_line(error)})"
-            ) from None
+            raise ValueError(f"{name}.split_embeddings: the pieces do not fit together ({first_line(error)})") from None
     return joined
 
 
@@ -155,10 +153,6 @@ def first_misfit(model, weights):
 def short(fingerprint):
     """A fingerprint as messages show it."""
     return str(fingerprint)[:12]
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 if __name__ == "__main__":

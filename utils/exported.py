@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from utils.checkpoint import PREFIX
-from utils.files import atomic_write
+from utils.files import atomic_write, first_line
 
 SUFFIX = ".safetensors"
 VOCABULARY = "tokenizer.vocabulary"
 VQGAN = f"{PREFIX}vae."
 # Of a checkpoint; `exported` says which weights these are.
-KEYS = ("hparams", "vae_params", "epoch", "step", "progress", "tokenizer", "vqgan", "data", "sampling", "settings")
-KEYS += ("versions", "exported")
+KEYS = ("hparams", "vae_params", "epoch", "step", "progress", "tokenizer", "vqgan", "data", "captions", "sampling")
+KEYS += ("settings", "versions", "exported")
 
 
 def write(path, saved, half=False):
@@ -57,8 +57,7 @@ def read(path):
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # the package's own, and what torch raises for a dtype that it lacks
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise ValueError(f"{path}: damaged, cut short or no safetensors file ({reason})") from None
+        raise ValueError(f"{path}: damaged, cut short or no safetensors file ({first_line(error)})") from None
     if metadata.get("crc32") not in (None, checksum(tensors)):
         raise ValueError(f"{path}: damaged (checksum differs)")
     try:

@@ -85,7 +85,7 @@ def explain_dead_worker(error: Exception, dataset: Any) -> Tuple[str, List[str]]
     reason = str(error).splitlines()[0].rstrip(". ")
     if not reason.startswith("DataLoader worker"):
         raise error
-    names = dataset.blame(reason)
+    names = dataset.exclude_images_of(reason)
     return f"{reason}, reading {' and '.join(names)}" if names else reason, names
 
 

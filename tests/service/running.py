@@ -62,12 +62,17 @@ def until(holds, seconds=20):
 
 
 @contextlib.contextmanager
-def running(loaded, limits, queue_size=64):
+def running(loaded, *flags):
     """Page and API of app.py on a free port of this machine, in a thread → the port."""
     import app
+    from args_app import app_arguments
+    from service.queue import GenerationQueue
 
+    settings = app_arguments(list(map(str, flags)))
+    queue = GenerationQueue(loaded, settings.queue_size, settings.queue_size * settings.max_images)
+    queue.start()
     with app.listen("127.0.0.1", 0) as listening:
-        server = app.serving(loaded, limits, queue_size)
+        server = app.make_server(queue, settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         until(lambda: server.started)
