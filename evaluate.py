@@ -45,7 +45,7 @@ def main(argv=None):
         if loaded.backend.world_size > 1:
             raise ValueError("evaluate.py runs in one process; start it without torchrun")
         clip, distance = scorers(settings, loaded.backend.device)
-        sampling = {name: getattr(settings, name) for name in loaded.recommended}
+        sampling = loaded.recommended.override(vars(settings))
         if dataset is not None:
             results.update(of_pairs(loaded, dataset, settings, folder))
             if clip or distance:
@@ -230,8 +230,8 @@ def draw_prompts(loaded, prompts, text, settings, sampling):
         for place, (prompt, tokens) in enumerate(zip(prompts, text))
     ]
     with tqdm(total=len(wanted), desc="drawing", unit="picture", disable=None) as bar:
-        (codes,) = batching.generate_lists(loaded, [wanted], drawn=bar.update)
-    return loaded.decode(codes), shaping
+        (codes,) = batching.generate_lists(loaded, [wanted], on_batch=bar.update)
+    return loaded.decode(codes), shaping._asdict()
 
 
 def judge(prompts, pictures):

@@ -25,7 +25,7 @@ def main(argv=None):
     with log.exit_on_interrupt(), log.exit_on_bad_input():
         from tqdm import tqdm
 
-        from generation import batching, image_prompts, output, ranking
+        from generation import batching, image_prompts, output, prompts, ranking
         from generation.loading import load_from_flags
         from generation.previews import animation_frames
 
@@ -34,15 +34,18 @@ def main(argv=None):
         requests = requested(settings, loaded, seed)
         given_codes = functools.lru_cache(maxsize=None)(functools.partial(image_prompts.encode_kept_rows, loaded))
         wanted = [pictures_of(request, settings, loaded, seed, given_codes) for request in requests]  # all, at first
+        unknown = dict.fromkeys(word for one in requests for word in prompts.unknown_words(loaded, one.prompt))
+        if unknown:
+            logger.warning("no training caption has the words: %s", ", ".join(unknown))
         clip = clip_judge(settings, loaded.backend.device)
         check_writable(settings.outputs_dir)
         logger.info("seed %d, %s", seed, told(wanted[0][0].sampling, loaded.recommended))
         if share_pictures:
             lists = [part[slice(*share_of(len(part), loaded.backend))] for part in wanted]
         else:
-            prompts = [request.prompt for request in requests]  # one prompt's folder is one process's
+            texts = [request.prompt for request in requests]  # one prompt's folder is one process's
             size, rank = loaded.backend.world_size, loaded.backend.rank
-            mine = [place for place, prompt in enumerate(prompts) if prompts.index(prompt) % size == rank]
+            mine = [place for place, prompt in enumerate(texts) if texts.index(prompt) % size == rank]
             lists = wanted = [wanted[place] for place in mine]
         total = sum(map(len, lists))
         loaded.batch_size = max(1, min(loaded.batch_size, total))
@@ -135,8 +138,7 @@ def pictures_of(request, settings, loaded, seed, given_codes):
     if request.image_prompt:
         rows = settings.keep_rows if request.keep_rows is None else request.keep_rows
         given = given_codes(request.image_prompt, rows)
-    sampling = {name: getattr(settings, name) for name in loaded.recommended}
-    sampling.update(request.sampling)
+    sampling = loaded.recommended.override(vars(settings)).override(request.sampling)
     count = settings.rank * (settings.num_images if request.num_images is None else request.num_images)
     first = seed if request.seed is None else request.seed
     try:
@@ -176,9 +178,11 @@ def check_writable(folder):
 
 def told(sampling, recommended):
     """Sampling settings for the log; those that differ from what the checkpoint recommends with its own."""
+    from models.sampling import Sampling
+
     return ", ".join(
-        f"{key} {value}" + (f" (recommended {recommended[key]})" if value != recommended[key] else "")
-        for key, value in sampling.items()
+        f"{name} {value}" + (f" (recommended {advice})" if value != advice else "")
+        for name, value, advice in zip(Sampling._fields, sampling, recommended)
     )
 
 

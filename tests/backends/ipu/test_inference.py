@@ -5,6 +5,7 @@ import torch
 
 import backends
 from backends.ipu import backend as ipu
+from models.sampling import Sampling
 from models.vae import load_vqgan
 from tests.backends.ipu.ipu_runs import samples, settings
 from tests.builders import small_dalle
@@ -26,14 +27,14 @@ def test_codes_are_those_of_a_cpu(poptorch_standin, tiny_vae, whole, count, monk
     if not whole:
         monkeypatch.setattr(poptorch_standin, "for_loop", no_loop)
     sampler = on_ipu.sampler(model, 3)
-    for shaping in ({}, {"top_k": 0.5, "top_p": 0.8, "temperature": 0.7, "cond_scale": 2.0}):
+    for sampling in (Sampling(), Sampling(top_k=0.5, top_p=0.8, temperature=0.7, cond_scale=2.0)):
         for given in (None, torch.randint(0, 32, (count, 5)), torch.randint(0, 32, (count, 16))):
             draws = [
                 sample(
                     text,
+                    sampling,
                     generator=[torch.Generator().manual_seed(i) for i in range(count)],
                     image_codes=given,
-                    **shaping,
                 )
                 for sample in (on_cpu.sampler(model, 3), sampler)
             ]

@@ -16,7 +16,7 @@ from backends.native.sampler import packer
 from backends.native.trainer import build_optimizers
 from data.loader import GeneratedDataset
 from data.order import EpochOrder
-from models.sampling import generate_codes
+from models.sampling import CachedStepper, Sampling, sample_codes
 from tests.builders import small_dalle, train_settings
 from utils import checkpoint
 from utils.muon import Muon
@@ -336,18 +336,6 @@ def test_the_loader_gives_each_step_its_samples_in_order(workers):
         assert torch.equal(codes, torch.stack([dataset[key][1] for key in keys]))
 
 
-def test_the_sampler_draws_what_generate_codes_draws(tiny_vae):
-    model = small_dalle(tiny_vae).eval()
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.3
-    text, given = samples(3)[0], dict(top_k=0.5, top_p=0.9, temperature=0.8, cond_scale=1.5)
-    expected = generate_codes(model, text, generator=torch.Generator().manual_seed(3), **given)
-    sample = NativeBackend("cpu", "fp32").sampler(model.train(), 4)
-    codes = sample(text, generator=torch.Generator().manual_seed(3), **given)
-    assert not model.training and codes.dtype == torch.int64 and torch.equal(codes, expected)
-    assert not torch.equal(codes, sample(text, generator=torch.Generator().manual_seed(4), **given))
-
-
 def test_the_contract_is_kept(tiny_vae):
     backend = NativeTrainingBackend(settings(gradient_accumulation=5, replication_factor=3, batch_size=2))
     assert backend.samples_per_step == 30
@@ -391,16 +379,16 @@ def test_a_row_has_the_same_product_whatever_the_batch(rows):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_sampler_draws_the_plain_loops_codes(tiny_vae, batch_size):
-    backend = NativeTrainingBackend(settings(batch_size=batch_size))
-    model = small_dalle(tiny_vae)
-    text, _ = samples(4)
-    for shaping in ({}, {"top_k": None, "top_p": 0.9, "temperature": 0.9, "cond_scale": 1.5}):
-        draws = [
-            draw(text, generator=[torch.Generator().manual_seed(i) for i in range(4)], **shaping)
-            for draw in (backend.sampler(model, batch_size), lambda text, **more: generate_codes(model, text, **more))
-        ]
-        assert torch.equal(*draws)
+def test_the_sampler_gives_the_codes_of_the_plain_loop(tiny_vae, batch_size):
+    model = small_dalle(tiny_vae, weight_std=0.3)
+    text, sample = samples(4)[0], NativeBackend("cpu", "fp32").sampler(model.train(), batch_size)
+    for sampling in (Sampling(), Sampling(top_k=None, top_p=0.9, temperature=0.9, cond_scale=1.5)):
+        first, other = ([torch.Generator().manual_seed(i) for i in range(start, start + 4)] for start in (0, 4))
+        codes = sample(text, sampling, generator=first)
+        assert not model.training and codes.dtype == torch.int64
+        again = [torch.Generator().manual_seed(i) for i in range(4)]
+        assert torch.equal(codes, sample_codes(model, text, CachedStepper(model), sampling, again))
+        assert sampling.top_k or not torch.equal(codes, sample(text, sampling, generator=other))
 
 
 def test_the_average_of_the_weights_follows_them(tiny_vae):
