@@ -29,7 +29,7 @@ MESSAGES = {
     404: "There is nothing at this address; see /docs.",
     405: "This address does not accept this method; see /docs.",
 }
-FAILURES = {status: {"model": validation.Error} for status in (400, 401, 403, 413, 415, 421, 422, 429, 503)}
+FAILURES = {status: {"model": validation.Error} for status in (400, 401, 403, 404, 413, 415, 421, 422, 429, 503)}
 
 
 def build(loaded, queue, streams, limits):

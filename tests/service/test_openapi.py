@@ -42,12 +42,11 @@ def fuzz(port, examples):
         checks.content_type_conformance,
         checks.response_schema_conformance,
     )
-    calls = 0
+    calls, options = 0, hypothesis.settings(suppress_health_check=list(hypothesis.HealthCheck))
     for result in schema.get_all_operations():
         operation = result.ok()
 
-        @hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-        @hypothesis.settings(suppress_health_check=list(hypothesis.HealthCheck))
+        @hypothesis.settings(options, max_examples=examples, derandomize=True, database=None, deadline=None)
         @hypothesis.given(case=operation.as_strategy())
         def once(case):
             nonlocal calls

@@ -332,7 +332,7 @@ def test_a_reader_that_takes_nothing_is_closed(port, monkeypatch):
 
 @pytest.mark.slow
 def test_a_siege_of_half_open_slow_and_abandoning_clients(tiny_checkpoint):
-    """1,100 half-open connections, 150 slow ones and 100 abandoned jobs at once, all from the honest client's address."""
+    """1,100 half-open connections, 150 slow ones and 100 abandoned jobs, all from the honest client's address."""
     from tests.test_app import port_of, start
 
     process = start("--dalle_path", tiny_checkpoint, "--port", 0, "--batch-size", 8)
