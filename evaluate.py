@@ -88,7 +88,7 @@ def pairs(settings, saved, loaded):
         seed=trained.get("random_seed", 42),
     )
     if settings.max_pairs and settings.max_pairs < len(dataset):
-        dataset = dataset.hold_out(settings.max_pairs / len(dataset))
+        dataset = dataset.split_off(settings.max_pairs / len(dataset))
     if settings.fid_weights and len(dataset) < 2:
         raise ValueError(
             f"--fid-weights: {len(dataset)} pair in {settings.input_folder}; FID needs two, better thousands"
@@ -126,7 +126,7 @@ def reconstruct(loaded, dataset, batch_size):
     """
     import torch
 
-    from data.codes import cached_codes, open_codes
+    from data.codes import load_codes, open_code_cache
 
     vae = loaded.model.vae
     psnr, originals, returned = [], [], []
@@ -143,9 +143,9 @@ def reconstruct(loaded, dataset, batch_size):
 
     with tempfile.TemporaryDirectory() as place:  # pictures are read again in any case, and a user's folder left alone
         options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-        cache = open_codes(dataset.folder, place, **options)
+        cache = open_code_cache(dataset.folder, place, **options)
         at_once = min(batch_size, max(1, 16 * 256**2 // vae.image_size**2))
-        codes, bad = cached_codes(dataset.pictures, encode_and_compare, cache, batch_size=at_once)
+        codes, bad = load_codes(dataset.images, encode_and_compare, cache, batch_size=at_once)
         dataset.attach_codes(codes.copy(), bad)
     shown = torch.cat([torch.cat(part)[:GRID_PAIRS] for part in (originals, returned)])
     return torch.cat(psnr).mean().item(), shown
@@ -153,7 +153,7 @@ def reconstruct(loaded, dataset, batch_size):
 
 def of_drawings(loaded, dataset, settings, sampling, clip, distance):
     """One picture drawn for each pair's caption → its scores."""
-    from data.pictures import load_pictures
+    from data.images import load_images
 
     text = [dataset[index][0] for index in range(len(dataset))]
     captions = [loaded.tokenizer.decode(tokens) for tokens in text]
@@ -165,8 +165,8 @@ def of_drawings(loaded, dataset, settings, sampling, clip, distance):
         for first in batches_in(len(pictures), settings, "FID"):
             part = slice(first, first + settings.batch_size)
             distance.add("drawn", (pictures[part] * 255).round().byte())
-            real = [dataset.folder / name for name, _, _ in dataset.pictures[part]]
-            distance.add("real", load_pictures(real, loaded.model.vae.image_size))
+            real = [dataset.folder / name for name, _, _ in dataset.images[part]]
+            distance.add("real", load_images(real, loaded.model.vae.image_size))
         found["fid"] = distance.distance()
         print(f"FID: {found['fid']:.2f} ({len(pictures)} pictures; with fewer than some thousands it is too high)")
     return found
@@ -194,10 +194,10 @@ def batches_in(count, settings, title):
 
 def of_prompts(loaded, settings, sampling, folder, clip=None):
     """How many held-out prompts of the demo set the pictures follow; writes a grid of them and its prompts."""
-    from data.shapes import held_out_prompts
+    from data.shapes import validation_prompts
     from generation.output import make_grid, to_image
 
-    prompts = held_out_prompts(settings.prompt_set, settings.prompts, settings.seed)
+    prompts = validation_prompts(settings.prompt_set, settings.prompts, settings.seed)
     text = loaded.tokenizer.tokenize(prompts, loaded.model.text_seq_len)
     pictures, sampling = draw_prompts(loaded, prompts, text, settings, sampling)
     accuracy, wrong = judge(prompts, pictures)

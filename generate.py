@@ -25,7 +25,7 @@ def main(argv=None):
     with log.exit_on_interrupt(), log.exit_on_bad_input():
         from tqdm import tqdm
 
-        from generation import batching, image_prompts, output, ranking
+        from generation import batching, image_prompts, output, prompts, ranking
         from generation.loading import load_from_flags
         from generation.previews import animation_frames
 
@@ -34,15 +34,18 @@ def main(argv=None):
         requests = requested(settings, loaded, seed)
         given_codes = functools.lru_cache(maxsize=None)(functools.partial(image_prompts.encode_kept_rows, loaded))
         wanted = [pictures_of(request, settings, loaded, seed, given_codes) for request in requests]  # all, at first
+        unknown = dict.fromkeys(word for one in requests for word in prompts.unknown_words(loaded, one.prompt))
+        if unknown:
+            logger.warning("no training caption has the words: %s", ", ".join(unknown))
         clip = clip_judge(settings)
         check_writable(settings.outputs_dir)
         logger.info("seed %d, %s", seed, told(wanted[0][0].sampling, loaded.recommended))
         if share_pictures:
             lists = [part[slice(*share_of(len(part), loaded.backend))] for part in wanted]
         else:
-            prompts = [request.prompt for request in requests]  # one prompt's folder is one process's
+            texts = [request.prompt for request in requests]  # one prompt's folder is one process's
             size, rank = loaded.backend.world_size, loaded.backend.rank
-            mine = [place for place, prompt in enumerate(prompts) if prompts.index(prompt) % size == rank]
+            mine = [place for place, prompt in enumerate(texts) if texts.index(prompt) % size == rank]
             lists = wanted = [wanted[place] for place in mine]
         total = sum(map(len, lists))
         loaded.batch_size = max(1, min(loaded.batch_size, total))

@@ -47,10 +47,10 @@ def main(argv=None):
 
 def train(run):
     """Updates to the end, with validation, checkpoints and pictures on the way. Before the first lies compilation."""
-    from data.order import RunBatches
+    from data.order import RunOrder
 
     progress = log.Progress(run.steps, run.step, run.backend.samples_per_step * run.backend.world_size)
-    order = RunBatches(run.batches, run.step, run.steps)
+    order = RunOrder(run.batches, run.step, run.steps)
     compiled, skips = False, 0
     # Several processes stop after the same update, so that none waits for another that has left.
     with contextlib.closing(

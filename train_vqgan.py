@@ -38,7 +38,7 @@ def train(settings):
     from tqdm import tqdm
 
     from backends.native.backend import pick_device
-    from data.pictures import endless_batches
+    from data.images import endless_batches
     from models.vae import VQGan
     from models.vqgan_training import SEED_CELLS, VQGanTrainer
     from utils.files import check_writable
@@ -167,28 +167,28 @@ def read_folders(settings):
     The training pictures are paths where they would not fit into memory. No more of them are read than the run can
     see.
     """
+    from data.images import find_images, load_images
     from data.order import epoch_order
-    from data.pictures import find_pictures, load_pictures
 
     size, seed = settings.image_size, settings.random_seed
 
     def shuffled(paths):
         return [paths[index] for index in epoch_order(len(paths), seed, epoch=0)]
 
-    paths = shuffled(find_pictures(settings.input_folder))
+    paths = shuffled(find_images(settings.input_folder))
     name = "held-out pictures"
     most = max(GRID_PICTURES, HELD_OUT_PIXELS // size**2)
     if settings.validation_folder is not None:
-        held_out = shuffled(find_pictures(settings.validation_folder))[:most]
+        held_out = shuffled(find_images(settings.validation_folder))[:most]
     elif settings.validation_split and len(paths) > 1:
         count = min(most, math.ceil(len(paths) * settings.validation_split))
         held_out, paths = paths[:count], paths[count:]
     else:
         held_out, name = paths[:most], "training pictures"
     paths = paths[: settings.max_steps * settings.batch_size]
-    held_out = load_pictures(held_out, size, settings.dataloader_workers)
+    held_out = load_images(held_out, size, settings.dataloader_workers)
     if len(paths) * 3 * size**2 <= MEMORY_BYTES:
-        paths = load_pictures(paths, size, settings.dataloader_workers)
+        paths = load_images(paths, size, settings.dataloader_workers)
     logger.info("%d training pictures, %d %s", len(paths), len(held_out), name)
     return paths, held_out, name
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import log
 from args import COUNT, SEED, machine_flags
-from data.shapes import held_out_prompts
+from data.shapes import validation_prompts
 from evaluate import judge
 from utils.command_line import Parser, number, parse
 from utils.files import atomic_write, check_writable
@@ -50,7 +50,7 @@ def main(argv=None):
         loaded = load(
             settings.dalle_path, device=settings.device, precision=settings.precision, batch_size=settings.batch_size
         )
-        prompts = held_out_prompts("score", settings.pictures, settings.seed)
+        prompts = validation_prompts("score", settings.pictures, settings.seed)
         rows = [measured(loaded, prompts, settings.seed, *row) for row in tqdm(ROWS, unit="row", disable=None)]
         print(f"{loaded.path}, {len(prompts)} held-out prompts, seed {settings.seed}")
         print(f"{'':40}{'followed':>10}{'s a picture':>13}")

@@ -12,7 +12,7 @@ from typing import Iterator, List, Optional, Sequence, Union
 
 import numpy as np
 
-from data.arrays import Arrays, Made, pickled_by_name, unpickled
+from data.array_cache import ArrayCache, Made, pickled_by_name, unpickled
 from data.pairs import File, printable, read_captions
 
 logger = logging.getLogger("minidalle")
@@ -57,17 +57,19 @@ class Captions:
         return int(np.argmax(found)) if found.any() else None
 
 
-def open_captions(folder: Union[str, Path], cache_dir: Union[str, Path], tokenizer) -> Arrays:
+def open_caption_cache(folder: Union[str, Path], cache_dir: Union[str, Path], tokenizer) -> ArrayCache:
     """The cache of tokens of `folder`'s caption files in `cache_dir`; it may be empty.
 
     Raises OSError when there is a `cache_dir` that cannot be read.
     """
-    made_by = {"version": 1, "tokenizer": tokenizer.fingerprint, "captions": "lines that are not blank, stripped"}
+    key = {"version": 1, "tokenizer": tokenizer.fingerprint, "captions": "lines that are not blank, stripped"}
     name = re.sub("[^A-Za-z0-9]", "", tokenizer.fingerprint)[:12]
-    return Arrays(cache_dir, f"captions-{name}", folder, _dtype(tokenizer), made_by)
+    return ArrayCache(cache_dir, f"captions-{name}", folder, _dtype(tokenizer), key)
 
 
-def tokenized(files: Sequence[File], folder: Union[str, Path], tokenizer, cache: Optional[Arrays] = None) -> Captions:
+def tokenized(
+    files: Sequence[File], folder: Union[str, Path], tokenizer, cache: Optional[ArrayCache] = None
+) -> Captions:
     """The captions of these files of `folder`, whole. What the cache has is taken from it, the rest is added to it.
 
     tokenizer: `encode(text)` gives a list of ids below `vocab_size`, `fingerprint` names its vocabulary.
@@ -84,7 +86,7 @@ def tokenized(files: Sequence[File], folder: Union[str, Path], tokenizer, cache:
     if cache is not None:
         try:
             cache.fill(files, make, batch_size=_FILES_AT_ONCE, doing="tokenizing captions", unit="file")
-            return Captions(*cache.find(files))
+            return Captions(*cache.load(files))
         except OSError as error:
             logger.warning("captions are tokenized anew in every run: %s", error)
     batches = (range(len(files))[start : start + _FILES_AT_ONCE] for start in range(0, len(files), _FILES_AT_ONCE))

@@ -1,6 +1,6 @@
 """A folder looked through before a long run: what training would skip or refuse, and what is worth knowing.
 
-    python -m data.loader check FOLDER
+    python -m data.check FOLDER
 
 Every picture is decoded as training decodes it, every caption tokenized, in several processes. Nothing is changed.
 """
@@ -17,9 +17,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.loader import load_picture
-from data.pairs import LABEL_FILE, UNREADABLE, find_pairs, open_picture, printable, read_captions
-from data.reading import Reading
+from data.images import load_image
+from data.loader import WorkerTracker
+from data.pairs import LABEL_FILE, UNREADABLE, find_pairs, open_image, printable, read_captions
 from data.tokenizer import load_tokenizer
 from utils.interrupts import ignore_interrupts_in_worker
 
@@ -60,14 +60,14 @@ class Pairs(Dataset):
         self.pairs, self.tokenizer, self.image_size = pairs, tokenizer, image_size
         self.bytes = [picture.stat().st_size if picture.exists() else -1 for picture, _ in pairs]
         self.shared = {size for size, count in Counter(self.bytes).items() if count > 1}
-        self.reading = Reading()
+        self.tracker = WorkerTracker()
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Tuple[int, Found]:
         picture, caption_file = self.pairs[index]
-        self.reading.now(index)
+        self.tracker.mark(index)
         fault, traits, digest = None, (), b""
         try:
             traits = picture_traits(picture, self.image_size)
@@ -75,7 +75,7 @@ class Pairs(Dataset):
                 digest = hashlib.blake2b(picture.read_bytes(), digest_size=16).digest()
         except (ValueError, OSError) as error:
             fault = str(error)
-        self.reading.now(-1)
+        self.tracker.mark(-1)
         captions = read_captions(caption_file)
         ids = [self.tokenizer.encode(caption) for caption in captions]
         unknown = sum(token == self.tokenizer.unknown for tokens in ids for token in tokens)
@@ -84,9 +84,9 @@ class Pairs(Dataset):
 
 
 def picture_traits(path: Path, image_size: int) -> Tuple[str, ...]:
-    """The kinds that a picture is of; raises what load_picture raises."""
-    pixels = load_picture(path, image_size)
-    with open_picture(path) as image:
+    """The kinds that a picture is of; raises what load_image raises."""
+    pixels = load_image(path, image_size)
+    with open_image(path) as image:
         width, height = image.size
         kinds = {
             SMALL: min(width, height) < image_size,
@@ -126,7 +126,7 @@ def look_at_all(pairs: Pairs, workers: int) -> List[Optional[Found]]:
             except RuntimeError as error:  # which may come at any place above: what is noted is noted
                 if not str(error).startswith("DataLoader worker"):
                     raise
-                named = pairs.reading.of_ended(str(error))
+                named = pairs.tracker.of_dead(str(error))
             killers.update(named)
             nameless += not named
             if nameless > _NAMELESS:
@@ -232,12 +232,11 @@ def _count(low: int):
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Exit status 0: clean; 1: training would skip or refuse something; 2: bad arguments."""
     parser = _Parser(
-        prog="python -m data.loader",
+        prog="python -m data.check",
         description="Looks through a folder before a long run.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("action", choices=["check"])
     add("folder", metavar="FOLDER", help="pictures and .txt captions, as train.py's --input-folder")
     add("--bpe-path", "--bpe_path", help="YouTokenToMe vocabulary; none: CLIP's")
     add("--text-seq-len", "--text_seq_len", type=_count(1), default=80, help="text tokens a caption may have")
@@ -270,3 +269,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise SystemExit(130) from None
     print("\n".join(lines(folder, report, None if settings.all else 3)))
     raise SystemExit(1 if any(report.faults.values()) else 0)
+
+
+if __name__ == "__main__":
+    main()

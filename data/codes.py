@@ -1,6 +1,6 @@
 """The codes of a folder's pictures: the VQGAN is frozen and the crop fixed, so each picture is encoded once.
 
-Encoding is the caller's: `cached_codes` is handed a function from pixels to codes and never sees a model. How codes lie
+Encoding is the caller's: `load_codes` is handed a function from pixels to codes and never sees a model. How codes lie
 on disk, and how processes share the work, is arrays.py's.
 """
 
@@ -13,33 +13,33 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data.arrays import FLUSH_SECONDS, Arrays, Made
-from data.loader import load_picture
+from data.array_cache import FLUSH_SECONDS, ArrayCache, Made
+from data.images import load_image
 from data.pairs import File, printable
 from utils.interrupts import ignore_interrupts_in_worker
 
-CROP = "upright, middle square, bilinear"  # what load_picture does; a change there must change this
+CROP = "upright, middle square, bilinear"  # what load_image does; a change there must change this
 
 
-def open_codes(
+def open_code_cache(
     folder: Union[str, Path], cache_dir: Union[str, Path], *, image_size: int, num_codes: int, fingerprint: str
-) -> Arrays:
+) -> ArrayCache:
     """The cache of `folder`'s pictures in `cache_dir`, uint16 (uint32 when num_codes > 65536); it may be empty.
 
     fingerprint: names the VQGAN's weights; codes of another one are neither used nor touched.
 
     Raises OSError when there is a `cache_dir` that cannot be read.
     """
-    made_by = {"version": 1, "vqgan": fingerprint, "crop": CROP, "image_size": image_size, "num_codes": num_codes}
+    key = {"version": 1, "vqgan": fingerprint, "crop": CROP, "image_size": image_size, "num_codes": num_codes}
     vqgan = re.sub("[^A-Za-z0-9]", "", fingerprint)[:12]
     dtype = np.uint16 if num_codes <= 65536 else np.uint32
-    return Arrays(cache_dir, f"codes-{vqgan}-{image_size}", folder, dtype, made_by)
+    return ArrayCache(cache_dir, f"codes-{vqgan}-{image_size}", folder, dtype, key)
 
 
-def cached_codes(
+def load_codes(
     pictures: Sequence[File],
     encode: Callable[[torch.Tensor], torch.Tensor],
-    cache: Arrays,
+    cache: ArrayCache,
     *,
     batch_size: int = 16,
     workers: int = 0,
@@ -66,7 +66,7 @@ def cached_codes(
 
     def make(batches: Iterator[List[int]]) -> Iterator[Made]:
         loader = DataLoader(
-            _Pixels(pictures, str(cache.folder), cache.made_by["image_size"]),
+            _Pixels(pictures, str(cache.folder), cache.key["image_size"]),
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=list,
@@ -77,7 +77,7 @@ def cached_codes(
             bad.update((index, reason) for index, reason in samples if isinstance(reason, str))
             if readable:
                 images = torch.stack([pixels for _, pixels in readable])  # (B, 3, size, size)
-                codes = _checked(encode(images.float().div_(255)), len(readable), cache.made_by["num_codes"])
+                codes = _checked(encode(images.float().div_(255)), len(readable), cache.key["num_codes"])
                 yield [index for index, _ in readable], codes.astype(cache.dtype), None
 
     cache.fill(
@@ -89,7 +89,7 @@ def cached_codes(
         raise ValueError(f"{printable(cache.folder)}: none of {len(pictures)} pictures can be read ({reason})")
     # Of a picture that this process could not read, another may have made the codes meanwhile.
     bad = {index: reason for index, reason in bad.items() if pictures[index] not in cache}
-    codes, rows, _ = cache.find(encoded)
+    codes, rows, _ = cache.load(encoded)
     in_order = np.array_equal(rows, np.arange(len(rows)))
     return codes[: len(rows)] if in_order else codes[rows], bad
 
@@ -107,7 +107,7 @@ class _Pixels(Dataset):
 
     def __getitem__(self, index: int) -> Tuple[int, Union[torch.Tensor, str]]:
         try:
-            pixels = load_picture(os.path.join(self.folder, self.pictures[index][0]), self.size)
+            pixels = load_image(os.path.join(self.folder, self.pictures[index][0]), self.size)
         except (ValueError, OSError) as error:
             return index, str(error)
         return index, torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

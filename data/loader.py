@@ -11,92 +11,46 @@ import copy
 import hashlib
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Container, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from data.arrays import pickled_by_name, unpickled
-from data.captions import open_captions, tokenized
+from data.array_cache import pickled_by_name, unpickled
+from data.captions import open_caption_cache, tokenized
+from data.images import load_image
 from data.order import Key, epoch_and_index, random_bits
-from data.pairs import UNREADABLE, File, Skipped, find_pairs, open_picture, printable, read_captions, report_skipped
-from data.reading import Reading
+from data.pairs import UNREADABLE, File, Skipped, find_pairs, printable, read_captions, report_skipped
 
 logger = logging.getLogger("minidalle")
 
-_ORIENTATION = 0x0112  # the EXIF tag
-_TO_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_SLOTS = 256  # workers of one DataLoader; more share slots, and the latest to begin is remembered
 _NAMED_IN_LOG = 20  # unreadable pictures told one by one; a disk that goes away would fill the log
 _NEVER_AGAIN = 2  # the flag of a picture over which a worker was killed; 1: could not be read, and is tried again
 # What a random number is for, so that no two uses share one; 2 is the order's, in data/order.py.
 _CAPTION, _DROPOUT, _GENERATED, _HELD_OUT = 0, 1, 3, 4
 
 
-def load_picture(path: Union[str, Path], size: int) -> np.ndarray:
-    """One picture as uint8 RGB (size, size, 3): turned upright by its EXIF tag, the middle square, resized bilinearly.
+class WorkerTracker:
+    """One place a worker in memory that outlives it. Make it before the workers are started."""
 
-    The square is what torchvision's RandomResizedCrop cuts at scale 1 and ratio 1, and PIL's bilinear filter widens
-    when it shrinks (antialiasing). Transparent parts show white; 16-bit grey is scaled, not cut off.
+    def __init__(self) -> None:
+        self._slots = torch.full((_SLOTS, 2), -1, dtype=torch.int64).share_memory_()  # process, index or -1
 
-    Raises FileNotFoundError or PermissionError naming the file when it cannot be had, ValueError naming it for
-    everything else: not a picture, truncated, damaged, over PIL's pixel limit.
-    """
-    try:
-        with open_picture(path) as image:
-            return middle_square(image, size)
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # a damaged file makes PIL raise OSError, SyntaxError, struct.error, zlib.error and more
-        reason = str(error).replace("\n", " ")
-        named = reason if printable(path) in reason else f"{printable(path)}: cannot be read as a picture ({reason})"
-        raise ValueError(named) from error
+    def mark(self, index: int) -> None:
+        """Note what this worker reads from now on; -1: nothing. Outside of workers nothing is noted."""
+        worker = get_worker_info()
+        if worker is not None:
+            self._slots[worker.id % _SLOTS] = torch.tensor([os.getpid(), index])
 
-
-def middle_square(image: Image.Image, size: int) -> np.ndarray:
-    """load_picture of an opened picture. Raises whatever PIL does for a damaged one."""
-    image.load()
-    image = _upright(image)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    if image.width != image.height:
-        image = image.crop((left, top, left + side, top + side))
-    image = _to_rgb(image)
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.array(image)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # a damaged EXIF block raises many things, and the pixels are sound without it
-        return image
-    return image.transpose(_TO_UPRIGHT[orientation]) if orientation in _TO_UPRIGHT else image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # PNG's 16-bit grey: "I;16", or "I" with an older PIL
-        grey = np.clip(np.asarray(image), 0, 65535)
-        white = grey == image.info["transparency"] if "transparency" in image.info else np.zeros_like(grey, dtype=bool)
-        return Image.fromarray(np.where(white, 255, np.round(grey / 257)).astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(paper, image).convert("RGB")
-    return image.convert("RGB")
+    def of_dead(self, said: str) -> List[int]:
+        """What the workers were reading that torch's error names: "DataLoader worker (pid 12) is killed by …"."""
+        named = re.search(r"\(pid(?:\(s\))? ([\d, ]+)\)", said)
+        processes = {int(number) for number in named[1].split(",")} if named else set()
+        return [index for process, index in self._slots.tolist() if process in processes and index >= 0]
 
 
 class TextImageDataset(Dataset):
@@ -137,19 +91,19 @@ class TextImageDataset(Dataset):
         self.byteio = byteio
         self.caption_dropout = caption_dropout
         self.seed = seed
-        cache = None if cache_dir is None else open_captions(folder, cache_dir, tokenizer)
+        cache = None if cache_dir is None else open_caption_cache(folder, cache_dir, tokenizer)
         tokenized_before = () if cache is None else cache
         pairs, self._skipped = find_pairs(folder, lambda file: file in encoded or file in tokenized_before)
         report_skipped(self._skipped)
-        self.pictures: List[File] = [picture for picture, _ in pairs]
+        self.images: List[File] = [picture for picture, _ in pairs]
         captions = [caption for _, caption in pairs]
         self._captions = tokenized(captions, self.folder, tokenizer, cache)
         if not truncate_captions:
             self._refuse_long_captions(captions, tokenizer)
         self._codes: Optional[np.ndarray] = None
         # One flag a picture, in memory that worker processes share with their parent.
-        self._unreadable = torch.zeros(len(self.pictures), dtype=torch.uint8).share_memory_()
-        self._reading = Reading()
+        self._unreadable = torch.zeros(len(self.images), dtype=torch.uint8).share_memory_()
+        self._tracker = WorkerTracker()
 
     def _refuse_long_captions(self, files: List[File], tokenizer) -> None:
         place = self._captions.first_longer_than(self.text_seq_len)
@@ -166,7 +120,7 @@ class TextImageDataset(Dataset):
         """From now on give codes in place of pixels. Call it before workers are started.
 
         codes: integers (pictures, image_seq_len), in the order of `pictures` without those that are in bad. bad:
-        index → reason for those that could not be encoded (`cached_codes` returns both); they leave the dataset and are
+        index → reason for those that could not be encoded (`load_codes` returns both); they leave the dataset and are
         counted in `skipped`.
         """
         bad = bad or {}
@@ -179,26 +133,26 @@ class TextImageDataset(Dataset):
         if not good.any():
             raise ValueError(f"{printable(self.folder)}: none of its {len(self)} pictures could be encoded")
         if not good.all():
-            lost = {UNREADABLE: [self.folder / self.pictures[index][0] for index in sorted(bad)]}
+            lost = {UNREADABLE: [self.folder / self.images[index][0] for index in sorted(bad)]}
             report_skipped(lost)
             self._skipped[UNREADABLE] = sorted(set(self._skipped.get(UNREADABLE, []) + lost[UNREADABLE]))
             self._keep(np.flatnonzero(good))
         self._codes = codes
 
     def _keep(self, rows: np.ndarray) -> None:
-        self.pictures = [self.pictures[row] for row in rows]
+        self.images = [self.images[row] for row in rows]
         self._captions = self._captions.only(rows)
         self._unreadable = self._unreadable[torch.from_numpy(rows)].share_memory_()
-        self._reading = Reading()  # of its own, where a copy keeps other rows
+        self._tracker = WorkerTracker()  # of its own, where a copy keeps other rows
         if self._codes is not None:
             self._codes = self._codes[rows]
 
-    def hold_out(self, share: float) -> "TextImageDataset":
+    def split_off(self, share: float) -> "TextImageDataset":
         """Take this share of the pairs out, at least one, and return them as a dataset of their own, without caption
         dropout. A hash of a picture's name decides, so that the same pictures are held out whatever the seed, and
         nearly the same ones of a folder that has grown. ValueError where nothing would be left to train on.
         """
-        names = [os.fsencode(name) for name, _, _ in self.pictures]
+        names = [os.fsencode(name) for name, _, _ in self.images]
         order = sorted(range(len(names)), key=lambda row: hashlib.sha256(names[row]).digest())
         count = max(1, round(share * len(order)))
         if count >= len(order):
@@ -213,7 +167,7 @@ class TextImageDataset(Dataset):
         """Names what there is to learn: pictures by name, captions by their tokens."""
         digest = hashlib.sha256()
         captions = self._captions
-        for (name, _, _), start, stop in zip(self.pictures, captions.starts, captions.stops):
+        for (name, _, _), start, stop in zip(self.images, captions.starts, captions.stops):
             digest.update(os.fsencode(name) + b"\0" + captions.tokens[start:stop].tobytes())
         return digest.hexdigest()
 
@@ -226,7 +180,7 @@ class TextImageDataset(Dataset):
     @property
     def skipped(self) -> Skipped:
         """Reason → files left out, those that went bad since the scan included."""
-        found = [self.folder / self.pictures[i][0] for i in self._unreadable.nonzero().flatten().tolist()]
+        found = [self.folder / self.images[i][0] for i in self._unreadable.nonzero().flatten().tolist()]
         if not found:
             return dict(self._skipped)
         return {**self._skipped, UNREADABLE: sorted(set(self._skipped.get(UNREADABLE, []) + found))}
@@ -236,14 +190,14 @@ class TextImageDataset(Dataset):
         """How many pictures went bad since the scan."""
         return int((self._unreadable > 0).sum())
 
-    def blame(self, said: str) -> List[str]:
+    def exclude_images_of(self, said: str) -> List[str]:
         """The pictures that the workers were reading whose end torch's error `said` tells; they are not read again."""
-        places = self._reading.of_ended(said)
+        places = self._tracker.of_dead(said)
         self._unreadable[places] = _NEVER_AGAIN
-        return [printable(self.folder / self.pictures[place][0]) for place in places]
+        return [printable(self.folder / self.images[place][0]) for place in places]
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, key: Key) -> Tuple[torch.Tensor, torch.Tensor]:
         epoch, index = epoch_and_index(key, len(self))
@@ -253,14 +207,14 @@ class TextImageDataset(Dataset):
             place = (index + step) % len(self)
             if self._unreadable[place] == _NEVER_AGAIN:
                 continue
-            self._reading.now(place)
+            self._tracker.mark(place)
             try:
-                pixels = load_picture(self.folder / self.pictures[place][0], self.image_size)
+                pixels = load_image(self.folder / self.images[place][0], self.image_size)
             except (ValueError, OSError) as error:
                 self._note_unreadable(place, error)
                 continue
             finally:
-                self._reading.now(-1)
+                self._tracker.mark(-1)
             image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (size, size, 3) -> (3, size, size)
             return self._text(epoch, place), image if self.byteio else image.float().div_(255)
         raise ValueError(f"{printable(self.folder)}: none of its {len(self)} pictures can be read any more")
@@ -334,13 +288,13 @@ class GeneratedDataset(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def hold_out(self, share: float) -> "GeneratedDataset":
+    def split_off(self, share: float) -> "GeneratedDataset":
         """A further dataset of this share of the length, at least one sample, of another seed."""
         held_out = copy.copy(self)
         held_out.length, held_out.seed = max(1, round(share * self.length)), random_bits(self.seed, _HELD_OUT)
         return held_out
 
-    def blame(self, said: str) -> List[str]:
+    def exclude_images_of(self, said: str) -> List[str]:
         """As TextImageDataset has it: no picture was read."""
         return []
 
@@ -361,9 +315,3 @@ class GeneratedDataset(Dataset):
         if self.byteio:
             return text, torch.from_numpy(random.integers(0, 256, shape, dtype=np.uint8))
         return text, torch.from_numpy(random.random(shape, dtype=np.float32))
-
-
-if __name__ == "__main__":  # python -m data.loader check FOLDER
-    from data.check import main
-
-    main()

@@ -14,7 +14,7 @@ Key = Union[int, Tuple[int, int]]  # index, or (epoch, index)
 _ORDER = 2  # what a random number is for, beside those of data/loader.py
 
 
-class EpochBatches(Sampler):
+class EpochOrder(Sampler):
     """The batches of one epoch as lists of (epoch, index), for DataLoader's `batch_sampler`.
 
     The order of an epoch is a permutation that depends on (seed, epoch) alone. It is cut into global batches of
@@ -26,7 +26,7 @@ class EpochBatches(Sampler):
 
     Set the epoch in the parent process before each pass; workers may be persistent, because the keys carry the epoch:
 
-        batches = EpochBatches(len(dataset), batch_size, seed=seed)
+        batches = EpochOrder(len(dataset), batch_size, seed=seed)
         loader = DataLoader(dataset, batch_sampler=batches, num_workers=4, persistent_workers=True)
         for epoch in range(first_epoch, epochs):
             batches.set_epoch(epoch, start_batch=resume_at if epoch == first_epoch else 0)
@@ -108,12 +108,12 @@ class EpochBatches(Sampler):
         return self._latest[1]
 
 
-class RunBatches:
+class RunOrder:
     """The batches of a run from update `first` up to `last`, epoch after epoch: a sequence, so that a loader in another
     process can be handed a place in it, and picklable.
     """
 
-    def __init__(self, batches: EpochBatches, first: int, last: int):
+    def __init__(self, batches: EpochOrder, first: int, last: int):
         self.batches, self.first, self.last = batches, first, last
 
     def __len__(self) -> int:

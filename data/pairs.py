@@ -131,7 +131,7 @@ def is_label_file(lines: Iterable[str]) -> bool:
     return bool(lines) and all(map(_is_label, lines))
 
 
-def open_picture(path: Union[str, Path], file: Optional[BinaryIO] = None) -> Image.Image:
+def open_image(path: Union[str, Path], file: Optional[BinaryIO] = None) -> Image.Image:
     """Open a picture's header; the pixels stay on disk until they are asked for, so close it or use `with`.
 
     `file` gives the bytes in place of the file at `path`, which errors name all the same.
@@ -276,7 +276,7 @@ def _picture_fault(path: str) -> Optional[str]:
 
 def _header_fault(path: str, file: Optional[BinaryIO] = None) -> Optional[str]:
     try:
-        open_picture(path, file).close()
+        open_image(path, file).close()
     except Exception as error:  # damaged headers make PIL raise struct.error, SyntaxError, OverflowError and more
         return TOO_LARGE if isinstance(error, ValueError) and TOO_LARGE in str(error) else NOT_A_PICTURE
     return None

@@ -43,7 +43,7 @@ from tqdm import tqdm
 VERSION = 1  # of the drawing and the wording: raised whenever the same settings would give other files
 
 BACKGROUND = (247, 244, 238)
-COLOURS = {
+COLORS = {
     "red": (214, 48, 49),
     "orange": (243, 132, 34),
     "yellow": (248, 206, 48),
@@ -105,7 +105,7 @@ def _contents() -> Tuple[Tuple[Combination, ...], ...]:
 
     The order comes from a hash of the words alone. The first tenth of each axis is withheld, and halved.
     """
-    kinds = list(itertools.product(COLOURS, SHAPES))
+    kinds = list(itertools.product(COLORS, SHAPES))
     train, choose, score = [], [], []
     for relation in ("above", "left"):
         axis = [(*a, relation, *b) for a, b in itertools.product(kinds, kinds) if a[0] != b[0]]
@@ -174,7 +174,7 @@ def _alternatives(words: Dict[str, Tuple[str, ...]]) -> Tuple[str, Dict[str, str
 
 _SIZE, _SIZE_NAMES = _alternatives(SIZES)
 _RELATION, _RELATION_NAMES = _alternatives(RELATIONS)
-_ITEM = rf"(?:an? )?(?:({_SIZE}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+_ITEM = rf"(?:an? )?(?:({_SIZE}) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
 _CAPTION = re.compile(rf"(?:there is )?{_ITEM} ({_RELATION}) {_ITEM}\.?")
 
 
@@ -193,7 +193,7 @@ def parse_caption(text: str) -> Scene:
     )
 
 
-def held_out_prompts(split: str, count: int = 256, seed: int = 0) -> List[str]:
+def validation_prompts(split: str, count: int = 256, seed: int = 0) -> List[str]:
     """``count`` different captions of withheld combinations, both sizes named: at most 1,120 a split.
 
     ``split`` is "choose" (for choosing sampling settings) or "score" (for the figure reported). The two halves share no
@@ -292,14 +292,14 @@ def draw_scene(scene: Scene, rng: random.Random, size: int = 64) -> np.ndarray:
 @lru_cache(maxsize=None)
 def _stamp(item: Item, cell: int) -> np.ndarray:
     cover = coverage(item.shape, item.size, cell)[..., None]  # (n, n, 1)
-    ground, paint = np.float32(BACKGROUND), np.float32(COLOURS[item.colour])
+    ground, paint = np.float32(BACKGROUND), np.float32(COLORS[item.colour])
     return np.rint(ground + cover * (paint - ground)).astype(np.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------- files
 
 
-def sample_picture(split: str, index: int, seed: int = 0, size: int = 64) -> Tuple[np.ndarray, List[str]]:
+def make_sample(split: str, index: int, seed: int = 0, size: int = 64) -> Tuple[np.ndarray, List[str]]:
     """Picture ``index`` of "train" or "val" and its captions. It depends on nothing but these arguments."""
     train, choose, score = _contents()
     rng = random.Random(f"{split} {seed} {index}")  # a string seeds the same on every Python
@@ -314,7 +314,7 @@ def _write_split(root: Path, split: str, count: int, first_id: int, seed: int, s
         folder.mkdir(parents=True, exist_ok=True)
     listed, annotations = [], []
     for index in tqdm(range(count), desc=f"drawing {split}", unit="picture", disable=None):
-        pixels, texts = sample_picture(split, index, seed, size)
+        pixels, texts = make_sample(split, index, seed, size)
         image_id = first_id + index
         name = f"{image_id:012d}"
         Image.fromarray(pixels).save(images / f"{name}.png", compress_level=1)

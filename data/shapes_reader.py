@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from data.shapes import BACKGROUND, COLOURS, SHAPES, SIZES, Item, coverage, parse_caption
+from data.shapes import BACKGROUND, COLORS, SHAPES, SIZES, Item, coverage, parse_caption
 
 SIDE = 64  # pictures are read at this size
 WINDOW = 32  # pixels a side compared with the drawn shapes, of which the largest takes 24
@@ -25,8 +25,8 @@ LIKENESS = 0.8  # overlap with a drawn shape below which an object is no shape
 BLEMISH = 10.0  # pixels missing, too many or of another colour within 5x5, above which it is none either
 CLEARLY = 1.5  # how many times farther along the relation than across it, for it to hold
 
-_NAMES = tuple(COLOURS)
-_PALETTE = np.float32([*COLOURS.values(), BACKGROUND]) - np.float32(BACKGROUND)  # (9, 3), the background last
+_NAMES = tuple(COLORS)
+_PALETTE = np.float32([*COLORS.values(), BACKGROUND]) - np.float32(BACKGROUND)  # (9, 3), the background last
 _TEMPLATES = tuple((shape, size) for shape in SHAPES for size in SIZES)
 
 
@@ -130,7 +130,7 @@ def _match(cover: np.ndarray, stray: np.ndarray) -> Tuple[Optional[str], Optiona
     return _TEMPLATES[best] if alike else (None, None)
 
 
-def read_picture(pixels: np.ndarray) -> List[Seen]:
+def find_objects(pixels: np.ndarray) -> List[Seen]:
     """Every object in a square picture, (S, S, 3) uint8, in no particular order."""
     pixels = np.asarray(pixels)
     if pixels.ndim != 3 or pixels.shape[0] != pixels.shape[1] or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
@@ -176,7 +176,7 @@ def faults(caption: str, pixels: np.ndarray) -> Tuple[str, ...]:
     the caption leaves out is never wrong. ValueError for a caption that ``parse_caption`` does not understand.
     """
     scene = parse_caption(caption)
-    seen = read_picture(pixels)
+    seen = find_objects(pixels)
     if len(seen) != 2:
         return ("count",)
 

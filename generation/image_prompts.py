@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data.loader import load_picture, middle_square
+from data.images import crop_square, load_image
 
 KEEP = 0.5  # of the rows, unless told otherwise
 
@@ -25,11 +25,11 @@ def encode_kept_rows(loaded, picture, keep_rows=KEEP):
     size = loaded.model.vae.image_size
     if isinstance(picture, Image.Image):
         try:
-            pixels = middle_square(picture, size)
+            pixels = crop_square(picture, size)
         except Exception as error:  # whatever PIL raises for a damaged picture
             raise ValueError(f"the picture cannot be read ({' '.join(str(error).split())})") from None
     else:
-        pixels = load_picture(picture, size)
+        pixels = load_image(picture, size)
     codes = loaded.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)
     return codes[0, : rows * loaded.side]
 

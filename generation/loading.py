@@ -9,8 +9,11 @@ import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 import backends
 from data.tokenizer import load_tokenizer
+from data.words import read_summary
 from models.dalle import DALLE
 from models.official_vqgan import OFFICIAL_PARAMS
 from models.vae import VQGanVAE, load_vqgan
@@ -29,7 +32,8 @@ class LoadedModel:
 
     model (DALLE, in eval mode), tokenizer, recommended (sampling settings), path, fingerprint (of the weights),
     guidable (whether it was trained without captions, too, as guidance needs), backend, batch_size (pictures at once;
-    may be lowered before the first drawing).
+    may be lowered before the first drawing), words ({word: count} of the training captions) and examples (captions);
+    both are empty if the file does not have them.
     """
 
     def __init__(self, path, saved, model, tokenizer, recommended, backend):
@@ -37,6 +41,7 @@ class LoadedModel:
         self.guidable = bool(saved.get("settings", {}).get("caption_dropout"))
         if not self.guidable:  # whatever the run's settings said
             self.recommended = {**recommended, "cond_scale": 1.0}
+        self.words, self.examples = read_summary(saved.get("captions"))
         self.backend = backend
         self.fingerprint = fingerprint(model)
 
@@ -131,9 +136,10 @@ def read_model(path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("vae.")}
         weights.update({f"vae.{name}": tensor for name, tensor in vae.state_dict().items()})
     elif ours.get("target") and ours.get("params"):
-        vae = VQGanVAE(ours["params"], gumbel=ours["target"] == "GumbelVQ")
+        check_vqgan_counts(path, ours["params"], weights)
+        vae = functools.partial(VQGanVAE, ours["params"], gumbel=ours["target"] == "GumbelVQ")
     elif any(name.startswith("vae.") for name in weights):
-        vae = VQGanVAE(OFFICIAL_PARAMS)
+        vae = functools.partial(VQGanVAE, OFFICIAL_PARAMS)
     else:
         vae = load_vqgan()
         weights.update({f"vae.{name}": tensor for name, tensor in vae.state_dict().items()})
@@ -149,16 +155,46 @@ def read_model(path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
             f"{path}: was trained with {hparams['num_text_tokens']} text tokens, the vocabulary "
             f"{bpe_path or 'of CLIP'} has {tokenizer.vocab_size}; give the right one with --bpe_path"
         )
-    try:
-        model = DALLE(vae=vae, **{name: hparams[name] for name in names})
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: its hparams describe no model ({str(error).splitlines()[0]})") from None
-    misfit = checkpoint.first_misfit(model, weights)
-    if misfit:
-        raise ValueError(f"{path}: does not fit its hparams and VQGAN: {misfit} (see --vqgan_model_path)")
+    if not isinstance(hparams["depth"], int) or not 0 < hparams["depth"] <= len(weights):
+        raise ValueError(f"{path}: its hparams describe no model (depth is {hparams['depth']!r})")
+
+    def build():
+        image_tokenizer = vae() if isinstance(vae, functools.partial) else vae
+        return DALLE(vae=image_tokenizer, **{name: hparams[name] for name in names})
+
+    check_sizes(path, build, weights)
+    model = build()
     model.load_state_dict(weights)
     known = {key: value for key, value in saved.get("sampling", {}).items() if value is not None}
     return model.eval(), tokenizer, {**DEFAULTS, **known}
+
+
+def check_vqgan_counts(path, params, weights):
+    """Raise ValueError if a file's VQGAN has more blocks than the file has tensors."""
+    sizes = params.get("ddconfig") if isinstance(params, dict) else None
+    levels, blocks = (sizes.get("ch_mult"), sizes.get("num_res_blocks")) if isinstance(sizes, dict) else ((), 0)
+    if isinstance(levels, (list, tuple)) and isinstance(blocks, int) and len(levels) * max(blocks, 1) > len(weights):
+        raise ValueError(f"{path}: its VQGAN has {blocks} blocks on {len(levels)} levels, more than the file holds")
+
+
+def check_sizes(path, build, weights):
+    """Raise ValueError if the model that `build` makes does not fit a file's weights, before memory is allocated.
+
+    It is built without storage first: a few bytes of hparams may claim terabytes. What is not among the weights, such
+    as attention masks, may take as much as they do, and at most 1 GiB more.
+    """
+    try:
+        with torch.device("meta"):
+            model = build()
+    except (TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{path}: its hparams describe no model ({str(error).splitlines()[0][:120]})") from None
+    misfit = checkpoint.first_misfit(model, weights)
+    if misfit:
+        raise ValueError(f"{path}: does not fit its hparams and VQGAN: {misfit} (see --vqgan_model_path)")
+    masks = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    held = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    if masks > held + 2**30:
+        raise ValueError(f"{path}: its hparams ask for {masks / 2**30:.0f} GiB of attention masks")
 
 
 def read_tokenizer(path, bpe_path, known):

@@ -7,7 +7,9 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Dict, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
+
+from data.words import split_words
 
 NUMBERS = ("top_k", "top_p", "temperature", "cond_scale")
 KEYS = {"prompt": str, "num_images": int, "seed": int, **dict.fromkeys(NUMBERS, float)}
@@ -78,6 +80,11 @@ def parse_line(line, where):
             raise ValueError(f"{where}: {key} is {said[key]}; it must be {least} or more")
     rest = {key: said.get(key) for key in ("num_images", "seed", "image_prompt", "keep_rows")}
     return Request(prompt, sampling={key: said[key] for key in NUMBERS if key in said}, where=where, **rest)
+
+
+def unknown_words(loaded, prompt: str) -> List[str]:
+    """Return a prompt's words that no training caption has; none if the checkpoint does not keep their words."""
+    return [word for word in dict.fromkeys(split_words(prompt)) if loaded.words and word not in loaded.words]
 
 
 NAMES = {str: "text", int: "a whole number", float: "a number"}

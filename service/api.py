@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from generation.image_prompts import encode_kept_rows
 from generation.output import encode_image, image_metadata
+from generation.prompts import unknown_words
 from service import docs, uploads, validation
 from service.events import EventResponse
 from service.guard import client_of, refuse
@@ -36,7 +37,6 @@ def build(loaded, queue, streams, limits):
     app = FastAPI(title="Mini DALL-E", version="1", docs_url=None, redoc_url=None, responses=FAILURES)
     started, decoding = time.monotonic(), asyncio.Lock()  # one image is decoded at a time, since that takes memory
     files = {path.name: path.read_bytes() for path in PAGE.glob("*.*")}
-    word_count = len(getattr(loaded, "words", ()))
 
     def get(path, **options):
         """Register a route for GET, and for HEAD without a line in the documentation."""
@@ -112,11 +112,12 @@ def build(loaded, queue, streams, limits):
             "text_seq_len": loaded.model.text_seq_len,
             "guidable": loaded.guidable,
             "recommended": loaded.recommended,
-            "examples": list(getattr(loaded, "examples", ())),
-            "known_words": word_count,
+            "examples": loaded.examples,
+            "known_words": len(loaded.words),
         }
         if prompt is not None:
-            about["prompt"] = {"tokens": len(loaded.tokenizer.encode(prompt)), "unknown_words": []}
+            tokens = len(loaded.tokenizer.encode(prompt))
+            about["prompt"] = {"tokens": tokens, "unknown_words": unknown_words(loaded, prompt)}
         return JSONResponse(about)
 
     async def plan(wanted, prompts, count, keep):

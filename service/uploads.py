@@ -5,7 +5,7 @@ import io
 
 from PIL import Image, PngImagePlugin
 
-from data.loader import middle_square
+from data.images import crop_square
 
 MAX_BYTES = 10 * 2**20
 MAX_PIXELS = 24_000_000  # what phones photograph
@@ -42,6 +42,6 @@ def decode(text, size):
         )
     try:
         image.load()
-        return Image.fromarray(middle_square(image, size))
+        return Image.fromarray(crop_square(image, size))
     except Exception:
         raise ValueError("The image file is damaged or incomplete.") from None

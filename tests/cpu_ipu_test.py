@@ -13,7 +13,7 @@ import torch
 import args
 import backends
 from data.loader import GeneratedDataset
-from data.order import EpochBatches, RunBatches
+from data.order import EpochOrder, RunOrder
 from models.dalle import DALLE
 
 STEPS = 10
@@ -57,7 +57,7 @@ def losses(device, flags, vae, pixels):
     dataset = GeneratedDataset(
         2 * backend.samples_per_step, text_seq_len=8, num_text_tokens=56, image_size=32, byteio=pixels, **codes
     )
-    order = RunBatches(EpochBatches(len(dataset), backend.samples_per_step), 0, STEPS)
+    order = RunOrder(EpochOrder(len(dataset), backend.samples_per_step), 0, STEPS)
     trainer, found = backend.trainer(model), []
     for step, batch in enumerate(backend.loader(dataset, order)):
         if not step:

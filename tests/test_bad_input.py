@@ -341,14 +341,14 @@ def test_pictures_that_vanish_under_a_worker(command, tiny_flags, picture_folder
 
 
 def test_a_worker_that_is_killed(command, tiny_flags, monkeypatch):
-    parent, read = os.getpid(), data.loader.load_picture
+    parent, read = os.getpid(), data.loader.load_image
 
     def dying(*arguments):
         if os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(*arguments)
 
-    monkeypatch.setattr(data.loader, "load_picture", dying)
+    monkeypatch.setattr(data.loader, "load_image", dying)
     ended = command(train.main, *tiny_flags, "--no-codes-cache", "--dataloader-workers", 2)
     assert ended.status == 2 and "--dataloader-workers" in ended.err and len(ended.err.splitlines()) == 1, ended
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import generate
-from data.shapes import held_out_prompts, parse_caption
+from data.shapes import parse_caption, validation_prompts
 from evaluate import judge
 from generation import batching
 from generation.loading import DEMO, load
@@ -41,7 +41,7 @@ def test_it_draws_as_a_user_starts_it(tmp_path):
 def test_it_follows_prompts_that_it_was_never_shown(demo):
     import torch
 
-    prompts = held_out_prompts("score", 48)
+    prompts = validation_prompts("score", 48)
     lists = [[batching.plan_image(demo, prompt, place)] for place, prompt in enumerate(prompts)]
     accuracy, faults = judge(prompts, torch.cat([demo.decode(codes) for codes in batching.generate_lists(demo, lists)]))
     assert accuracy >= 0.9, faults

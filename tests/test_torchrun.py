@@ -96,10 +96,10 @@ def telling(self, pixels):
     time.sleep(seconds)
     return encode(self, pixels)
 VQGanVAE.get_codebook_indices = telling
-original = data.codes.cached_codes
+original = data.codes.load_codes
 def one_at_a_time(*arguments, **options):
     return original(*arguments, **{**options, "batch_size": 1, "flush_seconds": 0 if rank == "1" else 60})
-data.codes.cached_codes = one_at_a_time
+data.codes.load_codes = one_at_a_time
 train.main(sys.argv[1:])
 """
 

@@ -15,7 +15,7 @@ from taming.modules.vqvae.quantize import VectorQuantizer2
 
 import train
 import train_vqgan
-from data.loader import load_picture
+from data.images import load_image
 from models.vae import load_vqgan
 from models.vqgan_training import VQGanTrainer
 
@@ -47,7 +47,7 @@ def trained(command, flags, tmp_path, monkeypatch):
 
 def psnr(vae, folder, size):
     """Mean over the folder's pictures of what comes back of them, in dB."""
-    pictures = [torch.from_numpy(load_picture(path, size)).permute(2, 0, 1) for path in sorted(folder.glob("*.png"))]
+    pictures = [torch.from_numpy(load_image(path, size)).permute(2, 0, 1) for path in sorted(folder.glob("*.png"))]
     pixels = torch.stack(pictures) / 255
     error = (vae.decode(vae.get_codebook_indices(pixels)) - pixels).square().mean((1, 2, 3))
     return (-10 * error.log10()).mean().item()

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from backends import memory
-from data.loader import load_picture
-from data.order import RunBatches
+from data.images import load_image
+from data.order import RunOrder
 from models.pipeline_dalle import stages
 from training import checkpoints
 
@@ -32,11 +32,11 @@ PARTS = {
 
 
 def empty_codes(dataset, vae, cache):
-    """In place of cached_codes: codes of nothing, and in dataset.to_encode how many are wanted.
+    """In place of load_codes: codes of nothing, and in dataset.to_encode how many are wanted.
 
     Codes take the same time whatever they say.
     """
-    dataset.to_encode = sum(picture not in cache for picture in dataset.pictures)
+    dataset.to_encode = sum(picture not in cache for picture in dataset.images)
     dataset.attach_codes(np.broadcast_to(np.uint16(0), (len(dataset), vae.image_seq_len)))
 
 
@@ -101,10 +101,10 @@ def to_encode(run):
         return f"{missing:,} pictures to encode first, once"
     encode = run.backend.encode(run.vae)
     taken = []
-    for name, _, _ in itertools.islice(itertools.cycle(run.dataset.pictures), 1 + PICTURES):
+    for name, _, _ in itertools.islice(itertools.cycle(run.dataset.images), 1 + PICTURES):
         started = time.monotonic()
         try:
-            pixels = torch.from_numpy(load_picture(run.dataset.folder / name, run.vae.image_size))
+            pixels = torch.from_numpy(load_image(run.dataset.folder / name, run.vae.image_size))
         except (ValueError, OSError):
             continue
         encode(pixels.permute(2, 0, 1)[None].float() / 255)
@@ -121,7 +121,7 @@ def steps(run, device, weights):
     Of a step of many micro-batches one and two are made, as further ones take what the second does.
     """
     micro = run.backend.micro_batches
-    order = RunBatches(run.batches, run.step, run.step + 2 * ROUNDS + 1)
+    order = RunOrder(run.batches, run.step, run.step + 2 * ROUNDS + 1)
     taken = {}
     before = 0
     run.trainer.set_lr(run.schedule.at(run.step, run.epoch()))

@@ -12,9 +12,9 @@ import torch
 
 import backends
 import log
-from data.codes import cached_codes, open_codes
+from data.codes import load_codes, open_code_cache
 from data.loader import GeneratedDataset, TextImageDataset
-from data.order import EpochBatches
+from data.order import EpochOrder
 from data.tokenizer import load_tokenizer
 from models.dalle import DALLE
 from models.official_vqgan import OFFICIAL_PARAMS
@@ -88,7 +88,7 @@ def build(settings):
     trainer = backend.trainer(model)
     with backend.making_codes():
         dataset, validation_set = datasets(settings, backend, tokenizer, vae, made_up)
-    batches = EpochBatches(
+    batches = EpochOrder(
         len(dataset),
         backend.samples_per_step,
         seed=settings.random_seed,
@@ -169,7 +169,7 @@ def datasets(settings, backend, tokenizer, vae, made_up):
     else:
         dataset = folder_dataset(settings.input_folder, settings, backend, tokenizer, vae)
     if settings.validation_split:
-        return dataset, dataset.hold_out(settings.validation_split)
+        return dataset, dataset.split_off(settings.validation_split)
     if settings.validation_folder and not made_up:
         return dataset, folder_dataset(settings.validation_folder, settings, backend, tokenizer, vae, training=False)
     return dataset, None
@@ -181,7 +181,7 @@ def folder_dataset(folder, settings, backend, tokenizer, vae, training=True):
     cache = None
     if cache_dir:
         options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-        cache = open_codes(folder, cache_dir, **options)
+        cache = open_code_cache(folder, cache_dir, **options)
     dataset = TextImageDataset(
         folder,
         tokenizer,
@@ -199,8 +199,8 @@ def folder_dataset(folder, settings, backend, tokenizer, vae, training=True):
     elif settings.dry_run:  # encoding may take hours
         dry_run.empty_codes(dataset, vae, cache)
     else:
-        codes, bad = cached_codes(
-            dataset.pictures,
+        codes, bad = load_codes(
+            dataset.images,
             backend.encode(vae),
             cache,
             batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # as many pixels whatever their size

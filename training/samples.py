@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import log
-from data.loader import TextImageDataset, load_picture
+from data.images import load_image
+from data.loader import TextImageDataset
 from generation.loading import DEFAULTS
 from generation.output import to_image
 
@@ -67,9 +68,9 @@ def first_pairs(run):
     """
     dataset = run.dataset if run.validation_set is None else run.validation_set
     tokens, pixels = [], []
-    for index, (name, _, _) in enumerate(dataset.pictures):
+    for index, (name, _, _) in enumerate(dataset.images):
         try:
-            pixels.append(torch.from_numpy(load_picture(dataset.folder / name, run.vae.image_size)))
+            pixels.append(torch.from_numpy(load_image(dataset.folder / name, run.vae.image_size)))
         except (ValueError, OSError):  # gone, or gone bad, since the scan
             continue
         tokens.append(dataset.first_caption(index))

@@ -114,7 +114,16 @@ def read(path: AnyPath) -> Checkpoint:
         weights = checkpoint.get(key) or {}
         if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in weights.items()):
             raise ValueError(f"{path}: not a DALL-E checkpoint: its {key} are not tensors under names")
+        if not all(map(_is_whole, weights.values())):
+            raise ValueError(f"{path}: damaged: a tensor of its {key} has more values than the file holds")
     return {key: value for key, value in checkpoint.items() if value is not None}
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is an ordinary one whose values are all stored, not one value shown many times."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _read_torch(path: Path) -> Any:

@@ -73,7 +73,7 @@ def of_killed_worker(error, dataset):
     said = str(error).splitlines()[0].rstrip(". ")
     if not said.startswith("DataLoader worker"):
         raise error
-    names = dataset.blame(said)
+    names = dataset.exclude_images_of(said)
     return f"{said}, reading {' and '.join(names)}" if names else said, names
 
 

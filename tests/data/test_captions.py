@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.captions import Captions, open_captions, tokenized
+from data.captions import Captions, open_caption_cache, tokenized
 from data.loader import TextImageDataset
 from data.tokenizer import load_tokenizer
 from tests.conftest import ROOT, YTTM
@@ -55,7 +55,9 @@ def test_the_tokens_are_those_of_the_tokenizer(folder, tokenizer, tmp_path):
     expected = [[tokenizer.encode(text) for text in texts] for texts in TEXTS]
     assert as_lists(tokenized(files_of(folder), folder, tokenizer)) == expected
     for _ in range(2):
-        captions = tokenized(files_of(folder), folder, tokenizer, open_captions(folder, tmp_path / "at", tokenizer))
+        captions = tokenized(
+            files_of(folder), folder, tokenizer, open_caption_cache(folder, tmp_path / "at", tokenizer)
+        )
         assert as_lists(captions) == expected and isinstance(captions.tokens, np.memmap)
     assert as_lists(captions.only(np.array([False, True, True, False]))) == expected[1:3]
     sent = pickle.dumps(captions)
@@ -64,7 +66,7 @@ def test_the_tokens_are_those_of_the_tokenizer(folder, tokenizer, tmp_path):
 
 def test_a_changed_file_is_tokenized_again_and_nothing_else(folder, tokenizer, tmp_path, monkeypatch):
     def cached():
-        return tokenized(files_of(folder), folder, tokenizer, open_captions(folder, tmp_path, tokenizer))
+        return tokenized(files_of(folder), folder, tokenizer, open_caption_cache(folder, tmp_path, tokenizer))
 
     cached()
     seen = counting(tokenizer, monkeypatch)
@@ -87,7 +89,7 @@ def every(captions):
 def test_each_vocabulary_has_a_cache_of_its_own(folder, tmp_path):
     for path in KINDS.values():
         tokenizer = load_tokenizer(path)
-        cache = open_captions(folder, tmp_path, tokenizer)
+        cache = open_caption_cache(folder, tmp_path, tokenizer)
         assert not any(file in cache for file in files_of(folder))
         tokenized(files_of(folder), folder, tokenizer, cache)
     assert len(list(tmp_path.glob("captions-*.json"))) == 2
@@ -127,21 +129,21 @@ def test_a_long_caption_of_another_file_is_nobodys_error(folder, tokenizer, tmp_
 
 def test_a_file_that_is_known_is_not_opened_again(folder, tokenizer, tmp_path, monkeypatch):
     options = {"text_seq_len": 64, "image_size": 8, "cache_dir": tmp_path}
-    pictures = TextImageDataset(folder, tokenizer, **options).pictures
+    pictures = TextImageDataset(folder, tokenizer, **options).images
     opened = []
     monkeypatch.setattr("data.pairs._caption_fault", opened.append)
     monkeypatch.setattr("data.pairs._picture_fault", opened.append)
     again = TextImageDataset(folder, tokenizer, encoded=pictures, **options)
-    assert opened == [] and again.pictures == pictures
+    assert opened == [] and again.images == pictures
     TextImageDataset(folder, tokenizer, encoded=pictures[:1], **options)
     assert sorted(map(os.path.basename, opened)) == ["1.png", "2.png", "3.png"]
 
 
 def test_a_cache_that_cannot_be_written_is_told_and_done_without(folder, tokenizer, tmp_path, logged):
     (tmp_path / "file").touch()
-    captions = tokenized(files_of(folder), folder, tokenizer, open_captions(folder, tmp_path / "no", tokenizer))
+    captions = tokenized(files_of(folder), folder, tokenizer, open_caption_cache(folder, tmp_path / "no", tokenizer))
     assert "anew" not in logged.text
-    cache = open_captions(folder, tmp_path / "later", tokenizer)
+    cache = open_caption_cache(folder, tmp_path / "later", tokenizer)
     (tmp_path / "later").touch()
     assert as_lists(tokenized(files_of(folder), folder, tokenizer, cache)) == as_lists(captions)
     assert "captions are tokenized anew in every run" in logged.text and "later" in logged.text

@@ -177,34 +177,34 @@ def test_a_picture_that_kills_its_reader_is_named(every_fault, tokenizer, monkey
 
 
 def run(*words):
-    command = [sys.executable, "-m", "data.loader", *map(str, words)]
+    command = [sys.executable, "-m", "data.check", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_the_command(every_fault, tmp_path, drawn_pictures):
     small = ["--bpe-path", YTTM, "--image-size", 32, "--text-seq-len", 16]
     before = sorted(every_fault.rglob("*"))
-    faulty = run("check", every_fault, *small, "--all")
+    faulty = run(every_fault, *small, "--all")
     assert faulty.returncode == 1 and faulty.stderr == ""
     assert "2 × unreadable picture: cut_1.png, cut_2.png\n" in faulty.stdout
     assert "uncaptioned_1.png, uncaptioned_2.png" in faulty.stdout
     assert faulty.stdout.splitlines()[-1] == "training would skip or refuse 19 of these files"
     assert sorted(every_fault.rglob("*")) == before
-    clean = run("check", drawn_pictures, *small)
+    clean = run(drawn_pictures, *small)
     assert clean.returncode == 0 and clean.stdout.splitlines()[-1] == "nothing would be skipped", clean
     assert "12 pairs can be used, with 24 captions" in clean.stdout
     (tmp_path / "empty").mkdir()
     for words, status in (
-        (["check", tmp_path / "nowhere"], 2),
-        (["check", drawn_pictures, "--bpe-path", tmp_path / "nowhere"], 2),
-        (["check", drawn_pictures, "--text-seq-len", "0"], 2),
+        ([tmp_path / "nowhere"], 2),
+        ([drawn_pictures, "--bpe-path", tmp_path / "nowhere"], 2),
+        ([drawn_pictures, "--text-seq-len", "0"], 2),
         (["chekc", drawn_pictures], 2),
         ([], 2),
-        (["check", tmp_path / "empty"], 1),
+        ([tmp_path / "empty"], 1),
     ):
         ended = run(*words)
         assert ended.returncode == status and len(ended.stderr.splitlines()) == 1, ended
-        assert ended.stderr.startswith("python -m data.loader: error: ")
+        assert ended.stderr.startswith("python -m data.check: error: ")
 
 
 def test_the_photographs_are_clean(shared_data, tmp_path, tokenizer):

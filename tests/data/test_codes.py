@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from data import codes as codes_module
-from data.codes import cached_codes, open_codes
-from data.loader import load_picture
+from data.codes import load_codes, open_code_cache
+from data.images import load_image
 from models.vae import load_vqgan
 from tests.conftest import ROOT
 
@@ -60,8 +60,8 @@ def cached(folder, encode, pictures=None, *, cache_dir=None, workers=0, batch_si
     if pictures is None:
         pictures = [in_its_state(folder, path) for path in sorted(folder.rglob("*.png"))]
     options = {"image_size": SIZE, "num_codes": 256, "fingerprint": "0123456789abcdef", **options}
-    cache = open_codes(folder, cache_dir or folder / ".codes", **options)
-    return cached_codes(pictures, encode, cache, batch_size=batch_size, workers=workers)
+    cache = open_code_cache(folder, cache_dir or folder / ".codes", **options)
+    return load_codes(pictures, encode, cache, batch_size=batch_size, workers=workers)
 
 
 def expected(values):
@@ -95,7 +95,7 @@ def test_pixels_are_those_of_the_loader(tmp_path, shared_data):
 
     cached(shared_data, encode, pictures, cache_dir=tmp_path, image_size=64, num_codes=4, workers=2, batch_size=2)
     for path, image in zip(paths, seen):
-        assert np.array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), load_picture(path, 64))
+        assert np.array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), load_image(path, 64))
 
 
 def test_only_a_changed_or_new_picture_is_encoded_again(folder):
@@ -245,7 +245,7 @@ ENCODE = """
 import sys
 from pathlib import Path
 import torch
-from data.codes import cached_codes, open_codes
+from data.codes import load_codes, open_code_cache
 from models.vae import load_vqgan
 
 torch.set_num_threads(1)
@@ -258,8 +258,8 @@ def encode(pixels):
     return codes
 pictures = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.png"))]
 options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-cache = open_codes(folder, cache_dir, **options)
-cached_codes(pictures, encode, cache, batch_size=at_once, flush_seconds=0)
+cache = open_code_cache(folder, cache_dir, **options)
+load_codes(pictures, encode, cache, batch_size=at_once, flush_seconds=0)
 """
 
 
@@ -286,8 +286,8 @@ def test_interrupted_twice_and_finished(picture_folder, tiny_vqgan, tmp_path):
     vae = load_vqgan(tiny_vqgan)
     pictures = [in_its_state(picture_folder, path) for path in sorted(picture_folder.glob("*.png"))]
     options = {"image_size": 32, "num_codes": 64, "fingerprint": vae.fingerprint()}
-    kept, whole = (open_codes(picture_folder, tmp_path / name, **options) for name in ("codes", "whole"))
-    codes, bad = cached_codes(pictures, None, kept)  # which encodes nothing
-    uninterrupted, _ = cached_codes(pictures, vae.get_codebook_indices, whole)
+    kept, whole = (open_code_cache(picture_folder, tmp_path / name, **options) for name in ("codes", "whole"))
+    codes, bad = load_codes(pictures, None, kept)  # which encodes nothing
+    uninterrupted, _ = load_codes(pictures, vae.get_codebook_indices, whole)
     assert not bad and np.array_equal(codes, uninterrupted) and len(np.unique(codes)) > 10
     assert sorted(path.suffix for path in (tmp_path / "codes").iterdir()) == [".json", ".npy"]

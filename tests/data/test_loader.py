@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from data.loader import GeneratedDataset, TextImageDataset
-from data.order import EpochBatches, epoch_order, random_bits
+from data.order import EpochOrder, epoch_order, random_bits
 from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,7 +208,7 @@ def test_workers_give_the_same_samples_and_share_the_count(tmp_path, method):
     folder = make_set(tmp_path, count=8)
     dataset = TextImageDataset(folder, load_tokenizer(), image_size=8, byteio=True, caption_dropout=0.2)
     (folder / "003.png").unlink()
-    batches = EpochBatches(len(dataset), 2, seed=5)
+    batches = EpochOrder(len(dataset), 2, seed=5)
     here = list(DataLoader(dataset, batch_sampler=batches))
     dataset._unreadable.zero_()
     loader = DataLoader(
@@ -237,7 +237,7 @@ def test_samples_do_not_depend_on_the_process(tmp_path):
     program = (
         "import sys; from data.loader import *; from data.order import *; from data.tokenizer import load_tokenizer\n"
         "d = TextImageDataset(sys.argv[1], load_tokenizer(), image_size=8)\n"
-        "b = EpochBatches(len(d), 2, epoch=3)\n"
+        "b = EpochOrder(len(d), 2, epoch=3)\n"
         "print([(k, d[k][0].tolist(), d[k][1].sum().item()) for batch in b for k in batch])"
     )
     outputs = set()
@@ -267,7 +267,7 @@ def test_pictures_that_could_not_be_encoded_leave(tmp_path, logged):
     dataset = dataset_of(folder)
     codes = np.array([[1], [2], [3], [5]], dtype=np.uint16)
     dataset.attach_codes(codes, bad={0: "truncated", 4: "gone"})
-    assert [name for name, _, _ in dataset.pictures] == ["001.png", "002.png", "003.png", "005.png"]
+    assert [name for name, _, _ in dataset.images] == ["001.png", "002.png", "003.png", "005.png"]
     assert [read(dataset[i][0])[:9] for i in range(4)] == [f"picture {i}" for i in (1, 2, 3, 5)]
     assert [dataset[i][1].item() for i in range(4)] == [1, 2, 3, 5]
     assert dataset.skipped == {"unreadable picture": [folder / "000.png", folder / "004.png"]}

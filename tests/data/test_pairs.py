@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data import pairs as pairs_module
-from data.pairs import find_pairs, is_label_file, open_picture, read_captions, report_skipped
+from data.pairs import find_pairs, is_label_file, open_image, read_captions, report_skipped
 
 ROOT = Path(__file__).resolve().parents[2]
 BOX = "0 0.5 0.5 0.25 0.125\n17 1 0.0 0.3 0.4\n"
@@ -333,7 +333,7 @@ def test_pictures_over_pils_limit_are_left_out(tmp_path, side):
     _, skipped = find_pairs(tmp_path)
     assert skipped["picture over PIL's pixel limit"] == [tmp_path / "big.png"]
     with pytest.raises(ValueError, match="big.png"):
-        open_picture(tmp_path / "big.png")
+        open_image(tmp_path / "big.png")
 
 
 def test_a_postscript_file_in_disguise_is_no_picture(tmp_path):

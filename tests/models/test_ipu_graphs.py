@@ -86,7 +86,7 @@ def test_a_configuration_trains_from_codes(poptorch, accepted, name, half):
 def test_a_pattern_trains(accepted, pattern, sandwich_norm, dropout, half):
     changes = dict(sandwich_norm=sandwich_norm, attn_dropout=dropout, ff_dropout=dropout)
     model = graphs.small_dalle(graphs.codes_only(8), attn_types=(pattern,), depth=2, **changes)
-    step = graphs.Step(model.half() if half else model)
+    step = graphs.annotated_loss(model.half() if half else model)
     report = accepted(step, (graphs.text(model), graphs.codes(model)), training=True)
     assert report.operators["dropout"] == (6 if dropout else 4)  # nn.Dropout is there whatever its share
     assert "tril" not in report.folded  # masks are made beforehand
@@ -110,7 +110,7 @@ def test_pixels_train(poptorch, accepted, gumbel, patch_size, dtype, half):
 def test_a_vqgan_decodes(accepted, gumbel, half):
     vae = graphs.vqgan(gumbel, 2)
     vae = vae.half() if half else vae
-    accepted(graphs.Decode(vae), (torch.zeros(2, vae.image_seq_len, dtype=torch.int32),))
+    accepted(graphs.decoder(vae), (torch.zeros(2, vae.image_seq_len, dtype=torch.int32),))
     accepted(vae, (graphs.pixels(vae),))
 
 
@@ -121,7 +121,7 @@ def test_a_full_pass_gives_logits(accepted, half):
     for count in (0, 10):
         inputs = graphs.text(model), graphs.codes(model, count) if count else None
         accepted(model, inputs)
-    accepted(graphs.Logits(model), (graphs.text(model), graphs.codes(model, 10)))
+    accepted(graphs.image_logits(model), (graphs.text(model), graphs.codes(model, 10)))
     accepted(FullPass(model), (graphs.text(model), graphs.codes(model), torch.tensor([10])))
 
 
@@ -147,7 +147,9 @@ def test_what_no_ipu_can_do_is_noticed():
     model = graphs.small_dalle(graphs.codes_only(2)).eval()
     shaping = {"top_k": None, "top_p": None, "cond_scale": 1.0, "temperature": 1.0}
     assert set(check(StaticSampler(model, **shaping), sampling_inputs(model, 0)).refused) == {"index_copy"}
-    assert set(check(graphs.Loss(model), (graphs.text(model), graphs.codes(model)), training=True).refused) == {"loss"}
+    assert set(check(graphs.plain_losses(model), (graphs.text(model), graphs.codes(model)), training=True).refused) == {
+        "loss"
+    }
 
 
 @PRECISION

@@ -8,7 +8,7 @@ from backends.base import Backend, Trainer
 from backends.ipu import backend as ipu
 from backends.native import backend as native
 from data.loader import GeneratedDataset, TextImageDataset
-from data.order import EpochBatches, RunBatches
+from data.order import EpochOrder, RunOrder
 from data.tokenizer import load_tokenizer
 from tests.backends.ipu.ipu_runs import samples, settings
 from tests.builders import small_dalle
@@ -151,7 +151,7 @@ def test_batches_are_the_orders(poptorch_standin, mode, workers, shape, monkeypa
     dataset = GeneratedDataset(
         4 * per_step + 1, text_seq_len=6, num_text_tokens=58, num_image_codes=32, image_seq_len=16
     )
-    order = RunBatches(EpochBatches(len(dataset), per_step, seed=3), 2, 7)  # from within an epoch into the next
+    order = RunOrder(EpochOrder(len(dataset), per_step, seed=3), 2, 7)  # from within an epoch into the next
     found = [[part.clone() for part in batch] for batch in backend.loader(dataset, order)]
     assert len(found) == 5
     for (text, codes), keys in zip(found, order):
@@ -163,7 +163,7 @@ def test_a_folder_of_pictures_can_be_read_by_another_process(poptorch_standin, p
     tokenizer = load_tokenizer("bpe/bpe_yttm_vocab.txt")
     dataset = TextImageDataset(picture_folder, tokenizer, text_seq_len=6, image_size=32, truncate_captions=True)
     backend = backends.select(settings("--async-dataloader"))
-    order = RunBatches(EpochBatches(len(dataset), 3), 0, 4)
+    order = RunOrder(EpochOrder(len(dataset), 3), 0, 4)
     for (text, image), keys in zip(backend.loader(dataset, order), order):
         assert torch.equal(text, torch.stack([dataset[key][0] for key in keys])) and image.shape == (3, 3, 32, 32)
 

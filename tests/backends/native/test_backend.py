@@ -16,7 +16,7 @@ from backends.native.resilient_loader import MicroBatches
 from backends.native.sampler import packer
 from backends.native.trainer import build_optimizers
 from data.loader import GeneratedDataset
-from data.order import EpochBatches
+from data.order import EpochOrder
 from models.sampling import generate_codes
 from tests.builders import small_dalle, train_settings
 from utils import checkpoint
@@ -325,7 +325,7 @@ def test_micro_batches_cut_each_step_and_never_mix_two():
 def test_the_loader_gives_each_step_its_samples_in_order(workers):
     dataset = GeneratedDataset(20, text_seq_len=6, num_text_tokens=50, num_image_codes=32, image_seq_len=16)
     backend = NativeBackend(settings(dataloader_workers=workers, gradient_accumulation=3))
-    order = list(EpochBatches(len(dataset), backend.samples_per_step, seed=1))
+    order = list(EpochOrder(len(dataset), backend.samples_per_step, seed=1))
     steps = [list(batch) for batch in backend.loader(dataset, order)]
     assert [len(step) for step in steps] == [3, 3, 3]
     for step, keys in zip(steps, order):

@@ -56,14 +56,14 @@ def after_updates(monkeypatch, count, act):
 
 def worker_reads(monkeypatch, act):
     """act(path) before a worker reads a picture."""
-    parent, read = os.getpid(), data.loader.load_picture
+    parent, read = os.getpid(), data.loader.load_image
 
     def reading(path, size):
         if os.getpid() != parent:
             act(path)
         return read(path, size)
 
-    monkeypatch.setattr(data.loader, "load_picture", reading)
+    monkeypatch.setattr(data.loader, "load_image", reading)
 
 
 def kill_this_process():
@@ -104,11 +104,11 @@ def test_when_no_picture_is_left_the_run_saves_and_ends(trained, picture_folder,
 
 def test_a_replacement_is_never_held_out(picture_folder, monkeypatch):
     dataset = data.loader.TextImageDataset(picture_folder, load_tokenizer(), image_size=8, text_seq_len=32)
-    held_out = {name for name, _, _ in dataset.hold_out(0.25).pictures}
-    read = data.loader.load_picture
+    held_out = {name for name, _, _ in dataset.split_off(0.25).images}
+    read = data.loader.load_image
     seen = []
-    monkeypatch.setattr(data.loader, "load_picture", lambda path, size: seen.append(path.name) or read(path, size))
-    for name, _, _ in dataset.pictures[1:]:
+    monkeypatch.setattr(data.loader, "load_image", lambda path, size: seen.append(path.name) or read(path, size))
+    for name, _, _ in dataset.images[1:]:
         (picture_folder / name).unlink()
     for index in range(len(dataset)):
         dataset[index]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from backends.native.backend import NativeBackend
-from data.shapes import sample_picture
+from data.shapes import make_sample
 from models.vae import VQGanVAE
 
 SIDE, PICTURES = 64, 8
@@ -29,7 +29,7 @@ def vae(request):
 
 
 def pictures():
-    drawn = [torch.from_numpy(sample_picture("train", number, size=SIDE)[0]) for number in range(PICTURES)]
+    drawn = [torch.from_numpy(make_sample("train", number, size=SIDE)[0]) for number in range(PICTURES)]
     return torch.stack(drawn).permute(0, 3, 1, 2).float() / 255
 
 

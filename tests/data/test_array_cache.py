@@ -9,14 +9,14 @@ import time
 import numpy as np
 import pytest
 
-from data import arrays as arrays_module
-from data.arrays import Arrays, pickled_by_name, unpickled
+from data import array_cache as cache_module
+from data.array_cache import ArrayCache, pickled_by_name, unpickled
 
 FILES = [(f"{number:02d}", number, 1000 + number) for number in range(20)]
 
 
 def opened(folder, ragged=False, by="this"):
-    return Arrays(folder / "cache", "kind", folder, np.uint16, {"version": 1, "by": by, "ragged": ragged})
+    return ArrayCache(folder / "cache", "kind", folder, np.uint16, {"version": 1, "by": by, "ragged": ragged})
 
 
 def values_of(file, ragged=False):
@@ -39,7 +39,7 @@ def filled(folder, files=FILES, ragged=False, **options):
     """→ (what fill() asked for, the values of each file)."""
     seen, arrays = [], opened(folder, ragged)
     arrays.fill(files, maker(files, seen, ragged), batch_size=3, doing="test", unit="file", **options)
-    values, starts, stops = arrays.find(files)
+    values, starts, stops = arrays.load(files)
     return seen, [values[start:stop].tolist() for start, stop in zip(starts, stops)]
 
 
@@ -62,7 +62,7 @@ def test_made_once_in_any_order_and_state(tmp_path, ragged):
         expected(changed, ragged),
     )
     assert suffixes(tmp_path) == [".json", ".npy"]
-    values, starts, stops = opened(tmp_path, ragged).find(changed)
+    values, starts, stops = opened(tmp_path, ragged).load(changed)
     assert isinstance(values, np.memmap) and values.dtype == np.uint16 and len(values) == stops[-1]  # old states left
     assert starts[0] == 0 and np.array_equal(starts[1:], stops[:-1])
     assert filled(tmp_path, changed[5:8], ragged)[0] == []
@@ -73,7 +73,7 @@ def test_what_made_them_is_believed_not_the_name(tmp_path):
     assert FILES[0] in opened(tmp_path) and FILES[0] not in opened(tmp_path, by="another")
     arrays = opened(tmp_path, by="another")
     arrays.fill(FILES, maker(FILES, []), batch_size=9, doing="test", unit="file")
-    arrays.find(FILES)
+    arrays.load(FILES)
     assert filled(tmp_path)[0] == [] and suffixes(tmp_path) == [".json", ".json", ".npy", ".npy"]
 
 
@@ -90,7 +90,7 @@ def test_what_is_left_out_is_asked_for_once(tmp_path):
     arrays.fill(FILES, make, batch_size=1, doing="test", unit="file")
     assert asked == list(range(20)) and [file in arrays for file in FILES] == [False, True] * 10
     with pytest.raises(KeyError):
-        arrays.find(FILES)
+        arrays.load(FILES)
 
 
 @pytest.mark.parametrize("damage", ["cut array", "flipped byte", "empty array", "no array", "cut index", "other"])
@@ -132,7 +132,7 @@ def test_a_failed_write_leaves_no_half_file(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(arrays_module.os, "fsync", full)
+    monkeypatch.setattr(cache_module.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         filled(tmp_path)
     assert suffixes(tmp_path) == []
@@ -140,7 +140,7 @@ def test_a_failed_write_leaves_no_half_file(tmp_path, monkeypatch):
 
 def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch):
     filled(tmp_path)
-    monkeypatch.setattr(arrays_module, "_open_lock", None)  # any writing begins with it
+    monkeypatch.setattr(cache_module, "_open_lock", None)  # any writing begins with it
     assert filled(tmp_path) == ([], expected())
 
 
@@ -148,14 +148,14 @@ def test_without_locks_there_is_double_work_at_worst(tmp_path, monkeypatch):
     def without(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(arrays_module.fcntl, "lockf", without)
+    monkeypatch.setattr(cache_module.fcntl, "lockf", without)
     assert filled(tmp_path, flush_seconds=0) == (FILES, expected())
     assert filled(tmp_path)[0] == []
 
 
 def test_a_process_it_is_sent_to_maps_it_too(tmp_path):
     filled(tmp_path)
-    values, _, _ = opened(tmp_path).find(FILES)
+    values, _, _ = opened(tmp_path).load(FILES)
     for array in (values, values[:5]):
         assert len(pickle.dumps(pickled_by_name(array))) < 400
         again = unpickled(pickled_by_name(array))
@@ -182,7 +182,7 @@ def work(folder, log, seconds, at_end):
 
     arrays = opened(folder)
     arrays.fill(FILES, make, batch_size=2, doing="test", unit="file", flush_seconds=60 if at_end else 0)
-    values, starts, stops = arrays.find(FILES)
+    values, starts, stops = arrays.load(FILES)
     assert [values[start:stop].tolist() for start, stop in zip(starts, stops)] == expected()
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.loader import load_picture
+from data.images import load_image
 
 
 def saved(path, array, **options):
@@ -15,9 +15,9 @@ def saved(path, array, **options):
 def test_the_middle_square_is_cut(tmp_path):
     rows = np.arange(3 * 6 * 3, dtype=np.uint8).reshape(3, 6, 3)
     wide = saved(tmp_path / "wide.png", rows)
-    assert np.array_equal(load_picture(wide, 3), rows[:, 1:4])  # (6 - 3) // 2 = 1
+    assert np.array_equal(load_image(wide, 3), rows[:, 1:4])  # (6 - 3) // 2 = 1
     tall = saved(tmp_path / "tall.png", rows.transpose(1, 0, 2).copy())
-    assert np.array_equal(load_picture(tall, 3), rows.transpose(1, 0, 2)[1:4])
+    assert np.array_equal(load_image(tall, 3), rows.transpose(1, 0, 2)[1:4])
 
 
 def test_resizing_is_bilinear_with_antialiasing(tmp_path):
@@ -27,19 +27,19 @@ def test_resizing_is_bilinear_with_antialiasing(tmp_path):
     left = (3 * 0 + 3 * 80 + 1 * 160) / 7
     right = (1 * 80 + 3 * 160 + 3 * 240) / 7
     expected = np.tile(np.array([left, right]), (2, 1))
-    assert np.abs(load_picture(path, 2)[..., 1] - expected).max() <= 1
+    assert np.abs(load_image(path, 2)[..., 1] - expected).max() <= 1
 
 
 def test_pixels_outside_the_square_do_not_bleed_in(tmp_path):
     pixels = np.full((8, 16, 3), 255, dtype=np.uint8)
     pixels[:, 4:12] = 0
     path = saved(tmp_path / "frame.png", pixels)
-    assert load_picture(path, 2).max() == 0
+    assert load_image(path, 2).max() == 0
 
 
 def test_small_pictures_are_enlarged(tmp_path):
     path = saved(tmp_path / "dot.png", np.full((1, 1, 3), 77, dtype=np.uint8))
-    assert np.array_equal(load_picture(path, 5), np.full((5, 5, 3), 77))
+    assert np.array_equal(load_image(path, 5), np.full((5, 5, 3), 77))
 
 
 # EXIF orientation: where the stored first row and first column lie in the upright picture (EXIF 2.3, table 6).
@@ -62,7 +62,7 @@ def test_exif_orientation(tmp_path, orientation):
     exif[0x0112] = orientation
     stored = np.ascontiguousarray(STORED_FROM_UPRIGHT[orientation](upright))
     path = saved(tmp_path / "turned.png", stored, exif=exif)
-    assert np.array_equal(load_picture(path, 4), upright[:, 1:5])
+    assert np.array_equal(load_image(path, 4), upright[:, 1:5])
 
 
 def test_exif_orientation_of_a_jpeg(tmp_path):
@@ -71,18 +71,18 @@ def test_exif_orientation_of_a_jpeg(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the stored first row is the upright right side
     image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    upright = load_picture(tmp_path / "a.jpg", 32)
+    upright = load_image(tmp_path / "a.jpg", 32)
     assert upright[:, 20:].max() < 30 and upright[:, :12].min() > 225
 
 
 def test_a_damaged_exif_block_costs_nothing_but_the_orientation(tmp_path):
     Image.new("RGB", (16, 16), (200, 10, 10)).save(tmp_path / "a.jpg", exif=b"Exif\0\0XX broken", quality=95)
-    assert abs(int(load_picture(tmp_path / "a.jpg", 8)[0, 0, 0]) - 200) < 5
+    assert abs(int(load_image(tmp_path / "a.jpg", 8)[0, 0, 0]) - 200) < 5
 
 
 def flat(path):
     """The one colour of a picture."""
-    pixels = load_picture(path, 4)
+    pixels = load_image(path, 4)
     assert pixels.shape == (4, 4, 3) and pixels.dtype == np.uint8
     assert (pixels == pixels[0, 0]).all()
     return tuple(int(value) for value in pixels[0, 0])
@@ -112,12 +112,12 @@ def test_palettes_with_and_without_transparency(tmp_path):
     image.putpixel((1, 0), 1)
     image = image.resize((8, 4), Image.Resampling.NEAREST)
     image.save(tmp_path / "solid.png")
-    assert load_picture(tmp_path / "solid.png", 4)[0].tolist() == [[10, 20, 30]] * 2 + [[200, 100, 50]] * 2
+    assert load_image(tmp_path / "solid.png", 4)[0].tolist() == [[10, 20, 30]] * 2 + [[200, 100, 50]] * 2
     image.save(tmp_path / "clear.png", transparency=1)
-    assert load_picture(tmp_path / "clear.png", 4)[0].tolist() == [[10, 20, 30]] * 2 + [[255, 255, 255]] * 2
+    assert load_image(tmp_path / "clear.png", 4)[0].tolist() == [[10, 20, 30]] * 2 + [[255, 255, 255]] * 2
     image.save(tmp_path / "half.png", transparency=bytes([0, 51]))  # an opacity for each palette entry
     expected = [[255, 255, 255]] * 2 + [[244, 224, 214]] * 2
-    assert np.abs(load_picture(tmp_path / "half.png", 4)[0].astype(int) - expected).max() <= 1
+    assert np.abs(load_image(tmp_path / "half.png", 4)[0].astype(int) - expected).max() <= 1
 
 
 def test_a_transparent_colour_of_grey_and_rgb(tmp_path):
@@ -158,10 +158,10 @@ def test_unreadable_pictures_name_the_file(tmp_path, suffix):
         path = tmp_path / f"cut.{suffix}"
         path.write_bytes(whole[:kept])
         with pytest.raises(ValueError, match=f"cut.{suffix}") as error:
-            load_picture(path, 16)
+            load_image(path, 16)
         assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="gone.png"):
-        load_picture(tmp_path / "gone.png", 16)
+        load_image(tmp_path / "gone.png", 16)
 
 
 def test_flipped_bytes_are_pixels_or_a_value_error(tmp_path):
@@ -176,7 +176,7 @@ def test_flipped_bytes_are_pixels_or_a_value_error(tmp_path):
             damaged[places] = random.randint(0, 256, 4)
             (tmp_path / f"x.{suffix}").write_bytes(damaged.tobytes())
             try:
-                assert load_picture(tmp_path / f"x.{suffix}", 8).shape == (8, 8, 3)
+                assert load_image(tmp_path / f"x.{suffix}", 8).shape == (8, 8, 3)
             except ValueError as error:
                 refused += 1
                 assert f"x.{suffix}" in str(error)
@@ -189,4 +189,4 @@ def test_real_photographs_equal_a_plain_crop_and_resize(shared_data):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         middle = Image.fromarray(np.asarray(image)[top : top + side, left : left + side])
-        assert np.array_equal(load_picture(path, 256), np.asarray(middle.resize((256, 256), Image.BILINEAR)))
+        assert np.array_equal(load_image(path, 256), np.asarray(middle.resize((256, 256), Image.BILINEAR)))

@@ -64,20 +64,20 @@ class Part(NamedTuple):
     values: np.ndarray  # mapped from the .npy
 
 
-class Arrays:
+class ArrayCache:
     """One cache: the parts of it that are on disk, and those to come. `file in arrays` says whether a file is there."""
 
     def __init__(
-        self, cache_dir: Union[str, Path], name: str, folder: Union[str, Path], dtype: type, made_by: Dict[str, Any]
+        self, cache_dir: Union[str, Path], name: str, folder: Union[str, Path], dtype: type, key: Dict[str, Any]
     ):
-        """name: how the names of its files begin; they tell caches apart at a glance, made_by is what is believed.
+        """name: how the names of its files begin; they tell caches apart at a glance, key is what is believed.
         folder: what the names of files are relative to; moved together with a cache inside it, the cache stays valid.
 
         Raises OSError when there is a `cache_dir` that cannot be read.
         """
         self.folder, self.cache_dir, self.dtype = Path(folder), Path(cache_dir), np.dtype(dtype)
         place = os.path.relpath(os.path.realpath(folder), os.path.realpath(cache_dir))
-        self.made_by = {**made_by, "folder": place}
+        self.key = {**key, "folder": place}
         self.prefix = f"{name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}-"
         self._parts: List[Part] = []  # also those that were on disk once; what is mapped stays readable
         self._numbers: Dict[File, int] = {}  # place among the files of all parts; a later part outdoes an earlier one
@@ -85,12 +85,12 @@ class Arrays:
         self._damaged: List[Path] = []
         self._others: Set[Path] = set()  # of other caches
         self._stamp = -1  # the folder's mtime when last looked
-        self.look()
+        self.refresh()
 
     def __contains__(self, file: Optional[File]) -> bool:
         return file in self._numbers
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Take up the parts that other processes have added."""
         try:
             stamp = os.stat(self.cache_dir).st_mtime_ns
@@ -153,23 +153,23 @@ class Arrays:
                 left_out.update(i for i in claimed if files[i] not in self)
                 if busy:  # by now perhaps no longer
                     _wait(lock, busy[0])
-                self.look()
+                self.refresh()
                 missing = [i for i in missing if i not in left_out and files[i] not in self]
             bar.update(bar.total - bar.n)
 
-    def find(self, files: Sequence[File]) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def load(self, files: Sequence[File]) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(values, starts, stops): file i has values[starts[i] : stops[i]]. values are mapped from disk, read-only; the
         starts of files that were filled in the order of `files` rise from 0 without a gap.
 
         KeyError for a file that is not there. Joins the parts, so OSError when there are several and `cache_dir` cannot
         be written.
         """
-        self.look()
+        self.refresh()
         part = self._only_part(files)
         if part is None:
             with self._lock() as lock:
                 _wait(lock, [_JOINING], keep=True)
-                self.look()
+                self.refresh()
                 part = self._only_part(files) or self._join(files)
         number_of = {file: number for number, file in enumerate(part.files)}
         numbers = np.array([number_of[file] for file in files], dtype=np.int64)
@@ -196,7 +196,7 @@ class Arrays:
             if not _claim(lock, batch):
                 busy.append(batch)
                 continue
-            self.look()
+            self.refresh()
             batch = [i for i in batch if files[i] not in self]  # without what another process has made meanwhile
             claimed += batch
             if batch:
@@ -237,7 +237,7 @@ class Arrays:
 
     def _write(self, files: List[File], values: np.ndarray, lengths: Optional[List[int]]) -> Part:
         names, sizes, mtimes = zip(*files)
-        index = {**self.made_by, "crc32": zlib.crc32(values), "names": names, "sizes": sizes, "mtimes": mtimes}
+        index = {**self.key, "crc32": zlib.crc32(values), "names": names, "sizes": sizes, "mtimes": mtimes}
         if lengths is not None:
             index["lengths"] = lengths
         content = json.dumps(index).encode("ascii")
@@ -260,7 +260,7 @@ class Arrays:
             if not path.name.startswith(f"{self.prefix}{zlib.crc32(content):08x}"):
                 raise ValueError("checksum differs")
             index = json.loads(content)
-            if {key: index.get(key) for key in self.made_by} == self.made_by:
+            if {name: index.get(name) for name in self.key} == self.key:
                 self._add(self._checked(path, index))
             else:
                 self._others.add(path)
@@ -361,7 +361,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def pickled_by_name(array: np.ndarray) -> Union[np.ndarray, Tuple[str, int]]:
-    """The file and the rows of an array that find() gave, so that a process it is sent to maps it, too; else itself."""
+    """The file and the rows of an array that load() gave, so that a process it is sent to maps it, too; else itself."""
     try:
         if isinstance(array, np.memmap) and np.array_equal(_mapped(array.filename)[: len(array)], array):
             return str(array.filename), len(array)
