@@ -302,7 +302,7 @@ def test_no_size_may_be_zero_negative_or_broken(program, capsys):
     for name in names:
         for bad in ("0", "-1", "1.5", "many", "9" * 400):
             error = refused(capsys, function, [*base, f"--{name}={bad}"])
-            assert f"--{name}: must be a whole number of at least 1, not '{bad}'" in error
+            assert f"--{name}: must be a whole number of at least 1" in error and f", not '{bad}'" in error
 
 
 @pytest.mark.parametrize("program", BAD_VALUES)
@@ -364,7 +364,7 @@ def test_help_names_every_flag_and_needs_neither_torch_nor_an_sdk(program):
     assert {min(action.option_strings[-2:]) for action in shown} <= words | {"-h"}
     lines = done.stdout.splitlines()
     assert re.fullmatch(rf"usage: {program} (--config NAME )?.*\[flags\]", lines[0]) and len(lines) <= 100
-    assert max(map(len, lines)) <= 120 and "None" not in done.stdout and not re.search(r"--\w+_", done.stdout)
+    assert max(map(len, lines)) <= 120 and "None" not in done.stdout and not re.search(r"^  --\w+_", done.stdout, re.M)
 
 
 def test_a_bad_flag_ends_the_program_with_status_2_and_one_line():
