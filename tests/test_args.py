@@ -12,7 +12,7 @@ import yaml
 import args
 import args_evaluate
 import args_generate
-from generation.loading import DEFAULTS
+from models.sampling import Sampling
 from utils import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -250,7 +250,7 @@ def test_the_defaults_are_those_of_the_reference():
     settings = args_generate.generate_arguments(["--dalle_path", "c.pt", "--text", "a cat"])
     assert (settings.num_images, settings.batch_size, settings.outputs_dir) == (128, None, "./outputs")
     assert settings.gentxt is False and settings.bpe_path is None
-    assert settings.top_k is None and DEFAULTS["top_k"] == 0.99  # where the checkpoint says nothing
+    assert settings.top_k is None and Sampling().top_k == 0.99  # where the checkpoint says nothing
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
