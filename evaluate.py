@@ -45,7 +45,7 @@ def main(argv=None):
         if loaded.backend.world_size > 1:
             raise ValueError("evaluate.py runs in one process; start it without torchrun")
         clip, distance = scorers(settings)
-        sampling = {name: getattr(settings, name) for name in loaded.recommended}
+        sampling = loaded.recommended.override(vars(settings))
         if dataset is not None:
             results.update(of_pairs(loaded, dataset, settings, folder))
             if clip or distance:
@@ -142,11 +142,11 @@ def reconstruct(loaded, dataset, batch_size):
         return codes
 
     with tempfile.TemporaryDirectory() as place:  # pictures are read again in any case, and a user's folder left alone
-        options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-        cache = open_code_cache(dataset.folder, place, **options)
+        options = {"image_seq_len": vae.image_seq_len, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
+        cache = open_code_cache(dataset.folder, place, image_size=vae.image_size, **options)
         at_once = min(batch_size, max(1, 16 * 256**2 // vae.image_size**2))
-        codes, bad = load_codes(dataset.images, encode_and_compare, cache, batch_size=at_once)
-        dataset.attach_codes(codes.copy(), bad)
+        codes, rows = load_codes(dataset.images, encode_and_compare, cache, batch_size=at_once)
+        dataset.attach_codes(codes[:].copy(), rows)
     shown = torch.cat([torch.cat(part)[:GRID_PAIRS] for part in (originals, returned)])
     return torch.cat(psnr).mean().item(), shown
 
@@ -232,8 +232,8 @@ def draw_prompts(loaded, prompts, text, settings, sampling):
         for place, (prompt, tokens) in enumerate(zip(prompts, text))
     ]
     with tqdm(total=len(wanted), desc="drawing", unit="picture", disable=None) as bar:
-        (codes,) = batching.generate_lists(loaded, [wanted], drawn=bar.update)
-    return loaded.decode(codes), shaping
+        (codes,) = batching.generate_lists(loaded, [wanted], on_batch=bar.update)
+    return loaded.decode(codes), shaping._asdict()
 
 
 def judge(prompts, pictures):

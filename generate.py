@@ -138,8 +138,7 @@ def pictures_of(request, settings, loaded, seed, given_codes):
     if request.image_prompt:
         rows = settings.keep_rows if request.keep_rows is None else request.keep_rows
         given = given_codes(request.image_prompt, rows)
-    sampling = {name: getattr(settings, name) for name in loaded.recommended}
-    sampling.update(request.sampling)
+    sampling = loaded.recommended.override(vars(settings)).override(request.sampling)
     count = settings.rank * (settings.num_images if request.num_images is None else request.num_images)
     first = seed if request.seed is None else request.seed
     try:
@@ -179,9 +178,11 @@ def check_writable(folder):
 
 def told(sampling, recommended):
     """Sampling settings for the log; those that differ from what the checkpoint recommends with its own."""
+    from models.sampling import Sampling
+
     return ", ".join(
-        f"{key} {value}" + (f" (recommended {recommended[key]})" if value != recommended[key] else "")
-        for key, value in sampling.items()
+        f"{name} {value}" + (f" (recommended {advice})" if value != advice else "")
+        for name, value, advice in zip(Sampling._fields, sampling, recommended)
     )
 
 

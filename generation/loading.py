@@ -16,11 +16,11 @@ from data.tokenizer import load_tokenizer
 from data.words import read_summary
 from models.dalle import DALLE
 from models.official_vqgan import OFFICIAL_PARAMS
+from models.sampling import Sampling
 from models.vae import VQGanVAE, load_vqgan
 from utils import checkpoint
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "dalle.safetensors"
-DEFAULTS = {"top_k": 0.99, "top_p": None, "temperature": 1.0, "cond_scale": 1.0}
 # A model of fewer bytes of fp32 weights is not faster in half precision, where a rounding may change a code from one
 # batch size to another.
 HALF_FROM = 300e6
@@ -40,7 +40,7 @@ class LoadedModel:
         self.path, self.model, self.tokenizer, self.recommended = str(path), model, tokenizer, recommended
         self.guidable = bool(saved.get("settings", {}).get("caption_dropout"))
         if not self.guidable:  # whatever the run's settings said
-            self.recommended = {**recommended, "cond_scale": 1.0}
+            self.recommended = recommended._replace(cond_scale=1.0)
         self.words, self.examples = read_summary(saved.get("captions"))
         self.backend = backend
         self.fingerprint = fingerprint(model)
@@ -165,8 +165,7 @@ def read_model(path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=Non
     check_sizes(path, build, weights)
     model = build()
     model.load_state_dict(weights)
-    known = {key: value for key, value in saved.get("sampling", {}).items() if value is not None}
-    return model.eval(), tokenizer, {**DEFAULTS, **known}
+    return model.eval(), tokenizer, Sampling().override(saved.get("sampling", {}))
 
 
 def check_vqgan_counts(path, params, weights):

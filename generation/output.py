@@ -43,7 +43,7 @@ def image_metadata(picture, loaded, scores=None):
     return {
         "prompt": picture.prompt,
         "seed": picture.seed,
-        **picture.sampling,
+        **picture.sampling._asdict(),
         **({"kept_rows": len(picture.given_codes) // side} if len(picture.given_codes) else {}),
         "checkpoint": Path(loaded.path).name,
         "fingerprint": short(loaded.fingerprint),

@@ -10,7 +10,7 @@ from typing import Any, Optional
 from torch import Tensor, nn, ones
 from torch.nn import functional as F
 
-from models.attention import Attention, KeyValueCache, pattern_mask
+from models.attention import Attention, pattern_mask
 
 
 class LayerScale(nn.Module):
@@ -108,11 +108,7 @@ class Transformer(nn.Module):
             self.layers.append(Layer(LayerScale(dim, number, PreNorm(dim, block, sandwich_norm)) for block in blocks))
 
     def forward(self, x, cache=None, start=0):
-        """x (B, n, dim) at positions start …; `cache` is new_cache()'s list or None."""
+        """Apply all layers to x (B, n, dim) at positions start …; `cache` holds a cache for each layer, if given."""
         for number, layer in enumerate(self.layers):
             x = layer(x, cache=cache[number] if cache else None, start=start)
         return x
-
-    def new_cache(self, length):
-        """An empty key/value cache a layer, for `length` positions."""
-        return [KeyValueCache(length) for _ in self.layers]

@@ -112,7 +112,7 @@ def build(loaded, queue, streams, limits):
             "max_upload_bytes": uploads.MAX_BYTES,
             "text_seq_len": loaded.model.text_seq_len,
             "guidable": loaded.guidable,
-            "recommended": loaded.recommended,
+            "recommended": loaded.recommended._asdict(),
             "examples": loaded.examples,
             "known_words": len(loaded.words),
         }

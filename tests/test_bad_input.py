@@ -336,7 +336,7 @@ def test_pictures_that_vanish_under_a_worker(command, tiny_flags, picture_folder
     flags = ["--input-folder", picture_folder, "--no-codes-cache", "--dataloader-workers", 2]
     ended = command(train.main, *tiny_flags, *flags)
     assert ended.status == 2
-    assert ended.err.splitlines()[-1].endswith(f"error: {picture_folder}: none of its 12 pictures can be read any more")
+    assert ended.err.splitlines()[-1].endswith(f"error: {picture_folder}: none of its 12 images can be read any more")
     assert len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out
 
 

@@ -25,7 +25,7 @@ def demo():
 
 def test_it_is_small_and_brings_everything_along(demo):
     assert DEMO.stat().st_size <= 8_000_000
-    assert demo.guidable and demo.recommended == {"top_k": 0.0, "top_p": 0.9, "temperature": 0.8, "cond_scale": 1.25}
+    assert demo.guidable and demo.recommended == (0.0, 0.9, 0.8, 1.25)
     assert demo.tokenizer.vocabulary == (ROOT / "bpe" / "bpe_shapes_vocab.txt").read_bytes()
 
 

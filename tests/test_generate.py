@@ -16,7 +16,7 @@ import train
 from generation.loading import read_model
 from generation.output import save_images
 from models.dalle import DALLE
-from models.sampling import generate_codes
+from models.sampling import CachedStepper, sample_codes
 from models.vae import load_vqgan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +92,7 @@ def test_pictures_are_saved_as_they_were_decoded(drawn, tiny_checkpoint, tmp_pat
     model, tokenizer, _ = read_model(tiny_checkpoint)
     generators = [torch.Generator().manual_seed(11 + picture) for picture in range(3)]
     text = tokenizer.tokenize(["a red circle"] * 3, 16)
-    decoded = model.vae.decode(generate_codes(model, text, top_k=0.99, generator=generators))
+    decoded = model.vae.decode(sample_codes(model, text, CachedStepper(model), generator=generators))
     expected = (decoded * 255).round().permute(0, 2, 3, 1).numpy()
     assert expected.min() > 10 and expected.max() < 245  # so that stretching the contrast would change the pictures
     folder = tmp_path / "out" / "a_red_circle"
@@ -194,7 +194,7 @@ def test_the_model_finishes_the_sentence(drawn, tmp_path):
 
 def test_all_prompts_are_read_before_the_first_is_drawn(drawn, tmp_path):
     ended = drawn("--text", "a red circle|" + "red " * 17, status=2)
-    assert "17 tokens long, the model reads 16" in ended.err and len(ended.err.splitlines()) == 1
+    assert "17 tokens long; the model reads at most 16" in ended.err and len(ended.err.splitlines()) == 1
     ended = drawn("--text", "a red circle|日本", status=2)
     assert "'日本' has no words that the vocabulary knows" in ended.err
     assert not (tmp_path / "out").exists()

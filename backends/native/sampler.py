@@ -1,33 +1,40 @@
-"""Drawing on CPUs and CUDA GPUs: models/packed_sampler.py with weights in the form that the machine multiplies fastest.
+"""Sampling on CPUs and CUDA GPUs: models/packed_sampler.py with weights packed for the fastest products.
 
-Features newer than torch 2.0 stand behind a check.
+Features newer than torch 2.0 are used only after a check.
 """
 
 import contextlib
+from typing import Any, Callable, Optional
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from models.dalle import DALLE
 from models.packed_sampler import PackedStepper
-from models.sampling import sample_codes
+from models.sampling import CodeCallback, Generators, Sampling, sample_codes
 
-ROWS = 4  # with fewer, oneDNN takes other bf16 kernels: a fifth slower, and their last bits differ
+ROWS = 4  # for fewer rows oneDNN takes other bf16 kernels, which are a fifth slower and differ in the last bits
 
 
-def sampler(model, backend):
-    """Backend.sampler of a NativeBackend."""
+def sampler(model: DALLE, backend: Any) -> Callable[..., Tensor]:
+    """Build Backend.sampler of a NativeBackend."""
     model = model.to(backend.device).eval()
     on_cpu = backend.device.type == "cpu"
-    cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend from bf16 five times slower
+    cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend five times slower in bf16
     pack = packer(backend.device, backend.dtype, backend.settings.batch_size)
-    decoder = PackedStepper(model, pack, cache_dtype, backend.autocast)
+    stepper = PackedStepper(model, pack, cache_dtype, backend.autocast)
 
-    @torch.no_grad()
-    def sample(text, *, generator=None, image_codes=None, on_code=None, **shaping):
-        shaping = {"top_k": 0.99, "top_p": None, "temperature": 1.0, "cond_scale": 1.0, **shaping}
+    def sample(
+        text: Tensor,
+        sampling: Sampling = Sampling(),
+        *,
+        generator: Generators = None,
+        image_codes: Optional[Tensor] = None,
+        on_code: Optional[CodeCallback] = None,
+    ) -> Tensor:
         image_codes = None if image_codes is None else image_codes.to(backend.device)
-        given = {"generator": generator, "image_codes": image_codes, "on_code": on_code}
-        return sample_codes(model, text.to(backend.device), decoder.logits, **shaping, **given).cpu()
+        return sample_codes(model, text.to(backend.device), stepper, sampling, generator, image_codes, on_code).cpu()
 
     return sample
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import load_image
+from data.images import crop_square, load_image
 
 
 def saved(path, array, **options):
@@ -73,6 +73,23 @@ def test_exif_orientation_of_a_jpeg(tmp_path):
     image.save(tmp_path / "a.jpg", exif=exif, quality=95)
     upright = load_image(tmp_path / "a.jpg", 32)
     assert upright[:, 20:].max() < 30 and upright[:, :12].min() > 225
+
+
+def test_an_exif_block_that_cannot_be_written_again_turns_the_image(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pixels = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    path = saved(tmp_path / "turned.png", pixels, exif=exif)
+    monkeypatch.setattr(Image.Exif, "tobytes", None)
+    assert np.array_equal(load_image(path, 4), pixels[::-1, ::-1])
+
+
+def test_a_picture_handed_over_is_left_as_it_is():
+    image = Image.new("RGB", (4, 4))
+    image.putpixel((0, 0), (9, 9, 9))
+    image.getexif()[0x0112] = 3
+    image.info["exif"] = image.getexif().tobytes()
+    assert crop_square(image, 4)[3, 3, 0] == 9 and image.getpixel((0, 0)) == (9, 9, 9)
 
 
 def test_a_damaged_exif_block_costs_nothing_but_the_orientation(tmp_path):

@@ -75,11 +75,11 @@ def test_a_watch_sees_every_code_and_can_end_the_drawing(loaded):
     [
         ("", {}, "no words"),
         ("日本", {}, "no words"),
-        ("red " * 17, {}, "17 tokens long, the model reads 16"),
+        ("red " * 17, {}, "17 tokens long; the model reads at most 16"),
         ("red", {"temperature": 0}, "temperature is 0"),
         ("red", {"top_k": 1.5}, "top_k is 1.5"),
         ("red", {"top_p": 0}, "top_p is 0"),
-        ("red", {"colour": 1}, "colour: no such setting"),
+        ("red", {"colour": 1}, "colour: unknown setting"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_in_a_sentence(loaded, prompt, sampling, told):
@@ -95,7 +95,7 @@ def test_guidance_needs_a_model_that_has_seen_no_captions(tiny_checkpoint, tmp_p
     torch.save(saved, tmp_path / "told.pt")
     with pytest.raises(ValueError, match="cond_scale is 2, but .*told.pt was trained without --caption-dropout"):
         batching.plan_image(load(tmp_path / "told.pt", device="cpu"), "red", 0, {"cond_scale": 2})
-    assert batching.plan_image(load(tmp_path / "told.pt", device="cpu"), "red", 0).sampling["cond_scale"] == 1
+    assert batching.plan_image(load(tmp_path / "told.pt", device="cpu"), "red", 0).sampling.cond_scale == 1
     batching.plan_image(load(tiny_checkpoint, device="cpu"), "red", 0, {"cond_scale": 2})
 
 

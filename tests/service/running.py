@@ -26,7 +26,7 @@ class Drawing:
     hold = property(lambda self: self.open.clear)
     release = property(lambda self: self.open.set)
 
-    def sample(self, text, *, generator, on_code=None, **options):
+    def sample(self, text, sampling, *, generator, on_code=None, **options):
         seeds = [one.initial_seed() for one in generator]
         self.batches.append(seeds)
         self.before(seeds)
@@ -38,7 +38,7 @@ class Drawing:
             if on_code is not None:
                 on_code(codes)
 
-        return self.plain(text, generator=generator, on_code=seen, **options)
+        return self.plain(text, sampling, generator=generator, on_code=seen, **options)
 
     def began(self, count):
         """Wait until so many drawings have begun."""

@@ -7,6 +7,7 @@ import args_generate
 import backends
 from args_evaluate import evaluate_arguments
 from backends.ipu import backend as ipu
+from models.sampling import Sampling
 from models.vae import load_vqgan
 from tests.backends.ipu.ipu_runs import samples, settings
 from tests.builders import small_dalle
@@ -31,14 +32,14 @@ def test_codes_are_those_of_a_cpu(poptorch_standin, tiny_vae, whole, count):
         for device in ("cpu", "ipu")
     )
     sampler = on_ipu.sampler(model, whole_pictures=whole)
-    for shaping in ({}, {"top_k": 0.5, "top_p": 0.8, "temperature": 0.7, "cond_scale": 2.0}):
+    for sampling in (Sampling(), Sampling(top_k=0.5, top_p=0.8, temperature=0.7, cond_scale=2.0)):
         for given in (None, torch.randint(0, 32, (count, 5)), torch.randint(0, 32, (count, 16))):
             draws = [
                 sample(
                     text,
+                    sampling,
                     generator=[torch.Generator().manual_seed(i) for i in range(count)],
                     image_codes=given,
-                    **shaping,
                 )
                 for sample in (on_cpu.sampler(model), sampler)
             ]

@@ -16,8 +16,8 @@ from backends.native.resilient_loader import MicroBatches
 from backends.native.sampler import packer
 from backends.native.trainer import build_optimizers
 from data.loader import GeneratedDataset
-from data.order import EpochOrder
-from models.sampling import generate_codes
+from data.order import EpochOrder, RunOrder
+from models.sampling import CachedStepper, Sampling, sample_codes
 from tests.builders import small_dalle, train_settings
 from utils import checkpoint
 from utils.muon import Muon
@@ -325,7 +325,7 @@ def test_micro_batches_cut_each_step_and_never_mix_two():
 def test_the_loader_gives_each_step_its_samples_in_order(workers):
     dataset = GeneratedDataset(20, text_seq_len=6, num_text_tokens=50, num_image_codes=32, image_seq_len=16)
     backend = NativeBackend(settings(dataloader_workers=workers, gradient_accumulation=3))
-    order = list(EpochOrder(len(dataset), backend.samples_per_step, seed=1))
+    order = list(RunOrder(EpochOrder(len(dataset), backend.samples_per_step, seed=1), 0, 3))
     steps = [list(batch) for batch in backend.loader(dataset, order)]
     assert [len(step) for step in steps] == [3, 3, 3]
     for step, keys in zip(steps, order):
@@ -333,18 +333,6 @@ def test_the_loader_gives_each_step_its_samples_in_order(workers):
         text, codes = (torch.cat(parts) for parts in zip(*step))
         assert torch.equal(text, torch.stack([dataset[key][0] for key in keys]))
         assert torch.equal(codes, torch.stack([dataset[key][1] for key in keys]))
-
-
-def test_the_sampler_draws_what_generate_codes_draws(tiny_vae):
-    model = small_dalle(tiny_vae).eval()
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.3
-    text, given = samples(3)[0], dict(top_k=0.5, top_p=0.9, temperature=0.8, cond_scale=1.5)
-    expected = generate_codes(model, text, generator=torch.Generator().manual_seed(3), **given)
-    sample = NativeBackend(SimpleNamespace(device="cpu", precision="fp32", batch_size=4)).sampler(model.train())
-    codes = sample(text, generator=torch.Generator().manual_seed(3), **given)
-    assert not model.training and codes.dtype == torch.int64 and torch.equal(codes, expected)
-    assert not torch.equal(codes, sample(text, generator=torch.Generator().manual_seed(4), **given))
 
 
 def test_the_contract_is_kept(tiny_vae):
@@ -390,16 +378,17 @@ def test_a_row_has_the_same_product_whatever_the_batch(rows):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_sampler_draws_the_plain_loops_codes(tiny_vae, batch_size):
+def test_the_sampler_gives_the_codes_of_the_plain_loop(tiny_vae, batch_size):
     backend = NativeBackend(settings(batch_size=batch_size))
-    model = small_dalle(tiny_vae)
-    text, _ = samples(4)
-    for shaping in ({}, {"top_k": None, "top_p": 0.9, "temperature": 0.9, "cond_scale": 1.5}):
-        draws = [
-            draw(text, generator=[torch.Generator().manual_seed(i) for i in range(4)], **shaping)
-            for draw in (backend.sampler(model), lambda text, **more: generate_codes(model, text, **more))
-        ]
-        assert torch.equal(*draws)
+    model = small_dalle(tiny_vae, weight_std=0.3)
+    text, sample = samples(4)[0], backend.sampler(model.train())
+    for sampling in (Sampling(), Sampling(top_k=None, top_p=0.9, temperature=0.9, cond_scale=1.5)):
+        first, other = ([torch.Generator().manual_seed(i) for i in range(start, start + 4)] for start in (0, 4))
+        codes = sample(text, sampling, generator=first)
+        assert not model.training and codes.dtype == torch.int64
+        again = [torch.Generator().manual_seed(i) for i in range(4)]
+        assert torch.equal(codes, sample_codes(model, text, CachedStepper(model), sampling, again))
+        assert sampling.top_k or not torch.equal(codes, sample(text, sampling, generator=other))
 
 
 def test_the_average_of_the_weights_follows_them(tiny_vae):
