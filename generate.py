@@ -37,7 +37,7 @@ def main(argv=None):
         unknown = dict.fromkeys(word for one in requests for word in prompts.unknown_words(loaded, one.prompt))
         if unknown:
             logger.warning("no training caption has the words: %s", ", ".join(unknown))
-        clip = clip_judge(settings)
+        clip = clip_judge(settings, loaded.backend.device)
         check_writable(settings.outputs_dir)
         logger.info("seed %d, %s", seed, told(wanted[0][0].sampling, loaded.recommended))
         if share_pictures:
@@ -155,7 +155,7 @@ def shared_seed(settings, backend):
 
     seed = new_seed() if settings.seed is None else settings.seed
     counts = [request.num_images or settings.num_images for request in settings.requests or ()] or [settings.num_images]
-    share_pictures = bool(len(counts) < backend.world_size <= min(counts) and backend.gather)
+    share_pictures = bool(len(counts) < backend.world_size <= min(counts) and backend.can_gather)
     if share_pictures:
         seed = int(backend.gather(torch.tensor([seed]))[0])
         log.set_up(logging.WARNING if backend.rank else logging.INFO)
@@ -186,14 +186,12 @@ def told(sampling, recommended):
     )
 
 
-def clip_judge(settings):
+def clip_judge(settings, device):
     """CLIP's score of pictures where --clip-weights names some; None: the model itself judges."""
     if settings.clip_weights is None:
         return None
-    from backends.native.backend import pick_device
     from models.image_scores import clip_score
 
-    device = pick_device("cpu" if settings.device == "ipu" else settings.device)
     return clip_score(settings.clip_weights, settings.clip_model, device)
 
 

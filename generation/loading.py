@@ -7,7 +7,6 @@ its configuration is the official f = 16 model's unless a file says otherwise.
 import functools
 import hashlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -36,22 +35,14 @@ class LoadedModel:
     both are empty if the file does not have them.
     """
 
-    def __init__(self, path, saved, model, tokenizer, recommended, backend):
+    def __init__(self, path, saved, model, tokenizer, recommended, backend, batch_size):
         self.path, self.model, self.tokenizer, self.recommended = str(path), model, tokenizer, recommended
         self.guidable = bool(saved.get("settings", {}).get("caption_dropout"))
         if not self.guidable:  # whatever the run's settings said
             self.recommended = recommended._replace(cond_scale=1.0)
         self.words, self.examples = read_summary(saved.get("captions"))
-        self.backend = backend
+        self.backend, self.batch_size = backend, batch_size
         self.fingerprint = fingerprint(model)
-
-    @property
-    def batch_size(self):
-        return self.backend.settings.batch_size
-
-    @batch_size.setter
-    def batch_size(self, count):
-        self.backend.settings.batch_size = count
 
     @property
     def side(self):
@@ -60,7 +51,7 @@ class LoadedModel:
 
     @functools.cached_property
     def sampler(self):
-        return self.backend.sampler(self.model)
+        return self.backend.sampler(self.model, self.batch_size)
 
     @functools.cached_property
     def encode(self):
@@ -92,10 +83,9 @@ def load(
     model, tokenizer, recommended = read_model(path, vqgan_model_path, vqgan_config_path, bpe_path, saved)
     if precision == "auto" and 4 * parameters(model) < HALF_FROM:
         precision = "fp32"
-    backend = backends.select(SimpleNamespace(device=device, precision=precision, batch_size=batch_size or 1))
-    if batch_size is None:
-        backend.settings.batch_size = fitting_batch(model, backend)
-    return LoadedModel(path, saved, model, tokenizer, recommended, backend)
+    backend = backends.for_inference(device, precision)
+    batch_size = batch_size or fitting_batch(model, backend)
+    return LoadedModel(path, saved, model, tokenizer, recommended, backend, batch_size)
 
 
 def load_from_flags(settings, **more):
@@ -111,17 +101,14 @@ def parameters(model):
 
 def fitting_batch(model, backend):
     """Pictures at once: as many as the machine does well, in half of the memory that is free."""
-    from backends import memory
-
-    kind = getattr(getattr(backend, "device", None), "type", "ipu")
-    if kind == "ipu":
-        return AT_ONCE["ipu"]
+    if backend.memory is None:
+        return AT_ONCE[backend.kind]
     attention = model.transformer.layers[0][0].fn.fn
     keys = 2 * len(model.transformer.layers) * attention.heads * attention.dim_head  # and values, of a position
     positions = model.text_seq_len + model.image_seq_len
     noise = model.image_seq_len * model.num_image_tokens
     picture = 4 * (2 * keys * positions + 2 * noise + 64 * 3 * model.vae.image_size**2)  # bytes, guided
-    return int(max(1, min(AT_ONCE[kind], memory.free(backend.device) // 2 // picture)))
+    return int(max(1, min(AT_ONCE[backend.kind], backend.memory.free() // 2 // picture)))
 
 
 def read_model(path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=None, saved=None):

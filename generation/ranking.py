@@ -3,8 +3,6 @@
 `likelihood` is the model's own, from codes; `clip` a network's that the user brings (models/image_scores.py).
 """
 
-import contextlib
-
 import torch
 
 from generation.output import to_image
@@ -17,7 +15,7 @@ def likelihoods(loaded, pictures, codes):
     text = torch.stack([one.tokens for one in pictures]).to(device)
     parts = zip(text.split(loaded.batch_size), codes.to(device).split(loaded.batch_size))
     contrast = CONTRAST if loaded.guidable else 0
-    with getattr(loaded.backend, "autocast", contextlib.nullcontext)():  # an IPU's pictures are ranked on the CPU
+    with loaded.backend.autocast():
         return torch.cat([caption_score(loaded.model, *part, contrast=contrast).cpu() for part in parts])
 
 

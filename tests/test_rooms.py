@@ -20,8 +20,9 @@ ALLOWED = {
     "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"},
     "backends": {"backends", "models", "utils", "torch", "taming", "numpy"},
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL", "numpy"},
-    "generation/prompts.py": set(),
-    "service": {"service", "generation", "log", "torch", "PIL", "gradio", "fastapi", "starlette", "pydantic"},
+    "generation/prompts.py": {"data.words"},
+    "service": {"service", "generation", "data", "utils", "log", "torch", "PIL"}
+    | {"h11", "uvicorn", "gradio", "fastapi", "starlette", "pydantic"},
     "service/computing.py": set(),
     "service/queue.py": {"generation", "log", "service.computing"},
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},

@@ -12,7 +12,7 @@ import torch
 from generation.loading import load
 from generation.prompts import unknown_words
 from tests.conftest import ROOT
-from utils import checkpoint, exported
+from utils import checkpoint
 
 HUGE = 2**20
 
@@ -88,7 +88,7 @@ def test_hostile_sizes_are_refused_in_little_memory(tiny_checkpoint, tmp_path):
 
 def test_words_and_examples_go_from_training_into_exported_files(tiny_checkpoint, tmp_path):
     path = tmp_path / "exported.safetensors"
-    exported.write(path, checkpoint.read(tiny_checkpoint), half=True)
+    checkpoint.write_safetensors(path, checkpoint.read(tiny_checkpoint), half=True)
     models = [load(one, device="cpu", precision="fp32") for one in (tiny_checkpoint, path)]
     for loaded in models:
         assert loaded.words == models[0].words and loaded.words["circle"] > 1
