@@ -28,7 +28,8 @@ MESSAGES = {
     404: "There is nothing at this address; see /docs.",
     405: "This address does not accept this method; see /docs.",
 }
-FAILURES = {status: {"model": validation.Error} for status in (400, 401, 403, 413, 415, 421, 422, 429, 503)}
+EVENTS = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+FAILURES = {status: {"model": validation.Error} for status in (400, 401, 403, 404, 413, 415, 421, 422, 429, 503)}
 
 
 def build(loaded, queue, streams, limits):
@@ -161,7 +162,7 @@ def build(loaded, queue, streams, limits):
             raise HTTPException(404)
         return streams.streams[id]
 
-    @app.get("/api/jobs/{id}/events", status_code=200, response_class=EventResponse)
+    @app.get("/api/jobs/{id}/events", response_class=Response, responses={200: EVENTS})
     async def events(id: str, request: Request):
         """Follow a job as server-sent events: queued, row, image, done, error. Last-Event-ID skips what was read."""
         last = request.headers.get("last-event-id", "")

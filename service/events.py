@@ -161,7 +161,7 @@ class Streams:
                 for index in job.active:
                     if row // job.every > rows_sent.get(index, -1) // job.every and row < loaded.side:
                         rows_sent[index] = row
-                        preview = await run_in_threadpool(encode_preview, previews.get(index))
+                        preview = await run_in_threadpool(encode_preview, row, *previews.get(index, (0, None)))
                         stream.emit("row", index=index, rows=row, of=loaded.side, preview=preview, seconds_left=left)
             if job.error:
                 stream.emit("error", error=job.error)
@@ -178,9 +178,9 @@ def text(data):
     return base64.b64encode(data).decode()
 
 
-def encode_preview(image):
-    """Return a PIL image as a small WebP in base64, None for None."""
-    if image is None:
+def encode_preview(row, rows, image):
+    """Return the preview of a row as a small WebP in base64, or None if the last preview shows another row."""
+    if rows != row or image is None:
         return None
     if image.width > PREVIEW_WIDTH:
         image = image.resize((PREVIEW_WIDTH, max(1, image.height * PREVIEW_WIDTH // image.width)))

@@ -41,7 +41,7 @@ class Job:
         specs: What to generate, a list of ImageSpec.
         every: Rows of codes between two previews, or None for no previews.
         images: PIL images, None for each that is not ready.
-        previews: {index: PIL image of the upper rows} of images in the current batch.
+        previews: {index: (rows, PIL image of these upper rows)} of images in the current batch.
         active: Indices of the images in the current batch; `row` is the number of rows that they have.
         error: A sentence if the job failed.
         ended: Set when all images are ready, or the job failed or was cancelled.
@@ -250,7 +250,7 @@ class GenerationQueue:
 
         def show(images, row):
             for (job, index), image in zip(shown, images):
-                job.previews[index] = image.crop((0, 0, image.width, image.height * row // rows))
+                job.previews[index] = row, image.crop((0, 0, image.width, image.height * row // rows))
 
         forming = Preview(loaded, min(job.every for job, _ in shown), show, most=len(shown)) if shown else None
 

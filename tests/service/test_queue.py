@@ -180,7 +180,7 @@ def test_rows_and_previews_reach_those_who_want_them(loaded, drawing, queue):
     async def follow(job):
         async for _ in job.changes():
             rows.append(job.row)
-            previews.append([one.size for one in job.previews.values()])
+            previews.append([image.size for _, image in job.previews.values()])
 
     drawing.seconds = 0.02
     side, size = loaded.model.fmap_size, loaded.model.vae.image_size
