@@ -22,7 +22,6 @@ ALLOWED = {
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL", "numpy"},
     "generation/command.py": {"generation", "backends", "models", "utils", "torch", "PIL", "tqdm"}
     | {"log", "args_generate"},
-    | {"tqdm"},
     "service": {"service", "generation", "data", "utils", "log", "torch", "PIL"}
     | {"h11", "uvicorn", "gradio", "fastapi", "starlette", "pydantic"},
     "service/computing.py": set(),

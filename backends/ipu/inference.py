@@ -22,7 +22,7 @@ def full(x, rows):
     return torch.cat((x, x[-1:].expand(rows - len(x), *x.shape[1:])))
 
 
-class Decoder(nn.Module):
+class VqganDecoder(nn.Module):
     """A VQGAN's way back as a module of its own: codes int (B, L) → pixels (B, 3, S, S)."""
 
     def __init__(self, vae):
@@ -33,7 +33,7 @@ class Decoder(nn.Module):
         return self.vae.decode(codes)
 
 
-class Losses(nn.Module):
+class DeviceLosses(nn.Module):
     """A DALLE's losses of a row: text and codes end to end, int (1, T + L) → total, text and image, fp32 (1, 3)."""
 
     def __init__(self, model):
@@ -45,7 +45,7 @@ class Losses(nn.Module):
         return torch.stack(self.model(text, codes, return_loss=True)).float()[None]
 
 
-def upper_rows(decode):
+def decode_upper_rows(decode):
     """decode of a picture's codes (B, L) → decode(codes, rows=None), which takes those of its upper rows, too: the rest
     is filled up and cut off again, since shapes cannot change.
     """
@@ -79,7 +79,7 @@ class RowByRow:
             self.executor = None
 
 
-class Sampler:
+class DeviceSampler:
     """Backend.sampler in calls of `rows` images; the last image is repeated if fewer are needed.
 
     on_device: StaticSampler's loop and update, for one call a batch. If None, or if that does not compile, each code

@@ -17,12 +17,12 @@ from models.sampling import CodeCallback, Generators, Sampling, sample_codes
 ROWS = 4  # for fewer rows oneDNN takes other bf16 kernels, which are a fifth slower and differ in the last bits
 
 
-def sampler(model: DALLE, backend: Any) -> Callable[..., Tensor]:
+def sampler(model: DALLE, backend: Any, batch_size: int) -> Callable[..., Tensor]:
     """Build Backend.sampler of a NativeBackend."""
     model = model.to(backend.device).eval()
     on_cpu = backend.device.type == "cpu"
     cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend five times slower in bf16
-    pack = packer(backend.device, backend.dtype, backend.settings.batch_size)
+    pack = packer(backend.device, backend.dtype, batch_size)
     stepper = PackedStepper(model, pack, cache_dtype, backend.autocast)
 
     def sample(

@@ -1,7 +1,6 @@
 """The fast VQGAN against models/vae.py, the plain one: same codes, close pixels, and a picture for itself."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ def codes(count=PICTURES):
 
 
 def on_cpu(precision):
-    return NativeBackend(SimpleNamespace(device="cpu", precision=precision, batch_size=1))
+    return NativeBackend("cpu", precision)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
