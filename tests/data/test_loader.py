@@ -164,7 +164,7 @@ def test_scan_faults_are_reported_and_kept(tmp_path, logged):
     (folder / "002.png").write_bytes(b"")
     dataset = dataset_of(folder)
     assert len(dataset) == 5
-    assert dataset.skipped["zero-byte picture"] == [folder / "002.png"]
+    assert dataset.skipped["zero-byte image"] == [folder / "002.png"]
     assert sum("002.png" in message for message in logged.messages) == 1
 
 
@@ -178,7 +178,7 @@ def test_a_picture_that_goes_bad_is_replaced_counted_and_told_once(tmp_path, log
         text, image = dataset[(7, 5)]
         assert read(text).startswith("picture 1,") and torch.allclose(image[0], torch.tensor(10 / 255))
     assert torch.equal(text, dataset[(7, 1)][0])
-    assert dataset.skipped == {"unreadable picture": [folder / "000.png", folder / "005.png"]}
+    assert dataset.skipped == {"unreadable image": [folder / "000.png", folder / "005.png"]}
     assert len(logged.messages) == 2 and "005.png" in logged.messages[0] and "000.png" in logged.messages[1]
 
 
@@ -188,7 +188,7 @@ def test_many_pictures_that_go_bad_do_not_fill_the_log(tmp_path, logged):
     for path in sorted(folder.glob("*.png"))[:-1]:
         path.unlink()
     assert read(dataset[0][0]) == "picture 39, way 0"
-    assert len(dataset.skipped["unreadable picture"]) == 39
+    assert len(dataset.skipped["unreadable image"]) == 39
     assert len(logged.messages) == 20 and "only counted" in logged.messages[-1]
 
 
@@ -214,7 +214,7 @@ def test_workers_give_the_same_samples_and_share_the_count(tmp_path, method):
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=2, multiprocessing_context=method)
     for (text, image), (other_text, other_image) in zip(here, loader):
         assert torch.equal(text, other_text) and torch.equal(image, other_image)
-    assert dataset.skipped == {"unreadable picture": [folder / "003.png"]}
+    assert dataset.skipped == {"unreadable image": [folder / "003.png"]}
     assert not all(torch.equal(text, other) for (text, _), (other, _) in zip(here[:4], here[4:]))
 
 
@@ -262,7 +262,7 @@ def test_pictures_that_could_not_be_encoded_leave(tmp_path, logged):
     assert [name for name, _, _ in dataset.images] == ["001.png", "002.png", "003.png", "005.png"]
     assert [read(dataset[i][0])[:9] for i in range(4)] == [f"picture {i}" for i in (1, 2, 3, 5)]
     assert [dataset[i][1].item() for i in range(4)] == [1, 2, 3, 5]
-    assert dataset.skipped == {"unreadable picture": [folder / "000.png", folder / "004.png"]}
+    assert dataset.skipped == {"unreadable image": [folder / "000.png", folder / "004.png"]}
     assert len(logged.messages) == 1 and "2 files" in logged.text
 
 

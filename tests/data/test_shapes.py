@@ -22,12 +22,11 @@ from data.shapes import (
     Item,
     Scene,
     coverage,
+    describe_scene,
     draw_scene,
     make_sample,
     parse_caption,
     validation_prompts,
-    withheld_combinations,
-    word_scene,
     write_dataset,
 )
 
@@ -72,7 +71,7 @@ def test_every_wording_is_parsed_back():
     rng = random.Random(1)
     words = set()
     for scene in scenes(4000, sizes=("small", "large", None)):
-        caption = word_scene(scene, rng)
+        caption = describe_scene(scene, rng)
         assert parse_caption(caption) == scene
         words.update(caption.split())
     assert {"a", "an", "there", "to", "little", "big", "over", "under", "beneath", *COLORS, *SHAPES} <= words
@@ -103,7 +102,7 @@ def test_captions_of_a_picture_differ_and_describe_it():
         told = [parse_caption(caption) for caption in captions]
         assert told[0].first.size and told[0].second.size
         for scene in told:
-            assert scene.combination in (told[0].combination, told[0].turned().combination)
+            assert scene.combination in (told[0].combination, told[0].inverse().combination)
 
 
 def test_captions_are_short_in_the_projects_vocabulary():
@@ -115,6 +114,13 @@ def test_captions_are_short_in_the_projects_vocabulary():
 
 
 # ----------------------------------------------------------------------------------------------- combinations
+
+
+def withheld_combinations():
+    """What training never sees; with each combination also its inverse ("A above B": "B below A")."""
+    _, choose, score = shapes._combinations()
+    inverse = ((c2, s2, INVERSE[relation], c1, s1) for c1, s1, relation, c2, s2 in choose + score)
+    return {*choose, *score, *inverse}
 
 
 def test_withheld_is_a_tenth_and_closed_under_inversion():
@@ -147,7 +153,7 @@ def test_prompts_for_choosing_and_for_scoring_are_disjoint():
         prompts = validation_prompts(split, 1120)
         told = [parse_caption(prompt) for prompt in prompts]
         assert len(set(told)) == 1120 and all(scene.first.size and scene.second.size for scene in told)
-        contents[split] = {scene.combination for scene in told} | {scene.turned().combination for scene in told}
+        contents[split] = {scene.combination for scene in told} | {scene.inverse().combination for scene in told}
         assert validation_prompts(split, 256) == prompts[:256] != validation_prompts(split, 256, seed=1)
     assert contents["choose"].isdisjoint(contents["score"])
     assert contents["choose"] | contents["score"] == withheld_combinations()
@@ -196,7 +202,7 @@ def test_shapes_keep_apart_and_stand_as_told():
         pixels = draw_scene(scene, rng).astype(int)
         boxes = []
         for item in (scene.first, scene.second):
-            ys, xs = np.nonzero((pixels == COLORS[item.colour]).all(-1))
+            ys, xs = np.nonzero((pixels == COLORS[item.color]).all(-1))
             boxes.append(np.array([ys.min(), ys.max() + 1, xs.min(), xs.max() + 1]))
         if scene.relation in ("below", "right"):
             boxes.reverse()
