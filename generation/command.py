@@ -133,7 +133,9 @@ def save_best(
     clip: Optional[ranking.ClipScore],
 ) -> None:
     """Decode and save the best images of a prompt, and say where."""
-    best = ranking.best_of(loaded, specs, codes, len(specs) // settings.rank, clip)
+    best = [(index, None) for index in range(len(specs))]
+    if settings.rank > 1:
+        best = ranking.best_of(loaded, specs, codes, len(specs) // settings.rank, clip)
     codes = codes[[index for index, _ in best]]
     images = [output.to_image(pixels) for pixels in loaded.decode(codes)]
     metadata = [output.image_metadata(specs[index], loaded, scores) for index, scores in best]
