@@ -153,7 +153,7 @@ class ArrayCache:
                         pass
                 self._add(files)
                 missing = [i for i in missing if i not in tried and files[i] not in self]
-            bar.update(bar.total - bar.n)
+            bar.update((bar.total or 0) - bar.n)
         shutil.rmtree(self._path.with_suffix(".locks"), ignore_errors=True)
 
     def load(self, files: Sequence[File]) -> Tuple[MappedRows, np.ndarray]:
@@ -234,7 +234,7 @@ class ArrayCache:
         checksums = records[:, :4].copy().view("<u4")[:, 0].tolist()
         for row in rows:
             if row < count and not self._present[row]:
-                checksum = zlib.crc32(records[row, 4:], _state_checksum(self._files[row]))
+                checksum = zlib.crc32(records[row, 4:].tobytes(), _state_checksum(self._files[row]))
                 self._present[row] = checksum == checksums[row]
 
 

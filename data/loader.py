@@ -237,7 +237,7 @@ class TextImageDataset(Dataset):
         captions = self._captions[index]
         return self._pad(captions[random_bits(self.seed, _CAPTION, epoch, index) % len(captions)])
 
-    def _pad(self, tokens: Sequence[int]) -> torch.Tensor:
+    def _pad(self, tokens: Union[Sequence[int], np.ndarray]) -> torch.Tensor:
         text = np.zeros(self.text_seq_len, dtype=np.int64)
         tokens = tokens[: self.text_seq_len]
         text[: len(tokens)] = tokens
