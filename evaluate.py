@@ -236,10 +236,10 @@ def draw_prompts(loaded, prompts, text, settings, sampling):
 
 def judge(prompts, pictures):
     """Share of pictures without a fault, and how often each kind of fault was seen."""
-    from data.shapes_reader import faults
+    from data.shapes_reader import find_faults
 
     pixels = (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    seen = [faults(prompt, picture) for prompt, picture in zip(prompts, pixels)]
+    seen = [find_faults(prompt, picture) for prompt, picture in zip(prompts, pixels)]
     return sum(not found for found in seen) / len(seen), Counter(fault for found in seen for fault in found)
 
 

@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 
 from generation.image_prompts import encode_kept_rows
 from generation.output import encode_image, image_metadata
-from generation.prompts import unknown_words
 from service import docs, uploads, validation
 from service.events import EventResponse
 from service.guard import client_of, refuse
@@ -118,7 +117,7 @@ def build(loaded, queue, streams, limits):
         }
         if prompt is not None:
             tokens = len(loaded.tokenizer.encode(prompt))
-            about["prompt"] = {"tokens": tokens, "unknown_words": unknown_words(loaded, prompt)}
+            about["prompt"] = {"tokens": tokens, "unknown_words": loaded.unknown_words(prompt)}
         return JSONResponse(about)
 
     async def plan(wanted, prompts, count, keep):

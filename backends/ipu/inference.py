@@ -5,13 +5,15 @@ here. And samples one after the other, as a loader of fixed batches wants them.
 """
 
 import logging
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from models.sampling import Sampling, check_given_codes, gumbel_noise, sample_codes
+from models.dalle import DALLE
+from models.sampling import CodeCallback, Generators, Sampling, check_given_codes, gumbel_noise, sample_codes
 from models.static_sampling import FullPass, StaticSampler
 
 logger = logging.getLogger("minidalle")
@@ -82,16 +84,28 @@ class RowByRow:
 class DeviceSampler:
     """Backend.sampler in calls of `rows` images; the last image is repeated if fewer are needed.
 
-    on_device: StaticSampler's loop and update, for one call a batch. If None, or if that does not compile, each code
-    takes a call of its own.
+    Args:
+        inference: compiles a module; see IpuBackend.inference.
+        on_device: StaticSampler's loop and update, to sample a batch in one call. If None, or if that does not compile,
+            every code takes a call.
     """
 
-    def __init__(self, model, rows, inference, on_device):
+    def __init__(
+        self, model: DALLE, rows: int, inference: Callable[..., Any], on_device: Optional[Dict[str, Callable]]
+    ):
         self.model, self.rows, self.inference, self.on_device = model, rows, inference, on_device
-        self.loops = {}  # compiled StaticSamplers, by sampling settings and number of given codes
+        self.loops: Dict[Any, Any] = {}  # compiled StaticSamplers, by sampling settings and number of given codes
         self.stepper = FullPassStepper(self)
 
-    def __call__(self, text, sampling=Sampling(), *, generator=None, image_codes=None, on_code=None):
+    def __call__(
+        self,
+        text: Tensor,
+        sampling: Sampling = Sampling(),
+        *,
+        generator: Generators = None,
+        image_codes: Optional[Tensor] = None,
+        on_code: Optional[CodeCallback] = None,
+    ) -> Tensor:
         given = check_given_codes(self.model, text, image_codes)
         if self.on_device and given.shape[1] < self.model.image_seq_len:
             shape = len(text), self.model.image_seq_len, self.model.num_image_tokens
@@ -102,7 +116,7 @@ class DeviceSampler:
                 return self.run(executor, inputs).long()
         return sample_codes(self.model, text, self.stepper, sampling, generator, given, on_code)
 
-    def compiled_loop(self, sampling, inputs, count):
+    def compiled_loop(self, sampling: Sampling, inputs: Tuple[Tensor, ...], count: int) -> Optional[Any]:
         """Return the executor for these settings and `count` given codes, or None if it does not compile."""
         if (sampling, count) not in self.loops:
             executor = self.inference(StaticSampler(self.model, sampling, **self.on_device))
@@ -115,7 +129,7 @@ class DeviceSampler:
             self.loops[sampling, count] = executor
         return self.loops[sampling, count]
 
-    def run(self, executor, inputs, *others):
+    def run(self, executor: Any, inputs: Tuple[Tensor, ...], *others: Tensor) -> Tensor:
         """Split tensors of any number of rows into calls of self.rows; pass `others` as they are to every call."""
         parts = zip(*(x.split(self.rows) for x in inputs))
         done = [executor(*(full(x, self.rows) for x in part), *others)[: len(part[0])] for part in parts]
@@ -125,10 +139,10 @@ class DeviceSampler:
 class FullPassStepper:
     """A Stepper that computes the whole sequence on the device for every code."""
 
-    def __init__(self, sampler):
+    def __init__(self, sampler: DeviceSampler):
         self.sampler, self.executor = sampler, None
 
-    def begin(self, text, codes):
+    def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         if self.executor is None:
             self.executor = self.sampler.inference(FullPass(self.sampler.model))
         self.text, self.codes = text, codes
@@ -136,7 +150,7 @@ class FullPassStepper:
         codes = F.pad(codes, (0, self.sampler.model.image_seq_len - place))
         return self.sampler.run(self.executor, (text, codes), torch.tensor([place]))
 
-    def next(self, code):
+    def next(self, code: Tensor) -> Tensor:
         return self.begin(self.text, torch.cat((self.codes, code[:, None]), dim=1))
 
 

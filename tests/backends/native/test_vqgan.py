@@ -82,7 +82,7 @@ def test_the_network_itself_is_left_as_it_is(vae):
 
 
 def test_what_a_picture_must_look_like_is_still_checked(vae):
-    with pytest.raises(ValueError, match="pictures of shape"):
+    with pytest.raises(ValueError, match="images of shape"):
         on_cpu("fp32").encode(vae)(pictures()[:, :, 1:])
     with pytest.raises(ValueError, match="side"):
         on_cpu("fp32").decode(vae)(codes()[:, 1:])
