@@ -246,7 +246,9 @@ def cache_path(cache_dir: Union[str, Path], name: str, folder: Union[str, Path],
     """
     with contextlib.suppress(FileNotFoundError):
         os.listdir(cache_dir)
-    place = os.path.relpath(os.path.realpath(folder), os.path.realpath(cache_dir))
+    place = os.path.realpath(folder)
+    with contextlib.suppress(ValueError):  # another drive of Windows
+        place = os.path.relpath(place, os.path.realpath(cache_dir))
     content = json.dumps({**key, "folder": place}, sort_keys=True)
     return Path(cache_dir) / f"{name}-{hashlib.sha256(content.encode('ascii')).hexdigest()[:16]}.json"
 
