@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from generation.image_prompts import encode_kept_rows
 from generation.prompts import unknown_words
 from service import docs, uploads, validation
-from service.events import EventResponse, describe_image
+from service.events import EventResponse, describe_images
 from service.guard import client_of, refuse
 from service.queue import Busy
 
@@ -146,7 +146,7 @@ def build(loaded, queue, streams, limits):
             return Response(status_code=499)
         if job.error:
             return refuse(503 if queue.stopping else 500, job.error)
-        images = [await run_in_threadpool(describe_image, loaded, *one) for one in zip(job.specs, job.images)]
+        images = await describe_images(loaded, job, range(len(specs)))
         return JSONResponse({"pictures": images, "seconds": round(time.monotonic() - began, 3)})
 
     @app.post("/api/jobs", status_code=202, response_model=validation.JobCreated)

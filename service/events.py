@@ -49,8 +49,7 @@ class Stream:
         while True:
             changed = self.changed
             if after < len(self.events):
-                text = self.events[after]
-                after += 1
+                text, after = "".join(self.events[after:]), len(self.events)
                 yield text
             elif self.ended:
                 return
@@ -147,19 +146,17 @@ class Streams:
                 if not job.started and not job.ended.is_set() and job.ahead != ahead:
                     ahead = job.ahead
                     stream.emit("queued", ahead=ahead)
-                for index, image in enumerate(job.images):
-                    if image is not None and index not in sent:
-                        sent.add(index)
-                        encoded = await run_in_threadpool(describe_image, loaded, job.specs[index], image)
-                        stream.emit("image", index=index, prompt=job.specs[index].prompt, **encoded)
+                new = [index for index, image in enumerate(job.images) if image is not None and index not in sent]
+                sent.update(new)
+                for index, image in zip(new, await describe_images(loaded, job, new)):
+                    stream.emit("image", index=index, prompt=job.specs[index].prompt, **image)
                 row, previews = job.row, dict(job.previews)
                 left = seconds_left(job, time.monotonic() - began, loaded.side)
                 for index in job.active:
                     if row // job.every > rows_sent.get(index, -1) // job.every and row < loaded.side:
                         rows_sent[index] = row
                         rows, image = previews.get(index, (0, None))
-                        shown = row and rows == row  # else it is the preview of an earlier row
-                        preview = await run_in_threadpool(encode_preview, image) if shown else None
+                        preview = encode_preview(image) if row and rows == row else None  # not an earlier row's
                         stream.emit("row", index=index, rows=row, of=loaded.side, preview=preview, seconds_left=left)
             if job.error:
                 stream.emit("error", error=job.error)
@@ -169,6 +166,12 @@ class Streams:
         finally:
             job.images = job.previews = ()
             self.end(stream)
+
+
+async def describe_images(loaded, job, indices):
+    """Return finished images of a job as answers carry them."""
+    chosen = [(job.specs[index], job.images[index]) for index in indices]
+    return await run_in_threadpool(lambda: [describe_image(loaded, *one) for one in chosen]) if chosen else []
 
 
 def describe_image(loaded, spec, image):
