@@ -44,7 +44,7 @@ def main(argv=None):
         folder = Path(settings.outputs_dir)
         if loaded.backend.world_size > 1:
             raise ValueError("evaluate.py runs in one process; start it without torchrun")
-        clip, distance = scorers(settings)
+        clip, distance = scorers(settings, loaded.backend.device)
         sampling = loaded.recommended.override(vars(settings))
         if dataset is not None:
             results.update(of_pairs(loaded, dataset, settings, folder))
@@ -57,14 +57,12 @@ def main(argv=None):
     print(f"all figures: {folder / 'results.json'}")
 
 
-def scorers(settings):
+def scorers(settings, device):
     """(CLIP score, FID), None where it is not asked for. On IPUs they run on the CPU."""
     if not (settings.clip_weights or settings.fid_weights):
         return None, None
-    from backends.native.backend import pick_device
     from models import image_scores
 
-    device = pick_device("cpu" if settings.device == "ipu" else settings.device)
     clip = distance = None
     if settings.clip_weights:
         clip = image_scores.clip_score(settings.clip_weights, settings.clip_model, device)
@@ -238,10 +236,10 @@ def draw_prompts(loaded, prompts, text, settings, sampling):
 
 def judge(prompts, pictures):
     """Share of pictures without a fault, and how often each kind of fault was seen."""
-    from data.shapes_reader import faults
+    from data.shapes_reader import find_faults
 
     pixels = (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    seen = [faults(prompt, picture) for prompt, picture in zip(prompts, pixels)]
+    seen = [find_faults(prompt, picture) for prompt, picture in zip(prompts, pixels)]
     return sum(not found for found in seen) / len(seen), Counter(fault for found in seen for fault in found)
 
 

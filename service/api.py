@@ -14,7 +14,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from generation.image_prompts import encode_kept_rows
-from generation.prompts import unknown_words
 from service import docs, uploads, validation
 from service.events import EventResponse, describe_images
 from service.guard import client_of, refuse
@@ -116,7 +115,7 @@ def build(loaded, queue, streams, limits):
         }
         if prompt is not None:
             tokens = len(loaded.tokenizer.encode(prompt))
-            about["prompt"] = {"tokens": tokens, "unknown_words": unknown_words(loaded, prompt)}
+            about["prompt"] = {"tokens": tokens, "unknown_words": loaded.unknown_words(prompt)}
         return JSONResponse(about)
 
     async def plan(wanted, prompts, count, keep):

@@ -200,7 +200,7 @@ def test_pictures_of_one_prompt_are_shared_out(command, tiny_checkpoint, tmp_pat
     status, out, err = ended(start("generate.py", *flags, "--outputs_dir", tmp_path / "shared"))
     assert status == 0, err
     (seed,) = re.findall(r"seed (\d+)", out)  # made up by rank 0, for both
-    assert out.count("5 pictures of 'red'") == out.count("images/sec") == 1
+    assert out.count("5 images of 'red'") == out.count("images/sec") == 1
     assert command(generate.main, *flags, "--seed", seed, "--outputs_dir", tmp_path / "alone").status == 0
     shared, alone = (
         {path.name: path.read_bytes() for path in (tmp_path / where / "red").iterdir()} for where in ("shared", "alone")
@@ -214,7 +214,7 @@ def test_prompts_are_shared_out(command, tiny_checkpoint, tmp_path):
     flags += ["--device", "cpu", "--precision", "fp32"]
     status, out, err = ended(start("generate.py", *flags, "--outputs_dir", tmp_path / "shared"))
     assert status == 0, err
-    assert sorted(re.findall(r"2 pictures of '(\w+)'", out)) == ["blue", "green", "red", "red"]
+    assert sorted(re.findall(r"2 images of '(\w+)'", out)) == ["blue", "green", "red", "red"]
     assert command(generate.main, *flags, "--outputs_dir", tmp_path / "alone").status == 0
     pictures = [
         {path.relative_to(tmp_path / where): path.read_bytes() for path in (tmp_path / where).rglob("*.jpg")}

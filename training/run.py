@@ -54,7 +54,7 @@ class Run:
 
 def build(settings):
     """Everything a run needs, or ValueError / OSError in one line."""
-    backend = backends.select(settings)
+    backend = backends.for_training(settings)
     if backend.rank:
         log.set_up(logging.WARNING)
     tokenizer = load_tokenizer(settings.bpe_path)

@@ -7,7 +7,6 @@ from generation import batching, ranking
 from generation.image_prompts import count_kept_rows, encode_kept_rows, read_prompt
 from generation.loading import load
 from generation.output import encode_image, image_metadata, to_image
-from models.likelihood import caption_score, log_likelihood
 
 PROMPTS = ["a red circle", "a small blue star above a large green heart", "two", "little pink square"]
 
@@ -46,13 +45,8 @@ def test_batches_hold_what_goes_together(loaded):
     assert sorted(place for part in parts for place in part) == list(range(11))
     for part in parts:
         assert len(part) <= 3 and len({batching.batch_key(pictures[place]) for place in part}) == 1
-    assert [
-        len(part) for part in batching.group_into_batches([pictures[1]._replace(seed=seed) for seed in range(7)], 3)
-    ] == [
-        3,
-        3,
-        1,
-    ]
+    alike = [pictures[1]._replace(seed=seed) for seed in range(7)]
+    assert batching.group_into_batches(alike, 3) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_a_watch_sees_every_code_and_can_end_the_drawing(loaded):
@@ -149,16 +143,17 @@ def test_likelihoods_are_those_of_the_models_own_logits(loaded):
     with torch.no_grad():
         logits = model(text, codes)[:, model.text_seq_len :]  # the whole vocabulary, masked
         chances = logits.log_softmax(-1).gather(-1, (codes + model.num_text_tokens)[..., None]).sum((1, 2))
-        assert torch.allclose(log_likelihood(model, text, codes), chances, atol=1e-3)
-        without = log_likelihood(model, torch.zeros_like(text), codes)
-        assert torch.allclose(caption_score(model, text, codes, 0.5), chances - 0.5 * without, atol=1e-3)
-        assert torch.allclose(caption_score(model, text, codes, 0), chances, atol=1e-3)
+        assert torch.allclose(ranking.log_likelihood(model, text, codes), chances, atol=1e-3)
+        without = ranking.log_likelihood(model, torch.zeros_like(text), codes)
+        assert torch.allclose(ranking.caption_score(model, text, codes, 0.5), chances - 0.5 * without, atol=1e-3)
+        assert torch.allclose(ranking.caption_score(model, text, codes, 0), chances, atol=1e-3)
 
 
 def test_the_best_are_kept_in_their_order(loaded):
     pictures = [batching.plan_image(loaded, "a red circle", seed) for seed in range(6)]
     codes = batching.generate_batch(loaded, pictures)
-    scores = ranking.likelihoods(loaded, pictures, codes)
+    text = torch.stack([one.tokens for one in pictures])
+    scores = ranking.caption_score(loaded.model, text, codes)
     kept = ranking.best_of(loaded, pictures, codes, 2)
     assert [place for place, _ in kept] == scores.argsort(descending=True)[:2].tolist()
     assert [figures["likelihood"] for _, figures in kept] == pytest.approx(

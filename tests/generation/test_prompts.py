@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import generate
-from generation import prompts
+from args_generate import Request, read_requests
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -20,17 +20,17 @@ def test_lines_and_objects(tmp_path):
     lines = ["  a red   circle ", "", json.dumps({"prompt": "a dog", "num_images": 3, "seed": 7, "top_p": 0.5})]
     lines += ['{"text": "a cat", "temperature": 2, "file": "x.jpg", "scores": {}, "top_k": null}']
     path.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
-    found = prompts.read_requests(file=path)
+    found = read_requests(file=path)
     assert [one.prompt for one in found] == ["a red circle", "a dog", "a cat"]
     assert (found[1].num_images, found[1].seed, found[1].sampling) == (3, 7, {"top_p": 0.5})
     assert found[2].sampling == {"temperature": 2} and found[2].seed is None
-    assert found[2].where.endswith("prompts.txt, line 4")
-    assert prompts.read_requests(text="a|b  c") == [prompts.Request("a"), prompts.Request("b c")]
+    assert found[2].source.endswith("prompts.txt, line 4")
+    assert read_requests(text="a|b  c") == [Request("a"), Request("b c")]
 
 
 def test_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("a red circle\na dog\n"))
-    assert [one.prompt for one in prompts.read_requests(file="-")] == ["a red circle", "a dog"]
+    assert [one.prompt for one in read_requests(file="-")] == ["a red circle", "a dog"]
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,14 @@ def test_standard_input(monkeypatch):
         (b'{"prompt": "a", "num_images": 0}', "num_images is 0"),
         (b'{"prompt": "a", "top_p": "x"}', 'top_p is "x", not a number'),
         (b'{"prompt": "a", "top_p": NaN}', "top_p is NaN"),
-        (b'{"prompt": "a", "sed": 1}', "sed: no such key; there are prompt, num_images, seed"),
+        (b'{"prompt": "a", "sed": 1}', "sed: unknown key; choose from prompt, num_images, seed"),
     ],
 )
 def test_what_is_no_request(tmp_path, contents, told):
     path = tmp_path / "prompts.txt"
     path.write_bytes(contents)
     with pytest.raises(ValueError, match=told) as error:
-        prompts.read_requests(file=path)
+        read_requests(file=path)
     assert "prompts.txt" in str(error.value) and "\n" not in str(error.value)
 
 

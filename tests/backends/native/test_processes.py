@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from backends.native.processes import Processes, share
+from backends.native.backend import Processes, split_step
 
 
 @pytest.mark.parametrize(
@@ -18,13 +18,13 @@ from backends.native.processes import Processes, share
     ],
 )
 def test_processes_take_as_much_together_as_one(batch_size, micro_batches, size, expected):
-    assert share(batch_size, micro_batches, size) == expected
+    assert split_step(batch_size, micro_batches, size) == expected
     assert expected[0] * expected[1] * size == batch_size * micro_batches and expected[0] <= batch_size
 
 
 def test_what_cannot_be_shared_is_refused():
-    with pytest.raises(ValueError, match="one step takes 9 samples .* 2 processes .* a multiple of 2") as error:
-        share(3, 3, 2)
+    with pytest.raises(ValueError, match="one step takes 9 samples .* not a multiple of the 2 processes") as error:
+        split_step(3, 3, 2)
     assert "\n" not in str(error.value)
 
 
@@ -35,7 +35,7 @@ def test_alone_nothing_is_exchanged(monkeypatch):
     alone.connect(torch.device("cpu"))
     assert (alone.rank, alone.size) == (0, 1)
     assert torch.equal(alone.mean(torch.arange(3.0)), torch.arange(3.0))
-    with pytest.raises(RuntimeError, match="Connection closed"), alone.together():
+    with pytest.raises(RuntimeError, match="Connection closed"), alone.losses_explained():
         raise RuntimeError("Connection closed by peer")
 
 
@@ -51,7 +51,7 @@ def test_a_missing_meeting_place_is_told_in_one_line(monkeypatch):
 def test_only_a_lost_connection_counts_as_one(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     processes = Processes()
-    with pytest.raises(ConnectionError, match="another process of this run has ended"), processes.together():
+    with pytest.raises(ConnectionError, match="another process of this run has ended"), processes.losses_explained():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
-    with pytest.raises(RuntimeError, match="out of memory"), processes.together():
+    with pytest.raises(RuntimeError, match="out of memory"), processes.losses_explained():
         raise RuntimeError("out of memory")

@@ -118,7 +118,7 @@ def test_a_picture_that_kills_workers_is_left_out(trained, monkeypatch, picture_
     folder, ended = trained()
     assert ended.status == 0 and ended.err == "", ended
     told = [line for line in ended.out.splitlines() if "DataLoader worker" in line]
-    assert len(told) == 1 and f"reading {picture_folder / '03.png'}; another picture takes its place" in told[0]
+    assert len(told) == 1 and f"reading {picture_folder / '03.png'}; another image replaces it" in told[0]
     assert "1 picture could not be read while training" in ended.out
 
     def unreadable(path):
@@ -156,7 +156,7 @@ def test_a_worker_killed_from_outside_changes_nothing(trained, monkeypatch):
     monkeypatch.setattr(train, "update", killing_within)
     folder, ended = trained("--gradient-accumulation", 3, "--batch-size", 1, name="killed")
     assert ended.status == 0 and ended.err == "" and killed, ended
-    assert f"(pid {killed[0]}) is killed by signal: Killed" in ended.out and "new workers go on" in ended.out
+    assert f"(pid {killed[0]}) is killed by signal: Killed" in ended.out and "new workers continue" in ended.out
     assert_equal(undisturbed / "dalle_3.pt", folder / "dalle_3.pt")
 
 
@@ -171,7 +171,7 @@ def test_workers_that_go_on_being_killed_end_the_run_after_saving(trained, monke
         r"--dataloader-workers need less; go on with --pretrained-checkpoint (\S+)",
         ended.err,
     )
-    assert ended.out.count("new workers go on") == RESTARTS
+    assert ended.out.count("new workers continue") == RESTARTS
     step = torch.load(said[2], weights_only=True)["step"]
     assert said[2] == str(folder / f"dalle_step_{step}.pt") and step >= 2
 
