@@ -171,7 +171,7 @@ def check(
     truncate_captions: bool = False,
     workers: int = 0,
 ) -> Report:
-    """Examine all pairs of a folder; raise what find_pairs raises if there is none."""
+    """Examine all pairs of a folder; raise the errors of find_pairs if it has no pair."""
     found_pairs, skipped = find_pairs(folder)
     pairs = [(folder / image[0], folder / captions[0]) for image, captions in found_pairs]
 

@@ -56,7 +56,7 @@ def find_pairs(
     first in sorted order. A caption file belongs to one image. Symbolic links are followed; no folder is entered twice.
 
     Args:
-        known_good: whether a file is known to be an image or to hold captions, so that it need not be opened.
+        known_good: whether a file is known to be an image or to hold captions; such files are not opened.
 
     Returns:
         The pairs (image, caption file), sorted by the image's path, each file in its state before it was opened; and

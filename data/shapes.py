@@ -205,7 +205,7 @@ def validation_prompts(split: str, count: int = 256, seed: int = 0) -> List[str]
 
 def _outline(shape: str, half: float) -> np.ndarray:
     """Return the corners of a polygon, (N, 2), x to the right and y down, in [-half, half] around its cells' center."""
-    reach = half - 0.5  # half a pixel from the next cell, which has a code of its own
+    reach = half - 0.5  # half a pixel less, because the next cell has another code
     if shape == "square":  # as wide as the circle it would look bigger
         side = half - 2
         return np.array([(-side, -side), (side, -side), (side, side), (-side, side)])
