@@ -129,7 +129,7 @@ def test_a_file_that_is_known_is_not_opened_again(folder, tokenizer, tmp_path, m
     pictures = TextImageDataset(folder, tokenizer, **options).images
     opened = []
     monkeypatch.setattr("data.pairs._caption_fault", opened.append)
-    monkeypatch.setattr("data.pairs._picture_fault", opened.append)
+    monkeypatch.setattr("data.pairs._image_fault", opened.append)
     again = TextImageDataset(folder, tokenizer, encoded=pictures, **options)
     assert opened == [] and again.images == pictures
     TextImageDataset(folder, tokenizer, encoded=pictures[:1], **options)

@@ -65,16 +65,6 @@ def test_exif_orientation(tmp_path, orientation):
     assert np.array_equal(load_image(path, 4), upright[:, 1:5])
 
 
-def test_exif_orientation_of_a_jpeg(tmp_path):
-    image = Image.new("RGB", (32, 32), "white")
-    image.paste("black", (0, 0, 32, 16))  # stored: the upper half is black
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the stored first row is the upright right side
-    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    upright = load_image(tmp_path / "a.jpg", 32)
-    assert upright[:, 20:].max() < 30 and upright[:, :12].min() > 225
-
-
 def test_an_exif_block_that_cannot_be_written_again_turns_the_image(tmp_path, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 3

@@ -4,8 +4,6 @@ import itertools
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -304,9 +302,3 @@ def test_settings_out_of_range_are_named(flags, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith(f"error: {flags[0]} {flags[1]}")
     assert not (tmp_path / "shapes").exists()
-
-
-def test_help_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; from data.shapes import main; main(['--help'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--pictures" in done.stdout, done.stderr
