@@ -153,7 +153,7 @@ class ArrayCache:
                         pass
                 self._add(files)
                 missing = [i for i in missing if i not in tried and files[i] not in self]
-            bar.update(bar.total - bar.n)
+            bar.update((bar.total or 0) - bar.n)
         shutil.rmtree(self._path.with_suffix(".locks"), ignore_errors=True)
 
     def load(self, files: Sequence[File]) -> Tuple[MappedRows, np.ndarray]:
@@ -234,7 +234,7 @@ class ArrayCache:
         checksums = records[:, :4].copy().view("<u4")[:, 0].tolist()
         for row in rows:
             if row < count and not self._present[row]:
-                checksum = zlib.crc32(records[row, 4:], _state_checksum(self._files[row]))
+                checksum = zlib.crc32(records[row, 4:].tobytes(), _state_checksum(self._files[row]))
                 self._present[row] = checksum == checksums[row]
 
 
@@ -246,7 +246,9 @@ def cache_path(cache_dir: Union[str, Path], name: str, folder: Union[str, Path],
     """
     with contextlib.suppress(FileNotFoundError):
         os.listdir(cache_dir)
-    place = os.path.relpath(os.path.realpath(folder), os.path.realpath(cache_dir))
+    place = os.path.realpath(folder)
+    with contextlib.suppress(ValueError):  # another drive of Windows
+        place = os.path.relpath(place, os.path.realpath(cache_dir))
     content = json.dumps({**key, "folder": place}, sort_keys=True)
     return Path(cache_dir) / f"{name}-{hashlib.sha256(content.encode('ascii')).hexdigest()[:16]}.json"
 

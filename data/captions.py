@@ -143,10 +143,15 @@ class CaptionCache:
         self._captions = captions = Captions.join(parts, _dtype(self.tokenizer))
         self._rows = {file: row for row, file in enumerate(kept)}
         index = json.dumps(dict(zip(("names", "sizes", "mtimes"), zip(*kept)))).encode("ascii")
-        arrays = {"tokens": captions.tokens, "starts": captions.starts, "stops": captions.stops}
         try:
             with atomic_write(self.path, sync=True) as content:
-                np.savez(content, index=np.frombuffer(index, np.uint8), **arrays)
+                np.savez(
+                    content,
+                    index=np.frombuffer(index, np.uint8),
+                    tokens=captions.tokens,
+                    starts=captions.starts,
+                    stops=captions.stops,
+                )
         except OSError as error:
             logger.warning("captions are tokenized again in every run: %s", error)
 

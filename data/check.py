@@ -73,7 +73,9 @@ class _Pairs(Dataset):
 
     def __getitem__(self, index: int) -> Tuple[int, Findings]:
         image, caption_file = self.pairs[index]
-        fault, traits, digest = None, (), b""
+        fault: Optional[str] = None
+        traits: Tuple[str, ...] = ()
+        digest = b""
         self.tracker.mark(index)
         try:
             traits = image_traits(image, self.image_size)

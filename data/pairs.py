@@ -150,7 +150,8 @@ def _scan(folder: Path, skipped: Dict[str, List[str]]) -> Tuple[List[str], List[
     """
     images, texts = [], []
     seen = set()
-    folders, links = [""], []
+    folders: List[str] = [""]
+    links: List[str] = []
     while folders or links:
         prefix = folders.pop() if folders else links.pop()
         try:

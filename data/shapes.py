@@ -27,7 +27,7 @@ import re
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
@@ -148,7 +148,7 @@ def describe_differently(scene: Scene, rng: random.Random) -> List[str]:
     return captions
 
 
-def _alternatives(words: Dict[str, Tuple[str, ...]]) -> Tuple[str, Dict[str, str]]:
+def _alternatives(words: Mapping[str, Tuple[str, ...]]) -> Tuple[str, Dict[str, str]]:
     """Return a regular expression for all wordings, and the name that each of them stands for."""
     names = {wording: name for name, wordings in words.items() for wording in wordings}
     return "|".join(names), names
@@ -266,7 +266,7 @@ def draw_scene(scene: Scene, rng: random.Random, size: int = 64) -> np.ndarray:
     row1, column1, row2, column2 = rng.choice(_placements(scene.relation, scene.first.size, scene.second.size))
     pixels = np.full((size, size, 3), BACKGROUND, dtype=np.uint8)
     for item, row, column in ((scene.first, row1, column1), (scene.second, row2, column2)):
-        side = CELLS[item.size] * cell
+        side = CELLS[str(item.size)] * cell
         top, left = row * cell, column * cell
         pixels[top : top + side, left : left + side] = _stamp(item, cell)
     return pixels
@@ -275,7 +275,7 @@ def draw_scene(scene: Scene, rng: random.Random, size: int = 64) -> np.ndarray:
 @lru_cache(maxsize=None)
 def _stamp(item: Item, cell: int) -> np.ndarray:
     cover = coverage(item.shape, item.size, cell)[..., None]  # (n, n, 1)
-    ground, paint = np.float32(BACKGROUND), np.float32(COLORS[item.color])
+    ground, paint = np.array(BACKGROUND, np.float32), np.array(COLORS[item.color], np.float32)
     return np.rint(ground + cover * (paint - ground)).astype(np.uint8)
 
 

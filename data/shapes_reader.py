@@ -26,7 +26,8 @@ BLEMISH = 10.0  # most pixels that are missing, too many or of another color wit
 CLEARLY = 1.5  # how many times farther along a relation than across it, for it to hold
 
 _NAMES = tuple(COLORS)
-_PALETTE = np.float32([*COLORS.values(), BACKGROUND]) - np.float32(BACKGROUND)  # (9, 3), the background last
+_GROUND = np.array(BACKGROUND, np.float32)
+_PALETTE = np.array([*COLORS.values(), BACKGROUND], np.float32) - _GROUND  # (9, 3), the background last
 _TEMPLATES = tuple((shape, size) for shape in SHAPES for size in SIZES)
 
 
@@ -139,8 +140,8 @@ def find_objects(pixels: np.ndarray) -> List[Seen]:
         raise ValueError(f"an image is uint8 (S, S, 3), not {pixels.shape} {pixels.dtype}")
     scale = len(pixels) / SIDE
     if scale != 1:
-        pixels = np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.BOX))
-    offsets = pixels - np.float32(BACKGROUND)  # (SIDE, SIDE, 3)
+        pixels = np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX))
+    offsets = pixels - _GROUND  # (SIDE, SIDE, 3)
     mask = np.einsum("hwc,hwc->hw", offsets, offsets) > FAINTEST**2
     labels, inside = _components(mask), _inside(mask)
     seen = []

@@ -17,7 +17,7 @@ import os
 import re
 import zlib
 from pathlib import Path
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Set, Tuple, Union
 
 import ftfy
 import torch
@@ -173,7 +173,7 @@ def _parse(data: bytes) -> Vocabulary:
 
 
 def _parse_clip(text: bytes) -> Vocabulary:
-    """Number ids as CLIP does: 256 bytes, the same bytes as ends of words, one per merge, start and end of text."""
+    """Build CLIP's ids: 256 bytes, the same bytes as ends of words, one per merge, start and end of text."""
     # The file writes each byte as a printable character: itself if it is one, else the next one from U+0100 on.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -219,12 +219,14 @@ def _parse_yttm(data: bytes) -> Vocabulary:
         )
     merges_start = 2 + 2 * n_characters
     special_ids = [i for i in numbers[-4:] if i != -1]
-    subwords: List[Optional[str]] = [None] * (n_characters + n_merges + len(special_ids))
+    subwords = [""] * (n_characters + n_merges + len(special_ids))
+    defined: Set[int] = set()
 
     def define(token: int, subword: str) -> None:
-        if not 0 <= token < len(subwords) or subwords[token] is not None:
+        if not 0 <= token < len(subwords) or token in defined:
             raise ValueError(f"its id {token} is given twice or is not below the number of tokens, {len(subwords):,}")
         subwords[token] = subword
+        defined.add(token)
 
     for token in special_ids:
         define(token, "")

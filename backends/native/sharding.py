@@ -4,7 +4,11 @@ This module has only what differs from trainer.py: who holds what, and how a che
 Checkpoints are the same files as without sharding. It has run with gloo on CPUs so far, not with NCCL on GPUs.
 """
 
+import atexit
 import contextlib
+import functools
+import gc
+import sys
 from typing import Any, Dict, Iterable, Iterator, List, Tuple
 
 import torch
@@ -41,6 +45,19 @@ def shard(model: DALLE, device: torch.device) -> None:
         vae, model.vae = model.vae, None
         fsdp.fully_shard(model, mesh=mesh)
         model.vae = vae
+        atexit.register(clear_torch_caches)  # before leave_group(), which was registered earlier
+
+
+def clear_torch_caches() -> None:
+    """Clear torch's caches of sharded operations, which keep the process group and its threads alive."""
+    planner = sys.modules.get("torch.distributed.tensor._redistribute")
+    if hasattr(planner, "clear_redistribute_planner_cache"):
+        planner.clear_redistribute_planner_cache()
+    for cache in gc.get_objects():
+        if type(cache) is functools._lru_cache_wrapper and str(cache.__module__).startswith("torch.distributed"):
+            cache.cache_clear()
+    if hasattr(torch._C, "_clear_DTensor_sharding_propagator_cache"):
+        torch._C._clear_DTensor_sharding_propagator_cache()
 
 
 class Exchange:

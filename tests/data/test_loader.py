@@ -107,6 +107,12 @@ def test_draws_are_these_on_every_machine(tmp_path):
     dataset = dataset_of(make_set(tmp_path), seed=42)
     ways = [[int(read(dataset[(epoch, i)][0])[-1]) for i in range(6)] for epoch in range(3)]
     assert ways == [[0, 1, 0, 0, 0, 1], [0, 1, 2, 0, 2, 0], [2, 2, 0, 0, 1, 0]]
+    dropping = dataset_of(tmp_path, seed=42, caption_dropout=0.5)
+    assert [[int(dropping[(epoch, i)][0].any()) for i in range(6)] for epoch in range(3)] == [
+        [0, 1, 0, 0, 1, 1],
+        [1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 0, 0, 1],
+    ]
     assert epoch_order(8, 42, 0).tolist() == [3, 4, 5, 2, 7, 0, 1, 6]
     assert random_bits(0) == 0xE220A8397B1DCDAF  # the first number of SplitMix64 from seed 0, as published
 
@@ -227,6 +233,28 @@ def test_codes_that_do_not_fit_are_refused(tmp_path):
             dataset.attach_codes(np.zeros(shape, dtype=np.uint16), rows)
     with pytest.raises(ValueError, match="none of its 6 images could be encoded"):
         dataset.attach_codes(np.zeros((0, 4), dtype=np.uint16), np.full(6, -1))
+
+
+def test_a_validation_set_is_split_off_by_name(tmp_path):
+    folder = make_set(tmp_path, count=20)
+    dataset, other = dataset_of(folder, caption_dropout=1.0), dataset_of(folder, seed=7)
+    for one in (dataset, other):
+        one.attach_codes(np.arange(20, dtype=np.uint16)[:, None])
+    validation = dataset.split_off(0.2)
+    names = [[name for name, _, _ in part.images] for part in (dataset, validation)]
+    assert len(names[1]) == 4 and sorted(names[0] + names[1]) == [f"{i:03d}.png" for i in range(20)]
+    assert names[1] != names[1][:1] + [f"{i:03d}.png" for i in range(1, 4)] and names[1] == sorted(names[1])
+    assert [name for name, _, _ in other.split_off(0.2).images] == names[1]  # whatever the seed
+    for part, kept in zip((dataset, validation), names):
+        assert [part[i][1].item() for i in range(len(part))] == [int(name[:3]) for name in kept]
+    assert not dataset[0][0].any() and validation[0][0].any()  # without caption dropout
+    assert read(validation.first_caption(0)) == f"picture {int(names[1][0][:3])}, way 0"
+    (folder / "new.png").write_bytes((folder / "000.png").read_bytes())
+    (folder / "new.txt").write_text("new")
+    grown = {name for name, _, _ in dataset_of(folder).split_off(0.2).images}
+    assert len(grown & set(names[1])) >= 3
+    with pytest.raises(ValueError, match="too few to split off"):
+        dataset.split_off(0.99)
 
 
 # --- generated data ---------------------------------------------------------------------------------------------------
