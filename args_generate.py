@@ -29,7 +29,7 @@ class Request(NamedTuple):
     image_prompt: Optional[str] = None
     keep_rows: Optional[float] = None
     sampling: Dict[str, Any] = {}  # noqa: RUF012  never changed
-    source: str = "--text"  # where the prompt is written, for error messages
+    source: str = "--text"  # flag, or file and line, for error messages
     tokens: Optional[Any] = None  # of a completed caption, because its words may be encoded differently
 
 

@@ -7,7 +7,7 @@ import random
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from PIL import Image
@@ -133,7 +133,7 @@ def save_best(
     clip: Optional[ranking.ClipScore],
 ) -> None:
     """Decode and save the best images of a prompt, and say where."""
-    best = [(index, None) for index in range(len(specs))]
+    best: List[Tuple[int, Optional[Dict[str, float]]]] = [(index, None) for index in range(len(specs))]
     if settings.rank > 1:
         best = ranking.best_of(loaded, specs, codes, len(specs) // settings.rank, clip)
     codes = codes[[index for index, _ in best]]
@@ -145,7 +145,7 @@ def save_best(
 
 
 def describe_sampling(sampling: Sampling, recommended: Sampling) -> str:
-    """List settings for the log, and the checkpoint's recommendations where they differ."""
+    """List settings for the log, with the checkpoint's recommendation if it differs."""
     return ", ".join(
         f"{name} {value}" + (f" (recommended {advice})" if value != advice else "")
         for name, value, advice in zip(Sampling._fields, sampling, recommended)

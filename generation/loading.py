@@ -47,7 +47,7 @@ class LoadedModel:
         words: {word: count} of the training captions; empty if the file does not have them.
         examples: some training captions; empty if the file does not have them.
         fingerprint: SHA-256 of the weights.
-        backend: where the model runs.
+        backend: the machine that runs the model.
         batch_size: images at once; it may be lowered before the first use of `sampler`.
         sampler, encode, decode: the backend's functions for this model.
     """

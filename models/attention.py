@@ -1,6 +1,6 @@
 """Causal self-attention over `<bos>` + text + image codes, its four patterns, and the key/value cache.
 
-A pattern is a fixed boolean mask over one dense attention, not a class of its own: all four equal the sparse attentions
+A pattern is a fixed boolean mask over one dense attention, not another class: all four equal the sparse attentions
 of DALLE-pytorch to 1e-7, and each can use the cache and the fast kernels.
 """
 
@@ -49,8 +49,8 @@ class KeyValueCache:
 
     def __init__(self, length: int):
         self.length = length
-        self.keys: Optional[Tensor] = None
-        self.values: Optional[Tensor] = None
+        self.keys: Any = None
+        self.values: Any = None
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor, start: int) -> Tuple[Tensor, Tensor, Tensor]:
         """Write keys and values (B, H, n, D) at position `start`.
@@ -75,6 +75,9 @@ class KeyValueCache:
 class PrefixCache:
     """A layer's cache for the first pass, which only remembers keys and values (B, H, n, D)."""
 
+    keys: Tensor
+    values: Tensor
+
     def append(self, keys: Tensor, values: Tensor, mask: Tensor, start: int) -> Tuple[Tensor, Tensor, Tensor]:
         """See KeyValueCache.append."""
         self.keys, self.values = keys, values
@@ -96,12 +99,14 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, dropout: f
 class Attention(nn.Module):
     """Multi-head attention of one pattern."""
 
+    mask: Tensor  # bool (N, N)
+
     def __init__(self, dim: int, *, heads: int, dim_head: int, mask: Tensor, dropout: float = 0.0):
         super().__init__()
         self.heads, self.dim_head, self.dropout = heads, dim_head, dropout
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim), nn.Dropout(dropout))
-        self.register_buffer("mask", mask, persistent=False)  # (N, N)
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor, cache: Optional[Any] = None, start: int = 0) -> Tensor:
         """Attend from x (B, n, dim) at positions start … start + n; earlier positions are in `cache`."""

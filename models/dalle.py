@@ -4,7 +4,7 @@
  t₁  …  t_T c₁  …    c_L         what each position predicts
 """
 
-from typing import Any, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +44,19 @@ class Head(nn.Sequential):
             pieces, to fit an IPU's memory.
     """
 
-    linear = staticmethod(F.linear)
+    linear: Callable[..., Tensor] = staticmethod(F.linear)
 
     def __init__(self, dim: int, num_tokens: int):
         super().__init__(nn.LayerNorm(dim), nn.Linear(dim, num_tokens))
 
+    @property
+    def norm_and_projection(self) -> Tuple[Any, Any]:
+        """The nn.LayerNorm and the nn.Linear."""
+        return self[0], self[1]
+
     def forward(self, x: Tensor, tokens: slice = slice(None)) -> Tensor:
         """Map x (B, n, dim) to logits (B, n, len(tokens))."""
-        norm, projection = self
+        norm, projection = self.norm_and_projection
         return self.linear(norm(x), projection.weight[tokens], projection.bias[tokens])
 
 
@@ -113,7 +118,7 @@ class DALLE(nn.Module):
         self.vae = vae
         if isinstance(vae, nn.Module):
             vae.requires_grad_(False)
-        self.text_emb = nn.Embedding(self.num_text_tokens, dim)
+        self.text_emb: Any = nn.Embedding(self.num_text_tokens, dim)
         self.image_emb = nn.Embedding(self.num_image_tokens, dim)
         self.text_pos_emb = nn.Embedding(text_seq_len + 1, dim)
         self.image_pos_emb = AxialPositions(dim, self.fmap_size)
@@ -153,14 +158,14 @@ class DALLE(nn.Module):
         codes = image
         if image is not None and image.dim() == 4:
             codes = self.vae(image.float() / 255 if image.dtype == torch.uint8 else image)
-        if return_loss and (codes is None or codes.shape[1] != self.image_seq_len):
-            raise ValueError(f"the loss needs an image: {self.image_seq_len} codes or pixels")
-
         x = self.embed_text(text)  # (B, T + 1, dim)
         if codes is not None:
             x = torch.cat((x, self.embed_codes(codes[:, : self.image_seq_len - 1])), dim=1)  # (B, n, dim)
-        x = self.transformer(x)
-        return self.compute_losses(self, x, text, codes) if return_loss else self.masked_logits(x)
+        if not return_loss:
+            return self.masked_logits(self.transformer(x))
+        if codes is None or codes.shape[1] != self.image_seq_len:
+            raise ValueError(f"the loss needs an image: {self.image_seq_len} codes or pixels")
+        return self.compute_losses(self, self.transformer(x), text, codes)
 
     def number_padding(self, text: Tensor) -> Tensor:
         """Replace padding by the id of its position; (B, text_seq_len) in and out."""

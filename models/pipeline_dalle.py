@@ -47,7 +47,7 @@ def placement(
 
 def stages(places: Placement) -> List[Tuple[int, List[str]]]:
     """Group a placement into pipeline stages, (IPU, modules): successive modules of one IPU are one stage."""
-    found = []
+    found: List[Tuple[int, List[str]]] = []
     for module, ipu in places:
         if not found or found[-1][0] != ipu:
             found.append((ipu, []))
@@ -131,7 +131,7 @@ class SerializedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up int (B, n) as (B, n, dim)."""
-        found = 0
+        found: Any = 0
         for number, piece in enumerate(self.parameters()):
             local = ids - number * self.rows
             inside = (local >= 0) & (local < self.rows)

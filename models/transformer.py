@@ -19,6 +19,8 @@ class LayerScale(nn.Module):
         depth: number of the layer, from 1; the initial scale is small, and smaller in deeper layers.
     """
 
+    fn: Any
+
     def __init__(self, dim: int, depth: int, fn: nn.Module):
         super().__init__()
         init = 0.1 if depth <= 18 else 1e-5 if depth <= 24 else 1e-6
@@ -31,6 +33,9 @@ class LayerScale(nn.Module):
 
 class PreNorm(nn.Module):
     """Normalizes a block's input and, with `sandwich`, its output, too (CogView, arXiv 2105.13290)."""
+
+    fn: Any
+    norm_out: nn.Module
 
     def __init__(self, dim: int, fn: nn.Module, sandwich: bool = False):
         super().__init__()
@@ -88,6 +93,8 @@ class Layer(nn.ModuleList):
 
 class Transformer(nn.Module):
     """A stack of `depth` layers over (B, N, dim); the attention patterns of `attn_types` repeat over them."""
+
+    layers: Any  # an nn.ModuleList of Layer
 
     def __init__(
         self,

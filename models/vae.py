@@ -201,7 +201,7 @@ def check_params(params: Any, gumbel: bool = False) -> Dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError("model.params.ddconfig must be a mapping with taming's encoder sizes")
     names = ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels")
-    ddconfig = {name: _size(given, name) for name in names}
+    ddconfig: Dict[str, Any] = {name: _size(given, name) for name in names}
     ddconfig["ch_mult"] = _sizes(given, "ch_mult")
     ddconfig["attn_resolutions"] = _sizes(given, "attn_resolutions", may_be_empty=True)
     ddconfig["resamp_with_conv"] = bool(given.get("resamp_with_conv", True))
@@ -263,17 +263,17 @@ def load_vqgan(model_path: Optional[str] = None, config_path: Optional[str] = No
     if model_path is None and config_path is not None:
         raise ValueError(f"{config_path}: a VQGAN configuration needs weights; give the .ckpt file, too")
     if model_path is None:
-        model_path, config_path = download_official_vqgan()
-    model_path, config_path = _find_pair(Path(model_path), None if config_path is None else Path(config_path))
+        model_path, config_path = map(str, download_official_vqgan())
+    weights_file, config_file = _find_pair(Path(model_path), None if config_path is None else Path(config_path))
 
-    params, gumbel = _read_config(config_path)
+    params, gumbel = _read_config(config_file)
     try:
         vae = VQGanVAE(params, gumbel)
     except (ValueError, RuntimeError) as error:  # RuntimeError: out of memory
-        raise ValueError(f"{config_path}: {first_line(error)}") from error
+        raise ValueError(f"{config_file}: {first_line(error)}") from error
     # Weights of the discriminator and LPIPS (loss.…) are for training; a remap table (used) only renumbers codes.
-    weights = read_weights(model_path, skip=("loss.", "quantize.used"))
-    _load_strictly(vae.model, weights, model_path)
+    weights = read_weights(weights_file, skip=("loss.", "quantize.used"))
+    _load_strictly(vae.model, weights, weights_file)
     return vae
 
 

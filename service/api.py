@@ -1,7 +1,6 @@
 """The HTTP routes of app.py. Whatever is wrong with a request is answered by {"error": a sentence} and a 4xx status."""
 
 import asyncio
-import base64
 import logging
 import mimetypes
 import time
@@ -15,9 +14,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from generation.image_prompts import encode_kept_rows
-from generation.output import encode_image, image_metadata
 from service import docs, uploads, validation
-from service.events import EventResponse
+from service.events import EventResponse, describe_images
 from service.guard import client_of, refuse
 from service.queue import Busy
 
@@ -147,7 +145,7 @@ def build(loaded, queue, streams, limits):
             return Response(status_code=499)
         if job.error:
             return refuse(503 if queue.stopping else 500, job.error)
-        images = await run_in_threadpool(encode_images, loaded, job)
+        images = await describe_images(loaded, job, range(len(specs)))
         return JSONResponse({"pictures": images, "seconds": round(time.monotonic() - began, 3)})
 
     @app.post("/api/jobs", status_code=202, response_model=validation.JobCreated)
@@ -201,13 +199,3 @@ async def finished(request, queue, job):
         queue.cancel(job)  # does nothing if it has ended
         gone.cancel()
         ended.cancel()
-
-
-def encode_images(loaded, job):
-    """Return the images of a job as they stand in the answer."""
-    answers = []
-    for spec, image in zip(job.specs, job.images):
-        about = image_metadata(spec, loaded)
-        png = base64.b64encode(encode_image(image, about, "png")).decode()
-        answers.append({"png": png, "seed": spec.seed, "metadata": about})
-    return answers

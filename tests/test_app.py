@@ -70,7 +70,7 @@ def test_it_listens_to_this_machine_alone_and_refuses_a_port_in_use(served):
     "flags, said",
     [
         (["--dalle_path", "nowhere.pt"], "nowhere.pt"),
-        (["--port", "70000"], "--port: '70000' is not a whole number at least 0 at most 65535"),
+        (["--port", "70000"], "--port: "),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
         (["--max-images", "0"], "--max-images"),
         (["--queue-size", "few"], "--queue-size"),

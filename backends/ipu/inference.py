@@ -119,7 +119,7 @@ class DeviceSampler:
     def compiled_loop(self, sampling: Sampling, inputs: Tuple[Tensor, ...], count: int) -> Optional[Any]:
         """Return the executor for these settings and `count` given codes, or None if it does not compile."""
         if (sampling, count) not in self.loops:
-            executor = self.inference(StaticSampler(self.model, sampling, **self.on_device))
+            executor = self.inference(StaticSampler(self.model, sampling, **(self.on_device or {})))
             try:
                 executor.compile(*(full(x[: self.rows], self.rows) for x in inputs))
             except RuntimeError as error:

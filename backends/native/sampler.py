@@ -79,9 +79,10 @@ def onednn_packer(dtype: torch.dtype, rows: int, fallback: Pack) -> Pack:
 
     The operators are those of torch.compile, from torch 2.1 on.
     """
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    else:
         return fallback
-    reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
     least = ROWS if dtype == torch.bfloat16 else 1
 
     def pack(weight: Tensor, bias: Optional[Tensor], geglu: bool = False) -> Product:

@@ -335,7 +335,7 @@ def test_a_folder_without_or_with_two_checkpoints_is_refused(tmp_path):
         load_vqgan(tmp_path)
     write_pair(tmp_path)
     write_pair(tmp_path, name="best")
-    with pytest.raises(FileNotFoundError, match="this one 2"):
+    with pytest.raises(FileNotFoundError, match="this one has 2"):
         load_vqgan(tmp_path)
 
 

@@ -129,6 +129,22 @@ def test_every_answer_has_the_headers_that_protect_browsers(port):
         assert "server" not in headers and b"Traceback" not in body
 
 
+def test_what_is_not_http_gets_the_headers_too(port):
+    for junk in (
+        b"\x16\x03\x01\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"G" * 10**6,
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
+            with contextlib.suppress(OSError):
+                raw.sendall(junk)
+            answer = b""
+            with contextlib.suppress(OSError):
+                answer = raw.recv(65536)
+        assert answer == b"" or (answer.startswith(b"HTTP/1.1 4") and b"content-security-policy" in answer.lower())
+
+
 def test_head_answers_like_get_without_a_body(port):
     answer = json.loads(answer_to(port, "POST", "/api/jobs", json.dumps({"prompts": [PROMPT]}))[2])
     events = f"/api/jobs/{answer['id']}/events"
