@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple
 
 import torch
 
-from backends import memory
 from data.images import load_image
 from data.order import RunOrder
-from models.pipeline_dalle import stages
 from training import checkpoints
 
 if TYPE_CHECKING:
@@ -53,14 +51,14 @@ def measure(run: Run) -> Iterator[Tuple[str, str]]:
     encoding = describe_encoding(run)
     if encoding:
         yield "codes", encoding
-    on_ipus = hasattr(run.backend, "places")
-    if on_ipus:
-        yield from describe_stages(run, weights)
+    for number, (ipu, parts) in enumerate(run.backend.stage_memory(weights)):
+        total = format_bytes(sum(parts.values()))
+        yield f"stage {number}", f"on IPU {ipu}, {total} without activations: {_list_sizes(parts)}"
     if run.backend.compile_only:
         yield "time", "unknown without a device"
     else:
         try:
-            seconds, peak = time_steps(run, None if on_ipus else run.backend.device, weights)
+            seconds, peak = time_steps(run, weights)
         except RuntimeError as error:
             if "out of memory" not in str(error):
                 raise
@@ -93,7 +91,7 @@ def describe_encoding(run: Run) -> Optional[str]:
     if not missing:
         return None
     seconds = []
-    if not hasattr(run.backend, "places"):
+    if run.backend.kind != "ipu":
         encode = run.backend.encode(run.vae)
         for name, _, _ in itertools.islice(itertools.cycle(run.dataset.images), 1 + ENCODED_IMAGES):
             started = time.monotonic()
@@ -110,12 +108,12 @@ def describe_encoding(run: Run) -> Optional[str]:
     return f"{text}: about {format_seconds(missing * each)} ({each:.3g} s an image, measured)"
 
 
-def time_steps(run: Run, device: Any, weights: Dict[str, torch.Tensor]) -> Tuple[float, Optional[str]]:
+def time_steps(run: Run, weights: Dict[str, torch.Tensor]) -> Tuple[float, Optional[str]]:
     """Make a few steps; return the seconds of one and a description of the memory (None without a device to ask).
 
     If a step has many micro-batches, steps of one and of two are timed: each further one takes what the second does.
     """
-    micro_batches = run.backend.micro_batches
+    micro_batches, memory = run.backend.micro_batches, run.backend.memory
     order = RunOrder(run.batches, run.step, run.step + 2 * MAX_ROUNDS + 1)
     times: Dict[int, list] = {}  # seconds of steps by their number of micro-batches
     before, first = 0, None
@@ -124,9 +122,9 @@ def time_steps(run: Run, device: Any, weights: Dict[str, torch.Tensor]) -> Tuple
         partly = isinstance(batch, Iterator) and micro_batches > 2
         if number == 0:
             run.trainer.compile(batch)
-            if device is not None:
-                before = memory.in_use(device)
-                memory.forget_peak(device)
+            if memory is not None:
+                before = memory.in_use()
+                memory.forget_peak()
         count = (2, 1)[number % 2] if partly else micro_batches
         started = time.monotonic()
         run.trainer.step(itertools.islice(batch, count) if partly else batch)
@@ -138,10 +136,10 @@ def time_steps(run: Run, device: Any, weights: Dict[str, torch.Tensor]) -> Tuple
             break
     seconds = {count: statistics.median(measured) for count, measured in times.items()}
     step = seconds[2] + (micro_batches - 2) * max(seconds[2] - seconds[1], 0) if partly else seconds[micro_batches]
-    return step, None if device is None else describe_memory(run, device, weights, before, memory.peak(device))
+    return step, None if memory is None else describe_memory(run, weights, before, memory.peak())
 
 
-def describe_memory(run: Run, device: Any, weights: Dict[str, torch.Tensor], before: int, peak: int) -> str:
+def describe_memory(run: Run, weights: Dict[str, torch.Tensor], before: int, peak: int) -> str:
     """Describe the measured peak and what it consists of, in bytes counted from tensors."""
     state = run.trainer.state_dict()
     model = size_of(weights)
@@ -155,37 +153,11 @@ def describe_memory(run: Run, device: Any, weights: Dict[str, torch.Tensor], bef
         "program and data": max(before - model - average, 0),
         "activations": max(peak - before - trained - optimizer, 0),
     }
-    total, free = memory.there_is(device), memory.free(device)
+    total, free = run.backend.memory.total(), run.backend.memory.free()
     return (
-        f"{format_bytes(peak)} at the peak of these steps, measured, of {format_bytes(total)} on {device.type} "
+        f"{format_bytes(peak)} at the peak of these steps, measured, of {format_bytes(total)} on {run.backend.kind} "
         f"({format_bytes(free)} free){'' if peak < total else '; NOT ENOUGH'}: {_list_sizes(parts)}"
     )
-
-
-def describe_stages(run: Run, weights: Dict[str, torch.Tensor]) -> Iterator[Tuple[str, str]]:
-    """Yield what each stage of an IPU pipeline holds besides activations, calculated from the settings."""
-    settings, replicas = run.settings, run.backend.instances.all_replicas
-    weight = 2 if run.backend.half else 4  # bytes
-    moments = 0 if settings.optimizer_state_offchip else (6 if settings.enable_half_first_order_momentum else 8)
-    moments = moments / replicas if settings.enable_rts else moments
-    places = stages(run.backend.places)
-    stage_of = {module: number for number, (_, modules) in enumerate(places) for module in modules}
-    trained, frozen = [0] * len(places), [0] * len(places)
-    for name, tensor in weights.items():
-        stage = next((stage for module, stage in stage_of.items() if name.startswith(f"{module}.")), 0)
-        if not name.startswith("vae."):
-            trained[stage] += tensor.numel()
-        elif settings.no_codes_cache:
-            frozen[stage] += tensor.numel()
-    for number, (ipu, _) in enumerate(places):
-        count = trained[number]
-        parts = {
-            "weights": (count + frozen[number]) * weight,
-            "gradients": count * weight,
-            "optimizer": count * moments,
-        }
-        total = format_bytes(sum(parts.values()))
-        yield f"stage {number}", f"on IPU {ipu}, {total} without activations: {_list_sizes(parts, zeros=True)}"
 
 
 def describe_disk(run: Run) -> str:
@@ -216,8 +188,8 @@ def size_of(value: Any) -> int:
     return sum(map(size_of, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def _list_sizes(parts: Dict[str, float], zeros: bool = False) -> str:
-    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size or zeros)
+def _list_sizes(parts: Dict[str, float]) -> str:
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
 
 
 def format_bytes(count: float) -> str:

@@ -107,7 +107,7 @@ class Loop:
             )
         with self.progress.paused():
             self._finish_update(changed=not self.skips)
-        if run.backend.agreed(signal_pending()):
+        if run.backend.any_process(signal_pending()):
             raise KeyboardInterrupt
 
     def _finish_interrupted(self) -> None:

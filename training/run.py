@@ -15,7 +15,7 @@ import torch
 
 import backends
 import log
-from backends.base import Backend, Trainer
+from backends.base import Trainer, TrainingBackend
 from data.codes import load_codes, open_code_cache
 from data.loader import GeneratedDataset, TextImageDataset
 from data.order import EpochOrder
@@ -35,7 +35,7 @@ class Run:
     """The parts of a run and its progress; checkpoints store the progress."""
 
     settings: Namespace
-    backend: Backend
+    backend: TrainingBackend
     folder: checkpoints.Folder
     tokenizer: Tokenizer
     vae: VQGanVAE
@@ -88,7 +88,7 @@ def build(settings: Namespace) -> Run:
     Raises:
         ValueError, OSError: the settings or files do not allow it; the message is one line.
     """
-    backend = backends.select(settings)
+    backend = backends.for_training(settings)
     if backend.rank:
         log.set_up(logging.WARNING)
     tokenizer = load_tokenizer(settings.bpe_path)
@@ -177,7 +177,7 @@ def build_vqgan(settings: Namespace, generated: bool) -> VQGanVAE:
 
 
 def build_datasets(
-    settings: Namespace, backend: Backend, tokenizer: Tokenizer, vae: VQGanVAE, generated: bool
+    settings: Namespace, backend: TrainingBackend, tokenizer: Tokenizer, vae: VQGanVAE, generated: bool
 ) -> Tuple[Any, Any]:
     """Return the training set and the validation set, which is None if no flag asks for one."""
     if generated:
@@ -201,14 +201,25 @@ def build_datasets(
 
 
 def open_folder(
-    folder: str, settings: Namespace, backend: Backend, tokenizer: Tokenizer, vae: VQGanVAE, training: bool = True
+    folder: str,
+    settings: Namespace,
+    backend: TrainingBackend,
+    tokenizer: Tokenizer,
+    vae: VQGanVAE,
+    training: bool = True,
 ) -> TextImageDataset:
     """Return a folder's pairs with pixels, or with codes from the cache, into which missing ones are encoded first."""
     cache_dir = None if settings.no_codes_cache else settings.codes_cache or folder
     cache = None
     if cache_dir:
-        options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-        cache = open_code_cache(folder, cache_dir, **options)
+        cache = open_code_cache(
+            folder,
+            cache_dir,
+            image_size=vae.image_size,
+            image_seq_len=vae.image_seq_len,
+            num_codes=vae.num_tokens,
+            fingerprint=vae.fingerprint(),
+        )
     dataset = TextImageDataset(
         folder,
         tokenizer,
@@ -226,14 +237,14 @@ def open_folder(
     elif settings.dry_run:  # encoding may take hours
         attach_empty_codes(dataset, vae, cache)
     else:
-        codes, bad = load_codes(
+        codes, rows = load_codes(
             dataset.images,
             backend.encode(vae),
             cache,
             batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # the same number of pixels for any image size
             workers=min(settings.dataloader_workers, os.cpu_count() or 1),  # a GPU encodes faster than one can read
         )
-        dataset.attach_codes(codes, bad)
+        dataset.attach_codes(codes, rows)
     return dataset
 
 

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import log
 from data.images import load_image
-from generation.loading import DEFAULTS
 from generation.output import to_image
+from models.sampling import Sampling
 from utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -90,9 +90,8 @@ def _sample_grid(run: Run) -> Any:
         run.samples = read_samples(run)
     captions, tokens, real, reconstructed = run.samples
     noise = [torch.Generator().manual_seed(run.settings.random_seed + number) for number in range(len(captions))]
-    given = {name: getattr(run.settings, name) for name in DEFAULTS}
-    sampling = {name: DEFAULTS[name] if value is None else value for name, value in given.items()}
-    sampled = run.backend.decode(run.vae)(sampler(tokens, generator=noise, **sampling))
+    sampling = Sampling().override(vars(run.settings))
+    sampled = run.backend.decode(run.vae)(sampler(tokens, sampling, generator=noise))
     return make_sample_grid(captions, (real, reconstructed, sampled), f"step {run.step:,}")
 
 
