@@ -81,9 +81,6 @@ class ArrayCache:
         self._rows_path = self._path.with_suffix(".rows")
         values = np.dtype(dtype).newbyteorder("<")
         self._record = np.dtype([("checksum", "<u4"), ("values", values, (width,))])
-        self._files: List[File] = []  # the file of each row
-        self._rows: Dict[File, int] = {}
-        self._present = np.zeros(0, dtype=bool)  # per row
         self.refresh()
 
     def __contains__(self, file: Any) -> bool:
@@ -91,7 +88,7 @@ class ArrayCache:
         return row is not None and bool(self._present[row])
 
     def refresh(self) -> None:
-        """Read what other processes have added."""
+        """Read the cache again, with what other processes have added."""
         try:
             index = json.loads(self._path.read_bytes())
             self._take(list(zip(index["names"], index["sizes"], index["mtimes"])))
@@ -102,9 +99,9 @@ class ArrayCache:
             self._take([])
 
     def _take(self, files: List[File]) -> None:
-        self._files = files
+        self._files = files  # the file of each row
         self._rows = {file: row for row, file in enumerate(files)}
-        self._present = np.zeros(len(files), dtype=bool)
+        self._present = np.zeros(len(files), dtype=bool)  # per row
         self._check(range(len(files)))
 
     def fill(
@@ -138,15 +135,11 @@ class ArrayCache:
         tried: Set[int] = set()
         with tqdm(total=len(missing), desc=title, unit=unit, disable=hidden) as bar:
             while missing:
-                held: List[FileLock] = []
                 busy: List[FileLock] = []
-                try:
+                with contextlib.ExitStack() as held:
                     for indices, values in compute(self._claim(files, missing, batch_size, held, busy, tried)):
                         self._write([files[i] for i in indices], values)
                         bar.update(len(indices))
-                finally:
-                    for lock in held:
-                        lock.release()
                 if busy:
                     # Wait until the other process has finished this share, or has died. The last one removes the locks.
                     with contextlib.suppress(OSError), busy[0]:
@@ -182,7 +175,7 @@ class ArrayCache:
         files: Sequence[File],
         missing: Sequence[int],
         batch_size: int,
-        held: List[FileLock],
+        held: contextlib.ExitStack,
         busy: List[FileLock],
         tried: Set[int],
     ) -> Iterator[List[int]]:
@@ -197,8 +190,7 @@ class ArrayCache:
             if locking:
                 lock = FileLock(str(locks / str(share)))
                 try:
-                    lock.acquire(timeout=0)
-                    held.append(lock)
+                    held.enter_context(lock.acquire(timeout=0))
                 except Timeout:
                     busy.append(lock)
                     continue

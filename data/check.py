@@ -43,22 +43,14 @@ _MAX_UNEXPLAINED = 3  # dead workers that were reading nothing, before giving up
 
 
 class Findings(NamedTuple):
-    """What is found about one pair.
+    """What is found about one pair."""
 
-    fault     why the image cannot be read
-    traits    the kinds of image above that apply
-    digest    of the image's bytes
-    lengths   tokens of each caption
-    unknown   unknown tokens in all captions
-    captions  a digest of each caption
-    """
-
-    fault: Optional[str]
-    traits: Tuple[str, ...]
-    digest: bytes
-    lengths: Tuple[int, ...]
-    unknown: int
-    captions: Tuple[bytes, ...]
+    fault: Optional[str]  # why the image cannot be read
+    traits: Tuple[str, ...]  # the kinds of image above that apply
+    digest: bytes  # of the image's bytes
+    lengths: Tuple[int, ...]  # tokens of each caption
+    unknown: int  # unknown tokens in all captions
+    captions: Tuple[bytes, ...]  # a digest of each caption
 
 
 class _Pairs(Dataset):
@@ -148,20 +140,13 @@ def _examine(pairs: _Pairs, workers: int) -> List[Optional[Findings]]:
 
 
 class Report(NamedTuple):
-    """What is found in a folder.
+    """What is found in a folder; names are relative to it."""
 
-    pairs    usable pairs
-    faults   kind and names, relative to the folder, of what training would skip or refuse
-    notes    the same of what is worth knowing
-    tokens   int64 (captions,), tokens of each caption of usable pairs
-    unknown  how many of them all are unknown
-    """
-
-    pairs: int
-    faults: Dict[str, List[str]]
-    notes: Dict[str, List[str]]
-    tokens: np.ndarray
-    unknown: int
+    pairs: int  # usable ones
+    faults: Dict[str, List[str]]  # kind -> names of what training would skip or refuse
+    notes: Dict[str, List[str]]  # kind -> names of what is worth knowing
+    tokens: np.ndarray  # int64 (captions,), tokens of each caption of usable pairs
+    unknown: int  # unknown tokens in all of them
 
 
 def check(

@@ -253,7 +253,7 @@ class TextImageDataset(Dataset):
             logger.warning("%s; using another image instead%s", error, more)
 
 
-@dataclass
+@dataclass(eq=False)
 class GeneratedDataset(Dataset):
     """Random samples for measuring speed without data; each depends only on `seed` and its index.
 

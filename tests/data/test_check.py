@@ -16,7 +16,6 @@ from PIL import Image
 from data import check as checks
 from data import pairs
 from data.loader import TextImageDataset
-from data.process_trainset import write_caption_files
 from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,14 +204,3 @@ def test_the_command(every_fault, tmp_path, drawn_pictures):
         ended = run(*words)
         assert ended.returncode == status and len(ended.stderr.splitlines()) == 1, ended
         assert ended.stderr.startswith("python -m data.check: error: ")
-
-
-def test_the_photographs_are_clean(shared_data, tmp_path, tokenizer):
-    for split in ("train2017", "val2017"):
-        shutil.copytree(shared_data / "coco_by_bysa" / split, tmp_path / split)
-        captions = shared_data / "coco_by_bysa" / "annotations" / f"captions_{split}.json"
-        write_caption_files(captions, tmp_path / f"{split}_captions")
-    report = checks.check(tmp_path, tokenizer, text_seq_len=80, image_size=256, workers=2)
-    assert report.pairs == 133 and not any(report.faults.values()) and len(report.tokens) == 665
-    smaller = [path.name for path in tmp_path.rglob("*.jpg") if min(Image.open(path).size) < 256]
-    assert [name.rpartition("/")[2] for name in report.notes[checks.SMALL.format(256)]] == smaller

@@ -30,13 +30,6 @@ def test_resizing_is_bilinear_with_antialiasing(tmp_path):
     assert np.abs(load_image(path, 2)[..., 1] - expected).max() <= 1
 
 
-def test_pixels_outside_the_square_do_not_bleed_in(tmp_path):
-    pixels = np.full((8, 16, 3), 255, dtype=np.uint8)
-    pixels[:, 4:12] = 0
-    path = saved(tmp_path / "frame.png", pixels)
-    assert load_image(path, 2).max() == 0
-
-
 def test_small_pictures_are_enlarged(tmp_path):
     path = saved(tmp_path / "dot.png", np.full((1, 1, 3), 77, dtype=np.uint8))
     assert np.array_equal(load_image(path, 5), np.full((5, 5, 3), 77))

@@ -1,5 +1,6 @@
 """The demo set: captions against the grammar, drawings against geometry, and the files."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -177,23 +178,6 @@ def test_drawn_areas_are_those_of_geometry(size, half):
         assert coverage(shape, size, 8).sum() == pytest.approx(area, rel=0.01), shape
 
 
-def test_shapes_are_symmetric_upright_and_soft_edged():
-    for shape, size in itertools.product(SHAPES, SIZES):
-        cover = coverage(shape, size, 8)
-        assert np.array_equal(cover, cover[:, ::-1])
-        rows = cover.sum(1)
-        middle = len(rows) // 2
-        if shape in ("circle", "square"):
-            assert np.array_equal(cover, cover.T)
-        elif shape == "triangle":
-            assert rows[middle:].sum() > 1.5 * rows[:middle].sum()
-        elif shape == "heart":
-            assert rows[:middle].sum() > 1.5 * rows[middle:].sum()
-            assert cover[1, len(rows) // 2] < cover[1, len(rows) // 4]  # the dip between its lobes
-        if shape != "square":  # its edges fall between pixels
-            assert ((cover > 0.1) & (cover < 0.9)).sum() > 10
-
-
 def test_shapes_keep_apart_and_stand_as_told():
     rng = random.Random(2)
     for scene in scenes(500, seed=3):
@@ -210,6 +194,15 @@ def test_shapes_keep_apart_and_stand_as_told():
         assert start2 - end1 >= 8
         along, across = (start2 + end2 - start1 - end1) / 2, abs(low2 + high2 - low1 - high1) / 2
         assert along >= 1.7 * across  # the boxes of full colour are not quite centred on the cells
+
+
+def test_samples_are_these_on_every_machine():
+    """Written down once: other images or captions need another VERSION."""
+    digest = hashlib.sha256()
+    for split, index in itertools.product(("train", "val"), range(50)):
+        pixels, captions = make_sample(split, index, seed=1)
+        digest.update(pixels.tobytes() + "\n".join(captions).encode())
+    assert digest.hexdigest()[:16] == "f739c1e3ac6680f7"
 
 
 def test_the_grid_of_cells_meets_few_patches():
