@@ -171,6 +171,6 @@ def generate_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespa
         if settings.prompts_file:  # else there was no standard input
             refuse(parser, "prompts-file", f"{settings.prompts_file}: {error.strerror}")
     if settings.requests is None and not settings.variations:
-        refuse(parser, "text", "missing; write what the picture should show, or give --prompts-file")
+        refuse(parser, "text", "missing; write what the image should show, or give --prompts-file")
     check_vqgan_files(parser, settings)
     return settings
