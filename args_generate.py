@@ -158,7 +158,7 @@ def generate_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespa
     if settings.text is not None and settings.prompts_file:
         refuse(parser, "prompts-file", "--text gives prompts already; give one of them")
     if settings.variations and settings.image_prompt:
-        refuse(parser, "variations", "--image-prompt names a picture already; give one of them")
+        refuse(parser, "variations", "--image-prompt names an image already; give one of them")
     settings.requests = None
     try:
         if settings.text is not None:
