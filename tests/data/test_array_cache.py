@@ -69,7 +69,7 @@ def test_each_key_has_a_cache_of_its_own(tmp_path):
     assert filled(tmp_path, by="another") == (FILES, expected()) and filled(tmp_path)[0] == []
 
 
-def test_what_is_left_out_is_asked_for_once(tmp_path):
+def test_what_is_skipped_is_asked_for_once(tmp_path):
     cache, asked = opened(tmp_path), []
 
     def compute(batches):
@@ -151,7 +151,7 @@ def test_a_process_it_is_sent_to_maps_it_too(tmp_path):
 
 
 def work(folder, log, seconds, count):
-    """Fill the cache in a process of its own, a file at a time; write down what was computed."""
+    """Fill the cache in another process, one file at a time; log what was computed."""
     files = [(f"{number:02d}", number, 1000 + number) for number in range(count)]
 
     def compute(batches):

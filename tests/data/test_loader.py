@@ -1,4 +1,4 @@
-"""The loader: samples that depend on their key alone, whatever becomes of the pictures meanwhile."""
+"""The datasets: samples that depend on their key alone, whatever happens to the images."""
 
 import pickle
 from pathlib import Path
@@ -41,7 +41,7 @@ def read(row):
 
 
 def make_set(folder, count=6, captions=3, size=(20, 16)):
-    """Pictures of one colour each, (10 i, 0, 0), with captions "picture i, way k"."""
+    """Images of one color each, (10 i, 0, 0), with captions "picture i, way k"."""
     folder.mkdir(exist_ok=True)
     for i in range(count):
         Image.new("RGB", size, (10 * i, 0, 0)).save(folder / f"{i:03d}.png")
@@ -125,7 +125,7 @@ def test_caption_dropout(tmp_path):
         for i in range(6):
             text = dropping[(epoch, i)][0]
             empty += not text.any()
-            assert not text.any() or torch.equal(text, plain[(epoch, i)][0])  # the draws beside it stay the same
+            assert not text.any() or torch.equal(text, plain[(epoch, i)][0])  # the choice of captions stays the same
     assert 240 <= empty <= 360  # 300 expected, deviation 15
     assert not any(dataset_of(folder, caption_dropout=1.0)[i][0].any() for i in range(6))
 
@@ -150,7 +150,7 @@ def test_scan_faults_are_reported_and_kept(tmp_path, logged):
     assert sum("002.png" in message for message in logged.messages) == 1
 
 
-def test_a_picture_that_goes_bad_is_replaced_counted_and_told_once(tmp_path, logged):
+def test_a_image_that_goes_bad_is_replaced_counted_and_logged_once(tmp_path, logged):
     folder = make_set(tmp_path)
     dataset = dataset_of(folder)
     whole = (folder / "005.png").read_bytes()
@@ -164,7 +164,7 @@ def test_a_picture_that_goes_bad_is_replaced_counted_and_told_once(tmp_path, log
     assert len(logged.messages) == 2 and "005.png" in logged.messages[0] and "000.png" in logged.messages[1]
 
 
-def test_many_pictures_that_go_bad_do_not_fill_the_log(tmp_path, logged):
+def test_many_images_that_go_bad_do_not_fill_the_log(tmp_path, logged):
     folder = make_set(tmp_path, count=40, captions=1)
     dataset = dataset_of(folder)
     for path in sorted(folder.glob("*.png"))[:-1]:
@@ -174,7 +174,7 @@ def test_many_pictures_that_go_bad_do_not_fill_the_log(tmp_path, logged):
     assert len(logged.messages) == 20 and "only counted" in logged.messages[-1]
 
 
-def test_when_no_picture_is_left_it_ends(tmp_path):
+def test_when_no_image_is_left_it_ends(tmp_path):
     folder = make_set(tmp_path)
     dataset = dataset_of(folder)
     for path in folder.glob("*.png"):
@@ -214,7 +214,7 @@ def test_codes_take_the_place_of_pixels(tmp_path):
         assert torch.equal(text, plain[(1, i)][0])
 
 
-def test_pictures_that_could_not_be_encoded_leave(tmp_path, logged):
+def test_images_that_could_not_be_encoded_leave(tmp_path, logged):
     folder = make_set(tmp_path)
     dataset = dataset_of(folder)
     codes = np.array([[5], [2], [1], [3]], dtype=np.uint16)

@@ -1,4 +1,4 @@
-"""Pairing: what is found, in which order, what is left out and why."""
+"""Pairing: what is found, in which order, what is skipped and why."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def names(folder, pairs):
     return [(picture[0], caption[0]) for picture, caption in pairs]
 
 
-def test_every_picture_suffix_counts_in_any_case(tmp_path):
+def test_every_image_suffix_counts_in_any_case(tmp_path):
     for suffix in ("png", "JPG", "jpeg", "BmP"):
         picture(tmp_path / f"{suffix}.{suffix}")
         text(tmp_path / f"{suffix}.TXT")
@@ -74,7 +74,7 @@ def test_otherwise_the_nearest_by_path(tmp_path):
     assert sorted(skipped) == ["caption without image"]
 
 
-def test_a_better_match_is_not_lost_to_an_earlier_picture(tmp_path):
+def test_a_better_match_is_not_lost_to_an_earlier_image(tmp_path):
     picture(tmp_path / "a" / "1.png")
     picture(tmp_path / "b" / "pictures" / "1.png")
     text(tmp_path / "b" / "words" / "1.txt")
@@ -83,7 +83,7 @@ def test_a_better_match_is_not_lost_to_an_earlier_picture(tmp_path):
     assert skipped == {"image whose caption file belongs to another image": [tmp_path / "a" / "1.png"]}
 
 
-def test_a_caption_file_serves_one_picture(tmp_path):
+def test_a_caption_file_serves_one_image(tmp_path):
     picture(tmp_path / "1.png")
     picture(tmp_path / "1.jpg")
     text(tmp_path / "1.txt")
@@ -100,7 +100,7 @@ def test_a_caption_file_serves_one_picture(tmp_path):
 
 
 def test_real_photographs_with_the_label_archive_beside_them(tmp_path, shared_data):
-    """COCO's folders, and the archive that puts boxes under the captions' names, even beside a picture."""
+    """COCO's folders, and the archive that puts boxes under the captions' names, even next to an image."""
     coco = shared_data / "coco_by_bysa"
     captions = {}
     for entry in json.loads((coco / "annotations" / "captions_train2017.json").read_text())["annotations"]:
@@ -113,7 +113,7 @@ def test_real_photographs_with_the_label_archive_beside_them(tmp_path, shared_da
         text(tmp_path / "train2017_captions" / f"{stem}.txt", "\n".join(captions[stem]))
         text(tmp_path / "images" / "labels" / f"{stem}.txt", BOX)  # nearer to the pictures than the captions are
     segment = "45 " + " ".join(f"{i / 20:.6f}" for i in range(20))
-    text(images / f"{stems[0]}.txt", segment)  # even beside the picture
+    text(images / f"{stems[0]}.txt", segment)  # even next to the image
     pairs, skipped = find_pairs(tmp_path)
     assert names(tmp_path, pairs) == [
         (f"images/train2017/{stem}.jpg", f"train2017_captions/{stem}.txt") for stem in stems
@@ -270,7 +270,7 @@ def huge_png(path, width, height):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [11_000, 30_000])
-def test_pictures_over_pils_limit_are_left_out(tmp_path, side):
+def test_images_over_pils_limit_are_skipped(tmp_path, side):
     huge_png(tmp_path / "big.png", side, side)
     text(tmp_path / "big.txt")
     picture(tmp_path / "good.png")
@@ -281,7 +281,7 @@ def test_pictures_over_pils_limit_are_left_out(tmp_path, side):
         open_image(tmp_path / "big.png")
 
 
-def test_a_postscript_file_in_disguise_is_no_picture(tmp_path):
+def test_a_postscript_file_in_disguise_is_no_image(tmp_path):
     text(tmp_path / "1.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     text(tmp_path / "1.txt")
     with pytest.raises(ValueError, match="not an image"):

@@ -1,4 +1,4 @@
-"""process_captions.py from its command line: COCO's captions file to one text file a picture."""
+"""process_captions.py from its command line: COCO's captions file to one text file per image."""
 
 import json
 import os

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def scenes(count, seed=0, sizes=tuple(SIZES)):
-    """Random scenes of any combination, as told from either shape."""
+    """Random scenes of any combination, described from either shape."""
     rng = random.Random(seed)
     for _ in range(count):
         colours = rng.sample(tuple(COLORS), 2)
@@ -94,7 +94,7 @@ def test_a_caption_outside_the_grammar_is_refused(text):
         parse_caption(text)
 
 
-def test_captions_of_a_picture_differ_and_describe_it():
+def test_captions_of_a_image_differ_and_describe_it():
     for index in range(300):
         pixels, captions = make_sample("train", index)
         assert len(set(captions)) == len(captions) == 5
@@ -136,7 +136,7 @@ def test_withheld_is_a_tenth_and_closed_under_inversion():
     assert ("red", "circle", "above", "blue", "square") not in withheld
 
 
-def test_training_and_held_out_pictures_share_no_combination():
+def test_training_and_validation_images_share_no_combination():
     def shown(split, seed):
         return {parse_caption(c).combination for i in range(1500) for c in make_sample(split, i, seed)[1]}
 
@@ -178,7 +178,7 @@ def test_drawn_areas_are_those_of_geometry(size, half):
         assert coverage(shape, size, 8).sum() == pytest.approx(area, rel=0.01), shape
 
 
-def test_shapes_keep_apart_and_stand_as_told():
+def test_shapes_keep_apart_and_stand_as_described():
     rng = random.Random(2)
     for scene in scenes(500, seed=3):
         pixels = draw_scene(scene, rng).astype(int)

@@ -37,7 +37,7 @@ def pictures():
     return [make_sample("train" if index % 2 else "val", index, seed=11) for index in range(2000)]
 
 
-def test_the_reader_reads_real_pictures(pictures):
+def test_the_reader_reads_real_images(pictures):
     right = 0
     for pixels, captions in pictures:
         scene = parse_caption(captions[0])
@@ -144,7 +144,7 @@ def test_a_scrap_of_a_shape_anywhere_is_noticed(pictures):
                 assert not follows(captions[0], spoilt)
 
 
-def test_two_shapes_of_one_colour_or_two_colours_in_one_shape_are_seen():
+def test_two_shapes_of_one_color_or_two_colors_in_one_shape_are_seen():
     pixels = draw_scene(Scene(Item("red", "star", "large"), "left", Item("blue", "star", "large")), random.Random(0))
     same = pixels.copy()
     (y1, x1), (y2, x2) = (np.argwhere((pixels == COLORS[c]).all(-1)).min(0) for c in ("red", "blue"))
@@ -158,7 +158,7 @@ def test_two_shapes_of_one_colour_or_two_colours_in_one_shape_are_seen():
     assert "colour" in find_faults(caption, half)
 
 
-def test_soft_noisy_and_scaled_pictures_are_still_read(pictures):
+def test_soft_noisy_and_scaled_images_are_still_read(pictures):
     rng = np.random.default_rng(0)
 
     def blurred(pixels):
@@ -179,7 +179,7 @@ def test_soft_noisy_and_scaled_pictures_are_still_read(pictures):
         assert accuracy(captions, [change(pixels) for pixels, _ in sample]) >= 0.98, change
 
 
-def test_the_reader_refuses_what_is_no_picture():
+def test_the_reader_refuses_what_is_no_image():
     with pytest.raises(ValueError, match="uint8"):
         find_objects(np.zeros((64, 64, 3), np.float32))
     with pytest.raises(ValueError, match="uint8"):

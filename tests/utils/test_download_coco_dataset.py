@@ -1,4 +1,4 @@
-"""utils/download_coco_dataset.sh against a server on this machine that can be told to misbehave."""
+"""utils/download_coco_dataset.sh against a server on this machine that can misbehave on request."""
 
 import http.server
 import io
