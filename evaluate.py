@@ -162,7 +162,7 @@ def of_drawings(loaded, dataset, settings, sampling, clip, distance):
     if distance:
         for first in batches_in(len(pictures), settings, "FID"):
             part = slice(first, first + settings.batch_size)
-            distance.add("drawn", (pictures[part] * 255).round().byte())
+            distance.add("generated", (pictures[part] * 255).round().byte())
             real = [dataset.folder / name for name, _, _ in dataset.images[part]]
             distance.add("real", load_images(real, loaded.model.vae.image_size))
         found["fid"] = distance.distance()
