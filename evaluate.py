@@ -17,6 +17,7 @@ from pathlib import Path
 
 import log
 from args_evaluate import evaluate_arguments
+from utils.files import atomic_write, check_writable
 
 GRID_PICTURES = 36
 GRID_PAIRS = 8
@@ -36,7 +37,7 @@ def main(argv=None):
         averaged = "ema_weights" in saved or exported.get("averaged", False)
         results = {"checkpoint": settings.dalle_path, "step": saved.get("step"), "averaged_weights": averaged}
         dataset = pairs(settings, saved, loaded) if settings.input_folder else None
-        checkpoint.check_writable(settings.outputs_dir, "--outputs-dir")
+        check_writable(settings.outputs_dir, "--outputs-dir")
         folder = Path(settings.outputs_dir)
         if loaded.backend.world_size > 1:
             raise ValueError("evaluate.py runs in one process; start it without torchrun")
@@ -48,8 +49,8 @@ def main(argv=None):
                 results.update(of_drawings(loaded, dataset, settings, sampling, clip, distance))
         if settings.prompts:
             results.update(of_prompts(loaded, settings, sampling, folder, clip))
-        with checkpoint.written_whole(folder / "results.json") as beside:
-            beside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        with atomic_write(folder / "results.json", text=True) as file:
+            file.write(json.dumps(results, indent=2) + "\n")
     print(f"all figures: {folder / 'results.json'}")
 
 
@@ -57,7 +58,7 @@ def scorers(settings):
     """(CLIP score, FID), None where it is not asked for. On IPUs they run on the CPU."""
     if not (settings.clip_weights or settings.fid_weights):
         return None, None
-    from backends.native import pick_device
+    from backends.native.backend import pick_device
     from models import picture_scores
 
     device = pick_device("cpu" if settings.device == "ipu" else settings.device)

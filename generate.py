@@ -164,7 +164,7 @@ def new_seed():
 
 
 def check_writable(folder):
-    from utils.checkpoint import check_writable
+    from utils.files import check_writable
 
     check_writable(folder, "--outputs_dir")
 
@@ -181,7 +181,7 @@ def clip_judge(settings):
     """CLIP's score of pictures where --clip-weights names some; None: the model itself judges."""
     if settings.clip_weights is None:
         return None
-    from backends.native import pick_device
+    from backends.native.backend import pick_device
     from models.picture_scores import clip_score
 
     device = pick_device("cpu" if settings.device == "ipu" else settings.device)

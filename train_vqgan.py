@@ -34,11 +34,11 @@ def train(settings):
     import torch
     from tqdm import tqdm
 
-    from backends.native import pick_device
+    from backends.native.backend import pick_device
     from data.pictures import endless_batches
     from models.vae import VQGan
     from models.vqgan_training import SEED_CELLS, VQGanTrainer
-    from utils.checkpoint import check_writable
+    from utils.files import check_writable
     from utils.optimization import cosine
 
     torch.manual_seed(settings.random_seed)

@@ -1,9 +1,10 @@
-"""Where a training step runs: select() picks the machine, base.py is the contract of native.py and ipu.py."""
+"""Where a training step runs: select() picks the machine, base.py is the contract of native/ and ipu/."""
 
 
 def select(settings):
     """The backend of --device for a namespace of args.py. ValueError in one line where this machine has it not."""
-    from backends import ipu, native
+    from backends.ipu import backend as ipu
+    from backends.native import backend as native
 
     on_ipu = settings.device == "ipu"
     if settings.device == "auto" and not native.has_cuda():

@@ -18,13 +18,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 import log
-from backends.native import pick_device, pick_precision
+from backends.native.backend import pick_device, pick_precision
 from benchmarks import network, peer, plot
 from benchmarks.limits import machine
 from benchmarks.plot import figure
 from benchmarks.rows import ROWS, measured
-from utils.checkpoint import check_writable
 from utils.command_line import Parser
+from utils.files import atomic_write, check_writable
 
 HEAD = f"{'':34}{'here':>9} {'':10} {'(min - max)':>17} {'of limit':>8} {'MB':>7} {'peer':>9} {'ratio':>7} {'MB':>7}"
 
@@ -96,11 +96,10 @@ def line(row):
 def save(found, folder):
     """results.json and results.png, each written beside its name and renamed."""
     path = folder / "results.json"
-    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".tmp").replace(path)
-    picture = folder / "results.tmp"
-    plot.draw(found["rows"], title(found)).save(picture, "PNG")
-    picture.replace(folder / "results.png")
+    with atomic_write(path, text=True) as file:
+        file.write(json.dumps(found, indent=1) + "\n")
+    with atomic_write(folder / "results.png") as file:
+        plot.draw(found["rows"], title(found)).save(file, "PNG")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import log
 from args import COUNT, SEED, machine_flags
 from data.shapes import held_out_prompts
 from evaluate import judge
-from utils.checkpoint import check_writable, written_whole
 from utils.command_line import Parser, number, parse
+from utils.files import atomic_write, check_writable
 
 PLAIN = {"top_k": 0.0, "top_p": None, "temperature": 1.0, "cond_scale": 1.0}  # the model's own distribution
 ROWS = [  # (what is varied, settings beside PLAIN, pictures of which the best is kept)
@@ -58,8 +58,8 @@ def main(argv=None):
             print(f"{row['name']:40}{100 * row['accuracy']:8.1f} %{row['seconds']:13.3f}")
         about = {"checkpoint": loaded.path, "fingerprint": loaded.fingerprint, "pictures": len(prompts)}
         folder = Path(settings.output_dir)
-        with written_whole(folder / "faithfulness.json") as beside:
-            beside.write_text(json.dumps({**about, "seed": settings.seed, "rows": rows}, indent=2) + "\n")
+        with atomic_write(folder / "faithfulness.json", text=True) as file:
+            file.write(json.dumps({**about, "seed": settings.seed, "rows": rows}, indent=2) + "\n")
         plot(rows, len(prompts), folder / "faithfulness.png")
         print(f"wrote {folder / 'faithfulness.json'} and .png", file=sys.stderr)
 
@@ -104,8 +104,8 @@ def plot(rows, count, path):
     axes.invert_yaxis()
     axes.set(xlim=(0, 112), xlabel=f"of {count} held-out prompts followed, %")
     axes.spines[["top", "right"]].set_visible(False)
-    with written_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=120)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from backends.native import fast_in_bf16
+from backends.native.backend import fast_in_bf16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

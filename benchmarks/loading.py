@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from backends.native import NativeBackend
+from backends.native.backend import NativeBackend
 from benchmarks import peer
 from benchmarks.network import settings_of
 from data.loader import TextImageDataset

@@ -9,7 +9,7 @@ import argparse
 import torch
 
 import args
-from backends.native import NativeBackend
+from backends.native.backend import NativeBackend
 from benchmarks import peer
 from benchmarks.limits import DTYPES, image_head, layer_weights, repeated, seconds_of, training_operations
 from models.dalle import DALLE

@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple, Optional
 
 import torch
 
-from backends.native import pick_device
+from backends.native.backend import pick_device
 from benchmarks import loading, network, processes, vqgan
 from benchmarks.limits import limit_of
 

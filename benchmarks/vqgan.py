@@ -2,7 +2,7 @@
 
 import torch
 
-from backends.native import NativeBackend
+from backends.native.backend import NativeBackend
 from benchmarks import peer
 from benchmarks.limits import convolution_operations, repeated
 from benchmarks.network import settings_of
@@ -31,7 +31,7 @@ def some_codes(vae):
 
 
 def encoding(quick):
-    """Codes are computed in fp32 whatever the precision, see backends/native_vqgan.py."""
+    """Codes are computed in fp32 whatever the precision, see backends/native/vqgan.py."""
     vae, backend = tokenizer(quick), NativeBackend(settings_of(quick, batch_size=PICTURES))
     pixels, encode = some_pixels(vae), backend.encode(vae)
     seconds = repeated(lambda: encode(pixels), backend.device, quick)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from utils.checkpoint import short, written_whole
+from utils.checkpoint import short
+from utils.files import atomic_write
 
 NAME_BYTES = 200  # of a folder's name; file systems allow 255
 SUFFIXES = {"png": ".png", "jpg": ".jpg"}
@@ -128,5 +129,5 @@ def animation(frames, milliseconds=120, last=2500):
 
 
 def write(path, contents):
-    with written_whole(path) as beside:
-        beside.write_bytes(contents)
+    with atomic_write(path) as file:
+        file.write(contents)

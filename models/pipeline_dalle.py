@@ -1,7 +1,7 @@
 """The IPU's annotations, put on a plain DALLE from outside: stages, recomputation, and serialised embedding and head.
 
 The model computes what it computed before, under the same names in its state dict. poptorch is named here and in
-backends/ipu.py only, and imported when an IPU run asks for it.
+backends/ipu/backend.py only, and imported when an IPU run asks for it.
 """
 
 import torch

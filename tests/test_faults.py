@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from backends.native_training import NativeTrainer
+from backends.native.trainer import NativeTrainer
 from tests.conftest import ROOT
 from utils import checkpoint
 

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (ROOT, *(ROOT / room for room in ("models", "backends", "data", "utils")))
-SOURCES = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
+ROOMS = ("models", "backends", "data", "utils")
+SOURCES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))])
 LIST = Path(__file__).with_name("torch_2_0_1_names.txt")
-MAY_CHECK = "backends/native"  # how the files begin where newer names may be used behind hasattr()
+MAY_CHECK = "backends/native/"  # how the files begin where newer names may be used behind hasattr()
 
 # By comparison of torch 2.0.1 with 2.13.0: attributes of tensors, modules, optimizers, generators and dtypes that came
 # later, but for names that other things have as well (index, compile, nbytes), and keywords that old methods got later.

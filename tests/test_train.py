@@ -19,7 +19,7 @@ from PIL import Image
 
 import generate
 import train
-from backends.native import fast_in_bf16
+from backends.native.backend import fast_in_bf16
 from generation.loading import read_model
 from models.vae import VQGanVAE, load_vqgan
 

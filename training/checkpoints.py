@@ -12,6 +12,7 @@ import torch
 
 import log
 from utils import checkpoint, interrupts
+from utils.files import check_writable
 
 BEST = "dalle_best.pt"
 PROGRESS = ("skipped", "epoch_loss", "held_out_loss", "best_loss", "accounted")  # of a Run, beside its step
@@ -54,7 +55,7 @@ class Folder:
     def prepare(self):
         """Make the folder, or ValueError now rather than after hours."""
         if self.path is not None and self.writes:
-            checkpoint.check_writable(self.path, "--checkpoint-output-dir")
+            check_writable(self.path, "--checkpoint-output-dir")
             for left in self.path.glob("dalle_*.pt.*.tmp"):  # by a run that was killed while it wrote
                 left.unlink()
 

@@ -8,8 +8,6 @@ is built from them is generate.py's business. Weights alone may also come as .sa
     python -m utils.checkpoint FILE [--export OUT.safetensors]     what a file is and what made it
 """
 
-import contextlib
-import os
 import pickle
 import pickletools
 import re
@@ -19,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from utils.files import atomic_write
+
 PREFIX = "model."
 KINDS = {  # of what a file may hold; the rest is for the optimizer to judge
     **dict.fromkeys(("hparams", "weights", "vae_params", "ema_weights", "tokenizer", "sampling", "settings"), dict),
@@ -27,29 +27,13 @@ KINDS = {  # of what a file may hold; the rest is for the optimizer to judge
 }
 
 
-@contextlib.contextmanager
-def written_whole(path):
-    """→ a path beside `path` to write to; on leaving it is flushed to disk and renamed, or removed after an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            beside.unlink()
-
-
 def write(path, checkpoint):
     """torch.save, complete or not at all: written beside `path`, read back, renamed. OSError where it cannot be."""
     try:
-        with written_whole(path) as beside:
-            with open(beside, "wb") as file:
-                torch.save(checkpoint, file)
-            with zipfile.ZipFile(beside) as archive:
+        with atomic_write(path, sync=True) as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            with zipfile.ZipFile(file.name) as archive:
                 if archive.testzip() is not None:
                     raise OSError(f"{path}: what was written cannot be read back")
     except zipfile.BadZipFile as error:
@@ -57,17 +41,6 @@ def write(path, checkpoint):
     except RuntimeError as error:  # what torch's writer makes of a full disk
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"{path}: could not be written ({_first_line(reason)})") from error
-
-
-def check_writable(folder, flag):
-    """Make the folder, and write and remove a file in it; ValueError before hours are spent, not after."""
-    probe = Path(folder) / f".writable.{os.getpid()}.tmp"
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
 
 
 def read(path):

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from utils.checkpoint import PREFIX, written_whole
+from utils.checkpoint import PREFIX
+from utils.files import atomic_write
 
 SUFFIX = ".safetensors"
 VOCABULARY = "tokenizer.vocabulary"
@@ -43,8 +44,8 @@ def write(path, saved, half=False):
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}  # each in its own memory
     metadata = {key: json.dumps(value, default=str) for key, value in header.items()}
     try:
-        with written_whole(path) as beside:
-            save_file(tensors, str(beside), {"format": "pt", "crc32": checksum(tensors), **metadata})
+        with atomic_write(path, sync=True) as file:
+            save_file(tensors, file.name, {"format": "pt", "crc32": checksum(tensors), **metadata})
     except SafetensorError as error:  # a full disk among other things
         raise OSError(f"{path}: could not be written ({error})") from error
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from backends.fixed_batches import Losses
+from backends.ipu.inference import Losses
 from models.attention import PATTERNS
 from models.pipeline_dalle import WrappedDALLE, placement
 from models.static_sampling import FullPass, StaticSampler

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import backends
-from backends import ipu, native
 from backends.base import Backend, Trainer
+from backends.ipu import backend as ipu
+from backends.native import backend as native
 from data.loader import GeneratedDataset, TextImageDataset
 from data.order import EpochBatches, RunBatches
 from data.tokenizer import load_tokenizer
-from tests.backends.ipu_runs import samples, settings, small_dalle
+from tests.backends.ipu.ipu_runs import samples, settings, small_dalle
 
 
 def test_auto_is_an_ipu_where_the_sdk_is_enabled(poptorch_standin, monkeypatch):

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from backends import native_kernels
-from backends.native import NativeBackend
-from backends.native_kernels import AxialAttention, DenseAttention, HeadLosses, axial_bias, bias_of
-from backends.native_layers import compile_layers, rows_at_once, use_fast_layers
+from backends.native import autograd_ops
+from backends.native.autograd_ops import AxialAttention, DenseAttention, HeadLosses, axial_bias, bias_of
+from backends.native.backend import NativeBackend
+from backends.native.fast_layers import compile_layers, rows_at_once, use_fast_layers
 from models.attention import PATTERNS, attend, pattern_mask
 from models.dalle import DALLE
-from tests.backends.test_native import settings
+from tests.backends.native.test_backend import settings
 
 CPU = torch.device("cpu")
 TEXT, SIDE = 6, 4
@@ -72,7 +72,7 @@ def test_losses_and_gradients_equal_the_plain_ones(tiny_vae, changes, recompute)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("queries", [128, 7])
 def test_attention_has_its_own_gradient(pattern, queries, monkeypatch):
-    monkeypatch.setattr(native_kernels, "QUERIES", queries)
+    monkeypatch.setattr(autograd_ops, "QUERIES", queries)
     torch.manual_seed(0)
     mask = pattern_mask(pattern, 3, 3)
     qkv = torch.randn(2, len(mask), 3, 2, 4, dtype=torch.float64, requires_grad=True)
@@ -89,7 +89,7 @@ def test_attention_has_its_own_gradient(pattern, queries, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1024, 5])
 def test_head_losses_have_their_own_gradient(rows, monkeypatch):
-    monkeypatch.setattr(native_kernels, "ROWS", rows)
+    monkeypatch.setattr(autograd_ops, "ROWS", rows)
     torch.manual_seed(0)
     shapes = (8, 4), (12, 4), (11, 4), (11,)
     floats = [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -145,7 +145,7 @@ def test_half_precision_is_near_and_keeps_gradients_fp32(tiny_vae):
 def test_a_micro_batch_in_parts_trains_as_one(tiny_vae, recompute, monkeypatch):
     found = []
     for fitting in (1, 2, 99):
-        monkeypatch.setattr("backends.native_layers.WORKING_SET", fitting * 22 * 32)
+        monkeypatch.setattr("backends.native.fast_layers.WORKING_SET", fitting * 22 * 32)
         backend = NativeBackend(settings(batch_size=5, recompute=recompute))
         trainer = backend.trainer(dalle(tiny_vae))
         torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_recomputation_keeps_less(tiny_vae):
 
 
 def compiled(model, monkeypatch, least=0):
-    monkeypatch.setattr("backends.native_layers.WORTH_COMPILING", least)
+    monkeypatch.setattr("backends.native.fast_layers.WORTH_COMPILING", least)
     use_fast_layers(model, torch.device("meta"), torch.float32)  # no CPU: plain layers
     compile_layers(model, 3, contextlib.nullcontext)
 

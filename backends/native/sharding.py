@@ -1,4 +1,4 @@
-"""--shard: native_training.py's step with weights, gradients and moments shared out among torchrun's processes (FSDP2).
+"""--shard: trainer.py's step with weights, gradients and moments shared out among torchrun's processes (FSDP2).
 
 Here is only what differs: who holds what, and how a state is gathered for a checkpoint and shared out from one.
 Checkpoints are the same files as without. Run with gloo on CPUs so far; written for NCCL on GPUs as well.
@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed import fsdp
 
-from backends.native_training import NativeTrainer, SharedMuon, forward
+from backends.native.trainer import NativeTrainer, SharedMuon, forward
 
 
 def check(world_size, precision):

@@ -6,9 +6,9 @@ import torch
 import args_generate
 import backends
 from args_evaluate import evaluate_arguments
-from backends import ipu
+from backends.ipu import backend as ipu
 from models.vae import load_vqgan
-from tests.backends.ipu_runs import samples, settings, small_dalle
+from tests.backends.ipu.ipu_runs import samples, settings, small_dalle
 
 
 def sampling_settings(*flags):

@@ -10,9 +10,9 @@ from torch import nn
 from torch.distributed import fsdp
 
 import backends
-from backends.native import NativeBackend
-from backends.native_sharding import gathered, own_rows
-from tests.backends.test_native import OPTIMIZERS, assert_same, micro_batches, samples, settings, small_dalle
+from backends.native.backend import NativeBackend
+from backends.native.sharding import gathered, own_rows
+from tests.backends.native.test_backend import OPTIMIZERS, assert_same, micro_batches, samples, settings, small_dalle
 from tests.conftest import ROOT, TinyTokenizer
 
 PER_STEP, STEPS = 12, 3
@@ -51,7 +51,7 @@ def shared(tmp_path_factory):
         torch.save(alone(STEPS, optimizer=optimizer)[0].state_dict(), folder / f"start_{optimizer}.pt")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = ROOT / "tests" / "backends" / "sharded_runs.py"
+    script = ROOT / "tests" / "backends" / "native" / "sharded_runs.py"
     ended = subprocess.run([*launcher, str(script), str(folder)], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -155,8 +155,8 @@ def test_what_is_not_shared_out_stays():
 )
 def test_what_cannot_be_shared_out_is_refused_in_one_line(monkeypatch, world_size, changes, reason):
     monkeypatch.setenv("WORLD_SIZE", world_size)
-    monkeypatch.setattr(backends.native, "has_cuda", lambda: True)
-    monkeypatch.setattr(backends.native, "own_gpu", lambda rank: torch.device("cuda", rank))
+    monkeypatch.setattr(backends.native.backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(backends.native.backend, "own_gpu", lambda rank: torch.device("cuda", rank))
     if world_size == "2" and not hasattr(fsdp, "fully_shard"):
         reason = "needs torch 2.6"
     with pytest.raises(ValueError, match=f"--shard: {reason}") as error:

@@ -2,7 +2,7 @@
 
 Same results to rounding, each with its gradient written out: attention that leaves out what a pattern may not see,
 GEGLU, LayerScale with its residual, and cross-entropy that never holds all logits. The plain path in models/ is the
-oracle of their tests. Where they are used is native_layers.py's.
+oracle of their tests. Where they are used is fast_layers.py's.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Puts native_kernels.py's faster forms in the place of a DALLE's own, for training and for its losses.
+"""Puts autograd_ops.py's faster forms in the place of a DALLE's own, for training and for its losses.
 
 The model stays what it was: parameters, their names, and what it computes to rounding. A cache, or dropout within
 attention, goes the plain way. Nothing here knows of optimizers or processes.
@@ -12,7 +12,7 @@ import sys
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from backends.native_kernels import (
+from backends.native.autograd_ops import (
     AxialAttention,
     DenseAttention,
     GatedGelu,

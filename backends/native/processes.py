@@ -1,6 +1,6 @@
 """The processes that torchrun started, of which this is one: who is who, means over all, and a word where one is gone.
 
-How gradients are exchanged is DistributedDataParallel's business, used in native_training.py. PopRun's instances are
+How gradients are exchanged is DistributedDataParallel's business, used in trainer.py. PopRun's instances are
 ipu.py's.
 """
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from backends.processes import Processes, share
+from backends.native.processes import Processes, share
 
 
 @pytest.mark.parametrize(

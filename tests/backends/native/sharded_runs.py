@@ -1,4 +1,4 @@
-"""What test_native_sharding.py has two processes of torchrun do: train sharded, and put aside what they hold.
+"""What test_sharding.py has two processes of torchrun do: train sharded, and put aside what they hold.
 
     torchrun --nproc-per-node 2 sharded_runs.py FOLDER
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from backends.native import NativeBackend
-from tests.backends.test_native import OPTIMIZERS, samples, settings
-from tests.backends.test_native_sharding import PER_STEP, SETTINGS, STEPS, dalle_with_vqgan, pictures
+from backends.native.backend import NativeBackend
+from tests.backends.native.test_backend import OPTIMIZERS, samples, settings
+from tests.backends.native.test_sharding import PER_STEP, SETTINGS, STEPS, dalle_with_vqgan, pictures
 
 
 def own(whole, rank):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from backends.native import NativeBackend
+from backends.native.backend import NativeBackend
 from data.shapes import sample_picture
 from models.vae import VQGanVAE
 

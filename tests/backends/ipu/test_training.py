@@ -8,7 +8,7 @@ import torch
 import backends
 from models.dalle import DALLE
 from models.vae import load_vqgan
-from tests.backends.ipu_runs import SIZES, samples, settings, small_dalle, trainer_of
+from tests.backends.ipu.ipu_runs import SIZES, samples, settings, small_dalle, trainer_of
 from utils import checkpoint
 
 

@@ -13,7 +13,7 @@ import torch
 
 import data.loader
 import train
-from backends.native_reading import RESTARTS
+from backends.native.resilient_loader import RESTARTS
 from data.tokenizer import load_tokenizer
 from utils import interrupts
 

@@ -13,8 +13,8 @@ import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from backends.native_drawing import sampler
-from backends.native_layers import compile_layers, keep_freed_memory, rows_at_once, use_fast_layers
+from backends.native.fast_layers import compile_layers, keep_freed_memory, rows_at_once, use_fast_layers
+from backends.native.sampler import sampler
 from utils.muon import Muon
 from utils.optimization import load_keeping_flags, parameter_groups
 

@@ -14,12 +14,12 @@ import os
 import torch
 
 from backends.base import SamplesLost
-from backends.fixed_batches import Decoder, Losses, OrderedSamples, RowByRow, Sampler, upper_rows
-from backends.native_reading import MEMORY, leave_interrupts_to_the_parent, of_killed_worker, without_traceback
-from backends.native_training import ADAM_EPS
+from backends.ipu.inference import Decoder, Losses, OrderedSamples, RowByRow, Sampler, upper_rows
+from backends.native.resilient_loader import MEMORY, leave_interrupts_to_the_parent, of_killed_worker, without_traceback
+from backends.native.trainer import ADAM_EPS
 from models.pipeline_dalle import WrappedDALLE, placement, stages, unshare_masks
 from utils import interrupts
-from utils.checkpoint import check_writable
+from utils.files import check_writable
 from utils.optimization import load_keeping_flags, parameter_groups
 
 LOG = logging.getLogger("minidalle")

@@ -1,7 +1,7 @@
 """CPUs and CUDA GPUs, through PyTorch: one, or one a process of torchrun's; replicas are further micro-batches.
 
-The step is native_training.py's, drawing native_drawing.py's, pixels and codes native_vqgan.py's, reading samples
-native_reading.py's. Features newer than torch 2.0 live in these only, each behind a check.
+The step is trainer.py's, drawing sampler.py's, pixels and codes vqgan.py's, reading samples
+resilient_loader.py's. Features newer than torch 2.0 live in these only, each behind a check.
 """
 
 import contextlib
@@ -11,11 +11,11 @@ import os
 
 import torch
 
-from backends.native_drawing import sampler
-from backends.native_reading import read
-from backends.native_training import NativeTrainer, mean_losses
-from backends.native_vqgan import decoder, encoder
-from backends.processes import Processes, share
+from backends.native.processes import Processes, share
+from backends.native.resilient_loader import read
+from backends.native.sampler import sampler
+from backends.native.trainer import NativeTrainer, mean_losses
+from backends.native.vqgan import decoder, encoder
 from utils import interrupts
 
 LOG = logging.getLogger("minidalle")
@@ -98,9 +98,9 @@ class NativeBackend:
         self.precision = pick_precision(settings, self.device)
         self.shard = getattr(settings, "shard", False)
         if self.shard:
-            from backends import native_sharding
+            from backends.native import sharding
 
-            native_sharding.check(self.world_size, self.precision)
+            sharding.check(self.world_size, self.precision)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         self.batch_size, self.micro_batches = settings.batch_size, 1
         if hasattr(settings, "gradient_accumulation"):
@@ -148,7 +148,7 @@ class NativeBackend:
 
     def trainer(self, model):
         if self.shard:
-            from backends.native_sharding import ShardedTrainer
+            from backends.native.sharding import ShardedTrainer
 
             return ShardedTrainer(model, self)
         return NativeTrainer(model, self)

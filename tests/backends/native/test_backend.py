@@ -10,12 +10,12 @@ import torch
 
 import args
 import backends
-from backends import native
 from backends.base import Backend, Trainer
-from backends.native import NativeBackend, pick_device, pick_precision
-from backends.native_drawing import packer
-from backends.native_reading import MicroBatches
-from backends.native_training import build_optimizers
+from backends.native import backend as native
+from backends.native.backend import NativeBackend, pick_device, pick_precision
+from backends.native.resilient_loader import MicroBatches
+from backends.native.sampler import packer
+from backends.native.trainer import build_optimizers
 from data.loader import GeneratedDataset
 from data.order import EpochBatches
 from models.dalle import DALLE

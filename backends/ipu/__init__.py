@@ -1,0 +1,1 @@
+"""Graphcore IPUs through PopTorch: how they train, and how they evaluate and sample."""

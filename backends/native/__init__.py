@@ -1,0 +1,1 @@
+"""CPUs and CUDA GPUs: how they train, sample, read data and run a VQGAN."""

@@ -1,0 +1,95 @@
+"""Files and folders that appear complete or not at all."""
+
+import os
+
+import pytest
+
+from utils.files import atomic_write, check_writable, replace_folder
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_file_appears_when_the_block_ends(sync, tmp_path):
+    path = tmp_path / "new" / "folder" / "a.txt"
+    with atomic_write(path, text=True, sync=sync) as file:
+        file.write("é\n")
+        assert not path.exists()
+    assert path.read_bytes() == b"\xc3\xa9\n" and files_in(path.parent) == ["a.txt"]
+    with open(path, "rb") as before, atomic_write(path, sync=sync) as file:
+        with open(file.name, "wb") as by_name:
+            by_name.write(b"new")
+        assert before.read() == b"\xc3\xa9\n"
+    assert path.read_bytes() == b"new" and files_in(path.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_error_leaves_the_old_file_and_nothing_else(error, tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(type(error)), atomic_write(tmp_path / "a") as file:
+        file.write(b"half of the")
+        raise error
+    assert (tmp_path / "a").read_bytes() == b"old" and files_in(tmp_path) == ["a"]
+
+
+def test_only_a_file_that_must_survive_a_power_failure_waits_for_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    for sync in (False, True):
+        with atomic_write(tmp_path / "a", sync=sync):
+            pass
+        assert len(synced) == sync
+
+
+@pytest.mark.parametrize("before", [None, "empty", "full"])
+def test_a_folder_appears_when_the_block_ends(before, tmp_path):
+    target = tmp_path / "deep" / "set"
+    if before:
+        target.mkdir(parents=True)
+    if before == "full":
+        (target / "old").touch()
+    with pytest.raises(KeyboardInterrupt), replace_folder(target) as draft:
+        (draft / "half").touch()
+        raise KeyboardInterrupt
+    assert files_in(target.parent) == (["set"] if before else [])
+    assert not before or files_in(target) == (["old"] if before == "full" else [])
+    with replace_folder(target) as draft:
+        (draft / "new").touch()
+    assert files_in(target) == ["new"] and files_in(target.parent) == ["set"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "old").touch()
+    replace = os.replace
+
+    def refuse(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError), replace_folder(tmp_path / "set") as draft:
+        (draft / "new").touch()
+    assert files_in(tmp_path) == ["set"] and files_in(tmp_path / "set") == ["old"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "set").symlink_to(tmp_path / "far")
+    with replace_folder(tmp_path / "set") as draft:
+        (draft / "new").touch()
+    assert (tmp_path / "set").is_symlink() and files_in(tmp_path / "far") == ["new"]
+
+
+def test_a_folder_is_tried_before_hours_are_spent(tmp_path):
+    check_writable(tmp_path / "new" / "folder", "--output-dir")
+    assert files_in(tmp_path / "new" / "folder") == []
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "folder", tmp_path / ("x" * 300)):
+        with pytest.raises(ValueError) as caught:
+            check_writable(folder, "--output-dir")
+        assert str(caught.value).startswith(f"--output-dir {folder}: cannot be written (")
+    assert files_in(tmp_path) == ["file", "new"] and (tmp_path / "file").read_text() == "in the way"
