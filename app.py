@@ -1,55 +1,55 @@
-"""A local web page and HTTP API that draw pictures for prompts.
+"""Serve a web page and an HTTP API that generate images for prompts.
 
 python app.py --dalle_path output/demo/ckpt/dalle_step_800.pt
 """
 
 import contextlib
-import os
+import logging
 import socket
-import tempfile
 
 import log
 from args_app import app_arguments
 
-NO_NETWORK = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+logger = logging.getLogger("minidalle")
 
 
 def main(argv=None):
+    """Load the model and serve until Ctrl-C or SIGTERM."""
     settings = app_arguments(argv)
     log.set_up()
-    stopping = contextlib.ExitStack()
-    with log.interrupt_exits(), log.termination_interrupts(), log.bad_input_exits(), stopping:
-        os.environ.update(NO_NETWORK)  # before Gradio is imported
-        os.environ["GRADIO_TEMP_DIR"] = stopping.enter_context(tempfile.TemporaryDirectory(prefix="mini-dalle-"))
-        listening = stopping.enter_context(listen(settings.host, settings.port))
-        need_gradio()
-        from generation.loading import load_as_told
-        from service.computing import compute
-        from service.requests import Limits
+    with log.exit_on_interrupt(), log.sigterm_as_ctrl_c(), log.exit_on_bad_input(), contextlib.ExitStack() as stack:
+        listening = stack.enter_context(listen(settings.host, settings.port))
+        check_packages()
+        from generation.loading import load_from_flags
+        from service.queue import GenerationQueue
 
-        loaded = compute(load_as_told, settings)
-        limits = Limits(settings.max_images, settings.max_prompt_characters)
-        server = serving(loaded, limits, settings.queue_size)
+        queue = GenerationQueue(max_jobs=settings.queue_size, max_images=settings.queue_size * settings.max_images)
+        queue.start()
+        queue.loaded = queue.call(load_from_flags, settings).result()
+        server = make_server(queue, settings)
         host, port = listening.getsockname()[:2]
-        print(
-            f"http://{f'[{host}]' if ':' in host else host}:{port} draws with {loaded.path}; Ctrl-C ends it", flush=True
-        )
+        if host in ("0.0.0.0", "::") and not settings.token:
+            logger.warning(
+                "anyone who reaches this machine's port %d can generate images; --token SECRET asks for it", port
+            )
+        netloc = f"[{host}]" if ":" in host else host
+        print(f"http://{netloc}:{port} generates with {queue.loaded.path}; Ctrl-C ends it", flush=True)
         server.run(sockets=[listening])
 
 
-def need_gradio():
-    """ValueError, in one line, where what the page needs is not installed."""
+def check_packages():
+    """Raise ValueError, in one line, if a package that the service needs is missing."""
     try:
-        import gradio  # noqa: F401
+        import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"{error.name} is missing; pip install -r requirements-app.txt brings it (Python 3.10 on)"
+            f"{error.name} is missing; pip install -r requirements-app.txt brings it (Python 3.10 or later)"
         ) from None
 
 
 def listen(host, port):
-    """A socket that is bound; ValueError, in one line, where it cannot be."""
+    """Return a bound socket, or raise ValueError in one line."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, socket.SOCK_STREAM)
@@ -57,36 +57,56 @@ def listen(host, port):
         listening.bind(address)
         listening.listen(128)
     except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: {log.reason(error)}; give others") from None
+        raise ValueError(f"--host {host} --port {port}: {log.describe_error(error)}; give others") from None
     return listening
 
 
-def serving(loaded, limits, queue_size):
-    """A uvicorn.Server of page and API; it draws while it runs."""
+def make_server(queue, settings):
+    """Return a uvicorn.Server of page and API; a running queue must have its model."""
     import uvicorn
 
-    from service import api, page
-    from service.queue import DrawingQueue
+    from service import api, connections
+    from service.events import Streams
+    from service.guard import HEADERS, Guard
+    from service.validation import Limits
 
-    queue = DrawingQueue(loaded, queue_size)
-    application = api.build(loaded, queue, limits)
-    page.mount(application, loaded, queue, limits)
+    streams = Streams(queue, settings.queue_size)
+    limits = Limits(settings.max_images, settings.max_prompt_characters)
+    routes = api.build(queue.loaded, queue, streams, limits)
+    application = Guard(routes, settings.host, settings.allowed_host, settings.token, settings.root_path)
+    connections.allow_files()
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame):
-            queue.give_up()  # so that whoever waits for pictures is told, and not waited for
+            queue.stop()  # clients that wait are answered at once
             super().handle_exit(sig, frame)
 
-        async def serve(self, sockets=None):
-            queue.start()
-            try:
-                await super().serve(sockets)
-            finally:
-                queue.stop()
+        async def on_tick(self, counter):
+            if counter % 10 == 0:  # every second
+                streams.sweep()
+                for connection in list(self.server_state.connections):
+                    connection.check_time()
+            return await super().on_tick(counter)
 
-    # Pages hold connections open for as long as they are open: they are not waited for.
-    quiet = {"log_level": "critical", "access_log": False, "timeout_graceful_shutdown": 1}
-    return Server(uvicorn.Config(application, lifespan="on", **quiet))
+        async def shutdown(self, sockets=None):
+            queue.stop(seconds=2)
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
+        application,
+        http=connections.Connection,
+        ws="none",
+        lifespan="off",
+        headers=list(HEADERS.items()),
+        server_header=False,
+        proxy_headers=bool(settings.forwarded_allow_ips),
+        forwarded_allow_ips=settings.forwarded_allow_ips,
+        limit_concurrency=connections.MAX_CONNECTIONS + 1,
+        timeout_graceful_shutdown=1,
+        log_level="critical",
+        access_log=False,
+    )
+    return Server(config)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,44 @@
-"""The flags of app.py → one validated namespace; of the same parts as those in args.py, and as light to import."""
+"""The flags of app.py."""
+
+import os
 
 from args import COUNT, check_vqgan_files, machine_flags, vqgan_file_flags
 from utils.command_line import Parser, number, parse
 
 
 def app_parser():
-    parser = Parser("Opens a web page and an HTTP API that draw pictures for prompts; requirements-app.txt.")
-    add = parser.heading("What to draw with")
-    add("dalle-path", None, "checkpoint of train.py; none: the demo that ships with the program")
+    """Return the parser of app.py's flags."""
+    parser = Parser("Serves a web page and an HTTP API that generate images for prompts; see requirements-app.txt.")
+    add = parser.heading("Model")
+    add("dalle-path", None, "checkpoint of train.py; none: the bundled demo")
     machine_flags(parser)
-    add = parser.heading("Where to listen")
-    add("host", "127.0.0.1", "address; 0.0.0.0 lets other machines in, without any password")
+    add = parser.heading("Network")
+    add("host", "127.0.0.1", "address; 0.0.0.0 serves other machines, too")
     add("port", 7860, "port; 0: a free one", number(int, low=0, high=65535))
+    add("token", None, "secret that clients must know; none: the environment variable MINI_DALLE_TOKEN, if set")
+    add("allowed-host", [], "further host names that the page is reached by", nargs="+", metavar="NAME")
+    add("root-path", "", "prefix under which a reverse proxy serves the page, such as /draw", prefix)
+    add("forwarded-allow-ips", None, "addresses of proxies whose X-Forwarded headers are believed, with commas between")
     add = parser.heading("Limits")
-    add("max-images", 16, "pictures a request", number(int, low=1, high=256))
-    add("max-prompt-characters", 400, "characters a prompt", COUNT)
-    add("queue-size", 64, "requests at once; further ones are told to come back later", COUNT)
-    add("batch-size", None, "pictures drawn at once; none: as many as the machine does well", COUNT)
-    add = parser.heading("Files that the checkpoint does not bring along")
+    add("max-images", 16, "images per prompt", number(int, low=1, high=256))
+    add("max-prompt-characters", 400, "characters per prompt", COUNT)
+    add("queue-size", 64, "requests at once; further ones get an error and may try again", COUNT)
+    add("batch-size", None, "images generated at once; none: what suits the machine", COUNT)
+    add = parser.heading("Files that the checkpoint lacks")
     add("bpe-path", None, "YouTokenToMe vocabulary; none: the checkpoint's, else CLIP's")
     vqgan_file_flags(add)
     return parser
 
 
+def prefix(text):
+    """Parse a URL prefix: none, or one with a slash before it and none after it."""
+    return f"/{text.strip('/')}" if text.strip("/") else ""
+
+
 def app_arguments(argv=None):
-    """The namespace of app.py."""
+    """Return the validated namespace of app.py."""
     parser = app_parser()
     settings = parse(parser, argv)
     check_vqgan_files(parser, settings)
+    settings.token = settings.token or os.environ.get("MINI_DALLE_TOKEN")
     return settings

@@ -12,7 +12,7 @@ import time
 
 from tqdm import tqdm
 
-LOG = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 LINE_SECONDS = 10  # at most one log line of losses in so much time; the bar moves with every step
 
 
@@ -26,27 +26,27 @@ class _AroundTheBar(logging.StreamHandler):
 
 def set_up(level=logging.INFO):
     """Send the program's log to stdout, with the time. Further calls change the level only."""
-    LOG.setLevel(level)
-    if not LOG.handlers:
+    logger.setLevel(level)
+    if not logger.handlers:
         handler = _AroundTheBar()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        LOG.addHandler(handler)
-        LOG.propagate = False
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 @contextlib.contextmanager
-def bad_input_exits():
+def exit_on_bad_input():
     """Within: ValueError and OSError, raised for bad input, end the program with one line and status 2."""
     try:
         yield
     except (ValueError, OSError) as error:
-        LOG.debug("where it was noticed:", exc_info=True)
+        logger.debug("where it was noticed:", exc_info=True)
         program = sys.argv[0].rpartition("/")[2]
-        print(f"{program}: error: {reason(error)}", file=sys.stderr)
+        print(f"{program}: error: {describe_error(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def reason(error):
+def describe_error(error):
     """What an exception says, in one line, without Python's number of the error."""
     said = str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -55,7 +55,7 @@ def reason(error):
 
 
 @contextlib.contextmanager
-def interrupt_exits():
+def exit_on_interrupt():
     """Within: Ctrl-C ends the program with one line and status 130."""
     try:
         yield
@@ -65,7 +65,7 @@ def interrupt_exits():
 
 
 @contextlib.contextmanager
-def termination_interrupts():
+def sigterm_as_ctrl_c():
     """Within: SIGTERM, by which launchers and schedulers end a run, is taken like Ctrl-C."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -78,12 +78,12 @@ def pictures_lost(count):
     """The line at a run's end about pictures that went bad while it trained."""
     if count:
         noun = "picture" if count == 1 else "pictures"
-        LOG.warning("%d %s could not be read while training; others took the place", count, noun)
+        logger.warning("%d %s could not be read while training; others took the place", count, noun)
 
 
-def validated(step, losses):
+def log_validation(step, losses):
     """The line of a validation after update `step`; losses: total, text, image and perplexity."""
-    LOG.info(
+    logger.info(
         "step %d held-out: total %.4f text %.4f image %.4f perplexity %.2f",
         *(step, losses["total"], losses["text"], losses["image"], losses["perplexity"]),
     )
@@ -98,7 +98,7 @@ class Progress:
 
     def __init__(self, steps, first_step, samples_per_step):
         self.steps, self.first_step, self.samples_per_step = steps, first_step, samples_per_step
-        quiet = None if LOG.isEnabledFor(logging.INFO) else True  # None: no bar where there is no terminal
+        quiet = None if logger.isEnabledFor(logging.INFO) else True  # None: no bar where there is no terminal
         self.bar = tqdm(
             total=steps,
             initial=first_step,
@@ -144,10 +144,10 @@ class Progress:
         )
         self.bar.update()
         if skipped:
-            LOG.warning("step %d: loss or gradient is not finite, the update is left out", step)
+            logger.warning("step %d: loss or gradient is not finite, the update is left out", step)
         if not skipped and (now - self.last_line >= LINE_SECONDS or step == self.steps):
             left = (self.steps - step) * (now - self.began) / (step - self.first_step)
-            LOG.info(
+            logger.info(
                 "step %d/%d epoch %d loss: %.3f text %.3f image %.3f lr %.2e throughput: %.2f samples/sec, %s left",
                 *(step, self.steps, epoch, losses["total"], losses["text"], losses["image"], lr, throughput),
                 tqdm.format_interval(left),

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # bash run_train.sh               installs, then runs the demo from nothing to a grid of pictures
 # bash run_train.sh demo_long     draws and trains the same with more steps
-# bash run_train.sh emoji         renders OpenMoji's drawings, trains a VQGAN and a DALL-E on them; goes on where it stopped
 # bash run_train.sh NAME [flags]  installs, then runs train.py --config NAME [flags]
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -12,12 +11,6 @@ name=${1:-demo}
 if [ "$name" = demo ] || [ "$name" = demo_long ]; then
     python -m data.shapes
     [ -f output/demo/vqgan/vqgan.ckpt ] || python train_vqgan.py --config vqgan_demo
-fi
-if [ "$name" = emoji ]; then
-    install requirements-emoji.txt
-    python -m data.emoji
-    [ -f output/emoji/vqgan/vqgan.ckpt ] || python train_vqgan.py --config vqgan_emoji
-    set -- "$@" --resume
 fi
 if [ $# -gt 0 ]; then
     shift

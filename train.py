@@ -7,6 +7,7 @@ configurations are args.py's.
 """
 
 import contextlib
+import logging
 import math
 import time
 
@@ -14,16 +15,18 @@ import args
 import log
 from utils import interrupts
 
+logger = logging.getLogger("minidalle")
+
 SKIPS_IN_A_ROW = 10  # updates left out one after the other, after which nothing will come of the run
 
 
 def main(argv=None):
     settings = args.train_arguments(argv)
     log.set_up()
-    with log.termination_interrupts():  # around the last words, too
+    with log.sigterm_as_ctrl_c():  # around the last words, too
         try:
-            with log.bad_input_exits():
-                from training.build import build
+            with log.exit_on_bad_input():
+                from training.run import build
 
                 run = build(settings)
                 if settings.dry_run:
@@ -34,7 +37,7 @@ def main(argv=None):
             print("stopped before the first step")
             raise SystemExit(130) from None
         try:
-            with log.bad_input_exits(), samples_accounted_for(run):
+            with log.exit_on_bad_input(), report_lost_samples(run):
                 train(run)
         except KeyboardInterrupt:
             stopped(run)
@@ -44,32 +47,34 @@ def main(argv=None):
 
 def train(run):
     """Updates to the end, with validation, checkpoints and pictures on the way. Before the first lies compilation."""
-    from data.order import RunBatches
+    from data.order import RunOrder
 
     progress = log.Progress(run.steps, run.step, run.backend.samples_per_step * run.backend.world_size)
-    order = RunBatches(run.batches, run.step, run.steps)
+    order = RunOrder(run.batches, run.step, run.steps)
     compiled, skips = False, 0
     # Several processes stop after the same update, so that none waits for another that has left.
-    with contextlib.closing(progress), interrupts.held() if run.backend.world_size > 1 else contextlib.nullcontext():
+    with contextlib.closing(
+        progress
+    ), interrupts.defer_signals() if run.backend.world_size > 1 else contextlib.nullcontext():
         for batch in run.backend.loader(run.dataset, order) if len(order) else ():
             if not compiled:
                 compile(run, batch)
                 progress.compiled()
                 compiled = True
                 if run.backend.compile_only:
-                    log.LOG.info("compiled only, as --compile-only says")
+                    logger.info("compiled only, as --compile-only says")
                     break
-                if not run.accounted:  # a stop came before all that follows an update was done
+                if not run.post_update_done:  # a stop came before all that follows an update was done
                     after_update(run)
             epoch, lr = run.epoch(), run.schedule.at(run.step, run.epoch())
-            with interrupts.held():  # an update counts, and is written down, as soon as it is made
+            with interrupts.defer_signals():  # an update counts, and is written down, as soon as it is made
                 losses = update(run, batch, lr)
                 skips = 0 if finite(losses) else skips + 1
                 run.skipped += skips > 0
                 run.step += 1
-                run.accounted = False
+                run.post_update_done = False
                 rate = progress.step(run.step, epoch, losses, lr, skipped=skips > 0)
-                run.trackers.update(run.step, epoch, lr, losses, rate, skipped=skips > 0)
+                run.trackers.log_update(run.step, epoch, lr, losses, rate, skipped=skips > 0)
                 if not skips:
                     run.epoch_loss = run.epoch_loss[0] + losses["total"], run.epoch_loss[1] + 1
             if skips == SKIPS_IN_A_ROW or (skips and "grad_norm" not in losses):
@@ -79,16 +84,16 @@ def train(run):
                 )
             with progress.paused():
                 after_update(run, changed=not skips)
-            if run.backend.agreed(interrupts.asked()):
+            if run.backend.any_process(interrupts.signal_pending()):
                 raise KeyboardInterrupt
-        if not run.accounted:  # the same after the last update
+        if not run.post_update_done:  # the same after the last update
             after_update(run)
 
 
 def compile(run, batch):
     started = time.monotonic()
     run.trainer.compile(batch)
-    log.LOG.info("Compiled model in %.3f secs", time.monotonic() - started)
+    logger.info("Compiled model in %.3f secs", time.monotonic() - started)
 
 
 def update(run, batch, lr):
@@ -123,13 +128,13 @@ def after_update(run, changed=True):
     with_epochs = run.settings.lr_scheduler == "ReduceLROnPlateau" and run.epoch_begins()
     due = run.step % run.settings.validation_steps == 0 or run.step == run.steps or with_epochs
     losses = None
-    if run.held_out is not None and due:
-        losses = validation.validate(run.trainer, run.backend, run.held_out)
-    with interrupts.held():
+    if run.validation_set is not None and due:
+        losses = validation.validate(run.trainer, run.backend, run.validation_set)
+    with interrupts.defer_signals():
         best = losses is not None and validated(run, losses)
         if run.epoch_begins():
             epoch_ended(run)
-        run.accounted = True
+        run.post_update_done = True
         if best:  # only now: what a file holds is what the next update begins with
             save(run, BEST)
     name = run.folder.due(run) if changed or run.step == run.steps else None
@@ -141,9 +146,9 @@ def after_update(run, changed=True):
 
 def validated(run, losses):
     """Note the losses of held-out pairs → whether they are the best so far."""
-    run.held_out_loss = losses["total"]
-    log.validated(run.step, losses)
-    run.trackers.validated(run.step, losses)
+    run.validation_loss = losses["total"]
+    log.log_validation(run.step, losses)
+    run.trackers.log_validation(run.step, losses)
     best = run.best_loss is None or losses["total"] < run.best_loss
     if best:
         run.best_loss = losses["total"]
@@ -154,7 +159,7 @@ def epoch_ended(run):
     """The schedule learns of the held-out loss, or else of the mean of the training losses."""
     total, count = run.epoch_loss
     mean = total / count if count else None
-    loss = mean if run.held_out is None else run.held_out_loss
+    loss = mean if run.validation_set is None else run.validation_loss
     if loss is not None:
         run.schedule.epoch_ended(loss)
     run.epoch_loss = (0.0, 0)
@@ -183,7 +188,7 @@ def not_saved(run):
 
 def close(run):
     """Whatever ended the run: the last lines, the last plot, and trackers told that it is over."""
-    with log.interrupt_exits():
+    with log.exit_on_interrupt():
         if run.metrics is not None:
             run.metrics.flush()
             run.plot.draw(at_end=True)
@@ -191,7 +196,7 @@ def close(run):
 
 
 @contextlib.contextmanager
-def samples_accounted_for(run):
+def report_lost_samples(run):
     """Within: a run that gets no more samples saves what it has; every run tells how many pictures it lost."""
     from backends.base import SamplesLost
 

@@ -7,12 +7,15 @@ Pictures need no captions. --output-dir gets vqgan.ckpt and vqgan.yaml in taming
 --vae-path, and reconstructions.png: held-out pictures above what comes back of them.
 """
 
+import logging
 import math
 import os
 from pathlib import Path
 
 from args import vqgan_arguments
-from log import LOG, bad_input_exits, set_up
+from log import exit_on_bad_input, set_up
+
+logger = logging.getLogger("minidalle")
 
 MEMORY_BYTES = 2 << 30  # a set that takes no more is decoded once and kept
 HELD_OUT_PIXELS = 1 << 21  # of so many the figures are taken: 512 pictures of 64 × 64, 32 of 256 × 256
@@ -25,7 +28,7 @@ EXIT_INTERRUPTED = 130
 def main(argv=None):
     settings = vqgan_arguments(argv)
     set_up()
-    with bad_input_exits():
+    with exit_on_bad_input():
         train(settings)
 
 
@@ -35,7 +38,7 @@ def train(settings):
     from tqdm import tqdm
 
     from backends.native.backend import pick_device
-    from data.pictures import endless_batches
+    from data.images import endless_batches
     from models.vae import VQGan
     from models.vqgan_training import SEED_CELLS, VQGanTrainer
     from utils.files import check_writable
@@ -50,7 +53,7 @@ def train(settings):
     output_dir = Path(settings.output_dir)
     check_writable(output_dir, "--output-dir")
     pictures, held_out, held_out_name = read_folders(settings)
-    LOG.info(
+    logger.info(
         "VQGAN of %.1f million parameters: %d × %d pixels to %d × %d codes of %d; on %s in %s",
         sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         *[settings.image_size] * 2,
@@ -71,7 +74,7 @@ def train(settings):
 
     def report():
         figures = measure(model, held_out, settings.batch_size, output_dir)
-        LOG.info(
+        logger.info(
             "step %d: PSNR %.2f dB on %d %s, %d of %d codes used (perplexity %.0f)",
             trainer.steps,
             figures.psnr,
@@ -89,7 +92,7 @@ def train(settings):
                 if step == settings.continuous_steps:
                     enough = math.ceil(SEED_CELLS / codes_per_side(settings) ** 2 / settings.batch_size)
                     begun = trainer.start_codebook(torch.cat([next(batches) for _ in range(enough)]))
-                    LOG.info("step %d: the codebook begins with %d of %d entries", step, begun, settings.n_embed)
+                    logger.info("step %d: the codebook begins with %d of %d entries", step, begun, settings.n_embed)
                 figures = trainer.step(next(batches), cosine(step, settings.max_steps, settings.warmup_steps))
                 bar.update()
                 if (step + 1) % SHOWN_EVERY == 0 or step + 1 == settings.max_steps:
@@ -99,12 +102,12 @@ def train(settings):
         report()
     except KeyboardInterrupt:
         if not trainer.has_codebook:
-            LOG.info("interrupted at step %d, before there was a codebook: nothing saved", trainer.steps)
+            logger.info("interrupted at step %d, before there was a codebook: nothing saved", trainer.steps)
         else:
             save(model, params, trainer.steps, output_dir)
-            LOG.info("interrupted at step %d of %d; saved what there is", trainer.steps, settings.max_steps)
+            logger.info("interrupted at step %d of %d; saved what there is", trainer.steps, settings.max_steps)
         raise SystemExit(EXIT_INTERRUPTED) from None
-    LOG.info("wrote vqgan.ckpt, vqgan.yaml and reconstructions.png into %s", output_dir)
+    logger.info("wrote vqgan.ckpt, vqgan.yaml and reconstructions.png into %s", output_dir)
 
 
 def _fast_in_bf16(device):
@@ -164,29 +167,29 @@ def read_folders(settings):
     The training pictures are paths where they would not fit into memory. No more of them are read than the run can
     see.
     """
+    from data.images import find_images, load_images
     from data.order import epoch_order
-    from data.pictures import find_pictures, load_pictures
 
     size, seed = settings.image_size, settings.random_seed
 
     def shuffled(paths):
         return [paths[index] for index in epoch_order(len(paths), seed, epoch=0)]
 
-    paths = shuffled(find_pictures(settings.input_folder))
+    paths = shuffled(find_images(settings.input_folder))
     name = "held-out pictures"
     most = max(GRID_PICTURES, HELD_OUT_PIXELS // size**2)
     if settings.validation_folder is not None:
-        held_out = shuffled(find_pictures(settings.validation_folder))[:most]
+        held_out = shuffled(find_images(settings.validation_folder))[:most]
     elif settings.validation_split and len(paths) > 1:
         count = min(most, math.ceil(len(paths) * settings.validation_split))
         held_out, paths = paths[:count], paths[count:]
     else:
         held_out, name = paths[:most], "training pictures"
     paths = paths[: settings.max_steps * settings.batch_size]
-    held_out = load_pictures(held_out, size, settings.dataloader_workers)
+    held_out = load_images(held_out, size, settings.dataloader_workers)
     if len(paths) * 3 * size**2 <= MEMORY_BYTES:
-        paths = load_pictures(paths, size, settings.dataloader_workers)
-    LOG.info("%d training pictures, %d %s", len(paths), len(held_out), name)
+        paths = load_images(paths, size, settings.dataloader_workers)
+    logger.info("%d training pictures, %d %s", len(paths), len(held_out), name)
     return paths, held_out, name
 
 
@@ -202,7 +205,7 @@ def show(bar, figures, trainer, step):
     line = f"loss {loss:.4f}, {-10 * math.log10(figures['mse'].item()):.1f} dB{codes}"
     bar.set_postfix_str(line)
     if bar.disable and (step + 1) % LOGGED_EVERY == 0:
-        LOG.info("step %d of %d: %s", step + 1, trainer.settings.max_steps, line)
+        logger.info("step %d of %d: %s", step + 1, trainer.settings.max_steps, line)
 
 
 def measure(model, held_out, batch_size, output_dir):

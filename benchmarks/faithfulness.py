@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import log
 from args import COUNT, SEED, machine_flags
-from data.shapes import held_out_prompts
+from data.shapes import validation_prompts
 from evaluate import judge
 from utils.command_line import Parser, number, parse
 from utils.files import atomic_write, check_writable
@@ -43,14 +43,14 @@ def main(argv=None):
     machine_flags(parser)
     settings = parse(parser, argv)
     log.set_up()
-    with log.interrupt_exits(), log.bad_input_exits():
+    with log.exit_on_interrupt(), log.exit_on_bad_input():
         from generation.loading import load
 
         check_writable(settings.output_dir, "--output-dir")
         loaded = load(
             settings.dalle_path, device=settings.device, precision=settings.precision, batch_size=settings.batch_size
         )
-        prompts = held_out_prompts("score", settings.pictures, settings.seed)
+        prompts = validation_prompts("score", settings.pictures, settings.seed)
         rows = [measured(loaded, prompts, settings.seed, *row) for row in tqdm(ROWS, unit="row", disable=None)]
         print(f"{loaded.path}, {len(prompts)} held-out prompts, seed {settings.seed}")
         print(f"{'':40}{'followed':>10}{'s a picture':>13}")
@@ -68,21 +68,23 @@ def measured(loaded, prompts, seed, what, settings, rank):
     """A row: a picture a prompt, the best of `rank` by the model's own likelihood."""
     import torch
 
-    from generation import drawing, ranking
+    from generation import batching, ranking
 
     sampling = {**PLAIN, **settings}
-    first = drawing.picture(loaded, prompts[0], 0, {key: v for key, v in sampling.items() if v is not None})
+    first = batching.plan_image(loaded, prompts[0], 0, {key: v for key, v in sampling.items() if v is not None})
     first = first._replace(sampling=sampling)  # None, too, which picture() takes for the checkpoint's advice
     lists = [
         [
-            first._replace(prompt=prompt, text=drawing.tokens_of(loaded, prompt), seed=seed + place * rank + number)
+            first._replace(
+                prompt=prompt, tokens=batching.encode_prompt(loaded, prompt), seed=seed + place * rank + number
+            )
             for number in range(rank)
         ]
         for place, prompt in enumerate(prompts)
     ]
     started, pictures = time.monotonic(), []
-    for part, codes in zip(lists, drawing.draw_lists(loaded, lists)):
-        ((place, _),) = ranking.kept(loaded, part, codes, 1)
+    for part, codes in zip(lists, batching.generate_lists(loaded, lists)):
+        ((place, _),) = ranking.best_of(loaded, part, codes, 1)
         pictures.append(loaded.decode(codes[place][None]))
     seconds = (time.monotonic() - started) / len(prompts)
     accuracy, faults = judge(prompts, torch.cat(pictures))

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from backends.native.backend import NativeBackend
+from backends.native.backend import NativeTrainingBackend
 from benchmarks import peer
 from benchmarks.network import settings_of
 from data.loader import TextImageDataset
-from data.order import EpochBatches, RunBatches
-from data.shapes import sample_picture
+from data.order import EpochOrder, RunOrder
+from data.shapes import make_sample
 from data.tokenizer import load_tokenizer
 
 SIDE, CODES = 256, 256
@@ -37,7 +37,7 @@ def write_pictures(folder, count):
             layers = [Image.fromarray(noise[..., c]).resize((640, 480), Image.Resampling.BICUBIC) for c in range(3)]
             pixels += np.stack([np.asarray(layer) for layer in layers], axis=-1)
         Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8)).save(folder / f"{number:04d}.jpg", quality=90)
-        captions = sample_picture("train", number, size=32)[1]
+        captions = make_sample("train", number, size=32)[1]
         (folder / f"{number:04d}.txt").write_text("\n".join(list(captions)[:5]) + "\n", encoding="utf-8")
 
 
@@ -82,7 +82,7 @@ def loading(quick, codes):
     """Through the backend's loader, as training reads."""
     rows = 2 if quick else 16
     settings = settings_of(quick, batch_size=rows, dataloader_workers=workers())
-    backend = NativeBackend(settings)
+    backend = NativeTrainingBackend(settings)
     steps = 4 if quick else 100 if codes else 8
 
     def measure(folder, count):
@@ -92,7 +92,7 @@ def loading(quick, codes):
             path = folder / "codes.npy"
             np.save(path, np.random.default_rng(0).integers(0, 1024, (count, CODES)).astype(np.uint16))
             dataset.attach_codes(np.load(path, mmap_mode="r", allow_pickle=False))
-        order = RunBatches(EpochBatches(count, rows, seed=0), 0, batches_wanted(steps))
+        order = RunOrder(EpochOrder(count, rows, seed=0), 0, batches_wanted(steps))
         return seconds_a_sample(backend.loader(dataset, order), rows, steps)
 
     return with_folder(measure, quick), None

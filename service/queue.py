@@ -1,242 +1,283 @@
-"""Who draws next: batches of pictures of several people at once, one after the other.
+"""The queue of images to generate, and the one thread that runs the model.
 
-A batch begins with the client who got the fewest pictures so far, and takes one picture at a time from whoever got
-fewest of those whose pictures go together with it. Knows nothing of HTTP or of pages.
+A batch starts with the client that received the fewest images so far. It then takes one image at a time from the client
+with the fewest among those whose images can share the batch. This module knows nothing of HTTP.
 """
 
 import asyncio
+import collections
 import contextlib
+import logging
 import threading
 import time
+from concurrent.futures import Future
 
-from generation.drawing import draw, together
-from generation.output import as_picture
-from generation.previews import Forming
-from log import LOG
-from service.computing import compute
+from generation.batching import batch_key, generate_batch
+from generation.output import to_image
+from generation.previews import Preview
 
-PATIENCE = 0.1  # of the time of a batch, to wait for the next one to fill
+logger = logging.getLogger("minidalle")
+PATIENCE = 0.1  # share of the last batch's time to wait for the next batch to fill
+STOPPING = "The service is stopping."
+FAILED = "The images could not be generated; the program's log says why."
 
 
 class Busy(Exception):
-    """The queue is full; the message is a sentence for the user."""
+    """The queue cannot take a job: a sentence for the user, and the HTTP status (429: for this client's jobs)."""
+
+    def __init__(self, sentence, status=503):
+        super().__init__(sentence)
+        self.status = status
 
 
 class Abandoned(Exception):
-    """Nobody waits for a picture of the batch any more."""
+    """No client waits for any image of the batch."""
 
 
 class Job:
-    """Pictures that one client waits for.
+    """The images that one client waits for.
 
-    codes and drawn are lists of int64 (L,) and of PIL pictures, None where a picture is not drawn yet. drawing: how
-    many are in the batch that is being drawn, row: how many rows of codes they have; forming: PIL pictures of upper
-    rows by places. error: a sentence, where the job failed. ended is set when everything is drawn, or failed, or was
-    cancelled.
+    Attributes:
+        specs: What to generate, a list of ImageSpec.
+        every: Rows of codes between two previews, or None for no previews.
+        images: PIL images, None for each that is not ready.
+        previews: {index: (rows, PIL image of these upper rows)} of images in the current batch.
+        active: Indices of the images in the current batch; `row` is the number of rows that they have.
+        error: A sentence if the job failed.
+        ended: Set when all images are ready, or the job failed or was cancelled.
+        on_change: Called after each change, in the thread that made it.
     """
 
-    def __init__(self, client, pictures, every):
-        self.client, self.pictures, self.every = client, pictures, every
-        self.codes, self.drawn = [None] * len(pictures), [None] * len(pictures)
-        self.forming, self.drawing, self.row, self.started = {}, 0, 0, False
+    def __init__(self, client, specs, every=None):
+        self.client, self.specs, self.every = client, specs, every
+        self.images, self.previews = [None] * len(specs), {}
+        self.active, self.row, self.started, self.ahead = [], 0, False, 0
         self.error, self.cancelled, self.ended = None, False, threading.Event()
-        self.on_change = None  # called in the drawing thread, or in that of who cancels
+        self.on_change = lambda: None
 
     @property
-    def done(self):
-        """How many pictures are drawn."""
-        return sum(one is not None for one in self.drawn)
+    def ready(self):
+        """The number of finished images."""
+        return sum(image is not None for image in self.images)
 
-    def changed(self):
-        if self.on_change is not None:
-            self.on_change()
+    async def changes(self):
+        """Yield once at the start, after each change, and a last time when the job has ended."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
-    def end(self, error=None):
-        self.error = error
-        self.ended.set()
-        self.changed()
+        def wake():
+            with contextlib.suppress(RuntimeError):  # the loop has closed, so nobody listens
+                loop.call_soon_threadsafe(changed.set)
 
-
-async def changes(job):
-    """Yields at once, whenever something of the job has changed, and for the last time when it has ended."""
-    loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-    def wake():
-        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens
-            loop.call_soon_threadsafe(changed.set)
-
-    job.on_change = wake
-    while True:
-        ended = job.ended.is_set()
-        yield
-        if ended:
-            return
-        await changed.wait()
-        changed.clear()
+        self.on_change = wake
+        while True:
+            ended = self.ended.is_set()
+            yield
+            if ended:
+                return
+            await changed.wait()
+            changed.clear()
 
 
-class DrawingQueue:
-    """Jobs → pictures, in batches that a thread of its own makes up between start() and stop()."""
+class GenerationQueue:
+    """Generate the images of jobs in fair batches.
 
-    def __init__(self, loaded, max_jobs):
-        self.loaded, self.max_jobs = loaded, max_jobs
-        self.jobs = []  # that have not ended
-        self.waiting = {}  # client → [(job, place, what together() says of the picture)], none of them empty
-        self.served = {}  # client → pictures that were drawn for them, counted from when they came
-        self.clock = 0  # what the client who was next last had been served; who comes new begins here
-        self.pictures_drawn, self.stopping = 0, False
-        self.something = threading.Condition()  # guards all of the above
-        self.thread = threading.Thread(target=self._work, name="drawing", daemon=True)
+    One thread does all computation, because each thread gets an OpenMP pool of its own, and two pools on the same
+    cores halve the speed.
+    """
+
+    def __init__(self, loaded=None, max_jobs=64, max_images=1024):
+        """Create the queue; `loaded` may be set later, but before the first job."""
+        self.loaded, self.max_jobs, self.max_images = loaded, max_jobs, max_images
+        self.jobs = []  # not ended
+        self.calls = collections.deque()  # (future, function, arguments)
+        self.waiting = {}  # client → [(job, index, batch key)], no list empty
+        self.served = {}  # client → images generated for it
+        self.clock = 0  # images served to the client picked last; new clients start at this count
+        self.images_generated, self.stopping = 0, False
+        self.condition = threading.Condition()  # guards all of the above
+        self.thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     def start(self):
+        """Start the thread."""
         self.thread.start()
 
-    def give_up(self):
-        """Give up what is being drawn and what waits; the thread then ends."""
-        with self.something:
+    def stop(self, seconds=None):
+        """End all jobs and calls with an error at once; wait for the thread if `seconds` says how long."""
+        with self.condition:
             self.stopping = True
-            self.something.notify()
+            for job in list(self.jobs):
+                self._end(job, STOPPING)
+            for future, _, _ in self.calls:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(Busy(STOPPING))
+            self.calls.clear()
+            self.condition.notify()
+        if seconds is not None and self.thread.ident:
+            self.thread.join(seconds)
 
-    def stop(self):
-        """give_up(), and wait for the thread."""
-        self.give_up()
-        if self.thread.ident:
-            self.thread.join()
+    def call(self, function, *arguments):
+        """Return a future of function(*arguments), which the thread calls before its next batch."""
+        future = Future()
+        with self.condition:
+            if self.stopping:
+                raise Busy(STOPPING)
+            self.calls.append((future, function, arguments))
+            self.condition.notify()
+        return future
 
-    def submit(self, client, pictures, every=None):
-        """Queue generation.drawing.Pictures of a client (any hashable) → Job. every: rows between previews, None for
-        none. Busy where the queue is full, or half full with jobs of this client.
-        """
-        job = Job(client, pictures, every)
-        with self.something:
-            own = sum(other.client == client for other in self.jobs)
-            if self.stopping or not self.thread.is_alive():
-                raise Busy("The service is stopping.")
-            if len(self.jobs) >= self.max_jobs or own >= max(1, self.max_jobs // 2):
-                raise Busy("Too many pictures are being drawn at the moment; please try again in a little while.")
-            if not self.jobs:  # nobody remembers who drew how much before
+    def submit(self, client, specs, every=None):
+        """Queue the images of a client (any hashable) and return their Job. Raise Busy if the queue is full."""
+        job = Job(client, specs, every)
+        with self.condition:
+            self.check_room(client, len(specs))
+            if not self.jobs:  # counts from before a pause would be unfair
                 self.served, self.clock = {}, 0
             self.jobs.append(job)
             if client not in self.waiting:
                 self.served[client] = max(self.served.get(client, 0), self.clock)
-            entries = [(job, place, together(one)) for place, one in enumerate(pictures)]
+            entries = [(job, index, batch_key(spec)) for index, spec in enumerate(specs)]
             self.waiting.setdefault(client, []).extend(entries)
-            self.something.notify()
+            self._count_ahead()
+            self.condition.notify()
         return job
 
+    def check_room(self, client, count):
+        """Raise Busy if `count` more images of a client do not fit: a client may use half of the queue."""
+        jobs = list(self.jobs)
+        own = [job for job in jobs if job.client == client]
+        if self.stopping or not self.thread.is_alive():
+            raise Busy(STOPPING)
+        for some, share, status in ((own, 2, 429), (jobs, 1, 503)):
+            images = sum(len(job.specs) - job.ready for job in some)
+            if some and (len(some) >= self.max_jobs / share or images + count > self.max_images / share):
+                raise Busy("Too many images are being generated now; please try again in a little while.", status)
+
     def cancel(self, job):
-        """Drop a job's pictures; the drawing itself is given up where nobody else waits for its batch."""
-        with self.something:
+        """Drop the images of a job. The current batch is given up if no other job has a part in it."""
+        with self.condition:
             if job.ended.is_set():
                 return
             job.cancelled = True
         self._end(job)
 
-    def others(self, job):
-        """How many other jobs are being drawn or wait."""
-        return sum(other is not job for other in self.jobs)
+    def _count_ahead(self):
+        """Tell the jobs that have not started how many others are served before them."""
+        started = sum(job.started for job in self.jobs)
+        for place, job in enumerate([job for job in self.jobs if not job.started]):
+            if job.ahead != started + place:
+                job.ahead = started + place
+                job.on_change()
 
     def _end(self, job, error=None):
-        with self.something:
+        with self.condition:
             if job not in self.jobs:
                 return
             self.jobs.remove(job)
             left = [entry for entry in self.waiting.pop(job.client, []) if entry[0] is not job]
             if left:
                 self.waiting[job.client] = left
-        job.end(error)
+            self._count_ahead()
+        job.error = error
+        job.ended.set()
+        job.on_change()
 
     def _next_batch(self):
-        """[(job, place)] of pictures that go together, taken out of what waits."""
+        """Take images that can share a batch out of `waiting`, as [(job, index)]."""
         first = min(self.waiting, key=self.served.get)
-        self.clock = self.served[first]
-        wanted = self.waiting[first][0][2]
-        fitting = {
-            client: [entry for entry in entries if entry[2] == wanted] for client, entries in self.waiting.items()
-        }
-        batch, taken = [], set()
+        self.clock, key, batch = self.served[first], self.waiting[first][0][2], []
         while len(batch) < self.loaded.batch_size:
-            offering = [client for client, entries in fitting.items() if entries]
-            if not offering:
+            fitting = [client for client, entries in self.waiting.items() if any(one[2] == key for one in entries)]
+            if not fitting:
                 break
-            client = min(offering, key=self.served.get)
-            job, place, _ = fitting[client].pop(0)
+            client = min(fitting, key=self.served.get)
+            entries = self.waiting[client]
+            job, index, _ = entries.pop(next(place for place, one in enumerate(entries) if one[2] == key))
+            batch.append((job, index))
             self.served[client] += 1
-            batch.append((job, place))
-            taken.add((id(job), place))
-        left = {
-            client: [entry for entry in entries if (id(entry[0]), entry[1]) not in taken]
-            for client, entries in self.waiting.items()
-        }
-        self.waiting = {client: entries for client, entries in left.items() if entries}
+            if not entries:
+                del self.waiting[client]
         self.served = {
             client: count for client, count in self.served.items() if client in self.waiting or count > self.clock
         }
-        # Pictures that are to be seen while they form first: previews show the first ones of a batch.
-        return sorted(batch, key=lambda one: one[0].every is None)
+        return sorted(batch, key=lambda one: one[0].every is None)  # previews show the first images of a batch
+
+    def _work(self):
+        seconds = 0.0  # that the last batch took, if it finished a job
+        while True:
+            batch = None
+            with self.condition:
+                self.condition.wait_for(lambda: self.stopping or self.calls or self.waiting)
+                if not self.calls:
+                    # Clients just served may ask again at once; a half empty batch costs as much as a full one.
+                    self.condition.wait_for(lambda: self.stopping or self.calls or self._is_full(), PATIENCE * seconds)
+                calls = [] if self.stopping else list(self.calls)
+                self.calls.clear()
+                if not self.stopping and not calls and self.waiting:
+                    batch = self._next_batch()
+            if self.stopping:
+                return
+            for future, function, arguments in calls:
+                if not future.set_running_or_notify_cancel():  # its client has gone
+                    continue
+                try:
+                    future.set_result(function(*arguments))
+                except Exception as error:
+                    future.set_exception(error)
+            if batch:
+                seconds = self._run_batch(batch)
 
     def _is_full(self):
         return sum(map(len, self.waiting.values())) >= self.loaded.batch_size
 
-    def _work(self):
-        seconds = 0.0  # that the batch before took, where somebody was answered after it
-        while True:
-            with self.something:
-                self.something.wait_for(lambda: self.stopping or self.waiting)
-                # Whoever was just answered may ask again at once; a half empty batch costs as much as a full one.
-                self.something.wait_for(lambda: self.stopping or self._is_full(), PATIENCE * seconds)
-                batch = None if self.stopping else self._next_batch()
-            if batch is None:
-                for job in list(self.jobs):
-                    self._end(job, "The service is stopping.")
-                return
-            started, jobs = time.monotonic(), len(self.jobs)
-            try:
-                compute(self._draw, batch)
-            except Abandoned:
-                pass
-            except Exception:
-                LOG.exception("a drawing failed")
-                for job in {id(job): job for job, _ in batch}.values():
-                    self._end(job, "The drawing failed inside the program; its log says why.")
-            seconds = time.monotonic() - started if len(self.jobs) < jobs else 0.0
+    def _run_batch(self, batch):
+        """Generate a batch; return the seconds that it took, or 0 if no job ended with it."""
+        started, jobs = time.monotonic(), len(self.jobs)
+        try:
+            self._generate(batch)
+        except Abandoned:
+            pass
+        except Exception:
+            logger.exception("a batch failed")
+            for job in {id(job): job for job, _ in batch}.values():
+                self._end(job, FAILED)
+        return time.monotonic() - started if len(self.jobs) < jobs else 0.0
 
-    def _draw(self, batch):
+    def _generate(self, batch):
         loaded, jobs = self.loaded, list({id(job): job for job, _ in batch}.values())
-        side = loaded.side
-        seen = [(job, place) for job, place in batch if job.every is not None]
-        forming = None
-        if seen:
+        rows = loaded.side
+        shown = [(job, index) for job, index in batch if job.every is not None]
 
-            def show(pictures, rows):
-                for (job, place), picture in zip(seen, pictures):
-                    job.forming[place] = picture.crop((0, 0, picture.width, picture.height * rows // side))
+        def show(images, row):
+            for (job, index), image in zip(shown, images):
+                job.previews[index] = row, image.crop((0, 0, image.width, image.height * row // rows))
 
-            forming = Forming(loaded, min(job.every for job, _ in seen), show, most=len(seen))
+        forming = Preview(loaded, min(job.every for job, _ in shown), show, most=len(shown)) if shown else None
 
         def watch(codes):
             if self.stopping or all(job.ended.is_set() for job in jobs):
                 raise Abandoned
-            if codes.shape[1] % side == 0:
-                if forming is not None and any(not job.ended.is_set() for job, _ in seen):
+            if codes.shape[1] % rows == 0:
+                if forming is not None and any(not job.ended.is_set() for job, _ in shown):
                     forming(codes)
                 for job in jobs:
-                    job.row = codes.shape[1] // side
-                    if job.every is not None:  # whoever sees nothing form is told at the end
-                        job.changed()
+                    job.row = codes.shape[1] // rows
+                    if job.every is not None:
+                        job.on_change()
 
         for job in jobs:
-            job.started, job.row = True, len(batch[0][0].pictures[batch[0][1]].given) // side
-            job.drawing = sum(other is job for other, _ in batch)
-            job.changed()
-        codes = draw(loaded, [job.pictures[place] for job, place in batch], watch=watch)
-        for (job, place), one, pixels in zip(batch, codes, loaded.decode(codes)):
-            job.codes[place], job.drawn[place] = one, as_picture(pixels)
-            job.forming.pop(place, None)
-        self.pictures_drawn += len(batch)
+            job.started, job.row = True, len(batch[0][0].specs[batch[0][1]].given_codes) // rows
+            job.active = [index for other, index in batch if other is job]
+            job.on_change()
+        with self.condition:
+            self._count_ahead()
+        codes = generate_batch(loaded, [job.specs[index] for job, index in batch], on_code=watch)
+        for (job, index), pixels in zip(batch, loaded.decode(codes)):
+            job.images[index] = to_image(pixels)
+            job.previews.pop(index, None)
+        self.images_generated += len(batch)
         for job in jobs:
-            job.drawing = job.row = 0
-            if job.done == len(job.pictures):
+            job.active, job.row = [], 0
+            if job.ready == len(job.specs):
                 self._end(job)
             else:
-                job.changed()
+                job.on_change()

@@ -1,37 +1,47 @@
-"""Pictures that people send: looked at before they are decoded, so that no small file becomes gigabytes of pixels."""
+"""Images that people send: checked before they are decoded, so that no small file becomes gigabytes of pixels."""
 
+import base64
 import io
-import os
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
+
+from data.images import crop_square
 
 MAX_BYTES = 10 * 2**20
 MAX_PIXELS = 24_000_000  # what phones photograph
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-SAID = "PNG, JPEG, WebP, BMP and GIF are accepted"
+PngImagePlugin.MAX_TEXT_CHUNK = 2**16  # bytes that a compressed text or color profile may unpack to
+PngImagePlugin.MAX_TEXT_MEMORY = 2**18
 
 
-def opened(source):
-    """A file's path, or its bytes → PIL picture, decoded (the first one, where it moves). ValueError with a sentence
-    for what is no picture, too large or damaged.
+def decode(text, size):
+    """Return the middle square of an image in base64 as a PIL image of `size` pixels a side (the first frame only).
+
+    Raises:
+        ValueError: With a sentence, for what is not an image, too large or damaged.
     """
-    size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
-    if size > MAX_BYTES:
-        raise ValueError(f"The picture's file has {size / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB are accepted.")
     try:
-        picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise ValueError("image is not base64.") from None
+    if len(data) > MAX_BYTES:
+        raise ValueError(
+            f"The image file has {len(data) / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB are accepted."
+        )
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise ValueError(f"The picture is too large; at most {MAX_PIXELS // 10**6} megapixels are accepted.") from None
-    except Exception:  # PIL raises whatever a damaged header makes it stumble over
-        raise ValueError(f"The file is no picture that can be read; {SAID}.") from None
-    width, height = picture.size
+        raise ValueError(f"The image is too large; at most {MAX_PIXELS // 10**6} megapixels are accepted.") from None
+    except Exception:  # a damaged header makes PIL raise anything
+        raise ValueError("The file is not a readable image; PNG, JPEG, WebP, BMP and GIF are accepted.") from None
+    width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(
-            f"The picture is {width} × {height} pixels, {width * height / 1e6:.1f} megapixels; at most "
+            f"The image is {width} × {height} pixels, {width * height / 1e6:.1f} megapixels; at most "
             f"{MAX_PIXELS // 10**6} are accepted."
         )
     try:
-        picture.load()
+        image.load()
+        return Image.fromarray(crop_square(image, size))
     except Exception:
-        raise ValueError("The picture's file is damaged or incomplete.") from None
-    return picture
+        raise ValueError("The image file is damaged or incomplete.") from None

@@ -1,4 +1,4 @@
-"""What several tests share: small real models, and dalle-pytorch as an independent oracle."""
+"""Fixtures that several tests share: small real models, and dalle-pytorch as an independent oracle."""
 
 import contextlib
 import importlib
@@ -18,17 +18,17 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import peer
-from data.shapes import sample_picture
+from data.shapes import make_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 YTTM = "bpe/bpe_yttm_vocab.txt"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-# A shell's background jobs ignore Ctrl-C, and so would the processes that tests start and send one.
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class TinyTokenizer(nn.Module):
-    """An image tokenizer in four lines: a picture's code is its mean brightness in each of fmap × fmap cells."""
+    """An image tokenizer in four lines: an image's codes are its mean brightness in each of fmap × fmap cells."""
 
     def __init__(self, fmap_size=4, num_tokens=32):
         super().__init__()
@@ -49,10 +49,10 @@ def tiny_vae():
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """The real photographs and captions; they stand beside the project where it is developed and are no part of it."""
+    """The folder of real photographs and captions, which are next to the project in development and not part of it."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("no real photographs beside the project")
+        pytest.skip("no real photographs next to the project")
     return folder
 
 
@@ -62,10 +62,10 @@ def dalle_pytorch():
     return peer.load() or pytest.skip("dalle-pytorch is not installed")
 
 
-def write_taming_vqgan(folder, pictures, side=32, patch=8, channels=32, width=8, entries=64):
-    """A VQGAN of one level, put together from taming's modules and saved as taming saves: vqgan.ckpt and vqgan.yaml.
+def write_taming_vqgan(folder, images, side=32, patch=8, channels=32, width=8, entries=64):
+    """Save a VQGAN of one level, built from taming's modules, in taming's format: vqgan.ckpt and vqgan.yaml.
 
-    Its weights are random; its entries are latents of `pictures`, so that different pictures have different codes.
+    Its weights are random; its entries are latents of `images`, so that different images have different codes.
     """
     from taming.modules.diffusionmodules.model import Decoder, Encoder
     from taming.modules.vqvae.quantize import VectorQuantizer2
@@ -79,11 +79,11 @@ def write_taming_vqgan(folder, pictures, side=32, patch=8, channels=32, width=8,
     parts["quant_conv"], parts["post_quant_conv"] = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
     parts.eval()
     with torch.no_grad():
-        pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+        pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
         cells = nn.functional.pixel_unshuffle(pixels / 127.5 - 1, patch)
         latents = parts["quant_conv"](parts["encoder"](cells)).permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0)
         parts["quantize"].embedding.weight.copy_(latents[torch.randperm(len(latents))[:entries]])
-        parts["decoder"].conv_out.weight.mul_(0.3)  # pale pictures, which stretching their contrast would change
+        parts["decoder"].conv_out.weight.mul_(0.3)  # pale images, because stretching their contrast would change them
     folder.mkdir(parents=True, exist_ok=True)
     loss = {"loss.discriminator.main.0.weight": torch.zeros(3)}  # taming's files hold the training loss as well
     torch.save({"state_dict": {**parts.state_dict(), **loss}, "global_step": 1}, folder / "vqgan.ckpt")
@@ -95,10 +95,10 @@ def write_taming_vqgan(folder, pictures, side=32, patch=8, channels=32, width=8,
 
 @pytest.fixture(scope="session")
 def drawn_pictures(tmp_path_factory):
-    """A folder of twelve 32 × 32 pictures of two shapes and their captions; not to be written to."""
+    """A folder of twelve 32 × 32 images of two shapes and their captions, which tests must not change."""
     folder = tmp_path_factory.mktemp("drawn")
     for number in range(12):
-        pixels, captions = sample_picture("train", number, size=32)
+        pixels, captions = make_sample("train", number, size=32)
         Image.fromarray(pixels).save(folder / f"{number:02d}.png")
         (folder / f"{number:02d}.txt").write_text("\n".join(captions[:2]) + "\n")
     return folder
@@ -112,16 +112,16 @@ def picture_folder(drawn_pictures, tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny_vqgan(tmp_path_factory, drawn_pictures):
-    """The folder of a VQGAN for 32 × 32 pictures in 4 × 4 codes of 64."""
-    pictures = [Image.open(path) for path in sorted(drawn_pictures.glob("*.png"))]
-    return write_taming_vqgan(tmp_path_factory.mktemp("vqgan"), pictures)
+    """The folder of a VQGAN for 32 × 32 images in 4 × 4 codes of 64."""
+    images = [Image.open(path) for path in sorted(drawn_pictures.glob("*.png"))]
+    return write_taming_vqgan(tmp_path_factory.mktemp("vqgan"), images)
 
 
 @pytest.fixture(scope="session")
 def tiny_flags(drawn_pictures, tiny_vqgan, tmp_path_factory):
-    """train.py's flags for a network that learns twelve pictures in seconds: three steps an epoch, codes kept aside.
+    """Flags with which train.py learns twelve images in seconds: three steps per epoch, with a codes cache.
 
-    A later flag wins, so tests append theirs.
+    If a flag is repeated, the last one counts, so tests append theirs.
     """
     model = "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --dim-head 16 --text-seq-len 16"
     run = "--batch-size 4 --dataloader-workers 0 --device cpu --precision fp32 --learning-rate 3e-3 --sample-steps 0"
@@ -146,7 +146,7 @@ STANDIN = ROOT / "tests" / "poptorch_standin"
 
 @pytest.fixture
 def poptorch_standin(monkeypatch):
-    """The stand-in for PopTorch as the module `poptorch`, in this test only, with an SDK that counts as enabled."""
+    """The stand-in for PopTorch as the module `poptorch`, in this test only, with the SDK marked as enabled."""
 
     def forget():
         for name in [name for name in sys.modules if name.partition(".")[0] in IPU_PACKAGES]:
@@ -160,16 +160,18 @@ def poptorch_standin(monkeypatch):
 
 
 @pytest.fixture
-def logged(caplog):
-    """What the program logs, as caplog."""
+def logged(caplog, monkeypatch):
+    """Pytest's caplog with everything that the program logs, each line once."""
+    logger = logging.getLogger("minidalle")
     caplog.set_level(logging.INFO, "minidalle")
-    logging.getLogger("minidalle").addHandler(caplog.handler)
+    monkeypatch.setattr(logger, "propagate", False)  # the root logger has caplog's handler, too
+    logger.addHandler(caplog.handler)
     yield caplog
-    logging.getLogger("minidalle").removeHandler(caplog.handler)
+    logger.removeHandler(caplog.handler)
 
 
 class Ended(NamedTuple):
-    """How a command ended: exit status, and what it wrote."""
+    """The exit status of a command and its output."""
 
     status: int
     out: str
@@ -178,7 +180,7 @@ class Ended(NamedTuple):
 
 @pytest.fixture
 def command(capsys):
-    """command(main, *argv): runs a command in this process → Ended. Other exceptions than SystemExit fail the test."""
+    """command(main, *argv) runs a command in this process and returns Ended; only SystemExit may end it early."""
 
     def run(main, *argv):
         capsys.readouterr()

@@ -17,7 +17,7 @@ from PIL import Image
 from generation.loading import DEMO
 from tests.service.running import Drawing, call, generate, loaded_for_tests, running, until
 
-pytest.importorskip("gradio", exc_type=ImportError)
+pytest.importorskip("fastapi", exc_type=ImportError)
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
@@ -35,9 +35,7 @@ def loaded(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def port(loaded):
-    from service.requests import Limits
-
-    with running(loaded, Limits(max_images=8, max_prompt_characters=100)) as port:
+    with running(loaded, "--max-images", 8, "--max-prompt-characters", 100) as port:
         yield port
 
 

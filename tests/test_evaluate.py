@@ -17,8 +17,8 @@ import evaluate
 import log
 import train
 from args_evaluate import evaluate_arguments
-from data.pictures import load_pictures
-from data.shapes import COLOURS, draw_scene, held_out_prompts, parse_caption
+from data.images import load_images
+from data.shapes import COLORS, draw_scene, parse_caption, validation_prompts
 from generation.loading import read_model
 from models.vqgan_training import evaluate as evaluate_vqgan
 from utils import checkpoint, checkpoint_info
@@ -40,13 +40,13 @@ def test_figure_grid_and_prompts(evaluated, tmp_path):
     out = evaluated("--prompts", 5, "--batch-size", 2)
     assert re.search(r"^prompt accuracy: \d+\.\d % \(5 prompts\)$", out, re.M)
     assert str(tmp_path / "out" / "grid.png") in out and str(tmp_path / "out" / "prompts.txt") in out
-    assert (tmp_path / "out" / "prompts.txt").read_text().splitlines() == held_out_prompts("score", 5, 0)
+    assert (tmp_path / "out" / "prompts.txt").read_text().splitlines() == validation_prompts("score", 5, 0)
     assert Image.open(tmp_path / "out" / "grid.png").size == (2 * 34 + 2, 3 * 34 + 2)  # five of 32 × 32 in two columns
 
 
 def test_the_grid_shows_the_first_36(evaluated, tmp_path):
     assert "(40 prompts)" in evaluated("--prompts", 40, "--prompt-set", "choose", "--seed", 3)
-    assert (tmp_path / "out" / "prompts.txt").read_text().splitlines() == held_out_prompts("choose", 40, 3)[:36]
+    assert (tmp_path / "out" / "prompts.txt").read_text().splitlines() == validation_prompts("choose", 40, 3)[:36]
     assert Image.open(tmp_path / "out" / "grid.png").size == (6 * 34 + 2, 6 * 34 + 2)
 
 
@@ -64,12 +64,12 @@ def test_fewer_than_256_prompts_only_when_asked():
 
 
 def test_pictures_of_known_content_get_their_marks():
-    prompts = held_out_prompts("score", 6)
+    prompts = validation_prompts("score", 6)
     drawn = [draw_scene(parse_caption(prompt), random.Random(number)) for number, prompt in enumerate(prompts)]
     drawn[1] = np.full_like(drawn[1], 247)  # nothing to be seen
     scene = parse_caption(prompts[2])
-    colour = next(name for name in COLOURS if name not in (scene.first.colour, scene.second.colour))
-    drawn[2] = draw_scene(scene._replace(first=scene.first._replace(colour=colour)), random.Random(2))
+    colour = next(name for name in COLORS if name not in (scene.first.color, scene.second.color))
+    drawn[2] = draw_scene(scene._replace(first=scene.first._replace(color=colour)), random.Random(2))
     pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 255
     share, wrong = evaluate.judge(prompts, pictures)
     assert share == 4 / 6 and wrong == {"count": 1, "colour": 1}
@@ -150,7 +150,7 @@ def test_an_export_has_the_same_figures(command, validated, drawn_pictures, tmp_
 def test_reconstructions_are_those_of_train_vqgan(command, tiny_checkpoint, drawn_pictures, tmp_path):
     _, found = evaluate_folder(command, tiny_checkpoint, drawn_pictures, tmp_path / "out")
     vae = read_model(tiny_checkpoint)[0].vae
-    pictures = load_pictures(sorted(drawn_pictures.glob("*.png")), 32)
+    pictures = load_images(sorted(drawn_pictures.glob("*.png")), 32)
     expected = evaluate_vqgan(vae.model, pictures, 4)
     assert found["reconstruction_psnr"] == pytest.approx(expected.psnr, abs=1e-3)
     grid = np.array(Image.open(tmp_path / "out" / "reconstructions.png")).astype(int)
@@ -166,7 +166,7 @@ def test_a_few_pairs_of_a_folder_with_a_bad_picture(command, tiny_checkpoint, pi
     header = (picture_folder / "03.png").read_bytes()[:60]
     (picture_folder / "03.png").write_bytes(header)
     out, found = evaluate_folder(command, tiny_checkpoint, picture_folder, tmp_path / "out")
-    assert found["pairs"] == 11 and "1 file (unreadable picture)" in out
+    assert found["pairs"] == 11 and "1 file (unreadable image)" in out
     _, found = evaluate_folder(command, tiny_checkpoint, picture_folder, tmp_path / "out", "--max-pairs", 5)
     assert found["pairs"] in (4, 5) and found["losses"]["perplexity"] == pytest.approx(np.exp(found["losses"]["image"]))
 

@@ -164,7 +164,7 @@ VOCABULARY = (ROOT / YTTM).read_bytes()
 CLIP = (ROOT / "bpe" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
 
 
-@settings(max_examples=40, **MANY)
+@settings(max_examples=20, **MANY)
 @given(
     damaged(VOCABULARY)
     | damaged(VOCABULARY[:400])
@@ -196,7 +196,7 @@ def saved(content):
     return buffer.getvalue()
 
 
-@settings(max_examples=40, **MANY)
+@settings(max_examples=20, **MANY)
 @given(st.data())
 def test_checkpoints(small_file, tiny_flags, data):
     with tempfile.TemporaryDirectory() as folder:
@@ -253,7 +253,7 @@ def test_pictures(data):
         dataset = TextImageDataset(folder, load_tokenizer(str(ROOT / YTTM)), image_size=16, text_seq_len=12)
         shapes = {tuple(dataset[index][1].shape) for index in range(len(dataset))}
         assert shapes == {(3, 16, 16)}
-        pictures = [name for name, _, _ in dataset.pictures]
+        pictures = [name for name, _, _ in dataset.images]
         seen = pictures + [path.name for files in dataset.skipped.values() for path in files]
         assert "bad.png" in seen and "good.png" in pictures
 

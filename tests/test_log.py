@@ -39,12 +39,12 @@ def clock(monkeypatch):
 @pytest.fixture
 def program_log():
     """log.set_up() as a command does it; put back afterwards."""
-    kept = log.LOG.handlers[:], log.LOG.level, log.LOG.propagate
-    log.LOG.handlers = []
+    kept = log.logger.handlers[:], log.logger.level, log.logger.propagate
+    log.logger.handlers = []
     log.set_up()
-    yield log.LOG
-    log.LOG.handlers, log.LOG.propagate = kept[0], kept[2]
-    log.LOG.setLevel(kept[1])
+    yield log.logger
+    log.logger.handlers, log.logger.propagate = kept[0], kept[2]
+    log.logger.setLevel(kept[1])
 
 
 def test_lines_go_to_stdout_with_the_time_and_only_once(program_log, capsys):
@@ -154,7 +154,7 @@ def test_an_update_that_is_left_out_is_told(program_log, clock, capsys):
 )
 def test_bad_input_ends_in_one_line_and_status_2(error, line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["some/where/train.py"])
-    with pytest.raises(SystemExit) as end, log.bad_input_exits():
+    with pytest.raises(SystemExit) as end, log.exit_on_bad_input():
         raise error
     printed = capsys.readouterr()
     assert end.value.code == 2 and printed.out == ""
@@ -163,12 +163,12 @@ def test_bad_input_ends_in_one_line_and_status_2(error, line, monkeypatch, capsy
 
 @pytest.mark.parametrize("error", [RuntimeError("a fault"), KeyError("a fault"), KeyboardInterrupt(), SystemExit(5)])
 def test_other_errors_pass_through(error, capsys):
-    with pytest.raises(type(error)) as passed, log.bad_input_exits():
+    with pytest.raises(type(error)) as passed, log.exit_on_bad_input():
         raise error
     assert passed.value is error and capsys.readouterr().err == ""
 
 
 def test_nothing_happens_where_all_goes_well(capsys):
-    with log.bad_input_exits():
+    with log.exit_on_bad_input():
         pass
     assert capsys.readouterr() == ("", "")

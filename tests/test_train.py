@@ -265,7 +265,7 @@ def test_pictures_are_encoded_once(trained, picture_folder, monkeypatch):
     assert sum(encoded) == 12
     cached = {path: path.read_bytes() for path in picture_folder.glob("codes-*")}
     trained(*beside, "--random-seed", "1")
-    assert sum(encoded) == 12 and len(cached) == 2
+    assert sum(encoded) == 12 and len(cached) == 3
     assert {path: path.read_bytes() for path in picture_folder.glob("codes-*")} == cached
     trained(*beside, "--no-codes-cache")
     assert sum(encoded) == 12 + 2 * 12  # every picture in each of two epochs
@@ -348,8 +348,8 @@ import data.codes, train
 from generation.loading import read_model
 from models.vae import VQGanVAE
 
-cached_codes = data.codes.cached_codes
-data.codes.cached_codes = lambda *given, **options: cached_codes(*given, **{**options, "batch_size": 1})
+load_codes = data.codes.load_codes
+data.codes.load_codes = lambda *given, **options: load_codes(*given, **{**options, "batch_size": 1})
 encode = VQGanVAE.get_codebook_indices
 def slow(self, pixels):
     print("<encoding>", flush=True)
@@ -383,7 +383,7 @@ def test_ctrl_c_before_the_first_step(command, tiny_flags, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.build.cached_codes", interrupted)
+    monkeypatch.setattr("training.run.load_codes", interrupted)
     ended = command(train.main, *tiny_flags)
     assert ended.status == 130 and ended.err == "" and ended.out.splitlines()[-1] == "stopped before the first step"
 

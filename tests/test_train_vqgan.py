@@ -15,7 +15,7 @@ from taming.modules.vqvae.quantize import VectorQuantizer2
 
 import train
 import train_vqgan
-from data.loader import load_picture
+from data.images import load_image
 from models.vae import load_vqgan
 from models.vqgan_training import VQGanTrainer
 
@@ -47,7 +47,7 @@ def trained(command, flags, tmp_path, monkeypatch):
 
 def psnr(vae, folder, size):
     """Mean over the folder's pictures of what comes back of them, in dB."""
-    pictures = [torch.from_numpy(load_picture(path, size)).permute(2, 0, 1) for path in sorted(folder.glob("*.png"))]
+    pictures = [torch.from_numpy(load_image(path, size)).permute(2, 0, 1) for path in sorted(folder.glob("*.png"))]
     pixels = torch.stack(pictures) / 255
     error = (vae.decode(vae.get_codebook_indices(pixels)) - pixels).square().mean((1, 2, 3))
     return (-10 * error.log10()).mean().item()
@@ -107,7 +107,7 @@ def test_held_out_pictures(trained, drawn_pictures, picture_folder):
     (picture_folder / "00.png").write_bytes(b"")
     (picture_folder / "01.png").write_bytes((drawn_pictures / "01.png").read_bytes()[:90])
     _, out = trained("--input-folder", picture_folder, "--validation-split", "0.25", "--max-steps", 11)
-    assert "skipped" in out and "unreadable picture" in out and "00.png" in out and "01.png" in out
+    assert "skipped" in out and "unreadable image" in out and "00.png" in out and "01.png" in out
     training, held_out = map(int, re.search(r"(\d+) training pictures, (\d+) held-out pictures", out).groups())
     assert training + held_out == 10 and held_out <= 3
     _, out = trained("--validation-folder", drawn_pictures, "--max-steps", 11)

@@ -3,6 +3,7 @@
 The file itself, its layout and how it is read and written safely, is utils/checkpoint.py's.
 """
 
+import logging
 import platform
 import re
 import time
@@ -11,11 +12,21 @@ from pathlib import Path
 import torch
 
 import log
+from data.words import EXAMPLES, summarize_captions
 from utils import checkpoint, interrupts
 from utils.files import check_writable
 
+logger = logging.getLogger("minidalle")
+
 BEST = "dalle_best.pt"
-PROGRESS = ("skipped", "epoch_loss", "held_out_loss", "best_loss", "accounted")  # of a Run, beside its step
+# Attributes of a Run that are stored next to its step -> their keys in the file.
+PROGRESS = {
+    "skipped": "skipped",
+    "epoch_loss": "epoch_loss",
+    "validation_loss": "held_out_loss",
+    "best_loss": "best_loss",
+    "post_update_done": "accounted",
+}
 # Of the settings that a file remembers, those that say how and where a run goes on rather than what it is.
 NOT_THE_SAME_RUN = {
     *("config", "resume", "pretrained_checkpoint", "checkpoint_output_dir", "checkpoint_save_steps"),
@@ -72,10 +83,10 @@ class Folder:
             try:
                 return path, checkpoint.read(path)
             except (ValueError, OSError) as error:
-                log.LOG.warning("%s; the one before it is taken", error)
+                logger.warning("%s; the one before it is taken", error)
         if candidates:
             raise ValueError(f"--resume: no checkpoint in {self.path} can be read; give another folder to begin anew")
-        log.LOG.info("--resume: no checkpoint in %s yet, so the run begins", self.path)
+        logger.info("--resume: no checkpoint in %s yet, so the run begins", self.path)
         return None
 
     def due(self, run):
@@ -85,7 +96,7 @@ class Folder:
         if run.epoch_begins() and ((ended + 1) % settings.checkpoint_save_epochs == 0 or last):
             return f"dalle_{ended}.pt"
         minutes = settings.checkpoint_save_minutes
-        late = minutes is not None and run.backend.agreed(time.monotonic() - self.saved_at > 60 * minutes)
+        late = minutes is not None and run.backend.any_process(time.monotonic() - self.saved_at > 60 * minutes)
         if run.step % settings.checkpoint_save_steps == 0 or last or late:
             return f"dalle_step_{run.step}.pt"
         return None
@@ -133,7 +144,7 @@ def resume(run, path, saved, model):
             raise ValueError(f"{path}: was trained with another {flag} than this run's (fingerprint {sides})")
     if "exported" in saved:
         run.trainer.load_state_dict({"weights": weights})
-        log.LOG.info("%s: weights alone, of step %s; a new optimizer, from step 0", path, saved.get("step"))
+        logger.info("%s: weights alone, of step %s; a new optimizer, from step 0", path, saved.get("step"))
         return
     run.trainer.load_state_dict(
         {
@@ -146,16 +157,18 @@ def resume(run, path, saved, model):
     if isinstance(saved.get("scheduler_state"), dict):
         run.schedule.load_state_dict(saved["scheduler_state"])
     run.step = saved.get("step", (saved.get("epoch", -1) + 1) * run.batches.batches_per_epoch)
-    for name, value in saved.get("progress", {}).items():
-        setattr(run, name, tuple(value) if isinstance(value, list) else value)
-    over = run.step == run.steps and run.accounted and not run.settings.resume
+    progress = saved.get("progress", {})
+    for name, key in PROGRESS.items():
+        if key in progress:
+            setattr(run, name, tuple(progress[key]) if isinstance(progress[key], list) else progress[key])
+    over = run.step == run.steps and run.post_update_done and not run.settings.resume
     if run.step > run.steps or over:
         raise ValueError(
             f"{path}: has {run.step} steps already, this run ends at {run.steps}; give more --epochs or --max-steps"
         )
-    log.LOG.info("going on from %s at step %d", path, run.step)
+    logger.info("going on from %s at step %d", path, run.step)
     for line in differences(saved, run):
-        log.LOG.warning("unlike the run that wrote it: %s", line)
+        logger.warning("unlike the run that wrote it: %s", line)
 
 
 def differences(saved, run):
@@ -177,6 +190,18 @@ def plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
+def summarize(run):
+    """Return the words and some examples of the training captions; they are collected once per run."""
+    if run.captions is None:
+        dataset, tokenizer = run.dataset, run.tokenizer
+        rows = [
+            place * len(dataset) // (4 * EXAMPLES) for place in range(4 * EXAMPLES)
+        ]  # some may be equal, or too long
+        texts = dataset.iter_captions(tokenizer), dataset.iter_captions(tokenizer, rows)
+        run.captions = summarize_captions(*texts)
+    return run.captions
+
+
 def save(run, name):
     """Write a checkpoint, keep the newest → its path; None without a folder, or where it cannot be written: then the
     log says so, and the run goes on with the last good file.
@@ -194,15 +219,15 @@ def save(run, name):
     run.metrics.flush()  # so that a run that goes on from the file lacks no line
     path = folder.path / name
     try:
-        with interrupts.held():
+        with interrupts.defer_signals():
             checkpoint.write(path, contents(run, state))
             if name != BEST:
                 folder.keep(path)
     except OSError as error:
         last = f"; the last good one is {folder.written[-1]}" if folder.written else ""
-        log.LOG.warning("no checkpoint of step %d: %s%s", run.step, log.reason(error), last)
+        logger.warning("no checkpoint of step %d: %s%s", run.step, log.describe_error(error), last)
         return None
-    log.LOG.info("wrote %s", path)
+    logger.info("wrote %s", path)
     run.plot.draw()
     return path
 
@@ -219,7 +244,7 @@ def contents(run, state):
         "weights": checkpoint.canonical_weights(state.pop("weights")),
         "opt_state": state.pop("opt_state"),
         "scheduler_state": run.schedule.state_dict(),
-        "progress": {name: getattr(run, name) for name in PROGRESS},
+        "progress": {key: getattr(run, name) for name, key in PROGRESS.items()},
         "tokenizer": {
             "kind": run.tokenizer.kind,
             "sha256": run.tokenizer.fingerprint,
@@ -229,6 +254,7 @@ def contents(run, state):
         "data": run.data,
         "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
         "settings": dict(vars(settings)),
+        "captions": summarize(run),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
     if "ema_weights" in state:

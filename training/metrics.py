@@ -6,13 +6,15 @@ what is not finite. How the figures look is plot.py's.
 
 import collections
 import json
+import logging
 import math
 import os
 import time
 from pathlib import Path
 
-import log
 from utils import interrupts
+
+logger = logging.getLogger("minidalle")
 
 FLUSH_SECONDS = 5
 KEPT_LINES = 100_000  # that wait for a disk to have room again
@@ -47,7 +49,7 @@ class MetricsFile:
         if not self.lines:
             return
         self.flushed_at = time.monotonic()
-        with interrupts.held():  # between writing lines and forgetting them
+        with interrupts.defer_signals():  # between writing lines and forgetting them
             try:
                 append(self.path, "".join(self.lines).encode("ascii"))
             except OSError as error:
@@ -58,7 +60,7 @@ class MetricsFile:
 
     def tell(self, error):
         if not self.told:
-            log.LOG.warning("%s: cannot be written (%s); the run goes on", self.path, error.strerror or error)
+            logger.warning("%s: cannot be written (%s); the run goes on", self.path, error.strerror or error)
         self.told = True
 
     def close(self):

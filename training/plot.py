@@ -5,11 +5,14 @@ leaves out.
 """
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
 
 import log
+
+logger = logging.getLogger("minidalle")
 
 POINTS = 5000  # lines that are read of a long file
 COST = 0.01  # share of a run's time that its plots may take
@@ -35,8 +38,8 @@ class Plot:
         try:
             draw(self.metrics_path, self.path)
         except Exception as error:  # of a package that is not needed to train
-            reason = "matplotlib is not installed" if isinstance(error, ImportError) else log.reason(error)
-            log.LOG.warning("no %s: %s", self.path, reason)
+            reason = "matplotlib is not installed" if isinstance(error, ImportError) else log.describe_error(error)
+            logger.warning("no %s: %s", self.path, reason)
             self.works = isinstance(error, OSError)  # a disk may have room again
         now = time.monotonic()
         self.due_at = now + (now - started) / COST

@@ -4,6 +4,7 @@ The captions are the first of the held-out pairs, else of those that are learnt;
 is the trainer's, the settings are those that generate.py takes for the run's checkpoints.
 """
 
+import logging
 import os
 import textwrap
 
@@ -11,9 +12,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import log
-from data.loader import TextImageDataset, load_picture
-from generation.loading import DEFAULTS
-from generation.output import as_picture
+from data.images import load_image
+from data.loader import TextImageDataset
+from generation.output import to_image
+from models.sampling import Sampling
+
+logger = logging.getLogger("minidalle")
 
 PAIRS = 8
 SIDES = 160, 256  # pixels; smaller pictures are shown larger, larger ones smaller
@@ -44,14 +48,13 @@ def draw(run):
             run.pairs = first_pairs(run)
         captions, text, real, again = run.pairs
         noise = [torch.Generator().manual_seed(run.settings.random_seed + place) for place in range(len(captions))]
-        given = {name: getattr(run.settings, name) for name in DEFAULTS}
-        sampling = {name: DEFAULTS[name] if value is None else value for name, value in given.items()}
-        drawn = run.backend.decode(run.vae)(sampler(text, generator=noise, **sampling))
+        sampling = Sampling().override(vars(run.settings))
+        drawn = run.backend.decode(run.vae)(sampler(text, sampling, generator=noise))
         grid = grid_of(captions, (real, again, drawn), f"step {run.step:,}")
         if run.folder.path:
             save(grid, captions, run.folder.path / "samples", run.step)
     except (ValueError, OSError, RuntimeError) as error:  # the last is memory's
-        log.LOG.warning("no sample pictures of step %d: %s", run.step, log.reason(error))
+        logger.warning("no sample pictures of step %d: %s", run.step, log.describe_error(error))
         return
     run.trackers.picture(run.step, grid)
 
@@ -62,11 +65,11 @@ def first_pairs(run):
 
     ValueError where no picture can be read.
     """
-    dataset = run.dataset if run.held_out is None else run.held_out
+    dataset = run.dataset if run.validation_set is None else run.validation_set
     tokens, pixels = [], []
-    for index, (name, _, _) in enumerate(dataset.pictures):
+    for index, (name, _, _) in enumerate(dataset.images):
         try:
-            pixels.append(torch.from_numpy(load_picture(dataset.folder / name, run.vae.image_size)))
+            pixels.append(torch.from_numpy(load_image(dataset.folder / name, run.vae.image_size)))
         except (ValueError, OSError):  # gone, or gone bad, since the scan
             continue
         tokens.append(dataset.first_caption(index))
@@ -97,7 +100,7 @@ def grid_of(captions, rows, title):
         pen.text((MARGIN - GAP, top + side / 2), name, "#555555", font, anchor="rm")
         for column, pixels in enumerate(pictures):
             small = side > pixels.shape[-1]  # pixels of small pictures stay sharp squares
-            picture = as_picture(pixels)
+            picture = to_image(pixels)
             picture = picture.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
             grid.paste(picture, (MARGIN + column * (side + GAP), top))
     for column, text in enumerate(texts):

@@ -10,6 +10,8 @@ import os
 
 import log
 
+logger = logging.getLogger("minidalle")
+
 GRID = "samples"  # what trackers call the pictures
 LOGIN_SECONDS = "60"  # that Weights & Biases waits for somebody to log in
 
@@ -20,7 +22,7 @@ class Trackers:
     def __init__(self, trackers):
         self.trackers = list(trackers)
 
-    def update(self, step, epoch, lr, losses, samples_per_second, skipped=False):
+    def log_update(self, step, epoch, lr, losses, samples_per_second, skipped=False):
         """An update. losses: total, text, image, and grad_norm where the machine gives it."""
         figures = {"epoch": epoch, **named("loss", losses), "lr": lr, "samples_per_second": samples_per_second}
         if "grad_norm" in losses:
@@ -29,7 +31,7 @@ class Trackers:
             figures["skipped"] = True
         self.values(step, figures)
 
-    def validated(self, step, losses):
+    def log_validation(self, step, losses):
         """A validation after update `step`. losses: total, text, image and perplexity."""
         self.values(step, {**named("held-out", losses), "held-out/perplexity": losses["perplexity"]})
 
@@ -48,7 +50,7 @@ class Trackers:
                 getattr(tracker, name)(*given)
             except Exception as error:  # of other people's packages, which raise anything
                 self.trackers.remove(tracker)
-                log.LOG.warning("%s: %s; the run goes on without it", type(tracker).__name__, log.reason(error))
+                logger.warning("%s: %s; the run goes on without it", type(tracker).__name__, log.describe_error(error))
 
 
 def named(group, losses):
@@ -90,12 +92,12 @@ def wandb_run(wandb, settings):
     try:
         return wandb.init(**given)
     except Exception as error:
-        reason = log.reason(error).rstrip(".")
-        log.LOG.warning("--wandb: %s; recorded offline, `wandb sync` sends it later", reason)
+        reason = log.describe_error(error).rstrip(".")
+        logger.warning("--wandb: %s; recorded offline, `wandb sync` sends it later", reason)
     try:
         return wandb.init(mode="offline", **given)
     except Exception as error:
-        log.LOG.warning("--wandb: %s; the run goes on without it", log.reason(error))
+        logger.warning("--wandb: %s; the run goes on without it", log.describe_error(error))
         return None
 
 

@@ -67,3 +67,8 @@ def check_writable(folder: AnyPath, flag: str) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, at most 120 characters, or its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

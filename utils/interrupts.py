@@ -1,73 +1,78 @@
-"""Ctrl-C and SIGTERM that wait until what must be whole is whole: an update, a checkpoint.
-
-What is done about them, and what is said, is the commands' business (log.py, train.py).
-"""
+"""Defer Ctrl-C, SIGTERM and SIGCHLD until an update, a checkpoint or a batch is complete."""
 
 import contextlib
 import signal
 import threading
 import time
+from types import FrameType
+from typing import Iterator, List, Optional, Tuple
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-IMPATIENT = 1.0  # seconds; launchers hand on a Ctrl-C that a terminal has sent already, so one press may come twice
+SAME_PRESS = 1.0  # seconds; launchers forward a Ctrl-C that the terminal has sent too, so one press may arrive twice
 
-_waiting = []  # (signal, when) since held() was entered
-_depth = 0
+_pending: List[Tuple[int, float]] = []  # (signal, time) received while deferred
+_deferring = False
 
 
-def _note(number, frame):
-    if number == signal.SIGINT and any(time.monotonic() - when > IMPATIENT for _, when in _waiting):
-        raise SystemExit(130)  # asked for again: at once, and nothing is saved
-    _waiting.append((number, time.monotonic()))
+def _note(number: int, frame: Optional[FrameType]) -> None:
+    if number == signal.SIGINT and any(time.monotonic() - when > SAME_PRESS for _, when in _pending):
+        raise SystemExit(130)  # the user pressed again: stop at once, without saving
+    _pending.append((number, time.monotonic()))
 
 
 @contextlib.contextmanager
-def held():
-    """Within: Ctrl-C and SIGTERM are only noted. On leaving, what came is raised again; a second Ctrl-C, a second or
-    more after the first, ends the program at once.
+def defer_signals() -> Iterator[None]:
+    """Defer Ctrl-C and SIGTERM to the end of this block, which raises the first of them again.
+
+    A second Ctrl-C, more than a second after the first, ends the program at once. Nested blocks, and blocks outside
+    the main thread, change nothing.
     """
-    global _depth
-    if _depth or threading.current_thread() is not threading.main_thread():
-        yield  # whoever holds them already lets them go
+    global _deferring
+    if _deferring or threading.current_thread() is not threading.main_thread():
+        yield
         return
     before = {number: signal.signal(number, _note) for number in SIGNALS}
-    _depth += 1
+    _deferring = True
     try:
         yield
     finally:
-        _depth -= 1
+        _deferring = False
         for number, handler in before.items():
             signal.signal(number, handler)
-        came = _waiting[:]
-        _waiting.clear()
-    for number, _ in came[:1]:
-        signal.raise_signal(number)
+        received = _pending[:]
+        _pending.clear()
+    if received:
+        signal.raise_signal(received[0][0])
 
 
-def asked():
-    """Whether one is waiting."""
-    return bool(_waiting)
+def signal_pending() -> bool:
+    """Return whether a deferred signal is waiting."""
+    return bool(_pending)
 
 
-def check():
-    """A place where nothing is half done: KeyboardInterrupt if one is waiting."""
-    if _waiting:
+def raise_if_pending() -> None:
+    """Raise KeyboardInterrupt if a deferred signal is waiting; call it only when nothing is half done."""
+    if _pending:
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def children_held():
-    """Within: what is to be done when a child process ends waits; torch, for one, raises its error about a worker then
-    and there. On leaving, it is done.
-    """
+def defer_sigchld() -> Iterator[None]:
+    """Defer SIGCHLD, so that torch reports a dead DataLoader worker only after this block."""
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield
         return
-    ended = []
-    before = signal.signal(signal.SIGCHLD, lambda number, frame: ended.append(number))
+    received: List[int] = []
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
-    if ended:
+    if received:
         signal.raise_signal(signal.SIGCHLD)
+
+
+def ignore_interrupts_in_worker(worker: int = 0) -> None:
+    """Make a worker process ignore Ctrl-C, which reaches it too; the parent ends it by SIGTERM (a `worker_init_fn`)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

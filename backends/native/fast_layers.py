@@ -23,9 +23,9 @@ from backends.native.autograd_ops import (
 )
 from models.attention import pattern_mask
 from models.dalle import Losses
-from models.transformer import Layer
+from models.transformer import compute_layer
 
-LOG = logging.getLogger("minidalle")
+logger = logging.getLogger("minidalle")
 WORTH_COMPILING = 20e6  # parameters of all layers, below which a run may well be over before its compiler
 WORKING_SET = 2800 * 512  # positions times width that a CPU takes at once
 
@@ -57,8 +57,8 @@ def use_fast_layers(model, device, dtype, recompute=False):
 
     dtype: in which products are computed. recompute: keep layers' outputs only, and compute what lies between again.
     """
-    model.losses = functools.partial(losses, model, dtype)
-    compute, patterns = plain_layer, {}
+    model.compute_losses = functools.partial(losses, dtype=dtype)
+    compute, patterns = compute_layer, {}
     for layer in model.transformer.layers:
         if device.type == "cpu":
             mask = layer[0].fn.fn.mask
@@ -66,14 +66,12 @@ def use_fast_layers(model, device, dtype, recompute=False):
             if name not in patterns:  # layers share what a pattern needs
                 patterns[name] = attention_of(mask, model.text_seq_len + 1, model.fmap_size)
             compute = functools.partial(fast_layer, attend=patterns[name])
-        layer.forward = functools.partial(forward, layer, compute, recompute)
+        layer.compute = functools.partial(recomputed, compute) if recompute else compute
 
 
-def forward(layer, compute, recompute, x, cache=None, start=0):
-    """Layer.forward by way of compute(layer, x)."""
-    if cache is not None:
-        return Layer.forward(layer, x, cache, start)
-    if recompute and torch.is_grad_enabled():
+def recomputed(compute, layer, x):
+    """Call compute(layer, x); if a gradient is needed, keep its input only and compute the rest again for it."""
+    if torch.is_grad_enabled():
         return checkpoint(compute, layer, x, use_reentrant=False)
     return compute(layer, x)
 
@@ -88,7 +86,7 @@ def compile_layers(model, rows, autocast, recompute=False):
         return
     if not hasattr(getattr(torch, "compiler", None), "set_stance"):  # before torch 2.6: one for each
         return
-    compute = torch.compile(plain_layer)
+    compute = torch.compile(compute_layer)
     weight = model.text_emb.weight
     shape = rows, model.text_seq_len + model.image_seq_len, weight.shape[1]
     try:
@@ -97,14 +95,10 @@ def compile_layers(model, rows, autocast, recompute=False):
             torch.autograd.grad(compute(layers[0], x).sum(), x)
     except Exception as error:  # whatever is missing: a compiler, a driver, a header file
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        LOG.info("layers are not compiled, which costs speed alone: %s", lines[0])
+        logger.info("layers are not compiled, which costs speed alone: %s", lines[0])
         return
     for layer in layers:
-        layer.forward = functools.partial(forward, layer, compute, recompute)
-
-
-def plain_layer(layer, x):
-    return Layer.forward(layer, x)
+        layer.compute = functools.partial(recomputed, compute) if recompute else compute
 
 
 def fast_layer(layer, x, attend):
@@ -135,8 +129,8 @@ def attention_of(mask, text_len, side):
     return lambda qkv: DenseAttention.apply(qkv, bias.to(qkv.dtype))
 
 
-def losses(dalle, dtype, x, text, codes):
-    """DALLE.losses, whose logits are never all alive."""
+def losses(dalle, x, text, codes, dtype):
+    """DALLE.compute_losses, whose logits are never all alive."""
     norm, projection = dalle.to_logits
     x = norm(x).to(dtype)
     text_x, codes_x = (part.flatten(0, 1) for part in (x[:, : dalle.text_seq_len], x[:, dalle.text_seq_len :]))

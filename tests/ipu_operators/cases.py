@@ -1,4 +1,4 @@
-"""Single operators, and small modules, with the verdict that check() has to give of each."""
+"""Single operators and small modules, each with the verdict that check() must give."""
 
 import math
 from typing import Any, Callable, NamedTuple, Optional, Tuple
@@ -16,7 +16,7 @@ QUERY = torch.zeros(1, 2, 5, 8)  # (batch, heads, positions, width)
 
 
 class Case(NamedTuple):
-    """refused: the operator that check() names, None where an IPU would take it."""
+    """What to run, and the operator that check() must refuse, or None."""
 
     run: Callable
     inputs: Tuple[Any, ...]
@@ -24,21 +24,21 @@ class Case(NamedTuple):
 
 
 class Holder(nn.Module):
-    """Adds a tensor that it holds as a buffer, or as a plain attribute."""
+    """Adds a tensor that is a buffer or a plain attribute."""
 
     def __init__(self, buffer):
         super().__init__()
         if buffer:
-            self.register_buffer("held", torch.ones(6))
+            self.register_buffer("own", torch.ones(6))
         else:
-            self.held = torch.ones(6)
+            self.own = torch.ones(6)
 
     def forward(self, x):
-        return x + self.held
+        return x + self.own
 
 
 class Counting(nn.Module):
-    """Counts its calls in a buffer, in place or by a new tensor."""
+    """Counts its calls in a buffer, in place or with a new tensor."""
 
     def __init__(self, in_place):
         super().__init__()
@@ -54,7 +54,7 @@ class Counting(nn.Module):
 
 
 class Triangle(nn.Module):
-    """A triangular mask of a buffer: constants where its numbers are no floats."""
+    """A triangular mask of a buffer, which counts as a constant unless it holds floats."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -65,7 +65,7 @@ class Triangle(nn.Module):
 
 
 def written(write, derive=False):
-    """A function that writes to its input, or to what it computed from it, and then uses that."""
+    """Return a function that writes to its input, or to a value computed from it, and then uses it."""
 
     def run(x, *rest):
         x = x * 2 if derive else x
@@ -96,18 +96,14 @@ CE = F.cross_entropy
 SDPA = F.scaled_dot_product_attention
 ATTENTION = (QUERY, QUERY, QUERY)
 CAUSAL = torch.ones(5, 5, dtype=torch.bool).tril()
-# Keywords that torch 2.0 does not know are given where the installed torch does.
+# Keywords that torch 2.0 does not know are only tried if the installed torch knows them.
 NEWER = hasattr(nn, "RMSNorm")
 
 CASES = {
     # attention and masks
     "attention": Case(SDPA, ATTENTION),
-    "attention, causal": Case(lambda *qkv: SDPA(*qkv, is_causal=True), ATTENTION),
     "attention, boolean mask": Case(lambda *qkvm: SDPA(*qkvm), (*ATTENTION, CAUSAL)),
-    "attention, float mask": Case(lambda *qkvm: SDPA(*qkvm), (*ATTENTION, CAUSAL.float())),
-    "attention, dropout": Case(lambda *qkv: SDPA(*qkv, dropout_p=0.1), ATTENTION),
     "masked_fill": Case(lambda x, m: x.masked_fill(m, -math.inf), (X, MASK)),
-    "masked_fill_": Case(written(lambda x, m: x.masked_fill_(m, 0.0), True), (X, MASK)),
     "where of three": Case(lambda x, m: torch.where(m, x, -x), (X, MASK)),
     "where of one": Case(lambda x, m: torch.where(m), (X, MASK), "nonzero"),
     "mask of an expression": Case(to_computed_mask, (X,), "index"),
@@ -122,21 +118,11 @@ CASES = {
     "tril of a boolean buffer": Case(Triangle(torch.bool), (X,)),
     "tril of a float buffer": Case(Triangle(torch.float32), (X,), "tril"),
     "diagonal": Case(torch.diagonal, (X,), "diagonal"),
-    "eye": Case(lambda x: x @ torch.eye(6, device=x.device), (X,)),
     # products and shapes
-    "einsum": Case(lambda x: torch.einsum("ij,kj->ik", x, x), (X,)),
     "linear": Case(nn.Linear(6, 3), (X,)),
-    "linear, fp16": Case(nn.Linear(6, 3).half(), (X.half(),)),
-    "matmul, batched": Case(lambda q: q @ q.transpose(-1, -2), (QUERY,)),
-    "cat, stack, chunk": Case(lambda x: torch.stack(torch.cat((x, x)).chunk(2)), (X,)),
-    "padding": Case(lambda x: F.pad(x, (1, 0)), (X,)),
-    "repeat": Case(lambda x: x.repeat(2, 1), (X,)),
     "repeat_interleave": Case(lambda x: x.repeat_interleave(2, dim=0), (X,), "repeat_interleave"),
-    "roll and flip": Case(lambda x: x.roll(1, 0).flip(1), (X,)),
-    "unfold": Case(lambda p: F.unfold(p, 2, stride=2), (PIXELS,)),
     # indices
     "gather": Case(lambda x, i: x.gather(1, i[:, None]), (X, IDS)),
-    "index_select": Case(lambda x, i: x.index_select(0, i), (X, IDS)),
     "integers as index": Case(lambda x, i: x[i], (X, IDS)),
     "a number as index": Case(lambda x, i: x[i[0]], (X, IDS), "item"),
     "index_add": Case(lambda x, i: x.index_add(0, i, x), (X, IDS), "index_add"),
@@ -144,10 +130,7 @@ CASES = {
     "index_put_, accumulating": Case(
         written(lambda x, i: x.index_put_((i,), x, accumulate=True), True), (X, IDS), "index_put"
     ),
-    "scatter": Case(lambda x, i: x.scatter(1, i[:, None], x), (X, IDS)),
-    "scatter_add": Case(lambda x, i: x.scatter_add(1, i[:, None], x), (X, IDS)),
     "embedding": Case(nn.Embedding(9, 4), (IDS,)),
-    "embedding, padding": Case(nn.Embedding(9, 4, padding_idx=0), (IDS,)),
     "embedding, sparse": Case(nn.Embedding(9, 4, sparse=True), (IDS,), "embedding"),
     "embedding, max_norm": Case(nn.Embedding(9, 4, max_norm=1.0), (IDS,), "embedding_renorm"),
     "one_hot": Case(lambda i: F.one_hot(i, 5), (IDS,)),
@@ -156,29 +139,18 @@ CASES = {
     "topk": Case(lambda x: x.topk(2), (X,)),
     "topk, unsorted": Case(lambda x: x.topk(2, sorted=False), (X,), "topk"),
     "topk, k a tensor": Case(lambda x, i: x.topk(i[1]), (X, IDS), "item"),
-    "sort": Case(lambda x: x.sort(descending=True), (X,)),
     "argmax": Case(lambda x: x.argmax(-1), (X,)),
     "kthvalue": Case(lambda x: x.kthvalue(2), (X,), "kthvalue"),
-    "cumsum": Case(lambda x: x.cumsum(-1), (X,)),
     "unique": Case(torch.unique, (IDS,), "_unique2"),
     # random numbers
     "multinomial": Case(lambda x: torch.multinomial(x.softmax(-1), 1), (X,), "multinomial"),
     "gumbel": Case(lambda x: (x - torch.rand_like(x).log().neg().log()).argmax(-1), (X,)),
-    "exponential_": Case(lambda x: x / torch.empty_like(x).exponential_(), (X,)),
-    "rand": Case(lambda x: x + torch.rand(4, 6), (X,)),
     "dropout": Case(lambda x: F.dropout(x, 0.1), (X,)),
     "dropout of everything": Case(lambda x: F.dropout(x, 1.0), (X,), "dropout"),
-    # norms, activations, pictures
-    "layer_norm": Case(nn.LayerNorm(6), (X,)),
-    "group_norm": Case(nn.GroupNorm(2, 4), (PIXELS,)),
-    "batch_norm": Case(nn.BatchNorm2d(4), (PIXELS,)),
+    # norms, activations, images
     "gelu": Case(F.gelu, (X,)),
-    "softmax": Case(lambda x: x.half().softmax(-1, dtype=torch.float32), (X,)),
     "nan_to_num": Case(torch.nan_to_num, (X,), "nan_to_num"),
     "logical_xor": Case(torch.logical_xor, (MASK, MASK), "logical_xor"),
-    "conv2d": Case(nn.Conv2d(4, 2, 3, padding=1), (PIXELS,)),
-    "conv_transpose2d": Case(nn.ConvTranspose2d(4, 2, 2, stride=2), (PIXELS,)),
-    "nearest, twice the size": Case(lambda p: F.interpolate(p, scale_factor=2.0), (PIXELS,)),
     "bilinear, twice the size": Case(lambda p: F.interpolate(p, scale_factor=2.0, mode="bilinear"), (PIXELS,)),
     "bilinear, half as large again": Case(
         lambda p: F.interpolate(p, scale_factor=1.5, mode="bilinear"), (PIXELS,), "upsample_bilinear2d"
@@ -186,14 +158,11 @@ CASES = {
     "linear in one dimension": Case(
         lambda x: F.interpolate(x[None], scale_factor=2.0, mode="linear"), (X,), "upsample_linear1d"
     ),
-    "max pooling": Case(lambda p: F.max_pool2d(p, 2), (PIXELS,)),
     "max pooling, indices": Case(
         lambda p: F.max_pool2d(p, 2, return_indices=True), (PIXELS,), "max_pool2d_with_indices"
     ),
     # losses
     "cross_entropy": Case(CE, (X, IDS)),
-    "cross_entropy of pictures": Case(CE, (PIXELS, torch.zeros(1, 8, 8, dtype=torch.long))),
-    "cross_entropy, ignore_index": Case(lambda x, i: CE(x, i, ignore_index=0), (X, IDS)),
     "cross_entropy, smoothed": Case(lambda x, i: CE(x, i, label_smoothing=0.1), (X, IDS), "cross_entropy_loss"),
     "cross_entropy, smoothed sum": Case(lambda x, i: CE(x, i, label_smoothing=0.1, reduction="sum"), (X, IDS)),
     "cross_entropy of shares": Case(lambda x: CE(x, x.softmax(-1), label_smoothing=0.1), (X,)),
@@ -214,7 +183,6 @@ CASES = {
     "another view read": Case(lambda x: (x[:, 1], x.t().mul_(2), x[:, 1] + 1)[2], (X,), "mul_"),
     # tensors
     "bfloat16": Case(lambda x: x + 1, (X.bfloat16(),), "tensor"),
-    "to bfloat16": Case(lambda x: x.bfloat16() + 1, (X,), "tensor"),
     "complex": Case(lambda x: x * 1j, (X,), "tensor"),
     "nothing": Case(lambda x: x.sum(), (X[:, :0],), "tensor"),
     "item": Case(lambda x: x * x.sum().item(), (X,), "item"),

@@ -1,10 +1,4 @@
-"""check(module, inputs) → what PopTorch 3.4 would say of a forward pass. Needs torch alone, and computes nothing.
-
-The pass runs once on torch's meta device beneath autograd, where operators arrive as a device sees them. Those that
-torch 2.0.1 takes apart are taken apart; of the others table.txt says whether they can be lowered, limits.py with which
-arguments. Constants are followed, since what depends on them alone is folded on the host, and so are in-place writes,
-since a graph keeps few of those that go through a view. What is placed on which IPU, and what fits, it does not know.
-"""
+"""Predicts what PopTorch 3.4 would say of a forward pass; see README.md."""
 
 import contextlib
 import copy
@@ -27,7 +21,7 @@ ROOT = HERE.parent.parent
 OWN = {HERE / name for name in ("check.py", "limits.py", "standins.py")}
 TORCH = Path(torch.__file__).resolve().parent
 META = torch.device("meta")
-# An operator of today's torch and what 2.0.1 calls in its place, or what PopTorch makes of an in-place one.
+# An operator of today's torch and what 2.0.1 calls instead, or what PopTorch makes of an in-place one.
 SPELLED = {
     "_safe_softmax": "_softmax",
     "_native_batch_norm_legit": "native_batch_norm",
@@ -40,7 +34,7 @@ SPELLED = {
     "fill": "full_like",
 }
 SILENT = {"detach", "alias", "lift_fresh"}  # never a node
-# Writes that reach the tensor beneath a view, and views that no write gets through.
+# Writes that reach the tensor beneath a view, and views through which no write does.
 ASSIGNMENTS = {"copy_", "normal_", "uniform_", "random_", "exponential_", "index_put_"}
 REORDERED = {"transpose", "permute", "t", "expand", "diagonal", "as_strided", "unfold"}
 
@@ -58,7 +52,7 @@ SHAPES = {"one_hot": one_hot, "nll_loss2d_forward": nll_loss2d}
 
 
 def read_table(path=HERE / "table.txt"):
-    """{section: set of operators}."""
+    """Read {section: set of operators}."""
     sections = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
@@ -72,8 +66,11 @@ TABLE = read_table()
 
 
 class Report(NamedTuple):
-    """operators: how often each runs on the device, folded: how often on constants (base names). refused: operator →
-    reason and place, empty where an IPU would take it. losses: the final ones, not those that went into another.
+    """The verdict on a forward pass; operators have their base names.
+
+    operators, folded: how often each runs on the device, and on constants.
+    refused: {operator: reason and place}; empty if an IPU would take the pass.
+    losses: the final ones, without those that went into another.
     """
 
     operators: Counter
@@ -84,11 +81,11 @@ class Report(NamedTuple):
 
 
 class Stop(Exception):
-    """The forward pass cannot go on; the reason is among the refused."""
+    """The forward pass cannot continue; the reason is among the refused."""
 
 
 class Known:
-    """What is known of a tensor. A view shares most of it with the tensor beneath."""
+    """What is known of a tensor; a view shares most of it with the tensor beneath."""
 
     def __init__(self, tensor, constant=False, given=False, beneath=None, through=None, step=1):
         self.tensor, self.given, self.beneath, self.through, self.step = tensor, given, beneath, through, step
@@ -97,7 +94,7 @@ class Known:
         self.lost = None  # (the view that was written to, operator, reason)
 
     def chain(self):
-        """The view itself, what is beneath it, and so on to the bottom."""
+        """Return the view itself, the tensor beneath it, and so on to the bottom."""
         return [self, *(self.beneath.chain() if self.beneath else ())]
 
     @property
@@ -133,7 +130,7 @@ class Trace(TorchDispatchMode):
         return found
 
     def refuse(self, operator, reason):
-        """`reason` gets the place in the source that is running."""
+        """Note a refusal with the place in the source that is running."""
         self.refused.setdefault(operator, f"{reason} [{place(traceback.walk_stack(None))}]")
 
     def stop(self, operator, reason):
@@ -145,13 +142,13 @@ class Trace(TorchDispatchMode):
             self.warnings.append(text)
 
     def mark_loss(self, operator, tensor, sources):
-        """`tensor` is a loss; those that it was computed from no longer count."""
+        """Note that `tensor` is a loss; those that it was computed from no longer count."""
         self.surplus.update(*(self.know(source).losses for source in sources))
         self.know(tensor).losses |= {len(self.losses)}
         self.losses.append(operator)
 
-    def made(self, operator, like, sources):
-        """A tensor like `like` out of an operator that torch does not have."""
+    def make_result(self, operator, like, sources):
+        """Return a tensor like `like` as the result of an operator that torch does not have."""
         self.operators[operator] += 1
         self.paused = True
         tensor = torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -191,7 +188,7 @@ class Trace(TorchDispatchMode):
         return self.leaf(func, name, base, args, kwargs, given, on_device)
 
     def leaf(self, func, name, base, args, kwargs, given, tensors):
-        """An operator that is a node of the graph, or folded."""
+        """Handle an operator that is a node of the graph, or folded."""
         facts = [self.know(tensor) for tensor in tensors]
         written = [given[argument.name] for argument in func._schema.arguments if is_written(argument)]
         written = [self.know(tensor) for tensor in tree_flatten(written)[0] if isinstance(tensor, torch.Tensor)]
@@ -221,13 +218,13 @@ class Trace(TorchDispatchMode):
         return result
 
     def shaped(self, func, base, args, kwargs, given):
-        """The result's shape and dtype, by torch's meta kernel or by our own where torch 2.0 has none."""
+        """Compute the result's shape and dtype with torch's meta kernel, or ours if torch 2.0 has none."""
         if base in SHAPES:
             return SHAPES[base](**given)
         try:
             return func(*args, **kwargs)
         except (NotImplementedError, RuntimeError):
-            if base in self.refused:  # it has been said; there is nothing to go on with
+            if base in self.refused:  # which is the verdict: there is no result to continue with
                 raise Stop from None
             raise
 
@@ -249,7 +246,7 @@ class Trace(TorchDispatchMode):
             self.warn(remark)
 
     def follow_write(self, name, written, sources):
-        """A graph has no memory to write to: through a view, few writes reach the tensor beneath."""
+        """Follow a write: a graph has no memory, and through a view few writes reach the tensor beneath."""
         chain = written.chain()
         root, views = chain[-1], [known for known in chain[:-1] if known.through not in SILENT]
         if name == "copy_" and root.lost and root.lost[0] in sources:  # x[i] += y ends in x[i] = what was lost
@@ -285,9 +282,9 @@ ACTIVE = []  # the trace that is running, for standins.py
 
 
 def check(module, inputs, training=False):
-    """Report on module(*inputs); module is an nn.Module, which stays as it is, or a function.
+    """Report on module(*inputs); the module is an nn.Module, which stays as it is, or a function.
 
-    Its mode (train() or eval()) is not touched. training: the graph has to end in one loss.
+    Its mode (train() or eval()) is not changed. training: the graph must end in one loss.
     """
     trace = Trace(training)
     ACTIVE.append(trace)
@@ -297,14 +294,14 @@ def check(module, inputs, training=False):
                 module = copy.deepcopy(module).to(META)
                 know_parameters(trace, module)
             inputs = tree_map(functools.partial(on_device, trace), tuple(inputs))
-            before = held_tensors(module)
+            before = own_tensors(module)
             with factories_on_meta(), below_autograd(), trace:
                 module(*inputs)
-            for name, _ in held_tensors(module) - before:
+            for name, _ in own_tensors(module) - before:
                 trace.refused["attribute"] = f"{name} of a module is assigned a tensor; change buffers in place only"
     except Stop:
         pass
-    except Exception as error:  # whatever torch says of it, PopTorch stops as well
+    except Exception as error:  # any error in torch stops PopTorch as well
         where = place(reversed(list(traceback.walk_tb(error.__traceback__))))
         said = str(error).partition("\n")[0]
         trace.refused["forward pass"] = f"{type(error).__name__}: {said} [{where}]"
@@ -316,12 +313,12 @@ def check(module, inputs, training=False):
 def know_parameters(trace, module):
     for tensor in module.parameters():
         trace.know(tensor, given=True)
-    for tensor in module.buffers():  # numbers that are no floats are taken for constants
+    for tensor in module.buffers():  # all but floats count as constants
         trace.know(tensor, given=True, constant=not tensor.dtype.is_floating_point)
 
 
 def on_device(trace, value):
-    """An input of the graph."""
+    """Return an input of the graph on the meta device."""
     if not isinstance(value, torch.Tensor):
         return value
     tensor = torch.empty(value.shape, dtype=value.dtype, device=META)
@@ -331,14 +328,14 @@ def on_device(trace, value):
     return tensor
 
 
-def held_tensors(module):
-    """(attribute, id) of every tensor of the device that a module holds beside its parameters."""
-    held = set()
+def own_tensors(module):
+    """Return (attribute, id) of every tensor of the device that a module has besides its parameters."""
+    found = set()
     for part in module.modules() if isinstance(module, nn.Module) else ():
         for name, value in [*vars(part).items(), *part.named_buffers(recurse=False)]:
             if isinstance(value, torch.Tensor) and value.device == META:
-                held.add((name, id(value)))
-    return held
+                found.add((name, id(value)))
+    return found
 
 
 @contextlib.contextmanager
@@ -354,12 +351,12 @@ def factories_on_meta():
 
 @contextlib.contextmanager
 def below_autograd():
-    """Autograd's kernels take composite operators apart before a dispatch mode sees them; here they are skipped."""
+    """Skip autograd's kernels, which decompose composite operators before a dispatch mode sees them."""
     guard = torch._C._AutoDispatchBelowAutograd()
     if hasattr(guard, "__enter__"):
         with guard:
             yield
-    else:  # torch 2.0: a plain object that works as long as it lives
+    else:  # torch 2.0: a plain object that works until it is deleted
         try:
             yield
         finally:
@@ -367,7 +364,7 @@ def below_autograd():
 
 
 def arguments(func, args, kwargs):
-    """An operator's arguments by name, defaults included."""
+    """Return an operator's arguments by name, defaults included."""
     given = {}
     for number, argument in enumerate(func._schema.arguments):
         if number < len(args):
@@ -382,7 +379,7 @@ def is_written(argument):
 
 
 def place(frames):
-    """File and line of the first of `frames`, innermost first, that is neither torch's nor this check's."""
+    """Return file and line of the first of `frames`, innermost first, that is neither torch's nor this check's."""
     found = ((Path(frame.f_code.co_filename), line) for frame, line in frames)
     path, line = next(
         ((path, line) for path, line in found if path not in OWN and TORCH not in path.parents), (ROOT, 0)

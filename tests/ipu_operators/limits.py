@@ -1,4 +1,4 @@
-"""Arguments that PopTorch 3.4 refuses, or takes and forgets, of operators that it knows. The operators are table.txt's.
+"""Arguments that PopTorch 3.4 refuses, or accepts and ignores, of the operators in table.txt.
 
 Each function reads an operator's arguments by their names in torch's schema and returns what is wrong, or None.
 """
@@ -10,20 +10,13 @@ BAD_DTYPES = {torch.bfloat16, torch.complex32, torch.complex64, torch.complex128
 MEAN = 1  # of a loss, among the numbers that torch's schemas have for reductions
 MASKS = (torch.bool, torch.uint8)
 # Shapes that depend on values.
-DYNAMIC = {
-    "nonzero",
-    "masked_select",
-    "unique_dim",
-    "_unique",
-    "_unique2",
-    "unique_consecutive",
-    "unique_dim_consecutive",
-}
+DYNAMIC = {"nonzero", "masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive"}
+DYNAMIC |= {"unique_dim_consecutive"}
 TO_HOST = {"item", "_local_scalar_dense", "is_nonzero", "equal"}
 
 
 def stops(name, given):
-    """Why tracing ends at this operator whatever else is known of it; None where it goes on."""
+    """Return why tracing ends at this operator, or None if it continues."""
     if name in TO_HOST:
         return "a value is read on the host (.item(), int(x), if x:, torch.equal); a graph has none while it is built"
     if name in DYNAMIC:
@@ -39,13 +32,13 @@ def stops(name, given):
 
 
 def refusal(name, given):
-    """Why an operator that has a handler (or is composite) is refused with these arguments."""
+    """Return why an operator that has a handler (or is composite) is refused with these arguments."""
     rule = RULES.get(name)
     return rule(given) if rule else None
 
 
 def remark(name, given):
-    """What an operator does differently there without being refused."""
+    """Return what an operator does differently there without being refused."""
     if name == "gelu" and given["approximate"] == "none":
         return "gelu is computed by its tanh approximation"
     if name == "cumsum" and not given["self"].dtype.is_floating_point:
@@ -53,11 +46,7 @@ def remark(name, given):
     return None
 
 
-def no_weight(given):
-    return None if given["weight"] is None else "weight= of classes is not supported"
-
-
-def no_smoothing(given):
+def refuse_smoothing(given):
     """torch 2.0.1 averages smoothed losses by masked_select; later ones do not."""
     labels = given["target"].shape != given["self"].shape
     if labels and given["label_smoothing"] and given["reduction"] == MEAN:
@@ -65,36 +54,7 @@ def no_smoothing(given):
     return None
 
 
-def plain_embedding(given):
-    if given["sparse"] or given["scale_grad_by_freq"]:
-        return "sparse= and scale_grad_by_freq= are not supported"
-    return None
-
-
-def sorted_topk(given):
-    return None if given["sorted"] else "sorted=False is not supported"
-
-
-def no_accumulation(given):
-    return "accumulate=True is silently ignored" if given["accumulate"] else None
-
-
-def attention_of_2_0(given):
-    """torch 2.0.1 always scales by 1/sqrt(d), and wants as many key heads as query heads."""
-    if given.get("scale") is not None or given.get("enable_gqa"):
-        return "torch 2.0.1 has neither scale= nor enable_gqa="
-    return None
-
-
-def dropout_below_one(given):
-    return "p has to be in [0, 1)" if given["train"] and not 0 <= given["p"] < 1 else None
-
-
-def no_indices(given):
-    return "PopTorch's max pooling has no indices to return"
-
-
-def uniform_scale(given):
+def refuse_scale(given):
     image = given["input"] if "input" in given else given["self"]  # two overloads, two names
     factors = given.get("scale_factors") or [new / old for new, old in zip(given["output_size"], image.shape[2:])]
     if len(set(factors)) > 1 or factors[0] != int(factors[0]):
@@ -102,22 +62,34 @@ def uniform_scale(given):
     return None
 
 
-def no_corners(given):
-    return "align_corners=True is not supported" if given["align_corners"] else None
+def refuse_if(condition, reason):
+    """Return a rule that gives the reason if the condition holds for an operator's arguments."""
+    return lambda given: reason if condition(given) else None
 
+
+WEIGHT = refuse_if(lambda given: given["weight"] is not None, "weight= of classes is not supported")
+DROPOUT = refuse_if(lambda given: given["train"] and not 0 <= given["p"] < 1, "p has to be in [0, 1)")
+INDICES = refuse_if(lambda given: True, "PopTorch's max pooling has no indices to return")
 
 RULES = {
-    "cross_entropy_loss": no_smoothing,
-    "nll_loss_forward": no_weight,
-    "nll_loss2d_forward": no_weight,
-    "embedding": plain_embedding,
-    "topk": sorted_topk,
-    "index_put": no_accumulation,
-    "scaled_dot_product_attention": attention_of_2_0,
-    "dropout": dropout_below_one,
-    "feature_dropout": dropout_below_one,
-    "max_pool2d_with_indices": no_indices,
-    "max_pool3d_with_indices": no_indices,
-    "upsample_bilinear2d": uniform_scale,
-    "upsample_bicubic2d": no_corners,
+    "cross_entropy_loss": refuse_smoothing,
+    "nll_loss_forward": WEIGHT,
+    "nll_loss2d_forward": WEIGHT,
+    "embedding": refuse_if(
+        lambda given: given["sparse"] or given["scale_grad_by_freq"],
+        "sparse= and scale_grad_by_freq= are not supported",
+    ),
+    "topk": refuse_if(lambda given: not given["sorted"], "sorted=False is not supported"),
+    "index_put": refuse_if(lambda given: given["accumulate"], "accumulate=True is silently ignored"),
+    # torch 2.0.1 always scales by 1/sqrt(d), and takes as many key heads as query heads.
+    "scaled_dot_product_attention": refuse_if(
+        lambda given: given.get("scale") is not None or given.get("enable_gqa"),
+        "torch 2.0.1 has neither scale= nor enable_gqa=",
+    ),
+    "dropout": DROPOUT,
+    "feature_dropout": DROPOUT,
+    "max_pool2d_with_indices": INDICES,
+    "max_pool3d_with_indices": INDICES,
+    "upsample_bilinear2d": refuse_scale,
+    "upsample_bicubic2d": refuse_if(lambda given: given["align_corners"], "align_corners=True is not supported"),
 }

@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 
-from backends.ipu.inference import Losses
+from backends.ipu.inference import DeviceLosses
 from models.attention import PATTERNS
 from models.pipeline_dalle import WrappedDALLE, placement
+from models.sampling import Sampling
 from models.static_sampling import FullPass, StaticSampler
 from tests.ipu_operators import graphs
 from tests.ipu_operators.check import check
@@ -86,7 +87,7 @@ def test_a_configuration_trains_from_codes(poptorch, accepted, name, half):
 def test_a_pattern_trains(accepted, pattern, sandwich_norm, dropout, half):
     changes = dict(sandwich_norm=sandwich_norm, attn_dropout=dropout, ff_dropout=dropout)
     model = graphs.small_dalle(graphs.codes_only(8), attn_types=(pattern,), depth=2, **changes)
-    step = graphs.Step(model.half() if half else model)
+    step = graphs.annotated_loss(model.half() if half else model)
     report = accepted(step, (graphs.text(model), graphs.codes(model)), training=True)
     assert report.operators["dropout"] == (6 if dropout else 4)  # nn.Dropout is there whatever its share
     assert "tril" not in report.folded  # masks are made beforehand
@@ -110,7 +111,7 @@ def test_pixels_train(poptorch, accepted, gumbel, patch_size, dtype, half):
 def test_a_vqgan_decodes(accepted, gumbel, half):
     vae = graphs.vqgan(gumbel, 2)
     vae = vae.half() if half else vae
-    accepted(graphs.Decode(vae), (torch.zeros(2, vae.image_seq_len, dtype=torch.int32),))
+    accepted(graphs.decoder(vae), (torch.zeros(2, vae.image_seq_len, dtype=torch.int32),))
     accepted(vae, (graphs.pixels(vae),))
 
 
@@ -121,7 +122,7 @@ def test_a_full_pass_gives_logits(accepted, half):
     for count in (0, 10):
         inputs = graphs.text(model), graphs.codes(model, count) if count else None
         accepted(model, inputs)
-    accepted(graphs.Logits(model), (graphs.text(model), graphs.codes(model, 10)))
+    accepted(graphs.image_logits(model), (graphs.text(model), graphs.codes(model, 10)))
     accepted(FullPass(model), (graphs.text(model), graphs.codes(model), torch.tensor([10])))
 
 
@@ -136,8 +137,8 @@ def sampling_inputs(model, given):
 def test_a_picture_is_drawn_in_one_call(poptorch, accepted, top_k, top_p, cond_scale, given, half):
     model = graphs.small_dalle(graphs.codes_only(8)).eval()
     model = model.half() if half else model
-    shaping = {"top_k": top_k, "top_p": top_p, "cond_scale": cond_scale, "temperature": 0.7}
-    sampler = StaticSampler(model, loop=poptorch.for_loop, update=poptorch.dynamic_update, **shaping)
+    sampling = Sampling(top_k, top_p, 0.7, cond_scale)
+    sampler = StaticSampler(model, sampling, loop=poptorch.for_loop, update=poptorch.dynamic_update)
     report = accepted(sampler, sampling_inputs(model, given))
     assert report.operators["poptorch::dynamic_update"] == 2 * 4 + 1
     assert report.operators["argmax"] == 2  # before the loop and in it
@@ -145,15 +146,16 @@ def test_a_picture_is_drawn_in_one_call(poptorch, accepted, top_k, top_p, cond_s
 
 def test_what_no_ipu_can_do_is_noticed():
     model = graphs.small_dalle(graphs.codes_only(2)).eval()
-    shaping = {"top_k": None, "top_p": None, "cond_scale": 1.0, "temperature": 1.0}
-    assert set(check(StaticSampler(model, **shaping), sampling_inputs(model, 0)).refused) == {"index_copy"}
-    assert set(check(graphs.Loss(model), (graphs.text(model), graphs.codes(model)), training=True).refused) == {"loss"}
+    assert set(check(StaticSampler(model, Sampling(top_k=None)), sampling_inputs(model, 0)).refused) == {"index_copy"}
+    assert set(check(graphs.plain_losses(model), (graphs.text(model), graphs.codes(model)), training=True).refused) == {
+        "loss"
+    }
 
 
 @PRECISION
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_losses_are_computed_row_by_row(pattern, half):
     model = graphs.small_dalle(graphs.codes_only(8), attn_types=(pattern,), depth=2)
-    module = Losses(model.half() if half else model).eval()
+    module = DeviceLosses(model.half() if half else model).eval()
     report = check(module, (torch.cat((graphs.text(model), graphs.codes(model)), dim=1)[:1],))
     assert report.refused == {} and report.losses == ["nll_loss_forward"] * 2  # nothing is trained by them

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from models.dalle import DALLE
 from models.pipeline_dalle import (
     SerializedEmbedding,
     WrappedDALLE,
@@ -14,14 +13,13 @@ from models.pipeline_dalle import (
     placement,
     stages,
 )
+from tests.builders import small_dalle
 from tests.conftest import ROOT
 
 
 @pytest.fixture
 def dalle(tiny_vae):
-    torch.manual_seed(0)
-    sizes = {"dim": 32, "num_text_tokens": 58, "text_seq_len": 6, "depth": 4, "heads": 2, "dim_head": 16}
-    return DALLE(vae=tiny_vae, attn_types=("full", "axial_row"), **sizes)
+    return small_dalle(tiny_vae, depth=4, attn_types=("full", "axial_row"))
 
 
 def some_batch(pixels=False):
@@ -41,7 +39,7 @@ def test_parameters_of_l16_on_each_ipu(tiny_vae):
     """The table of README.md."""
     tiny_vae.image_size, tiny_vae.num_layers, tiny_vae.num_tokens = 256, 4, 1024
     sizes = {"dim": 512, "num_text_tokens": 8192, "text_seq_len": 80, "depth": 16, "heads": 16, "dim_head": 64}
-    model = DALLE(vae=tiny_vae, **sizes)
+    model = small_dalle(tiny_vae, **sizes)
     places = dict(placement(16, layers_per_ipu=[0, 6, 6, 4]))
     on_ipu = [0] * 4
     for name, parameter in model.named_parameters():

@@ -1,8 +1,7 @@
-"""Checkpoints read without unpickling: the same tensors as torch.load gives, nothing run, damage told in one line."""
+"""Foreign checkpoints: the same tensors as torch.load gives, no pickled code run, damage reported in one line."""
 
 import collections
 import functools
-import importlib
 import io
 import os
 import pickle
@@ -19,20 +18,20 @@ import pytest
 import torch
 from torch import nn
 
-from models.taming_checkpoint import LEGACY_MAGIC, LEGACY_VERSION, read_weights
+from models.taming_checkpoint import STREAM_HEADER, read_weights
 
 BOTH_FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
 
 
 class Reference:
-    """A persistent id as torch.save writes for a storage, or whatever else is put into one."""
+    """A persistent id as torch.save writes for a storage, or with any other content."""
 
     def __init__(self, *content):
         self.content = content
 
 
 class Call:
-    """Pickles as a call of `function`, which may be a call itself."""
+    """An object that is pickled as a call of `function`, which may be a call itself."""
 
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments
@@ -69,14 +68,13 @@ def write_zip(path, program, records, compression=zipfile.ZIP_STORED):
 
 
 def write_stream(path, program, records):
-    header = [LEGACY_MAGIC, LEGACY_VERSION, {"protocol_version": LEGACY_VERSION, "little_endian": True}]
-    content = b"".join(map(pickled, header)) + program + pickled(list(records))
+    content = b"".join(map(pickled, [*STREAM_HEADER, {"little_endian": True}])) + program + pickled(list(records))
     path.write_bytes(content + b"".join(struct.pack("<q", len(data) // 4) + data for data in records.values()))
     return path
 
 
 def write(path, value, zipped):
-    """A value of References and Calls beside one storage, "0", of four floats."""
+    """Write References and Calls, with one storage, "0", of four floats."""
     return (write_zip if zipped else write_stream)(path, pickled(value), {"0": struct.pack("<4f", 1, 2, 3, 4)})
 
 
@@ -96,7 +94,7 @@ def assert_same(weights, expected):
 def assert_refused(path, message="."):
     with pytest.raises(ValueError, match=message) as caught:
         read_weights(path)
-    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: not a VQGAN checkpoint") and "\n" not in str(caught.value)
 
 
 @pytest.fixture
@@ -105,12 +103,11 @@ def path(tmp_path):
 
 
 @BOTH_FORMATS
-@pytest.mark.parametrize(
-    "dtype", ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
-)
-def test_every_dtype_comes_back(path, dtype, zipped):
-    values = (torch.randn(3, 5) * 9).to(getattr(torch, dtype))
-    save(path, {"w": values, "one": values[0, 0].clone(), "none": values[:0].clone()}, zipped)
+def test_every_dtype_comes_back(path, zipped):
+    names = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+    state = {name: (torch.randn(3, 5) * 9).to(getattr(torch, name)) for name in names}
+    state.update({f"{name} none": values[:0].clone() for name, values in state.items()})
+    save(path, {**state, "one": torch.tensor(2.5)}, zipped)
     assert_same(read_weights(path), torch.load(path))
 
 
@@ -134,40 +131,26 @@ def test_every_pickle_protocol_is_read(path, protocol):
     assert_same(read_weights(path), network.state_dict())
 
 
-def with_vanished_classes(monkeypatch, make):
-    """`make(ModelCheckpoint)` with a class of a library that is importable only here."""
-    with monkeypatch.context() as patch:
-        module = types.ModuleType("vanished")
-        module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": "vanished"})
-        patch.setitem(sys.modules, "vanished", module)
-        make(module.ModelCheckpoint)
-
-
 @BOTH_FORMATS
 def test_a_lightning_checkpoint_opens_without_its_classes(path, zipped, monkeypatch):
-    network, critic = nn.Conv2d(3, 4, 2), nn.Linear(7, 7)
+    module = types.ModuleType("vanished")
+    callback = module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": "vanished"})
+    state = {f"encoder.{name}": weight for name, weight in nn.Conv2d(3, 4, 2).state_dict().items()}
+    loss = {f"loss.critic.{name}": weight for name, weight in nn.Linear(7, 7).state_dict().items()}
+    best = {"best_model_score": torch.tensor(1.5), "best_model_path": "/logs/é.ckpt", "dirpath": None}
     adam = {"state": {0: {"step": 1, "exp_avg": torch.ones(4)}}, "param_groups": [{"lr": 4.5e-6, "params": [0]}]}
-    state = {f"encoder.{name}": weight for name, weight in network.state_dict().items()}
-    loss = {f"loss.discriminator.{name}": weight for name, weight in critic.state_dict().items()}
-
-    def make(callback):
-        best = {"best_model_score": torch.tensor(1.5), "best_model_path": "/logs/é.ckpt", "dirpath": None}
-        checkpoint = {"epoch": 3, "global_step": 1 << 40, "pytorch-lightning_version": "1.0.8"}
-        checkpoint.update(callbacks={callback: best}, optimizer_states=[adam], lr_schedulers=[], hparams_type=callback)
-        checkpoint.update(hyper_parameters={"lr": 4.5e-6, "betas": (0.5, 0.9)}, state_dict={**state, **loss})
-        save(path, checkpoint, zipped)
-
-    with_vanished_classes(monkeypatch, make)
+    saved = {"epoch": 3, "global_step": 1 << 40, "callbacks": {callback: best}, "optimizer_states": [adam]}
+    saved.update(hyper_parameters={"betas": (0.5, 0.9)}, state_dict={**state, **loss})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "vanished", module)
+        save(path, saved, zipped)
+        save(path.with_name("instance"), {"callbacks": [callback()], "state_dict": {}}, zipped)
     with pytest.raises((ModuleNotFoundError, pickle.UnpicklingError)):
         torch.load(path, weights_only=False)
     assert_same(read_weights(path, skip=["loss."]), state)
     assert list(read_weights(path)) == [*state, *loss]
+    assert_refused(path.with_name("instance"))
     assert "vanished" not in sys.modules
-
-
-def test_an_instance_of_a_foreign_class_is_refused(path, monkeypatch):
-    with_vanished_classes(monkeypatch, lambda callback: save(path, {"callbacks": [callback()], "state_dict": {}}))
-    assert_refused(path, "wants to make vanished.ModelCheckpoint: not a VQGAN checkpoint")
 
 
 def test_tensors_that_are_skipped_are_not_read(path):
@@ -195,28 +178,25 @@ def attacks(marker):
 
 @BOTH_FORMATS
 @pytest.mark.parametrize("attack", attacks(""))
-@pytest.mark.parametrize("place", ["beside", "tensor", "whole"])
-def test_nothing_pickled_is_run(path, attack, place, zipped):
+def test_nothing_pickled_is_run(path, attack, zipped):
     marker = path.with_name("it_ran")
     evil = attacks(marker)[attack]
-    value = {"beside": {"a": evil, "state_dict": {}}, "tensor": {"state_dict": {"w": evil}}, "whole": evil}[place]
     torch.save({"w": Call(os.system, f"touch {marker}")}, f"{marker}.pt")
-    torch.load(save(path, value, zipped), weights_only=False)
-    assert marker.exists()  # the attack is a real one
-    marker.unlink()
-    assert_refused(path, "wants to run ")
-    assert not marker.exists()
+    for value in ({"a": evil, "state_dict": {}}, {"state_dict": {"w": evil}}, evil):
+        torch.load(save(path, value, zipped), weights_only=False)
+        assert marker.exists()  # the attack is a real one
+        marker.unlink()
+        assert_refused(path, "wants to run ")
+        assert not marker.exists()
 
 
-def test_functions_that_only_lie_about_are_inert(path, tmp_path, monkeypatch):
+def test_functions_that_are_only_stored_are_inert(path, tmp_path, monkeypatch):
     (tmp_path / "runs_when_imported.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')\nclass Thing: pass\n")
     program = pickled({"x": [os.system, eval], "y": {os.popen: 1}, "state_dict": {}})
     program = program.replace(b"cposix\nsystem\n", b"cruns_when_imported\nThing\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert read_weights(write_zip(path, program, {})) == {}
+    assert b"runs_when" in program and read_weights(write_zip(path, program, {})) == {}
     assert "runs_when_imported" not in sys.modules and not (tmp_path / "it_ran").exists()
-    importlib.import_module("runs_when_imported")
-    assert (tmp_path / "it_ran").exists()  # it would have been seen
 
 
 SYSTEM = b"cposix\nsystem\n"
@@ -235,17 +215,28 @@ OTHER_PROGRAMS = {  # by hand, as no pickler writes them
 @pytest.mark.parametrize("program", OTHER_PROGRAMS.values(), ids=OTHER_PROGRAMS)
 def test_other_ways_to_call_are_refused(path, program, monkeypatch):
     monkeypatch.chdir(path.parent)
-    assert_refused(write_zip(path, program, {}), "wants to|pickle instruction")
+    assert_refused(write_zip(path, program, {}))
+    assert_refused(write_stream(path, program, {}))
     path.write_bytes(program)
     assert_refused(path)
-    assert_refused(write_stream(path, program, {}))
     assert not os.path.exists("it_ran")
+
+
+def test_an_allowed_function_cannot_be_changed(path):
+    name = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    for state in (b"}U\x01xK\x01s", b"N}U\x0c__defaults__NsN\x86"):  # BUILD with attributes, and with slots
+        assert_refused(write_zip(path, b"\x80\x02" + name + state + b"b.", {}))
+
+
+def test_a_forged_memo_index_takes_no_memory(path):
+    program = b"\x80\x02}r" + struct.pack("<I", (1 << 32) - 2) + b"."
+    assert read_weights(write_zip(path, program, {})) == {}
 
 
 @BOTH_FORMATS
 def test_numpy_values_are_refused_by_name(path, zipped):
     save(path, {"best": np.float64(1.5), "state_dict": {}}, zipped)
-    assert_refused(path, r"wants to run numpy\S+: not a VQGAN checkpoint")
+    assert_refused(path, "wants to run numpy")
 
 
 LIES = {
@@ -276,12 +267,12 @@ LIES = {
 
 
 @BOTH_FORMATS
-@pytest.mark.parametrize("lie", LIES)
-def test_a_tensor_that_is_not_in_its_storage_is_refused(path, lie, zipped):
+def test_a_tensor_that_is_not_in_its_storage_is_refused(path, zipped):
     good = read_weights(write(path, {"w": tensor(storage(), (2, 2), (1, 2))}, zipped))
     assert good["w"].tolist() == [[1, 3], [2, 4]]
-    message = "reaches element 4 of a storage of 4" if lie.endswith("past the end") else "."
-    assert_refused(write(path, {"state_dict": {"w": LIES[lie]}}, zipped), message)
+    for lie, value in LIES.items():
+        message = "reaches element 4 of a storage of 4" if lie.endswith("past the end") else "."
+        assert_refused(write(path, {"state_dict": {"w": value}}, zipped), message)
 
 
 @BOTH_FORMATS
@@ -313,37 +304,24 @@ def peak_memory(function):
 def test_deep_nesting_is_no_crash(path):
     deep = b"]" * 50_000 + b"a" * 49_999
     assert_refused(write_zip(path, b"\x80\x02" + deep + b".", {}), "holds no state dict")
-    assert_refused(write_zip(path, b"\x80\x02}X\x01\0\0\0w" + deep + b"s.", {}), "'w' where a tensor")
+    assert_refused(write_zip(path, b"\x80\x02}X\x01\0\0\0w" + deep + b"s.", {}), "'w' is not a tensor")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "does not begin like"),
-        (b"some text\n", "does not begin like"),
-        (b"PK\x03\x04", "damaged"),
-        (b"\x80", "damaged"),
-        (pickle.dumps({"w": 1}, protocol=2), "not one of torch.save"),
-        (pickle.dumps({"w": {1}}, protocol=4), "EMPTY_SET"),
-    ],
-)
-def test_other_files_are_refused(path, content, message):
-    path.write_bytes(content)
-    assert_refused(path, message)
-
-
-def test_other_archives_are_refused(path):
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_other_files_are_refused(path):
+    words, pickles = [b"", b"some text\n", b"PK\x03\x04", b"\x80"], [{"w": 1}, {"w": {1}}, [], None]
+    for content in words + list(map(pickle.dumps, pickles)):
+        path.write_bytes(content)
+        assert_refused(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes/readme.txt", "hello")
     assert_refused(path, "without the data.pkl of torch.save")
     assert_refused(write_zip(path, pickled({}), {"0": bytes(9999)}, zipfile.ZIP_DEFLATED), "compressed")
-    with zipfile.ZipFile(write_zip(path, pickled({}), {}), "a") as archive, pytest.warns(
-        UserWarning, match="Duplicate"
-    ):
-        archive.writestr("a/data.pkl", pickled({}))
-    assert_refused(path, "a/data.pkl twice")
-    with zipfile.ZipFile(write_zip(path, pickled({}), {}), "a") as archive:
-        archive.writestr("a/byteorder", b"big")
+    for name, content, message in (("data.pkl", pickled({}), "twice"), ("byteorder", b"big", "big-endian")):
+        with zipfile.ZipFile(write_zip(path, pickled({}), {}), "a") as archive:
+            archive.writestr(f"a/{name}", content)
+        assert_refused(path, message)
+    path.write_bytes(b"".join(map(pickled, [*STREAM_HEADER, {"little_endian": False}, {}, []])))
     assert_refused(path, "big-endian")
 
 

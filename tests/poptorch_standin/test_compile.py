@@ -1,13 +1,22 @@
-"""Compilation: fixed shapes, what forward may do and may not, and shared buffers and weights."""
+"""Compilation, what a call returns, and how weights pass between host and device."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.poptorch_standin.helpers import Through, assert_same_weights, batch_of, options_of, trainer_of
+from tests.poptorch_standin.helpers import (
+    Net,
+    Through,
+    assert_same_weights,
+    batch_of,
+    infer,
+    options_of,
+    trainer_of,
+)
 
 from_torch_import_ones = torch.ones
 
@@ -22,14 +31,14 @@ from_torch_import_ones = torch.ones
         (torch.ones(12, 4, dtype=torch.bfloat16), "bfloat16"),
     ],
 )
-def test_inputs_are_refused(poptorch_standin, x, message):
-    trainer, _, _ = trainer_of(poptorch_standin, options=options_of(poptorch_standin, 2, 3, 2))
+def test_inputs_are_refused(poptorch, x, message):
+    trainer, _, _ = trainer_of(poptorch, options=options_of(poptorch, 2, 3, 2))
     with pytest.raises(RuntimeError, match=message):
         trainer.compile(x, torch.zeros(12, dtype=torch.int64))
 
 
-def test_shapes_are_fixed(poptorch_standin):
-    trainer, _, _ = trainer_of(poptorch_standin)
+def test_shapes_are_fixed(poptorch):
+    trainer, _, _ = trainer_of(poptorch)
     x, y = batch_of(4)
     trainer.compile(x, y)
     assert trainer.isAttachedToDevice()
@@ -74,15 +83,15 @@ def test_shapes_are_fixed(poptorch_standin):
         (lambda m, x: m.mask.set_(m.mask + 1) * x, "'mask' was reassigned"),
     ],
 )
-def test_forward_is_traced(poptorch_standin, function, message):
+def test_forward_is_traced(poptorch, function, message):
     model = Through(function, plain=torch.ones(3))
     model.register_buffer("mask", torch.ones(3))
     with pytest.raises(RuntimeError, match=message):
-        poptorch_standin.inferenceModel(model).compile(torch.ones(2, 3))
+        poptorch.inferenceModel(model).compile(torch.ones(2, 3))
     assert model.mask.tolist() == [1, 1, 1] and model.mask.device.type == "cpu"
 
 
-def test_forward_may(poptorch_standin):
+def test_forward_may(poptorch):
     """What is refused above, done right."""
 
     def function(m, x):
@@ -96,38 +105,38 @@ def test_forward_may(poptorch_standin):
 
     model = Through(function, plain=torch.ones(3))
     model.register_buffer("mask", torch.zeros(3))
-    inference = poptorch_standin.inferenceModel(model)
+    inference = poptorch.inferenceModel(model)
     out, _ = inference(torch.zeros(2, 3))
     assert out[0].tolist() == [4.0, 5.0, 8.0]
     assert inference(torch.zeros(2, 3))[0][0].tolist() == [5.0, 6.0, 8.0]  # the buffer counted on
     assert model.mask.tolist() == [0, 0, 0]
 
 
-def test_what_was_compiled_is_what_runs(poptorch_standin):
+def test_what_was_compiled_is_what_runs(poptorch):
     """A number that changes between calls would be ignored by a compiled graph."""
     model = Through(lambda m, x: x * m.factor)
     model.factor = 2.0
-    inference = poptorch_standin.inferenceModel(model)
+    inference = poptorch.inferenceModel(model)
     inference(torch.ones(2))
     inference.model.factor = 3.0
     with pytest.raises(RuntimeError, match="another way than when it was compiled"):
         inference(torch.ones(2))
 
 
-def test_modes_are_those_of_compile_time(poptorch_standin):
+def test_modes_are_those_of_compile_time(poptorch):
     x = torch.ones(100)
     model = Through(lambda m, x: m.inner(x), inner=nn.Dropout(0.5)).eval()
-    inference = poptorch_standin.inferenceModel(model)
+    inference = poptorch.inferenceModel(model)
     inference.compile(x)
     model.train()
     assert torch.equal(inference(x), x) and model.inner.training
-    inference = poptorch_standin.inferenceModel(model)
+    inference = poptorch.inferenceModel(model)
     inference.compile(x)
     model.eval()
     assert not torch.equal(inference(x), x) and not model.inner.training
 
 
-def test_buffers_of_two_modules(poptorch_standin):
+def test_buffers_of_two_modules(poptorch):
     """One tensor in two modules becomes two on the IPU; state_dict() decides whether they are made one again."""
 
     def shared(persistent):
@@ -135,19 +144,19 @@ def test_buffers_of_two_modules(poptorch_standin):
         mask = torch.ones(1)
         model.a.register_buffer("mask", mask, persistent=persistent)
         model.b.register_buffer("mask", mask, persistent=persistent)
-        return poptorch_standin.inferenceModel(model)
+        return poptorch.inferenceModel(model)
 
     with pytest.raises(KeyError, match="b.mask: the same tensor as a.mask"):
         shared(False).compile(torch.ones(1, 2))
     shared(True).compile(torch.ones(1, 2))
 
 
-def test_tied_weights_stay_tied(poptorch_standin):
+def test_tied_weights_stay_tied(poptorch):
     model = Through(lambda m, x: F.mse_loss(m.b(m.a(x)), x), a=nn.Linear(2, 2), b=nn.Linear(2, 2))
     model.b.weight = model.a.weight
     oracle = copy.deepcopy(model)
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-    trainer, _, _ = trainer_of(poptorch_standin, model)
+    trainer, _, _ = trainer_of(poptorch, model)
     trainer(x)
     optimizer = torch.optim.AdamW(oracle.parameters(), lr=1e-2)
     oracle(x).backward()
@@ -156,7 +165,7 @@ def test_tied_weights_stay_tied(poptorch_standin):
     assert model.b.weight is model.a.weight
 
 
-def test_state_dict_must_not_compute(poptorch_standin):
+def test_state_dict_must_not_compute(poptorch):
     class Joined(nn.Linear):
         def _save_to_state_dict(self, destination, prefix, keep_vars):
             super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -166,7 +175,176 @@ def test_state_dict_must_not_compute(poptorch_standin):
     model = Joined(2, 2)
     model.always = True
     with pytest.raises(RuntimeError, match="outside of forward"):
-        poptorch_standin.inferenceModel(model).compile(torch.ones(1, 2))
+        poptorch.inferenceModel(model).compile(torch.ones(1, 2))
     model.always = False
-    poptorch_standin.inferenceModel(model).compile(torch.ones(1, 2))
+    poptorch.inferenceModel(model).compile(torch.ones(1, 2))
     assert model.state_dict()["weight"].shape == (4, 2)
+
+
+def test_output_modes(poptorch):
+    x, modes = torch.arange(24.0)[:, None], poptorch.OutputMode
+
+    def call(mode, replicas):
+        options = options_of(poptorch, iterations=2, accumulation=2, replicas=replicas).outputMode(mode)
+        model = Through(
+            lambda m, x: (poptorch.identity_loss(m.weight * x[:, 0], "mean"), [x[:, 0]]),
+            weight=nn.Parameter(torch.ones(1)),
+        )
+        trainer, _, _ = trainer_of(poptorch, model, options, lr=0.0)
+        loss, (rows,) = trainer(x)
+        return loss, rows
+
+    means = x[:, 0].view(8, 3).mean(1)
+    loss, rows = call(modes.Default, 2)
+    assert loss.tolist() == means[6:].tolist() and rows.tolist() == list(range(18, 24))
+    loss, rows = call(modes.All, 2)
+    assert loss.tolist() == means.tolist() and rows.tolist() == list(range(24))
+    loss, rows = call(modes.Sum, 2)
+    assert loss.tolist() == [means[0::2].sum(), means[1::2].sum()]
+    assert rows.tolist() == x[:, 0].view(4, 6).sum(0).tolist()
+    assert call(modes.Final, 1)[0].dim() == call(modes.Sum, 1)[0].dim() == 0
+    assert call(modes.All, 1)[0].shape == (4,)
+
+
+def test_outputs_are_tuples_and_lists(poptorch):
+    class Pair(NamedTuple):
+        a: torch.Tensor
+        b: torch.Tensor
+
+    x = torch.ones(2, 3)
+    out = infer(poptorch, lambda m, x: (x, [x + 1, (x + 2,)]), x)
+    assert type(out) is tuple and type(out[1]) is list and out[1][1][0][0, 0] == 3
+    for function in (lambda m, x: Pair(x, x), lambda m, x: {"x": x}, lambda m, x: None, lambda m, x: (x, 1)):
+        with pytest.raises(TypeError, match="forward returned"):
+            infer(poptorch, function, x)
+    with pytest.raises(TypeError, match="refuses; return a plain tuple"):
+        infer(poptorch, lambda m, x: Pair(x, x), x)
+
+
+def test_outputs_have_no_gradient(poptorch):
+    loss, _ = trainer_of(poptorch)[0](*batch_of(2))
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
+def test_64_bits_are_narrowed(poptorch):
+    out = infer(poptorch, lambda m, x: x + 1, torch.tensor([2**32 + 5]))
+    assert out.dtype == torch.int32 and out.item() == 6
+    out = infer(poptorch, lambda m, x: x.double() * 2, torch.ones(1, dtype=torch.float64) + 1e-12)
+    assert out.dtype == torch.float32 and out.item() == 2
+
+
+def test_synthetic_data(poptorch):
+    out = infer(poptorch, lambda m, x: x, torch.ones(2), options=poptorch.Options().enableSyntheticData(True))
+    assert out.isnan().all()
+
+
+def test_host_weights_are_stale_until_read(poptorch):
+    trainer, model, _ = trainer_of(poptorch)
+    weight, before = model.first.weight, model.first.weight.clone()
+    trainer(*batch_of(4))
+    assert torch.equal(weight, before)
+    next(model.parameters())
+    assert not torch.equal(weight, before)
+    before = weight.clone()
+    trainer(*batch_of(4))
+    trainer.copyWeightsToHost()
+    assert not torch.equal(weight, before) and model.calls.item() == 2
+    assert copy.deepcopy(model).__class__ is Net and type(model) is not Net
+    trainer.destroy()
+    assert type(model) is Net
+
+
+def test_device_weights_change_on_demand_only(poptorch):
+    x, y = batch_of(4)
+    model = Net()
+    inference = poptorch.inferenceModel(model)
+    _, out = inference(x, y)
+    with torch.no_grad():
+        model.second.bias.add_(1)
+    assert torch.equal(inference(x, y)[1], out)
+    inference.copyWeightsToDevice()
+    torch.testing.assert_close(inference(x, y)[1], out + 1)
+    inference.load_state_dict(Net().state_dict())
+    assert torch.equal(inference(x, y)[1], out)
+    assert model.calls.item() == 0  # the buffer was written to on the device
+    inference.copyWeightsToHost()
+    assert model.calls.item() == 1
+
+
+def test_inference_follows_training(poptorch):
+    x, y = batch_of(4)
+    trainer, model, _ = trainer_of(poptorch)
+    inference = poptorch.inferenceModel(model)
+    outs = [inference(x, y)[1]]
+    for _ in range(2):
+        trainer(x, y)
+        outs.append(inference(x, y)[1])
+    assert not torch.equal(outs[0], outs[1]) and not torch.equal(outs[1], outs[2])
+    model.state_dict()
+    oracle = Net()
+    oracle.load_state_dict(trainer.state_dict())
+    torch.testing.assert_close(outs[2], oracle.scores(x))
+    with pytest.raises(RuntimeError, match="wrapped for training already"):
+        trainer_of(poptorch, model)
+
+
+def test_random_numbers_are_the_devices_own(poptorch):
+    x = torch.zeros(2, 3)
+
+    def draw(seed):
+        options = poptorch.Options()
+        model = poptorch.inferenceModel(
+            Through(lambda m, x: torch.rand_like(x)), options if seed is None else options.randomSeed(seed)
+        )
+        return model(x), model(x)
+
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, second = draw(1)
+    assert not torch.equal(first, second)
+    assert torch.equal(torch.stack(draw(1)), torch.stack((first, second)))
+    assert not torch.equal(draw(2)[0], first)
+    assert not torch.equal(draw(None)[0], draw(None)[0])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_offline_targets_compile_only(poptorch):
+    trainer, _, _ = trainer_of(poptorch, options=poptorch.Options().useOfflineIpuTarget(ipu_version=2))
+    trainer.compile(*batch_of(2))
+    assert not trainer.isAttachedToDevice()
+    with pytest.raises(RuntimeError, match="offline device"):
+        trainer(*batch_of(2))
+
+
+def test_detaching(poptorch):
+    trainer, model, _ = trainer_of(poptorch)
+    before, batch = model.first.weight.clone(), batch_of(2)
+    with pytest.raises(RuntimeError, match="not compiled"):
+        trainer.copyWeightsToHost()
+    trainer(*batch)
+    trainer.detachFromDevice()
+    assert not torch.equal(model.first.weight, before) and not trainer.isAttachedToDevice()
+    with torch.no_grad():
+        model.second.bias.add_(100)
+    trainer(*batch)  # attaches by itself and takes the host's weights
+    assert trainer.isAttachedToDevice() and trainer.state_dict()["second.bias"].min() > 90
+    trainer.detachFromDevice()
+    trainer.attachToDevice()
+    trainer(*batch)
+    trainer.destroy()
+    trainer_of(poptorch, model)[0](*batch)
+
+
+def test_executables_are_cached_by_all_that_makes_them(poptorch, tmp_path):
+    cache, profile = tmp_path / "cache", tmp_path / "profile"
+
+    def hit(rows=4, seed=3, model=None, lr=1e-2):
+        options = options_of(poptorch).randomSeed(seed).enableProfiling(str(profile / str(rows)))
+        trainer, _, _ = trainer_of(poptorch, model, options.enableExecutableCaching(str(cache)), lr=lr)
+        trainer.compile(*batch_of(rows))
+        return trainer.trace.cache_hit
+
+    assert not hit() and hit() and hit(lr=0.5)  # a variable is not part of the graph
+    assert not hit(rows=2) and not hit(seed=4) and not hit(model=Net(dropout=0.5))
+    assert len(list(cache.iterdir())) == 4 and (profile / "2" / "profile.pop").stat().st_size

@@ -1,98 +1,190 @@
-"""What the stand-in has and what it has not; options are checked, chain, can be read and freeze."""
+"""Options and the DataLoader: what they take, what they refuse, batches and their buffers."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.poptorch_standin.helpers import Net, trainer_of
+from tests.poptorch_standin.helpers import Net, options_of, trainer_of
 
 
-def test_only_what_is_known_is_there(poptorch_standin):
-    assert poptorch_standin.IS_STANDIN and "standin" in poptorch_standin.__version__
-    assert poptorch_standin.ipuHardwareIsAvailable() is False
-    with pytest.raises(AttributeError):
-        poptorch_standin.ipuHardwareVersion  # noqa: B018
+def test_unknown_names_are_refused(poptorch):
+    assert poptorch.IS_STANDIN and "standin" in poptorch.__version__ and poptorch.ipuHardwareIsAvailable() is False
+    for use in (lambda: poptorch.ipuHardwareVersion, lambda: poptorch.cond, lambda: poptorch.Block):
+        with pytest.raises(AttributeError):
+            use()
     with pytest.raises(AttributeError, match="no batchSize"):
-        poptorch_standin.Options().batchSize(4)
-    with pytest.raises(AttributeError, match="calling their setters"):
-        poptorch_standin.Options().replication_factor = 2
+        poptorch.Options().batchSize(4)
+    with pytest.raises(AttributeError, match="calling setters"):
+        poptorch.Options().replication_factor = 2
     with pytest.raises(AttributeError):
-        trainer_of(poptorch_standin)[0].train()
-    for absent in (poptorch_standin.cond, poptorch_standin.custom_op):
-        with pytest.raises(NotImplementedError, match="not in the stand-in"):
-            absent()
+        trainer_of(poptorch)[0].train()
 
 
 @pytest.mark.parametrize(
-    "call, error",
+    "error, calls",
     [
-        (lambda p, o: o.deviceIterations(0), ValueError),
-        (lambda p, o: o.deviceIterations(2.0), TypeError),
-        (lambda p, o: o.replicationFactor(True), TypeError),
-        (lambda p, o: o.randomSeed("7"), TypeError),
-        (lambda p, o: o.outputMode("All"), TypeError),
-        (lambda p, o: o.outputMode(p.OutputMode.EveryN), ValueError),
-        (lambda p, o: o.outputMode(p.OutputMode.All, 2), ValueError),
-        (lambda p, o: o.setExecutionStrategy(p.AutoStage.AutoIncrement), TypeError),
-        (lambda p, o: p.PipelinedExecution("AutoIncrement"), TypeError),
-        (lambda p, o: o.setAvailableMemoryProportion({"IPU0": 1}), TypeError),
-        (lambda p, o: o.setAvailableMemoryProportion({"IPU0": 1.5}), ValueError),
-        (lambda p, o: o.setAvailableMemoryProportion({0: 0.5}), ValueError),
-        (lambda p, o: o.setAvailableMemoryProportion([0.5]), TypeError),
-        (lambda p, o: o.enableExecutableCaching(Path("cache")), TypeError),
-        (lambda p, o: o.useOfflineIpuTarget("ipu2"), TypeError),
-        (lambda p, o: o.enableSyntheticData(1), TypeError),
-        (lambda p, o: o.connectionType("never"), TypeError),
-        (lambda p, o: o.updatableNamedBuffers("mask"), TypeError),
-        (lambda p, o: o.broadcastBuffers(False), NotImplementedError),
-        (lambda p, o: o.Training.gradientAccumulation(-1), ValueError),
-        (lambda p, o: o.Training.gradientAccumulation(n=1), TypeError),
-        (lambda p, o: o.Training.accumulationAndReplicationReductionType("mean"), TypeError),
-        (lambda p, o: o.Training.setAutomaticLossScaling(1), TypeError),
-        (lambda p, o: o.Training.gradientClipping(1.0), AttributeError),
-        (lambda p, o: o.Precision.enableStochasticRounding(1), TypeError),
-        (lambda p, o: o.Precision.setPartialsType(torch.bfloat16), TypeError),
-        (lambda p, o: o.TensorLocations.setOptimizerLocation(True), TypeError),
-        (lambda p, o: p.TensorLocationSettings().useOnChipStorage(0), TypeError),
-        (lambda p, o: o._Popart.set("outlineThreshold", 10), TypeError),
-        (lambda p, o: o._Popart.set("outlineTreshold", 10.0), KeyError),
-        (lambda p, o: o.Distributed.configureProcessId(2, 2), ValueError),
-        (lambda p, o: p.Options(deviceIterations=2), TypeError),
+        (
+            ValueError,
+            [
+                lambda p, o: o.deviceIterations(0),
+                lambda p, o: o.setAvailableMemoryProportion({"IPU0": 1.5}),
+                lambda p, o: o.setAvailableMemoryProportion({0: 0.5}),
+                lambda p, o: o.Training.gradientAccumulation(-1),
+                lambda p, o: o.Distributed.configureProcessId(2, 2),
+            ],
+        ),
+        (
+            TypeError,
+            [
+                lambda p, o: o.deviceIterations(2.0),
+                lambda p, o: o.replicationFactor(True),
+                lambda p, o: o.randomSeed("7"),
+                lambda p, o: o.outputMode("All"),
+                lambda p, o: o.setExecutionStrategy(p.AutoStage.AutoIncrement),
+                lambda p, o: p.PipelinedExecution("AutoIncrement"),
+                lambda p, o: o.setAvailableMemoryProportion({"IPU0": 1}),
+                lambda p, o: o.setAvailableMemoryProportion([0.5]),
+                lambda p, o: o.enableExecutableCaching(Path("cache")),
+                lambda p, o: o.useOfflineIpuTarget("ipu2"),
+                lambda p, o: o.enableSyntheticData(1),
+                lambda p, o: o.Training.gradientAccumulation(n=1),
+                lambda p, o: o.Training.accumulationAndReplicationReductionType("mean"),
+                lambda p, o: o.Training.setAutomaticLossScaling(1),
+                lambda p, o: o.Precision.enableStochasticRounding(1),
+                lambda p, o: o.Precision.setPartialsType(torch.bfloat16),
+                lambda p, o: o.TensorLocations.setOptimizerLocation(True),
+                lambda p, o: p.TensorLocationSettings().useOnChipStorage(0),
+                lambda p, o: o._Popart.set("outlineThreshold", 10),
+                lambda p, o: p.Options(deviceIterations=2),
+            ],
+        ),
+        (AttributeError, [lambda p, o: o.Training.gradientClipping(1.0), lambda p, o: o.autoRoundNumIpus(True)]),
+        (KeyError, [lambda p, o: o._Popart.set("outlineTreshold", 10.0)]),
+        (
+            NotImplementedError,
+            [lambda p, o: o.Training.accumulationAndReplicationReductionType(p.ReductionType.Sum)],
+        ),
     ],
 )
-def test_options_refuse(poptorch_standin, call, error):
-    with pytest.raises(error):
-        call(poptorch_standin, poptorch_standin.Options())
+def test_options_refuse(poptorch, error, calls):
+    for call in calls:
+        with pytest.raises(error):
+            call(poptorch, poptorch.Options())
 
 
-def test_options_take_chain_and_can_be_read(poptorch_standin):
-    options = poptorch_standin.Options().deviceIterations(2).replicationFactor(3).autoRoundNumIPUs(True).logDir("logs")
-    options.setExecutionStrategy(poptorch_standin.ShardedExecution(poptorch_standin.AutoStage.SameAsIpu))
-    options.setAvailableMemoryProportion({"IPU0": 0.2, "IPU1": 0.6}).relaxOptimizerAttributesChecks(True)
+def test_options_take_chain_and_can_be_read(poptorch):
+    options = poptorch.Options().deviceIterations(2).replicationFactor(3).autoRoundNumIPUs(True)
+    options.setAvailableMemoryProportion({"IPU0": 0.2, "IPU1": 0.6}).setExecutionStrategy(poptorch.PipelinedExecution())
     assert options.Training.gradientAccumulation(4).setAutomaticLossScaling(False) is options.Training
-    off_chip = poptorch_standin.TensorLocationSettings().useOnChipStorage(False).useReplicatedTensorSharding(True)
+    off_chip = poptorch.TensorLocationSettings().useOnChipStorage(False).useReplicatedTensorSharding(True)
     options.TensorLocations.setOptimizerLocation(off_chip)
     options._Popart.set("outlineThreshold", 10.0)
     numbers = options.device_iterations, options.Training.gradient_accumulation, options.replication_factor
-    assert numbers == (2, 4, 3)
-    assert options.output_mode is poptorch_standin.OutputMode.Default
+    assert numbers == (2, 4, 3) and options.output_mode is poptorch.OutputMode.Default
 
 
-@pytest.mark.parametrize("holder", ["loader", "inference", "training"])
-def test_options_freeze(poptorch_standin, holder):
-    options = poptorch_standin.Options()
-    if holder == "loader":
-        poptorch_standin.DataLoader(options, [torch.zeros(1)])
-    elif holder == "inference":
-        poptorch_standin.inferenceModel(Net(), options)
-    else:
-        trainer_of(poptorch_standin, options=options)
-    for change in (options.deviceIterations, options.Training.gradientAccumulation, options.clone):
-        if change == options.clone:
-            assert options.clone().deviceIterations(2).Training.gradientAccumulation(2).gradient_accumulation == 2
-        else:
+def test_options_freeze(poptorch):
+    def make_loader(options):
+        return poptorch.DataLoader(options, [torch.zeros(1)])
+
+    makers = (make_loader, lambda o: poptorch.inferenceModel(Net(), o), lambda o: trainer_of(poptorch, options=o))
+    for make in makers:
+        options = poptorch.Options()
+        make(options)
+        for change in (options.deviceIterations, options.Training.gradientAccumulation):
             with pytest.raises(AttributeError, match="frozen"):
                 change(2)
-    with pytest.raises(AttributeError, match="frozen"):
-        options._Popart.set("outlineThreshold", 1.0)
+        with pytest.raises(AttributeError, match="frozen"):
+            options._Popart.set("outlineThreshold", 1.0)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(int, 1)
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __init__(self, length=20):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return torch.tensor([float(index)]), index
+
+
+@pytest.mark.parametrize("mode", ["Sync", "Async", "AsyncRebatched"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_gives_whole_batches_in_order(poptorch, mode, workers):
+    loader = poptorch.DataLoader(
+        options_of(poptorch, 2, 3, 1),
+        Numbers(),
+        num_workers=workers,
+        mode=getattr(poptorch.DataLoaderMode, mode),
+        rebatched_worker_size=4 if mode == "AsyncRebatched" else None,
+    )
+    assert loader.combinedBatchSize == 6 and len(loader) == 3
+    for _ in range(2):
+        rows = [index.tolist() for _, index in loader]
+        assert rows == [list(range(6)), list(range(6, 12)), list(range(12, 18))]
+    loader.terminate()
+    with pytest.raises(RuntimeError, match="terminated"):
+        iter(loader)
+
+
+def test_asynchronous_batches_must_be_cloned(poptorch):
+    def stay_as_they_were(mode):
+        loader = poptorch.DataLoader(poptorch.Options(), Numbers(), batch_size=2, mode=mode)
+        kept = [(batch, batch[1].tolist()) for batch in loader]
+        return [batch[1].tolist() == was for batch, was in kept]
+
+    assert all(stay_as_they_were(poptorch.DataLoaderMode.Sync))
+    assert stay_as_they_were(poptorch.DataLoaderMode.Async) == 7 * [False] + 3 * [True]
+
+
+def test_asynchronous_loaders_work_on_a_copy(poptorch):
+    mode = poptorch.DataLoaderMode.Async
+    dataset = Numbers(4)
+    loader = poptorch.DataLoader(poptorch.Options(), dataset, mode=mode)
+    dataset.length = 2
+    assert len(list(loader)) == 4
+    dataset.local = lambda: None
+    with pytest.raises(RuntimeError, match="pickled"):
+        poptorch.DataLoader(poptorch.Options(), dataset, mode=mode)
+
+
+def test_loader_shares_the_dataset_among_processes(poptorch):
+    options = poptorch.Options()
+    options.Distributed.configureProcessId(1, 2)
+    shared = poptorch.DataLoader(options, Numbers(), batch_size=5)
+    whole = poptorch.DataLoader(options, Numbers(), batch_size=5, auto_distributed_partitioning=False)
+    assert [i[0].item() for _, i in shared] == [10, 15] and [i[0].item() for _, i in whole] == [0, 5, 10, 15]
+    with pytest.raises(ValueError, match="auto_distributed_partitioning=False"):
+        poptorch.DataLoader(options, Numbers(), sampler=[1])
+    with pytest.raises(RuntimeError, match=r"popdist\.poptorch\.Options"):
+        trainer_of(poptorch, options=options)
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        ({"persistent_workers": True}, ValueError),
+        ({"mode": "Async"}, TypeError),
+        ({"rebatched": True, "batch_size": 1}, ValueError),
+        ({"rebatched": True, "batch_size": 4, "rebatched_worker_size": 5}, ValueError),
+        ({"rebatched_worker_size": 1}, ValueError),
+        ({"async_options": {"buffer_size": 2}}, NotImplementedError),
+        ({"batch_sampler": [[1]]}, NotImplementedError),
+        ({"dataset": Endless()}, NotImplementedError),
+        ({"batchsize": 2}, TypeError),
+        ({"options": None}, TypeError),
+    ],
+)
+def test_loaders_refuse(poptorch, arguments, error):
+    arguments = {"options": poptorch.Options(), "dataset": Numbers(), **arguments}
+    if arguments.pop("rebatched", False):
+        arguments["mode"] = poptorch.DataLoaderMode.AsyncRebatched
+    with pytest.raises(error):
+        poptorch.DataLoader(**arguments)

@@ -15,7 +15,7 @@ STANDIN = Path(__file__).resolve().parent
 POPRUN = ("POPDIST_NUM_TOTAL_REPLICAS", "POPDIST_NUM_LOCAL_REPLICAS", "POPDIST_INSTANCE_INDEX", "POPDIST_NUM_INSTANCES")
 
 
-def test_without_poprun(poptorch_standin, monkeypatch):
+def test_without_poprun(poptorch, monkeypatch):
     for name in POPRUN:
         monkeypatch.delenv(name, raising=False)
     popdist, hvd = importlib.import_module("popdist"), importlib.import_module("horovod.torch")
@@ -32,7 +32,7 @@ def test_without_poprun(poptorch_standin, monkeypatch):
         hvd.broadcast(torch.ones(1), root_rank=1)
 
 
-def test_poprun_presets_the_replicas(poptorch_standin, monkeypatch):
+def test_poprun_presets_the_replicas(poptorch, monkeypatch):
     for name, value in zip(POPRUN, "4210"):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("POPDIST_NUM_INSTANCES", "2")
@@ -66,7 +66,7 @@ torch.save([trainer.state_dict(), mean, total, loss], f"{folder}/{{rank}}.pt")
 """
 
 
-def test_two_instances_train_as_one(poptorch_standin, tmp_path):
+def test_two_instances_train_as_one(poptorch, tmp_path):
     program = INSTANCE.format(folder=str(tmp_path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "STANDIN_STORE": str(tmp_path / "store")}
     environment["PYTHONPATH"] = os.pathsep.join((str(STANDIN), str(STANDIN.parents[1])))

@@ -10,7 +10,7 @@ from generation.loading import load
 
 
 class Drawing:
-    """A Loaded's sampler, with a record of what is drawn together and a gate that every code passes.
+    """A LoadedModel's sampler, with a record of what is drawn together and a gate that every code passes.
 
     batches: a list of seeds for each drawing that began. codes: how many codes were drawn in all. hold() makes drawing
     stop before its next code until release(). before(seeds) is called where a drawing begins; what it raises fails it.
@@ -26,7 +26,7 @@ class Drawing:
     hold = property(lambda self: self.open.clear)
     release = property(lambda self: self.open.set)
 
-    def sample(self, text, *, generator, watch=None, **options):
+    def sample(self, text, sampling, *, generator, on_code=None, **options):
         seeds = [one.initial_seed() for one in generator]
         self.batches.append(seeds)
         self.before(seeds)
@@ -35,10 +35,10 @@ class Drawing:
             assert self.open.wait(20)
             time.sleep(self.seconds)
             self.codes += 1
-            if watch is not None:
-                watch(codes)
+            if on_code is not None:
+                on_code(codes)
 
-        return self.plain(text, generator=generator, watch=seen, **options)
+        return self.plain(text, sampling, generator=generator, on_code=seen, **options)
 
     def began(self, count):
         """Wait until so many drawings have begun."""
@@ -62,12 +62,17 @@ def until(holds, seconds=20):
 
 
 @contextlib.contextmanager
-def running(loaded, limits, queue_size=64):
+def running(loaded, *flags):
     """Page and API of app.py on a free port of this machine, in a thread → the port."""
     import app
+    from args_app import app_arguments
+    from service.queue import GenerationQueue
 
+    settings = app_arguments(list(map(str, flags)))
+    queue = GenerationQueue(loaded, settings.queue_size, settings.queue_size * settings.max_images)
+    queue.start()
     with app.listen("127.0.0.1", 0) as listening:
-        server = app.serving(loaded, limits, queue_size)
+        server = app.make_server(queue, settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         until(lambda: server.started)
@@ -92,3 +97,19 @@ def call(port, method="GET", path="/health", body=None, kind="application/json",
 
 def generate(port, **wanted):
     return call(port, "POST", "/api/generate", wanted)
+
+
+def read_events(port, identity, after=None, timeout=60, root=""):
+    """Read a job's events to the end: [(number, event, data)]."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    with contextlib.closing(connection):
+        headers = {} if after is None else {"Last-Event-ID": str(after)}
+        connection.request("GET", f"{root}/api/jobs/{identity}/events", headers=headers)
+        answer = connection.getresponse()
+        assert answer.status == 200 and answer.getheader("Content-Type").startswith("text/event-stream")
+        blocks = [block for block in answer.read().decode().split("\n\n") if block and not block.startswith(":")]
+    found = []
+    for block in blocks:
+        number, event, data = (line.partition(": ")[2] for line in block.split("\n"))
+        found.append((int(number), event, json.loads(data)))
+    return found

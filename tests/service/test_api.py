@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from generation.drawing import draw, picture
-from generation.image_prompts import given_codes
-from generation.output import as_picture, metadata
+from generation.batching import generate_batch, plan_image
+from generation.image_prompts import encode_kept_rows
+from generation.output import image_metadata, to_image
 from tests.service.running import Drawing, call, generate, loaded_for_tests, running, until
 
-pytest.importorskip("gradio", exc_type=ImportError)
+pytest.importorskip("fastapi", exc_type=ImportError)
 PROMPT = "a red circle"
+HEAD = "HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,7 @@ def loaded(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def port(loaded):
-    from service.requests import Limits
-
-    with running(loaded, Limits(max_images=8, max_prompt_characters=60), queue_size=6) as port:
+    with running(loaded, "--max-images", 8, "--max-prompt-characters", 60, "--queue-size", 6) as port:
         yield port
 
 
@@ -86,11 +85,11 @@ def test_the_same_seed_gives_the_picture_of_the_library(port, loaded):
     status, answer = generate(port, prompt=f"  {PROMPT} ", count=3, seed=11, temperature=0.9)
     assert status == 200 and [one["seed"] for one in answer["pictures"]] == [11, 12, 13]
     for one in answer["pictures"]:
-        wanted = picture(loaded, PROMPT, one["seed"], {"temperature": 0.9})
-        alone = as_picture(loaded.decode(draw(loaded, [wanted]))[0])
+        wanted = plan_image(loaded, PROMPT, one["seed"], {"temperature": 0.9})
+        alone = to_image(loaded.decode(generate_batch(loaded, [wanted]))[0])
         image = image_of(one)
         assert image.tobytes() == alone.tobytes()
-        assert one["metadata"] == json.loads(image.info["Comment"]) == metadata(wanted, loaded)
+        assert one["metadata"] == json.loads(image.info["Comment"]) == image_metadata(wanted, loaded)
 
 
 def test_an_image_prompt_is_kept_as_by_the_library(port, loaded, drawn_pictures):
@@ -98,8 +97,8 @@ def test_an_image_prompt_is_kept_as_by_the_library(port, loaded, drawn_pictures)
     side = loaded.model.fmap_size
     for keep, rows in ((1, 1), (0.5, side // 2), (None, side // 2)):
         status, answer = generate(port, prompt=PROMPT, seed=2, image=b64(path.read_bytes()), keep=keep)
-        wanted = picture(loaded, PROMPT, 2, given=given_codes(loaded, path, rows))
-        alone = as_picture(loaded.decode(draw(loaded, [wanted]))[0])
+        wanted = plan_image(loaded, PROMPT, 2, given_codes=encode_kept_rows(loaded, path, rows))
+        alone = to_image(loaded.decode(generate_batch(loaded, [wanted]))[0])
         assert status == 200 and image_of(answer["pictures"][0]).tobytes() == alone.tobytes()
 
 
@@ -109,10 +108,10 @@ def test_without_a_seed_pictures_differ(port):
 
 
 def test_the_documentation_names_every_key_and_needs_no_network(port):
-    from service.api import Generate
+    from service.validation import GenerateRequest as Generate
 
     with socket.create_connection(("127.0.0.1", port)) as raw:
-        raw.sendall(b"GET /docs HTTP/1.0\r\n\r\n")
+        raw.sendall(b"GET /docs HTTP/1.0\r\nHost: localhost\r\n\r\n")
         page = b"".join(iter(lambda: raw.recv(65536), b"")).decode()
     assert all(f"<code>{key}</code>" in page for key in Generate.model_fields)
     assert "src=" not in page and "https://" not in page
@@ -197,17 +196,17 @@ def test_200_wrong_requests_get_a_sentence_each(port, drawing):
     "wanted, sentence",
     [
         ({"prompt": "x" * 61}, "The prompt has 61 characters; at most 60 are accepted."),
-        ({"prompt": PROMPT, "count": 9}, "9 pictures are asked for; from 1 to 8 can be drawn at once."),
+        ({"prompt": PROMPT, "count": 9}, "9 images are asked for; from 1 to 8 can be generated at once."),
         ({"prompt": PROMPT, "count": "2"}, "count must be a whole number."),
-        ({"prompt": PROMPT, "size": 2}, "size is not a key that is known; there are prompt, count, seed"),
+        ({"prompt": PROMPT, "size": 2}, "size is not a known key; the keys are seed, top_k"),
         ({"count": 2}, "prompt is missing."),
         ({"prompt": PROMPT, "image": "???"}, "image is not base64."),
-        ({"prompt": PROMPT, "image": b64(b"GIF")}, "The file is no picture that can be read; PNG, JPEG"),
+        ({"prompt": PROMPT, "image": b64(b"GIF")}, "The file is not a readable image; PNG, JPEG"),
         (
             {"prompt": PROMPT, "image": b64(png(10_000, 5_000))},
-            "The picture is 10000 × 5000 pixels, 50.0 megapixels; at most 24 are accepted.",
+            "The image is 10000 × 5000 pixels, 50.0 megapixels; at most 24 are accepted.",
         ),
-        ({"prompt": PROMPT, "image": b64(said_size(60_000, 60_000))}, "The picture is too large"),
+        ({"prompt": PROMPT, "image": b64(said_size(60_000, 60_000))}, "The image is too large"),
         ({"prompt": PROMPT, "temperature": 0}, "Temperature is 0.0; it must be above 0."),
     ],
 )
@@ -218,7 +217,7 @@ def test_a_sentence_names_what_is_wrong(port, wanted, sentence):
 
 def test_a_large_body_is_refused_before_it_is_sent(port):
     for path, size in (("/api/generate", 500_000_000), ("/api/generate", 15 << 20), ("/gradio_api/upload", 15 << 20)):
-        header = f"POST {path} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
+        header = f"POST {path} {HEAD}Connection: close\r\nContent-Length: {size}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
             raw.sendall(header.encode())
             answer = b"".join(iter(lambda raw=raw: raw.recv(4096), b"")).decode()
@@ -227,7 +226,7 @@ def test_a_large_body_is_refused_before_it_is_sent(port):
 
 @pytest.mark.parametrize("path", ["/api/generate", "/gradio_api/queue/join"])
 def test_a_body_of_unknown_length_is_read_no_further_than_may_be(port, path):
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = f"POST {path} {HEAD}Transfer-Encoding: chunked\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
         raw.sendall(head.encode())
         for _ in range(15):  # megabytes
@@ -244,9 +243,7 @@ def test_a_client_that_leaves_takes_its_request_back(port, drawing):
     drawing.hold()
     with socket.create_connection(("127.0.0.1", port)) as raw:
         body = json.dumps({"prompt": PROMPT, "count": 8}).encode()
-        head = (
-            f"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
+        head = f"POST /api/generate {HEAD}Content-Length: {len(body)}"
         raw.sendall(head.encode() + b"\r\n\r\n" + body)
         drawing.began(1)
         assert call(port)[1]["waiting"] == 1
@@ -260,13 +257,13 @@ def test_a_full_queue_is_told_with_503(port, drawing):
     drawing.hold()
     raws = []
     body = json.dumps({"prompt": PROMPT}).encode()
-    head = f"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = f"POST /api/generate {HEAD}Content-Length: {len(body)}"
     for _ in range(3):  # half of the queue
         raws.append(socket.create_connection(("127.0.0.1", port)))
         raws[-1].sendall(head.encode() + b"\r\n\r\n" + body)
     until(lambda: call(port)[1]["waiting"] == 3)
     status, answer = generate(port, prompt=PROMPT)
-    assert status == 503 and "try again" in answer["error"] and is_a_sentence(answer)
+    assert status == 429 and "try again" in answer["error"] and is_a_sentence(answer)
     for raw in raws:
         raw.close()
     until(lambda: call(port)[1]["waiting"] == 0)

@@ -1,13 +1,13 @@
 """Who draws next, what is drawn together, and what happens where somebody leaves or a drawing fails."""
 
 import asyncio
+import threading
 
 import pytest
-import torch
 
-from generation.drawing import draw, picture
-from generation.output import as_picture
-from service.queue import Busy, DrawingQueue, changes
+from generation.batching import generate_batch, plan_image
+from generation.output import to_image
+from service.queue import Busy, GenerationQueue
 from tests.service.running import Drawing, loaded_for_tests, until
 
 PROMPT = "a red circle"
@@ -27,15 +27,15 @@ def drawing(loaded):
 
 @pytest.fixture
 def queue(loaded, drawing):
-    queue = DrawingQueue(loaded, max_jobs=8)
+    queue = GenerationQueue(loaded, max_jobs=8)
     queue.start()
     yield queue
     drawing.release()
-    queue.stop()
+    queue.stop(20)
 
 
 def pictures(loaded, *seeds, prompt=PROMPT, **sampling):
-    return [picture(loaded, prompt, seed, sampling) for seed in seeds]
+    return [plan_image(loaded, prompt, seed, sampling) for seed in seeds]
 
 
 def wait(*jobs):
@@ -55,11 +55,10 @@ def test_pictures_are_those_of_a_plain_drawing(loaded, drawing, queue):
     wanted = pictures(loaded, *range(5, 12), prompt="a small blue square")
     job = queue.submit("me", wanted)
     wait(job)
-    for one, codes, drawn in zip(wanted, job.codes, job.drawn):
-        alone = draw(loaded, [one])
-        assert torch.equal(alone[0], codes)
-        assert as_picture(loaded.decode(alone)[0]).tobytes() == drawn.tobytes()
-    assert job.error is None and not job.cancelled and queue.pictures_drawn == 7
+    for one, drawn in zip(wanted, job.images):
+        alone = generate_batch(loaded, [one])
+        assert to_image(loaded.decode(alone)[0]).tobytes() == drawn.tobytes()
+    assert job.error is None and not job.cancelled and queue.images_generated == 7
 
 
 def test_pictures_of_several_people_are_drawn_together(loaded, drawing, queue):
@@ -122,7 +121,7 @@ def test_cancelled_pictures_that_wait_are_never_drawn(loaded, drawing, queue):
     drawing.release()
     wait(first, stays, gone)
     assert drawing.batches == [[1000], [77]]
-    assert gone.cancelled and gone.error is None and gone.done == 0 and not stays.cancelled
+    assert gone.cancelled and gone.error is None and gone.ready == 0 and not stays.cancelled
 
 
 def test_a_drawing_that_nobody_waits_for_is_given_up(loaded, drawing, queue):
@@ -133,7 +132,7 @@ def test_a_drawing_that_nobody_waits_for_is_given_up(loaded, drawing, queue):
     wait(after)
     codes = loaded.model.image_seq_len
     assert drawing.codes == codes + 1  # one of the drawing that was held up, then it ended
-    assert queue.pictures_drawn == 1 and job.drawn == [None]
+    assert queue.images_generated == 1 and job.images == [None]
 
 
 def test_a_batch_goes_on_for_those_who_stay(loaded, drawing, queue):
@@ -146,7 +145,7 @@ def test_a_batch_goes_on_for_those_who_stay(loaded, drawing, queue):
     queue.cancel(leaves)
     drawing.release()
     wait(stays)
-    assert stays.done == 1 and stays.error is None
+    assert stays.ready == 1 and stays.error is None
 
 
 def test_the_worker_survives_a_drawing_that_fails(loaded, drawing, queue):
@@ -157,10 +156,10 @@ def test_the_worker_survives_a_drawing_that_fails(loaded, drawing, queue):
     drawing.before = before
     broken = queue.submit("a", pictures(loaded, 13, 14))
     wait(broken)
-    assert broken.error == "The drawing failed inside the program; its log says why."
+    assert broken.error == "The images could not be generated; the program's log says why."
     fine = queue.submit("a", pictures(loaded, 15))
     wait(fine)
-    assert fine.error is None and fine.done == 1 and queue.jobs == []
+    assert fine.error is None and fine.ready == 1 and queue.jobs == []
 
 
 def test_a_full_queue_says_so(loaded, drawing, queue):
@@ -180,9 +179,9 @@ def test_rows_and_previews_reach_those_who_want_them(loaded, drawing, queue):
     rows, previews = [], []
 
     async def follow(job):
-        async for _ in changes(job):
+        async for _ in job.changes():
             rows.append(job.row)
-            previews.append([one.size for one in job.forming.values()])
+            previews.append([image.size for _, image in job.previews.values()])
 
     drawing.seconds = 0.02
     side, size = loaded.model.fmap_size, loaded.model.vae.image_size
@@ -192,7 +191,7 @@ def test_rows_and_previews_reach_those_who_want_them(loaded, drawing, queue):
 
     job = queue.submit("me", pictures(loaded, 3))
     asyncio.run(follow(job))
-    assert job.forming == {} and job.done == 1
+    assert job.previews == {} and job.ready == 1
 
 
 def test_what_waits_for_previews_is_drawn_first_in_a_batch(loaded, drawing, queue):
@@ -202,19 +201,42 @@ def test_what_waits_for_previews_is_drawn_first_in_a_batch(loaded, drawing, queu
     drawing.release()
     wait(first, blind, sees)
     assert drawing.batches[1] == [2, 1]
-    assert torch.equal(blind.codes[0], draw(loaded, pictures(loaded, 1))[0])
 
 
 def test_stopping_ends_what_is_drawn_and_what_waits(loaded, drawing):
-    queue = DrawingQueue(loaded, max_jobs=8)
+    queue = GenerationQueue(loaded, max_jobs=8)
     queue.start()
     drawn = occupied(queue, loaded, drawing)
     waits = queue.submit("waits", pictures(loaded, 2, temperature=0.5))
-    queue.give_up()
-    drawing.release()
     queue.stop()
+    drawing.release()
+    queue.stop(20)
     assert not queue.thread.is_alive()
     assert [job.error for job in (drawn, waits)] == ["The service is stopping."] * 2
     assert drawing.codes == 1
     with pytest.raises(Busy, match="stopping"):
         queue.submit("late", pictures(loaded, 3))
+
+
+def test_calls_run_in_the_model_thread_and_survive_clients_that_leave(loaded, drawing, queue):
+    first = occupied(queue, loaded, drawing)
+    gone, fails, works = queue.call(int, "1"), queue.call(int, "x"), queue.call(threading.get_ident)
+    assert gone.cancel()
+    drawing.release()
+    assert works.result(20) == queue.thread.ident and isinstance(fails.exception(), ValueError)
+    wait(first, queue.submit("me", pictures(loaded, 1)))
+
+
+def test_stopping_ends_jobs_and_calls_while_the_model_computes(loaded, drawing):
+    queue = GenerationQueue(loaded)
+    queue.start()
+    job = occupied(queue, loaded, drawing)
+    call = queue.call(int, "1")
+    queue.stop()
+    assert job.ended.is_set() and job.error == "The service is stopping."
+    assert isinstance(call.exception(1), Busy)
+    with pytest.raises(Busy):
+        queue.call(int, "1")
+    drawing.release()
+    queue.stop(20)
+    assert not queue.thread.is_alive()

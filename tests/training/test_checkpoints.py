@@ -124,7 +124,9 @@ def test_the_best_by_validation_loss_is_kept(command, tiny_flags, tmp_path):
     flags += ["--checkpoint-output-dir", tmp_path, "--batch-size", 3, "--keep-checkpoints", 1]
     ended = command(train.main, *tiny_flags, *flags)
     losses = [float(line.split("total ")[1].split()[0]) for line in ended.out.splitlines() if "held-out: total" in line]
-    assert ended.status == 0 and "9 pictures" in ended.out and "3 more are held out" in ended.out and len(losses) == 24
+    assert (
+        ended.status == 0 and "9 pictures" in ended.out and "3 in the validation set" in ended.out and len(losses) == 24
+    )
     best = checkpoint.read(tmp_path / "dalle_best.pt")
     assert best["step"] == 1 + losses.index(min(losses)) < 24  # at this rate it does not end at its best
     assert best["progress"]["best_loss"] == pytest.approx(min(losses), abs=1e-4)

@@ -9,7 +9,7 @@ from PIL import Image
 
 import generate
 import train
-from data.loader import load_picture
+from data.images import load_image
 from generation.loading import read_model
 from training import samples
 from utils import checkpoint
@@ -67,12 +67,12 @@ def test_what_a_grid_shows(trained, command, drawn_pictures, tmp_path):
     pictures = sorted(drawn_pictures.glob("*.png"))[:8]
     assert captions == [path.with_suffix(".txt").read_text().splitlines()[0] for path in pictures]
     real, again, drawn = rows_of(Image.open(folder / "samples/step_8.png"), 8)
-    pixels = np.stack([load_picture(path, 32) for path in pictures])
+    pixels = np.stack([load_image(path, 32) for path in pictures])
     assert np.array_equal(real, pixels)
     model, tokenizer, recommended = read_model(folder / "dalle_1.pt")  # the averaged weights
     codes = model.vae.get_codebook_indices(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
     assert np.array_equal(again, as_bytes(model.vae.decode(codes)))
-    assert recommended["temperature"] == 0.5
+    assert recommended.temperature == 0.5
     for place, caption in enumerate(captions):  # what generate.py draws with the same noise
         flags = ["--dalle_path", folder / "dalle_1.pt", "--seed", 42 + place, "--num_images", 1, "--device", "cpu"]
         flags += ["--precision", "fp32", "--outputs_dir", tmp_path / str(place), "--text", caption]

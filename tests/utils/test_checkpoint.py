@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.dalle import DALLE
+from tests.builders import small_dalle
 from utils import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,8 +229,8 @@ def test_a_class_is_named(tmp_path):
         (torch.zeros(3), "it has no hparams and no weights"),
         ([], "it has no hparams and no weights"),
         (None, "it has no hparams and no weights"),
-        ({"hparams": [], "weights": {}}, "is no dict"),
-        ({"hparams": {}, "weights": torch.zeros(3)}, "is no dict"),
+        ({"hparams": [], "weights": {}}, "is not a dict"),
+        ({"hparams": {}, "weights": torch.zeros(3)}, "is not a dict"),
         ({"hparams": {}, "weights": {"a": 3}}, "not tensors under names"),
         ({"hparams": {}, "weights": {3: torch.zeros(3)}}, "not tensors under names"),
     ],
@@ -241,13 +241,8 @@ def test_something_else_than_a_dall_e_is_refused(saved, told, tmp_path):
     assert "not a DALL-E checkpoint" in message and message.endswith(told)
 
 
-def small_dalle(vae):
-    torch.manual_seed(0)
-    return DALLE(vae=vae, dim=16, num_text_tokens=20, text_seq_len=4, depth=2, heads=2, dim_head=8, sandwich_norm=True)
-
-
 def test_weights_go_through_a_file_unchanged(tiny_vae, tmp_path):
-    dalle = small_dalle(tiny_vae)
+    dalle = small_dalle(tiny_vae, sandwich_norm=True)
     named = checkpoint.canonical_weights(dalle.state_dict())
     assert named.keys() == {f"model.{name}" for name in dalle.state_dict()}
     assert not any(tensor.requires_grad for tensor in named.values())
@@ -293,12 +288,12 @@ def test_the_training_loss_of_the_vqgan_is_left_out_and_nothing_else():
 
 
 def test_the_first_misfit_is_named(tiny_vae):
-    dalle = small_dalle(tiny_vae)
+    dalle = small_dalle(tiny_vae, sandwich_norm=True)
     weights = dict(dalle.state_dict())
     assert checkpoint.first_misfit(dalle, weights) is None
     missing = {name: tensor for name, tensor in weights.items() if name != "text_emb.weight"}
     assert checkpoint.first_misfit(dalle, missing) == "text_emb.weight is missing"
     extra = {**weights, "rotary.freqs": torch.zeros(1)}
     assert checkpoint.first_misfit(dalle, extra) == "rotary.freqs is not part of this model"
-    wrong = {**weights, "text_emb.weight": torch.zeros(5, 16)}
-    assert checkpoint.first_misfit(dalle, wrong) == "text_emb.weight is (5, 16), not (24, 16)"
+    wrong = {**weights, "text_emb.weight": torch.zeros(5, 32)}
+    assert checkpoint.first_misfit(dalle, wrong) == "text_emb.weight is (5, 32), not (64, 32)"

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from models.dalle import DALLE
+from tests.builders import small_dalle
 from utils.optimization import LearningRate, constant, cosine, multi_step, parameter_groups, trapezoid
 
 PEAK = 5e-3
@@ -174,16 +174,7 @@ def test_another_schedules_state_is_left_aside():
 @pytest.mark.parametrize("sandwich_norm", [False, True])
 def test_matrices_decay_and_nothing_else(tiny_vae, sandwich_norm):
     tiny_vae.frozen = torch.nn.Linear(3, 3)
-    dalle = DALLE(
-        vae=tiny_vae,
-        dim=16,
-        num_text_tokens=20,
-        text_seq_len=4,
-        depth=2,
-        heads=2,
-        dim_head=8,
-        sandwich_norm=sandwich_norm,
-    )
+    dalle = small_dalle(tiny_vae, sandwich_norm=sandwich_norm)
     names = {id(parameter): name for name, parameter in dalle.named_parameters()}
     decaying, others = parameter_groups(dalle, 0.25)
     assert (decaying["weight_decay"], others["weight_decay"]) == (0.25, 0.0)
@@ -201,7 +192,7 @@ def test_matrices_decay_and_nothing_else(tiny_vae, sandwich_norm):
 
 
 def test_groups_keep_the_order_of_the_model(tiny_vae):
-    dalle = DALLE(vae=tiny_vae, dim=16, num_text_tokens=20, text_seq_len=4, depth=3, heads=2, dim_head=8)
+    dalle = small_dalle(tiny_vae, depth=3)
     order = {id(parameter): place for place, parameter in enumerate(dalle.parameters())}
     for group in parameter_groups(dalle, 0.1):
         places = [order[id(parameter)] for parameter in group["params"]]

@@ -2,23 +2,16 @@
 
 import torch
 
-import args
 import backends
-from models.dalle import DALLE
+from tests.builders import small_dalle, train_settings
 
 TINY = "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --dim-head 16 --text-seq-len 6 --batch-size 1"
-TINY += " --gradient-accumulation 3 --ipus-per-replica 2 --layers-per-ipu 1,1 --dataloader-workers 0"
-TINY += " --no-async-dataloader --generated-data --precision fp32 --learning-rate 1e-2"
-SIZES = {"dim": 32, "num_text_tokens": 58, "text_seq_len": 6, "depth": 2, "heads": 2, "dim_head": 16}
+TINY += " --gradient-accumulation 3 --ipus-per-replica 2 --layers-per-ipu 1,1 --no-async-dataloader"
+TINY += " --learning-rate 1e-2"
 
 
 def settings(*flags, device="ipu"):
-    return args.train_arguments([*TINY.split(), "--device", device, *" ".join(flags).split()])
-
-
-def small_dalle(vae, **changes):
-    torch.manual_seed(0)
-    return DALLE(vae=vae, **{**SIZES, **changes})
+    return train_settings(" ".join([TINY, *flags]), device)
 
 
 def samples(count, seed=0):
@@ -29,7 +22,7 @@ def samples(count, seed=0):
 
 def trainer_of(vae, *flags):
     """A compiled trainer and a batch of what one step takes."""
-    backend = backends.select(settings(*flags))
+    backend = backends.for_training(settings(*flags))
     trainer, batch = backend.trainer(small_dalle(vae)), samples(backend.samples_per_step)
     trainer.compile(batch)
     return trainer, batch

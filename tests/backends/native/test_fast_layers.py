@@ -10,23 +10,18 @@ import torch
 
 from backends.native import autograd_ops
 from backends.native.autograd_ops import AxialAttention, DenseAttention, HeadLosses, axial_bias, bias_of
-from backends.native.backend import NativeBackend
+from backends.native.backend import NativeTrainingBackend
 from backends.native.fast_layers import compile_layers, rows_at_once, use_fast_layers
-from models.attention import PATTERNS, attend, pattern_mask
-from models.dalle import DALLE
+from models.attention import PATTERNS, KeyValueCache, attend, pattern_mask
 from tests.backends.native.test_backend import settings
+from tests.builders import small_dalle
 
 CPU = torch.device("cpu")
 TEXT, SIDE = 6, 4
 
 
 def dalle(vae, **changes):
-    torch.manual_seed(0)
-    sizes = dict(dim=32, num_text_tokens=50, text_seq_len=TEXT, depth=4, heads=2, dim_head=16, attn_types=PATTERNS)
-    model = DALLE(vae=vae, **{**sizes, **changes})
-    for parameter in model.parameters():  # LayerScale's 0.1 and zero biases would hide mistakes
-        parameter.data = torch.randn_like(parameter) * 0.3
-    return model
+    return small_dalle(vae, weight_std=0.3, **{"depth": 4, "attn_types": PATTERNS, **changes})
 
 
 def batch(rows=3):
@@ -117,7 +112,7 @@ def test_a_cache_and_a_caption_alone_go_the_plain_way(tiny_vae):
     with torch.no_grad():
         for given in ((text,), (text, codes[:, :5]), (text, codes)):
             torch.testing.assert_close(fast(*given), plain(*given), atol=1e-5, rtol=1e-5)
-        caches = [model.transformer.new_cache(TEXT + 1) for model in (fast, plain)]
+        caches = [[KeyValueCache(TEXT + 1) for _ in model.transformer.layers] for model in (fast, plain)]
         embedded = plain.embed_text(plain.number_padding(text))
         torch.testing.assert_close(fast.transformer(embedded, caches[0]), plain.transformer(embedded, caches[1]))
     assert caches[0][0].keys is not None
@@ -146,7 +141,7 @@ def test_a_micro_batch_in_parts_trains_as_one(tiny_vae, recompute, monkeypatch):
     found = []
     for fitting in (1, 2, 99):
         monkeypatch.setattr("backends.native.fast_layers.WORKING_SET", fitting * 22 * 32)
-        backend = NativeBackend(settings(batch_size=5, recompute=recompute))
+        backend = NativeTrainingBackend(settings(batch_size=5, recompute=recompute))
         trainer = backend.trainer(dalle(tiny_vae))
         torch.manual_seed(0)
         some = batch(5)

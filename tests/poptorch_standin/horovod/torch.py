@@ -1,4 +1,4 @@
-"""Exchange of tensors among the instances that PopRun started; an identity where there is one."""
+"""Exchange of tensors among the instances that PopRun started; the identity if there is only one."""
 
 import popdist
 
@@ -27,12 +27,12 @@ def size():
 
 
 def local_rank():
-    """As rank(): all instances are on one machine."""
+    """Return rank(): all instances are on one machine."""
     return rank()
 
 
 def broadcast(tensor, root_rank, name=None):
-    """The root's tensor, as a new one."""
+    """Return a copy of the root's tensor."""
     _check()
     tensor = tensor.detach().clone()
     group = popdist._group()
@@ -44,7 +44,7 @@ def broadcast(tensor, root_rank, name=None):
 
 
 def allreduce(tensor, average=None, name=None, op=None):
-    """The mean over all instances, or the sum with op=Sum or average=False; a new tensor."""
+    """Return the mean over all instances, or the sum with op=Sum or average=False."""
     _check()
     if average is not None and op is not None:
         raise ValueError("give op or average, not both")

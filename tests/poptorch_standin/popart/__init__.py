@@ -1,1 +1,1 @@
-"""A stand-in for PopART's Python module, which the project does not use beyond asking whether it is there."""
+"""A stand-in for PopART's Python module, of which the project only asks whether it is installed."""

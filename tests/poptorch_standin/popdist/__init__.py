@@ -1,10 +1,11 @@
-"""A stand-in for popdist: what PopRun tells its instances, and the exchange among them.
+"""A stand-in for popdist: the numbers that PopRun gives its instances, and the exchange among them.
 
-PopRun's own variables are not modelled; these four are read from the environment: POPDIST_NUM_TOTAL_REPLICAS,
+PopRun's own variables are not modelled. The environment has four of ours: POPDIST_NUM_TOTAL_REPLICAS,
 POPDIST_NUM_LOCAL_REPLICAS, POPDIST_INSTANCE_INDEX and POPDIST_NUM_INSTANCES. Instances on one machine meet through the
-file that STANDIN_STORE names. popdist.poptorch is a module of its own, to be imported by itself.
+file that STANDIN_STORE names. popdist.poptorch is a separate module, which `import popdist` does not load.
 """
 
+import atexit
 import os
 
 
@@ -35,12 +36,16 @@ def getNumInstances():
 
 
 def _group():
-    """torch.distributed, connected with the other instances; None where there are none."""
+    """Return torch.distributed, connected with the other instances, or None if there are none."""
     if not isPopdistEnvSet() or getNumInstances() == 1:
         return None
     from torch import distributed
 
     if not distributed.is_initialized():
+        # Imported later, its functions would keep the group as their default argument: its threads would not end.
+        import torch.distributed.nn  # noqa: F401
+
         store = distributed.FileStore(os.environ["STANDIN_STORE"], getNumInstances())
         distributed.init_process_group("gloo", store=store, rank=getInstanceIndex(), world_size=getNumInstances())
+        atexit.register(distributed.destroy_process_group)
     return distributed

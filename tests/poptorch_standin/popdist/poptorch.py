@@ -1,6 +1,7 @@
-"""Options of an instance that PopRun started: its replicas and its place among the instances are given."""
+"""Options of an instance that PopRun started, which sets its replicas and its number."""
 
 import poptorch
+from poptorch.options import check_int
 
 import popdist
 
@@ -10,7 +11,7 @@ class Options(poptorch.Options):
         super().__init__()
         if popdist.getNumLocalReplicas() * popdist.getNumInstances() != popdist.getNumTotalReplicas():
             raise RuntimeError("local replicas x instances are not the total number of replicas")
-        self._set(ipus_per_replica=poptorch.checks.whole("ipus_per_replica", ipus_per_replica))
+        self._set(ipus_per_replica=check_int("ipus_per_replica", ipus_per_replica))
         super().replicationFactor(popdist.getNumLocalReplicas())
         self.Distributed.configureProcessId(popdist.getInstanceIndex(), popdist.getNumInstances())
 

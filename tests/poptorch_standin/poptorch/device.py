@@ -1,11 +1,10 @@
-"""The device: which tensors live on it, what may be done with them, and what torch functions a pass calls.
+"""The device: which tensors are on it, what may be done with them, and what torch functions a pass calls.
 
-A tensor of the device is a CPU tensor with a Mark. A torch function mode sees every function that forward calls, hands
-the mark on to the results and refuses what PopTorch could not compile: host tensors among the device's, values asked
-for while there are none, functions without an equivalent. `x.device` says ipu:0.
+A tensor of the device is a CPU tensor with a Mark. A torch function mode sees every function that forward calls, passes
+the mark on to the results and refuses what PopTorch could not compile: host tensors among the device's, values read
+while there are none, functions without an equivalent. `x.device` says ipu:0.
 
-int64 stays int64 between operators, though what enters and leaves is narrowed to 32 bits; float64 is float32
-throughout.
+int64 stays int64 between operators, though inputs and outputs are narrowed to 32 bits; float64 is float32 throughout.
 """
 
 import functools
@@ -21,53 +20,38 @@ from .trace import active_trace
 IPU = torch.device("ipu:0")
 HOST = torch.device("cpu")
 
-LOSSES = {
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-    "cosine_embedding_loss",
-    "cross_entropy",
-    "ctc_loss",
-    "hinge_embedding_loss",
-    "huber_loss",
-    "kl_div",
-    "l1_loss",
-    "margin_ranking_loss",
-    "mse_loss",
-    "nll_loss",
-    "poisson_nll_loss",
-    "smooth_l1_loss",
-    "soft_margin_loss",
-    "triplet_margin_loss",
-}
-# Functions that hand a value to Python, which a compiled graph cannot.
-VALUES = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"}
-VALUES |= {"__contains__", "equal", "allclose", "is_nonzero", "backward", "cpu", "cuda"}
-DYNAMIC = {"nonzero", "argwhere", "masked_select", "multinomial", "unique", "unique_consecutive", "kthvalue"}
-DYNAMIC_OPS = {
-    "nonzero",
-    "nonzero_numpy",
-    "masked_select",
-    "multinomial",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-}
-RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "normal_"}
-RANDOM |= {"uniform_", "random_", "exponential_", "bernoulli", "bernoulli_", "dropout", "poisson", "gumbel_softmax"}
+
+def _names(text):
+    return frozenset(text.split())
+
+
+LOSSES = _names(
+    "binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss cross_entropy ctc_loss "
+    "hinge_embedding_loss huber_loss kl_div l1_loss margin_ranking_loss mse_loss nll_loss poisson_nll_loss "
+    "smooth_l1_loss soft_margin_loss triplet_margin_loss"
+)
+# Functions that return a value to Python, which a compiled graph cannot.
+VALUES = _names(
+    "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __contains__ equal allclose "
+    "is_nonzero backward cpu cuda"
+)
+DYNAMIC = _names("nonzero argwhere masked_select multinomial unique unique_consecutive kthvalue")
+DYNAMIC_OPS = _names("nonzero nonzero_numpy masked_select multinomial _unique2 unique_dim unique_consecutive")
+RANDOM = _names(
+    "rand randn randint randperm rand_like randn_like randint_like normal normal_ uniform_ random_ exponential_ "
+    "bernoulli bernoulli_ dropout poisson gumbel_softmax"
+)
 # torch.<name> makes its tensor on the device while a model is traced; the same function under another name does not.
-FACTORIES = ("arange", "empty", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "range")
-FACTORIES += ("tensor", "zeros")
-# Operators that are no work for an IPU and so need no block.
-BOOKKEEPING = {"detach", "alias", "lift_fresh", "lift", "_to_copy", "empty", "empty_like", "empty_strided"}
+FACTORIES = _names("arange empty full linspace logspace ones rand randint randn randperm range tensor zeros")
+# Operators that cost an IPU nothing and so need no block.
+BOOKKEEPING = _names("detach alias lift_fresh lift _to_copy empty empty_like empty_strided")
 # What these do in themselves, though forward may not: check the classes and, in torch 2.0, average a smoothed loss.
 INTERNAL = {"one_hot": {"_local_scalar_dense"}, "cross_entropy": {"masked_select"}}
 TOO_SMALL = {torch.bfloat16, *(getattr(torch, name) for name in dir(torch) if name.startswith("float8"))}
 
 
 class Mark:
-    """constant: computed from nothing but constants. losses: which of the pass's losses went into it. name: of a
-    parameter.
-    """
+    """What is known of a tensor: whether it depends on constants only, its losses, and a parameter's name."""
 
     __slots__ = ("constant", "losses", "name")
 
@@ -80,7 +64,7 @@ def mark_of(tensor):
 
 
 def put(tensor, **mark):
-    """A copy of a host tensor as the device would have it: 64 bits narrowed to 32, values and all."""
+    """Copy a host tensor as the device would have it: 64 bits narrowed to 32, values included."""
     check_dtype(tensor.dtype)
     if 0 in tensor.shape:
         raise RuntimeError(f"Zero-sized tensors are unsupported (Got shape {list(tensor.shape)}).")
@@ -94,7 +78,7 @@ def put(tensor, **mark):
 
 
 def fetch(tensor):
-    """What the host gets to see of a device tensor."""
+    """Copy a device tensor as the host gets it."""
     fetched = tensor.detach().clone()
     return fetched.to(torch.int32) if fetched.dtype == torch.int64 else fetched
 
@@ -105,7 +89,7 @@ def check_dtype(dtype):
 
 
 def tensors_in(values):
-    """All tensors in nested lists, tuples and dicts."""
+    """Yield all tensors in nested lists, tuples and dicts."""
     if isinstance(values, torch.Tensor):
         yield values
     elif isinstance(values, (list, tuple)):
@@ -123,7 +107,7 @@ def _scalars(values):
     if isinstance(values, slice):
         return _scalars((values.start, values.stop, values.step))
     if isinstance(values, float):
-        return repr(values)  # which a NaN equals itself in
+        return repr(values)  # so that a NaN equals itself
     return values if isinstance(values, (bool, int, str)) else None
 
 
@@ -140,7 +124,7 @@ def _names_host(value):
 
 
 class OperatorWatch(TorchDispatchMode):
-    """The operators under one function: refuses those whose result's shape depends on values."""
+    """Records the operators under one function; refuses those whose result's shape depends on values."""
 
     def __init__(self, skip=()):
         super().__init__()
@@ -168,10 +152,10 @@ def refuse_dynamic(name):
 
 
 class Run(TorchFunctionMode):
-    """One pass of forward over one micro-batch, traced or in earnest.
+    """One pass of forward over one micro-batch, when the model is compiled or when it runs.
 
-    path: the functions that met device tensors, with their plain arguments. A compiled graph is one path, so what runs
-    must call what was traced.
+    path: the functions that met device tensors, with their plain arguments. A compiled graph is one path, so a later
+    pass must call what the compiling one called.
     """
 
     def __init__(self, training):
@@ -220,7 +204,7 @@ class Run(TorchFunctionMode):
         return index
 
     def call(self, model, inputs):
-        """model(*inputs), weights and inputs being on the device."""
+        """Call the model, whose weights and inputs are on the device."""
         for tensor in (*inputs, *model.parameters(), *model.buffers()):
             self._see(tensor)
         return model(*inputs)
@@ -230,7 +214,7 @@ class Run(TorchFunctionMode):
             self._seen[id(tensor)] = weakref.ref(tensor)
 
     def versions(self):
-        """How often each tensor of the device was written to: [(tensor, number)]."""
+        """Return how often each tensor of the device was written to: [(tensor, number)]."""
         tensors = [reference() for reference in self._seen.values()]
         return [(tensor, tensor._version) for tensor in tensors if tensor is not None]
 
@@ -309,7 +293,7 @@ class Run(TorchFunctionMode):
             raise RuntimeError(f"aten::{name} works on constants only")
 
     def _on_host(self, func, name, args, kwargs):
-        """The call that computes it: the device's name means the CPU, float64 means float32."""
+        """Translate a call to the host's: the device's name means the CPU, float64 means float32."""
 
         def translate(value):
             if _names_ipu(value) and (name == "to" or not isinstance(value, str)):
@@ -329,7 +313,6 @@ class Run(TorchFunctionMode):
         trace = active_trace()
         if trace is None:
             return
-        trace.operators[name] += 1
         runs = any(operator not in BOOKKEEPING for operator in operators)
         if runs and marks and not all(mark.constant for mark in marks):
             trace.place(name, [mark.name for mark in marks if mark.name is not None])
@@ -348,7 +331,7 @@ class Run(TorchFunctionMode):
     # ---- losses
 
     def add_loss(self, kind, result, sources):
-        """`result` is a loss; those that went into it are not the final one."""
+        """Note that `result` is a loss; the losses among its sources are not the final one."""
         for source in sources:
             mark = mark_of(source)
             self.surplus |= mark.losses if mark is not None else set()
@@ -359,7 +342,7 @@ class Run(TorchFunctionMode):
             trace.losses.append(kind)
 
     def final_loss(self):
-        """The one tensor to differentiate."""
+        """Return the one tensor to differentiate."""
         final = [number for number in range(len(self.losses)) if number not in self.surplus]
         if not final:
             raise RuntimeError("Couldn't find a loss in graph!")
@@ -377,7 +360,7 @@ class Run(TorchFunctionMode):
 
 
 class DeviceRandom:
-    """The device draws from a generator of its own, from `state` on; the host's stands afterwards as before."""
+    """Samples from the device's own generator, from `state` on; the host's generator is unchanged afterwards."""
 
     def __init__(self, state):
         self.state = self.after = state
@@ -396,5 +379,5 @@ _runs = []
 
 
 def current_run():
-    """The pass that is under way; None outside of a model."""
+    """Return the pass that is running, or None."""
     return _runs[-1] if _runs else None

@@ -1,25 +1,22 @@
 """trainingModel and inferenceModel: a model compiled once for one shape of batch and then called.
 
 The executor works on copies of the weights. The host's go stale with every training call and are refreshed when they
-are read from the wrapped model, or by copyWeightsToHost(); what is written to them arrives by copyWeightsToDevice().
+are read from the wrapped model, or by copyWeightsToHost(); copyWeightsToDevice() sends what was written to them.
 """
 
 import copy
-import inspect
+import hashlib
 import os
-import time
 
 import torch
 from torch import nn
 
-from . import batches, files, update
+from . import optim, transfer
 from .device import DeviceRandom, Run
-from .enums import ConnectionType
 from .half import half_arithmetic
-from .optim import DTYPES, DeviceOptimizer
 from .options import Options
 from .trace import Trace
-from .weights import Weights, leaks, watch_reads
+from .transfer import Weights, leaks, watch_reads
 
 MOMENTS = ("Accl1", "Accl2", "Step")
 
@@ -32,11 +29,6 @@ def inferenceModel(model, options=None):
     return Executor(model, options, False, None)
 
 
-def _steps_as_given(optimizer):
-    """torch wraps the step of every optimizer's class, hence unwrap."""
-    return inspect.unwrap(type(optimizer).step) is inspect.unwrap(DeviceOptimizer.step)
-
-
 class Executor:
     def __init__(self, model, options, training, optimizer):
         if not isinstance(model, nn.Module):
@@ -47,7 +39,7 @@ class Executor:
         if training and hasattr(type(model), "_poptorch_executor"):
             raise RuntimeError("the model is wrapped for training already; destroy() that executor first")
         if training and options.Distributed.numProcesses > 1 and options._instances == 1:
-            raise RuntimeError("training in several processes takes popdist.poptorch.Options, which exchange gradients")
+            raise RuntimeError("training in several processes needs popdist.poptorch.Options, which exchange gradients")
         if training and optimizer is None:
             raise ValueError("a training model needs an optimizer")
         options._freeze()
@@ -56,10 +48,10 @@ class Executor:
         self.model = copy.copy(model)  # shallow: the modules inside are shared, the flag `training` is not
         self.trace = None
         self._weights = self._specification = self._structure = self._path = None
-        self._stale = False  # the host's weights are older than the device's
-        self._version = self._seen = 0  # of the weights on a training device, and the one that inference has taken
+        self._stale = False  # whether the host's weights are older than the device's
+        self._version = self._seen = 0  # of a trainer's weights, and the one that inference has copied
         self._attached = False
-        self._latencies, self._calls = [], 0
+        self._calls = 0
         self._optimizer, self._settings, self._constants, self._state = None, None, None, {}
         self._rng = self._first_rng()
         if training:
@@ -67,7 +59,7 @@ class Executor:
             self._original_class = watch_reads(model, self)
 
     def _first_rng(self):
-        seed = self._options._values["random_seed"]
+        seed = self._options._values.get("randomSeed")
         if seed is None:
             seed = int.from_bytes(os.urandom(7), "little")
         return torch.Generator().manual_seed(seed + self._options.Distributed.processId).get_state()
@@ -80,17 +72,16 @@ class Executor:
         options = self._options
         if not self._training and options.Training.gradient_accumulation != 1:
             raise RuntimeError("an inference model needs gradientAccumulation 1")
-        batches.check_inputs(batch, options)
-        batches.Collector(options, self._training)  # refuses a period that does not fit
+        transfer.check_inputs(batch, options)
         self._fetch_from_trainer()
         weights = Weights(self.model)
         if self._training:
             self._check_parameters(weights)
-        micro_batch = batches.micro_batches([self._first_rows(tensor) for tensor in batch], Options())[0]
-        trace = Trace(self.model, options._values["strategy"])
+        micro_batch = transfer.micro_batches([self._first_rows(tensor) for tensor in batch], Options())[0]
+        trace = Trace(self.model, options._values["setExecutionStrategy"])
         with trace.recording(), half_arithmetic(), DeviceRandom(self._rng):
             run, outputs = self._pass(weights, micro_batch)
-            batches.flatten(outputs)
+            transfer.flatten(outputs)
             if self._training:
                 run.final_loss()
         trace.finish(self._training, options)
@@ -98,12 +89,12 @@ class Executor:
         if leaked:
             raise RuntimeError(f"forward left IPU tensors in {', '.join(leaked)}: they have no value outside of it")
         weights.upload()  # the pass may have written to buffers
-        self._structure, self._path = batches.structure(outputs), run.path
-        self.trace, self._weights, self._specification = trace, weights, batches.specification(batch)
+        self._structure, self._path = transfer.structure(outputs), run.path
+        self.trace, self._weights, self._specification = trace, weights, transfer.specification(batch)
         if self._training:
             self._take_state()
-        self.trace.cache_hit = files.after_compiling(self)
-        self._attached = self._connection is ConnectionType.Always and not self._offline
+        self.trace.cache_hit = self._write_files()
+        self._attached = not self._offline
 
     def _first_rows(self, tensor):
         parts = self._options._micro_batches
@@ -126,21 +117,39 @@ class Executor:
 
     @property
     def _offline(self):
-        return self._options._values["offline"] or self._connection is ConnectionType.Never
+        return "offline" in self._options._values
 
-    @property
-    def _connection(self):
-        return self._options._values["connection"]
+    def _write_files(self):
+        """Write the profile and the cached executable if asked for; return whether the cache had the executable.
+
+        An executable holds no code: its name says what it was compiled for, and the graph's constants.
+        """
+        values = self._options._values
+        if "enableProfiling" in values:
+            os.makedirs(values["enableProfiling"], exist_ok=True)
+            with open(os.path.join(values["enableProfiling"], "profile.pop"), "w", encoding="ascii") as file:
+                file.write(f"{len(self._path)} operators\n")
+        if "enableExecutableCaching" not in values:
+            return False
+        parts = [self.model, self._options, self._specification, self._path, self._constants]
+        parts += [(name, tuple(host.shape), host.dtype) for name, host in self._weights.host.items()]
+        key = hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:16]
+        path = os.path.join(values["enableExecutableCaching"], f"{key}.popef")
+        hit = os.path.exists(path)
+        os.makedirs(values["enableExecutableCaching"], exist_ok=True)
+        with open(path, "w", encoding="ascii") as file:
+            file.write(key)
+        return hit
 
     # ---- running
 
     def __call__(self, *batch):
         if self._specification is None:
             self.compile(*batch)
-        batches.check_inputs(batch, self._options)
-        if batches.specification(batch) != self._specification:
+        transfer.check_inputs(batch, self._options)
+        if transfer.specification(batch) != self._specification:
             raise RuntimeError(
-                f"compiled for inputs {self._specification}, called with {batches.specification(batch)}: shapes and "
+                f"compiled for inputs {self._specification}, called with {transfer.specification(batch)}: shapes and "
                 "dtypes are fixed at compile time"
             )
         if self._offline:
@@ -148,24 +157,24 @@ class Executor:
         if not self._attached:
             self.attachToDevice()
         if self._training and self._optimizer._loaded is not None:
-            raise RuntimeError("an optimizer state was loaded and setOptimizer() not called: the device has not got it")
+            raise RuntimeError(
+                "an optimizer state was loaded and setOptimizer() not called: the device does not have it"
+            )
         self._fetch_from_trainer()
-        began = time.perf_counter()
         results = self._run(batch)
-        self._latencies.append(time.perf_counter() - began)
         self._calls += 1
         if self._training:
             self._stale = True
             self._version += 1
-        return batches.rebuild(self._structure, iter(results))
+        return transfer.rebuild(self._structure, iter(results))
 
     def _run(self, batch):
         options = self._options
-        queue = iter(batches.micro_batches(batch, options))
-        collector = batches.Collector(options, self._training)
+        queue = iter(transfer.micro_batches(batch, options))
+        collector = transfer.Collector(options, self._training)
         with half_arithmetic(), DeviceRandom(self._rng) as random:
             for _ in range(options.device_iterations):
-                gradients = update.Gradients(options, self._optimizer.accum_type) if self._training else None
+                gradients = optim.Gradients(options, self._optimizer.accum_type) if self._training else None
                 for step in range(options.Training.gradient_accumulation):
                     replicas = range(options.replication_factor)
                     collector.add([self._micro_batch(next(queue), gradients, replica, step) for replica in replicas])
@@ -173,7 +182,7 @@ class Executor:
                     self._update(gradients)
         self._rng = random.after
         results = collector.results()
-        if options._values["synthetic"]:
+        if options._values.get("enableSyntheticData"):
             return [torch.full_like(x, float("nan")) if x.is_floating_point() else torch.zeros_like(x) for x in results]
         return results
 
@@ -190,40 +199,33 @@ class Executor:
             loss = run.final_loss() * self._settings[0]["loss_scaling"]
             found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             gradients.add(replica, step, dict(zip(trained, found)))
-        return batches.flatten(outputs)
+        return transfer.flatten(outputs)
 
     def _update(self, gradients):
-        reduced = gradients.reduced(self._settings[0]["loss_scaling"])
-        update.clip(reduced, self._settings[0]["max_grad_norm"])
+        reduced = gradients.reduce(self._settings[0]["loss_scaling"])
+        optim.clip_norm(reduced, self._settings[0]["max_grad_norm"])
         groups = self._groups()
         for name, gradient in reduced.items():
             settings = self._settings[groups[name]]
-            update.adam(self._weights.device[name], gradient, self._state[name], settings, self._optimizer.decoupled)
+            weight, state = self._weights.device[name], self._state[name]
+            optim.update_weight(weight, gradient, state, settings, self._optimizer.decoupled)
 
     def _groups(self):
-        """{parameter name: number of its group}."""
+        """Return {parameter name: number of its group}."""
         groups = enumerate(self._optimizer.param_groups)
         numbers = {id(tensor): number for number, group in groups for tensor in group["params"]}
         return {name: numbers.get(id(tensor)) for name, tensor in self._weights.parameters.items()}
-
-    @property
-    def rng_state(self):
-        return [self._rng.clone()]
-
-    @rng_state.setter
-    def rng_state(self, state):
-        (self._rng,) = state
 
     # ---- the optimizer
 
     def setOptimizer(self, optimizer):
         if not self._training:
             raise RuntimeError("an inference model has no optimizer")
-        if not isinstance(optimizer, DeviceOptimizer) or not _steps_as_given(optimizer):
+        if not optim.is_unchanged(optimizer):
             raise TypeError(
-                f"the stand-in takes poptorch.optim.Adam and AdamW as they are, not {type(optimizer).__name__}"
+                f"an optimizer must be poptorch.optim.Adam or AdamW as it is, not {type(optimizer).__name__}"
             )
-        settings = optimizer._snapshot(self._options._values["relaxed"])
+        settings = optimizer._snapshot()
         constants = self._constants_of(optimizer, settings)
         if self._specification is not None:
             if type(optimizer) is not type(self._optimizer):
@@ -247,18 +249,14 @@ class Executor:
             self._take_state()
 
     def _constants_of(self, optimizer, settings):
-        """What is part of the graph: dtypes, which attributes are variable, and the values of the others."""
+        """Return what is part of the graph: dtypes, which attributes are variable, and the values of the others."""
         fixed = [{name: one[name] for name in one if name not in optimizer.explicit} for one in settings]
-        return [{name: getattr(optimizer, name) for name in DTYPES}, sorted(optimizer.explicit), *fixed]
+        return [{name: getattr(optimizer, name) for name in optim.DTYPES}, sorted(optimizer.explicit), *fixed]
 
     def _take_state(self):
-        """Moments as a load_state_dict left them, zeros where there are none yet."""
-        first, second = (
-            self._optimizer.first_order_momentum_accum_type,
-            self._optimizer.second_order_momentum_accum_type,
-        )
+        """Take the moments of a load_state_dict, and zeros for parameters that have none yet."""
         for name, weight in self._weights.trained().items():
-            self._state.setdefault(name, update.new_state(weight, first, second))
+            self._state.setdefault(name, optim.new_state(weight, self._optimizer))
         loaded, self._optimizer._loaded = self._optimizer._loaded, None
         if loaded is None:
             return
@@ -273,7 +271,7 @@ class Executor:
     def _optimizer_state(self):
         if self._calls == 0:
             return {}
-        state = {f"{m}___{name}": held[m].clone() for name, held in self._state.items() for m in MOMENTS}
+        state = {f"{m}___{name}": own[m].clone() for name, own in self._state.items() for m in MOMENTS}
         flat = {}
         for number, group in enumerate(self._settings):
             flat.update((f"{key}___group{number}", torch.tensor(value)) for key, value in group.items())
@@ -281,17 +279,17 @@ class Executor:
 
     # ---- weights
 
-    def _bring_home(self):
+    def _fetch_weights(self):
         if self._stale:
             self._stale = False
             self._weights.download()
 
     def _fetch_from_trainer(self):
-        """A model that is trained elsewhere gives its weights to the inference model that wraps it too."""
+        """Copy the weights of a model that another executor trains to the inference model that wraps it, too."""
         trainer = getattr(type(self._user_model), "_poptorch_executor", None)
         if self._training or trainer is None or trainer._version == self._seen:
             return
-        trainer._bring_home()
+        trainer._fetch_weights()
         self._seen = trainer._version
         if self._weights is not None:
             self._weights.upload()
@@ -307,13 +305,9 @@ class Executor:
         self._weights.upload()
         self._version += 1
 
-    def copyNamedBuffersToDevice(self):
-        self._need_compiled("copyNamedBuffersToDevice")
-        self._weights.upload(self._options._values["updatable_buffers"])
-
     def state_dict(self):
         if self._training:
-            self._bring_home()
+            self._fetch_weights()
         return self._user_model.state_dict()
 
     def load_state_dict(self, state_dict, strict=True):
@@ -342,41 +336,13 @@ class Executor:
         if not self._attached:
             raise RuntimeError("detachFromDevice: not attached")
         if self._training:
-            self._bring_home()
+            self._fetch_weights()
         self._attached = False
 
     def destroy(self):
-        """Gives the device back and the wrapped model its own class."""
+        """Release the device and give the wrapped model its own class again."""
         if self._training and hasattr(type(self._user_model), "_poptorch_executor"):
-            self._bring_home()
+            self._fetch_weights()
             self._user_model.__class__ = self._original_class
         self._weights = self._specification = None
         self._attached = False
-
-    def cycleCount(self):
-        if self._calls == 0:
-            raise RuntimeError("cycleCount: the model has not run")
-        return int(self._latencies[-1] * 1.85e9)
-
-    def getLatency(self):
-        """(least, most, mean) seconds of a call."""
-        if not self._latencies:
-            raise RuntimeError("getLatency: the model has not run")
-        return min(self._latencies), max(self._latencies), sum(self._latencies) / len(self._latencies)
-
-    def save(self, filename):
-        self._need_compiled("save")
-        files.write(self, filename)
-
-    def compileAndExport(self, filename, *batch):
-        self.compile(*batch)
-        self.save(filename)
-
-    def loadExecutable(self, filename):
-        """As compile(), for the shapes that the file was made for; refuses a file of another model."""
-        key, inputs = files.read(filename)
-        self.compile(*inputs)
-        if files.key(self) != key:
-            self.destroy()
-            raise RuntimeError(f"{filename} is the executable of another model")
-        self.trace.cache_hit = True

@@ -1,7 +1,6 @@
-"""fp16 where torch's CPU has no operators for it: torch 2.0 lacks matmul, convolution, layer_norm and others.
+"""Arithmetic in fp16 on the CPU: torch 2.0 has no fp16 matmul, convolution, layer_norm and others there.
 
-Such an operator is computed in fp32 and its results are rounded to fp16. Later versions of torch need none of this, and
-nothing is changed there.
+Such an operator is computed in fp32 and its results are rounded to fp16. Later versions of torch need none of this.
 """
 
 import contextlib
@@ -16,14 +15,12 @@ _lacking = set()  # operators that were refused once: another refusal takes torc
 
 
 def half_arithmetic():
-    """A context in which fp16 operators work."""
+    """Return a context in which fp16 operators work."""
     return ThroughSingle() if LACKS_HALF else contextlib.nullcontext()
 
 
 class ThroughSingle(TorchDispatchMode):
-    """Only what torch refuses for want of an fp16 kernel takes the way through fp32: fp16 and fp32 that must not be
-    mixed are refused as ever.
-    """
+    """Computes in fp32 what torch refuses because it has no fp16 kernel; mixing fp16 and fp32 is still refused."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -46,7 +43,7 @@ class ThroughSingle(TorchDispatchMode):
             return value
 
         results = func(*tree_map(widen, args), **tree_map(widen, kwargs))
-        # What the operator wrote to, and returns, is the tensor that it was given.
+        # An operator that writes to an argument returns that tensor.
         written = {}
         for argument, value in _arguments(func, args, kwargs):
             if argument.alias_info is not None and argument.alias_info.is_write and _is(value, torch.float16):
@@ -60,7 +57,7 @@ class ThroughSingle(TorchDispatchMode):
 
 
 def _arguments(func, args, kwargs):
-    """(argument as the schema declares it, value) of all that were given."""
+    """Yield (argument as the schema declares it, value) for every argument of a call."""
     declared = func._schema.arguments
     yield from zip(declared, args)
     yield from ((argument, kwargs[argument.name]) for argument in declared if argument.name in kwargs)

@@ -1,75 +1,43 @@
-"""What a model calls of PopTorch: blocks, losses, checkpoints, loops, slices and serialised products.
+"""PopTorch's functions that a model calls: blocks, losses, checkpoints, loops, updates and serialized products.
 
-Outside of a pass of a wrapped model they compute the same as plain torch and record nothing.
+Outside of a pass of a wrapped model they compute the same with plain torch and record nothing.
 """
 
 import torch
 from torch import nn
 
-from . import checks
 from .device import current_run, mark_of
-from .enums import MatMulSerializationMode
+from .options import MatMulSerializationMode, check_instance, check_int, check_type
 from .trace import BlockHook, active_trace, hook_of
 
 REDUCTIONS = {"none": lambda x: x.view_as(x), "mean": torch.mean, "sum": torch.sum}
 
 
-def _check_ids(user_id, ipu_id):
-    if (
-        user_id is not None
-        and not isinstance(user_id, str)
-        and (isinstance(user_id, bool) or not isinstance(user_id, int))
-    ):
-        raise TypeError(f"user_id wants a str or an int, not {user_id!r}")
-    if ipu_id is not None:
-        checks.whole("ipu_id", ipu_id, least=0)
-    return None if user_id is None else str(user_id), ipu_id
-
-
 def _check_tensor(name, value):
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} wants a tensor, not {value!r}")
+        raise TypeError(f"{name} takes a tensor, not {value!r}")
     if current_run() is not None and mark_of(value) is None:
         raise RuntimeError(f"Expected an IPU tensor but got tensor(device=cpu, shape={list(value.shape)}) in {name}")
     return value
 
 
 def BeginBlock(layer_to_call, user_id=None, ipu_id=None):
-    """Everything from the call of the module on stands on that IPU; changes the module and returns it."""
-    if not isinstance(layer_to_call, nn.Module):
-        raise TypeError(f"BeginBlock wants an nn.Module, not {layer_to_call!r}")
+    """Place everything from the call of the module on on that IPU; change the module and return it."""
+    check_instance("BeginBlock's layer_to_call", layer_to_call, nn.Module)
     if hook_of(layer_to_call) is not None:
-        raise AssertionError(f"{type(layer_to_call).__name__} begins a block already: one BeginBlock a module")
-    layer_to_call.register_forward_pre_hook(BlockHook(*_check_ids(user_id, ipu_id)))
+        raise AssertionError(f"{type(layer_to_call).__name__} begins a block already: one BeginBlock for each module")
+    if user_id is not None and type(user_id) not in (str, int):
+        raise TypeError(f"user_id must be a str or an int, not {user_id!r}")
+    if ipu_id is not None:
+        check_int("ipu_id", ipu_id, 0)
+    layer_to_call.register_forward_pre_hook(BlockHook(None if user_id is None else str(user_id), ipu_id))
     return layer_to_call
 
 
-class Block:
-    """`with Block(user_id, ipu_id):` a block for the operators inside; after it, one must begin for any further."""
-
-    _open = False
-
-    def __init__(self, user_id=None, ipu_id=None):
-        self._ids = _check_ids(user_id, ipu_id)
-
-    def __enter__(self):
-        if Block._open:
-            raise RuntimeError("a Block inside a Block: scopes do not nest")
-        Block._open = True
-        if active_trace() is not None:
-            active_trace().begin(*self._ids)
-        return self
-
-    def __exit__(self, *error):
-        Block._open = False
-        if active_trace() is not None:
-            active_trace().end()
-
-
 def identity_loss(x, reduction):
-    """`x`, reduced, as the loss to differentiate."""
+    """Return `x`, reduced, as the loss to differentiate."""
     if reduction not in REDUCTIONS:
-        raise ValueError(f'identity_loss wants reduction "none", "mean" or "sum", not {reduction!r}')
+        raise ValueError(f'identity_loss takes reduction "none", "mean" or "sum", not {reduction!r}')
     result = REDUCTIONS[reduction](_check_tensor("identity_loss", x))
     if current_run() is not None:
         current_run().add_loss("identity_loss", result, [x])
@@ -77,11 +45,9 @@ def identity_loss(x, reduction):
 
 
 def recomputationCheckpoint(*tensors):
-    """The same tensors, kept for the backward pass; what lies between two checkpoints is computed again."""
+    """Return the same tensors, stored for the backward pass; the rest is recomputed."""
     for tensor in tensors:
         _check_tensor("recomputationCheckpoint", tensor)
-    if not tensors:
-        raise TypeError("recomputationCheckpoint wants tensors")
     if active_trace() is not None:
         active_trace().checkpoints.append(tuple(tuple(tensor.shape) for tensor in tensors))
     kept = tuple(tensor.view_as(tensor) for tensor in tensors)
@@ -89,29 +55,22 @@ def recomputationCheckpoint(*tensors):
 
 
 def serializedMatMul(lhs, rhs, mode, factor, keep_precision=False):
-    """lhs @ rhs, computed in `factor` pieces: of A, B or C of (…, A, B) @ (B, C), as `mode` says."""
-    checks.member("serializedMatMul's mode", mode, MatMulSerializationMode)
-    checks.of_type("keep_precision", keep_precision, bool)
+    """Return lhs @ rhs, computed in `factor` pieces of the columns."""
+    check_instance("serializedMatMul's mode", mode, MatMulSerializationMode)
+    check_type("keep_precision", keep_precision, bool)
     _check_tensor("serializedMatMul", lhs), _check_tensor("serializedMatMul", rhs)
-    if mode is not MatMulSerializationMode.Disabled:
-        checks.whole("serializedMatMul's factor", factor)
-        size = {
-            MatMulSerializationMode.InputChannels: lhs.shape[-2] if lhs.dim() > 1 else 1,
-            MatMulSerializationMode.ReducingDim: lhs.shape[-1],
-            MatMulSerializationMode.OutputChannels: rhs.shape[-1],
-        }[mode]
-        if size % factor:
-            raise RuntimeError(f"serializedMatMul: {mode.name} has {size} channels, which {factor} does not divide")
+    if rhs.shape[-1] % check_int("serializedMatMul's factor", factor):
+        raise RuntimeError(f"serializedMatMul: {rhs.shape[-1]} output channels, which {factor} does not divide")
     if active_trace() is not None:
         active_trace().serialized.append((mode, factor, (tuple(lhs.shape), tuple(rhs.shape))))
     return torch.matmul(lhs, rhs)
 
 
 def for_loop(count, body, inputs):
-    """`body` applied `count` times to a list of tensors, by value → list of tensors of the same shapes and dtypes."""
-    checks.whole("for_loop's count", count)
+    """Apply `body` `count` times to a list of tensors, by value; return tensors of the same shapes and dtypes."""
+    check_int("for_loop's count", count)
     if not isinstance(inputs, list) or not inputs:
-        raise ValueError(f"for_loop wants its inputs as a list of tensors, not {type(inputs).__name__}")
+        raise ValueError(f"for_loop takes its inputs as a list of tensors, not {type(inputs).__name__}")
     for tensor in inputs:
         _check_tensor("for_loop", tensor)
     run, trace = current_run(), active_trace()
@@ -141,61 +100,28 @@ def for_loop(count, body, inputs):
 
 
 def _loop_round(body, values):
-    """One round; what it is given it may change, what it returns is new."""
+    """Run one round; the body may change what it gets, and what it returns is new."""
     for tensor in values:
         if mark_of(tensor) is not None:
             mark_of(tensor).constant = False  # inside a loop nothing is folded
     results = body(*values)
     results = list(results) if isinstance(results, (list, tuple)) else [results]
     given = [(tuple(value.shape), value.dtype) for value in values]
-    taken = [(tuple(_check_tensor("for_loop's body", result).shape), result.dtype) for result in results]
-    if given != taken:
-        raise RuntimeError(f"for_loop's body must return what it is given: {given}, not {taken}")
+    returned = [(tuple(_check_tensor("for_loop's body", result).shape), result.dtype) for result in results]
+    if given != returned:
+        raise RuntimeError(f"for_loop's body must return tensors like its inputs: {given}, not {returned}")
     return [result.clone() for result in results]
 
 
-def _positions(name, tensor, dim, start, size, step=1):
-    """Where along `dim` a dynamic slice lies."""
-    _check_tensor(name, tensor)
-    _check_tensor(f"{name}'s start", start)
-    if start.numel() != 1 or start.is_floating_point():
-        raise TypeError(f"{name}'s start wants one integer in a tensor, not {start.dtype} {list(start.shape)}")
-    checks.whole(f"{name}'s dim", dim, least=-tensor.dim())
-    checks.whole(f"{name}'s size", size)
-    checks.whole(f"{name}'s step", step)
-    return start.reshape(1) + torch.arange(0, size, step)
-
-
-def dynamic_slice(tensor, dim, start, size, step):
-    """tensor[start : start + size : step] along `dim`, start a tensor that is known at run time only."""
-    return tensor.index_select(dim, _positions("dynamic_slice", tensor, dim, start, size, step))
-
-
 def dynamic_update(input, src, dim, start, size):
-    """A copy of `input` with `src` at start … start + size of `dim`."""
-    positions = _positions("dynamic_update", input, dim, start, size)
+    """Return a copy of `input` with `src` at start … start + size of `dim`; start is known at run time only."""
+    _check_tensor("dynamic_update", input), _check_tensor("dynamic_update's start", start)
+    if start.numel() != 1 or start.is_floating_point():
+        raise TypeError(f"dynamic_update's start is one integer in a tensor, not {start.dtype} {list(start.shape)}")
+    check_int("dynamic_update's dim", dim, -input.dim())
+    check_int("dynamic_update's size", size)
     if _check_tensor("dynamic_update", src).dtype != input.dtype:
         raise RuntimeError(f"dynamic_update of {input.dtype} with {src.dtype}")
     if src.shape[dim] != size:
         raise RuntimeError(f"dynamic_update: src has {src.shape[dim]} along dimension {dim}, size is {size}")
-    return input.index_copy(dim, positions, src)
-
-
-def set_available_memory(tensor, available_memory_proportion):
-    proportion = checks.of_type("available_memory_proportion", available_memory_proportion, float)
-    if not 0 <= proportion <= 1:
-        raise ValueError(f"available_memory_proportion is {proportion}; it goes from 0.0 to 1.0")
-    return _check_tensor("set_available_memory", tensor)
-
-
-def ipu_print_tensor(tensor, title=""):
-    checks.of_type("title", title, str)
-    return _check_tensor("ipu_print_tensor", tensor)
-
-
-def cond(*args, **kwargs):
-    raise NotImplementedError("cond is not in the stand-in")
-
-
-def custom_op(*args, **kwargs):
-    raise NotImplementedError("custom_op is not in the stand-in: it names a function compiled for the IPU")
+    return input.index_copy(dim, start.reshape(1) + torch.arange(size), src)

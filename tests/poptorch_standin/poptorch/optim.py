@@ -1,56 +1,64 @@
-"""Adam and AdamW as torch has them, with what an IPU adds: loss scaling, dtypes of the state, clipping of gradients.
+"""Adam and AdamW as torch has them, with what an IPU adds: loss scaling, dtypes of the state, gradient clipping.
 
-They never step on the host: the executor takes a snapshot of their attributes and applies updates on the device. An
+They never step on the host: the executor takes a snapshot of their attributes and applies the updates on the device. An
 attribute that was not given to the constructor is a constant of the compiled graph.
 """
 
+import inspect
 import warnings
 import weakref
 
 import torch
 
-from . import checks
+from .options import check_number, check_precision, check_type
 
 IN_GROUPS = ("lr", "betas", "eps", "weight_decay")
 IN_OPTIMIZER = ("loss_scaling", "max_grad_norm")
 DTYPES = ("accum_type", "first_order_momentum_accum_type", "second_order_momentum_accum_type")
-# What torch's own optimizers and schedulers keep in a group beside the above; the device has no use for it.
-TORCH_KEYS = {
-    "params",
-    "amsgrad",
-    "foreach",
-    "maximize",
-    "capturable",
-    "differentiable",
-    "fused",
-    "decoupled_weight_decay",
-}
+# What torch's own optimizers and schedulers keep in a group next to IN_GROUPS; the device has no use for it.
+TORCH_KEYS = {"params", "amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused"}
+TORCH_KEYS |= {"decoupled_weight_decay"}
 
 
 class DeviceOptimizer:
     """What both have in common; mixed in before torch's class."""
 
-    def __init__(self, params, amsgrad, attributes, extras):
+    def __init__(
+        self,
+        params,
+        lr=None,
+        betas=None,
+        eps=None,
+        weight_decay=None,
+        amsgrad=None,
+        loss_scaling=None,
+        accum_type=None,
+        first_order_momentum_accum_type=None,
+        second_order_momentum_accum_type=None,
+        max_grad_norm=None,
+    ):
         if amsgrad:
             raise ValueError("amsgrad is not supported")
-        given = {name: value for name, value in attributes.items() if value is not None}
+        values = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        given = {name: value for name, value in values.items() if value is not None}
         super().__init__(params, **given)
-        self.explicit = {*given, *(name for name in IN_OPTIMIZER if extras[name] is not None)}
-        self.loss_scaling = checks.number("loss_scaling", _or(extras["loss_scaling"], 1.0))
-        self.max_grad_norm = checks.number("max_grad_norm", _or(extras["max_grad_norm"], float("inf")))
-        for name in DTYPES:
-            setattr(self, name, checks.precision(name, _or(extras[name], torch.float32)))
-        self._executor = lambda: None  # a weak reference to who holds the state on the device
-        self._loaded = None  # state that a load_state_dict brought and the device has not taken yet
+        numbers = {"loss_scaling": (loss_scaling, 1.0), "max_grad_norm": (max_grad_norm, float("inf"))}
+        for name, (value, default) in numbers.items():
+            setattr(self, name, default if value is None else check_number(name, value))
+        self.explicit = {*given, *(name for name, (value, _) in numbers.items() if value is not None)}
+        dtypes = (accum_type, first_order_momentum_accum_type, second_order_momentum_accum_type)
+        for name, dtype in zip(DTYPES, dtypes):
+            setattr(self, name, check_precision(name, torch.float32 if dtype is None else dtype))
+        self._executor = lambda: None  # a weak reference to the executor that has the state on the device
+        self._loaded = None  # state of a load_state_dict that the device has not taken yet
 
     def step(self, closure=None):
         raise RuntimeError("an IPU optimizer has no step(): the training model's call updates the weights")
 
     def state_dict(self):
-        """torch's, whose `state` stays empty, and what the device holds; None and None before anything ran."""
-        state = super().state_dict()
+        """Return torch's state_dict, whose `state` stays empty, and the device's state: None before anything ran."""
+        state = {**super().state_dict(), "ipu_state": None, "ipu_param": None}
         executor = self._executor()
-        state["ipu_state"], state["ipu_param"] = None, None
         if self._loaded is not None:
             state.update(self._loaded)
         elif executor is not None:
@@ -67,82 +75,103 @@ class DeviceOptimizer:
     def _attach(self, executor):
         self._executor = weakref.ref(executor)
 
-    def _snapshot(self, relaxed):
-        """What the device works with from now on: a dict a group, plain numbers only."""
+    def _snapshot(self):
+        """Return what the device works with from now on: one dict for each group, plain numbers only."""
         groups = []
         for group in self.param_groups:
             unexpected = set(group) - TORCH_KEYS - set(IN_GROUPS)
-            if unexpected and not relaxed:
+            if unexpected:
                 warnings.warn(f"ignored optimizer attributes: {', '.join(sorted(unexpected))}", stacklevel=4)
             if group.get("amsgrad") or group.get("maximize"):
                 raise ValueError("amsgrad and maximize are not supported")
-            values = {name: checks.number(name, group[name]) for name in IN_GROUPS if name != "betas"}
-            values["betas"] = tuple(checks.number("betas", beta) for beta in group["betas"])
-            values.update((name, checks.number(name, getattr(self, name))) for name in IN_OPTIMIZER)
+            values = {name: check_number(name, group[name]) for name in IN_GROUPS if name != "betas"}
+            values["betas"] = tuple(check_number("betas", beta) for beta in group["betas"])
+            values.update((name, check_number(name, getattr(self, name))) for name in IN_OPTIMIZER)
             groups.append(values)
         return groups
-
-
-def _or(value, default):
-    return default if value is None else value
 
 
 class Adam(DeviceOptimizer, torch.optim.Adam):
     decoupled = False
 
-    def __init__(
-        self,
-        params,
-        lr=None,
-        betas=None,
-        eps=None,
-        weight_decay=None,
-        amsgrad=None,
-        loss_scaling=None,
-        accum_type=None,
-        first_order_momentum_accum_type=None,
-        second_order_momentum_accum_type=None,
-        max_grad_norm=None,
-    ):
-        attributes = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        extras = {
-            "loss_scaling": loss_scaling,
-            "accum_type": accum_type,
-            "first_order_momentum_accum_type": first_order_momentum_accum_type,
-            "second_order_momentum_accum_type": second_order_momentum_accum_type,
-            "max_grad_norm": max_grad_norm,
-        }
-        super().__init__(params, amsgrad, attributes, extras)
-
 
 class AdamW(DeviceOptimizer, torch.optim.AdamW):
-    """bias_correction: taken and without effect when False, as in PopTorch 3.4."""
-
     decoupled = True
 
-    def __init__(
-        self,
-        params,
-        lr=None,
-        betas=None,
-        eps=None,
-        weight_decay=None,
-        amsgrad=None,
-        loss_scaling=None,
-        bias_correction=None,
-        accum_type=None,
-        first_order_momentum_accum_type=None,
-        second_order_momentum_accum_type=None,
-        max_grad_norm=None,
-    ):
+    def __init__(self, params, *, bias_correction=None, **attributes):
+        """Take bias_correction as well, which has no effect when False, as in PopTorch 3.4."""
         if bias_correction is not None:
-            checks.of_type("bias_correction", bias_correction, bool)
-        attributes = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        extras = {
-            "loss_scaling": loss_scaling,
-            "accum_type": accum_type,
-            "first_order_momentum_accum_type": first_order_momentum_accum_type,
-            "second_order_momentum_accum_type": second_order_momentum_accum_type,
-            "max_grad_norm": max_grad_norm,
-        }
-        super().__init__(params, amsgrad, attributes, extras)
+            check_type("bias_correction", bias_correction, bool)
+        super().__init__(params, **attributes)
+
+
+def is_unchanged(optimizer):
+    """Tell whether this is Adam or AdamW with the step of the stand-in; torch wraps every class's step."""
+    step = getattr(type(optimizer), "step", None)
+    return isinstance(optimizer, DeviceOptimizer) and inspect.unwrap(step) is inspect.unwrap(DeviceOptimizer.step)
+
+
+# ---- the update on the device
+
+
+class Gradients:
+    """One accumulator for each replica and parameter, in accum_type."""
+
+    def __init__(self, options, dtype):
+        self.options, self.dtype = options, dtype
+        self.running = dtype == torch.float16  # a sum would overflow, so the mean is kept at every step
+        self.sums = [{} for _ in range(options.replication_factor)]
+
+    def add(self, replica, step, gradients):
+        """Add gradients by name; step counts from 0, and a parameter without a gradient has None."""
+        sums = self.sums[replica]
+        for name, gradient in gradients.items():
+            if gradient is None:
+                continue
+            gradient = gradient.to(self.dtype)
+            if step == 0:
+                sums[name] = gradient.clone()
+            elif self.running:
+                sums[name].mul_(step / (step + 1)).add_(gradient / (step + 1))
+            else:
+                sums[name].add_(gradient)
+
+    def reduce(self, loss_scaling):
+        """Return {name: fp32 mean} over micro-batches, replicas and instances, without the loss scaling."""
+        total = {name: sum(sums[name].float() for sums in self.sums) for name in self.sums[0]}
+        self.options._sum_over_instances(list(total.values()))
+        divisor = loss_scaling * self.options.replication_factor * self.options._instances
+        if not self.running:
+            divisor *= self.options.Training.gradient_accumulation
+        return {name: gradient / divisor for name, gradient in total.items()}
+
+
+def clip_norm(gradients, limit):
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    if norm > limit:
+        for gradient in gradients.values():
+            gradient.mul_(limit / norm)
+
+
+def new_state(weight, optimizer):
+    first, second = optimizer.first_order_momentum_accum_type, optimizer.second_order_momentum_accum_type
+    moments = {"Accl1": torch.zeros_like(weight, dtype=first), "Accl2": torch.zeros_like(weight, dtype=second)}
+    return {**moments, "Step": torch.zeros(1)}
+
+
+@torch.no_grad()
+def update_weight(weight, gradient, state, settings, decoupled):
+    """Apply torch's Adam, or AdamW if decoupled, in fp32 for any dtypes of weight and state."""
+    lr, decay, (beta1, beta2) = settings["lr"], settings["weight_decay"], settings["betas"]
+    value, first, second = weight.float(), state["Accl1"].float(), state["Accl2"].float()
+    if decoupled:
+        value = value * (1 - lr * decay)
+    elif decay:
+        gradient = gradient.add(value, alpha=decay)
+    step = state["Step"].add_(1).item()
+    first = first.lerp(gradient, 1 - beta1)
+    second = second.mul(beta2).addcmul(gradient, gradient, value=1 - beta2)
+    denominator = (second.sqrt() / (1 - beta2**step) ** 0.5).add_(settings["eps"])
+    weight.copy_(value.addcdiv(first, denominator, value=-lr / (1 - beta1**step)))
+    state["Accl1"].copy_(first)
+    state["Accl2"].copy_(second)

@@ -1,52 +1,123 @@
-"""Options and its parts: what API.md lists and nothing else, type-strict, frozen once a loader or a model has them.
+"""Options and their enumerations: type-strict, and frozen as soon as a loader or a model has them.
 
-Most options have no effect on a CPU; they are checked and kept, and make part of the executable's hash.
+Most options have no effect on a CPU. They are checked and kept, and they are part of the executable's key.
 """
 
-import copy
+import enum
 
-from . import checks
-from .enums import AutoStage, ConnectionType, MeanReductionStrategy, OutputMode, ReductionType
+import torch
 
-# PopART's session options that an application may want to set, and the one type that each takes.
-POPART_TYPES = {
-    "outlineThreshold": float,
-    "outlineSequenceBreakCost": float,
-    "enableOutlining": bool,
-    "disableGradAccumulationTensorStreams": bool,
-    "accumulateOuterFragmentSettings.schedule": int,
-    "accumulateOuterFragmentSettings.excludedVirtualGraphs": list,
-    "scheduleNonWeightUpdateGradientConsumersEarly": bool,
-    "decomposeGradSum": bool,
-    "saveInitializersToFile": str,
-    "defaultPrefetchBufferingDepth": int,
-    "rearrangeAnchorsOnHost": bool,
-    "enableStableNorm": bool,
-    "ensureFp32LossScaleTensor": bool,
-    "instrumentWithHardwareCycleCounter": bool,
-}
+
+class OutputMode(enum.Enum):
+    """Which micro-batches' outputs a call returns. Default means Final for training and All for inference."""
+
+    Final = enum.auto()
+    All = enum.auto()
+    Sum = enum.auto()
+    Default = enum.auto()
+
+
+class AutoStage(enum.Enum):
+    """How blocks become pipeline stages: one for each IPU, or one for each user_id in the order of first entry."""
+
+    SameAsIpu = enum.auto()
+    AutoIncrement = enum.auto()
+
+
+class ReductionType(enum.Enum):
+    Sum = enum.auto()
+    Mean = enum.auto()
+
+
+class MatMulSerializationMode(enum.Enum):
+    """Which dimension of (…, A, B) @ (B, C) is cut into pieces; the stand-in has C only."""
+
+    OutputChannels = enum.auto()
+
+
+class DataLoaderMode(enum.Enum):
+    Sync = enum.auto()
+    Async = enum.auto()
+    AsyncRebatched = enum.auto()
+
+
+# ---- checks: each returns the value that it accepts
+
+
+def check_int(name, value, least=1):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    return value
+
+
+def check_type(name, value, kind):
+    """Accept exactly this type: a bool is not an int, and an int is not a float."""
+    if type(value) is not kind:
+        raise TypeError(f"{name} must be a {kind.__name__}, not {value!r}")
+    return value
+
+
+def check_instance(name, value, kind):
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, not {value!r}")
+    return value
+
+
+def check_precision(name, value):
+    if value not in (torch.float16, torch.float32):
+        raise TypeError(f"{name} must be torch.float16 or torch.float32, not {value!r}")
+    return value
+
+
+def check_number(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a Python number, not {value!r}")
+    return value
+
+
+def check_proportions(name, value):
+    for ipu, proportion in check_type(name, value, dict).items():
+        if not isinstance(ipu, str) or ipu[:3] != "IPU" or not ipu[3:].isdigit():
+            raise ValueError(f'{name}: keys are such as "IPU0", not {ipu!r}')
+        if not 0 <= check_type(f"{name}[{ipu!r}]", proportion, float) <= 1:
+            raise ValueError(f"{name}: proportions are from 0.0 to 1.0, not {proportion}")
+    return dict(value)
+
+
+class Setter:
+    """A method that checks one value, keeps it under the method's name and returns the options, so that calls chain."""
+
+    def __init__(self, check, *more):
+        self.check, self.more = check, more
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, settings, owner):
+        def set_value(value, /):
+            return settings._set(**{self.name: self.check(self.name, value, *self.more)})
+
+        return set_value
 
 
 class Settings:
-    """Named values that their own setters alone change, until they are frozen."""
+    """Named values that only their setters change, until they are frozen."""
 
     def __init__(self, **values):
         self.__dict__.update(_values=values, _frozen=False)
 
     def __setattr__(self, name, value):
-        raise AttributeError(
-            f"{type(self).__name__}.{name} cannot be assigned; options are set by calling their setters"
-        )
+        raise AttributeError(f"{type(self).__name__}.{name} cannot be assigned; options are set by calling setters")
 
     def __getattr__(self, name):
-        if name.startswith("__"):  # copy and pickle ask for such
-            raise AttributeError(name)
-        raise AttributeError(f"{type(self).__name__} has no {name}: API.md does not list it")
+        raise AttributeError(f"{type(self).__name__} has no {name} in PopTorch 3.4, or not in the stand-in")
 
     def _set(self, **values):
         if self._frozen:
             raise AttributeError(
-                f"cannot set {', '.join(values)}: these options are frozen, a DataLoader or a model has them already"
+                f"cannot set {', '.join(values)}: the options are frozen, a DataLoader or a model has them already"
             )
         self._values.update(values)
         return self
@@ -55,133 +126,90 @@ class Settings:
         self.__dict__["_frozen"] = True
 
     def __repr__(self):
-        return f"{type(self).__name__}({', '.join(f'{name}={self._values[name]!r}' for name in sorted(self._values))})"
+        return f"{type(self).__name__}({sorted(self._values.items())})"
 
 
 class TrainingOptions(Settings):
+    gradientAccumulation = Setter(check_int)
+    setAutomaticLossScaling = Setter(check_type, bool)
+    gradient_accumulation = property(lambda self: self._values["gradientAccumulation"])
+
     def __init__(self):
-        super().__init__(accumulation=1, reduction=ReductionType.Mean, strategy=None, automatic_loss_scaling=False)
-
-    @property
-    def gradient_accumulation(self):
-        return self._values["accumulation"]
-
-    def gradientAccumulation(self, gradient_accumulation):
-        return self._set(accumulation=checks.whole("gradientAccumulation", gradient_accumulation))
+        super().__init__(gradientAccumulation=1)
 
     def accumulationAndReplicationReductionType(self, reduction_type):
-        name = "accumulationAndReplicationReductionType"
-        return self._set(reduction=checks.member(name, reduction_type, ReductionType))
-
-    def setMeanAccumulationAndReplicationReductionStrategy(self, mean_reduction_strategy):
-        name = "setMeanAccumulationAndReplicationReductionStrategy"
-        return self._set(strategy=checks.member(name, mean_reduction_strategy, MeanReductionStrategy))
-
-    def setAutomaticLossScaling(self, enabled):
-        return self._set(automatic_loss_scaling=checks.of_type("setAutomaticLossScaling", enabled, bool))
+        if check_instance("reduction_type", reduction_type, ReductionType) is not ReductionType.Mean:
+            raise NotImplementedError("ReductionType.Sum is not in the stand-in")
+        return self._set(reduction=reduction_type)
 
 
 class PrecisionOptions(Settings):
-    def enableStochasticRounding(self, enabled):
-        return self._set(stochastic_rounding=checks.of_type("enableStochasticRounding", enabled, bool))
-
-    def setPartialsType(self, dtype):
-        return self._set(partials=checks.precision("setPartialsType", dtype))
-
-    def enableFloatingPointExceptions(self, enabled):
-        return self._set(exceptions=checks.of_type("enableFloatingPointExceptions", enabled, bool))
-
-    def runningStatisticsAlwaysFloat(self, enabled):
-        return self._set(statistics_float=checks.of_type("runningStatisticsAlwaysFloat", enabled, bool))
+    enableStochasticRounding = Setter(check_type, bool)
+    setPartialsType = Setter(check_precision)
 
 
 class TensorLocationSettings(Settings):
-    def useOnChipStorage(self, use):
-        return self._set(on_chip=checks.of_type("useOnChipStorage", use, bool))
-
-    def useReplicatedTensorSharding(self, use):
-        return self._set(sharded=checks.of_type("useReplicatedTensorSharding", use, bool))
+    useOnChipStorage = Setter(check_type, bool)
+    useReplicatedTensorSharding = Setter(check_type, bool)
 
 
 class TensorLocationOptions(Settings):
-    def _place(self, what, location):
-        return self._set(**{what: checks.member(f"set{what}Location", location, TensorLocationSettings)})
-
-    def setOptimizerLocation(self, location):
-        return self._place("Optimizer", location)
-
-    def setActivationLocation(self, location):
-        return self._place("Activation", location)
-
-    def setWeightLocation(self, location):
-        return self._place("Weight", location)
-
-    def setAccumulatorLocation(self, location):
-        return self._place("Accumulator", location)
+    setOptimizerLocation = Setter(check_instance, TensorLocationSettings)
 
 
 class PopartOptions(Settings):
+    """Session options of PopART, each with the one type that it takes."""
+
+    TYPES = {"outlineThreshold": float, "disableGradAccumulationTensorStreams": bool}
+
     def set(self, key, value):
-        if key not in POPART_TYPES:
-            raise KeyError(f"_Popart.set: the stand-in does not know {key!r}; it knows {', '.join(POPART_TYPES)}")
-        checks.of_type(f"_Popart.set({key!r})", value, POPART_TYPES[key])
-        return self._set(**{key: value})
+        if key not in self.TYPES:
+            raise KeyError(f"_Popart.set: the stand-in does not know {key!r}; it knows {', '.join(self.TYPES)}")
+        return self._set(**{key: check_type(f"_Popart.set({key!r})", value, self.TYPES[key])})
 
 
 class DistributedOptions(Settings):
+    processId = property(lambda self: self._values["id"])
+    numProcesses = property(lambda self: self._values["count"])
+
     def __init__(self):
-        super().__init__(process=0, processes=1)
-
-    @property
-    def processId(self):
-        return self._values["process"]
-
-    @property
-    def numProcesses(self):
-        return self._values["processes"]
+        super().__init__(id=0, count=1)
 
     def configureProcessId(self, process_id, num_processes):
-        checks.whole("configureProcessId's number of processes", num_processes)
-        if checks.whole("configureProcessId's id", process_id, least=0) >= num_processes:
+        check_int("configureProcessId's number of processes", num_processes)
+        if check_int("configureProcessId's id", process_id, 0) >= num_processes:
             raise ValueError(f"process {process_id} of {num_processes}: ids count from 0")
-        return self._set(process=process_id, processes=num_processes)
+        return self._set(id=process_id, count=num_processes)
 
 
-class Strategy:
-    """How blocks become stages."""
+class PipelinedExecution:
+    """All stages work at once, each on its own micro-batch."""
 
     def __init__(self, auto_stage=AutoStage.SameAsIpu):
-        self.auto_stage = checks.member(type(self).__name__, auto_stage, AutoStage)
+        self.auto_stage = check_instance("PipelinedExecution", auto_stage, AutoStage)
 
     def __repr__(self):
-        return f"{type(self).__name__}({self.auto_stage})"
-
-
-class PipelinedExecution(Strategy):
-    """All stages work at once, each on a micro-batch of its own."""
-
-
-class ShardedExecution(Strategy):
-    """One IPU after the other works on one micro-batch."""
+        return f"PipelinedExecution({self.auto_stage})"
 
 
 class Options(Settings):
+    deviceIterations = Setter(check_int)
+    replicationFactor = Setter(check_int)
+    autoRoundNumIPUs = Setter(check_type, bool)
+    randomSeed = Setter(check_int, 0)
+    outputMode = Setter(check_instance, OutputMode)
+    setExecutionStrategy = Setter(check_instance, PipelinedExecution)
+    setAvailableMemoryProportion = Setter(check_proportions)
+    enableExecutableCaching = Setter(check_type, str)
+    enableProfiling = Setter(check_type, str)
+    enableSyntheticData = Setter(check_type, bool)
+    device_iterations = property(lambda self: self._values["deviceIterations"])
+    replication_factor = property(lambda self: self._values["replicationFactor"])
+    output_mode = property(lambda self: self._values["outputMode"])
+
     def __init__(self):
-        super().__init__(
-            device_iterations=1,
-            replication_factor=1,
-            output_mode=OutputMode.Default,
-            output_return_period=1,
-            strategy=PipelinedExecution(AutoStage.SameAsIpu),
-            random_seed=None,
-            offline=False,
-            synthetic=False,
-            relaxed=False,
-            cache=None,
-            profile=None,
-            connection=ConnectionType.Always,
-            updatable_buffers=(),
-        )
+        super().__init__(deviceIterations=1, replicationFactor=1, outputMode=OutputMode.Default)
+        self._set(setExecutionStrategy=PipelinedExecution())
         self.__dict__.update(
             Training=TrainingOptions(),
             Precision=PrecisionOptions(),
@@ -190,90 +218,8 @@ class Options(Settings):
             _Popart=PopartOptions(),
         )
 
-    device_iterations = property(lambda self: self._values["device_iterations"])
-    replication_factor = property(lambda self: self._values["replication_factor"])
-    output_mode = property(lambda self: self._values["output_mode"])
-
-    def deviceIterations(self, device_iterations):
-        return self._set(device_iterations=checks.whole("deviceIterations", device_iterations))
-
-    def replicationFactor(self, replication_factor):
-        return self._set(replication_factor=checks.whole("replicationFactor", replication_factor))
-
-    def autoRoundNumIPUs(self, auto_round_num_ipus):
-        return self._set(auto_round=checks.of_type("autoRoundNumIPUs", auto_round_num_ipus, bool))
-
-    def randomSeed(self, random_seed):
-        return self._set(random_seed=checks.whole("randomSeed", random_seed, least=0))
-
-    def outputMode(self, output_mode, output_return_period=None):
-        """output_return_period: EveryN's n, and for it alone."""
-        every_n = checks.member("outputMode", output_mode, OutputMode) is OutputMode.EveryN
-        if every_n != (output_return_period is not None):
-            raise ValueError("outputMode: EveryN wants output_return_period, and nothing else takes it")
-        period = checks.whole("output_return_period", output_return_period) if every_n else 1
-        return self._set(output_mode=output_mode, output_return_period=period)
-
-    def setExecutionStrategy(self, strategy):
-        return self._set(strategy=checks.member("setExecutionStrategy", strategy, Strategy))
-
-    def setAvailableMemoryProportion(self, available_memory_proportion):
-        name = "setAvailableMemoryProportion"
-        for ipu, proportion in checks.of_type(name, available_memory_proportion, dict).items():
-            if not isinstance(ipu, str) or ipu[:3] != "IPU" or not ipu[3:].isdigit():
-                raise ValueError(f'{name} wants keys such as "IPU0", not {ipu!r}')
-            if not 0 <= checks.of_type(f"{name}[{ipu!r}]", proportion, float) <= 1:
-                raise ValueError(f"{name} wants proportions from 0.0 to 1.0, not {proportion}")
-        return self._set(memory_proportion=dict(available_memory_proportion))
-
-    def enableExecutableCaching(self, path):
-        return self._set(cache=checks.of_type("enableExecutableCaching", path, str))
-
     def useOfflineIpuTarget(self, ipu_version=2):
-        checks.whole("useOfflineIpuTarget's ipu_version", ipu_version)
-        return self._set(offline=True, ipu_version=ipu_version)
-
-    def useIpuModel(self, use_model):
-        return self._set(ipu_model=checks.of_type("useIpuModel", use_model, bool))
-
-    def enableProfiling(self, profile_dir):
-        return self._set(profile=checks.of_type("enableProfiling", profile_dir, str))
-
-    def enableSyntheticData(self, enabled):
-        return self._set(synthetic=checks.of_type("enableSyntheticData", enabled, bool))
-
-    def relaxOptimizerAttributesChecks(self, relax):
-        return self._set(relaxed=checks.of_type("relaxOptimizerAttributesChecks", relax, bool))
-
-    def showCompilationProgressBar(self, show):
-        return self._set(progress_bar=checks.of_type("showCompilationProgressBar", show, bool))
-
-    def connectionType(self, connection_type):
-        return self._set(connection=checks.member("connectionType", connection_type, ConnectionType))
-
-    def updatableNamedBuffers(self, buffers):
-        checks.of_type("updatableNamedBuffers", buffers, list)
-        return self._set(
-            updatable_buffers=tuple(checks.of_type("updatableNamedBuffers", name, str) for name in buffers)
-        )
-
-    def broadcastBuffers(self, broadcast):
-        if not checks.of_type("broadcastBuffers", broadcast, bool):
-            raise NotImplementedError("broadcastBuffers(False): buffers of one replica each are not in the stand-in")
-        return self._set(broadcast_buffers=True)
-
-    def logDir(self, log_dir):
-        return self._set(log_dir=checks.of_type("logDir", log_dir, str))
-
-    def modelName(self, name):
-        return self._set(model_name=checks.of_type("modelName", name, str))
-
-    def clone(self):
-        """A copy that may be changed, whether or not this may."""
-        twin = copy.deepcopy(self)
-        for part in (twin, *twin._parts()):
-            part.__dict__["_frozen"] = False
-        return twin
+        return self._set(offline=check_int("useOfflineIpuTarget's ipu_version", ipu_version))
 
     def _parts(self):
         return self.Training, self.Precision, self.TensorLocations, self.Distributed, self._Popart
@@ -284,15 +230,18 @@ class Options(Settings):
         super()._freeze()
 
     def __repr__(self):
-        return super().__repr__() + "".join(f", {part!r}" for part in self._parts())
+        """Describe what an executable depends on: all but the folders."""
+        folders = ("enableExecutableCaching", "enableProfiling")
+        values = sorted((name, value) for name, value in self._values.items() if name not in folders)
+        return f"Options({values}, {self._parts()})"
 
-    # What popdist.poptorch.Options changes: who takes part in one gradient.
+    # What popdist.poptorch.Options changes: which processes share one gradient.
     _instances = 1
 
     def _sum_over_instances(self, tensors):
-        """In place, over all processes that train one model."""
+        """Sum tensors in place over all processes that train one model."""
 
     @property
     def _micro_batches(self):
-        """How many micro-batches a call takes."""
+        """The number of micro-batches that one call takes."""
         return self.device_iterations * self.Training.gradient_accumulation * self.replication_factor

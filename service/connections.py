@@ -1,0 +1,90 @@
+"""Limits on connections that uvicorn itself does not have: time to send a request, and room for clients that do."""
+
+import collections
+import resource
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from service.guard import MAX_BODY
+
+MAX_CONNECTIONS = 512
+HEADER_SECONDS = 10
+REQUEST_SECONDS = 20  # for a whole request, and 1 s more for every BODY_RATE bytes that arrived
+BODY_RATE = 2**17
+BLOCKED_SECONDS = 25  # for which a client may refuse to take its answer
+
+
+class Connection(H11Protocol):
+    """A connection that is closed if its client is slow, or idle while others want its place."""
+
+    def connection_made(self, transport):
+        """Note the time; close the connection that has been idle longest if there are too many."""
+        super().connection_made(transport)
+        self.received, self.since, self.blocked = 0, self.loop.time(), None
+        if len(self.connections) > MAX_CONNECTIONS:
+            idle = [one for one in self.connections if one.is_waiting()]
+            counts = collections.Counter(one.client and one.client[0] for one in idle)
+            self.drop(max(idle, key=lambda one: (counts[one.client and one.client[0]], -one.since), default=self))
+
+    def is_waiting(self):
+        """Return whether the client has yet to send the rest of a request."""
+        return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+
+    def data_received(self, data):
+        """Count the bytes of a request."""
+        self.received += len(data)
+        super().data_received(data)
+
+    def send_400_response(self, msg):
+        """Answer what is not HTTP, with the headers of all answers."""
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"application/json"),
+            (b"connection", b"close"),
+        ]
+        answer = (
+            h11.Response(status_code=400, headers=headers),
+            h11.Data(b'{"error":"This is not HTTP."}'),
+            h11.EndOfMessage(),
+        )
+        if self.conn.our_state is h11.IDLE or self.conn.our_state is h11.SEND_RESPONSE:
+            self.transport.write(b"".join(map(self.conn.send, answer)))
+        self.transport.close()
+
+    def on_response_complete(self):
+        """Start to wait for the next request."""
+        self.received, self.since = 0, self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self):
+        """Note since when the client takes nothing."""
+        self.blocked = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self):
+        """Note that the client takes its answer."""
+        self.blocked = None
+        super().resume_writing()
+
+    def check_time(self):
+        """Close the connection if its client is too slow; called every second."""
+        waited = self.loop.time() - self.since
+        allowed = HEADER_SECONDS if self.conn.their_state is h11.IDLE else REQUEST_SECONDS + self.received / BODY_RATE
+        late = self.is_waiting() and (waited > allowed or self.received > 2 * MAX_BODY)
+        if late or (self.blocked is not None and self.loop.time() - self.blocked > BLOCKED_SECONDS):
+            self.drop(self)
+
+    @staticmethod
+    def drop(connection):
+        """Close a connection at once."""
+        connection.connections.discard(connection)
+        connection.transport.abort()
+
+
+def allow_files(wanted=4 * MAX_CONNECTIONS):
+    """Raise this process's limit of open files, so that connections never use it up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

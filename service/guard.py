@@ -1,0 +1,168 @@
+"""The gate before all routes: which hosts, origins and clients are served, and how large a request may be."""
+
+import hmac
+import ipaddress
+from urllib.parse import urlsplit
+
+from fastapi.responses import JSONResponse, RedirectResponse
+
+from service import uploads
+
+MAX_BODY = uploads.MAX_BYTES * 4 // 3 + 2**16  # bytes: an image in base64, and the rest
+SMALL_BODY = 2**16  # bytes, up to which a body is not counted
+MAX_BODIES = 8 * MAX_BODY  # bytes of all larger bodies together, a quarter of it for each client
+MAX_VALUES = 10_000  # of a body; more than any request has would take memory as Python objects
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+class Refused(Exception):
+    """A request that is not served: HTTP status, sentence, headers."""
+
+    def __init__(self, status, sentence, **headers):
+        super().__init__(status, sentence, headers)
+
+
+def refuse(status, sentence, headers=None):
+    """Return the answer to a request that is not served."""
+    if status in (429, 503):
+        headers = {"Retry-After": "10", **(headers or {})}
+    return JSONResponse({"error": sentence}, status, headers)
+
+
+def client_of(scope):
+    """Return the client's address, of IPv6 the network of 64 bits that one customer gets."""
+    host = scope["client"][0] if scope.get("client") else ""
+    if ":" in host:
+        try:
+            return str(ipaddress.ip_network((host.partition("%")[0], 64), strict=False))
+        except ValueError:
+            return host[:64]
+    return host[:64]
+
+
+class Guard:
+    """ASGI middleware that answers what must not reach the routes, and reads bodies whole before it calls them."""
+
+    def __init__(self, app, address="127.0.0.1", allowed_hosts=(), token=None, root_path=""):
+        """Protect `app`, which is bound to `address`; `allowed_hosts` are further names that it is reached by."""
+        self.app, self.token, self.root_path = app, token, root_path
+        self.named = {name.lower().strip("[]") for name in allowed_hosts}
+        self.hosts = {"localhost", address.lower(), *self.named}
+        # No attacker's name resolves to a literal address, so any of this machine's is as good as the next.
+        self.any_address = address in ("0.0.0.0", "::")
+        self.held = {}  # client → bytes of bodies
+
+    async def __call__(self, scope, receive, send):
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        client, body = client_of(scope), bytearray()
+        try:
+            path = self.check(scope, headers)
+            if path == self.root_path and path:
+                await RedirectResponse(f"{path}/")(scope, receive, send)
+                return
+            if not await self.read(scope, headers, receive, client, body):
+                return  # the client has gone
+            await self.app({**scope, "path": path, "root_path": self.root_path}, replay(bytes(body), receive), send)
+        except Refused as refused:
+            await refuse(*refused.args)(scope, receive, send)
+        finally:
+            self.release(client, len(body))
+
+    def check(self, scope, headers):
+        """Return the request's path below root_path; raise Refused for a foreign host or origin, or a missing token."""
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        if not self.is_allowed(host):
+            raise Refused(421, "This host name is not served; --allowed-host permits it.")
+        if scope["method"] not in ("GET", "HEAD"):
+            origin = headers.get(b"origin", b"").decode("latin-1").lower()
+            foreign = urlsplit(origin).netloc != host and hostname(urlsplit(origin).netloc) not in self.named
+            if origin and foreign:
+                raise Refused(403, "Requests from other web sites are not served.")
+        path = scope["path"]
+        if self.root_path and path != self.root_path and not path.startswith(f"{self.root_path}/"):
+            path = self.root_path + path  # a proxy has cut the prefix off
+        given = headers.get(b"authorization", b"")
+        if self.token and path[len(self.root_path) :].startswith("/api/"):
+            scheme, _, secret = given.partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(secret.strip(), self.token.encode()):
+                raise Refused(401, "A valid token is needed.", **{"WWW-Authenticate": "Bearer"})
+        return path
+
+    def is_allowed(self, host):
+        """Return whether a Host header names this server."""
+        name = hostname(host)
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return name in self.hosts
+        return self.any_address or address.is_loopback or name in self.hosts
+
+    async def read(self, scope, headers, receive, client, body):
+        """Read a request's body; return False if the client went away, raise Refused if it may not be so large."""
+        posts = scope["method"] == "POST"
+        most = MAX_BODY if posts else SMALL_BODY
+        too_large = Refused(413, f"The request is too large; at most {most / 2**20:.2g} MB are accepted.")
+        if int(headers.get(b"content-length", b"0")) > most:
+            raise too_large
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if posts and kind != b"application/json":
+            raise Refused(415, "The request's Content-Type must be application/json.")
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return False
+            self.release(client, len(body))
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > most:
+                body.clear()
+                raise too_large
+            if len(body) > SMALL_BODY:
+                self.held[client] = self.held.get(client, 0) + len(body)
+                if self.held[client] > MAX_BODIES // 4 or sum(self.held.values()) > MAX_BODIES:
+                    raise Refused(503, "Too many images are being uploaded at the moment; please try again soon.")
+        if max(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+            raise Refused(400, "The request has too many values.")
+        return True
+
+    def release(self, client, size):
+        """Take a body off the account of its client."""
+        if size > SMALL_BODY:
+            self.held[client] -= size
+            if not self.held[client]:
+                del self.held[client]
+
+
+def hostname(netloc):
+    """Return the name or address of "name:port", without brackets."""
+    name = netloc.partition("]")[0][1:] if netloc.startswith("[") else netloc.partition(":")[0]
+    return name.rstrip(".")
+
+
+def replay(body, receive):
+    """Return an ASGI receive() that gives a body that was read already, and afterwards what the server gives."""
+    read = False
+
+    async def receive_again():
+        nonlocal read
+        if read:
+            return await receive()
+        read = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_again

@@ -1,0 +1,183 @@
+"""What a request may ask for: its JSON as classes, from which FastAPI writes the OpenAPI document, and its limits."""
+
+import re
+import secrets
+from typing import Annotated, Dict, List, NamedTuple, Optional
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from generation.batching import plan_image
+
+SEEDS = 2**63
+Number = Annotated[Optional[float], Field(allow_inf_nan=False)]
+
+
+class Limits(NamedTuple):
+    """What one request may ask for; `images` per prompt."""
+
+    images: int = 16
+    prompt_characters: int = 400
+    prompts: int = 8
+
+
+class Settings(BaseModel):
+    """The keys that both kinds of request share; null is the same as leaving a key out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    seed: Optional[int] = Field(None, ge=0, lt=SEEDS, description="of each prompt's first image; the next is 1 more")
+    top_k: Number = Field(None, description="up to 1: share of the codes that is never sampled; above: codes to keep")
+    top_p: Number = Field(None, description="sample from the most likely codes up to this sum of probabilities")
+    temperature: Number = Field(None, description="below 1 is safer, above 1 wilder")
+    cond_scale: Number = Field(None, description="guidance by the prompt; 1 is none")
+    image: Optional[str] = Field(None, description="an image in base64, whose upper rows are kept")
+
+    def sampling(self):
+        """Return the four sampling settings."""
+        return {key: getattr(self, key) for key in ("top_k", "top_p", "temperature", "cond_scale")}
+
+
+class GenerateRequest(Settings):
+    """What POST /api/generate accepts."""
+
+    prompt: str = Field(description="what the images should show")
+    count: Optional[int] = Field(1, ge=1, description="images to generate")
+    keep: Number = Field(None, description="rows of codes of `image` to keep, or a share below 1; 0.5 by default")
+
+
+class JobRequest(Settings):
+    """What POST /api/jobs accepts."""
+
+    prompts: List[str] = Field(min_length=1, description="what the images should show")
+    num_images: Optional[int] = Field(1, ge=1, description="images per prompt")
+    keep_rows: Number = Field(None, description="rows of codes of `image` to keep, or a share below 1; 0.5 by default")
+
+
+class Error(BaseModel):
+    """Every answer that is not a success."""
+
+    error: str = Field(description="one sentence")
+
+
+class Image(BaseModel):
+    """A finished image."""
+
+    png: str = Field(description="base64; carries its metadata as text chunks")
+    seed: int
+    metadata: Dict
+
+
+class Generated(BaseModel):
+    """The answer of POST /api/generate."""
+
+    pictures: List[Image]
+    seconds: float
+
+
+class JobCreated(BaseModel):
+    """The answer of POST /api/jobs."""
+
+    id: str
+    images: int
+
+
+class Prompt(BaseModel):
+    """How the model reads a prompt."""
+
+    tokens: int
+    unknown_words: List[str] = Field(description="words that no training caption has")
+
+
+class ModelInfo(BaseModel):
+    """What the page needs to know of the model and the limits."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    name: str
+    fingerprint: str
+    image_size: int
+    rows: int = Field(description="rows of codes of an image")
+    max_images: int = Field(description="per prompt")
+    max_prompts: int
+    max_prompt_characters: int
+    max_upload_bytes: int
+    text_seq_len: int
+    guidable: bool = Field(description="whether cond_scale may differ from 1")
+    recommended: Dict[str, Optional[float]]
+    examples: List[str]
+    known_words: int = Field(description="0 if the checkpoint does not say")
+    prompt: Optional[Prompt] = None
+
+
+class Health(BaseModel):
+    """The answer of GET /health."""
+
+    status: str
+    checkpoint: str
+    waiting: int
+    pictures_drawn: int
+    seconds_up: int
+
+
+def plan_images(loaded, limits, prompts, count, seed, sampling, given=None):
+    """Return the ImageSpecs of `count` images for each prompt, with seeds from `seed` on (None: a random one).
+
+    Raises:
+        ValueError: With a sentence for the user.
+    """
+    if len(prompts) > limits.prompts:
+        raise ValueError(f"There are {len(prompts)} prompts; at most {limits.prompts} are accepted.")
+    if not 1 <= count <= limits.images:
+        raise ValueError(f"{count} images are asked for; from 1 to {limits.images} can be generated at once.")
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    if seed >= SEEDS - limits.images:
+        raise ValueError(f"The seed is {seed}; it must be a whole number from 0 to {SEEDS - limits.images - 1}.")
+    if not loaded.guidable and sampling.get("cond_scale") not in (None, 1):
+        raise ValueError("This model was trained without caption dropout and cannot be guided; leave cond_scale at 1.")
+    specs = []
+    for prompt in prompts:
+        if len(prompt) > limits.prompt_characters:
+            most = limits.prompt_characters
+            raise ValueError(f"The prompt has {len(prompt)} characters; at most {most} are accepted.")
+        prompt = " ".join(prompt.split())
+        if not prompt:
+            raise ValueError("The prompt is empty; write what the image should show.")
+        try:
+            spec = plan_image(loaded, prompt, seed, sampling, given)
+        except ValueError as error:
+            raise ValueError(as_sentence(error)) from None
+        specs.extend(spec._replace(seed=seed + number) for number in range(count))
+    return specs
+
+
+def as_sentence(error):
+    """Return an error's message with a capital, unless it begins with the name of a setting, and a full stop."""
+    text = " ".join(str(error).split())
+    begin = text[:1].upper() if re.match(r"[a-z]+[ ,]", text) else text[:1]
+    return begin + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+TYPE_NAMES = {
+    "string_type": "text",
+    "string_unicode": "text without lone surrogates",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "list_type": "a list",
+}
+
+
+def describe_error(error, fields):
+    """Return one of pydantic's errors as a sentence; fields: the names of known keys."""
+    places = [part for part in error["loc"] if part not in ("body", "query", "path", "header")]
+    key = str(places[0])[:40].encode("ascii", "backslashreplace").decode() if places else "The request's body"
+    if error["type"] == "missing":
+        return f"{key} is missing."
+    if error["type"] == "extra_forbidden":
+        return f"{key} is not a known key; the keys are {', '.join(fields)}."
+    if error["type"] in ("model_attributes_type", "dict_type", "json_invalid"):
+        return 'The request\'s body must be a JSON object such as {"prompt": "a red circle"}.'
+    if error["type"] in TYPE_NAMES:
+        return f"{key} must be {TYPE_NAMES[error['type']]}."
+    return f"{key}: {error['msg'][:1].lower()}{error['msg'][1:]}."

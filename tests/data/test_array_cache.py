@@ -1,0 +1,238 @@
+"""Arrays of files on disk: computed once, shared by processes, whole whatever stops them, computed again if damaged."""
+
+import multiprocessing
+import os
+import pickle
+import random
+import time
+
+import filelock
+import numpy as np
+import pytest
+
+from data import array_cache as cache_module
+from data.array_cache import ArrayCache
+
+FILES = [(f"{number:02d}", number, 1000 + number) for number in range(20)]
+
+
+def opened(folder, by="this"):
+    return ArrayCache(folder / "cache", "kind", folder, np.uint16, 2, {"version": 1, "by": by})
+
+
+def values_of(file):
+    return [file[1], file[2]]
+
+
+def computing(files, seen):
+    """compute() for fill(): a file's values from its state; notes in `seen` what it was asked for."""
+
+    def compute(batches):
+        for batch in batches:
+            seen.extend(files[i] for i in batch)
+            yield batch, np.array([values_of(files[i]) for i in batch], np.uint16)
+
+    return compute
+
+
+def filled(folder, files=FILES, **options):
+    """(what fill() asked for, the values of each file)."""
+    seen, cache = [], opened(folder, **options)
+    cache.fill(files, computing(files, seen), batch_size=3, title="test", unit="file")
+    values, rows = cache.load(files)
+    return seen, values[rows].tolist()
+
+
+def expected(files=FILES):
+    return [values_of(file) for file in files]
+
+
+def suffixes(folder):
+    return sorted(path.suffix for path in (folder / "cache").iterdir())
+
+
+def test_computed_once_in_any_order_and_state(tmp_path):
+    assert filled(tmp_path) == (FILES, expected())  # also in the files' order
+    assert filled(tmp_path) == ([], expected())
+    assert filled(tmp_path, FILES[7:2:-1]) == ([], expected(FILES[7:2:-1]))
+    changed = [*FILES[:3], ("03", 7, 1003), *FILES[4:9], ("09", 9, 5), ("new", 2, 2), *FILES[10:]]
+    assert filled(tmp_path, changed) == ([("03", 7, 1003), ("09", 9, 5), ("new", 2, 2)], expected(changed))
+    cache = opened(tmp_path)
+    assert FILES[3] not in cache and FILES[9] not in cache  # the states before
+    assert cache.load(changed)[0].shape == (21, 2) and suffixes(tmp_path) == [".json", ".lock", ".rows"]
+    assert filled(tmp_path, changed[5:8])[0] == []
+
+
+def test_each_key_has_a_cache_of_its_own(tmp_path):
+    filled(tmp_path)
+    assert FILES[0] in opened(tmp_path) and FILES[0] not in opened(tmp_path, by="another")
+    assert filled(tmp_path, by="another") == (FILES, expected()) and filled(tmp_path)[0] == []
+
+
+def test_what_is_skipped_is_asked_for_once(tmp_path):
+    cache, asked = opened(tmp_path), []
+
+    def compute(batches):
+        for batch in batches:
+            asked.extend(batch)
+            odd = [i for i in batch if i % 2]
+            yield odd, np.array([values_of(FILES[i]) for i in odd], np.uint16).reshape(-1, 2)
+
+    cache.fill(FILES, compute, batch_size=2, title="test", unit="file")
+    assert asked == list(range(20)) and [file in cache for file in FILES] == [False, True] * 10
+    assert cache.load(FILES)[1].tolist() == [i if i % 2 else -1 for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut rows", "no rows", "empty rows", "cut index", "no index", "empty index", "other"]
+)
+def test_damage_is_computed_again(tmp_path, damage, logged):
+    filled(tmp_path)
+    index, rows = (next((tmp_path / "cache").glob(f"*.{suffix}")) for suffix in ("json", "rows"))
+    path = index if "index" in damage or damage == "other" else rows
+    content = path.read_bytes()
+    if damage.startswith("no"):
+        path.unlink()
+    else:
+        path.write_bytes({"cut": content[:-5], "empty": b"", "other": b'["no", "index"]'}[damage.split()[0]])
+    seen, values = filled(tmp_path)
+    # After a lost index, files get the same rows again, in which their values are found.
+    assert values == expected() and len(seen) == {"cut rows": 1, "no rows": 20, "empty rows": 20}.get(damage, 0)
+    assert ("damaged" in logged.text) == (path == index and damage != "no index")
+    assert filled(tmp_path) == ([], expected())
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    filled(tmp_path)
+    rows = next((tmp_path / "cache").glob("*.rows"))
+    content = rows.read_bytes()
+    for place in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        rows.write_bytes(damaged)
+        assert [file in opened(tmp_path) for file in FILES].count(False) == 1
+    names = next((tmp_path / "cache").glob("*.json"))
+    names.write_text(names.read_text().replace('"03"', '"x"').replace('"05"', "[5]"))
+    assert not any(file in opened(tmp_path) for file in FILES) and filled(tmp_path)[1] == expected()
+
+
+def test_files_of_an_older_version_are_ignored_and_reported_once(tmp_path, logged):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "kind-0123-4567.npy").write_bytes(b"\x93NUMPY")
+    filled(tmp_path), filled(tmp_path)
+    assert logged.text.count("cache files of an older version are ignored: kind-*.npy") == 1
+
+
+def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch):
+    filled(tmp_path)
+    monkeypatch.setattr(cache_module, "hold_lock", None)  # any writing begins with it
+    assert filled(tmp_path) == ([], expected())
+
+
+@pytest.mark.parametrize("error", [filelock.Timeout("x"), NotImplementedError(), OSError()])
+def test_without_locks_there_is_double_work_at_worst(tmp_path, monkeypatch, error):
+    def without(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cache_module.FileLock, "acquire", without)
+    assert filled(tmp_path) == (FILES, expected())
+    assert filled(tmp_path)[0] == [] and suffixes(tmp_path) == [".json", ".rows"]
+
+
+def test_a_process_it_is_sent_to_maps_it_too(tmp_path):
+    filled(tmp_path)
+    values, rows = opened(tmp_path).load(FILES)
+    sent = pickle.dumps(values)
+    assert len(sent) < 600 and np.array_equal(pickle.loads(sent)[rows], values[rows])
+    assert isinstance(values._values, np.memmap) and values[3].dtype == np.uint16
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def work(folder, log, seconds, count):
+    """Fill the cache in another process, one file at a time; log what was computed."""
+    files = [(f"{number:02d}", number, 1000 + number) for number in range(count)]
+
+    def compute(batches):
+        for batch in batches:
+            time.sleep(seconds)
+            yield batch, np.array([values_of(files[i]) for i in batch], np.uint16)
+            with open(log, "a") as file:
+                file.write("".join(f"{files[i][0]}\n" for i in batch))
+
+    cache = opened(folder)
+    cache.fill(files, compute, batch_size=1, title="test", unit="file")
+    values, rows = cache.load(files)
+    assert values[rows].tolist() == expected(files)
+
+
+def started(folder, log, seconds=0.05, count=20):
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(folder, log, seconds, count))
+    process.start()
+    return process
+
+
+def lines(log):
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_processes_share_the_work(tmp_path):
+    logs = [tmp_path / f"{number}.log" for number in range(3)]
+    processes = [started(tmp_path, log, seconds=0.15) for log in logs]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    computed = [lines(log) for log in logs]
+    assert sorted(name for names in computed for name in names) == [file[0] for file in FILES]  # each of them once
+    assert sum(map(bool, computed)) >= 2, computed
+    assert suffixes(tmp_path) == [".json", ".lock", ".rows"]
+    assert filled(tmp_path) == ([], expected())
+
+
+def test_what_a_dead_process_was_computing_another_computes(tmp_path):
+    first = started(tmp_path, tmp_path / "first.log", seconds=0.7)
+    wait_for(lambda: lines(tmp_path / "first.log"))
+    second = started(tmp_path, tmp_path / "second.log", seconds=0.01)
+    wait_for(lambda: len(lines(tmp_path / "second.log")) >= 10)
+    first.kill()
+    second.join(60)
+    assert second.exitcode == 0 and first.exitcode != 0
+    done = lines(tmp_path / "first.log") + lines(tmp_path / "second.log")
+    assert sorted(done) == [file[0] for file in FILES]
+
+
+def test_sets_that_differ_are_filled_at_the_same_time(tmp_path):
+    counts = (7, 25, 13)
+    processes = [started(tmp_path, tmp_path / f"{count}.log", 0.02, count) for count in counts]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert filled(tmp_path, FILES) == ([], expected())
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(25, marks=pytest.mark.slow)])
+def test_a_killed_process_keeps_all_but_its_last_batch(tmp_path, kills):
+    chance, count, done = random.Random(kills), 60, []
+    for number in range(kills):
+        log = tmp_path / f"{number}.log"
+        process = started(tmp_path, log, seconds=0.002, count=count)
+        wait_for(lambda log=log, process=process: lines(log) or not process.is_alive())
+        time.sleep(chance.random() * 0.03)
+        process.kill()
+        process.join(60)
+        done += lines(log)
+    with open(next((tmp_path / "cache").glob("*.rows")), "ab") as rows:
+        rows.write(os.urandom(5))  # half a record
+    files = [(f"{number:02d}", number, 1000 + number) for number in range(count)]
+    written = {file[0] for file in files if file in opened(tmp_path)}
+    assert set(done) <= written and len(done) == len(set(done)) and len(written) <= len(done) + kills
+    seen, values = filled(tmp_path, files)
+    assert values == expected(files) and {file[0] for file in seen} == {file[0] for file in files} - written

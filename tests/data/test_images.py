@@ -1,0 +1,192 @@
+"""One image to pixels: the crop, the filter, orientation, every kind of image, and files that are none."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images import crop_square, load_image
+
+
+def saved(path, array, **options):
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def test_the_middle_square_is_cut(tmp_path):
+    rows = np.arange(3 * 6 * 3, dtype=np.uint8).reshape(3, 6, 3)
+    wide = saved(tmp_path / "wide.png", rows)
+    assert np.array_equal(load_image(wide, 3), rows[:, 1:4])  # (6 - 3) // 2 = 1
+    tall = saved(tmp_path / "tall.png", rows.transpose(1, 0, 2).copy())
+    assert np.array_equal(load_image(tall, 3), rows.transpose(1, 0, 2)[1:4])
+
+
+def test_resizing_is_bilinear_with_antialiasing(tmp_path):
+    """Halving with a triangle filter of support 2: weights 1/8, 3/8, 3/8, 1/8, renormalised at the edge."""
+    line = np.array([0, 80, 160, 240], dtype=np.uint8)
+    path = saved(tmp_path / "ramp.png", np.repeat(np.tile(line, (4, 1))[..., None], 3, axis=2))
+    left = (3 * 0 + 3 * 80 + 1 * 160) / 7
+    right = (1 * 80 + 3 * 160 + 3 * 240) / 7
+    expected = np.tile(np.array([left, right]), (2, 1))
+    assert np.abs(load_image(path, 2)[..., 1] - expected).max() <= 1
+
+
+def test_small_images_are_enlarged(tmp_path):
+    path = saved(tmp_path / "dot.png", np.full((1, 1, 3), 77, dtype=np.uint8))
+    assert np.array_equal(load_image(path, 5), np.full((5, 5, 3), 77))
+
+
+# EXIF orientation: the position of the stored first row and column in the upright image (EXIF 2.3, table 6).
+STORED_FROM_UPRIGHT = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: upright.transpose(1, 0, 2)[::-1],
+    7: lambda upright: upright.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda upright: upright.transpose(1, 0, 2)[:, ::-1],
+}
+
+
+@pytest.mark.parametrize("orientation", STORED_FROM_UPRIGHT)
+def test_exif_orientation(tmp_path, orientation):
+    upright = np.arange(4 * 7 * 3, dtype=np.uint8).reshape(4, 7, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(STORED_FROM_UPRIGHT[orientation](upright))
+    path = saved(tmp_path / "turned.png", stored, exif=exif)
+    assert np.array_equal(load_image(path, 4), upright[:, 1:5])
+
+
+def test_an_exif_block_that_cannot_be_written_again_turns_the_image(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pixels = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    path = saved(tmp_path / "turned.png", pixels, exif=exif)
+    monkeypatch.setattr(Image.Exif, "tobytes", None)
+    assert np.array_equal(load_image(path, 4), pixels[::-1, ::-1])
+
+
+def test_a_image_handed_over_is_left_as_it_is():
+    image = Image.new("RGB", (4, 4))
+    image.putpixel((0, 0), (9, 9, 9))
+    image.getexif()[0x0112] = 3
+    image.info["exif"] = image.getexif().tobytes()
+    assert crop_square(image, 4)[3, 3, 0] == 9 and image.getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_a_damaged_exif_block_costs_nothing_but_the_orientation(tmp_path):
+    Image.new("RGB", (16, 16), (200, 10, 10)).save(tmp_path / "a.jpg", exif=b"Exif\0\0XX broken", quality=95)
+    assert abs(int(load_image(tmp_path / "a.jpg", 8)[0, 0, 0]) - 200) < 5
+
+
+def flat(path):
+    """The single color of an image."""
+    pixels = load_image(path, 4)
+    assert pixels.shape == (4, 4, 3) and pixels.dtype == np.uint8
+    assert (pixels == pixels[0, 0]).all()
+    return tuple(int(value) for value in pixels[0, 0])
+
+
+@pytest.mark.parametrize(
+    "mode, color, expected",
+    [
+        ("1", 1, (255, 255, 255)),
+        ("L", 93, (93, 93, 93)),
+        ("RGB", (1, 2, 3), (1, 2, 3)),
+        ("LA", (100, 255), (100, 100, 100)),
+        ("LA", (100, 0), (255, 255, 255)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+        ("RGBA", (0, 100, 255, 51), (204, 224, 255)),  # 51/255 = 0.2 of the colour, 0.8 of white
+    ],
+)
+def test_png_modes(tmp_path, mode, color, expected):
+    Image.new(mode, (6, 4), color).save(tmp_path / "a.png")
+    assert flat(tmp_path / "a.png") == expected
+
+
+def test_palettes_with_and_without_transparency(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    image = image.resize((8, 4), Image.Resampling.NEAREST)
+    image.save(tmp_path / "solid.png")
+    assert load_image(tmp_path / "solid.png", 4)[0].tolist() == [[10, 20, 30]] * 2 + [[200, 100, 50]] * 2
+    image.save(tmp_path / "clear.png", transparency=1)
+    assert load_image(tmp_path / "clear.png", 4)[0].tolist() == [[10, 20, 30]] * 2 + [[255, 255, 255]] * 2
+    image.save(tmp_path / "half.png", transparency=bytes([0, 51]))  # an opacity for each palette entry
+    expected = [[255, 255, 255]] * 2 + [[244, 224, 214]] * 2
+    assert np.abs(load_image(tmp_path / "half.png", 4)[0].astype(int) - expected).max() <= 1
+
+
+def test_a_transparent_color_of_gray_and_rgb(tmp_path):
+    Image.new("L", (4, 4), 40).save(tmp_path / "grey.png", transparency=40)
+    assert flat(tmp_path / "grey.png") == (255, 255, 255)
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "rgb.png", transparency=(1, 2, 3))
+    assert flat(tmp_path / "rgb.png") == (255, 255, 255)
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "other.png", transparency=(9, 9, 9))
+    assert flat(tmp_path / "other.png") == (1, 2, 3)
+
+
+@pytest.mark.parametrize("value, expected", [(0, 0), (257, 1), (300, 1), (32896, 128), (65535, 255)])
+def test_sixteen_bits_are_scaled(tmp_path, value, expected):
+    path = saved(tmp_path / "deep.png", np.full((4, 4), value, dtype=np.uint16))
+    assert flat(path) == (expected,) * 3
+
+
+def test_cmyk_and_gray_jpeg(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
+    red = flat(tmp_path / "cmyk.jpg")
+    assert red[0] > 250 and max(red[1:]) < 5
+    Image.new("L", (16, 16), 120).save(tmp_path / "grey.jpg", quality=100)
+    assert flat(tmp_path / "grey.jpg") == (120, 120, 120)
+
+
+def test_bmp_and_files_under_a_wrong_suffix(tmp_path):
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "a.bmp")
+    assert flat(tmp_path / "a.bmp") == (9, 8, 7)
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "a.jpg", "WEBP", lossless=True)
+    assert flat(tmp_path / "a.jpg") == (9, 8, 7)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
+def test_unreadable_images_name_the_file(tmp_path, suffix):
+    noise = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
+    whole = saved(tmp_path / f"whole.{suffix}", noise).read_bytes()
+    for kept in (0, 10, len(whole) // 2, len(whole) - 100):
+        path = tmp_path / f"cut.{suffix}"
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match=f"cut.{suffix}") as error:
+            load_image(path, 16)
+        assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="gone.png"):
+        load_image(tmp_path / "gone.png", 16)
+
+
+def test_flipped_bytes_are_pixels_or_a_value_error(tmp_path):
+    random = np.random.RandomState(1)
+    noise = random.randint(0, 256, (24, 24, 3)).astype(np.uint8)
+    refused = 0
+    for suffix in ("png", "jpg"):
+        whole = np.frombuffer(saved(tmp_path / f"whole.{suffix}", noise).read_bytes(), dtype=np.uint8)
+        for _ in range(60):
+            damaged = whole.copy()
+            places = random.randint(0, min(len(whole), 200), 4)
+            damaged[places] = random.randint(0, 256, 4)
+            (tmp_path / f"x.{suffix}").write_bytes(damaged.tobytes())
+            try:
+                assert load_image(tmp_path / f"x.{suffix}", 8).shape == (8, 8, 3)
+            except ValueError as error:
+                refused += 1
+                assert f"x.{suffix}" in str(error)
+    assert refused > 20
+
+
+def test_real_photographs_equal_a_plain_crop_and_resize(shared_data):
+    for path in sorted((shared_data / "coco_by_bysa" / "val2017").glob("*.jpg"))[:5]:
+        image = Image.open(path).convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        middle = Image.fromarray(np.asarray(image)[top : top + side, left : left + side])
+        assert np.array_equal(load_image(path, 256), np.asarray(middle.resize((256, 256), Image.BILINEAR)))
