@@ -77,7 +77,7 @@ class ArrayCache:
             OSError: `cache_dir` exists and cannot be read.
         """
         self.folder, self.key, self.width = Path(folder), key, width
-        self._name, self._path = name, cache_path(cache_dir, name, folder, {**key, "width": width})
+        self._path = cache_path(cache_dir, name, folder, {**key, "width": width}, ".json")
         self._rows_path = self._path.with_suffix(".rows")
         values = np.dtype(dtype).newbyteorder("<")
         self._record = np.dtype([("checksum", "<u4"), ("values", values, (width,))])
@@ -125,8 +125,6 @@ class ArrayCache:
         missing = [i for i, file in enumerate(files) if file not in self]
         if not missing:
             return
-        if not self._files and any(self._path.parent.glob(f"{self._name}-*.npy")):
-            logger.info("%s: cache files of an older version are ignored: %s-*.npy", self._path.parent, self._name)
         logger.info("%s: %s, once", title, f"{len(missing):,} {unit}s")
         self._add(files)
         self._rows_path.touch()
@@ -230,8 +228,10 @@ class ArrayCache:
                 self._present[row] = checksum == checksums[row]
 
 
-def cache_path(cache_dir: Union[str, Path], name: str, folder: Union[str, Path], key: Dict[str, Any]) -> Path:
-    """Return the path of a cache's .json file: `name`, then a hash of the key and of where `folder` lies.
+def cache_path(
+    cache_dir: Union[str, Path], name: str, folder: Union[str, Path], key: Dict[str, Any], suffix: str
+) -> Path:
+    """Return the path of a cache: `name`, then a hash of the key and of where `folder` lies.
 
     Raises:
         OSError: `cache_dir` exists and cannot be read.
@@ -242,7 +242,10 @@ def cache_path(cache_dir: Union[str, Path], name: str, folder: Union[str, Path],
     with contextlib.suppress(ValueError):  # another drive of Windows
         place = os.path.relpath(place, os.path.realpath(cache_dir))
     content = json.dumps({**key, "folder": place}, sort_keys=True)
-    return Path(cache_dir) / f"{name}-{hashlib.sha256(content.encode('ascii')).hexdigest()[:16]}.json"
+    path = Path(cache_dir) / f"{name}-{hashlib.sha256(content.encode('ascii')).hexdigest()[:16]}{suffix}"
+    if not path.exists() and any(path.parent.glob(f"{name}-*.npy")):
+        logger.info("%s: cache files of an older version are ignored: %s-*.npy", printable(cache_dir), name)
+    return path
 
 
 @contextlib.contextmanager

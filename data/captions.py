@@ -81,8 +81,7 @@ class CaptionCache:
         """
         self.folder, self.tokenizer = Path(folder), tokenizer
         name = "captions-" + re.sub("[^A-Za-z0-9]", "", tokenizer.fingerprint)[:12]
-        self.path = cache_path(cache_dir, name, folder, {"version": 2, "tokenizer": tokenizer.fingerprint})
-        self.path = self.path.with_suffix(".npz")
+        self.path = cache_path(cache_dir, name, folder, {"version": 2, "tokenizer": tokenizer.fingerprint}, ".npz")
         self.refresh()
 
     def __contains__(self, file: Any) -> bool:
