@@ -2,8 +2,7 @@
 
 import os
 
-from args import COUNT, check_vqgan_files, machine_flags, vqgan_file_flags
-from utils.command_line import Parser, number, parse
+from utils.command_line import COUNT, Parser, check_vqgan_files, machine_flags, number, parse, vqgan_file_flags
 
 
 def app_parser():

@@ -1,7 +1,16 @@
 """The flags of evaluate.py → one validated namespace; of the same parts as those in args.py, and as light to import."""
 
-from args import COUNT, SEED, check_vqgan_files, machine_flags, sampling_flags, vqgan_file_flags
-from utils.command_line import Parser, number, parse
+from utils.command_line import (
+    COUNT,
+    SEED,
+    Parser,
+    check_vqgan_files,
+    machine_flags,
+    number,
+    parse,
+    sampling_flags,
+    vqgan_file_flags,
+)
 
 DEMO_PROMPTS = 400
 

@@ -100,13 +100,13 @@ def of_pairs(loaded, dataset, settings, folder):
     from tqdm import tqdm
 
     from generation.output import make_grid, to_image
-    from training.validation import with_perplexity
+    from training.validation import add_perplexity
 
     psnr, shown = reconstruct(loaded, dataset, settings.batch_size)
     make_grid([to_image(pixels) for pixels in shown], columns=len(shown) // 2).save(folder / "reconstructions.png")
     batches = DataLoader(dataset, settings.batch_size)
     losses = loaded.backend.evaluator(loaded.model)(tqdm(batches, desc="losses", unit="batch", disable=None))
-    losses = with_perplexity(losses)
+    losses = add_perplexity(losses)
     told = " ".join(f"{name} {losses[name]:.4f}" for name in ("total", "text", "image"))
     print(f"losses of {len(dataset)} pairs: {told} perplexity {losses['perplexity']:.2f}")
     print(f"reconstruction: {psnr:.2f} dB PSNR; {folder / 'reconstructions.png'} has originals above what comes back")
@@ -162,7 +162,7 @@ def of_drawings(loaded, dataset, settings, sampling, clip, distance):
     if distance:
         for first in batches_in(len(pictures), settings, "FID"):
             part = slice(first, first + settings.batch_size)
-            distance.add("drawn", (pictures[part] * 255).round().byte())
+            distance.add("generated", (pictures[part] * 255).round().byte())
             real = [dataset.folder / name for name, _, _ in dataset.images[part]]
             distance.add("real", load_images(real, loaded.model.vae.image_size))
         found["fid"] = distance.distance()

@@ -15,9 +15,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import Attention, pattern_mask
 from models.dalle import DALLE, Losses
-from models.transformer import Layer, compute_layer
+from models.transformer import Attention, Layer, compute_layer, pattern_mask
 
 logger = logging.getLogger("minidalle")
 WORTH_COMPILING = 20e6  # parameters of all layers; a smaller run may end before its compilation

@@ -11,8 +11,8 @@ import backends
 from backends.base import Backend, Trainer
 from backends.native import backend as native
 from backends.native.backend import NativeBackend, NativeTrainingBackend, pick_device, pick_precision
+from backends.native.inference import packer
 from backends.native.resilient_loader import MicroBatches
-from backends.native.sampler import packer
 from backends.native.trainer import build_optimizers
 from data.loader import GeneratedDataset
 from data.order import EpochOrder, RunOrder

@@ -20,7 +20,7 @@ from backends.native.fast_layers import (
     use_fast_layers,
 )
 from backends.native.trainer import rows_at_once
-from models.attention import PATTERNS, KeyValueCache, attend, pattern_mask
+from models.transformer import PATTERNS, KeyValueCache, attend, pattern_mask
 from tests.backends.native.test_backend import settings
 from tests.builders import small_dalle
 
