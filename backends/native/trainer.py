@@ -126,14 +126,14 @@ class NativeTrainer(Trainer):
 
     @torch.no_grad()
     def update_average(self, average: DALLE) -> None:
-        """Move the average towards the weights, faster at first so that it forgets its start."""
+        """Move the average towards the weights, faster at first, to forget its start."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for averaged, current in zip(average.parameters(), self.model.parameters()):
             if current.requires_grad:
                 averaged.lerp_(current, 1 - decay)
 
     def evaluate(self, batches: Iterable) -> Losses:
-        """Return the mean losses of the average, or of the weights if there is none."""
+        """Return the mean losses of the average, or of the weights without --ema-decay."""
         network = self.model.eval() if self.average is None else self.average
         with self.backend.processes.losses_explained():
             samples = (part for batch in batches for micro_batch in batch for part in self.split(*micro_batch))
@@ -142,7 +142,7 @@ class NativeTrainer(Trainer):
         return losses
 
     def sampler(self) -> Optional[Callable[..., Tensor]]:
-        """Return a sampler of the average, or of the weights if there is none."""
+        """Return a sampler of the average, or of the weights without --ema-decay."""
         model = self.model if self.average is None else self.average
         sample = sampler(model, self.backend, self.backend.settings.batch_size)
         self.model.train()  # sampler() set it to eval mode; sampling itself never applies dropout
