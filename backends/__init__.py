@@ -1,14 +1,48 @@
-"""Where a training step runs: select() picks the machine, base.py is the contract of native/ and ipu/."""
+"""Choose where a model runs: base.py is the contract; native/ serves CPUs and GPUs, ipu/ Graphcore IPUs."""
+
+import os
+from argparse import Namespace
+
+from backends.base import Backend, TrainingBackend
+from backends.native import backend as native_backend
 
 
-def select(settings):
-    """The backend of --device for a namespace of args.py. ValueError in one line where this machine has it not."""
-    from backends.ipu import backend as ipu
-    from backends.native import backend as native
+def for_training(settings: Namespace) -> TrainingBackend:
+    """Return the backend that trains with train.py's settings.
 
-    on_ipu = settings.device == "ipu"
-    if settings.device == "auto" and not native.has_cuda():
-        on_ipu = ipu.is_enabled() and ipu.has_optimizer(settings)
-    if on_ipu and getattr(settings, "shard", False):
-        raise ValueError("--shard: for CPUs and GPUs; on IPUs --enable-rts shares the optimizer's state out")
-    return (ipu.IpuBackend if on_ipu else native.NativeBackend)(settings)
+    Raises:
+        ValueError: this machine lacks the device, or the device cannot run these settings; one line.
+    """
+    if not _may_use_ipu(settings.device):
+        return native_backend.NativeTrainingBackend(settings)
+    from backends.ipu import backend as ipu_backend
+
+    if settings.device == "auto" and not (settings.optimizer in ipu_backend.OPTIMIZERS and ipu_backend.is_enabled()):
+        return native_backend.NativeTrainingBackend(settings)
+    if settings.shard:
+        raise ValueError("--shard: for CPUs and GPUs only; on IPUs, --enable-rts shards the optimizer's state")
+    return ipu_backend.IpuTrainingBackend(settings)
+
+
+def for_inference(device: str = "auto", precision: str = "auto") -> Backend:
+    """Return the backend that samples and evaluates.
+
+    Args:
+        device: auto, cpu, cuda or ipu.
+        precision: auto, fp32, bf16 or fp16.
+
+    Raises:
+        ValueError: this machine lacks the device, or the device lacks the precision; one line.
+    """
+    if _may_use_ipu(device):
+        from backends.ipu import backend as ipu_backend
+
+        if device == "ipu" or ipu_backend.is_enabled():
+            return ipu_backend.IpuBackend(device, precision)
+    return native_backend.NativeBackend(device, precision)
+
+
+def _may_use_ipu(device: str) -> bool:
+    """Return whether to ask for an IPU: if the user does, or if the Poplar SDK is enabled and there is no GPU."""
+    wanted = device == "auto" and bool(os.environ.get("POPLAR_SDK_ENABLED"))
+    return device == "ipu" or (wanted and not native_backend.has_cuda())

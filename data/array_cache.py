@@ -77,13 +77,10 @@ class ArrayCache:
             OSError: `cache_dir` exists and cannot be read.
         """
         self.folder, self.key, self.width = Path(folder), key, width
-        self._name, self._path = name, cache_path(cache_dir, name, folder, {**key, "width": width})
+        self._path = cache_path(cache_dir, name, folder, {**key, "width": width}, ".json")
         self._rows_path = self._path.with_suffix(".rows")
         values = np.dtype(dtype).newbyteorder("<")
         self._record = np.dtype([("checksum", "<u4"), ("values", values, (width,))])
-        self._files: List[File] = []  # the file of each row
-        self._rows: Dict[File, int] = {}
-        self._present = np.zeros(0, dtype=bool)  # per row
         self.refresh()
 
     def __contains__(self, file: Any) -> bool:
@@ -91,7 +88,7 @@ class ArrayCache:
         return row is not None and bool(self._present[row])
 
     def refresh(self) -> None:
-        """Read what other processes have added."""
+        """Read the cache again, with what other processes have added."""
         try:
             index = json.loads(self._path.read_bytes())
             self._take(list(zip(index["names"], index["sizes"], index["mtimes"])))
@@ -102,9 +99,9 @@ class ArrayCache:
             self._take([])
 
     def _take(self, files: List[File]) -> None:
-        self._files = files
+        self._files = files  # the file of each row
         self._rows = {file: row for row, file in enumerate(files)}
-        self._present = np.zeros(len(files), dtype=bool)
+        self._present = np.zeros(len(files), dtype=bool)  # per row
         self._check(range(len(files)))
 
     def fill(
@@ -128,8 +125,6 @@ class ArrayCache:
         missing = [i for i, file in enumerate(files) if file not in self]
         if not missing:
             return
-        if not self._files and any(self._path.parent.glob(f"{self._name}-*.npy")):
-            logger.info("%s: cache files of an older version are ignored: %s-*.npy", self._path.parent, self._name)
         logger.info("%s: %s, once", title, f"{len(missing):,} {unit}s")
         self._add(files)
         self._rows_path.touch()
@@ -138,22 +133,18 @@ class ArrayCache:
         tried: Set[int] = set()
         with tqdm(total=len(missing), desc=title, unit=unit, disable=hidden) as bar:
             while missing:
-                held: List[FileLock] = []
                 busy: List[FileLock] = []
-                try:
+                with contextlib.ExitStack() as held:
                     for indices, values in compute(self._claim(files, missing, batch_size, held, busy, tried)):
                         self._write([files[i] for i in indices], values)
                         bar.update(len(indices))
-                finally:
-                    for lock in held:
-                        lock.release()
                 if busy:
                     # Wait until the other process has finished this share, or has died. The last one removes the locks.
                     with contextlib.suppress(OSError), busy[0]:
                         pass
                 self._add(files)
                 missing = [i for i in missing if i not in tried and files[i] not in self]
-            bar.update(bar.total - bar.n)
+            bar.update((bar.total or 0) - bar.n)
         shutil.rmtree(self._path.with_suffix(".locks"), ignore_errors=True)
 
     def load(self, files: Sequence[File]) -> Tuple[MappedRows, np.ndarray]:
@@ -182,7 +173,7 @@ class ArrayCache:
         files: Sequence[File],
         missing: Sequence[int],
         batch_size: int,
-        held: List[FileLock],
+        held: contextlib.ExitStack,
         busy: List[FileLock],
         tried: Set[int],
     ) -> Iterator[List[int]]:
@@ -197,8 +188,7 @@ class ArrayCache:
             if locking:
                 lock = FileLock(str(locks / str(share)))
                 try:
-                    lock.acquire(timeout=0)
-                    held.append(lock)
+                    held.enter_context(lock.acquire(timeout=0))
                 except Timeout:
                     busy.append(lock)
                     continue
@@ -234,21 +224,28 @@ class ArrayCache:
         checksums = records[:, :4].copy().view("<u4")[:, 0].tolist()
         for row in rows:
             if row < count and not self._present[row]:
-                checksum = zlib.crc32(records[row, 4:], _state_checksum(self._files[row]))
+                checksum = zlib.crc32(records[row, 4:].tobytes(), _state_checksum(self._files[row]))
                 self._present[row] = checksum == checksums[row]
 
 
-def cache_path(cache_dir: Union[str, Path], name: str, folder: Union[str, Path], key: Dict[str, Any]) -> Path:
-    """Return the path of a cache's .json file: `name`, then a hash of the key and of where `folder` lies.
+def cache_path(
+    cache_dir: Union[str, Path], name: str, folder: Union[str, Path], key: Dict[str, Any], suffix: str
+) -> Path:
+    """Return the path of a cache: `name`, then a hash of the key and of where `folder` lies.
 
     Raises:
         OSError: `cache_dir` exists and cannot be read.
     """
     with contextlib.suppress(FileNotFoundError):
         os.listdir(cache_dir)
-    place = os.path.relpath(os.path.realpath(folder), os.path.realpath(cache_dir))
+    place = os.path.realpath(folder)
+    with contextlib.suppress(ValueError):  # another drive of Windows
+        place = os.path.relpath(place, os.path.realpath(cache_dir))
     content = json.dumps({**key, "folder": place}, sort_keys=True)
-    return Path(cache_dir) / f"{name}-{hashlib.sha256(content.encode('ascii')).hexdigest()[:16]}.json"
+    path = Path(cache_dir) / f"{name}-{hashlib.sha256(content.encode('ascii')).hexdigest()[:16]}{suffix}"
+    if not path.exists() and any(path.parent.glob(f"{name}-*.npy")):
+        logger.info("%s: cache files of an older version are ignored: %s-*.npy", printable(cache_dir), name)
+    return path
 
 
 @contextlib.contextmanager

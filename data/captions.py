@@ -81,8 +81,7 @@ class CaptionCache:
         """
         self.folder, self.tokenizer = Path(folder), tokenizer
         name = "captions-" + re.sub("[^A-Za-z0-9]", "", tokenizer.fingerprint)[:12]
-        self.path = cache_path(cache_dir, name, folder, {"version": 2, "tokenizer": tokenizer.fingerprint})
-        self.path = self.path.with_suffix(".npz")
+        self.path = cache_path(cache_dir, name, folder, {"version": 2, "tokenizer": tokenizer.fingerprint}, ".npz")
         self.refresh()
 
     def __contains__(self, file: Any) -> bool:
@@ -143,10 +142,15 @@ class CaptionCache:
         self._captions = captions = Captions.join(parts, _dtype(self.tokenizer))
         self._rows = {file: row for row, file in enumerate(kept)}
         index = json.dumps(dict(zip(("names", "sizes", "mtimes"), zip(*kept)))).encode("ascii")
-        arrays = {"tokens": captions.tokens, "starts": captions.starts, "stops": captions.stops}
         try:
             with atomic_write(self.path, sync=True) as content:
-                np.savez(content, index=np.frombuffer(index, np.uint8), **arrays)
+                np.savez(
+                    content,
+                    index=np.frombuffer(index, np.uint8),
+                    tokens=captions.tokens,
+                    starts=captions.starts,
+                    stops=captions.stops,
+                )
         except OSError as error:
             logger.warning("captions are tokenized again in every run: %s", error)
 

@@ -180,6 +180,7 @@ def endless_batches(
     if isinstance(images, torch.Tensor):
         for indices in batches:
             yield images[indices]
+        return
     reported: Dict[int, str] = {}
     unread_in_a_row = 0
     for batch in read_images(images, size, batches, workers):

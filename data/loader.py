@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Container, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -237,7 +238,7 @@ class TextImageDataset(Dataset):
         captions = self._captions[index]
         return self._pad(captions[random_bits(self.seed, _CAPTION, epoch, index) % len(captions)])
 
-    def _pad(self, tokens: Sequence[int]) -> torch.Tensor:
+    def _pad(self, tokens: Union[Sequence[int], np.ndarray]) -> torch.Tensor:
         text = np.zeros(self.text_seq_len, dtype=np.int64)
         tokens = tokens[: self.text_seq_len]
         text[: len(tokens)] = tokens
@@ -252,6 +253,7 @@ class TextImageDataset(Dataset):
             logger.warning("%s; using another image instead%s", error, more)
 
 
+@dataclass(eq=False)
 class GeneratedDataset(Dataset):
     """Random samples for measuring speed without data; each depends only on `seed` and its index.
 
@@ -260,39 +262,26 @@ class GeneratedDataset(Dataset):
            codes below num_image_codes if both are given
     """
 
-    def __init__(
-        self,
-        length: int,
-        *,
-        text_seq_len: int,
-        num_text_tokens: int,
-        image_size: int = 256,
-        byteio: bool = False,
-        seed: int = 42,
-        num_image_codes: Optional[int] = None,
-        image_seq_len: Optional[int] = None,
-    ):
-        if (num_image_codes is None) != (image_seq_len is None):
+    length: int
+    text_seq_len: int
+    num_text_tokens: int
+    image_size: int = 256
+    byteio: bool = False
+    seed: int = 42
+    num_image_codes: Optional[int] = None
+    image_seq_len: Optional[int] = None
+    lost = 0  # as in TextImageDataset
+
+    def __post_init__(self) -> None:
+        if (self.num_image_codes is None) != (self.image_seq_len is None):
             raise ValueError("generated codes need both num_image_codes and image_seq_len")
-        self.length = length
-        self.lost = 0  # as in TextImageDataset
-        self.text_seq_len = text_seq_len
-        self.num_text_tokens = num_text_tokens
-        self.image_size = image_size
-        self.byteio = byteio
-        self.seed = seed
-        self.num_image_codes = num_image_codes
-        self.image_seq_len = image_seq_len
 
     def __len__(self) -> int:
         return self.length
 
     def split_off(self, share: float) -> "GeneratedDataset":
         """Return a dataset of this share of the length, at least one sample, with another seed."""
-        validation_set = copy.copy(self)
-        validation_set.length = max(1, round(share * self.length))
-        validation_set.seed = random_bits(self.seed, _VALIDATION)
-        return validation_set
+        return replace(self, length=max(1, round(share * self.length)), seed=random_bits(self.seed, _VALIDATION))
 
     def exclude_images_of(self, message: str) -> List[str]:
         """Return an empty list: no image was read."""

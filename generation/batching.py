@@ -14,7 +14,7 @@ from models.sampling import CodeCallback, Sampling, complete_text
 
 
 class ImageSpec(NamedTuple):
-    """All that defines an image to generate."""
+    """What defines an image to generate."""
 
     prompt: str
     tokens: Tensor  # int64 (text_seq_len,)
@@ -51,7 +51,7 @@ def plan_image(
     sampling.check()
     if sampling.is_guided and not loaded.guidable:
         raise ValueError(
-            f"cond_scale is {sampling.cond_scale}, but {loaded.path} was trained without --caption-dropout, so that it "
+            f"cond_scale is {sampling.cond_scale}, but {loaded.path} was trained without --caption-dropout and "
             "cannot be guided; leave it at 1"
         )
     given_codes = tokens.new_zeros(0) if given_codes is None else given_codes
@@ -120,7 +120,7 @@ def generate_lists(
         on_batch: called with the number of images of each finished batch.
     """
     specs = [spec for part in lists for spec in part]
-    codes: List[Optional[Tensor]] = [None] * len(specs)
+    codes: List[Any] = [None] * len(specs)
     ends = list(accumulate(len(part) for part in lists))
     start = ready = 0
     for indices in group_into_batches(specs, loaded.batch_size):

@@ -9,15 +9,14 @@ It computes what sampling.CachedStepper computes, but reads less memory for each
 import contextlib
 import functools
 import math
-from typing import Callable, ContextManager, List, Optional, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention import PrefixCache
 from models.dalle import DALLE
-from models.transformer import LayerScale
+from models.transformer import LayerScale, PrefixCache
 
 FEW = 4  # images up to which a CPU attends faster in one fused kernel
 Read = Union[slice, Tensor]
@@ -29,13 +28,13 @@ Pack = Callable[..., Callable[[Tensor], Tensor]]
 
 
 def plan_cache(mask: Tensor) -> Plan:
-    """Plan where a layer's cache keeps the key of each code, and which keys each code reads.
+    """Plan the slot of each code's key in a layer's cache, and the slots that each code reads.
 
     Codes that see one another, directly or through others, get neighboring slots, so that a column of axial_col is one
     slice. A slot is used again once no later code sees its key: the cache of axial_row is one row.
 
     Args:
-        mask: bool (n, n), the part of attention.pattern_mask for codes.
+        mask: bool (n, n), the part of transformer.pattern_mask for codes.
 
     Returns:
         The slot of each code, and what each code reads: a slice of slots, or int64 indices if they are not adjacent.
@@ -46,12 +45,14 @@ def plan_cache(mask: Tensor) -> Plan:
     for position in range(length):
         joined = {group_of[key] for key in mask[position].nonzero().flatten().tolist()}
         group_of = [min(joined) if group in joined else group for group in group_of]
-    slots, reads = [0] * length, [slice(0)] * length
+    slots: List[int] = [0] * length
+    reads: List[Read] = [slice(0)] * length
     end, busy_until = 0, -1
     for group in sorted(set(group_of)):
         members = [position for position in range(length) if group_of[position] == group]
         start = end if busy_until >= members[0] else 0
-        free, owner = [], {}
+        free: List[int] = []
+        owner: Dict[int, int] = {}  # slot: the code whose key it has
         for position in members:
             for slot in [slot for slot, key in owner.items() if last_seen[key] < position]:
                 free.append(slot)
@@ -149,11 +150,12 @@ class PackedLayer:
 
 def fold_norms(block: LayerScale) -> Tuple[Norm, Optional[Norm]]:
     """Return a block's norm, and its second norm, if it has one, with LayerScale folded in."""
-    before, after = block.fn.norm, block.fn.norm_out
-    if isinstance(after, nn.Identity):
-        return (before.weight, before.bias), None
+    norms: Any = block.fn
+    before = norms.norm.weight, norms.norm.bias
+    if isinstance(norms.norm_out, nn.Identity):
+        return before, None
     scale = block.scale.flatten()
-    return (before.weight, before.bias), (after.weight * scale, after.bias * scale)
+    return before, (norms.norm_out.weight * scale, norms.norm_out.bias * scale)
 
 
 def fold_scale(linear: nn.Linear, block: LayerScale) -> Tuple[Tensor, Tensor]:
@@ -187,14 +189,15 @@ class PackedStepper:
     ):
         self.dalle = dalle
         self.cache_dtype, self.autocast = cache_dtype, autocast
-        plans, self.layers = {}, []
+        plans: Dict[bytes, Plan] = {}
+        self.layers = []
         for attention, feed_forward in dalle.transformer.layers:
             mask = attention.fn.fn.mask.cpu()[dalle.text_seq_len + 1 :, dalle.text_seq_len + 1 :]
             name = mask.numpy().tobytes()
             if name not in plans:  # layers of one pattern share its plan
                 plans[name] = plan_cache(mask)
             self.layers.append(PackedLayer(attention, feed_forward, plans[name], pack, cache_dtype))
-        norm, projection = dalle.to_logits
+        norm, projection = dalle.to_logits.norm_and_projection
         self.norm = norm.weight, norm.bias
         codes = slice(dalle.num_text_tokens, dalle.num_tokens)
         self.to_logits = pack(projection.weight[codes], projection.bias[codes])

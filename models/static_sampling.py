@@ -5,15 +5,15 @@ cache are arguments, because an IPU has its own operators for both. Whatever dep
 an index that is a tensor.
 """
 
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention import PrefixCache
 from models.dalle import DALLE
 from models.sampling import Sampling
+from models.transformer import PrefixCache
 
 
 def loop_in_python(count: int, body: Callable[..., List[Tensor]], inputs: List[Tensor]) -> List[Tensor]:
@@ -82,7 +82,7 @@ class StaticSampler(nn.Module):
         sampling.check()
         self.dalle, self.sampling, self.loop, self.update = dalle, sampling, loop, update
         self.mask_names = []  # of each layer's mask among the buffers; layers of one pattern share it
-        masks = {}
+        masks: Dict[bytes, str] = {}
         for attention, _ in dalle.transformer.layers:
             mask = attention.fn.fn.mask
             name = masks.setdefault(mask.cpu().numpy().tobytes(), f"visible_{len(masks)}")
@@ -105,12 +105,12 @@ class StaticSampler(nn.Module):
         prefixes = [PrefixCache() for _ in dalle.transformer.layers]
         branches = torch.cat((text, torch.zeros_like(text))) if guided else text  # (2B or B, T)
         x = dalle.embed_text(dalle.number_padding(branches))
-        if count:
+        if given is not None:
             x = torch.cat((x, dalle.embed_codes(torch.cat((given, given)) if guided else given)), dim=1)
         x = dalle.transformer(x, cache=prefixes)  # (2B or B, T + 1 + n, dim)
         code = self.next_code(x[:, -1], noise, place)  # (B, 1)
         steps = dalle.image_seq_len - count - 1
-        codes = torch.cat((given.to(code.dtype), code), dim=1) if count else code
+        codes = code if given is None else torch.cat((given.to(code.dtype), code), dim=1)
         codes = F.pad(codes, (0, steps))  # (B, L)
 
         length = dalle.text_seq_len + dalle.image_seq_len
@@ -121,7 +121,7 @@ class StaticSampler(nn.Module):
         def sample_one(place: Tensor, codes: Tensor, code: Tensor, *tensors: Tensor) -> List[Tensor]:
             # `code` was chosen for the place before `place`.
             layers = [
-                FullLengthCache(*tensors[2 * number : 2 * number + 2], getattr(self, name), self.update)
+                FullLengthCache(tensors[2 * number], tensors[2 * number + 1], getattr(self, name), self.update)
                 for number, name in enumerate(self.mask_names)
             ]
             seen = torch.cat((code, code)) if guided else code

@@ -11,8 +11,12 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
+from typing import Any, AsyncIterator, Callable, Deque, Dict, Hashable, List, Optional, Tuple
 
-from generation.batching import batch_key, generate_batch
+from PIL import Image
+
+from generation.batching import ImageSpec, batch_key, generate_batch
+from generation.loading import LoadedModel
 from generation.output import to_image
 from generation.previews import Preview
 
@@ -25,7 +29,7 @@ FAILED = "The images could not be generated; the program's log says why."
 class Busy(Exception):
     """The queue cannot take a job: a sentence for the user, and the HTTP status (429: for this client's jobs)."""
 
-    def __init__(self, sentence, status=503):
+    def __init__(self, sentence: str, status: int = 503):
         super().__init__(sentence)
         self.status = status
 
@@ -41,26 +45,29 @@ class Job:
         specs: What to generate, a list of ImageSpec.
         every: Rows of codes between two previews, or None for no previews.
         images: PIL images, None for each that is not ready.
-        previews: {index: PIL image of the upper rows} of images in the current batch.
+        previews: {index: (rows, PIL image of these upper rows)} of images in the current batch.
         active: Indices of the images in the current batch; `row` is the number of rows that they have.
         error: A sentence if the job failed.
         ended: Set when all images are ready, or the job failed or was cancelled.
         on_change: Called after each change, in the thread that made it.
     """
 
-    def __init__(self, client, specs, every=None):
+    def __init__(self, client: Hashable, specs: List[ImageSpec], every: Optional[int] = None):
         self.client, self.specs, self.every = client, specs, every
-        self.images, self.previews = [None] * len(specs), {}
-        self.active, self.row, self.started, self.ahead = [], 0, False, 0
-        self.error, self.cancelled, self.ended = None, False, threading.Event()
-        self.on_change = lambda: None
+        self.images: List[Optional[Image.Image]] = [None] * len(specs)
+        self.previews: Dict[int, Tuple[int, Image.Image]] = {}
+        self.active: List[int] = []
+        self.row, self.started, self.ahead = 0, False, 0
+        self.error: Optional[str] = None
+        self.cancelled, self.ended = False, threading.Event()
+        self.on_change: Callable[[], None] = lambda: None
 
     @property
-    def ready(self):
+    def ready(self) -> int:
         """The number of finished images."""
         return sum(image is not None for image in self.images)
 
-    async def changes(self):
+    async def changes(self) -> AsyncIterator[None]:
         """Yield once at the start, after each change, and a last time when the job has ended."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
@@ -85,33 +92,40 @@ class GenerationQueue:
     cores halve the speed.
     """
 
-    def __init__(self, loaded=None, max_jobs=64, max_images=1024):
+    def __init__(self, loaded: Optional[LoadedModel] = None, max_jobs: int = 64, max_images: int = 1024):
         """Create the queue; `loaded` may be set later, but before the first job."""
-        self.loaded, self.max_jobs, self.max_images = loaded, max_jobs, max_images
-        self.jobs = []  # not ended
-        self.calls = collections.deque()  # (future, function, arguments)
-        self.waiting = {}  # client → [(job, index, batch key)], no list empty
-        self.served = {}  # client → images generated for it
+        self.loaded: LoadedModel = loaded  # type: ignore[assignment]
+        self.max_jobs, self.max_images = max_jobs, max_images
+        self.jobs: List[Job] = []  # not ended
+        self.calls: Deque[Tuple[Future, Callable, tuple]] = collections.deque()
+        self.waiting: Dict[Hashable, List[Tuple[Job, int, Any]]] = {}  # (job, index, batch key); no list is empty
+        self.served: Dict[Hashable, int] = {}  # images generated for each client
         self.clock = 0  # images served to the client picked last; new clients start at this count
         self.images_generated, self.stopping = 0, False
         self.condition = threading.Condition()  # guards all of the above
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
 
-    def start(self):
+    def start(self) -> None:
         """Start the thread."""
         self.thread.start()
 
-    def stop(self, seconds=None):
-        """Give up all jobs and calls; wait for the thread if `seconds` says how long."""
+    def stop(self, seconds: Optional[float] = None) -> None:
+        """End all jobs and calls with an error at once; wait for the thread if `seconds` says how long."""
         with self.condition:
             self.stopping = True
+            for job in list(self.jobs):
+                self._end(job, STOPPING)
+            for future, _, _ in self.calls:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(Busy(STOPPING))
+            self.calls.clear()
             self.condition.notify()
         if seconds is not None and self.thread.ident:
             self.thread.join(seconds)
 
-    def call(self, function, *arguments):
+    def call(self, function: Callable, *arguments: Any) -> Future:
         """Return a future of function(*arguments), which the thread calls before its next batch."""
-        future = Future()
+        future: Future = Future()
         with self.condition:
             if self.stopping:
                 raise Busy(STOPPING)
@@ -119,7 +133,7 @@ class GenerationQueue:
             self.condition.notify()
         return future
 
-    def submit(self, client, specs, every=None):
+    def submit(self, client: Hashable, specs: List[ImageSpec], every: Optional[int] = None) -> Job:
         """Queue the images of a client (any hashable) and return their Job. Raise Busy if the queue is full."""
         job = Job(client, specs, every)
         with self.condition:
@@ -135,7 +149,7 @@ class GenerationQueue:
             self.condition.notify()
         return job
 
-    def check_room(self, client, count):
+    def check_room(self, client: Hashable, count: int) -> None:
         """Raise Busy if `count` more images of a client do not fit: a client may use half of the queue."""
         jobs = list(self.jobs)
         own = [job for job in jobs if job.client == client]
@@ -146,7 +160,7 @@ class GenerationQueue:
             if some and (len(some) >= self.max_jobs / share or images + count > self.max_images / share):
                 raise Busy("Too many images are being generated now; please try again in a little while.", status)
 
-    def cancel(self, job):
+    def cancel(self, job: Job) -> None:
         """Drop the images of a job. The current batch is given up if no other job has a part in it."""
         with self.condition:
             if job.ended.is_set():
@@ -178,24 +192,18 @@ class GenerationQueue:
     def _next_batch(self):
         """Take images that can share a batch out of `waiting`, as [(job, index)]."""
         first = min(self.waiting, key=self.served.get)
-        self.clock = self.served[first]
-        key = self.waiting[first][0][2]
-        fitting = {client: [entry for entry in entries if entry[2] == key] for client, entries in self.waiting.items()}
-        batch, taken = [], set()
+        self.clock, key, batch = self.served[first], self.waiting[first][0][2], []
         while len(batch) < self.loaded.batch_size:
-            offering = [client for client, entries in fitting.items() if entries]
-            if not offering:
+            fitting = [client for client, entries in self.waiting.items() if any(one[2] == key for one in entries)]
+            if not fitting:
                 break
-            client = min(offering, key=self.served.get)
-            job, index, _ = fitting[client].pop(0)
-            self.served[client] += 1
+            client = min(fitting, key=self.served.get)
+            entries = self.waiting[client]
+            job, index, _ = entries.pop(next(place for place, one in enumerate(entries) if one[2] == key))
             batch.append((job, index))
-            taken.add((id(job), index))
-        left = {
-            client: [entry for entry in entries if (id(entry[0]), entry[1]) not in taken]
-            for client, entries in self.waiting.items()
-        }
-        self.waiting = {client: entries for client, entries in left.items() if entries}
+            self.served[client] += 1
+            if not entries:
+                del self.waiting[client]
         self.served = {
             client: count for client, count in self.served.items() if client in self.waiting or count > self.clock
         }
@@ -210,16 +218,15 @@ class GenerationQueue:
                 if not self.calls:
                     # Clients just served may ask again at once; a half empty batch costs as much as a full one.
                     self.condition.wait_for(lambda: self.stopping or self.calls or self._is_full(), PATIENCE * seconds)
-                calls, self.calls = self.calls, collections.deque()
+                calls = [] if self.stopping else list(self.calls)
+                self.calls.clear()
                 if not self.stopping and not calls and self.waiting:
                     batch = self._next_batch()
             if self.stopping:
-                for job in list(self.jobs):
-                    self._end(job, STOPPING)
-                for future, _, _ in calls:
-                    future.set_exception(Busy(STOPPING))
                 return
             for future, function, arguments in calls:
+                if not future.set_running_or_notify_cancel():  # its client has gone
+                    continue
                 try:
                     future.set_result(function(*arguments))
                 except Exception as error:
@@ -250,7 +257,7 @@ class GenerationQueue:
 
         def show(images, row):
             for (job, index), image in zip(shown, images):
-                job.previews[index] = image.crop((0, 0, image.width, image.height * row // rows))
+                job.previews[index] = row, image.crop((0, 0, image.width, image.height * row // rows))
 
         forming = Preview(loaded, min(job.every for job, _ in shown), show, most=len(shown)) if shown else None
 

@@ -5,13 +5,15 @@ here. And samples one after the other, as a loader of fixed batches wants them.
 """
 
 import logging
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from models.sampling import Sampling, check_given_codes, gumbel_noise, sample_codes
+from models.dalle import DALLE
+from models.sampling import CodeCallback, Generators, Sampling, check_given_codes, gumbel_noise, sample_codes
 from models.static_sampling import FullPass, StaticSampler
 
 logger = logging.getLogger("minidalle")
@@ -22,7 +24,7 @@ def full(x, rows):
     return torch.cat((x, x[-1:].expand(rows - len(x), *x.shape[1:])))
 
 
-class Decoder(nn.Module):
+class VqganDecoder(nn.Module):
     """A VQGAN's way back as a module of its own: codes int (B, L) → pixels (B, 3, S, S)."""
 
     def __init__(self, vae):
@@ -33,7 +35,7 @@ class Decoder(nn.Module):
         return self.vae.decode(codes)
 
 
-class Losses(nn.Module):
+class DeviceLosses(nn.Module):
     """A DALLE's losses of a row: text and codes end to end, int (1, T + L) → total, text and image, fp32 (1, 3)."""
 
     def __init__(self, model):
@@ -45,7 +47,7 @@ class Losses(nn.Module):
         return torch.stack(self.model(text, codes, return_loss=True)).float()[None]
 
 
-def upper_rows(decode):
+def decode_upper_rows(decode):
     """decode of a picture's codes (B, L) → decode(codes, rows=None), which takes those of its upper rows, too: the rest
     is filled up and cut off again, since shapes cannot change.
     """
@@ -79,19 +81,31 @@ class RowByRow:
             self.executor = None
 
 
-class Sampler:
+class DeviceSampler:
     """Backend.sampler in calls of `rows` images; the last image is repeated if fewer are needed.
 
-    on_device: StaticSampler's loop and update, for one call a batch. If None, or if that does not compile, each code
-    takes a call of its own.
+    Args:
+        inference: compiles a module; see IpuBackend.inference.
+        on_device: StaticSampler's loop and update, to sample a batch in one call. If None, or if that does not compile,
+            every code takes a call.
     """
 
-    def __init__(self, model, rows, inference, on_device):
+    def __init__(
+        self, model: DALLE, rows: int, inference: Callable[..., Any], on_device: Optional[Dict[str, Callable]]
+    ):
         self.model, self.rows, self.inference, self.on_device = model, rows, inference, on_device
-        self.loops = {}  # compiled StaticSamplers, by sampling settings and number of given codes
+        self.loops: Dict[Any, Any] = {}  # compiled StaticSamplers, by sampling settings and number of given codes
         self.stepper = FullPassStepper(self)
 
-    def __call__(self, text, sampling=Sampling(), *, generator=None, image_codes=None, on_code=None):
+    def __call__(
+        self,
+        text: Tensor,
+        sampling: Sampling = Sampling(),
+        *,
+        generator: Generators = None,
+        image_codes: Optional[Tensor] = None,
+        on_code: Optional[CodeCallback] = None,
+    ) -> Tensor:
         given = check_given_codes(self.model, text, image_codes)
         if self.on_device and given.shape[1] < self.model.image_seq_len:
             shape = len(text), self.model.image_seq_len, self.model.num_image_tokens
@@ -102,10 +116,10 @@ class Sampler:
                 return self.run(executor, inputs).long()
         return sample_codes(self.model, text, self.stepper, sampling, generator, given, on_code)
 
-    def compiled_loop(self, sampling, inputs, count):
+    def compiled_loop(self, sampling: Sampling, inputs: Tuple[Tensor, ...], count: int) -> Optional[Any]:
         """Return the executor for these settings and `count` given codes, or None if it does not compile."""
         if (sampling, count) not in self.loops:
-            executor = self.inference(StaticSampler(self.model, sampling, **self.on_device))
+            executor = self.inference(StaticSampler(self.model, sampling, **(self.on_device or {})))
             try:
                 executor.compile(*(full(x[: self.rows], self.rows) for x in inputs))
             except RuntimeError as error:
@@ -115,7 +129,7 @@ class Sampler:
             self.loops[sampling, count] = executor
         return self.loops[sampling, count]
 
-    def run(self, executor, inputs, *others):
+    def run(self, executor: Any, inputs: Tuple[Tensor, ...], *others: Tensor) -> Tensor:
         """Split tensors of any number of rows into calls of self.rows; pass `others` as they are to every call."""
         parts = zip(*(x.split(self.rows) for x in inputs))
         done = [executor(*(full(x, self.rows) for x in part), *others)[: len(part[0])] for part in parts]
@@ -125,10 +139,10 @@ class Sampler:
 class FullPassStepper:
     """A Stepper that computes the whole sequence on the device for every code."""
 
-    def __init__(self, sampler):
+    def __init__(self, sampler: DeviceSampler):
         self.sampler, self.executor = sampler, None
 
-    def begin(self, text, codes):
+    def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         if self.executor is None:
             self.executor = self.sampler.inference(FullPass(self.sampler.model))
         self.text, self.codes = text, codes
@@ -136,7 +150,7 @@ class FullPassStepper:
         codes = F.pad(codes, (0, self.sampler.model.image_seq_len - place))
         return self.sampler.run(self.executor, (text, codes), torch.tensor([place]))
 
-    def next(self, code):
+    def next(self, code: Tensor) -> Tensor:
         return self.begin(self.text, torch.cat((self.codes, code[:, None]), dim=1))
 
 

@@ -69,7 +69,7 @@ def test_each_key_has_a_cache_of_its_own(tmp_path):
     assert filled(tmp_path, by="another") == (FILES, expected()) and filled(tmp_path)[0] == []
 
 
-def test_what_is_left_out_is_asked_for_once(tmp_path):
+def test_what_is_skipped_is_asked_for_once(tmp_path):
     cache, asked = opened(tmp_path), []
 
     def compute(batches):
@@ -84,7 +84,7 @@ def test_what_is_left_out_is_asked_for_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut rows", "no rows", "empty rows", "cut index", "no index", "empty index", "other"]
+    "damage", ["cut rows", "long rows", "no rows", "empty rows", "cut index", "no index", "empty index", "other"]
 )
 def test_damage_is_computed_again(tmp_path, damage, logged):
     filled(tmp_path)
@@ -94,7 +94,8 @@ def test_damage_is_computed_again(tmp_path, damage, logged):
     if damage.startswith("no"):
         path.unlink()
     else:
-        path.write_bytes({"cut": content[:-5], "empty": b"", "other": b'["no", "index"]'}[damage.split()[0]])
+        damaged = {"cut": content[:-5], "long": content + b"abc", "empty": b"", "other": b'["no", "index"]'}
+        path.write_bytes(damaged[damage.split()[0]])
     seen, values = filled(tmp_path)
     # After a lost index, files get the same rows again, in which their values are found.
     assert values == expected() and len(seen) == {"cut rows": 1, "no rows": 20, "empty rows": 20}.get(damage, 0)
@@ -143,15 +144,16 @@ def test_a_process_it_is_sent_to_maps_it_too(tmp_path):
     filled(tmp_path)
     values, rows = opened(tmp_path).load(FILES)
     sent = pickle.dumps(values)
-    assert len(sent) < 600 and np.array_equal(pickle.loads(sent)[rows], values[rows])
-    assert isinstance(values._values, np.memmap) and values[3].dtype == np.uint16
+    received = pickle.loads(sent)
+    assert len(sent) < 600 and np.array_equal(received[rows], values[rows]) and values[3].dtype == np.uint16
+    assert isinstance(values._values, np.memmap) and isinstance(received._values, np.memmap)
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
 def work(folder, log, seconds, count):
-    """Fill the cache in a process of its own, a file at a time; write down what was computed."""
+    """Fill the cache in another process, one file at a time; log what was computed."""
     files = [(f"{number:02d}", number, 1000 + number) for number in range(count)]
 
     def compute(batches):

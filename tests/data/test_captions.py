@@ -1,4 +1,4 @@
-"""Captions as tokens: the same from the cache as without one, and a file is tokenized again only where it changed."""
+"""Captions as tokens: the same from the cache as without one, and a file is tokenized again only if it changed."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ TEXTS = [
     ["a red square", "Two green circles, side by side!"],
     ["one"],
     ["caf\u00e9 &amp; a caf\u00e9", "\u65e5\u672c", "x" * 40, "!", "a red square"],
-    ["a blue triangle beside a red circle beside a green square"],
+    ["a blue triangle below a red circle below a green square"],
 ]
 
 
@@ -129,7 +129,7 @@ def test_a_file_that_is_known_is_not_opened_again(folder, tokenizer, tmp_path, m
     pictures = TextImageDataset(folder, tokenizer, **options).images
     opened = []
     monkeypatch.setattr("data.pairs._caption_fault", opened.append)
-    monkeypatch.setattr("data.pairs._picture_fault", opened.append)
+    monkeypatch.setattr("data.pairs._image_fault", opened.append)
     again = TextImageDataset(folder, tokenizer, encoded=pictures, **options)
     assert opened == [] and again.images == pictures
     TextImageDataset(folder, tokenizer, encoded=pictures[:1], **options)

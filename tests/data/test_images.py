@@ -1,10 +1,14 @@
-"""One picture to pixels: the crop, the filter, orientation, every kind of picture, and files that are none."""
+"""One image to pixels: the crop, the filter, orientation, every kind of image, and files that are none."""
+
+from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from data.images import crop_square, load_image
+from data.images import crop_square, endless_batches, find_images, load_image, load_images
+from data.order import EpochOrder
 
 
 def saved(path, array, **options):
@@ -30,19 +34,12 @@ def test_resizing_is_bilinear_with_antialiasing(tmp_path):
     assert np.abs(load_image(path, 2)[..., 1] - expected).max() <= 1
 
 
-def test_pixels_outside_the_square_do_not_bleed_in(tmp_path):
-    pixels = np.full((8, 16, 3), 255, dtype=np.uint8)
-    pixels[:, 4:12] = 0
-    path = saved(tmp_path / "frame.png", pixels)
-    assert load_image(path, 2).max() == 0
-
-
-def test_small_pictures_are_enlarged(tmp_path):
+def test_small_images_are_enlarged(tmp_path):
     path = saved(tmp_path / "dot.png", np.full((1, 1, 3), 77, dtype=np.uint8))
     assert np.array_equal(load_image(path, 5), np.full((5, 5, 3), 77))
 
 
-# EXIF orientation: where the stored first row and first column lie in the upright picture (EXIF 2.3, table 6).
+# EXIF orientation: the position of the stored first row and column in the upright image (EXIF 2.3, table 6).
 STORED_FROM_UPRIGHT = {
     1: lambda upright: upright,
     2: lambda upright: upright[:, ::-1],
@@ -65,16 +62,6 @@ def test_exif_orientation(tmp_path, orientation):
     assert np.array_equal(load_image(path, 4), upright[:, 1:5])
 
 
-def test_exif_orientation_of_a_jpeg(tmp_path):
-    image = Image.new("RGB", (32, 32), "white")
-    image.paste("black", (0, 0, 32, 16))  # stored: the upper half is black
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the stored first row is the upright right side
-    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    upright = load_image(tmp_path / "a.jpg", 32)
-    assert upright[:, 20:].max() < 30 and upright[:, :12].min() > 225
-
-
 def test_an_exif_block_that_cannot_be_written_again_turns_the_image(tmp_path, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 3
@@ -84,7 +71,7 @@ def test_an_exif_block_that_cannot_be_written_again_turns_the_image(tmp_path, mo
     assert np.array_equal(load_image(path, 4), pixels[::-1, ::-1])
 
 
-def test_a_picture_handed_over_is_left_as_it_is():
+def test_a_image_handed_over_is_left_as_it_is():
     image = Image.new("RGB", (4, 4))
     image.putpixel((0, 0), (9, 9, 9))
     image.getexif()[0x0112] = 3
@@ -98,7 +85,7 @@ def test_a_damaged_exif_block_costs_nothing_but_the_orientation(tmp_path):
 
 
 def flat(path):
-    """The one colour of a picture."""
+    """The single color of an image."""
     pixels = load_image(path, 4)
     assert pixels.shape == (4, 4, 3) and pixels.dtype == np.uint8
     assert (pixels == pixels[0, 0]).all()
@@ -137,7 +124,7 @@ def test_palettes_with_and_without_transparency(tmp_path):
     assert np.abs(load_image(tmp_path / "half.png", 4)[0].astype(int) - expected).max() <= 1
 
 
-def test_a_transparent_colour_of_grey_and_rgb(tmp_path):
+def test_a_transparent_color_of_gray_and_rgb(tmp_path):
     Image.new("L", (4, 4), 40).save(tmp_path / "grey.png", transparency=40)
     assert flat(tmp_path / "grey.png") == (255, 255, 255)
     Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "rgb.png", transparency=(1, 2, 3))
@@ -152,7 +139,7 @@ def test_sixteen_bits_are_scaled(tmp_path, value, expected):
     assert flat(path) == (expected,) * 3
 
 
-def test_cmyk_and_grey_jpeg(tmp_path):
+def test_cmyk_and_gray_jpeg(tmp_path):
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
     red = flat(tmp_path / "cmyk.jpg")
     assert red[0] > 250 and max(red[1:]) < 5
@@ -168,7 +155,7 @@ def test_bmp_and_files_under_a_wrong_suffix(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
-def test_unreadable_pictures_name_the_file(tmp_path, suffix):
+def test_unreadable_images_name_the_file(tmp_path, suffix):
     noise = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
     whole = saved(tmp_path / f"whole.{suffix}", noise).read_bytes()
     for kept in (0, 10, len(whole) // 2, len(whole) - 100):
@@ -207,3 +194,47 @@ def test_real_photographs_equal_a_plain_crop_and_resize(shared_data):
         left, top = (image.width - side) // 2, (image.height - side) // 2
         middle = Image.fromarray(np.asarray(image)[top : top + side, left : left + side])
         assert np.array_equal(load_image(path, 256), np.asarray(middle.resize((256, 256), Image.BILINEAR)))
+
+
+# --- many images ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(6):
+        Image.new("RGB", (4, 4), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def reds(batches):
+    return [batch[:, 0, 0, 0].tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_go_on_without_end_in_the_order_of_the_seed(folder, workers):
+    paths = find_images(folder)
+    images = load_images(paths, 4)
+    assert images.dtype == torch.uint8 and images.shape == (6, 3, 4, 4) and reds([images]) == [list(range(0, 240, 40))]
+    order = EpochOrder(6, 4, seed=3)
+    expected = [[40 * index for _, index in order.batch(epoch, 0)] for epoch in range(5)]
+    for source in (images, paths):
+        assert reds(islice(endless_batches(source, 4, size=4, seed=3, workers=workers), 5)) == expected
+    assert sorted(reds(islice(endless_batches(images, 99, size=4, seed=3), 1))[0]) == list(range(0, 240, 40))
+
+
+def test_unreadable_images_are_skipped_and_reported_once(folder, logged):
+    paths = find_images(folder)
+    for i in (0, 1, 2, 4):
+        paths[i].write_bytes(b"damaged")
+    found = reds(islice(endless_batches(paths, 1, size=4, seed=3), 8))
+    assert sorted(found) == [[120]] * 4 + [[200]] * 4 and len(logged.messages) == 4
+    assert reds([load_images(paths, 4)]) == [[120, 200]] and "skipped 4 files (unreadable image)" in logged.messages[-1]
+    for i in (3, 5):
+        paths[i].write_bytes(b"damaged")
+    for read in (lambda: load_images(paths, 4), lambda: next(endless_batches(paths, 2, size=4, seed=3))):
+        with pytest.raises(ValueError, match="none of 6 images can be read"):
+            read()
+    for place, error in (("notes.txt", NotADirectoryError), ("nowhere", FileNotFoundError)):
+        with pytest.raises(error, match=place):
+            find_images(folder / place)

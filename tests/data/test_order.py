@@ -1,4 +1,4 @@
-"""The order of an epoch: a permutation of its own, in batches that processes share and that can be entered anywhere."""
+"""The order of an epoch: its own permutation, in batches that processes share and that can be entered anywhere."""
 
 import pickle
 

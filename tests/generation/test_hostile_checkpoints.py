@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from generation.loading import load
-from generation.prompts import unknown_words
 from tests.conftest import ROOT
 from utils import checkpoint
 
@@ -93,7 +92,7 @@ def test_words_and_examples_go_from_training_into_exported_files(tiny_checkpoint
     for loaded in models:
         assert loaded.words == models[0].words and loaded.words["circle"] > 1
         assert loaded.examples == models[0].examples and 0 < len(loaded.examples) <= 12
-        assert unknown_words(loaded, "A red Circle, two dogs and dogs!") == ["two", "dogs", "and"]
+        assert loaded.unknown_words("A red Circle, two dogs and dogs!") == ["two", "dogs", "and"]
 
 
 @pytest.mark.parametrize("entry", [None, {"words": [], "examples": {}}])
@@ -101,7 +100,7 @@ def test_files_without_words_warn_of_nothing(tiny_checkpoint, tmp_path, entry):
     saved = {**checkpoint.read(tiny_checkpoint), "captions": entry}
     torch.save(saved, tmp_path / "old.pt")
     loaded = load(tmp_path / "old.pt", device="cpu", precision="fp32")
-    assert loaded.words == {} and loaded.examples == [] and unknown_words(loaded, "a dog") == []
+    assert loaded.words == {} and loaded.examples == [] and loaded.unknown_words("a dog") == []
 
 
 def test_generate_logs_words_that_the_model_never_saw(tiny_checkpoint, tmp_path, command):

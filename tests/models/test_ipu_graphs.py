@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 
-from backends.ipu.inference import Losses
-from models.attention import PATTERNS
+from backends.ipu.inference import DeviceLosses
 from models.pipeline_dalle import WrappedDALLE, placement
 from models.sampling import Sampling
 from models.static_sampling import FullPass, StaticSampler
+from models.transformer import PATTERNS
 from tests.ipu_operators import graphs
 from tests.ipu_operators.check import check
 from tests.ipu_operators.standins import standins
@@ -156,6 +156,6 @@ def test_what_no_ipu_can_do_is_noticed():
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_losses_are_computed_row_by_row(pattern, half):
     model = graphs.small_dalle(graphs.codes_only(8), attn_types=(pattern,), depth=2)
-    module = Losses(model.half() if half else model).eval()
+    module = DeviceLosses(model.half() if half else model).eval()
     report = check(module, (torch.cat((graphs.text(model), graphs.codes(model)), dim=1)[:1],))
     assert report.refused == {} and report.losses == ["nll_loss_forward"] * 2  # nothing is trained by them

@@ -97,3 +97,19 @@ def call(port, method="GET", path="/health", body=None, kind="application/json",
 
 def generate(port, **wanted):
     return call(port, "POST", "/api/generate", wanted)
+
+
+def read_events(port, identity, after=None, timeout=60, root=""):
+    """Read a job's events to the end: [(number, event, data)]."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    with contextlib.closing(connection):
+        headers = {} if after is None else {"Last-Event-ID": str(after)}
+        connection.request("GET", f"{root}/api/jobs/{identity}/events", headers=headers)
+        answer = connection.getresponse()
+        assert answer.status == 200 and answer.getheader("Content-Type").startswith("text/event-stream")
+        blocks = [block for block in answer.read().decode().split("\n\n") if block and not block.startswith(":")]
+    found = []
+    for block in blocks:
+        number, event, data = (line.partition(": ")[2] for line in block.split("\n"))
+        found.append((int(number), event, json.loads(data)))
+    return found

@@ -1,0 +1,190 @@
+"""Inference on CPUs and CUDA GPUs: sampling with packed weights, and the VQGAN in a fast layout and precision.
+
+Codes are what a DALL-E is trained on, so they are always computed in fp32: in bf16, one in two hundred changed for a
+trained VQGAN on photographs. Features newer than torch 2.0 are used only after a check.
+"""
+
+import contextlib
+import copy
+from typing import Any, Callable, Optional
+
+import torch
+from taming.modules.diffusionmodules.model import ResnetBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.dalle import DALLE
+from models.packed_sampler import Pack, PackedStepper
+from models.sampling import CodeCallback, Generators, Sampling, sample_codes
+from models.vae import VQGanVAE
+
+ROWS = 4  # for fewer rows oneDNN takes other bf16 kernels, which are a fifth slower and differ in the last bits
+Product = Callable[[Tensor], Tensor]
+CACHE_BYTES = 16 * 2**20  # a layer's output that fits a CPU's cache; larger batches are slower than one by one
+GPU_BATCH = 32  # images; the widest layer of the official network then takes 0.5 GB in bf16
+
+
+def sampler(model: DALLE, backend: Any, batch_size: int) -> Callable[..., Tensor]:
+    """Return Backend.sampler of a NativeBackend."""
+    model = model.to(backend.device).eval()
+    on_cpu = backend.device.type == "cpu"
+    cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend five times slower in bf16
+    pack = packer(backend.device, backend.dtype, batch_size)
+    stepper = PackedStepper(model, pack, cache_dtype, backend.autocast)
+
+    def sample(
+        text: Tensor,
+        sampling: Sampling = Sampling(),
+        *,
+        generator: Generators = None,
+        image_codes: Optional[Tensor] = None,
+        on_code: Optional[CodeCallback] = None,
+    ) -> Tensor:
+        image_codes = None if image_codes is None else image_codes.to(backend.device)
+        return sample_codes(model, text.to(backend.device), stepper, sampling, generator, image_codes, on_code).cpu()
+
+    return sample
+
+
+def packer(device: torch.device, dtype: torch.dtype, rows: int) -> Pack:
+    """Return the fastest PackedStepper.pack of this machine for batches of `rows`.
+
+    Every packed product rounds x (B, in) to dtype and returns dtype; its sums are fp32.
+    """
+    pack = plain_packer(dtype)
+    if device.type == "cpu":
+        for fits, other in ((True, onednn_packer), (dtype == torch.bfloat16 and rows == 1, fbgemm_packer)):
+            with contextlib.suppress(RuntimeError, TypeError, AttributeError):  # not in every build of torch
+                if fits:
+                    found = other(dtype, rows, pack)
+                    found(torch.ones(8, 8), torch.ones(8), geglu=True)(torch.ones(2, 8))
+                    pack = found
+    return pack
+
+
+def plain_packer(dtype: torch.dtype) -> Pack:
+    """Return a pack for F.linear."""
+
+    def pack(weight: Tensor, bias: Optional[Tensor], geglu: bool = False) -> Product:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+
+        def product(x: Tensor) -> Tensor:
+            out = F.linear(x.to(dtype), weight, bias)
+            if not geglu:
+                return out
+            value, gate = out.chunk(2, dim=-1)
+            return value * F.gelu(gate)
+
+        return product
+
+    return pack
+
+
+def onednn_packer(dtype: torch.dtype, rows: int, fallback: Pack) -> Pack:
+    """Return a pack for oneDNN's weight layout, two to three times as fast as F.linear for a few rows.
+
+    The operators are those of torch.compile, from torch 2.1 on.
+    """
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    else:
+        return fallback
+    least = ROWS if dtype == torch.bfloat16 else 1
+
+    def pack(weight: Tensor, bias: Optional[Tensor], geglu: bool = False) -> Product:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        few = torch.zeros(least, weight.shape[1], dtype=dtype)
+        parts = [reorder(part.contiguous(), max(rows, least)) for part in weight.chunk(1 + geglu)]
+        biases = (None, None) if bias is None else bias.chunk(1 + geglu)
+
+        def product(x: Tensor) -> Tensor:
+            count = len(x)
+            if count < least:
+                few[:count] = x
+                x = few
+            else:
+                x = x.to(dtype)
+            out = multiply(x, parts[0], biases[0], "none", [], "")
+            if geglu:
+                out = out * multiply(x, parts[1], biases[1], "gelu", [], "none")
+            return out[:count]
+
+        return product
+
+    return pack
+
+
+def fbgemm_packer(dtype: torch.dtype, rows: int, fallback: Pack) -> Pack:
+    """Return a pack for FBGEMM, which reads weights nearly at the memory's speed for a single row.
+
+    bf16 weights are stored as fp16, which is exact except for the smallest; if that loses too much, `fallback` packs.
+    """
+    multiply = torch.ops.quantized.linear_dynamic_fp16
+
+    def pack(weight: Tensor, bias: Optional[Tensor], geglu: bool = False) -> Product:
+        rounded = weight.to(dtype).float()
+        if not (rounded.half().float() - rounded).norm() <= 1e-5 * rounded.norm():
+            return fallback(weight, bias, geglu)
+        packed = torch.ops.quantized.linear_prepack_fp16(rounded, None if bias is None else bias.to(dtype).float())
+
+        def product(x: Tensor) -> Tensor:
+            out = multiply(x.to(dtype).float(), packed)
+            if not geglu:
+                return out.to(dtype)
+            value, gate = out.chunk(2, dim=-1)
+            # Transposed, so that torch does not use oneDNN, which takes 30 µs to start.
+            gate = F.gelu(gate.reshape(2, -1).T).T.reshape(gate.shape)
+            return value.to(dtype) * gate.to(dtype)
+
+        return product
+
+    return pack
+
+
+class FusedResnetBlock(ResnetBlock):
+    """Taming's block for inference: x · sigmoid(x) in one pass over memory, sums in place."""
+
+    def forward(self, x: Tensor, temb: Optional[Tensor]) -> Tensor:
+        """Compute what ResnetBlock computes, without dropout; x (B, C, H, W) is overwritten."""
+        out = self.conv1(F.silu(self.norm1(x), inplace=True))
+        out = self.conv2(F.silu(self.norm2(out), inplace=True))
+        if self.in_channels != self.out_channels:
+            x = self.conv_shortcut(x) if self.use_conv_shortcut else self.nin_shortcut(x)
+        return out.add_(x)
+
+
+def encoder(vae: VQGanVAE, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return a function from pixels to codes, see `Backend.encode`."""
+    fast = fast_copy(vae, "decoder", torch.float32, device)
+    channels, side = fast.model.encoder.ch, fast.model.encoder.resolution
+    at_once = max(1, CACHE_BYTES // (4 * channels * side**2)) if device.type == "cpu" else GPU_BATCH
+
+    def encode(pixels: Tensor) -> Tensor:
+        return torch.cat([fast(part.to(device)).cpu() for part in pixels.split(at_once)])
+
+    return encode
+
+
+def decoder(vae: VQGanVAE, device: torch.device, precision: str) -> Callable[..., Tensor]:
+    """Return a function from codes to pixels, see `Backend.decode`.
+
+    On a CPU an image does not depend on the others in its batch. For a trained VQGAN, bf16 differs from fp32 by 0.2 of
+    255 in the mean (60 dB). fp16 is not used because attention could overflow.
+    """
+    fast = fast_copy(vae, "encoder", torch.bfloat16 if precision == "bf16" else torch.float32, device)
+    at_once = 1 if device.type == "cpu" else GPU_BATCH  # the rounding of convolutions depends on the batch size
+
+    def decode(codes: Tensor, rows: Optional[int] = None) -> Tensor:
+        return torch.cat([fast.decode(part.to(device), rows).cpu() for part in codes.split(at_once)])
+
+    return decode
+
+
+def fast_copy(vae: VQGanVAE, without: str, dtype: torch.dtype, device: torch.device) -> VQGanVAE:
+    """Return a copy with fused blocks and channels-last weights; `without` names the half to omit."""
+    left_out = {id(getattr(vae.model, without)): nn.Identity()}  # deepcopy believes that it has copied these
+    fast = copy.deepcopy(vae, left_out).to(device, dtype).to(memory_format=torch.channels_last)
+    for module in fast.modules():
+        if type(module) is ResnetBlock:
+            module.__class__ = FusedResnetBlock
+    return fast
