@@ -34,6 +34,7 @@ function say(sentence, wrong = false, retry = null) {
 function fail({ message, status }, retry) {
   say(message, true, [400, 413, 422].includes(status) ? null : retry);
   if (status !== 401) return;
+  $("login_note").textContent = message;
   $("sign_in").onsubmit = () => {
     engine.signIn($("token").value.trim());
     retry();
@@ -99,6 +100,7 @@ async function count() {
   const tokens = Math.max(0, ...found.map((one) => one.tokens));
   const many = lines.length > 1 ? `${lines.length} prompts, the longest with ` : "";
   $("count").textContent = lines.length ? `${many}${tokens} of ${model.text_seq_len} tokens` : "";
+  $("count").classList.toggle("wrong", tokens > model.text_seq_len);
   const words = [...new Set(found.flatMap((one) => one.unknown_words))].map((word) => `“${word}”`);
   return ($("note").textContent = words.length ? `The model never saw ${words.join(", ")}.` : "");
 }
