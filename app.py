@@ -97,7 +97,7 @@ def make_server(queue, settings):
         http=connections.Connection,
         ws="none",
         lifespan="off",
-        headers=HEADERS,
+        headers=list(HEADERS.items()),
         server_header=False,
         proxy_headers=bool(settings.forwarded_allow_ips),
         forwarded_allow_ips=settings.forwarded_allow_ips,

@@ -1,67 +1,143 @@
-"""The flags of generate.py → one validated namespace; of the same parts as those in args.py, and as light to import."""
+"""Flags of generate.py, and the prompts that they give: from --text, a file or standard input. Imports nothing heavy.
+
+A prompt file has one prompt on each line, or one JSON object with settings; results.jsonl is such a file.
+"""
 
 import argparse
+import json
+import math
 import sys
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from args import COUNT, SEED, check_vqgan_files, machine_flags, sampling_flags, vqgan_file_flags
 from utils.command_line import Parser, number, parse
 
+SAMPLING = ("top_k", "top_p", "temperature", "cond_scale")
+KEYS = {"prompt": str, "num_images": int, "seed": int, **dict.fromkeys(SAMPLING, float)}
+KEYS.update(image_prompt=str, keep_rows=float)
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number"}
+RESULT_KEYS = {"file", "checkpoint", "fingerprint", "scores", "kept_rows"}  # of results.jsonl, ignored in a prompt file
 
-def auto_or_count(text):
-    """A type for argparse: auto → None, or a whole number."""
+
+class Request(NamedTuple):
+    """Images of one prompt; the flags apply to whatever is None."""
+
+    prompt: str
+    num_images: Optional[int] = None
+    seed: Optional[int] = None
+    image_prompt: Optional[str] = None
+    keep_rows: Optional[float] = None
+    sampling: Dict[str, Any] = {}  # noqa: RUF012  never changed
+    source: str = "--text"  # flag, or file and line, for error messages
+    tokens: Optional[Any] = None  # of a completed caption, because its words may be encoded differently
+
+
+def read_requests(text: Optional[str] = None, file: Optional[str] = None) -> List[Request]:
+    """Read requests from --text, parts separated by |, or from a file; "-" is standard input.
+
+    Raises:
+        ValueError, OSError: there are no prompts, or a line is wrong; one line.
+    """
+    if text is not None:
+        parts = [" ".join(part.split()) for part in text.split("|")]
+        if not all(parts):
+            raise ValueError("--text: an empty prompt; write what the image should show, prompts separated by |")
+        return [Request(part) for part in parts]
+    name = "standard input" if file == "-" else file
+    try:
+        lines = sys.stdin.read() if file == "-" else Path(file or "").read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}: not UTF-8 text; write one prompt on each line") from None
+    numbered = [(number, line) for number, line in enumerate(lines.splitlines(), 1) if line.strip()]
+    if not numbered:
+        raise ValueError(f"{name}: no prompts in it; write one on each line")
+    return [parse_line(line, f"{name}, line {number}") for number, line in numbered]
+
+
+def parse_line(line: str, source: str) -> Request:
+    """Return the request of one line: a JSON object if it begins with {, otherwise a prompt."""
+    if not line.lstrip().startswith("{"):
+        return Request(" ".join(line.split()), source=source)
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{source}: not a JSON object") from None
+    entry = {key: value for key, value in entry.items() if value is not None and key not in RESULT_KEYS}
+    if "text" in entry and "prompt" not in entry:
+        entry["prompt"] = entry.pop("text")
+    for key, value in entry.items():
+        if key not in KEYS:
+            raise ValueError(f"{source}: {key}: unknown key; choose from {', '.join(KEYS)}")
+        fits = isinstance(value, (int, float) if KEYS[key] is float else KEYS[key]) and not isinstance(value, bool)
+        if not fits or (KEYS[key] is float and not math.isfinite(value)):
+            raise ValueError(f"{source}: {key} is {json.dumps(value)}, not {TYPE_NAMES[KEYS[key]]}")
+    prompt = " ".join(entry.pop("prompt", "").split())
+    if not prompt:
+        raise ValueError(f'{source}: no prompt; write {{"prompt": "…"}}')
+    for key, least in (("num_images", 1), ("seed", 0)):
+        if not least <= entry.get(key, least) < 2**63:
+            raise ValueError(f"{source}: {key} is {entry[key]}; it must be {least} or more")
+    sampling = {key: entry.pop(key) for key in SAMPLING if key in entry}
+    return Request(prompt, sampling=sampling, source=source, **entry)
+
+
+def auto_or_count(text: str) -> Optional[int]:
+    """Parse "auto" as None, or a whole number of at least 1."""
     return None if text == "auto" else COUNT(text)
 
 
-def rows(text):
-    """A type for argparse: a number of rows from 1 on, or a fraction below 1."""
+def rows(text: str) -> float:
+    """Parse a number of rows of at least 1, or a fraction below 1."""
     value = number(float, above=0)(text)
     if value >= 1 and value != int(value):
         raise argparse.ArgumentTypeError(f"'{text}' is neither a number of rows nor a fraction below 1")
     return value
 
 
-def generate_parser():
-    parser = Parser(
-        "Draws pictures for prompts with a trained DALL-E; without --dalle_path with a small one that comes along."
-    )
-    add = parser.heading("What to draw")
-    add("dalle-path", None, "checkpoint of train.py; none: the demo's, which knows two coloured shapes")
-    add("text", None, "prompts, separated by |; - reads them from standard input, one a line")
+def generate_parser() -> Parser:
+    """Build the parser of generate.py's flags."""
+    parser = Parser("Generate images for prompts with a trained DALL-E; without --dalle_path, with the demo model.")
+    add = parser.heading("What to generate")
+    add("dalle-path", None, "checkpoint of train.py; default: the demo model, which knows two colored shapes")
+    add("text", None, "prompts, separated by |; - reads them from standard input, one per line")
     add(
         "prompts-file",
         None,
-        'prompts, one a line, or a JSON object a line: {"prompt": …, "num_images", "seed", "top_k", …}; - is standard '
-        "input",
+        'file with one prompt per line, or one JSON object: {"prompt": …, "num_images", "seed", "top_k", …}; - is '
+        "standard input",
     )
-    add("num-images", 128, "pictures a prompt", COUNT)
-    add("outputs-dir", "./outputs", "folder for the pictures; each prompt gets one of its own in it")
-    add("format", "jpg", "of the pictures", choices=("jpg", "png"))
+    add("num-images", 128, "images per prompt", COUNT)
+    add("outputs-dir", "./outputs", "folder for the images; each prompt gets a folder in it")
+    add("format", "jpg", "file format of the images", choices=("jpg", "png"))
     add("gentxt", False, "let the model complete each prompt first", bool)
-    add("seed", None, "the same seed gives the same pictures; none: a new one, which is printed", SEED)
-    add("batch-size", None, "pictures drawn at once; auto: what the machine does well", auto_or_count, metavar="N")
-    add = parser.heading("From a picture")
-    add("image-prompt", None, "keep the upper rows of this picture and draw the rest")
-    add("keep-rows", 0.5, "how many rows of codes, or which fraction of them, are kept", rows)
-    add("variations", None, "the same for a picture that generate.py drew: its own prompt is taken, unless --text is")
-    add = parser.heading("The best of several")
-    add("rank", 1, "draw so many times --num_images, and keep those that fit their prompt best", COUNT)
-    add("clip-weights", None, "let CLIP judge, by these weights of --clip-model; none: the model itself does")
-    add("clip-model", "ViT-B-32", "which of open_clip's models they belong to; OpenAI's own: ViT-B-32-quickgelu")
-    add = parser.heading("While pictures form")
-    add("preview", None, "write preview.png into the output folder every so many rows", COUNT)
-    add("animate", False, "also save how the pictures form, as forming.webp", bool)
-    sampling_flags(parser.heading("How to draw (none: what the checkpoint recommends)"))
+    add("seed", None, "the same seed gives the same images; default: a new one, which is logged", SEED)
+    add("batch-size", None, "images generated at once; auto: what suits the machine", auto_or_count, metavar="N")
+    add = parser.heading("Start from an image")
+    add("image-prompt", None, "keep the upper rows of this image and generate the rest")
+    add("keep-rows", 0.5, "number of rows of codes to keep, or the fraction of them", rows)
+    add(
+        "variations",
+        None,
+        "like --image-prompt, for an image of generate.py; its prompt is used unless --text is given",
+    )
+    add = parser.heading("Keep the best")
+    add("rank", 1, "generate N times --num_images and keep those that fit their prompt best", COUNT)
+    add("clip-weights", None, "weights of --clip-model, which then chooses; default: the model itself chooses")
+    add("clip-model", "ViT-B-32", "the model of open_clip that --clip-weights is for; OpenAI's own: ViT-B-32-quickgelu")
+    add = parser.heading("Show images while they form")
+    add("preview", None, "write preview.png into the output folder every N rows", COUNT)
+    add("animate", False, "also save how the images form, as forming.webp", bool)
+    sampling_flags(parser.heading("Sampling (default: what the checkpoint recommends)"))
     machine_flags(parser)
-    add = parser.heading("Files that the checkpoint does not bring along")
-    add("bpe-path", None, "YouTokenToMe vocabulary; none: the checkpoint's, else CLIP's")
+    add = parser.heading("Files that a checkpoint may lack")
+    add("bpe-path", None, "YouTokenToMe vocabulary; default: the checkpoint's, else CLIP's")
     vqgan_file_flags(add)
     return parser
 
 
-def generate_arguments(argv=None):
-    """The namespace of generate.py; `requests` holds what is to be drawn (generation/prompts.py)."""
-    from generation import prompts
-
+def generate_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse generate.py's flags; `requests` of the result is what to generate, or None with --variations alone."""
     parser = generate_parser()
     settings = parse(parser, argv)
     if settings.text == "-":
@@ -73,9 +149,9 @@ def generate_arguments(argv=None):
     settings.requests = None
     try:
         if settings.text is not None:
-            settings.requests = prompts.read_requests(text=settings.text)
+            settings.requests = read_requests(text=settings.text)
         elif settings.prompts_file or not (settings.variations or sys.stdin is None or sys.stdin.isatty()):
-            settings.requests = prompts.read_requests(file=settings.prompts_file or "-")
+            settings.requests = read_requests(file=settings.prompts_file or "-")
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

@@ -44,8 +44,8 @@ def main(argv=None):
         folder = Path(settings.outputs_dir)
         if loaded.backend.world_size > 1:
             raise ValueError("evaluate.py runs in one process; start it without torchrun")
-        clip, distance = scorers(settings)
-        sampling = {name: getattr(settings, name) for name in loaded.recommended}
+        clip, distance = scorers(settings, loaded.backend.device)
+        sampling = loaded.recommended.override(vars(settings))
         if dataset is not None:
             results.update(of_pairs(loaded, dataset, settings, folder))
             if clip or distance:
@@ -57,14 +57,12 @@ def main(argv=None):
     print(f"all figures: {folder / 'results.json'}")
 
 
-def scorers(settings):
+def scorers(settings, device):
     """(CLIP score, FID), None where it is not asked for. On IPUs they run on the CPU."""
     if not (settings.clip_weights or settings.fid_weights):
         return None, None
-    from backends.native.backend import pick_device
     from models import image_scores
 
-    device = pick_device("cpu" if settings.device == "ipu" else settings.device)
     clip = distance = None
     if settings.clip_weights:
         clip = image_scores.clip_score(settings.clip_weights, settings.clip_model, device)
@@ -142,11 +140,11 @@ def reconstruct(loaded, dataset, batch_size):
         return codes
 
     with tempfile.TemporaryDirectory() as place:  # pictures are read again in any case, and a user's folder left alone
-        options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-        cache = open_code_cache(dataset.folder, place, **options)
+        options = {"image_seq_len": vae.image_seq_len, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
+        cache = open_code_cache(dataset.folder, place, image_size=vae.image_size, **options)
         at_once = min(batch_size, max(1, 16 * 256**2 // vae.image_size**2))
-        codes, bad = load_codes(dataset.images, encode_and_compare, cache, batch_size=at_once)
-        dataset.attach_codes(codes.copy(), bad)
+        codes, rows = load_codes(dataset.images, encode_and_compare, cache, batch_size=at_once)
+        dataset.attach_codes(codes[:].copy(), rows)
     shown = torch.cat([torch.cat(part)[:GRID_PAIRS] for part in (originals, returned)])
     return torch.cat(psnr).mean().item(), shown
 
@@ -232,16 +230,16 @@ def draw_prompts(loaded, prompts, text, settings, sampling):
         for place, (prompt, tokens) in enumerate(zip(prompts, text))
     ]
     with tqdm(total=len(wanted), desc="drawing", unit="picture", disable=None) as bar:
-        (codes,) = batching.generate_lists(loaded, [wanted], drawn=bar.update)
-    return loaded.decode(codes), shaping
+        (codes,) = batching.generate_lists(loaded, [wanted], on_batch=bar.update)
+    return loaded.decode(codes), shaping._asdict()
 
 
 def judge(prompts, pictures):
     """Share of pictures without a fault, and how often each kind of fault was seen."""
-    from data.shapes_reader import faults
+    from data.shapes_reader import find_faults
 
     pixels = (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    seen = [faults(prompt, picture) for prompt, picture in zip(prompts, pixels)]
+    seen = [find_faults(prompt, picture) for prompt, picture in zip(prompts, pixels)]
     return sum(not found for found in seen) / len(seen), Counter(fault for found in seen for fault in found)
 
 

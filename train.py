@@ -84,7 +84,7 @@ def train(run):
                 )
             with progress.paused():
                 after_update(run, changed=not skips)
-            if run.backend.agreed(interrupts.signal_pending()):
+            if run.backend.any_process(interrupts.signal_pending()):
                 raise KeyboardInterrupt
         if not run.post_update_done:  # the same after the last update
             after_update(run)

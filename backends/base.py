@@ -1,103 +1,149 @@
-"""The contract between the commands and a machine, written once. The seam is the step: one call, one optimizer update.
+"""The contract between the commands and a machine. The seam is the step: one call makes one optimizer update.
 
-How micro-batches, replicas, precision and the update are carried out differs between an IPU pod and a CPU, and
-is hidden here; devices, optimizers and ranks are not wrapped for their own sake.
+Micro-batches, replicas, precision and the update differ between an IPU pod and a CPU, and are hidden behind it.
 """
 
-from typing import Callable, ContextManager, Dict, Iterable, Optional, Protocol, Sequence
+from argparse import Namespace
+from typing import Any, Callable, ContextManager, Dict, Iterable, List, Optional, Protocol, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from backends.memory import Memory
+from models.dalle import DALLE
+from models.vae import VQGanVAE
+
+Losses = Dict[str, float]  # total, text and image loss, in nats
 
 
 class SamplesLost(OSError):
-    """loader() can give no more samples; says why, in one line."""
+    """The loader can give no more samples; the message is one line."""
 
 
 class Trainer(Protocol):
-    """Owns the model's weights and the optimizer while a run lasts."""
+    """The owner of the model's weights and of the optimizer during a run."""
 
-    def compile(self, batch) -> None:
-        """Prepare for batches of this shape. Trains nothing."""
+    def compile(self, batch: Any) -> None:
+        """Prepare for batches of this shape, without an update."""
 
-    def step(self, batch) -> Dict[str, float]:
-        """One update from one of loader()'s batches → total, text and image loss, means over the whole global batch.
+    def step(self, batch: Any) -> Losses:
+        """Make one update and return the losses, means over the global batch of all processes.
 
-        With them `grad_norm`, the gradient's norm before clipping, on machines that leave an update out where it is
-        not finite.
+        The result also has `grad_norm`, the gradient's norm before clipping, on machines that skip updates whose
+        gradient is not finite.
+
+        Raises:
+            ConnectionError: another process of the run has ended.
         """
 
-    def evaluate(self, batches: Iterable) -> Dict[str, float]:
-        """step()'s losses without dropout and updates, means over all samples of loader()'s batches and over all
-        processes; of the averaged weights where the trainer keeps an average.
+    def evaluate(self, batches: Iterable) -> Losses:
+        """Return the losses without dropout or updates, means over all samples of all processes.
 
-        Processes may have different numbers of samples. The last batch may be smaller; machines of fixed shapes fill
-        it up with its own samples, which then count more.
+        Uses the averaged weights if the trainer keeps an average. Processes may have different numbers of samples.
+        The last batch may be smaller; machines with fixed shapes repeat its samples, which then count more.
         """
 
-    def sampler(self) -> Optional[Callable]:
-        """Backend.sampler of the weights as they are, of their average where one is kept: to be used before the next
-        step, which it does not change. None where the machine cannot draw while it trains. Called by rank 0 alone.
+    def sampler(self) -> Optional[Callable[..., Tensor]]:
+        """Return `Backend.sampler` for the current weights, or for their average if the trainer keeps one.
+
+        Only rank 0 may call it, and must use it before the next step. None if the machine cannot sample while it
+        trains.
         """
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate from the next step on."""
+        """Set the learning rate from the next step on."""
 
-    def state_dict(self) -> Dict:
-        """weights (a DALLE's own names), opt_state, and what else the trainer keeps; tensors and plain values only.
+    def state_dict(self) -> Dict[str, Any]:
+        """Return weights (with the DALLE's own names), opt_state and other state; tensors and plain values only.
 
-        `ema_weights`, where an average is kept: weights again, without the VQGAN's.
+        If the trainer keeps an average of the weights, `ema_weights` holds it, without the VQGAN.
         """
 
-    def load_state_dict(self, state: Dict) -> None:
-        """What state_dict() gave, on any backend; all but weights may be absent or None."""
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Load what `state_dict` returned on any backend; everything but the weights may be missing or None."""
 
 
 class Backend(Protocol):
-    """A machine, or one of several processes that train together.
+    """A machine that samples and evaluates, or one of several processes that do so together.
 
-    samples_per_step: what this process consumes in a step, batch_size × gradient_accumulation × its replicas ×
-    device_iterations. rank and world_size: which of the processes this is, and how many there are; rank 0 writes and
-    logs. compile_only: there is no device to run on, the run ends after compile().
+    Attributes:
+        kind: "cpu", "cuda" or "ipu".
+        device: where plain PyTorch modules run; the CPU if the backend is an IPU.
+        rank: the number of this process; rank 0 writes and logs.
+        world_size: the number of processes.
+        can_gather: whether `gather` works here.
+        memory: the device's memory; None if it cannot be measured.
     """
 
-    samples_per_step: int
+    kind: str
+    device: torch.device
     rank: int
     world_size: int
+    can_gather: bool
+    memory: Optional[Memory]
+
+    def autocast(self) -> ContextManager[Any]:
+        """Return a context in which plain PyTorch modules compute in the backend's precision."""
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows (n, …) of all processes, rank 0's first, on the CPU; n may differ between processes."""
+
+    def encode(self, vae: VQGanVAE) -> Callable[[Tensor], Tensor]:
+        """Return a function from pixels, float (B, 3, S, S) in [0, 1], to codes, int64 (B, L) on the CPU."""
+
+    def decode(self, vae: VQGanVAE) -> Callable[..., Tensor]:
+        """Return a function from codes, int64 (B, L), to pixels, float (B, 3, S, S) in [0, 1] on the CPU.
+
+        decode(codes, rows) decodes only the upper rows of an image, on machines that call a sampler's `on_code`.
+        """
+
+    def sampler(self, model: DALLE, batch_size: int) -> Callable[..., Tensor]:
+        """Return `generate_codes` for this machine, for about `batch_size` images at once.
+
+        Its codes are int64 (B, L) on the CPU. Machines that sample a whole image in one call never report single
+        codes.
+        """
+
+    def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
+        """Return a function from batches of (text int64 (B, T), codes int64 (B, L)) to mean losses over all samples."""
+
+
+class TrainingBackend(Backend, Protocol):
+    """A machine that trains, or one of several processes that train together.
+
+    Attributes:
+        settings: train.py's flags.
+        batch_size: samples of a micro-batch of this process.
+        micro_batches: micro-batches of this process per step.
+        samples_per_step: samples of this process per step: micro-batch × accumulation × replicas × device iterations.
+        compile_only: there is no device to run on; the run ends after `Trainer.compile`.
+    """
+
+    settings: Namespace
+    batch_size: int
+    micro_batches: int
+    samples_per_step: int
     compile_only: bool
 
-    def making_codes(self) -> ContextManager:
-        """Within, pictures may be encoded: by all processes at once, or by rank 0 while the others wait for it."""
+    def making_codes(self) -> ContextManager[Any]:
+        """Return a context for encoding images: all processes enter at once, or rank 0 alone while others wait."""
 
-    def agreed(self, wish: bool) -> bool:
-        """Whether any of the processes wishes it; each must ask."""
+    def any_process(self, wish: bool) -> bool:
+        """Return whether any process wishes it; every process must call this."""
 
-    def gather(self, rows):
-        """For commands that do not train: tensors (n, …) on the CPU, n each process's own → (sum of all n, …), rank 0's
-        first, in every process. None in place of the method where processes cannot.
+    def loader(self, dataset: Any, order: Sequence[List[int]]) -> Iterable:
+        """Yield batches, each all that one step consumes.
+
+        Args:
+            dataset: key → (text, image).
+            order: lists of `samples_per_step` keys, one list per step.
+
+        Raises:
+            SamplesLost: the next batch, or a part of it, cannot be read.
         """
 
-    def loader(self, dataset, order: Sequence) -> Iterable:
-        """Batches, each all that one step consumes: `order` holds lists of samples_per_step keys of `dataset`.
+    def trainer(self, model: DALLE) -> Trainer:
+        """Return a trainer for this model."""
 
-        Raises SamplesLost, only where the next batch or a part of it is wanted.
-        """
-
-    def trainer(self, model) -> Trainer: ...
-
-    def evaluator(self, model):
-        """A trained model's losses, without an optimizer: batches of any size of (text, codes), int64 (B, text_seq_len)
-        and (B, L) → total, text and image loss, means over all samples.
-        """
-
-    def encode(self, vae):
-        """Pixels float (B, 3, S, S) in [0, 1] → codes int64 (B, L) on the CPU, computed on this machine."""
-
-    def decode(self, vae):
-        """Codes int64 (B, L) → pixels float (B, 3, S, S) in [0, 1] on the CPU, computed on this machine.
-
-        Where `on_code` below is called, decode(codes, rows) makes pixels of a picture's upper rows.
-        """
-
-    def sampler(self, model):
-        """generate_codes for this machine: (text, **settings) → codes int64 (B, L) on the CPU.
-
-        Machines that draw a whole picture in one call do not call `on_code`.
-        """
+    def stage_memory(self, weights: Dict[str, Tensor]) -> List[Tuple[int, Dict[str, float]]]:
+        """Estimate each pipeline stage's memory: (IPU number, {part: bytes}); empty without a pipeline."""

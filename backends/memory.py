@@ -1,63 +1,80 @@
-"""Memory that this process takes and that there is: the GPU's where it trains on one, else the machine's. In bytes."""
+"""Measure memory in bytes: the GPU's if this process computes on one, otherwise the machine's."""
 
 import os
-import resource
 import sys
+from typing import Optional
 
 import torch
 
 
-def forget_peak(device):
-    """peak() counts from here. Where the system cannot do that, it stays the peak since the process began."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:  # not Linux, or not allowed
-        pass
+class Memory:
+    """The memory of a torch device as this process sees it."""
 
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.on_gpu = device.type == "cuda"
 
-def peak(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    told = of_status("VmHWM")
-    if told is None:
-        told = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return told
-
-
-def in_use(device):
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    told = of_status("VmRSS")
-    return peak(device) if told is None else told
-
-
-def there_is(device):
-    """What this process can have at most: the GPU's memory, or the machine's within a container's limit."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    def forget_peak(self) -> None:
+        """Start a new measurement of `peak`; has no effect on systems other than Linux."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            with open(path) as file:
-                limits.append(int(file.read()))
-        except (OSError, ValueError):  # no such file, or "max"
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        except OSError:  # not Linux, or not permitted
             pass
-    return min(limits)
+
+    def peak(self) -> int:
+        """Return the most memory that this process has used since `forget_peak`."""
+        if self.on_gpu:
+            return torch.cuda.max_memory_allocated(self.device)
+        measured = _read_status("VmHWM")
+        if measured is not None:
+            return measured
+        try:
+            import resource  # POSIX only
+        except ImportError:
+            return 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def in_use(self) -> int:
+        """Return the memory that this process uses now."""
+        if self.on_gpu:
+            return torch.cuda.memory_allocated(self.device)
+        measured = _read_status("VmRSS")
+        return self.peak() if measured is None else measured
+
+    def total(self) -> int:
+        """Return the most that this process can have: the GPU's memory, or the machine's within a container's limit."""
+        if self.on_gpu:
+            return torch.cuda.mem_get_info(self.device)[1]
+        limits = [_of_machine("SC_PHYS_PAGES")]
+        for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+            try:
+                with open(path) as file:
+                    limits.append(int(file.read()))
+            except (OSError, ValueError):  # no such file, or "max"
+                pass
+        return min(limits)
+
+    def free(self) -> int:
+        """Return the memory that this process can still allocate."""
+        if self.on_gpu:
+            return torch.cuda.mem_get_info(self.device)[0]
+        measured = _read_status("MemAvailable", "/proc/meminfo")
+        return min(self.total(), _of_machine("SC_AVPHYS_PAGES") if measured is None else measured)
 
 
-def free(device):
-    """What others leave, beside what this process has."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    told = of_status("MemAvailable", "/proc/meminfo")
-    return min(there_is(device), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if told is None else told)
+def _of_machine(pages: str) -> int:
+    """Return an amount that the system counts in pages, in bytes; 4 GiB on systems that do not say."""
+    try:
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 4 * 2**30
 
 
-def of_status(name, path="/proc/self/status"):
-    """A line `name: number kB`, in bytes; None where there is none."""
+def _read_status(name: str, path: str = "/proc/self/status") -> Optional[int]:
+    """Return the bytes of a line `name: number kB`, or None if there is none."""
     try:
         with open(path) as file:
             found = [line.split()[1] for line in file if line.startswith(f"{name}:")]

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from backends.native.backend import NativeBackend
+from backends.native.backend import NativeTrainingBackend
 from benchmarks import peer
 from benchmarks.network import settings_of
 from data.loader import TextImageDataset
@@ -82,7 +82,7 @@ def loading(quick, codes):
     """Through the backend's loader, as training reads."""
     rows = 2 if quick else 16
     settings = settings_of(quick, batch_size=rows, dataloader_workers=workers())
-    backend = NativeBackend(settings)
+    backend = NativeTrainingBackend(settings)
     steps = 4 if quick else 100 if codes else 8
 
     def measure(folder, count):

@@ -9,7 +9,7 @@ import argparse
 import torch
 
 import args
-from backends.native.backend import NativeBackend
+from backends.native.backend import NativeTrainingBackend
 from benchmarks import peer
 from benchmarks.limits import DTYPES, image_head, layer_weights, repeated, seconds_of, training_operations
 from models.dalle import DALLE
@@ -60,7 +60,7 @@ def batch_for(model, rows, device="cpu"):
 
 def training(rows, quick):
     settings = settings_of(quick, batch_size=rows)
-    backend = NativeBackend(settings)
+    backend = NativeTrainingBackend(settings)
     model = our_model(settings)
     trainer = backend.trainer(model)
     batch = batch_for(model, rows)
@@ -71,7 +71,7 @@ def training(rows, quick):
 
 def their_training(rows, quick):
     settings = settings_of(quick, batch_size=rows)
-    device = NativeBackend(settings).device
+    device = NativeTrainingBackend(settings).device
     model = their_model(settings, device).train()
     batch = batch_for(model, rows, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
@@ -87,9 +87,9 @@ def their_training(rows, quick):
 def drawing(pictures, quick):
     """Codes of one caption, top-k 0.99: the caption is read once, the weights once a code."""
     settings = settings_of(quick, batch_size=pictures)
-    backend = NativeBackend(settings)
+    backend = NativeTrainingBackend(settings)
     model = our_model(settings)
-    sampler = backend.sampler(model)
+    sampler = backend.sampler(model, settings.batch_size)
     text = batch_for(model, 1)[0].repeat(pictures, 1)
     seconds = repeated(lambda: sampler(text, generator=torch.Generator().manual_seed(0)), backend.device, quick)
     products = model.image_seq_len * (layer_weights(model) + image_head(model))
@@ -101,7 +101,7 @@ def drawing(pictures, quick):
 def their_drawing(pictures, quick):
     """dalle-pytorch's generate_images with its cache, once and cold: a picture takes it minutes."""
     settings = settings_of(quick, batch_size=pictures)
-    device = NativeBackend(settings).device
+    device = NativeTrainingBackend(settings).device
     model = their_model(settings, device).eval()
     text = batch_for(model, 1, device)[0].repeat(pictures, 1)
     return [
@@ -112,9 +112,9 @@ def their_drawing(pictures, quick):
 def prefill(rows, quick):
     """One pass over different captions and all codes but the last, which is then drawn."""
     settings = settings_of(quick, batch_size=rows)
-    backend = NativeBackend(settings)
+    backend = NativeTrainingBackend(settings)
     model = our_model(settings)
-    sampler = backend.sampler(model)
+    sampler = backend.sampler(model, settings.batch_size)
     text, codes = batch_for(model, rows)
     seconds = repeated(lambda: sampler(text, image_codes=codes[:, :-1]), backend.device, quick)
     positions = model.text_seq_len + model.image_seq_len - 1
@@ -124,7 +124,7 @@ def prefill(rows, quick):
 
 def their_prefill(rows, quick):
     settings = settings_of(quick, batch_size=rows)
-    device = NativeBackend(settings).device
+    device = NativeTrainingBackend(settings).device
     model = their_model(settings, device).eval()
     text, codes = batch_for(model, rows, device)
     with torch.no_grad():

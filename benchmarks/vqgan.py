@@ -5,7 +5,6 @@ import torch
 from backends.native.backend import NativeBackend
 from benchmarks import peer
 from benchmarks.limits import convolution_operations, repeated
-from benchmarks.network import settings_of
 from models.official_vqgan import OFFICIAL_PARAMS
 from models.vae import VQGanVAE
 
@@ -32,7 +31,7 @@ def some_codes(vae):
 
 def encoding(quick):
     """Codes are computed in fp32 whatever the precision, see backends/native/vqgan.py."""
-    vae, backend = tokenizer(quick), NativeBackend(settings_of(quick, batch_size=PICTURES))
+    vae, backend = tokenizer(quick), NativeBackend()
     pixels, encode = some_pixels(vae), backend.encode(vae)
     seconds = repeated(lambda: encode(pixels), backend.device, quick)
     operations = convolution_operations(vae.model.encoder, pixels[:1])
@@ -40,7 +39,7 @@ def encoding(quick):
 
 
 def decoding(quick):
-    vae, backend = tokenizer(quick), NativeBackend(settings_of(quick, batch_size=PICTURES))
+    vae, backend = tokenizer(quick), NativeBackend()
     codes, decode = some_codes(vae), backend.decode(vae)
     seconds = repeated(lambda: decode(codes), backend.device, quick)
     latents = torch.zeros(1, vae.hparams["params"]["ddconfig"]["z_channels"], vae.fmap_size, vae.fmap_size)
@@ -50,14 +49,14 @@ def decoding(quick):
 
 
 def their_encoding(quick):
-    vae, device = tokenizer(quick), NativeBackend(settings_of(quick)).device
+    vae, device = tokenizer(quick), NativeBackend().device
     network, pixels = peer.taming_vqgan(params_of(quick)).to(device), some_pixels(vae).to(device)
     with torch.no_grad():
         return [taken / PICTURES for taken in repeated(lambda: network.codes(2 * pixels - 1), device, quick)]
 
 
 def their_decoding(quick):
-    vae, device = tokenizer(quick), NativeBackend(settings_of(quick)).device
+    vae, device = tokenizer(quick), NativeBackend().device
     network, codes = peer.taming_vqgan(params_of(quick)).to(device), some_codes(vae).to(device)
     with torch.no_grad():
         return [taken / PICTURES for taken in repeated(lambda: network.pixels(codes), device, quick)]

@@ -1,1 +1,1 @@
-"""Files to tensors: captions, tokenizers, the loader, the code cache and the demo set."""
+"""Turn files into tensors: images, captions, tokenizers, datasets, caches and the demo set."""

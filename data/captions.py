@@ -1,121 +1,189 @@
-"""The captions of a folder's pictures as token ids, each tokenized once: kept on disk where a place is given.
+"""Tokenize the captions of a folder once, and keep the ids on disk if a place for them is given.
 
-The ids are those of whole captions; what does not fit into a sample is cut, or refused, when they are read, so one
-cache serves every length. How they lie on disk, and how processes share the work, is arrays.py's.
+The ids are those of whole captions: a sample cuts or refuses what is too long, so one cache serves every length.
 """
 
+import contextlib
+import json
 import logging
 import os
 import re
+import time
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
 import numpy as np
+from tqdm import tqdm
 
-from data.array_cache import ArrayCache, Made, pickled_by_name, unpickled
+from data.array_cache import cache_path, hold_lock
 from data.pairs import File, printable, read_captions
+from data.tokenizer import Tokenizer
+from utils.files import atomic_write
 
 logger = logging.getLogger("minidalle")
 
-_FILES_AT_ONCE = 512  # claimed together, so that several processes share the work
+SAVE_SECONDS = 60.0  # at most this much work is lost when the process is killed
+_PROGRESS_FROM = 2000  # files
 
 
 class Captions:
-    """captions[i]: the token ids of each caption of file i, as arrays; len(captions) files.
+    """captions[i]: the token ids of each caption of file i, a list of arrays.
 
-    tokens holds them all end to end, and after each caption, to tell where it ends, the largest number of its dtype.
+    File i has tokens[starts[i] : stops[i]]. Each caption ends with the largest number of the dtype, which is no id.
     """
 
     def __init__(self, tokens: np.ndarray, starts: np.ndarray, stops: np.ndarray):
-        """File i has tokens[starts[i] : stops[i]]."""
         self.tokens, self.starts, self.stops = tokens, starts, stops
+
+    @classmethod
+    def join(cls, parts: Sequence[np.ndarray], dtype: np.dtype) -> "Captions":
+        """Return the captions of several files, given the tokens of each."""
+        stops = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        tokens = np.concatenate([np.zeros(0, dtype), *parts])
+        return cls(tokens, np.concatenate([[0], stops[:-1]]).astype(np.int64)[: len(parts)], stops)
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, index: int) -> List[np.ndarray]:
-        own = self.tokens[self.starts[index] : self.stops[index]]
-        ends = np.flatnonzero(own == _end(own.dtype)).tolist()
-        return [own[start:end] for start, end in zip([0, *(end + 1 for end in ends)], ends)]
+        tokens = self.file_tokens(index)
+        ends = np.flatnonzero(tokens == _end(tokens.dtype)).tolist()
+        return [tokens[start:end] for start, end in zip([0, *(end + 1 for end in ends)], ends)]
 
-    def __getstate__(self) -> dict:
-        return {**vars(self), "tokens": pickled_by_name(self.tokens)}
+    def file_tokens(self, index: int) -> np.ndarray:
+        """Return the tokens of all captions of a file, with their ends."""
+        return self.tokens[self.starts[index] : self.stops[index]]
 
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, tokens=unpickled(state["tokens"]))
-
-    def only(self, kept: np.ndarray) -> "Captions":
-        """Those of the files that a mask or an array of indices names."""
-        return Captions(self.tokens, self.starts[kept], self.stops[kept])
+    def select(self, rows: np.ndarray) -> "Captions":
+        """Return the captions of the files that a mask or an array of indices selects."""
+        return Captions(self.tokens, self.starts[rows], self.stops[rows])
 
     def first_longer_than(self, length: int) -> Optional[int]:
-        """The first file with a caption of more than `length` tokens."""
+        """Return the index of the first file that has a caption of more than `length` tokens."""
         ends = np.flatnonzero(self.tokens == _end(self.tokens.dtype))
         too_long = ends[np.diff(ends, prepend=-1) - 1 > length]
-        # The tokens may hold those of other files as well, so it is not enough that there are any.
+        # `tokens` may hold those of other files too, so a file counts only if a long caption ends within it.
         found = np.searchsorted(too_long, self.starts) != np.searchsorted(too_long, self.stops)
         return int(np.argmax(found)) if found.any() else None
 
 
-def open_caption_cache(folder: Union[str, Path], cache_dir: Union[str, Path], tokenizer) -> ArrayCache:
-    """The cache of tokens of `folder`'s caption files in `cache_dir`; it may be empty.
+class CaptionCache:
+    """The tokens of a folder's caption files, kept in one .npz.
 
-    Raises OSError when there is a `cache_dir` that cannot be read.
-    """
-    key = {"version": 1, "tokenizer": tokenizer.fingerprint, "captions": "lines that are not blank, stripped"}
-    name = re.sub("[^A-Za-z0-9]", "", tokenizer.fingerprint)[:12]
-    return ArrayCache(cache_dir, f"captions-{name}", folder, _dtype(tokenizer), key)
-
-
-def tokenized(
-    files: Sequence[File], folder: Union[str, Path], tokenizer, cache: Optional[ArrayCache] = None
-) -> Captions:
-    """The captions of these files of `folder`, whole. What the cache has is taken from it, the rest is added to it.
-
-    tokenizer: `encode(text)` gives a list of ids below `vocab_size`, `fingerprint` names its vocabulary.
-
-    A file whose size in bytes or modification time changed is read again. Several processes that call this share the
-    files. A cache that cannot be written is told in the log, and done without.
-
-    Raises ValueError and OSError when a file cannot be read, or its captions cannot be tokenized.
+    `file in cache` tells whether a file, in its present state, is there.
     """
 
-    def make(batches: Iterator[Sequence[int]]) -> Iterator[Made]:
-        return _tokenize(files, batches, str(folder), tokenizer)
+    def __init__(self, folder: Union[str, Path], cache_dir: Union[str, Path], tokenizer: Tokenizer):
+        """Open the cache in `cache_dir`; it may not exist yet.
 
-    if cache is not None:
+        Raises:
+            OSError: `cache_dir` exists and cannot be read.
+        """
+        self.folder, self.tokenizer = Path(folder), tokenizer
+        name = "captions-" + re.sub("[^A-Za-z0-9]", "", tokenizer.fingerprint)[:12]
+        self.path = cache_path(cache_dir, name, folder, {"version": 2, "tokenizer": tokenizer.fingerprint}, ".npz")
+        self.refresh()
+
+    def __contains__(self, file: Any) -> bool:
+        return file in self._rows
+
+    def refresh(self) -> None:
+        """Read what another process has written."""
+        self._rows: Dict[File, int] = {}
+        self._captions = Captions.join([], _dtype(self.tokenizer))
         try:
-            cache.fill(files, make, batch_size=_FILES_AT_ONCE, doing="tokenizing captions", unit="file")
-            return Captions(*cache.load(files))
+            with np.load(self.path, allow_pickle=False) as content:
+                index = json.loads(content["index"].tobytes())
+                files = list(zip(index["names"], index["sizes"], index["mtimes"]))
+                captions = Captions(content["tokens"], content["starts"], content["stops"])
+        except FileNotFoundError:
+            return
+        except Exception as error:  # damage makes zipfile, numpy and json raise many types of errors
+            logger.warning("%s: damaged, tokenizing again (%s)", printable(self.path), error)
+            return
+        self._rows, self._captions = {file: row for row, file in enumerate(files)}, captions
+
+    def load(self, files: Sequence[File]) -> Captions:
+        """Return the captions of these files, after tokenizing those that the cache lacks.
+
+        If several processes call this at once, one tokenizes and the others wait. A cache that cannot be written is
+        reported in the log.
+
+        Raises:
+            ValueError, OSError: a file cannot be read, or its captions cannot be tokenized.
+        """
+        with contextlib.ExitStack() as stack:
+            if not all(file in self for file in files):
+                with contextlib.suppress(OSError):  # cannot be written, which _save logs
+                    stack.enter_context(hold_lock(self.path.with_suffix(".lock")))
+                self.refresh()
+                self._add([file for file in files if file not in self], files)
+        return self._captions.select(np.array([self._rows[file] for file in files]))
+
+    def _add(self, missing: Sequence[File], files: Sequence[File]) -> None:
+        new: Dict[File, np.ndarray] = {}
+        saved = time.monotonic()
+        try:
+            for file, tokens in zip(missing, tokenize_files(missing, self.folder, self.tokenizer)):
+                new[file] = tokens
+                if time.monotonic() - saved >= SAVE_SECONDS:
+                    self._save(files, new)
+                    saved = time.monotonic()
+        finally:
+            if new:
+                self._save(files, new)
+
+    def _save(self, files: Sequence[File], new: Dict[File, np.ndarray]) -> None:
+        """Write the cache again with `new`: first `files`, in their order, then what is known of others."""
+        names = {name for name, _, _ in files}
+        kept = [file for file in files if file in new or file in self]
+        kept += [file for file in self._rows if file[0] not in names]
+        parts = [new[file] if file in new else self._captions.file_tokens(self._rows[file]) for file in kept]
+        self._captions = captions = Captions.join(parts, _dtype(self.tokenizer))
+        self._rows = {file: row for row, file in enumerate(kept)}
+        index = json.dumps(dict(zip(("names", "sizes", "mtimes"), zip(*kept)))).encode("ascii")
+        try:
+            with atomic_write(self.path, sync=True) as content:
+                np.savez(
+                    content,
+                    index=np.frombuffer(index, np.uint8),
+                    tokens=captions.tokens,
+                    starts=captions.starts,
+                    stops=captions.stops,
+                )
         except OSError as error:
-            logger.warning("captions are tokenized anew in every run: %s", error)
-    batches = (range(len(files))[start : start + _FILES_AT_ONCE] for start in range(0, len(files), _FILES_AT_ONCE))
-    _, tokens, lengths = zip(*make(batches))
-    lengths = np.concatenate(lengths)
-    stops = np.cumsum(lengths)
-    return Captions(np.concatenate(tokens), stops - lengths, stops)
+            logger.warning("captions are tokenized again in every run: %s", error)
 
 
-def _tokenize(files: Sequence[File], batches: Iterator[Sequence[int]], folder: str, tokenizer) -> Iterator[Made]:
+def load_captions(
+    files: Sequence[File], folder: Union[str, Path], tokenizer: Tokenizer, cache: Optional[CaptionCache] = None
+) -> Captions:
+    """Return the captions of these files of `folder`, from the cache if there is one.
+
+    Raises:
+        ValueError, OSError: a file cannot be read, or its captions cannot be tokenized.
+    """
+    if cache is not None:
+        return cache.load(files)
+    return Captions.join(list(tokenize_files(files, folder, tokenizer)), _dtype(tokenizer))
+
+
+def tokenize_files(files: Sequence[File], folder: Union[str, Path], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Yield the tokens of each file, with an end after each caption."""
     dtype = _dtype(tokenizer)
-    end = _end(dtype)
-    for batch in batches:
+    hidden = None if logger.isEnabledFor(logging.INFO) and len(files) > _PROGRESS_FROM else True
+    for name, _, _ in tqdm(files, desc="tokenizing captions", unit="file", disable=hidden):
+        path = os.path.join(folder, name)
         tokens: List[int] = []
-        lengths = []
-        for index in batch:
-            before = len(tokens)
-            path = os.path.join(folder, files[index][0])
-            try:
-                for text in read_captions(path):
-                    tokens += tokenizer.encode(text)
-                    tokens.append(end)
-            except ValueError as error:
-                raise ValueError(f"{printable(path)}: {error}") from None
-            lengths.append(len(tokens) - before)
-        yield batch, np.array(tokens, dtype), lengths
+        try:
+            for text in read_captions(path):
+                tokens += [*tokenizer.encode(text), _end(dtype)]
+        except ValueError as error:
+            raise ValueError(f"{printable(path)}: {error}") from None
+        yield np.array(tokens, dtype)
 
 
-def _dtype(tokenizer) -> np.dtype:
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 65535 else np.uint32)  # the largest number is no id
 
 

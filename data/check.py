@@ -1,17 +1,16 @@
-"""A folder looked through before a long run: what training would skip or refuse, and what is worth knowing.
+"""Check a folder before a long run: report what training would skip or refuse, and what is worth knowing.
 
     python -m data.check FOLDER
 
-Every picture is decoded as training decodes it, every caption tokenized, in several processes. Nothing is changed.
+Every image is decoded as in training and every caption is tokenized, in several processes. Nothing is changed.
 """
 
-import argparse
 import hashlib
 import os
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -20,71 +19,75 @@ from tqdm import tqdm
 from data.images import load_image
 from data.loader import WorkerTracker
 from data.pairs import LABEL_FILE, UNREADABLE, find_pairs, open_image, printable, read_captions
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
+from utils.command_line import Parser, number
 from utils.interrupts import ignore_interrupts_in_worker
 
-ENDS_A_PROCESS = "picture over which the process that reads it is killed"
-TOO_LONG = "caption file with more than {} tokens a caption"
-SMALL = "picture of fewer than {} pixels a side, which is enlarged"
-LONG = "picture more than three times as long as wide, of which the middle square is used"
-CMYK = "picture in CMYK"
-DEEP = "picture of 16 bits a channel"
-TRANSPARENT = "picture with transparent parts, which become white"
-ANIMATED = "animated picture, of which the first is used"
-ONE_COLOUR = "picture of one colour"
-SAME_PICTURE = "picture of the same bytes as another"
-SAME_CAPTION = "caption that another picture has as well"
-SAME_STEM = "picture with its captions in another folder, where several have its stem"
+DEADLY = "image whose reading kills the process"
+TOO_LONG = "caption file with more than {} tokens per caption"
+SMALL = "image with fewer than {} pixels per side, which is enlarged"
+LONG = "image more than three times as long as wide, of which the center square is used"
+CMYK = "image in CMYK"
+DEEP = "image with 16 bits per channel"
+TRANSPARENT = "image with transparent parts, which become white"
+ANIMATED = "animated image, of which the first frame is used"
+ONE_COLOR = "image of a single color"
+SAME_IMAGE = "image with the same bytes as another"
+SAME_CAPTION = "caption that another image also has"
+SAME_STEM = "image with its captions in another folder, although other images have the same stem"
 UNKNOWN = "caption file with characters that the vocabulary lacks"
 NO_TOKENS = "caption file with a caption of no tokens"
 
-_AT_ONCE = 16  # pairs that a worker hands over together
-_NAMELESS = 3  # workers killed over nothing that can be named, after which there is no point in going on
+_BATCH = 16  # pairs that a worker hands over together
+_MAX_UNEXPLAINED = 3  # dead workers that were reading nothing, before giving up
 
 
-class Found(NamedTuple):
-    """What there is to say of one pair."""
+class Findings(NamedTuple):
+    """What is found about one pair."""
 
-    fault: Optional[str]  # why the picture cannot be read
-    traits: Tuple[str, ...]  # kinds of the list above
-    digest: bytes  # of the picture's bytes; b"" where no other has as many
-    tokens: Tuple[int, ...]  # of each caption
-    unknown: int  # tokens, of all captions
-    captions: Tuple[bytes, ...]  # a digest of each
+    fault: Optional[str]  # why the image cannot be read
+    traits: Tuple[str, ...]  # the kinds of image above that apply
+    digest: bytes  # of the image's bytes
+    lengths: Tuple[int, ...]  # tokens of each caption
+    unknown: int  # unknown tokens in all captions
+    captions: Tuple[bytes, ...]  # a digest of each caption
 
 
-class Pairs(Dataset):
-    """Pair i as (i, Found)."""
+class _Pairs(Dataset):
+    """Item i is (i, Findings) of pair i."""
 
-    def __init__(self, pairs: Sequence[Tuple[Path, Path]], tokenizer, image_size: int):
+    def __init__(self, pairs: Sequence[Tuple[Path, Path]], tokenizer: Tokenizer, image_size: int):
         self.pairs, self.tokenizer, self.image_size = pairs, tokenizer, image_size
-        self.bytes = [picture.stat().st_size if picture.exists() else -1 for picture, _ in pairs]
-        self.shared = {size for size, count in Counter(self.bytes).items() if count > 1}
         self.tracker = WorkerTracker()
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> Tuple[int, Found]:
-        picture, caption_file = self.pairs[index]
+    def __getitem__(self, index: int) -> Tuple[int, Findings]:
+        image, caption_file = self.pairs[index]
+        fault: Optional[str] = None
+        traits: Tuple[str, ...] = ()
+        digest = b""
         self.tracker.mark(index)
-        fault, traits, digest = None, (), b""
         try:
-            traits = picture_traits(picture, self.image_size)
-            if self.bytes[index] in self.shared:
-                digest = hashlib.blake2b(picture.read_bytes(), digest_size=16).digest()
+            traits = image_traits(image, self.image_size)
+            digest = _digest(image.read_bytes())
         except (ValueError, OSError) as error:
             fault = str(error)
         self.tracker.mark(-1)
         captions = read_captions(caption_file)
         ids = [self.tokenizer.encode(caption) for caption in captions]
         unknown = sum(token == self.tokenizer.unknown for tokens in ids for token in tokens)
-        digests = tuple(hashlib.blake2b(caption.encode("utf-8"), digest_size=8).digest() for caption in captions)
-        return index, Found(fault, traits, digest, tuple(map(len, ids)), unknown, digests)
+        digests = tuple(_digest(caption.encode("utf-8")) for caption in captions)
+        return index, Findings(fault, traits, digest, tuple(map(len, ids)), unknown, digests)
 
 
-def picture_traits(path: Path, image_size: int) -> Tuple[str, ...]:
-    """The kinds that a picture is of; raises what load_image raises."""
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def image_traits(path: Path, image_size: int) -> Tuple[str, ...]:
+    """Return the kinds of image that this one is; raise what load_image raises."""
     pixels = load_image(path, image_size)
     with open_image(path) as image:
         width, height = image.size
@@ -95,154 +98,143 @@ def picture_traits(path: Path, image_size: int) -> Tuple[str, ...]:
             DEEP: image.mode.startswith("I"),
             TRANSPARENT: image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info,
             ANIMATED: getattr(image, "is_animated", False),
-            ONE_COLOUR: bool((pixels == pixels[0, 0]).all()),
+            ONE_COLOR: bool((pixels == pixels[0, 0]).all()),
         }
-    return tuple(kind for kind, holds in kinds.items() if holds)
+    return tuple(kind for kind, applies in kinds.items() if applies)
 
 
-def look_at_all(pairs: Pairs, workers: int) -> List[Optional[Found]]:
-    """Found of every pair; None where the process that read it was killed. RuntimeError where they go on being killed
-    over nothing in particular.
+def _examine(pairs: _Pairs, workers: int) -> List[Optional[Findings]]:
+    """Return the findings about every pair; None if reading it killed the process.
+
+    Raises:
+        RuntimeError: workers are killed again and again while they read nothing.
     """
-    results: List[Optional[Found]] = [None] * len(pairs)
-    killers, nameless = set(), 0
-    with tqdm(total=len(pairs), desc="looking at pictures", unit="picture", disable=None, leave=False) as bar:
+    results: List[Optional[Findings]] = [None] * len(pairs)
+    deadly: Set[int] = set()
+    unexplained = 0
+    with tqdm(total=len(pairs), desc="checking images", unit="image", disable=None, leave=False) as bar:
         while True:
-            left = [index for index, found in enumerate(results) if found is None and index not in killers]
+            left = [index for index, found in enumerate(results) if found is None and index not in deadly]
             loader = DataLoader(
                 pairs,
-                _AT_ONCE,
+                _BATCH,
                 sampler=left,
                 num_workers=min(workers, len(left)),
                 collate_fn=list,
                 worker_init_fn=ignore_interrupts_in_worker,
             )
             try:
-                for part in loader:
-                    for index, found in part:
+                for batch in loader:
+                    for index, found in batch:
                         results[index] = found
-                    bar.update(len(part))
+                    bar.update(len(batch))
                 return results
-            except RuntimeError as error:  # which may come at any place above: what is noted is noted
+            except RuntimeError as error:  # torch raises it anywhere above; all results so far are kept
                 if not str(error).startswith("DataLoader worker"):
                     raise
                 named = pairs.tracker.of_dead(str(error))
-            killers.update(named)
-            nameless += not named
-            if nameless > _NAMELESS:
-                raise RuntimeError("processes that read pictures are killed; if memory ran out, use fewer --workers")
+            deadly.update(named)
+            unexplained += not named
+            if unexplained > _MAX_UNEXPLAINED:
+                raise RuntimeError("processes that read images are killed; if memory ran out, use fewer --workers")
 
 
 class Report(NamedTuple):
-    """faults, notes: kind → names relative to the folder, of what training skips or refuses and of what is worth
-    knowing. tokens: int (captions,), of the pairs that can be used. unknown: how many of them all are unknown.
-    """
+    """What is found in a folder; names are relative to it."""
 
-    pairs: int  # usable
-    faults: Dict[str, List[str]]
-    notes: Dict[str, List[str]]
-    tokens: np.ndarray
-    unknown: int
+    pairs: int  # usable ones
+    faults: Dict[str, List[str]]  # kind -> names of what training would skip or refuse
+    notes: Dict[str, List[str]]  # kind -> names of what is worth knowing
+    tokens: np.ndarray  # int64 (captions,), tokens of each caption of usable pairs
+    unknown: int  # unknown tokens in all of them
 
 
 def check(
-    folder: Path, tokenizer, *, text_seq_len: int, image_size: int, truncate_captions: bool = False, workers: int = 0
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    text_seq_len: int,
+    image_size: int,
+    truncate_captions: bool = False,
+    workers: int = 0,
 ) -> Report:
-    """Raises what find_pairs raises where there is no pair at all."""
+    """Examine all pairs of a folder; raise the errors of find_pairs if it has no pair."""
     found_pairs, skipped = find_pairs(folder)
-    pairs = [(folder / picture[0], folder / captions[0]) for picture, captions in found_pairs]
+    pairs = [(folder / image[0], folder / captions[0]) for image, captions in found_pairs]
 
     def name(path: Path) -> str:
         return printable(os.path.relpath(path, folder))
 
     faults = {reason: [name(path) for path in paths] for reason, paths in skipped.items()}
     notes: Dict[str, List[str]] = {LABEL_FILE: faults.pop(LABEL_FILE, [])}
-    results = look_at_all(Pairs(pairs, tokenizer, image_size), workers)
-    first: Dict[bytes, str] = {}  # digest of a picture or caption → where it was met
+    first: Dict[bytes, str] = {}  # digest of an image or caption -> the first file that has it
     tokens: List[int] = []
-    unknown = 0
-    stems = Counter(picture.stem for picture, _ in pairs)
-    usable = 0
-    for (picture, captions), found in zip(pairs, results):
+    unknown = usable = 0
+    stems = Counter(image.stem for image, _ in pairs)
+    for (image, captions), found in zip(pairs, _examine(_Pairs(pairs, tokenizer, image_size), workers)):
         if found is None or found.fault is not None:
-            faults.setdefault(ENDS_A_PROCESS if found is None else UNREADABLE, []).append(name(picture))
+            faults.setdefault(DEADLY if found is None else UNREADABLE, []).append(name(image))
             continue
         usable += 1
-        kinds = [(kind.format(image_size), name(picture)) for kind in found.traits]
-        if found.digest:
-            kinds += same(SAME_PICTURE, name(picture), first, found.digest)
-        for digest in set(found.captions):
-            kinds += same(SAME_CAPTION, name(captions), first, digest)
-        if stems[picture.stem] > 1 and picture.parent != captions.parent:
-            kinds.append((SAME_STEM, f"{name(picture)} with {name(captions)}"))
+        for kind in found.traits:
+            notes.setdefault(kind.format(image_size), []).append(name(image))
+        digests = [(SAME_IMAGE, name(image), found.digest)]
+        digests += [(SAME_CAPTION, name(captions), digest) for digest in set(found.captions)]
+        for kind, file, digest in digests:
+            if first.setdefault(digest, file) != file:
+                notes.setdefault(kind, []).append(f"{file} as {first[digest]}")
+        if stems[image.stem] > 1 and image.parent != captions.parent:
+            notes.setdefault(SAME_STEM, []).append(f"{name(image)} with {name(captions)}")
         if found.unknown:
-            kinds.append((UNKNOWN, name(captions)))
-        if min(found.tokens) == 0:
-            kinds.append((NO_TOKENS, name(captions)))
-        for kind, words in kinds:
-            notes.setdefault(kind, []).append(words)
-        if max(found.tokens) > text_seq_len:
-            refused = notes if truncate_captions else faults
-            refused.setdefault(TOO_LONG.format(text_seq_len), []).append(name(captions))
-        tokens += found.tokens
+            notes.setdefault(UNKNOWN, []).append(name(captions))
+        if min(found.lengths) == 0:
+            notes.setdefault(NO_TOKENS, []).append(name(captions))
+        if max(found.lengths) > text_seq_len:
+            too_long = notes if truncate_captions else faults
+            too_long.setdefault(TOO_LONG.format(text_seq_len), []).append(name(captions))
+        tokens += found.lengths
         unknown += found.unknown
     return Report(usable, faults, notes, np.array(tokens, dtype=np.int64), unknown)
 
 
-def same(kind: str, name: str, first: Dict[bytes, str], digest: bytes) -> List[Tuple[str, str]]:
-    earlier = first.setdefault(digest, name)
-    return [] if earlier == name else [(kind, f"{name} as {earlier}")]
-
-
-def lines(folder: Path, report: Report, examples: Optional[int]) -> List[str]:
-    """A report as text; of each kind `examples` are named, None: all."""
-    said = [f"{printable(folder)}: {report.pairs:,} pairs can be used, with {len(report.tokens):,} captions"]
+def describe(folder: Path, report: Report, examples: Optional[int]) -> str:
+    """Return a report as text, naming `examples` files of each kind (None: all)."""
+    lines = [f"{printable(folder)}: {report.pairs:,} usable pairs with {len(report.tokens):,} captions"]
     if len(report.tokens):
         low, middle, high, top = np.percentile(report.tokens, [0, 50, 95, 100], method="lower").tolist()
         share = report.unknown / max(int(report.tokens.sum()), 1)
-        said.append(
-            f"tokens of a caption: {low} at least, median {middle}, 95 % have at most {high}, the longest {top}; "
+        lines.append(
+            f"tokens per caption: minimum {low}, median {middle}, 95th percentile {high}, maximum {top}; "
             f"{share:.3%} are unknown"
         )
     for title, kinds in (("skipped or refused in training", report.faults), ("worth knowing", report.notes)):
         kinds = {kind: names for kind, names in sorted(kinds.items()) if names}
-        said += [f"{title}:"] if kinds else []
+        lines += [f"{title}:"] if kinds else []
         for kind, names in kinds.items():
             rest = ", …" if examples is not None and len(names) > examples else ""
-            said.append(f"{len(names):9,} × {kind}: {', '.join(names[:examples])}{rest}")
+            lines.append(f"{len(names):9,} × {kind}: {', '.join(names[:examples])}{rest}")
     count = sum(map(len, report.faults.values()))
-    said.append(f"training would skip or refuse {count:,} of these files" if count else "nothing would be skipped")
-    return said
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # one line, where argparse would print the usage too
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _count(low: int):
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {low}")
-        return int(text)
-
-    return parse
+    lines.append(f"training would skip or refuse {count:,} of these files" if count else "nothing would be skipped")
+    return "\n".join(lines)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Exit status 0: clean; 1: training would skip or refuse something; 2: bad arguments."""
-    parser = _Parser(
-        prog="python -m data.check",
-        description="Looks through a folder before a long run.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Run the command; exit with 0: clean, 1: training would skip or refuse something, 2: bad arguments."""
+    parser = Parser("Check a folder of images and captions before a long run.")
+    parser.prog = "python -m data.check"
     add = parser.add_argument
-    add("folder", metavar="FOLDER", help="pictures and .txt captions, as train.py's --input-folder")
-    add("--bpe-path", "--bpe_path", help="YouTokenToMe vocabulary; none: CLIP's")
-    add("--text-seq-len", "--text_seq_len", type=_count(1), default=80, help="text tokens a caption may have")
-    add("--truncate-captions", "--truncate_captions", action="store_true", help="longer ones are cut, and no fault")
-    add("--image-size", "--image_size", type=_count(1), default=256, help="side of the VQGAN's pictures in pixels")
-    add("--workers", type=_count(0), default=os.cpu_count() or 1, help="processes")
+    add("folder", metavar="FOLDER", help="images and .txt captions, as train.py's --input-folder")
+    add("--bpe-path", "--bpe_path", help="YouTokenToMe vocabulary; CLIP's if not given")
+    add("--text-seq-len", "--text_seq_len", type=number(int, low=1), default=80, help="most text tokens of a caption")
+    add("--truncate-captions", "--truncate_captions", action="store_true", help="cut longer captions in training")
+    add(
+        "--image-size",
+        "--image_size",
+        type=number(int, low=1),
+        default=256,
+        help="side of the VQGAN's images in pixels",
+    )
+    add("--workers", type=number(int, low=0), default=os.cpu_count() or 1, help="processes")
     add("--all", action="store_true", help="name every file, not three of each kind")
     settings = parser.parse_args(argv)
     folder = Path(settings.folder)
@@ -261,13 +253,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             truncate_captions=settings.truncate_captions,
             workers=settings.workers,
         )
-    except (ValueError, OSError, RuntimeError) as error:  # not one pair, or no process that lives
+    except (ValueError, OSError, RuntimeError) as error:  # no pair, or workers that are killed
         print(f"{parser.prog}: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    print("\n".join(lines(folder, report, None if settings.all else 3)))
+    print(describe(folder, report, None if settings.all else 3))
     raise SystemExit(1 if any(report.faults.values()) else 0)
 
 

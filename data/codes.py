@@ -1,7 +1,6 @@
-"""The codes of a folder's pictures: the VQGAN is frozen and the crop fixed, so each picture is encoded once.
+"""Encode a folder's images once: the VQGAN is frozen and the crop is fixed, so their codes never change.
 
-Encoding is the caller's: `load_codes` is handed a function from pixels to codes and never sees a model. How codes lie
-on disk, and how processes share the work, is arrays.py's.
+The caller passes the function from pixels to codes; this module never sees a model.
 """
 
 import os
@@ -11,113 +10,80 @@ from typing import Callable, Dict, Iterator, List, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from data.array_cache import FLUSH_SECONDS, ArrayCache, Made
-from data.images import load_image
+from data.array_cache import ArrayCache, Computed, MappedRows
+from data.images import read_images
 from data.pairs import File, printable
-from utils.interrupts import ignore_interrupts_in_worker
 
 CROP = "upright, middle square, bilinear"  # what load_image does; a change there must change this
 
+Encode = Callable[[torch.Tensor], torch.Tensor]  # float32 (B, 3, S, S) in [0, 1] -> integers (B, image_seq_len)
+
 
 def open_code_cache(
-    folder: Union[str, Path], cache_dir: Union[str, Path], *, image_size: int, num_codes: int, fingerprint: str
+    folder: Union[str, Path],
+    cache_dir: Union[str, Path],
+    *,
+    image_size: int,
+    image_seq_len: int,
+    num_codes: int,
+    fingerprint: str,
 ) -> ArrayCache:
-    """The cache of `folder`'s pictures in `cache_dir`, uint16 (uint32 when num_codes > 65536); it may be empty.
+    """Open the cache in `cache_dir` with the codes of `folder`'s images; it may be empty.
 
-    fingerprint: names the VQGAN's weights; codes of another one are neither used nor touched.
+    Args:
+        image_size: side of the VQGAN's images in pixels.
+        image_seq_len: codes per image; uint16, or uint32 if num_codes > 65536.
+        fingerprint: identifies the VQGAN's weights.
 
-    Raises OSError when there is a `cache_dir` that cannot be read.
+    Raises:
+        OSError: `cache_dir` exists and cannot be read.
     """
-    key = {"version": 1, "vqgan": fingerprint, "crop": CROP, "image_size": image_size, "num_codes": num_codes}
+    key = {"version": 2, "vqgan": fingerprint, "crop": CROP, "image_size": image_size, "num_codes": num_codes}
     vqgan = re.sub("[^A-Za-z0-9]", "", fingerprint)[:12]
     dtype = np.uint16 if num_codes <= 65536 else np.uint32
-    return ArrayCache(cache_dir, f"codes-{vqgan}-{image_size}", folder, dtype, key)
+    return ArrayCache(cache_dir, f"codes-{vqgan}-{image_size}", folder, dtype, image_seq_len, key)
 
 
 def load_codes(
-    pictures: Sequence[File],
-    encode: Callable[[torch.Tensor], torch.Tensor],
-    cache: ArrayCache,
-    *,
-    batch_size: int = 16,
-    workers: int = 0,
-    flush_seconds: float = FLUSH_SECONDS,
-) -> Tuple[np.ndarray, Dict[int, str]]:
-    """Codes of every picture, from the cache where it has them and through `encode` where it does not.
+    images: Sequence[File], encode: Encode, cache: ArrayCache, *, batch_size: int = 16, workers: int = 0
+) -> Tuple[MappedRows, np.ndarray]:
+    """Return the codes of every image, after encoding those that the cache lacks.
 
-    encode: float32 (B, 3, image_size, image_size) in [0, 1] on the CPU → integers (B, codes per picture) in [0,
-    num_codes).
+    An image whose size in bytes or modification time changed is encoded again. `workers` processes decode images (0:
+    this one); `encode` runs in this process. Several processes that call this at once divide the work.
 
-    A picture whose size in bytes or modification time changed is encoded again. Pictures are decoded by `workers`
-    processes, or in this one with 0; `encode` runs in this one. Several processes that call this share the pictures.
+    Returns:
+        The rows of the cache, and the row of each image: int64 (images,), -1 for an image that cannot be read.
 
-    Returns (codes, bad): bad maps the indices of the pictures that could not be read to the reason; codes are those of
-    all others, in order: uint16 (uint32 when num_codes > 65536), (len(pictures) - len(bad), codes per picture),
-    read-only and mapped from disk where it can be.
-
-    Raises ValueError when no picture can be read or `encode` gives other than it should, and OSError when the cache
-    cannot be written.
+    Raises:
+        ValueError: no image can be read, or `encode` returned something else than codes.
+        OSError: the cache cannot be written.
     """
-    if not pictures:
-        raise ValueError(f"{printable(cache.folder)}: no picture to encode")
-    bad: Dict[int, str] = {}
+    if not images:
+        raise ValueError(f"{printable(cache.folder)}: no image to encode")
+    reasons: Dict[int, str] = {}
 
-    def make(batches: Iterator[List[int]]) -> Iterator[Made]:
-        loader = DataLoader(
-            _Pixels(pictures, str(cache.folder), cache.key["image_size"]),
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=list,
-            worker_init_fn=ignore_interrupts_in_worker,
-        )
-        for samples in loader:
-            readable = [(index, pixels) for index, pixels in samples if not isinstance(pixels, str)]
-            bad.update((index, reason) for index, reason in samples if isinstance(reason, str))
-            if readable:
-                images = torch.stack([pixels for _, pixels in readable])  # (B, 3, size, size)
-                codes = _checked(encode(images.float().div_(255)), len(readable), cache.key["num_codes"])
-                yield [index for index, _ in readable], codes.astype(cache.dtype), None
+    def compute(batches: Iterator[List[int]]) -> Iterator[Computed]:
+        paths = [os.path.join(cache.folder, name) for name, _, _ in images]
+        for batch in read_images(paths, cache.key["image_size"], batches, workers):
+            reasons.update(batch.unreadable)
+            if batch.pixels is not None:
+                codes = encode(batch.pixels.float().div_(255))
+                yield batch.indices, _check_codes(codes, (len(batch.indices), cache.width), cache.key["num_codes"])
 
-    cache.fill(
-        pictures, make, batch_size=batch_size, doing="encoding pictures", unit="picture", flush_seconds=flush_seconds
-    )
-    encoded = [picture for picture in pictures if picture in cache]
-    if not encoded:
-        reason = next(iter(bad.values()))
-        raise ValueError(f"{printable(cache.folder)}: none of {len(pictures)} pictures can be read ({reason})")
-    # Of a picture that this process could not read, another may have made the codes meanwhile.
-    bad = {index: reason for index, reason in bad.items() if pictures[index] not in cache}
-    codes, rows, _ = cache.load(encoded)
-    in_order = np.array_equal(rows, np.arange(len(rows)))
-    return codes[: len(rows)] if in_order else codes[rows], bad
+    cache.fill(images, compute, batch_size=batch_size, title="encoding images", unit="image")
+    if not any(image in cache for image in images):
+        reason = next(iter(reasons.values()))
+        raise ValueError(f"{printable(cache.folder)}: none of {len(images)} images can be read ({reason})")
+    return cache.load(images)
 
 
-class _Pixels(Dataset):
-    """Pictures as uint8 (3, size, size), or the reason why not as a string."""
-
-    def __init__(self, pictures: Sequence[File], folder: str, size: int):
-        self.pictures = pictures
-        self.folder = folder
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> Tuple[int, Union[torch.Tensor, str]]:
-        try:
-            pixels = load_image(os.path.join(self.folder, self.pictures[index][0]), self.size)
-        except (ValueError, OSError) as error:
-            return index, str(error)
-        return index, torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def _checked(codes: torch.Tensor, count: int, num_codes: int) -> np.ndarray:
-    if codes.ndim != 2 or len(codes) != count or codes.is_floating_point():
-        raise ValueError(
-            f"encode gave {codes.dtype} {tuple(codes.shape)} for {count} pictures; integers ({count}, L) are needed"
-        )
+def _check_codes(codes: torch.Tensor, shape: Tuple[int, int], num_codes: int) -> np.ndarray:
+    if tuple(codes.shape) != shape or codes.is_floating_point():
+        raise ValueError(f"encode returned {codes.dtype} {tuple(codes.shape)} instead of integers {shape}")
     if codes.min() < 0 or codes.max() >= num_codes:
-        raise ValueError(f"encode gave codes {int(codes.min())} to {int(codes.max())}; the codebook has {num_codes}")
+        raise ValueError(
+            f"encode returned codes {int(codes.min())} to {int(codes.max())}; the codebook has {num_codes}"
+        )
     return codes.cpu().numpy()

@@ -1,10 +1,8 @@
-"""Captioned pictures as training samples: one picture to pixels, a folder to a dataset.
+"""Captioned images as training samples: a folder of pairs, or generated ones.
 
-Everything random here is a function of numbers that name it: a caption draw of (seed, epoch, index), a generated sample
-of (seed, index). So workers, processes and resumed runs need share no state, and keys carry the epoch: the batch order
-(data/order.py) yields (epoch, index), and `dataset[(epoch, index)]` answers it.
-
-Nothing here knows a model: codes come as an array (data/codes.py makes it), the tokenizer from the caller.
+Everything random is a function of numbers that name it: a caption's choice of (seed, epoch, index), a generated sample
+of (seed, index). So workers, processes and resumed runs share no state. Keys carry the epoch: the order (data/order.py)
+yields (epoch, index), and `dataset[(epoch, index)]` returns that sample.
 """
 
 import copy
@@ -12,69 +10,69 @@ import hashlib
 import logging
 import os
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Container, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Container, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from data.array_cache import pickled_by_name, unpickled
-from data.captions import open_caption_cache, tokenized
+from data.array_cache import MappedRows
+from data.captions import CaptionCache, load_captions
 from data.images import load_image
 from data.order import Key, epoch_and_index, random_bits
 from data.pairs import UNREADABLE, File, Skipped, find_pairs, printable, read_captions, report_skipped
+from data.tokenizer import Tokenizer
 
 logger = logging.getLogger("minidalle")
 
-_SLOTS = 256  # workers of one DataLoader; more share slots, and the latest to begin is remembered
-_NAMED_IN_LOG = 20  # unreadable pictures told one by one; a disk that goes away would fill the log
-_NEVER_AGAIN = 2  # the flag of a picture over which a worker was killed; 1: could not be read, and is tried again
-# What a random number is for, so that no two uses share one; 2 is the order's, in data/order.py.
-_CAPTION, _DROPOUT, _GENERATED, _HELD_OUT = 0, 1, 3, 4
+_SLOTS = 256  # workers of one DataLoader; more of them share slots, and the latest mark is kept
+_LOGGED_UNREADABLE = 20  # images reported one by one; a disk that goes away would fill the log
+# Flags of images: an unreadable one is tried again; one whose reading killed a worker is not.
+_READABLE, _UNREADABLE, _DEADLY = 0, 1, 2
+# First name of a random number, so that no two uses share one; 2 is taken by data/order.py.
+_CAPTION, _DROPOUT, _GENERATED, _VALIDATION = 0, 1, 3, 4
 
 
 class WorkerTracker:
-    """One place a worker in memory that outlives it. Make it before the workers are started."""
+    """Which sample each worker process is reading, in memory that outlives the worker.
+
+    Create it before the workers start.
+    """
 
     def __init__(self) -> None:
         self._slots = torch.full((_SLOTS, 2), -1, dtype=torch.int64).share_memory_()  # process, index or -1
 
     def mark(self, index: int) -> None:
-        """Note what this worker reads from now on; -1: nothing. Outside of workers nothing is noted."""
+        """Note which sample this worker is reading from now on (-1: none); do nothing outside of workers."""
         worker = get_worker_info()
         if worker is not None:
             self._slots[worker.id % _SLOTS] = torch.tensor([os.getpid(), index])
 
-    def of_dead(self, said: str) -> List[int]:
-        """What the workers were reading that torch's error names: "DataLoader worker (pid 12) is killed by …"."""
-        named = re.search(r"\(pid(?:\(s\))? ([\d, ]+)\)", said)
+    def of_dead(self, message: str) -> List[int]:
+        """Return what the workers named in torch's error ("DataLoader worker (pid 12) is killed") were reading."""
+        named = re.search(r"\(pid(?:\(s\))? ([\d, ]+)\)", message)
         processes = {int(number) for number in named[1].split(",")} if named else set()
         return [index for process, index in self._slots.tolist() if process in processes and index >= 0]
 
 
 class TextImageDataset(Dataset):
-    """The pairs of a folder: `dataset[index]`, or `dataset[(epoch, index)]`, is (text, image).
+    """The pairs of a folder: `dataset[index]` or `dataset[(epoch, index)]` is (text, image).
 
-    text   int64 (text_seq_len,): one caption of the picture, drawn anew each epoch, zero-padded. All zeros with
-           probability `caption_dropout`.
-    image  float32 (3, image_size, image_size) in [0, 1]; uint8 in [0, 255] with `byteio`; int64 (image_seq_len,) when
-           codes are attached.
+    text   int64 (text_seq_len,): the zero-padded tokens of one of the image's captions, another one in each epoch; all
+           zeros with probability `caption_dropout`
+    image  float32 (3, image_size, image_size) in [0, 1]; uint8 in [0, 255] if `byteio`; int64 (image_seq_len,) if codes
+           are attached
 
-    tokenizer: as captions.py wants it; `tokenize(texts, length)` raises ValueError when a text is longer. Every caption
-    is tokenized once, here, or taken from `cache_dir` where it is given and has it. Caption files that it has, and
-    pictures that are among `encoded`, are known to be sound and not opened.
-
-    A picture that turns out unreadable while training is replaced by the next one that can be read; it is told in the
-    log once and counted in `skipped` and `lost`, also when a worker process found it.
-
-    Raises what find_pairs raises, and ValueError naming the caption file that is too long.
+    An image that cannot be read during training is replaced by the next one that can. It is logged once, and counted in
+    `skipped` and `lost`, in whichever process it was found.
     """
 
     def __init__(
         self,
         folder: Union[str, Path],
-        tokenizer,
+        tokenizer: Tokenizer,
         *,
         text_seq_len: int = 80,
         image_size: int = 256,
@@ -85,116 +83,120 @@ class TextImageDataset(Dataset):
         cache_dir: Union[str, Path, None] = None,
         encoded: Container[File] = (),
     ):
+        """Find the pairs and tokenize all captions.
+
+        Args:
+            cache_dir: where tokens are cached. Caption files in the cache are known to be good and not opened.
+            encoded: images that are known to be good and not opened.
+
+        Raises:
+            FileNotFoundError, PermissionError, ValueError: the folder has no pair, or a caption is too long.
+        """
         self.folder = Path(folder)
         self.text_seq_len = text_seq_len
         self.image_size = image_size
         self.byteio = byteio
         self.caption_dropout = caption_dropout
         self.seed = seed
-        cache = None if cache_dir is None else open_caption_cache(folder, cache_dir, tokenizer)
-        tokenized_before = () if cache is None else cache
-        pairs, self._skipped = find_pairs(folder, lambda file: file in encoded or file in tokenized_before)
+        cache = None if cache_dir is None else CaptionCache(folder, cache_dir, tokenizer)
+        pairs, self._skipped = find_pairs(folder, lambda file: file in encoded or (cache is not None and file in cache))
         report_skipped(self._skipped)
-        self.images: List[File] = [picture for picture, _ in pairs]
-        captions = [caption for _, caption in pairs]
-        self._captions = tokenized(captions, self.folder, tokenizer, cache)
+        self.images: List[File] = [image for image, _ in pairs]
+        caption_files = [captions for _, captions in pairs]
+        self._captions = load_captions(caption_files, self.folder, tokenizer, cache)
         if not truncate_captions:
-            self._refuse_long_captions(captions, tokenizer)
-        self._codes: Optional[np.ndarray] = None
-        # One flag a picture, in memory that worker processes share with their parent.
-        self._unreadable = torch.zeros(len(self.images), dtype=torch.uint8).share_memory_()
+            self._refuse_long_captions(caption_files, tokenizer)
+        self._codes: Union[np.ndarray, MappedRows, None] = None
+        self._code_rows = np.zeros(0, dtype=np.int64)  # of each image
+        # One flag per image, in memory that worker processes share with their parent.
+        self._flags = torch.zeros(len(self.images), dtype=torch.uint8).share_memory_()
         self._tracker = WorkerTracker()
 
-    def _refuse_long_captions(self, files: List[File], tokenizer) -> None:
-        place = self._captions.first_longer_than(self.text_seq_len)
-        if place is None:
+    def _refuse_long_captions(self, files: List[File], tokenizer: Tokenizer) -> None:
+        index = self._captions.first_longer_than(self.text_seq_len)
+        if index is None:
             return
-        path = self.folder / files[place][0]
+        path = self.folder / files[index][0]
         try:
             tokenizer.tokenize(read_captions(path), self.text_seq_len)
         except ValueError as error:
             raise ValueError(f"{printable(path)}: {error}") from None
         raise ValueError(f"{printable(path)}: changed while it was read")
 
-    def attach_codes(self, codes: np.ndarray, bad: Optional[Mapping[int, str]] = None) -> None:
-        """From now on give codes in place of pixels. Call it before workers are started.
+    def attach_codes(self, codes: Union[np.ndarray, MappedRows], rows: Optional[np.ndarray] = None) -> None:
+        """Return codes instead of pixels from now on; call this before workers start.
 
-        codes: integers (pictures, image_seq_len), in the order of `pictures` without those that are in bad. bad:
-        index → reason for those that could not be encoded (`load_codes` returns both); they leave the dataset and are
-        counted in `skipped`.
+        Args:
+            codes: integers (N, image_seq_len).
+            rows: the row of each image in `codes` (default: in order). Images with row -1 leave the dataset and are
+                counted in `skipped`.
         """
-        bad = bad or {}
-        good = np.ones(len(self), dtype=bool)
-        good[list(bad)] = False
-        if codes.ndim != 2 or len(codes) != good.sum():
-            raise ValueError(
-                f"codes have shape {tuple(codes.shape)}, {good.sum()} pictures need ({good.sum()}, codes each)"
-            )
+        rows = np.arange(len(self)) if rows is None else rows
+        good = rows >= 0
+        if len(codes.shape) != 2 or len(rows) != len(self) or rows.max() >= codes.shape[0]:
+            raise ValueError(f"codes of shape {tuple(codes.shape)} and {len(rows)} rows for {len(self)} images")
         if not good.any():
-            raise ValueError(f"{printable(self.folder)}: none of its {len(self)} pictures could be encoded")
+            raise ValueError(f"{printable(self.folder)}: none of its {len(self)} images could be encoded")
         if not good.all():
-            lost = {UNREADABLE: [self.folder / self.images[index][0] for index in sorted(bad)]}
-            report_skipped(lost)
-            self._skipped[UNREADABLE] = sorted(set(self._skipped.get(UNREADABLE, []) + lost[UNREADABLE]))
-            self._keep(np.flatnonzero(good))
-        self._codes = codes
+            bad = {UNREADABLE: [self.folder / self.images[index][0] for index in np.flatnonzero(~good)]}
+            report_skipped(bad)
+            self._skipped[UNREADABLE] = sorted(set(self._skipped.get(UNREADABLE, []) + bad[UNREADABLE]))
+        self._codes, self._code_rows = codes, rows
+        self._keep(np.flatnonzero(good))
 
-    def _keep(self, rows: np.ndarray) -> None:
-        self.images = [self.images[row] for row in rows]
-        self._captions = self._captions.only(rows)
-        self._unreadable = self._unreadable[torch.from_numpy(rows)].share_memory_()
-        self._tracker = WorkerTracker()  # of its own, where a copy keeps other rows
+    def _keep(self, indices: np.ndarray) -> None:
+        self.images = [self.images[index] for index in indices]
+        self._captions = self._captions.select(indices)
+        self._flags = self._flags[torch.from_numpy(indices)].share_memory_()
+        self._tracker = WorkerTracker()  # a new one, because a copy of this dataset keeps other images
         if self._codes is not None:
-            self._codes = self._codes[rows]
+            self._code_rows = self._code_rows[indices]
 
     def split_off(self, share: float) -> "TextImageDataset":
-        """Take this share of the pairs out, at least one, and return them as a dataset of their own, without caption
-        dropout. A hash of a picture's name decides, so that the same pictures are held out whatever the seed, and
-        nearly the same ones of a folder that has grown. ValueError where nothing would be left to train on.
+        """Remove a share of the pairs, at least one, and return them as a dataset without caption dropout.
+
+        A hash of the image's name selects them: the same images with every seed, and mostly the same after the folder
+        has grown.
+
+        Raises:
+            ValueError: nothing would be left.
         """
         names = [os.fsencode(name) for name, _, _ in self.images]
-        order = sorted(range(len(names)), key=lambda row: hashlib.sha256(names[row]).digest())
+        order = sorted(range(len(names)), key=lambda index: hashlib.sha256(names[index]).digest())
         count = max(1, round(share * len(order)))
         if count >= len(order):
-            raise ValueError(f"{printable(self.folder)}: {len(order)} pairs are too few to hold {share:g} of them out")
-        held_out = copy.copy(self)
-        held_out.caption_dropout, held_out._skipped = 0.0, {}
-        held_out._keep(np.sort(order[:count]))
+            raise ValueError(f"{printable(self.folder)}: {len(order)} pairs are too few to split off {share:g} of them")
+        validation_set = copy.copy(self)
+        validation_set.caption_dropout, validation_set._skipped = 0.0, {}
+        validation_set._keep(np.sort(order[:count]))
         self._keep(np.sort(order[count:]))
-        return held_out
+        return validation_set
 
     def fingerprint(self) -> str:
-        """Names what there is to learn: pictures by name, captions by their tokens."""
+        """Return a hash of the image names and the tokens of their captions."""
         digest = hashlib.sha256()
-        captions = self._captions
-        for (name, _, _), start, stop in zip(self.images, captions.starts, captions.stops):
-            digest.update(os.fsencode(name) + b"\0" + captions.tokens[start:stop].tobytes())
+        for index, (name, _, _) in enumerate(self.images):
+            digest.update(os.fsencode(name) + b"\0" + self._captions.file_tokens(index).tobytes())
         return digest.hexdigest()
-
-    def __getstate__(self) -> dict:
-        return {**vars(self), "_codes": pickled_by_name(self._codes)}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, _codes=unpickled(state["_codes"]))
 
     @property
     def skipped(self) -> Skipped:
-        """Reason → files left out, those that went bad since the scan included."""
-        found = [self.folder / self.images[i][0] for i in self._unreadable.nonzero().flatten().tolist()]
+        """Reason and paths of skipped files, including images that became unreadable later."""
+        found = [self.folder / self.images[index][0] for index in self._flags.nonzero().flatten().tolist()]
         if not found:
             return dict(self._skipped)
         return {**self._skipped, UNREADABLE: sorted(set(self._skipped.get(UNREADABLE, []) + found))}
 
     @property
     def lost(self) -> int:
-        """How many pictures went bad since the scan."""
-        return int((self._unreadable > 0).sum())
+        """Number of images that became unreadable after the scan."""
+        return int((self._flags != _READABLE).sum())
 
-    def exclude_images_of(self, said: str) -> List[str]:
-        """The pictures that the workers were reading whose end torch's error `said` tells; they are not read again."""
-        places = self._tracker.of_dead(said)
-        self._unreadable[places] = _NEVER_AGAIN
-        return [printable(self.folder / self.images[place][0]) for place in places]
+    def exclude_images_of(self, message: str) -> List[str]:
+        """Never read again what the dead workers of torch's error message were reading; return the names."""
+        indices = self._tracker.of_dead(message)
+        self._flags[indices] = _DEADLY
+        return [printable(self.folder / self.images[index][0]) for index in indices]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -202,24 +204,24 @@ class TextImageDataset(Dataset):
     def __getitem__(self, key: Key) -> Tuple[torch.Tensor, torch.Tensor]:
         epoch, index = epoch_and_index(key, len(self))
         if self._codes is not None:
-            return self._text(epoch, index), torch.from_numpy(self._codes[index].astype(np.int64))
-        for step in range(len(self)):
-            place = (index + step) % len(self)
-            if self._unreadable[place] == _NEVER_AGAIN:
+            codes = self._codes[self._code_rows[index]]
+            return self._text(epoch, index), torch.from_numpy(codes.astype(np.int64))
+        for candidate in [*range(index, len(self)), *range(index)]:
+            if self._flags[candidate] == _DEADLY:
                 continue
-            self._tracker.mark(place)
+            self._tracker.mark(candidate)
             try:
-                pixels = load_image(self.folder / self.images[place][0], self.image_size)
+                pixels = load_image(self.folder / self.images[candidate][0], self.image_size)
             except (ValueError, OSError) as error:
-                self._note_unreadable(place, error)
+                self._note_unreadable(candidate, error)
                 continue
             finally:
                 self._tracker.mark(-1)
             image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (size, size, 3) -> (3, size, size)
-            return self._text(epoch, place), image if self.byteio else image.float().div_(255)
-        raise ValueError(f"{printable(self.folder)}: none of its {len(self)} pictures can be read any more")
+            return self._text(epoch, candidate), image if self.byteio else image.float().div_(255)
+        raise ValueError(f"{printable(self.folder)}: none of its {len(self)} images can be read any more")
 
-    def iter_captions(self, tokenizer, rows: Optional[Sequence[int]] = None) -> Iterator[str]:
+    def iter_captions(self, tokenizer: Tokenizer, rows: Optional[Sequence[int]] = None) -> Iterator[str]:
         """Yield the text of every caption of all images, or the first caption of each image in `rows`."""
         for row in range(len(self)) if rows is None else rows:
             captions = self._captions[row]
@@ -227,81 +229,69 @@ class TextImageDataset(Dataset):
                 yield " ".join(tokenizer.decode(tokens).split())
 
     def first_caption(self, index: int) -> torch.Tensor:
-        """int64 (text_seq_len,), zero-padded."""
-        return self._padded(self._captions[index][0])
+        """Return the first caption of an image, int64 (text_seq_len,), zero-padded."""
+        return self._pad(self._captions[index][0])
 
     def _text(self, epoch: int, index: int) -> torch.Tensor:
         if random_bits(self.seed, _DROPOUT, epoch, index) < self.caption_dropout * 2.0**64:
-            return self._padded(())
+            return self._pad(())
         captions = self._captions[index]
-        return self._padded(captions[random_bits(self.seed, _CAPTION, epoch, index) % len(captions)])
+        return self._pad(captions[random_bits(self.seed, _CAPTION, epoch, index) % len(captions)])
 
-    def _padded(self, tokens: Sequence[int]) -> torch.Tensor:
+    def _pad(self, tokens: Union[Sequence[int], np.ndarray]) -> torch.Tensor:
         text = np.zeros(self.text_seq_len, dtype=np.int64)
         tokens = tokens[: self.text_seq_len]
         text[: len(tokens)] = tokens
         return torch.from_numpy(text)
 
     def _note_unreadable(self, index: int, error: Exception) -> None:
-        if self._unreadable[index]:
+        if self._flags[index] != _READABLE:
             return
-        self._unreadable[index] = 1
-        told = self.lost
-        if told <= _NAMED_IN_LOG:
-            more = "; more will only be counted" if told == _NAMED_IN_LOG else ""
-            logger.warning("%s; another picture takes its place%s", error, more)
+        self._flags[index] = _UNREADABLE
+        if self.lost <= _LOGGED_UNREADABLE:
+            more = "; further ones are only counted" if self.lost == _LOGGED_UNREADABLE else ""
+            logger.warning("%s; using another image instead%s", error, more)
 
 
+@dataclass(eq=False)
 class GeneratedDataset(Dataset):
-    """Random samples for measuring speed without data: each depends on `seed` and its index alone.
+    """Random samples for measuring speed without data; each depends only on `seed` and its index.
 
-    text   int64 (text_seq_len,), tokens from 1 to num_text_tokens - 1 (num_text_tokens: the tokenizer's vocabulary
-    size).
-    image  as in TextImageDataset: float32 or, with `byteio`, uint8 (3, image_size, image_size); with `num_image_codes`
-           and `image_seq_len`, int64 (image_seq_len,) codes below num_image_codes.
+    text   int64 (text_seq_len,), tokens from 1 to num_text_tokens - 1
+    image  as in TextImageDataset: float32 or, if `byteio`, uint8 (3, image_size, image_size); int64 (image_seq_len,)
+           codes below num_image_codes if both are given
     """
 
-    def __init__(
-        self,
-        length: int,
-        *,
-        text_seq_len: int,
-        num_text_tokens: int,
-        image_size: int = 256,
-        byteio: bool = False,
-        seed: int = 42,
-        num_image_codes: Optional[int] = None,
-        image_seq_len: Optional[int] = None,
-    ):
-        if (num_image_codes is None) != (image_seq_len is None):
+    length: int
+    text_seq_len: int
+    num_text_tokens: int
+    image_size: int = 256
+    byteio: bool = False
+    seed: int = 42
+    num_image_codes: Optional[int] = None
+    image_seq_len: Optional[int] = None
+    lost = 0  # as in TextImageDataset
+
+    def __post_init__(self) -> None:
+        if (self.num_image_codes is None) != (self.image_seq_len is None):
             raise ValueError("generated codes need both num_image_codes and image_seq_len")
-        self.length = length
-        self.lost = 0  # pictures that went bad, as TextImageDataset has it
-        self.text_seq_len = text_seq_len
-        self.num_text_tokens = num_text_tokens
-        self.image_size = image_size
-        self.byteio = byteio
-        self.seed = seed
-        self.num_image_codes = num_image_codes
-        self.image_seq_len = image_seq_len
 
     def __len__(self) -> int:
         return self.length
 
     def split_off(self, share: float) -> "GeneratedDataset":
-        """A further dataset of this share of the length, at least one sample, of another seed."""
-        held_out = copy.copy(self)
-        held_out.length, held_out.seed = max(1, round(share * self.length)), random_bits(self.seed, _HELD_OUT)
-        return held_out
+        """Return a dataset of this share of the length, at least one sample, with another seed."""
+        return replace(self, length=max(1, round(share * self.length)), seed=random_bits(self.seed, _VALIDATION))
 
-    def exclude_images_of(self, said: str) -> List[str]:
-        """As TextImageDataset has it: no picture was read."""
+    def exclude_images_of(self, message: str) -> List[str]:
+        """Return an empty list: no image was read."""
         return []
 
     def fingerprint(self) -> str:
+        """Return what identifies the samples."""
         return f"{self.length} generated samples of seed {self.seed}"
 
-    def iter_captions(self, tokenizer, rows: Optional[Sequence[int]] = None) -> Iterator[str]:
+    def iter_captions(self, tokenizer: Tokenizer, rows: Optional[Sequence[int]] = None) -> Iterator[str]:
         """Yield nothing: random tokens are no captions."""
         return iter(())
 

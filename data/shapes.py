@@ -1,28 +1,22 @@
-"""The demo set: captioned pictures of two coloured shapes, drawn rather than collected.
+"""Draw the demo set: captioned images of two colored shapes.
 
-``python -m data.shapes`` writes 64x64 pictures such as "a small red circle above a large blue square": 8 colours,
-5 shapes, 2 sizes and 4 relations, five wordings a picture. This module owns the vocabulary, the grammar of captions
-(written and parsed), the combinations withheld from training, the drawing and the files. It does not look at pictures:
-``data/shapes_reader.py`` reads them back.
+`python -m data.shapes` writes 64 × 64 images such as "a small red circle above a large blue square": 8 colors, 5
+shapes, 2 sizes and 4 relations, five captions per image. data/shapes_reader.py reads such images back. The layout is
+COCO's, in one folder per split:
 
-Layout, COCO's own files in one folder per split, so that training on ``train`` can never meet a ``val`` picture::
-
-    data/shapes/train/images/000000000001.png      data/shapes/train/captions/000000000001.txt   one caption a line
+    data/shapes/train/images/000000000001.png      data/shapes/train/captions/000000000001.txt   one caption per line
     data/shapes/val/images/000000020001.png        data/shapes/val/captions/000000020001.txt
     data/shapes/annotations/captions_train.json    data/shapes/annotations/captions_val.json     COCO captions format
     data/shapes/dataset.json                       settings
 
-Picture ids run on from ``train`` to ``val``, so no stem occurs twice.
+Image ids continue from `train` to `val`, so no stem occurs twice. A tenth of the (color, shape, relation, color, shape)
+combinations is withheld from training, 560 of 5,600, the same ones for every seed and count: `train` shows none of them
+and `val` nothing else. "A above B" and "B below A" are one image, so they are withheld together.
 
-Withheld are a tenth of the (colour, shape, relation, colour, shape) combinations: 560 of 5,600, the same for every seed
-and count. "A above B" and "B below A" are one picture, so they are withheld together. ``train`` shows none of them and
-``val`` nothing else.
-
-Every shape sits in whole cells of an 8x8 grid, small ones in 2x2 and large ones in 3x3: an image tokenizer with one
-code a cell then meets only 449 different patches, wherever the shapes are.
+Every shape fills whole cells of an 8 × 8 grid, small ones 2 × 2 and large ones 3 × 3. An image tokenizer with one code
+per cell then meets only 449 different patches.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -30,17 +24,19 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Dict, FrozenSet, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-VERSION = 1  # of the drawing and the wording: raised whenever the same settings would give other files
+from utils.command_line import Parser
+from utils.files import replace_folder
+
+VERSION = 1  # of the drawings and captions: raised when the same settings would give other files
 
 BACKGROUND = (247, 244, 238)
 COLORS = {
@@ -63,25 +59,25 @@ RELATIONS = {
 }
 INVERSE = {"above": "below", "below": "above", "left": "right", "right": "left"}
 
-GRID = 8  # cells a side
-CELLS = {"small": 2, "large": 3}  # cells a side that a shape of that size takes
-CAPTIONS_PER_PICTURE = 5
-CAPTION_TOKENS = 12  # of bpe/bpe_yttm_vocab.txt, in which every word of the grammar is one token, but for these
-LONG_WORDS = {"triangle": 2}
+GRID = 8  # cells per side
+CELLS = {"small": 2, "large": 3}  # cells per side of a shape
+CAPTIONS_PER_IMAGE = 5
+CAPTION_TOKENS = 12  # most tokens of bpe/bpe_yttm_vocab.txt in a caption
+LONG_WORDS = {"triangle": 2}  # tokens; every other word of the grammar is one
 
-Combination = Tuple[str, str, str, str, str]  # colour, shape, relation, colour, shape
+Combination = Tuple[str, str, str, str, str]  # color, shape, relation, color, shape
 
 
 class Item(NamedTuple):
-    """One shape as a caption names it; ``size`` is None where the caption leaves it out."""
+    """One shape as a caption names it; `size` is None if the caption does not mention it."""
 
-    colour: str
+    color: str
     shape: str
     size: Optional[str]
 
 
 class Scene(NamedTuple):
-    """``first`` stands in ``relation`` ("above", "below", "left", "right") to ``second``."""
+    """Two items; `first` stands in `relation` ("above", "below", "left", "right") to `second`."""
 
     first: Item
     relation: str
@@ -89,27 +85,25 @@ class Scene(NamedTuple):
 
     @property
     def combination(self) -> Combination:
-        return (self.first.colour, self.first.shape, self.relation, self.second.colour, self.second.shape)
+        """What the image shows, without sizes."""
+        return (self.first.color, self.first.shape, self.relation, self.second.color, self.second.shape)
 
-    def turned(self) -> "Scene":
-        """The same picture told from the other shape."""
+    def inverse(self) -> "Scene":
+        """Return the same image as described from the other shape."""
         return Scene(self.second, INVERSE[self.relation], self.first)
 
 
-# ---------------------------------------------------------------------------------------------- combinations
-
-
 @lru_cache(maxsize=None)
-def _contents() -> Tuple[Tuple[Combination, ...], ...]:
-    """What pictures can show, told from the upper or left shape: (for training, to choose on, to score on).
+def _combinations() -> Tuple[Tuple[Combination, ...], ...]:
+    """Return what images can show, described from the upper or left shape: (to train, to choose, to score).
 
-    The order comes from a hash of the words alone. The first tenth of each axis is withheld, and halved.
+    The order comes from a hash of the words alone. The first tenth of each axis is withheld from training, and halved.
     """
     kinds = list(itertools.product(COLORS, SHAPES))
     train, choose, score = [], [], []
     for relation in ("above", "left"):
         axis = [(*a, relation, *b) for a, b in itertools.product(kinds, kinds) if a[0] != b[0]]
-        axis.sort(key=lambda content: hashlib.sha256(" ".join(content).encode()).digest())
+        axis.sort(key=lambda combination: hashlib.sha256(" ".join(combination).encode()).digest())
         tenth = len(axis) // 10
         choose += axis[: tenth // 2]
         score += axis[tenth // 2 : tenth]
@@ -117,57 +111,45 @@ def _contents() -> Tuple[Tuple[Combination, ...], ...]:
     return tuple(train), tuple(choose), tuple(score)
 
 
-@lru_cache(maxsize=None)
-def withheld_combinations() -> FrozenSet[Combination]:
-    """The combinations that training never sees; with each one also its inverse ("A above B": "B below A")."""
-    _, choose, score = _contents()
-    turned = ((c2, s2, INVERSE[relation], c1, s1) for c1, s1, relation, c2, s2 in choose + score)
-    return frozenset(choose + score) | frozenset(turned)
-
-
 # -------------------------------------------------------------------------------------------------- captions
 
 
-def _tokens(caption: str) -> int:
-    return sum(LONG_WORDS.get(word, 1) for word in caption.split())
-
-
-def _word_item(item: Item, article: bool, rng: random.Random) -> str:
+def _describe_item(item: Item, article: bool, rng: random.Random) -> str:
     words = [rng.choice(SIZES[item.size])] if item.size else []
-    words += [item.colour, item.shape]
+    words += [item.color, item.shape]
     if article:
         words.insert(0, "an" if words[0][0] in "aeiou" else "a")
     return " ".join(words)
 
 
-def word_scene(scene: Scene, rng: random.Random) -> str:
-    """One wording of ``scene``, told from ``first``; sizes that are None stay unsaid. At most CAPTION_TOKENS tokens."""
+def describe_scene(scene: Scene, rng: random.Random) -> str:
+    """Return one caption from `first` to `second`, without sizes that are None; at most CAPTION_TOKENS tokens."""
     while True:  # the shortest wording, without articles, always fits: 11 tokens for two triangles
         article = rng.random() < 0.75
         opening = "there is " if article and rng.random() < 0.25 else ""
-        first, second = _word_item(scene.first, article, rng), _word_item(scene.second, article, rng)
+        first, second = _describe_item(scene.first, article, rng), _describe_item(scene.second, article, rng)
         caption = f"{opening}{first} {rng.choice(RELATIONS[scene.relation])} {second}"
-        if _tokens(caption) <= CAPTION_TOKENS:
+        if sum(LONG_WORDS.get(word, 1) for word in caption.split()) <= CAPTION_TOKENS:
             return caption
 
 
-def caption_scene(scene: Scene, rng: random.Random) -> List[str]:
-    """Five different wordings: told from either shape, three or so with both sizes, the first one always."""
+def describe_differently(scene: Scene, rng: random.Random) -> List[str]:
+    """Return five different captions, from either shape; the first one and about two others name both sizes."""
     captions: List[str] = []
-    while len(captions) < CAPTIONS_PER_PICTURE:
-        told = scene if rng.random() < 0.5 else scene.turned()
+    while len(captions) < CAPTIONS_PER_IMAGE:
+        described = scene if rng.random() < 0.5 else scene.inverse()
         if captions and rng.random() < 0.5:
-            unsized = (told.first._replace(size=None), told.second._replace(size=None))
-            first, second = rng.choice(((told.first, unsized[1]), (unsized[0], told.second), unsized))
-            told = Scene(first, told.relation, second)
-        caption = word_scene(told, rng)
+            unsized = (described.first._replace(size=None), described.second._replace(size=None))
+            first, second = rng.choice(((described.first, unsized[1]), (unsized[0], described.second), unsized))
+            described = Scene(first, described.relation, second)
+        caption = describe_scene(described, rng)
         if caption not in captions:
             captions.append(caption)
     return captions
 
 
-def _alternatives(words: Dict[str, Tuple[str, ...]]) -> Tuple[str, Dict[str, str]]:
-    """A regular expression for all the wordings, and which name each of them stands for."""
+def _alternatives(words: Mapping[str, Tuple[str, ...]]) -> Tuple[str, Dict[str, str]]:
+    """Return a regular expression for all wordings, and the name that each of them stands for."""
     names = {wording: name for name, wordings in words.items() for wording in wordings}
     return "|".join(names), names
 
@@ -179,47 +161,52 @@ _CAPTION = re.compile(rf"(?:there is )?{_ITEM} ({_RELATION}) {_ITEM}\.?")
 
 
 def parse_caption(text: str) -> Scene:
-    """The scene that a caption describes, as told. ValueError for a caption outside the grammar."""
+    """Return the scene that a caption describes.
+
+    Raises:
+        ValueError: the caption is outside the grammar.
+    """
     match = _CAPTION.fullmatch(" ".join(text.lower().split()))
     if match is None:
         raise ValueError(
             f"caption {text!r} is not understood: it should read like 'a small red circle above a large blue square'"
         )
-    size1, colour1, shape1, relation, size2, colour2, shape2 = match.groups()
-    return Scene(
-        Item(colour1, shape1, _SIZE_NAMES.get(size1)),
-        _RELATION_NAMES[relation],
-        Item(colour2, shape2, _SIZE_NAMES.get(size2)),
-    )
+    size1, color1, shape1, relation, size2, color2, shape2 = match.groups()
+    first, second = Item(color1, shape1, _SIZE_NAMES.get(size1)), Item(color2, shape2, _SIZE_NAMES.get(size2))
+    return Scene(first, _RELATION_NAMES[relation], second)
 
 
 def validation_prompts(split: str, count: int = 256, seed: int = 0) -> List[str]:
-    """``count`` different captions of withheld combinations, both sizes named: at most 1,120 a split.
+    """Return different captions of withheld combinations that name both sizes: at most 1,120 per split.
 
-    ``split`` is "choose" (for choosing sampling settings) or "score" (for the figure reported). The two halves share no
-    combination. The first prompts of a longer list are the shorter list of the same seed.
+    Args:
+        split: "choose" (to choose sampling settings) or "score" (for reported figures); they share no combination.
+        count: a shorter list is the beginning of a longer one with the same seed.
+
+    Raises:
+        ValueError: unknown split, or count out of range.
     """
-    splits = dict(zip(("choose", "score"), _contents()[1:]))
+    splits = dict(zip(("choose", "score"), _combinations()[1:]))
     if split not in splits:
         raise ValueError(f"split {split!r} is unknown: it should be 'choose' or 'score'")
     scenes = []
     for (c1, s1, relation, c2, s2), size1, size2 in itertools.product(splits[split], SIZES, SIZES):
         scene = Scene(Item(c1, s1, size1), relation, Item(c2, s2, size2))
-        scenes += [scene, scene.turned()]
+        scenes += [scene, scene.inverse()]
     if not 1 <= count <= len(scenes):
         raise ValueError(f"count {count} is out of range: {split!r} has between 1 and {len(scenes)} prompts")
     rng = random.Random(f"prompts {split} {seed}")
     rng.shuffle(scenes)
-    return [word_scene(scene, rng) for scene in scenes[:count]]
+    return [describe_scene(scene, rng) for scene in scenes[:count]]
 
 
 # --------------------------------------------------------------------------------------------------- drawing
 
 
 def _outline(shape: str, half: float) -> np.ndarray:
-    """Corners (N, 2) of a polygon, x to the right and y down, inside [-half, half] around the cells' centre."""
-    reach = half - 0.5  # a seam to the next cell keeps shapes whole when each cell is a code of its own
-    if shape == "square":  # a square as wide as the circle would look bigger than it
+    """Return the corners of a polygon, (N, 2), x to the right and y down, in [-half, half] around its cells' center."""
+    reach = half - 0.5  # half a pixel less, because the next cell has another code
+    if shape == "square":  # as wide as the circle it would look bigger
         side = half - 2
         return np.array([(-side, -side), (side, -side), (side, side), (-side, side)])
     if shape == "triangle":
@@ -230,7 +217,7 @@ def _outline(shape: str, half: float) -> np.ndarray:
     if shape == "star":
         radius = reach / math.cos(math.radians(18)) * np.where(np.arange(10) % 2, 0.48, 1.0)
         points = radius[:, None] * np.stack([np.sin(turn), -np.cos(turn)], 1)
-    else:  # the well-known heart curve, 32 units wide
+    else:  # the well-known heart curve is 32 units wide
         y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
         points = reach / 16 * np.stack([16 * np.sin(turn) ** 3, -y], 1)
     points[:, 1] -= (points[:, 1].max() + points[:, 1].min()) / 2
@@ -239,32 +226,31 @@ def _outline(shape: str, half: float) -> np.ndarray:
 
 @lru_cache(maxsize=None)
 def coverage(shape: str, size: str, cell: int) -> np.ndarray:
-    """How much of each pixel a shape covers: (n, n) float32 in [0, 1], n = 2 or 3 cells of ``cell`` pixels."""
-    side, samples = CELLS[size] * cell, 8  # 8x8 points a pixel
-    half = CELLS[size] * 4.0  # outlines are measured in 64ths of the picture
+    """Return how much of each pixel a shape covers: float32 (n, n) in [0, 1], n = 2 or 3 cells of `cell` pixels."""
+    side, samples = CELLS[size] * cell, 8  # 8 × 8 points per pixel
+    half = CELLS[size] * 4.0  # outlines are measured in 64ths of the image
     steps = ((np.arange(side * samples) + 0.5) / (side * samples) * 2 - 1) * half
     x, y = steps[None, :], steps[:, None]
     inside = np.zeros((side * samples, side * samples), dtype=bool)
     points = _outline(shape, half)
+    # A point is inside if a ray to its left crosses the outline an odd number of times.
     for (x1, y1), (x2, y2) in zip(points, np.roll(points, -1, axis=0)):
-        if (
-            y1 != y2
-        ):  # even-odd rule: a point is inside when a ray to its left crosses the outline an odd number of times
+        if y1 != y2:
             inside ^= ((y1 > y) != (y2 > y)) & (x > x1 + (y - y1) / (y2 - y1) * (x2 - x1))
     return inside.reshape(side, samples, side, samples).mean((1, 3), dtype=np.float32)
 
 
 @lru_cache(maxsize=None)
 def _placements(relation: str, size1: str, size2: str) -> Tuple[Tuple[int, int, int, int], ...]:
-    """Top left cells (row, column, row, column) for an upper or left shape and its partner.
+    """Return the top left cells (row, column, row, column) possible for an upper or left shape and its partner.
 
-    At least one empty cell lies between them, and the distance along the relation is at least twice the other one.
+    At least one empty cell lies between them, and they are at least twice as far apart along the relation as across.
     """
     n1, n2 = CELLS[size1], CELLS[size2]
     places = []
     for along1, across1 in itertools.product(range(GRID - n1 + 1), repeat=2):
         for along2, across2 in itertools.product(range(along1 + n1 + 1, GRID - n2 + 1), range(GRID - n2 + 1)):
-            along = (2 * along2 + n2) - (2 * along1 + n1)  # between centres, in half cells
+            along = (2 * along2 + n2) - (2 * along1 + n1)  # between centers, in half cells
             across = abs((2 * across2 + n2) - (2 * across1 + n1))
             if along >= 2 * across:
                 upright = relation == "above"
@@ -273,17 +259,14 @@ def _placements(relation: str, size1: str, size2: str) -> Tuple[Tuple[int, int, 
 
 
 def draw_scene(scene: Scene, rng: random.Random, size: int = 64) -> np.ndarray:
-    """A picture of ``scene``, whose sizes are all given, at a random place: (size, size, 3) uint8.
-
-    ``size`` is a multiple of 8.
-    """
+    """Return an image of a scene with both sizes, at a random place: uint8 (size, size, 3), size a multiple of 8."""
     if scene.relation in ("below", "right"):
-        scene = scene.turned()
+        scene = scene.inverse()
     cell = size // GRID
     row1, column1, row2, column2 = rng.choice(_placements(scene.relation, scene.first.size, scene.second.size))
     pixels = np.full((size, size, 3), BACKGROUND, dtype=np.uint8)
     for item, row, column in ((scene.first, row1, column1), (scene.second, row2, column2)):
-        side = CELLS[item.size] * cell
+        side = CELLS[str(item.size)] * cell
         top, left = row * cell, column * cell
         pixels[top : top + side, left : left + side] = _stamp(item, cell)
     return pixels
@@ -292,7 +275,7 @@ def draw_scene(scene: Scene, rng: random.Random, size: int = 64) -> np.ndarray:
 @lru_cache(maxsize=None)
 def _stamp(item: Item, cell: int) -> np.ndarray:
     cover = coverage(item.shape, item.size, cell)[..., None]  # (n, n, 1)
-    ground, paint = np.float32(BACKGROUND), np.float32(COLORS[item.colour])
+    ground, paint = np.array(BACKGROUND, np.float32), np.array(COLORS[item.color], np.float32)
     return np.rint(ground + cover * (paint - ground)).astype(np.uint8)
 
 
@@ -300,12 +283,12 @@ def _stamp(item: Item, cell: int) -> np.ndarray:
 
 
 def make_sample(split: str, index: int, seed: int = 0, size: int = 64) -> Tuple[np.ndarray, List[str]]:
-    """Picture ``index`` of "train" or "val" and its captions. It depends on nothing but these arguments."""
-    train, choose, score = _contents()
+    """Return image `index` of "train" or "val", uint8 (size, size, 3), and its captions."""
+    train, choose, score = _combinations()
     rng = random.Random(f"{split} {seed} {index}")  # a string seeds the same on every Python
     c1, s1, relation, c2, s2 = rng.choice(train if split == "train" else choose + score)
     scene = Scene(Item(c1, s1, rng.choice(tuple(SIZES))), relation, Item(c2, s2, rng.choice(tuple(SIZES))))
-    return draw_scene(scene, rng, size), caption_scene(scene, rng)
+    return draw_scene(scene, rng, size), describe_differently(scene, rng)
 
 
 def _write_split(root: Path, split: str, count: int, first_id: int, seed: int, size: int) -> None:
@@ -313,27 +296,25 @@ def _write_split(root: Path, split: str, count: int, first_id: int, seed: int, s
     for folder in (images, captions, root / "annotations"):
         folder.mkdir(parents=True, exist_ok=True)
     listed, annotations = [], []
-    for index in tqdm(range(count), desc=f"drawing {split}", unit="picture", disable=None):
+    for index in tqdm(range(count), desc=f"drawing {split}", unit="image", disable=None):
         pixels, texts = make_sample(split, index, seed, size)
         image_id = first_id + index
         name = f"{image_id:012d}"
         Image.fromarray(pixels).save(images / f"{name}.png", compress_level=1)
         (captions / f"{name}.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
         listed.append({"id": image_id, "file_name": f"{name}.png", "height": size, "width": size})
-        first_caption = (image_id - 1) * CAPTIONS_PER_PICTURE + 1
-        annotations += [
-            {"id": first_caption + number, "image_id": image_id, "caption": text} for number, text in enumerate(texts)
-        ]
+        caption_ids = itertools.count((image_id - 1) * CAPTIONS_PER_IMAGE + 1)
+        annotations += [{"id": next(caption_ids), "image_id": image_id, "caption": text} for text in texts]
     info = {"description": "Two coloured shapes, drawn by data/shapes.py", "version": str(VERSION)}
     listing = {"info": info, "licenses": [], "images": listed, "annotations": annotations}
     (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(listing), encoding="utf-8")
 
 
 def write_dataset(out: str, pictures: int = 20000, val: int = 1000, seed: int = 0, size: int = 64) -> bool:
-    """Draws the set into ``out``, in the layout above; False when it already holds the same set.
+    """Draw the set into `out`; return False if it already holds the same set, and replace one of other settings.
 
-    The set appears under its name only when whole; a set of other settings is then replaced. ValueError for settings
-    out of range and for a folder that holds something else.
+    Raises:
+        ValueError: settings are out of range, or the folder holds something else.
     """
     for name, value in (("pictures", pictures), ("val", val)):
         if value < 1:
@@ -350,22 +331,15 @@ def write_dataset(out: str, pictures: int = 20000, val: int = 1000, seed: int = 
         return False
     if found is None and target.is_dir() and any(target.iterdir()):
         raise ValueError(f"--out {out} holds other files: it should be empty, new, or a set drawn by data/shapes.py")
-    draft, old = (target.with_name(f"{target.name}.{kind}{os.getpid()}") for kind in ("tmp", "old"))
-    try:
+    with replace_folder(target) as draft:
         _write_split(draft, "train", pictures, 1, seed, size)
         _write_split(draft, "val", val, pictures + 1, seed, size)
         (draft / "dataset.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        if found is not None:
-            os.replace(target, old)
-        os.replace(draft, target)
-    finally:  # an interrupted run leaves nothing behind
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return True
 
 
 def _read_settings(folder: Path) -> Optional[dict]:
-    """The settings that a finished set was drawn with; None for any other folder."""
+    """Return the settings of a finished set; None for any other folder."""
     try:
         settings = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -373,23 +347,23 @@ def _read_settings(folder: Path) -> Optional[dict]:
     return settings if isinstance(settings, dict) and settings.get("drawn_by") == "data/shapes.py" else None
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.shapes", description="Draw the demo set of coloured shapes.")
-    parser.add_argument("--out", default="./data/shapes", help="folder for the set (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=20000, help="training pictures (default: %(default)s)")
-    parser.add_argument(
-        "--val", type=int, default=1000, help="pictures of withheld combinations (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="pixels a side, a multiple of 8 (default: %(default)s)")
-    flags = parser.parse_args(arguments)
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command; return the exit status, 2 for bad arguments."""
+    parser = Parser("Draw the demo set of colored shapes.")
+    parser.prog = "python -m data.shapes"
+    parser.add_argument("--out", default="./data/shapes", help="folder for the set")
+    parser.add_argument("--pictures", type=int, default=20000, help="training images")
+    parser.add_argument("--val", type=int, default=1000, help="validation images, of withheld combinations")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other images")
+    parser.add_argument("--size", type=int, default=64, help="pixels per side, a multiple of 8")
+    flags = parser.parse_args(argv)
     try:
         drawn = write_dataset(flags.out, flags.pictures, flags.val, flags.seed, flags.size)
-    except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     done = "drawn into" if drawn else "already drawn in"
-    print(f"{flags.pictures} training and {flags.val} held-out pictures {done} {flags.out}")
+    print(f"{flags.pictures} training and {flags.val} validation images {done} {flags.out}")
     return 0
 
 

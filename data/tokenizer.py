@@ -1,14 +1,12 @@
-"""Text to token ids and back, by a vocabulary file of one of two kinds; no trainer of vocabularies (see bpe/README.md).
+"""Convert text to token ids and back, with one of two kinds of vocabulary files.
 
-- CLIP's byte-level BPE of 49,408 tokens (Radford et al., 2021), the default, shipped in bpe/. Text is repaired,
-  unescaped and lower-cased first, as CLIP does.
-- YouTokenToMe model files (text files of numbers). Text is taken as it is, but for white space.
+- CLIP's byte-level BPE with 49,408 tokens (Radford et al., 2021), the default, in bpe/. As in CLIP, text is first
+  repaired, unescaped and lower-cased.
+- YouTokenToMe models (text files of numbers). Only white space in a text is changed.
 
-Both are run by Hugging Face `tokenizers`, so neither CLIP's nor YouTokenToMe's own package is needed. The ids are those
-that the original programs give.
-
-Id 0 is padding for the model, whatever the vocabulary says. CLIP's own token 0, an exclamation mark that does not end
-its run of signs ("!€"), is therefore read as padding too and is not decoded.
+Hugging Face `tokenizers` runs both; the ids equal those of the original programs. Id 0 is the model's padding,
+whatever the vocabulary says. So CLIP's token 0, an exclamation mark that does not end its run of signs ("!€"), is not
+decoded.
 """
 
 import gzip
@@ -19,7 +17,7 @@ import os
 import re
 import zlib
 from pathlib import Path
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Set, Tuple, Union
 
 import ftfy
 import torch
@@ -30,40 +28,39 @@ from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Sequence, Split
 
 CLIP_PATH = Path(__file__).resolve().parent.parent / "bpe" / "bpe_simple_vocab_16e6.txt.gz"
 CLIP_FINGERPRINT = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-# Of the text inside: a copy that was packed again, or not at all, is still CLIP's vocabulary.
+# SHA-256 of the text inside: a copy that was compressed again, or not at all, is still CLIP's vocabulary.
 CLIP_TEXT_SHA256 = "67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c553fc8"
 CLIP_SPECIAL_TOKENS = 2  # start and end of text, the last two ids
-CLIP_MERGES = 49408 - 2 * 256 - CLIP_SPECIAL_TOKENS  # the file lists more; CLIP uses the first of them
+CLIP_MERGES = 49408 - 2 * 256 - CLIP_SPECIAL_TOKENS  # the file lists more; CLIP uses the first ones
 CLIP_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 WORD_START = "\u2581"  # YouTokenToMe's sign for the beginning of a word
-# All that YouTokenToMe takes for white space; to it a no-break space, say, is a character like any other.
+# What YouTokenToMe treats as white space; a no-break space, for one, is a character like any other.
 YTTM_SPACES = re.compile("[\t-\r " + WORD_START + "]+")
-# No subword can hold a space, so this name cannot be met in any vocabulary.
+# No subword contains a space, so this name is in no vocabulary.
 YTTM_UNKNOWN = " unknown"
 
 LARGEST_FILE = 64 << 20  # bytes; a model of a million tokens is a third of this
 
 
 class Vocabulary(NamedTuple):
-    """What a vocabulary file says, ready for use."""
+    """The content of a vocabulary file, ready for use."""
 
     kind: str  # "clip" or "yttm"
     model: BPEModel
     clean: Callable[[str], str]
-    pieces: List[bytes]  # what each id adds to a decoded text, in UTF-8; empty for special tokens
+    pieces: List[bytes]  # UTF-8 of each id; empty for special tokens
 
 
 class Tokenizer:
-    """One vocabulary; the same methods for both kinds. Made by `load_tokenizer`.
+    """A vocabulary of either kind, as returned by load_tokenizer.
 
     kind         "clip" or "yttm"
-    vocab_size   number of ids, special tokens included
-    unknown      the id that stands for characters the vocabulary lacks; None for CLIP's, which lacks none
-    fingerprint  SHA-256 (hex) of the vocabulary file, to tell whether two runs mean the same by an id
-    vocabulary   the bytes of a YouTokenToMe file, for keeping in a checkpoint; None for CLIP's, which every copy of
-                 this program has
-    path         where it was read from; None if from bytes
+    vocab_size   number of ids, including special tokens
+    unknown      id of characters that the vocabulary lacks; None for CLIP's, which lacks none
+    fingerprint  SHA-256 (hex) of the vocabulary file; equal if two runs use the same ids
+    vocabulary   bytes of a YouTokenToMe file, for the checkpoint; None for CLIP's, which is part of this program
+    path         of the file; None if it was given as bytes
     """
 
     def __init__(self, entries: Vocabulary, data: bytes, path: Optional[str]) -> None:
@@ -78,19 +75,23 @@ class Tokenizer:
         self._pieces = entries.pieces
 
     def encode(self, text: str) -> List[int]:
-        """Ids of `text`, without start or end tokens; [] for a text of white space. No text yields a special token."""
+        """Return the ids of a text without special tokens; [] for white space.
+
+        Raises:
+            ValueError: the text is not valid Unicode.
+        """
         text = self._clean(text)
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError:  # half a surrogate pair, which `tokenizers` would call a text that is no string
+        except UnicodeEncodeError:  # half a surrogate pair, of which `tokenizers` would say that it is not a string
             raise ValueError(f"{ascii(_shorten(text))} is not valid Unicode text") from None
         return self._model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Any) -> str:
-        """Text of one sequence of ids: a list, or a tensor or array of one dimension.
+        """Return the text of one sequence of ids: a list, or a tensor or array with one dimension.
 
-        Padding (0), special tokens and ids past the vocabulary (the model's padding of each position) are left out.
-        Bytes that are no UTF-8, which a model may well generate, become U+FFFD. Without spaces at either end.
+        Padding (0), special tokens and ids past the vocabulary (the model's padding for each position) are skipped.
+        Bytes that are not UTF-8, which a model may generate, become U+FFFD. Spaces at both ends are removed.
         """
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         if any(isinstance(i, list) for i in ids):
@@ -101,9 +102,10 @@ class Tokenizer:
     def tokenize(
         self, texts: Union[str, List[str]], context_length: int = 256, truncate_text: bool = False
     ) -> torch.Tensor:
-        """(B, context_length) int64, each row the ids of one text followed by zeros.
+        """Return int64 (B, context_length), each row the ids of one text followed by zeros.
 
-        A text of more than `context_length` ids raises ValueError, or loses its end with `truncate_text`.
+        Raises:
+            ValueError: a text has more than `context_length` ids; with `truncate_text` it is cut instead.
         """
         texts = [texts] if isinstance(texts, str) else texts
         rows = torch.zeros(len(texts), context_length, dtype=torch.long)
@@ -122,10 +124,11 @@ class Tokenizer:
 def load_tokenizer(
     bpe_path: Union[str, "os.PathLike[str]", None] = None, vocabulary: Optional[bytes] = None
 ) -> Tokenizer:
-    """The tokenizer of the file `bpe_path`, or of the bytes `vocabulary` of such a file; with neither, CLIP's.
+    """Return the tokenizer of the file `bpe_path` or of its content `vocabulary`; CLIP's by default.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is neither a YouTokenToMe model nor CLIP's
-    vocabulary.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is neither a YouTokenToMe model nor CLIP's vocabulary.
     """
     if vocabulary is not None and bpe_path is not None:
         raise ValueError("give a vocabulary file or its bytes, not both")
@@ -144,15 +147,15 @@ def _read_file(path: str) -> bytes:
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such vocabulary file")
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is not a file; a YouTokenToMe model or CLIP's vocabulary is wanted")
-    if os.path.getsize(path) > LARGEST_FILE:  # a checkpoint, say: not worth reading gigabytes to refuse it
+        raise ValueError(f"{path} is not a file; a YouTokenToMe model or CLIP's vocabulary is needed")
+    if os.path.getsize(path) > LARGEST_FILE:  # perhaps a checkpoint of some gigabytes
         raise ValueError(f"{path} is too large for a vocabulary file ({os.path.getsize(path):,} bytes)")
     with open(path, "rb") as file:
         return file.read()
 
 
 def _parse(data: bytes) -> Vocabulary:
-    """The vocabulary in a file of either kind. Its ValueErrors give the reason alone; the caller knows the name."""
+    """Return the vocabulary in a file of either kind; errors do not name the file."""
     if not data:
         raise ValueError("it is empty")
     text = data
@@ -170,8 +173,8 @@ def _parse(data: bytes) -> Vocabulary:
 
 
 def _parse_clip(text: bytes) -> Vocabulary:
-    """Ids in CLIP's order: 256 bytes, the same bytes as ends of words, one id a merge, start of text, end of text."""
-    # The file writes each byte as a printable character: itself where it is one, else the next of those from U+0100 on.
+    """Build CLIP's ids: 256 bytes, the same bytes as ends of words, one per merge, start and end of text."""
+    # The file writes each byte as a printable character: itself if it is one, else the next one from U+0100 on.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
@@ -190,7 +193,7 @@ def _parse_clip(text: bytes) -> Vocabulary:
     model = BPEModel(BPE(ids, merges, end_of_word_suffix="</w>"))
     model.pre_tokenizer = Sequence(
         [
-            Split(Regex(CLIP_WORDS), "removed", invert=True),  # keeps the matches, drops what is between them
+            Split(Regex(CLIP_WORDS), "removed", invert=True),  # keeps the matches and drops what is between them
             ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -198,10 +201,10 @@ def _parse_clip(text: bytes) -> Vocabulary:
 
 
 def _parse_yttm(data: bytes) -> Vocabulary:
-    """A YouTokenToMe model file, all of it whole numbers in decimal:
+    """Parse a YouTokenToMe model file, which consists of whole numbers in decimal.
 
-    n_characters n_merges; then for each character its code point and id; then for each merge, in their order of
-    precedence, the ids left, right and joined; then the ids unknown, padding, start and end, -1 for one it has not.
+    First come the numbers of characters and merges; then for each character its code point and id; for each merge, in
+    order of precedence, the ids left, right and joined; at the end the ids unknown, padding, start and end (-1: none).
     """
     try:
         numbers = [int(field) for field in data.split()]
@@ -216,12 +219,14 @@ def _parse_yttm(data: bytes) -> Vocabulary:
         )
     merges_start = 2 + 2 * n_characters
     special_ids = [i for i in numbers[-4:] if i != -1]
-    subwords: List[Optional[str]] = [None] * (n_characters + n_merges + len(special_ids))
+    subwords = [""] * (n_characters + n_merges + len(special_ids))
+    defined: Set[int] = set()
 
     def define(token: int, subword: str) -> None:
-        if not 0 <= token < len(subwords) or subwords[token] is not None:
+        if not 0 <= token < len(subwords) or token in defined:
             raise ValueError(f"its id {token} is given twice or is not below the number of tokens, {len(subwords):,}")
         subwords[token] = subword
+        defined.add(token)
 
     for token in special_ids:
         define(token, "")

@@ -1,1 +1,1 @@
-"""Drawing with a trained DALL-E: loading it, prompts, batches, ranking, previews, files. The network is models/'s."""
+"""Generation with a trained DALL-E: loading, batches, ranking, previews and files."""

@@ -1,124 +1,148 @@
-"""Prompts → pictures' codes: what one picture is drawn from, which pictures can share a batch, and drawing a batch.
+"""From prompts to codes: what defines an image, which images can share a batch, and sampling a batch.
 
-A picture depends on its own seed, prompt, settings and given codes alone, not on those that it is drawn with. Which
-codes come next is models/sampling.py's; ranking, previews and files have modules of their own.
+An image depends on its own seed, prompt, settings and given codes alone, not on its batch.
 """
 
-from typing import Dict, NamedTuple
+from itertools import accumulate
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
+from torch import Tensor
 
-from generation.loading import DEFAULTS
-from models.sampling import check_sampling, complete_text
+from generation.loading import LoadedModel
+from models.sampling import CodeCallback, Sampling, complete_text
 
 
 class ImageSpec(NamedTuple):
-    """A picture to be drawn. sampling: all four settings of loading.DEFAULTS."""
+    """What defines an image to generate."""
 
     prompt: str
-    tokens: torch.Tensor  # int64 (text_seq_len,)
+    tokens: Tensor  # int64 (text_seq_len,)
     seed: int
-    sampling: Dict
-    given_codes: torch.Tensor  # int64 (n,): its first codes, which are kept
+    sampling: Sampling
+    given_codes: Tensor  # int64 (n,), the first codes of the image, which are kept
 
 
-def plan_image(loaded, prompt, seed, sampling=None, given_codes=None, tokens=None):
-    """A picture to be drawn with a LoadedModel. sampling: settings other than those that the checkpoint recommends.
-    tokens: the prompt's tokens, where they are known.
+def plan_image(
+    loaded: LoadedModel,
+    prompt: str,
+    seed: int,
+    sampling: Union[None, Sampling, Mapping[str, Any]] = None,
+    given_codes: Optional[Tensor] = None,
+    tokens: Optional[Tensor] = None,
+) -> ImageSpec:
+    """Check what was asked for and return the image to generate.
 
-    ValueError, in one sentence, for a prompt that the model cannot read, an unknown setting, one out of its range, or
-    guidance of a model that has not learnt it.
+    Args:
+        sampling: a complete Sampling, or settings by name that replace the checkpoint's recommended ones.
+        tokens: the prompt's tokens, if they are known.
+
+    Raises:
+        ValueError: in one sentence, if the model cannot read the prompt or was not trained for guidance, or if a
+            setting is unknown or out of its range.
     """
     tokens = encode_prompt(loaded, prompt) if tokens is None else tokens
-    unknown = sorted(set(sampling or ()) - set(DEFAULTS))
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)}: no such setting; there are {', '.join(DEFAULTS)}")
-    shaping = {**loaded.recommended, **{key: value for key, value in (sampling or {}).items() if value is not None}}
-    check_sampling(**shaping)
-    if shaping["cond_scale"] != 1 and not loaded.guidable:
+    if not isinstance(sampling, Sampling):
+        sampling = sampling or {}
+        unknown = sorted(set(sampling) - set(Sampling._fields))
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: unknown setting; choose from {', '.join(Sampling._fields)}")
+        sampling = loaded.recommended.override(sampling)
+    sampling.check()
+    if sampling.is_guided and not loaded.guidable:
         raise ValueError(
-            f"cond_scale is {shaping['cond_scale']}, but {loaded.path} was trained without --caption-dropout, so that "
-            "it cannot be guided; leave it at 1"
+            f"cond_scale is {sampling.cond_scale}, but {loaded.path} was trained without --caption-dropout and "
+            "cannot be guided; leave it at 1"
         )
     given_codes = tokens.new_zeros(0) if given_codes is None else given_codes
     if len(given_codes) >= loaded.model.image_seq_len:
-        raise ValueError("the whole picture is kept; keep fewer rows, so that there is something to draw")
-    return ImageSpec(prompt, tokens, int(seed), shaping, given_codes)
+        raise ValueError("the whole image is kept; keep fewer rows, so that some are left to generate")
+    return ImageSpec(prompt, tokens, int(seed), sampling, given_codes)
 
 
-def encode_prompt(loaded, prompt):
-    """Tokens int64 (text_seq_len,); ValueError for a prompt of which nothing is left, or with too many tokens.
+def encode_prompt(loaded: LoadedModel, prompt: str) -> Tensor:
+    """Return a prompt's tokens, int64 (text_seq_len,).
 
-    A vocabulary that lacks some of the prompt's characters is given its small letters.
+    If the vocabulary lacks some of the characters, the prompt is encoded in lower case.
+
+    Raises:
+        ValueError: the prompt has too many tokens, or no word that the vocabulary knows.
     """
     tokens = loaded.tokenizer.encode(prompt)
-    if loaded.tokenizer.unknown in tokens:  # None, where nothing is unknown
+    if loaded.tokenizer.unknown in tokens:
         prompt = prompt.lower()
         tokens = loaded.tokenizer.encode(prompt)
-    if not loaded.tokenizer.decode(tokens):  # nothing at all, or the token for what is unknown
+    if not loaded.tokenizer.decode(tokens):  # no tokens, or unknown ones alone
         raise ValueError(f"'{prompt[:60]}' has no words that the vocabulary knows")
     most = loaded.model.text_seq_len
     if len(tokens) > most:
-        raise ValueError(f"'{prompt[:60]}' is {len(tokens)} tokens long, the model reads {most}")
+        raise ValueError(f"'{prompt[:60]}' is {len(tokens)} tokens long; the model reads at most {most}")
     return loaded.tokenizer.tokenize([prompt], most)[0]
 
 
-def complete_caption(loaded, prompt, seed):
-    """A started caption → (tokens int64 (text_seq_len,), what they say) with the words that the model adds.
+def complete_caption(loaded: LoadedModel, prompt: str, seed: int) -> Tuple[Tensor, str]:
+    """Let the model continue a caption; return its tokens, int64 (text_seq_len,), and its text.
 
-    Of the least likely tenth of the words none is taken: captions have been learnt with an eighth of the loss.
+    The least likely tenth of the words is never taken, because captions are trained with an eighth of the loss only.
     """
-    text = encode_prompt(loaded, prompt)
+    tokens = encode_prompt(loaded, prompt)
     generator = torch.Generator().manual_seed(seed)
-    text = complete_text(loaded.model, text[text != 0][None], top_p=0.9, generator=generator)
-    return text[0], " ".join(loaded.tokenizer.decode(text[0]).split())
+    (tokens,) = complete_text(loaded.model, tokens[tokens != 0][None], top_p=0.9, generator=generator)
+    return tokens, " ".join(loaded.tokenizer.decode(tokens).split())
 
 
-def batch_key(picture):
-    """Pictures with equal ones can share a batch, whatever their prompts and seeds."""
-    return tuple(sorted(picture.sampling.items(), key=str)), len(picture.given_codes)
+def batch_key(spec: ImageSpec) -> Tuple[Sampling, int]:
+    """Return a key; images with equal keys can share a batch, whatever their prompts and seeds."""
+    return spec.sampling, len(spec.given_codes)
 
 
-def group_into_batches(pictures, size):
-    """Places of pictures in lists of up to `size` that can be drawn together, those that come first first."""
-    groups = {}
-    for place, one in enumerate(pictures):
-        group = groups.setdefault(batch_key(one), [[]])
-        if len(group[-1]) == size:
-            group.append([])
-        group[-1].append(place)
-    return sorted((part for group in groups.values() for part in group), key=lambda part: part[0])
+def group_into_batches(specs: Sequence[ImageSpec], size: int) -> List[List[int]]:
+    """Return batches of up to `size` images, as lists of their indices, ordered by their first image."""
+    groups: Dict[Tuple[Sampling, int], List[int]] = {}
+    for index, spec in enumerate(specs):
+        groups.setdefault(batch_key(spec), []).append(index)
+    batches = [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
+    return sorted(batches)
 
 
-def generate_lists(loaded, lists, watcher=lambda pictures: None, drawn=lambda count: None):
-    """Lists of pictures → codes int64 (n, L) of each list, in their order, each as soon as it is drawn.
+def generate_lists(
+    loaded: LoadedModel,
+    lists: Sequence[Sequence[ImageSpec]],
+    make_on_code: Callable[[List[ImageSpec]], Optional[CodeCallback]] = lambda specs: None,
+    on_batch: Callable[[int], Any] = lambda count: None,
+) -> Iterator[Tensor]:
+    """Yield the codes int64 (n, L) of each list, in order, as soon as they are complete.
 
-    Pictures of several lists share batches. watcher(pictures) → draw()'s on_code for a batch of them; drawn(count) is
-    told of every batch that is done.
+    Images of several lists share batches.
+
+    Args:
+        make_on_code: returns generate_batch's on_code for a batch.
+        on_batch: called with the number of images of each finished batch.
     """
-    pictures = [(number, one) for number, part in enumerate(lists) for one in part]
-    codes, missing, ready = [[] for _ in lists], [len(part) for part in lists], 0
-    for places in group_into_batches([one for _, one in pictures], loaded.batch_size):
-        batch = [pictures[place][1] for place in places]
-        for place, row in zip(places, generate_batch(loaded, batch, watcher(batch))):
-            number = pictures[place][0]
-            codes[number].append((place, row))
-            missing[number] -= 1
-        drawn(len(batch))
-        while ready < len(lists) and not missing[ready]:
-            yield torch.stack([row for _, row in sorted(codes[ready], key=lambda found: found[0])])
-            codes[ready] = None
-            ready += 1
+    specs = [spec for part in lists for spec in part]
+    codes: List[Any] = [None] * len(specs)
+    ends = list(accumulate(len(part) for part in lists))
+    start = ready = 0
+    for indices in group_into_batches(specs, loaded.batch_size):
+        batch = [specs[index] for index in indices]
+        for index, row in zip(indices, generate_batch(loaded, batch, make_on_code(batch))):
+            codes[index] = row
+        on_batch(len(batch))
+        while ready < len(lists) and all(row is not None for row in codes[start : ends[ready]]):
+            yield torch.stack(codes[start : ends[ready]])
+            start, ready = ends[ready], ready + 1
 
 
-def generate_batch(loaded, pictures, on_code=None):
-    """Codes int64 (B, L) of pictures that go together(), at most loaded.batch_size of them.
+def generate_batch(loaded: LoadedModel, specs: Sequence[ImageSpec], on_code: Optional[CodeCallback] = None) -> Tensor:
+    """Sample the codes int64 (B, L) of images with equal batch_key, at most loaded.batch_size of them.
 
-    on_code(codes so far, int64 (B, n)) is called after every code, where the machine can; what it raises ends the
-    drawing.
+    on_code is called with the codes so far, int64 (B, n), after every code, if the machine can do that; if it raises,
+    sampling ends.
     """
-    text = torch.stack([one.tokens for one in pictures])
-    given = torch.stack([one.given_codes for one in pictures])
-    generators = [torch.Generator().manual_seed(one.seed) for one in pictures]
-    codes = given if given.shape[1] else None
-    return loaded.sampler(text, generator=generators, image_codes=codes, on_code=on_code, **pictures[0].sampling)
+    return loaded.sampler(
+        torch.stack([spec.tokens for spec in specs]),
+        specs[0].sampling,
+        generator=[torch.Generator().manual_seed(spec.seed) for spec in specs],
+        image_codes=torch.stack([spec.given_codes for spec in specs]),
+        on_code=on_code,
+    )

@@ -1,187 +1,262 @@
-"""A checkpoint → all that drawing needs. How the file is read is utils/checkpoint.py's business, drawing drawing.py's.
+"""Loading of a checkpoint into a model that is ready to generate.
 
-A checkpoint of ours brings its VQGAN and vocabulary along. One of the reference application brings the VQGAN's weights:
-its configuration is the official f = 16 model's unless a file says otherwise.
+A checkpoint of train.py contains its vocabulary, and its VQGAN's sizes or weights. One of the reference application
+contains the VQGAN's weights alone; its sizes are those of the official f = 16 model unless a file gives others.
 """
 
 import functools
 import hashlib
+from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor
 
 import backends
+from backends.base import Backend
 from data.tokenizer import load_tokenizer
+from data.words import read_summary, split_words
 from models.dalle import DALLE
 from models.official_vqgan import OFFICIAL_PARAMS
+from models.sampling import Sampling
 from models.vae import VQGanVAE, load_vqgan
 from utils import checkpoint
+from utils.files import AnyPath
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "dalle.safetensors"
-DEFAULTS = {"top_k": 0.99, "top_p": None, "temperature": 1.0, "cond_scale": 1.0}
-# A model of fewer bytes of fp32 weights is not faster in half precision, where a rounding may change a code from one
+# Models of fewer bytes of fp32 weights are not faster in half precision, whose rounding may change a code from one
 # batch size to another.
 HALF_FROM = 300e6
-AT_ONCE = {"cpu": 32, "cuda": 256, "ipu": 4}  # pictures, from where on more at once are no faster; as many as fit
+AT_ONCE = {"cpu": 32, "cuda": 256, "ipu": 4}  # images from which on larger batches are no faster
+HPARAMS = (
+    *("num_text_tokens", "text_seq_len", "dim", "depth", "heads", "dim_head", "loss_img_weight", "attn_types"),
+    "sandwich_norm",
+)
 
 
 class LoadedModel:
-    """A model that is ready to draw.
+    """A model that is ready to generate.
 
-    model (DALLE, in eval mode), tokenizer, recommended (sampling settings), path, fingerprint (of the weights),
-    guidable (whether it was trained without captions, too, as guidance needs), backend, batch_size (pictures at once;
-    may be lowered before the first drawing).
+    Attributes:
+        path: the checkpoint's.
+        model: the DALLE, in evaluation mode.
+        tokenizer: see data/tokenizer.py.
+        recommended: the checkpoint's sampling settings.
+        guidable: whether the model was trained without captions, too, which guidance needs.
+        words: {word: count} of the training captions; empty if the file does not have them.
+        examples: some training captions; empty if the file does not have them.
+        fingerprint: SHA-256 of the weights.
+        backend: the machine that runs the model.
+        batch_size: images at once; it may be lowered before the first use of `sampler`.
+        sampler, encode, decode: the backend's functions for this model.
     """
 
-    def __init__(self, path, saved, model, tokenizer, recommended, backend):
-        self.path, self.model, self.tokenizer, self.recommended = str(path), model, tokenizer, recommended
+    def __init__(
+        self,
+        path: AnyPath,
+        saved: Dict[str, Any],
+        model: DALLE,
+        tokenizer: Any,
+        recommended: Sampling,
+        backend: Backend,
+        batch_size: int,
+    ):
+        self.path, self.model, self.tokenizer = str(path), model, tokenizer
         self.guidable = bool(saved.get("settings", {}).get("caption_dropout"))
-        if not self.guidable:  # whatever the run's settings said
-            self.recommended = {**recommended, "cond_scale": 1.0}
-        self.backend = backend
+        self.recommended = recommended if self.guidable else recommended._replace(cond_scale=1.0)
+        self.words, self.examples = read_summary(saved.get("captions"))
+        self.backend, self.batch_size = backend, batch_size
         self.fingerprint = fingerprint(model)
 
     @property
-    def batch_size(self):
-        return self.backend.settings.batch_size
-
-    @batch_size.setter
-    def batch_size(self, count):
-        self.backend.settings.batch_size = count
-
-    @property
-    def side(self):
-        """Rows of codes of a picture, and codes of a row."""
+    def side(self) -> int:
+        """Rows of codes of an image, and codes of a row."""
         return self.model.fmap_size
 
-    @functools.cached_property
-    def sampler(self):
-        return self.backend.sampler(self.model)
+    def unknown_words(self, prompt: str) -> List[str]:
+        """Return a prompt's words that no training caption has; none if the checkpoint does not keep their words."""
+        return [word for word in dict.fromkeys(split_words(prompt)) if self.words and word not in self.words]
 
     @functools.cached_property
-    def encode(self):
+    def sampler(self) -> Callable[..., Tensor]:
+        return self.backend.sampler(self.model, self.batch_size)
+
+    @functools.cached_property
+    def encode(self) -> Callable[[Tensor], Tensor]:
         return self.backend.encode(self.model.vae)
 
     @functools.cached_property
-    def decode(self):
+    def decode(self) -> Callable[..., Tensor]:
         return self.backend.decode(self.model.vae)
 
 
 def load(
-    dalle_path=None,
+    dalle_path: Optional[str] = None,
     *,
-    device="auto",
-    precision="auto",
-    batch_size=None,
-    vqgan_model_path=None,
-    vqgan_config_path=None,
-    bpe_path=None,
-    saved=None,
-):
-    """A file of train.py or of the reference → LoadedModel. ValueError or OSError, in one line.
+    device: str = "auto",
+    precision: str = "auto",
+    batch_size: Optional[int] = None,
+    vqgan_model_path: Optional[str] = None,
+    vqgan_config_path: Optional[str] = None,
+    bpe_path: Optional[str] = None,
+    saved: Optional[Dict[str, Any]] = None,
+) -> LoadedModel:
+    """Load a checkpoint of train.py or of the reference application.
 
-    dalle_path None: the demo that ships with the program. device, precision: as generate.py's flags. batch_size None:
-    what the machine does well and its memory holds. saved: the file's dict, where it was read already.
+    Args:
+        dalle_path: None loads the demo model.
+        device, precision: as the flags of generate.py.
+        batch_size: images at once; None uses what suits the machine and fits half of its free memory.
+        saved: the file's contents, if they were read already.
+
+    Raises:
+        ValueError, OSError: the file cannot be used; one line.
     """
     path = DEMO if dalle_path is None else dalle_path
     saved = checkpoint.read(path) if saved is None else saved
     model, tokenizer, recommended = read_model(path, vqgan_model_path, vqgan_config_path, bpe_path, saved)
-    if precision == "auto" and 4 * parameters(model) < HALF_FROM:
+    weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
+    if precision == "auto" and 4 * weights < HALF_FROM:
         precision = "fp32"
-    backend = backends.select(SimpleNamespace(device=device, precision=precision, batch_size=batch_size or 1))
-    if batch_size is None:
-        backend.settings.batch_size = fitting_batch(model, backend)
-    return LoadedModel(path, saved, model, tokenizer, recommended, backend)
+    backend = backends.for_inference(device, precision)
+    batch_size = batch_size or fitting_batch_size(model, backend)
+    return LoadedModel(path, saved, model, tokenizer, recommended, backend, batch_size)
 
 
-def load_from_flags(settings, **more):
-    """load() by the flags that generate.py, evaluate.py and app.py share."""
+def load_from_flags(settings: Namespace, saved: Optional[Dict[str, Any]] = None) -> LoadedModel:
+    """Call load with the flags that generate.py, evaluate.py and app.py share."""
     names = ("device", "precision", "batch_size", "vqgan_model_path", "vqgan_config_path", "bpe_path")
-    return load(settings.dalle_path, **{name: getattr(settings, name) for name in names}, **more)
+    return load(settings.dalle_path, **{name: getattr(settings, name) for name in names}, saved=saved)
 
 
-def parameters(model):
-    """Their number, without the VQGAN's."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
-
-
-def fitting_batch(model, backend):
-    """Pictures at once: as many as the machine does well, in half of the memory that is free."""
-    from backends import memory
-
-    kind = getattr(getattr(backend, "device", None), "type", "ipu")
-    if kind == "ipu":
-        return AT_ONCE["ipu"]
+def fitting_batch_size(model: DALLE, backend: Backend) -> int:
+    """Return how many images suit the machine at once and fit half of its free memory."""
+    at_once = AT_ONCE[backend.kind]
+    if backend.memory is None:
+        return at_once
     attention = model.transformer.layers[0][0].fn.fn
-    keys = 2 * len(model.transformer.layers) * attention.heads * attention.dim_head  # and values, of a position
+    keys_and_values = 2 * len(model.transformer.layers) * attention.heads * attention.dim_head  # of one position
     positions = model.text_seq_len + model.image_seq_len
     noise = model.image_seq_len * model.num_image_tokens
-    picture = 4 * (2 * keys * positions + 2 * noise + 64 * 3 * model.vae.image_size**2)  # bytes, guided
-    return int(max(1, min(AT_ONCE[kind], memory.free(backend.device) // 2 // picture)))
+    image = 4 * (2 * keys_and_values * positions + 2 * noise + 64 * 3 * model.vae.image_size**2)  # bytes, with guidance
+    return int(max(1, min(at_once, backend.memory.free() // 2 // image)))
 
 
-def read_model(path, vqgan_model_path=None, vqgan_config_path=None, bpe_path=None, saved=None):
-    """→ (DALLE in eval mode, tokenizer, recommended sampling settings). saved: the file's dict, if it was read."""
+def read_model(
+    path: AnyPath,
+    vqgan_model_path: Optional[str] = None,
+    vqgan_config_path: Optional[str] = None,
+    bpe_path: Optional[str] = None,
+    saved: Optional[Dict[str, Any]] = None,
+) -> Tuple[DALLE, Any, Sampling]:
+    """Build the DALLE of a checkpoint, in evaluation mode, its tokenizer, and its recommended sampling settings.
+
+    Averaged weights are used if the file has them. Its sizes are checked before memory is allocated for them.
+
+    Args:
+        saved: the file's contents, if they were read already.
+    """
     saved = checkpoint.read(path) if saved is None else saved
     weights = checkpoint.model_weights(saved["weights"])
-    weights.update(checkpoint.model_weights(saved.get("ema_weights", {})))  # the average draws better
-    ours = saved.get("vae_params", {})
-    if vqgan_model_path:
-        vae = load_vqgan(vqgan_model_path, vqgan_config_path)
-        check_same(vqgan_model_path, vae.fingerprint(), path, saved.get("vqgan"), "--vqgan_model_path")
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("vae.")}
-        weights.update({f"vae.{name}": tensor for name, tensor in vae.state_dict().items()})
-    elif ours.get("target") and ours.get("params"):
-        vae = VQGanVAE(ours["params"], gumbel=ours["target"] == "GumbelVQ")
-    elif any(name.startswith("vae.") for name in weights):
-        vae = VQGanVAE(OFFICIAL_PARAMS)
-    else:
-        vae = load_vqgan()
-        weights.update({f"vae.{name}": tensor for name, tensor in vae.state_dict().items()})
+    weights.update(checkpoint.model_weights(saved.get("ema_weights", {})))
     tokenizer = read_tokenizer(path, bpe_path, saved.get("tokenizer", {}))
     hparams = saved["hparams"]
-    names = ("num_text_tokens", "text_seq_len", "dim", "depth", "heads", "dim_head", "loss_img_weight", "attn_types")
-    names += ("sandwich_norm",)
-    missing = [name for name in names if name not in hparams]
+    missing = [name for name in HPARAMS if name not in hparams]
     if missing:
         raise ValueError(f"{path}: its hparams lack {', '.join(missing)}")
     if tokenizer.vocab_size != hparams["num_text_tokens"]:
         raise ValueError(
-            f"{path}: was trained with {hparams['num_text_tokens']} text tokens, the vocabulary "
+            f"{path}: was trained with {hparams['num_text_tokens']} text tokens, but the vocabulary "
             f"{bpe_path or 'of CLIP'} has {tokenizer.vocab_size}; give the right one with --bpe_path"
         )
+    if not isinstance(hparams["depth"], int) or not 0 < hparams["depth"] <= len(weights):
+        raise ValueError(f"{path}: its hparams describe no model (depth is {hparams['depth']!r})")
+    build_vae, weights = find_vqgan(path, vqgan_model_path, vqgan_config_path, saved, weights)
+
+    def build() -> DALLE:
+        return DALLE(vae=build_vae(), **{name: hparams[name] for name in HPARAMS})
+
+    check_sizes(path, build, weights)
+    model = build()
+    model.load_state_dict(weights)
+    return model.eval(), tokenizer, Sampling().override(saved.get("sampling", {}))
+
+
+def find_vqgan(
+    path: AnyPath,
+    vqgan_model_path: Optional[str],
+    vqgan_config_path: Optional[str],
+    saved: Dict[str, Any],
+    weights: Dict[str, Tensor],
+) -> Tuple[Callable[[], VQGanVAE], Dict[str, Tensor]]:
+    """Find the VQGAN of a checkpoint: given by path, in the file, or the official one.
+
+    Returns:
+        A function that builds it, and the weights with the VQGAN's among them.
+    """
+    params = saved.get("vae_params", {})
+    if not vqgan_model_path and params.get("target") and params.get("params"):
+        check_vqgan_counts(path, params["params"], weights)
+        return functools.partial(VQGanVAE, params["params"], gumbel=params["target"] == "GumbelVQ"), weights
+    if not vqgan_model_path and any(name.startswith("vae.") for name in weights):
+        return functools.partial(VQGanVAE, OFFICIAL_PARAMS), weights
+    vae = load_vqgan(vqgan_model_path, vqgan_config_path)
+    if vqgan_model_path:
+        check_fingerprint(vqgan_model_path, vae.fingerprint(), path, saved.get("vqgan"), "--vqgan_model_path")
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("vae.")}
+    return lambda: vae, {**weights, **{f"vae.{name}": tensor for name, tensor in vae.state_dict().items()}}
+
+
+def check_vqgan_counts(path: AnyPath, params: Any, weights: Dict[str, Tensor]) -> None:
+    """Raise ValueError if a file's VQGAN has more blocks than the file has tensors."""
+    sizes = params.get("ddconfig") if isinstance(params, dict) else None
+    levels, blocks = (sizes.get("ch_mult"), sizes.get("num_res_blocks")) if isinstance(sizes, dict) else ((), 0)
+    if isinstance(levels, (list, tuple)) and isinstance(blocks, int) and len(levels) * max(blocks, 1) > len(weights):
+        raise ValueError(f"{path}: its VQGAN has {blocks} blocks on {len(levels)} levels, more than the file holds")
+
+
+def check_sizes(path: AnyPath, build: Callable[[], DALLE], weights: Dict[str, Tensor]) -> None:
+    """Raise ValueError if the model that `build` makes does not fit a file's weights, before memory is allocated.
+
+    It is built without storage first, because a few bytes of hparams may claim terabytes. Buffers that are not among
+    the weights, such as attention masks, may take as much memory as they do, and at most 1 GiB more.
+    """
     try:
-        model = DALLE(vae=vae, **{name: hparams[name] for name in names})
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: its hparams describe no model ({str(error).splitlines()[0]})") from None
+        with torch.device("meta"):
+            model = build()
+    except (TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{path}: its hparams describe no model ({str(error).splitlines()[0][:120]})") from None
     misfit = checkpoint.first_misfit(model, weights)
     if misfit:
         raise ValueError(f"{path}: does not fit its hparams and VQGAN: {misfit} (see --vqgan_model_path)")
-    model.load_state_dict(weights)
-    known = {key: value for key, value in saved.get("sampling", {}).items() if value is not None}
-    return model.eval(), tokenizer, {**DEFAULTS, **known}
+    masks = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    if masks > stored + 2**30:
+        raise ValueError(f"{path}: its hparams ask for {masks / 2**30:.0f} GiB of attention masks")
 
 
-def read_tokenizer(path, bpe_path, known):
-    """That of a file's `tokenizer` entry, or another one by its path, which must be the same."""
-    vocabulary = known.get("vocabulary")
+def read_tokenizer(path: AnyPath, bpe_path: Optional[str], entry: Dict[str, Any]) -> Any:
+    """Return the tokenizer of a file's `tokenizer` entry, or the one at bpe_path if its fingerprint is the same."""
+    vocabulary = entry.get("vocabulary")
     if bpe_path is None and vocabulary is not None:
         return load_tokenizer(vocabulary=bytes(vocabulary.tolist()))
     tokenizer = load_tokenizer(bpe_path)
-    check_same(bpe_path or "CLIP's vocabulary", tokenizer.fingerprint, path, known.get("sha256"), "--bpe_path")
+    check_fingerprint(bpe_path or "CLIP's vocabulary", tokenizer.fingerprint, path, entry.get("sha256"), "--bpe_path")
     return tokenizer
 
 
-def check_same(name, found, dalle_path, trained_with, flag):
-    """ValueError where a file is not the one that a checkpoint names (None: it names none), with both fingerprints."""
-    if trained_with not in (None, found):
+def check_fingerprint(name: str, found: str, path: AnyPath, expected: Optional[str], flag: str) -> None:
+    """Raise ValueError if a file is not the one that the checkpoint at `path` expects; None expects nothing."""
+    if expected not in (None, found):
         raise ValueError(
-            f"{name}: fingerprint {checkpoint.short(found)}, but {dalle_path} was trained with "
-            f"{checkpoint.short(trained_with)}; leave {flag} out"
+            f"{name}: fingerprint {checkpoint.short(found)}, but {path} was trained with {checkpoint.short(expected)}; "
+            f"leave {flag} out"
         )
 
 
-def fingerprint(model):
-    """SHA-256 (hex) over all weights as they draw, the VQGAN's included."""
+def fingerprint(model: DALLE) -> str:
+    """Return the SHA-256 (hex) of all weights as they are used, the VQGAN's included."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

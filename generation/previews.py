@@ -1,48 +1,67 @@
-"""Pictures while they form: the rows of codes that there are, decoded, at most at a tenth of what drawing takes."""
+"""Images while they form: the rows of codes so far, decoded, in at most a tenth of the time that sampling takes."""
 
 import time
+from typing import Any, Callable, List
 
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from generation.loading import LoadedModel
 from generation.output import to_image
 
-MOVING = 16  # pictures of an animation
-SHARE = 0.06  # of the time of drawing that previews may take; what they push out of caches comes on top, to a tenth
+ANIMATED = 16  # images of an animation
+SHARE = 0.06  # of the sampling time for previews; they also push data out of caches, which makes it up to a tenth
 
 
 class Preview:
-    """draw()'s `on_code`: calls show(PIL pictures of the whole size, rows done) every `every` rows of codes.
+    """A generate_batch on_code that shows the images every few rows.
 
-    What is not drawn yet is grey. A preview that would cost too much, after how long the one before took, is left out.
+    A preview is skipped if it would take too much time, judging by the previous one.
+
+    Args:
+        every: rows of codes from one preview to the next.
+        show: called with images of full size, gray where codes are missing, and the number of rows so far.
+        share: maximum share of the time for previews.
+        most: number of images of a batch to show.
     """
 
-    def __init__(self, loaded, every, show, share=SHARE, most=9):
-        """most: pictures of a batch that are shown."""
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        every: int,
+        show: Callable[[List[Image.Image], int], Any],
+        share: float = SHARE,
+        most: int = 9,
+    ):
         self.loaded, self.every, self.show, self.share, self.most = loaded, every, show, share, most
-        self.spent, self.cost, self.began = 0.0, 0.0, time.monotonic()  # seconds; cost: of a row, by the last preview
+        self.start = time.monotonic()
+        self.spent = 0.0  # seconds in previews so far
+        self.row_cost = 0.0  # seconds for each row of the previous preview
 
-    def __call__(self, codes):
+    def __call__(self, codes: Tensor) -> None:
+        """Show codes so far, int64 (B, n), if they are complete rows and a preview is due."""
         side = self.loaded.side
-        row, more = divmod(codes.shape[1], side)
-        if more or row % self.every or row == side:
+        row, rest = divmod(codes.shape[1], side)
+        if rest or row % self.every or row == side:
             return
         started = time.monotonic()
-        drawing = (started - self.began - self.spent) * side / row  # as long as it will take in all
-        if self.spent + self.cost * row > self.share * drawing:
+        expected = (started - self.start - self.spent) * side / row  # seconds of sampling for the whole image
+        if self.spent + self.row_cost * row > self.share * expected:
             return
         self.show(decode_upper_rows(self.loaded, codes[: self.most], row), row)
-        took = time.monotonic() - started
-        self.spent += took
-        self.cost = took / row
+        seconds = time.monotonic() - started
+        self.spent += seconds
+        self.row_cost = seconds / row
 
 
-def decode_upper_rows(loaded, codes, rows):
-    """Codes (B, rows × side) of the first rows → PIL pictures of the whole size, grey below."""
-    from torch.nn import functional as F
-
+def decode_upper_rows(loaded: LoadedModel, codes: Tensor, rows: int) -> List[Image.Image]:
+    """Decode the first rows of codes (B, L or fewer) to images of full size, gray below."""
     pixels = loaded.decode(codes[:, : rows * loaded.side].cpu(), rows)
-    below = loaded.model.vae.image_size - pixels.shape[2]
-    return [to_image(one) for one in F.pad(pixels, (0, 0, 0, below), value=0.5)]
+    missing = loaded.model.vae.image_size - pixels.shape[2]
+    return [to_image(one) for one in F.pad(pixels, (0, 0, 0, missing), value=0.5)]
 
 
-def animation_frames(loaded, codes):
-    """How the first MOVING pictures of codes (B, L) formed: a list of PIL pictures after each row."""
-    return [decode_upper_rows(loaded, codes[:MOVING], rows) for rows in range(1, loaded.side + 1)]
+def animation_frames(loaded: LoadedModel, codes: Tensor) -> List[List[Image.Image]]:
+    """Return the first ANIMATED images of codes (B, L) after each row."""
+    return [decode_upper_rows(loaded, codes[:ANIMATED], rows) for rows in range(1, loaded.side + 1)]

@@ -1,46 +1,87 @@
-"""Scores of drawn pictures, by which the best of several are kept.
+"""Scores of generated images, and the choice of the best.
 
-`likelihood` is the model's own, from codes; `clip` a network's that the user brings (models/image_scores.py).
+The model's own score needs no pixels. A DALL-E gives p(codes | caption) exactly, in one pass, and by Bayes' rule
+log p(caption | codes) = log p(codes | caption) − log p(codes) + log p(caption), whose last term is the same for all
+images of a caption. p(codes) is what the model says for an empty caption. It knows that less well, and only if it was
+trained with caption dropout: with full weight, images would win that look odd to it without a caption. With weight
+CONTRAST, the score is a mean of log p(caption | codes) and log p(codes | caption).
 """
 
-import contextlib
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
+from generation.batching import ImageSpec
+from generation.loading import LoadedModel
 from generation.output import to_image
-from models.likelihood import CONTRAST, caption_score
+from models.dalle import DALLE
+
+# Of 0, 0.25, 0.5, 0.75 and 1 the best for the demo, best of 2, 4 and 8 images (captions of --prompt-set choose).
+CONTRAST = 0.25
+ClipScore = Callable[[List[Image.Image], List[str]], Tensor]
 
 
-def likelihoods(loaded, pictures, codes):
-    """How well each picture's codes (B, L) explain its prompt, in nats: fp32 (B,); see models/likelihood.py."""
+@torch.no_grad()
+def log_likelihood(dalle: DALLE, text: Tensor, codes: Tensor) -> Tensor:
+    """Return log p(codes | text) in nats, float32 (B,), of text int64 (B, text_seq_len) and codes int64 (B, L)."""
+    x = torch.cat((dalle.embed_text(dalle.number_padding(text)), dalle.embed_codes(codes[:, :-1])), dim=1)
+    x = dalle.transformer(x)  # (B, T + L, dim)
+    logits = dalle.image_logits(x[:, dalle.text_seq_len :]).float()  # (B, L, V)
+    return -F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").sum(dim=1)
+
+
+def caption_score(dalle: DALLE, text: Tensor, codes: Tensor, contrast: float = CONTRAST) -> Tensor:
+    """Return contrast · log p(text | codes) + (1 − contrast) · log p(codes | text), up to a constant of each caption.
+
+    Args:
+        contrast: 0 for a model that was trained without caption dropout; the score then prefers plain images.
+
+    Returns:
+        float32 (B,), in nats.
+    """
+    score = log_likelihood(dalle, text, codes)
+    return score - contrast * log_likelihood(dalle, torch.zeros_like(text), codes) if contrast else score
+
+
+def best_of(
+    loaded: LoadedModel, specs: Sequence[ImageSpec], codes: Tensor, count: int, clip: Optional[ClipScore] = None
+) -> List[Tuple[int, Optional[Dict[str, float]]]]:
+    """Choose the best images of one prompt.
+
+    Args:
+        codes: int64 (n, L), of the images in `specs`.
+        count: number of images to keep. If that is all of them, they keep their order and get no scores.
+        clip: models/image_scores.clip_score, which decides if given.
+
+    Returns:
+        (index, scores by name) of each, the best first.
+    """
+    if count >= len(specs):
+        return [(index, None) for index in range(len(specs))]
+    scores = {"likelihood": _likelihoods(loaded, specs, codes)}
+    if clip is not None:
+        scores["clip"] = _clip_scores(loaded, specs, codes, clip)
+    deciding = scores["likelihood" if clip is None else "clip"]
+    best = deciding.argsort(descending=True, stable=True)[:count].tolist()
+    return [(index, {name: round(float(values[index]), 3) for name, values in scores.items()}) for index in best]
+
+
+def _likelihoods(loaded: LoadedModel, specs: Sequence[ImageSpec], codes: Tensor) -> Tensor:
     device = next(loaded.model.parameters()).device
-    text = torch.stack([one.tokens for one in pictures]).to(device)
+    text = torch.stack([spec.tokens for spec in specs]).to(device)
     parts = zip(text.split(loaded.batch_size), codes.to(device).split(loaded.batch_size))
     contrast = CONTRAST if loaded.guidable else 0
-    with getattr(loaded.backend, "autocast", contextlib.nullcontext)():  # an IPU's pictures are ranked on the CPU
+    with loaded.backend.autocast():
         return torch.cat([caption_score(loaded.model, *part, contrast=contrast).cpu() for part in parts])
 
 
-def best_of(loaded, pictures, codes, count, clip=None):
-    """The `count` best of pictures of one prompt, the best first: a list of (place, {name: score}).
-
-    Where all are kept, nothing is scored: they stay in their order, with no scores. clip: a score of
-    models/image_scores.clip_score, which then decides.
-    """
-    if count >= len(pictures):
-        return [(place, None) for place in range(len(pictures))]
-    figures = {"likelihood": likelihoods(loaded, pictures, codes)}
-    if clip is not None:
-        figures["clip"] = clip_scores(loaded, pictures, codes, clip)
-    deciding = figures["likelihood" if clip is None else "clip"]
-    best = deciding.argsort(descending=True, stable=True)[:count].tolist()
-    return [(place, {name: round(float(scores[place]), 3) for name, scores in figures.items()}) for place in best]
-
-
-def clip_scores(loaded, pictures, codes, clip):
-    parts = []
-    for first in range(0, len(pictures), loaded.batch_size):
+def _clip_scores(loaded: LoadedModel, specs: Sequence[ImageSpec], codes: Tensor, clip: ClipScore) -> Tensor:
+    scores = []
+    for first in range(0, len(specs), loaded.batch_size):
         part = slice(first, first + loaded.batch_size)
         images = [to_image(pixels) for pixels in loaded.decode(codes[part])]
-        parts.append(clip(images, [one.prompt for one in pictures[part]]))
-    return torch.cat(parts)
+        scores.append(clip(images, [spec.prompt for spec in specs[part]]))
+    return torch.cat(scores)

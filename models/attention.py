@@ -1,60 +1,69 @@
 """Causal self-attention over `<bos>` + text + image codes, its four patterns, and the key/value cache.
 
-A pattern is a fixed boolean mask over one dense attention, not a class of its own: the four equal the sparse
-attentions of DALLE-pytorch to 1e-7, and each gets the cache and the fast kernels for nothing. What surrounds attention
-in a layer (norms, LayerScale, feed-forward) is transformer.py's.
+A pattern is a fixed boolean mask over one dense attention, not another class: all four equal the sparse attentions
+of DALLE-pytorch to 1e-7, and each can use the cache and the fast kernels.
 """
 
+from typing import Any, Optional, Tuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 PATTERNS = ("full", "axial_row", "axial_col", "conv_like")
 CONV_KERNEL = 5  # side of the conv_like window, in codes
 
 
-def pattern_mask(pattern, text_len, fmap_size):
-    """What each position may look at: bool (N, N), True where query row may see key column, N = text_len + fmap_size²
-    − 1.
+def pattern_mask(pattern: str, text_len: int, fmap_size: int) -> Tensor:
+    """Return what each position may see: bool (N, N), N = text_len + fmap_size² − 1; True if the row sees the column.
 
-    text_len counts `<bos>`. Codes follow the text row by row; the last code is never an input, hence the − 1. Text
-    sees earlier text. A code sees all text and, up to and with itself: every code (full), its row (axial_row), its
-    column (axial_col) or the 5×5 window that ends in it, up and to the left (conv_like, as dalle-pytorch 1.6 pads it).
+    Codes follow the text row by row; the last code is never an input, hence the − 1. Text sees earlier text. A code
+    sees all text and, of the codes up to itself: all (full), its row (axial_row), its column (axial_col), or the 5×5
+    window that ends in it, up and to the left (conv_like, with the padding of dalle-pytorch 1.6).
+
+    Args:
+        text_len: length of the text, `<bos>` included.
     """
     if pattern not in PATTERNS:
-        raise ValueError(f"unknown attention type '{pattern}'; known are {', '.join(PATTERNS)}")
+        raise ValueError(f"unknown attention type '{pattern}'; choose from {', '.join(PATTERNS)}")
     length = text_len + fmap_size**2
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     code = torch.arange(fmap_size**2)
     row, col = code // fmap_size, code % fmap_size
-    up, left = row[:, None] - row[None, :], col[:, None] - col[None, :]  # how far the key lies up and left of the query
-    window = (up >= 0) & (up < CONV_KERNEL) & (left >= 0) & (left < CONV_KERNEL)
-    seen = {
+    up, left = (
+        row[:, None] - row[None, :],
+        col[:, None] - col[None, :],
+    )  # distance from the query to the key
+    visible = {
         "full": torch.ones(len(code), len(code), dtype=torch.bool),
-        "axial_row": row[:, None] == row[None, :],
-        "axial_col": col[:, None] == col[None, :],
-        "conv_like": window,
+        "axial_row": up == 0,
+        "axial_col": left == 0,
+        "conv_like": (up >= 0) & (up < CONV_KERNEL) & (left >= 0) & (left < CONV_KERNEL),
     }[pattern]
-    mask = causal.clone()
-    mask[text_len:, text_len:] &= seen
-    return mask[:-1, :-1].contiguous()
+    causal[text_len:, text_len:] &= visible
+    return causal[:-1, :-1].contiguous()
 
 
 class KeyValueCache:
-    """Keys and values of one layer for the positions computed so far, in buffers of the final length (B, H, length,
-    D).
-    """
+    """Keys and values of one layer for the positions so far, in buffers of the final length (B, H, length, D)."""
 
-    def __init__(self, length):
+    def __init__(self, length: int):
         self.length = length
-        self.keys = self.values = None
+        self.keys: Any = None
+        self.values: Any = None
 
-    def put(self, keys, values, mask, start):
-        """Write (B, H, n, D) at position `start` → keys, values of everything up to there, (B, H, start + n, D) each,
-        and what the new positions may see of it: bool (n, start + n) of the layer's mask (N, N).
+    def append(self, keys: Tensor, values: Tensor, mask: Tensor, start: int) -> Tuple[Tensor, Tensor, Tensor]:
+        """Write keys and values (B, H, n, D) at position `start`.
+
+        Args:
+            mask: the layer's mask, bool (N, N).
+
+        Returns:
+            Keys and values of all positions so far, (B, H, start + n, D) each, and the mask of the new positions, bool
+            (n, start + n).
         """
         batch, heads, count, dim_head = keys.shape
-        if self.keys is None:  # only now is the dtype known: autocast decides it
+        if self.keys is None:  # autocast decides the dtype, so it is known only now
             self.keys = keys.new_empty(batch, heads, self.length, dim_head)
             self.values = torch.empty_like(self.keys)
         stop = start + count
@@ -64,16 +73,20 @@ class KeyValueCache:
 
 
 class PrefixCache:
-    """A layer's cache for the first pass: it only remembers keys and values (B, H, n, D)."""
+    """A layer's cache for the first pass, which only remembers keys and values (B, H, n, D)."""
 
-    def put(self, keys, values, mask, start):
+    keys: Tensor
+    values: Tensor
+
+    def append(self, keys: Tensor, values: Tensor, mask: Tensor, start: int) -> Tuple[Tensor, Tensor, Tensor]:
+        """See KeyValueCache.append."""
         self.keys, self.values = keys, values
         length = keys.shape[2]
         return keys, values, mask[:length, :length]
 
 
-def attend(query, keys, values, mask, dropout=0.0):
-    """softmax(q·kᵀ/√D)·v with `mask` (n, m) bool, softmax in fp32; (B, H, n, D) in and out."""
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, dropout: float = 0.0) -> Tensor:
+    """Compute softmax(q·kᵀ/√D)·v with `mask` bool (n, m), softmax in fp32; (B, H, n, D) in and out."""
     if query.is_cuda:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
     # On a CPU the backward pass of the fused kernel with a mask costs more than plain batched products.
@@ -84,25 +97,25 @@ def attend(query, keys, values, mask, dropout=0.0):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of one pattern; accepts a cache, owns none."""
+    """Multi-head attention of one pattern."""
 
-    def __init__(self, dim, *, heads, dim_head, mask, dropout=0.0):
+    mask: Tensor  # bool (N, N)
+
+    def __init__(self, dim: int, *, heads: int, dim_head: int, mask: Tensor, dropout: float = 0.0):
         super().__init__()
-        self.heads = heads
-        self.dim_head = dim_head
-        self.dropout = dropout
+        self.heads, self.dim_head, self.dropout = heads, dim_head, dropout
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim), nn.Dropout(dropout))
-        self.register_buffer("mask", mask, persistent=False)  # (N, N)
+        self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, x, cache=None, start=0):
-        """x (B, n, dim) stands at positions start … start + n; what came before is in `cache` (see its put)."""
+    def forward(self, x: Tensor, cache: Optional[Any] = None, start: int = 0) -> Tensor:
+        """Attend from x (B, n, dim) at positions start … start + n; earlier positions are in `cache`."""
         batch, length, _ = x.shape
         qkv = self.to_qkv(x).view(batch, length, 3, self.heads, self.dim_head)
         query, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, H, n, D) each
         mask = self.mask[:length, :length]
         if cache is not None:
-            keys, values, mask = cache.put(keys, values, self.mask, start)
+            keys, values, mask = cache.append(keys, values, self.mask, start)
         dropout = self.dropout if self.training else 0.0
         out = attend(query, keys, values, mask, dropout)
         return self.to_out(out.transpose(1, 2).reshape(batch, length, self.heads * self.dim_head))

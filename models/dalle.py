@@ -1,59 +1,66 @@
-"""DALLE: `<bos>` + text + image codes → logits of the next one, and the loss (arXiv 2102.12092).
+"""The DALLE model: it reads `<bos>`, text and image codes, and predicts the next token or code (arXiv 2102.12092).
 
-    <bos> t₁ … t_T  c₁ … c_{L−1}     336 positions for T = 80, L = 256
-     t₁  …  t_T c₁  …    c_L         what each predicts
-
-The sampling loop is sampling.py's; where the layers are placed, and in which precision they run, is the backends'.
+<bos> t₁ … t_T  c₁ … c_{L−1}     336 positions for T = 80, L = 256
+ t₁  …  t_T c₁  …    c_L         what each position predicts
 """
 
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.transformer import Transformer
 
 
 class Losses(NamedTuple):
-    """Scalars. `total` = (text + w·image) / (1 + w), the one to differentiate; the others are means over their own
-    labels.
-    """
+    """Scalar losses in nats: means over text and image labels, and total = (text + w·image) / (1 + w) to train on."""
 
-    total: torch.Tensor
-    text: torch.Tensor
-    image: torch.Tensor
+    total: Tensor
+    text: Tensor
+    image: Tensor
 
 
 class AxialPositions(nn.Module):
-    """A learned vector a row plus one a column of the code grid."""
+    """A trained vector for each row of the code grid, plus one for each column."""
 
-    def __init__(self, dim, fmap_size):
+    def __init__(self, dim: int, fmap_size: int):
         super().__init__()
         self.weights_0 = nn.Parameter(torch.randn(1, fmap_size, 1, dim))
         self.weights_1 = nn.Parameter(torch.randn(1, 1, fmap_size, dim))
 
-    def forward(self):
-        return (self.weights_0 + self.weights_1).flatten(1, 2)  # (1, L, dim)
+    def forward(self) -> Tensor:
+        """Return the vectors of all places, (1, L, dim)."""
+        return (self.weights_0 + self.weights_1).flatten(1, 2)
 
 
 class Head(nn.Sequential):
-    """Norm and projection to a stretch of the vocabulary: x (B, n, dim), tokens a slice → (B, n, len(tokens)).
+    """Norm and projection to the vocabulary, or to a part of it.
 
-    Text positions want text logits and image positions image logits, so that most of the product is never needed.
+    Text positions need text logits and image positions need image logits, so most of the product is never needed.
+
+    Attributes:
+        linear: computes the projection; the default is F.linear. models/pipeline_dalle.py sets one that computes it in
+            pieces, to fit an IPU's memory.
     """
 
-    linear = staticmethod(F.linear)  # an IPU puts one in its place that computes the same in pieces
+    linear: Callable[..., Tensor] = staticmethod(F.linear)
 
-    def __init__(self, dim, num_tokens):
+    def __init__(self, dim: int, num_tokens: int):
         super().__init__(nn.LayerNorm(dim), nn.Linear(dim, num_tokens))
 
-    def forward(self, x, tokens=slice(None)):
-        norm, projection = self
+    @property
+    def norm_and_projection(self) -> Tuple[Any, Any]:
+        """The nn.LayerNorm and the nn.Linear."""
+        return self[0], self[1]
+
+    def forward(self, x: Tensor, tokens: slice = slice(None)) -> Tensor:
+        """Map x (B, n, dim) to logits (B, n, len(tokens))."""
+        norm, projection = self.norm_and_projection
         return self.linear(norm(x), projection.weight[tokens], projection.bias[tokens])
 
 
-def compute_losses(dalle: "DALLE", x: torch.Tensor, text: torch.Tensor, codes: torch.Tensor) -> Losses:
+def compute_losses(dalle: "DALLE", x: Tensor, text: Tensor, codes: Tensor) -> Losses:
     """Compute the cross-entropies of x (B, N, dim) against numbered text (B, T) and codes (B, L), in fp32.
 
     Each position is compared with its own vocabulary only. A masked logit adds exp(lowest) = 0 to a softmax, so this
@@ -68,14 +75,16 @@ def compute_losses(dalle: "DALLE", x: torch.Tensor, text: torch.Tensor, codes: t
 
 
 class DALLE(nn.Module):
-    """The transformer with its embeddings and head, and the frozen VQGAN that turns pixels into codes.
+    """The transformer with its embeddings and head, and the frozen VQGAN that encodes pixels.
 
-    vae: an image tokenizer with image_size, num_layers (halvings of the side) and num_tokens (codes); where pixels are
-    given, a call of it turns them into codes. num_text_tokens does not count the padding ids: a padding token
-    (0) at position p becomes the id num_text_tokens + p, so each padding position has a token of its own. The attribute
-    self.num_text_tokens counts both.
+    Args:
+        vae: an image tokenizer with image_size, num_layers (halvings of the side) and num_tokens (codes). Calling it
+            with pixels returns codes.
+        num_text_tokens: size of the text vocabulary, without padding ids.
 
     Attributes:
+        num_text_tokens: size of the text vocabulary, with padding ids: a padding token (0) at position p becomes the id
+            num_text_tokens + p, so each padding position has its own.
         compute_losses: called as compute_losses(dalle, x, text, codes). The default is the function of this name;
             backends/native/fast_layers.py sets a faster equivalent on the instance that trains.
     """
@@ -85,18 +94,18 @@ class DALLE(nn.Module):
     def __init__(
         self,
         *,
-        dim,
-        vae,
-        num_text_tokens=10000,
-        text_seq_len=256,
-        depth,
-        heads=8,
-        dim_head=64,
-        attn_dropout=0.0,
-        ff_dropout=0.0,
-        attn_types=("full",),
-        loss_img_weight=7,
-        sandwich_norm=False,
+        dim: int,
+        vae: Any,
+        num_text_tokens: int = 10000,
+        text_seq_len: int = 256,
+        depth: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        attn_types: Sequence[str] = ("full",),
+        loss_img_weight: float = 7,
+        sandwich_norm: bool = False,
     ):
         super().__init__()
         self.fmap_size = vae.image_size // 2**vae.num_layers
@@ -109,7 +118,7 @@ class DALLE(nn.Module):
         self.vae = vae
         if isinstance(vae, nn.Module):
             vae.requires_grad_(False)
-        self.text_emb = nn.Embedding(self.num_text_tokens, dim)
+        self.text_emb: Any = nn.Embedding(self.num_text_tokens, dim)
         self.image_emb = nn.Embedding(self.num_image_tokens, dim)
         self.text_pos_emb = nn.Embedding(text_seq_len + 1, dim)
         self.image_pos_emb = AxialPositions(dim, self.fmap_size)
@@ -125,69 +134,65 @@ class DALLE(nn.Module):
             ff_dropout=ff_dropout,
             sandwich_norm=sandwich_norm,
         )
-        self.to_logits = Head(dim, self.num_text_tokens + self.num_image_tokens)
+        self.to_logits = Head(dim, self.num_tokens)
 
-        # Which logits a position may not have: codes at text positions, text at image positions.
+        # A text position is never followed by a code, nor an image position by text.
         position = torch.arange(text_seq_len + self.image_seq_len)[:, None]
-        token = torch.arange(self.num_text_tokens + self.num_image_tokens)[None, :]
+        token = torch.arange(self.num_tokens)[None, :]
         self.is_image_position = (position >= text_seq_len, token >= self.num_text_tokens)
 
     @property
-    def num_tokens(self):
-        """Text, padding and image vocabulary together."""
+    def num_tokens(self) -> int:
+        """Number of text tokens, padding ids and image codes together."""
         return self.num_text_tokens + self.num_image_tokens
 
-    def forward(self, text, image=None, return_loss=False):
-        """Logits (B, n, num_tokens), or Losses with return_loss (in train and in eval mode alike).
+    def forward(self, text: Tensor, image: Optional[Tensor] = None, return_loss: bool = False) -> Union[Tensor, Losses]:
+        """Compute logits (B, n, num_tokens), or Losses if return_loss is set.
 
-        text: int64 (B, text_seq_len), 0 = padding. image: codes int64 (B, up to image_seq_len); or pixels (B, 3, S,
-        S), float in [0, 1] or uint8; or None for text alone. The loss wants all of the image's codes.
+        Args:
+            text: int64 (B, text_seq_len), 0 = padding.
+            image: codes int64 (B, n), n ≤ image_seq_len; or pixels (B, 3, S, S), float in [0, 1] or uint8; or None. The
+                loss needs all codes.
         """
         text = self.number_padding(text)
         codes = image
         if image is not None and image.dim() == 4:
-            codes = self.encode(image)
-        if return_loss and (codes is None or codes.shape[1] != self.image_seq_len):
-            raise ValueError(f"the loss needs an image: {self.image_seq_len} codes or pixels")
-
+            codes = self.vae(image.float() / 255 if image.dtype == torch.uint8 else image)
         x = self.embed_text(text)  # (B, T + 1, dim)
         if codes is not None:
             x = torch.cat((x, self.embed_codes(codes[:, : self.image_seq_len - 1])), dim=1)  # (B, n, dim)
-        x = self.transformer(x)
-        return self.compute_losses(self, x, text, codes) if return_loss else self.masked_logits(x)
+        if not return_loss:
+            return self.masked_logits(self.transformer(x))
+        if codes is None or codes.shape[1] != self.image_seq_len:
+            raise ValueError(f"the loss needs an image: {self.image_seq_len} codes or pixels")
+        return self.compute_losses(self, self.transformer(x), text, codes)
 
-    def number_padding(self, text):
-        """Give every padding position its own id; (B, text_seq_len) in and out."""
+    def number_padding(self, text: Tensor) -> Tensor:
+        """Replace padding by the id of its position; (B, text_seq_len) in and out."""
         if text.shape[-1] != self.text_seq_len:
             raise ValueError(f"the model reads {self.text_seq_len} text tokens, not {text.shape[-1]}")
         padding = torch.arange(self.num_text_tokens - self.text_seq_len, self.num_text_tokens, device=text.device)
         return torch.where(text == 0, padding, text)
 
-    def encode(self, pixels):
-        """Pixels (B, 3, S, S), float in [0, 1] or uint8 → codes (B, L), without a gradient."""
-        if pixels.dtype == torch.uint8:
-            pixels = pixels.float() / 255
-        return self.vae(pixels)
-
-    def embed_text(self, text):
-        """Numbered text (B, T) → `<bos>` and text, embedded (B, T + 1, dim)."""
+    def embed_text(self, text: Tensor) -> Tensor:
+        """Embed `<bos>` and numbered text (B, T) as (B, T + 1, dim)."""
         text = F.pad(text, (1, 0), value=0)
         return self.text_emb(text) + self.text_pos_emb.weight[: text.shape[1]]
 
-    def embed_codes(self, codes, start=0):
-        """Codes (B, n), the first of them at place `start` of the picture → (B, n, dim)."""
+    def embed_codes(self, codes: Tensor, start: int = 0) -> Tensor:
+        """Embed codes (B, n), the first of them at place `start` of the image, as (B, n, dim)."""
         return self.image_emb(codes) + self.image_pos_emb()[:, start : start + codes.shape[1]]
 
-    def text_logits(self, x):
-        """(B, n, dim) → (B, n, num_text_tokens)."""
+    def text_logits(self, x: Tensor) -> Tensor:
+        """Map x (B, n, dim) to logits (B, n, num_text_tokens)."""
         return self.to_logits(x, slice(0, self.num_text_tokens))
 
-    def image_logits(self, x):
-        """(B, n, dim) → (B, n, num_image_tokens)."""
+    def image_logits(self, x: Tensor) -> Tensor:
+        """Map x (B, n, dim) to logits (B, n, num_image_tokens)."""
         return self.to_logits(x, slice(self.num_text_tokens, self.num_tokens))
 
-    def masked_logits(self, x):
-        """The whole vocabulary at every position, what cannot follow at the dtype's lowest value."""
+    def masked_logits(self, x: Tensor) -> Tensor:
+        """Compute logits of the whole vocabulary; impossible tokens get the dtype's lowest value."""
         logits = self.to_logits(x)
         positions, tokens = self.is_image_position
         forbidden = (positions[: x.shape[1]] != tokens).to(x.device)

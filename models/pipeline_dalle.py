@@ -1,19 +1,37 @@
-"""The IPU's annotations, put on a plain DALLE from outside: stages, recomputation, and serialised embedding and head.
+"""Annotations that let a DALLE train on IPUs: stages, recomputation, and serialized embedding and head.
 
-The model computes what it computed before, under the same names in its state dict. poptorch is named here and in
-backends/ipu/backend.py only, and imported when an IPU run asks for it.
+The model computes the same as before, under the same names in its state dict. poptorch is imported only when an IPU run
+asks for it.
 """
 
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.dalle import DALLE
 
-def placement(depth, *, layers_per_ipu, embedding_ipu_id=0, cls_ipu_id=None, pixels=False):
-    """[(module of a DALLE, its IPU)] in the order in which a step enters them.
+Placement = List[Tuple[str, int]]
 
-    The VQGAN (where a step is given pixels) is on IPU 0; layers_per_ipu[i] layers are on IPU i; the head is on the last
-    IPU unless cls_ipu_id says otherwise. ValueError where the layers do not add up.
+
+def placement(
+    depth: int,
+    *,
+    layers_per_ipu: Sequence[int],
+    embedding_ipu_id: int = 0,
+    cls_ipu_id: Optional[int] = None,
+    pixels: bool = False,
+) -> Placement:
+    """Return (module of a DALLE, its IPU) in the order in which a step enters them.
+
+    Args:
+        layers_per_ipu: number of layers on each IPU.
+        cls_ipu_id: the head's IPU; None is the last one.
+        pixels: whether steps get pixels, so that the VQGAN is needed, on IPU 0.
+
+    Raises:
+        ValueError: the layers do not add up to `depth`.
     """
     if sum(layers_per_ipu) != depth:
         raise ValueError(
@@ -27,9 +45,9 @@ def placement(depth, *, layers_per_ipu, embedding_ipu_id=0, cls_ipu_id=None, pix
     return [*places, ("to_logits", len(layers_per_ipu) - 1 if cls_ipu_id is None else cls_ipu_id)]
 
 
-def stages(places):
-    """A placement as pipeline stages, [(IPU, [modules])]: what follows one another on an IPU is one stage."""
-    found = []
+def stages(places: Placement) -> List[Tuple[int, List[str]]]:
+    """Group a placement into pipeline stages, (IPU, modules): successive modules of one IPU are one stage."""
+    found: List[Tuple[int, List[str]]] = []
     for module, ipu in places:
         if not found or found[-1][0] != ipu:
             found.append((ipu, []))
@@ -38,14 +56,16 @@ def stages(places):
 
 
 class WrappedDALLE(nn.Module):
-    """A DALLE with an IPU's annotations, as PopTorch trains it: (text, image) → total, text and image loss.
+    """A DALLE with an IPU's annotations, as PopTorch trains it.
 
-    dalle is changed in place: its state dict and results stay what they were. serialization: the number of pieces in
-    which the text embedding and the head are computed, so that their temporaries fit an IPU's memory; it has to divide
-    text (with padding) and image vocabulary. places: see placement().
+    Args:
+        dalle: changed in place; its state dict and results stay the same.
+        places: see placement.
+        serialization: number of pieces in which the text embedding and the head are computed, so that their temporary
+            values fit an IPU's memory; it must divide the text vocabulary (with padding ids) and the image vocabulary.
     """
 
-    def __init__(self, dalle, places, serialization=1):
+    def __init__(self, dalle: DALLE, places: Placement, serialization: int = 1):
         super().__init__()
         import poptorch
 
@@ -58,36 +78,39 @@ class WrappedDALLE(nn.Module):
             dalle.text_emb = SerializedEmbedding(dalle.text_emb.weight, serialization)
             dalle.to_logits.linear = SerializedLinear(serialization)
         found = stages(places)
-        poptorch.BeginBlock(dalle, user_id="stage 0", ipu_id=found[0][0])  # what comes before the first module
+        poptorch.BeginBlock(dalle, user_id="stage 0", ipu_id=found[0][0])  # for operations before the first module
         for number, (ipu, modules) in enumerate(found):
             for module in modules:
                 poptorch.BeginBlock(dalle.get_submodule(module), user_id=f"stage {number}", ipu_id=ipu)
 
-    def forward(self, text, image):
-        """text int (B, text_seq_len); image codes int (B, L), or pixels (B, 3, S, S) → three fp32 scalars."""
+    def forward(self, text: Tensor, image: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Compute total, text and image loss, fp32 scalars.
+
+        Args:
+            text: int (B, text_seq_len).
+            image: codes int (B, L), or pixels (B, 3, S, S).
+        """
         import poptorch
 
         losses = self.model(text, image, return_loss=True)
         return poptorch.identity_loss(losses.total, reduction="none"), losses.text, losses.image
 
 
-def unshare_masks(dalle):
-    """Give each layer a mask of its own. PopTorch moves buffers module by module, and loses all but the first of one
-    that several modules share.
-    """
+def unshare_masks(dalle: DALLE) -> None:
+    """Copy the mask for each layer, because PopTorch loses all but the first of a buffer that modules share."""
     for attention, _ in dalle.transformer.layers:
         attention.fn.fn.mask = attention.fn.fn.mask.clone()
 
 
-def keep_output(module, inputs, output):
-    """A forward hook: the output is kept for the backward pass, what lies between two of them is computed again."""
+def keep_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Keep a module's output for the backward pass (a forward hook); values between two outputs are recomputed."""
     import poptorch
 
     return poptorch.recomputationCheckpoint(output)
 
 
-def check_serialization(dalle, factor):
-    """ValueError in one line for a factor that does not divide the vocabularies."""
+def check_serialization(dalle: DALLE, factor: int) -> None:
+    """Raise ValueError, in one line, if the factor does not divide the vocabularies."""
     sizes = {"text tokens with padding": dalle.num_text_tokens, "image tokens": dalle.num_image_tokens}
     for name, size in sizes.items():
         if size % factor:
@@ -98,17 +121,17 @@ def check_serialization(dalle, factor):
 
 
 class SerializedEmbedding(nn.Module):
-    """An nn.Embedding whose rows are looked up in `factor` pieces, parameters of their own; one `weight` in files."""
+    """An nn.Embedding in `factor` pieces, each a parameter; state dicts have them as one `weight`."""
 
-    def __init__(self, weight, factor):
+    def __init__(self, weight: Tensor, factor: int):
         super().__init__()
         self.rows = weight.shape[0] // factor
         for number, piece in enumerate(weight.detach().split(self.rows)):
             self.register_parameter(f"piece_{number}", nn.Parameter(piece.clone()))
 
-    def forward(self, ids):
-        """int (B, n) → (B, n, dim)."""
-        found = 0
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up int (B, n) as (B, n, dim)."""
+        found: Any = 0
         for number, piece in enumerate(self.parameters()):
             local = ids - number * self.rows
             inside = (local >= 0) & (local < self.rows)
@@ -116,29 +139,29 @@ class SerializedEmbedding(nn.Module):
             found = found + rows * inside[..., None].to(rows.dtype)
         return found
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        if keep_vars:  # the variables themselves are wanted, whatever their names: PopTorch does, to move them
+    def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if keep_vars:  # PopTorch asks for the parameters themselves, to move them
             super()._save_to_state_dict(destination, prefix, keep_vars)
         else:
             destination[f"{prefix}weight"] = torch.cat([piece.detach() for piece in self.parameters()])
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *rest: Any) -> None:
         rows = state_dict[f"{prefix}weight"].split(self.rows) if f"{prefix}weight" in state_dict else ()
         pieces = {f"{prefix}piece_{number}": piece for number, piece in enumerate(rows)}
         super()._load_from_state_dict(pieces, prefix, *rest)
 
 
 class SerializedLinear:
-    """F.linear whose outputs are computed in `factor` pieces one after the other."""
+    """An F.linear that computes its outputs in `factor` pieces, one after another."""
 
-    def __init__(self, factor):
+    def __init__(self, factor: int):
         self.factor = factor
 
-    def __call__(self, x, weight, bias):
-        """x (B, n, dim), weight (V, dim), bias (V,) → (B, n, V)."""
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Map x (B, n, dim) to (B, n, V), with weight (V, dim) and bias (V,)."""
         import poptorch
 
-        # Flat, because it is a plain matrix product that PopTorch can cut up.
+        # Flat, because PopTorch can only split a plain matrix product.
         mode = poptorch.MatMulSerializationMode.OutputChannels
         product = poptorch.serializedMatMul(x.flatten(0, 1), weight.t(), mode, factor=self.factor)
         return (product + bias).view(*x.shape[:2], -1)

@@ -1,60 +1,69 @@
-"""The decoder's blocks: LayerScale, PreNorm, GEGLU feed-forward, and the Transformer that stacks them.
+"""The blocks of the decoder, and the Transformer that stacks them.
 
-Embeddings, the head and the loss are dalle.py's. Module names follow the checkpoint layout
-(`layers.<n>.<0|1>.fn.fn…`), which is why a block is wrapped twice.
+Module names follow the checkpoint layout (`layers.<n>.<0|1>.fn.fn…`), which is why each block is wrapped twice.
 """
 
 from itertools import cycle, islice
-from typing import Any, Optional
+from typing import Any, List, Optional, Sequence
 
 from torch import Tensor, nn, ones
 from torch.nn import functional as F
 
-from models.attention import Attention, KeyValueCache, pattern_mask
+from models.attention import Attention, pattern_mask
 
 
 class LayerScale(nn.Module):
-    """f(x)·scale with a learned scale a channel, small at first and smaller the deeper (CaiT, arXiv 2103.17239)."""
+    """Multiplies a block's output by a trained scale for each channel (CaiT, arXiv 2103.17239).
 
-    def __init__(self, dim, depth, fn):
+    Args:
+        depth: number of the layer, from 1; the initial scale is small, and smaller in deeper layers.
+    """
+
+    fn: Any
+
+    def __init__(self, dim: int, depth: int, fn: nn.Module):
         super().__init__()
-        init = 0.1 if depth <= 18 else 1e-5 if depth <= 24 else 1e-6  # depth counts layers from 1
+        init = 0.1 if depth <= 18 else 1e-5 if depth <= 24 else 1e-6
         self.scale = nn.Parameter(init * ones(1, 1, dim))
         self.fn = fn
 
-    def forward(self, x, **kwargs):
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         return self.fn(x, **kwargs) * self.scale
 
 
 class PreNorm(nn.Module):
-    """norm_out?(f(norm(x))); the second norm only with `sandwich` (CogView, arXiv 2105.13290)."""
+    """Normalizes a block's input and, with `sandwich`, its output, too (CogView, arXiv 2105.13290)."""
 
-    def __init__(self, dim, fn, sandwich=False):
+    fn: Any
+    norm_out: nn.Module
+
+    def __init__(self, dim: int, fn: nn.Module, sandwich: bool = False):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.norm_out = nn.LayerNorm(dim) if sandwich else nn.Identity()
         self.fn = fn
 
-    def forward(self, x, **kwargs):
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         return self.norm_out(self.fn(self.norm(x), **kwargs))
 
 
 class GEGLU(nn.Module):
-    """Half of the channels, gated by the gelu of the other half (arXiv 2002.05202): (…, 2·d) → (…, d)."""
+    """Gates one half of the channels with the GELU of the other (arXiv 2002.05202)."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, 2·d) to (…, d)."""
         x, gate = x.chunk(2, dim=-1)
         return x * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
-    """dim → 8·dim → GEGLU → dropout → dim."""
+    """Linear to 8·dim channels, GEGLU, dropout, and linear back to dim."""
 
-    def __init__(self, dim, dropout=0.0):
+    def __init__(self, dim: int, dropout: float = 0.0):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(dim, 8 * dim), GEGLU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
@@ -83,21 +92,23 @@ class Layer(nn.ModuleList):
 
 
 class Transformer(nn.Module):
-    """`depth` layers of attention and feed-forward over (B, N, dim), the patterns of `attn_types` cycled over them."""
+    """A stack of `depth` layers over (B, N, dim); the attention patterns of `attn_types` repeat over them."""
+
+    layers: Any  # an nn.ModuleList of Layer
 
     def __init__(
         self,
         *,
-        dim,
-        depth,
-        heads,
-        dim_head,
-        text_len,
-        fmap_size,
-        attn_types,
-        attn_dropout=0.0,
-        ff_dropout=0.0,
-        sandwich_norm=False,
+        dim: int,
+        depth: int,
+        heads: int,
+        dim_head: int,
+        text_len: int,
+        fmap_size: int,
+        attn_types: Sequence[str],
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        sandwich_norm: bool = False,
     ):
         super().__init__()
         masks = {pattern: pattern_mask(pattern, text_len, fmap_size) for pattern in attn_types}
@@ -107,12 +118,8 @@ class Transformer(nn.Module):
             blocks = attention, FeedForward(dim, ff_dropout)
             self.layers.append(Layer(LayerScale(dim, number, PreNorm(dim, block, sandwich_norm)) for block in blocks))
 
-    def forward(self, x, cache=None, start=0):
-        """x (B, n, dim) at positions start …; `cache` is new_cache()'s list or None."""
+    def forward(self, x: Tensor, cache: Optional[List[Any]] = None, start: int = 0) -> Tensor:
+        """Apply all layers to x (B, n, dim) at positions start … start + n; `cache` has one cache for each layer."""
         for number, layer in enumerate(self.layers):
             x = layer(x, cache=cache[number] if cache else None, start=start)
         return x
-
-    def new_cache(self, length):
-        """An empty key/value cache a layer, for `length` positions."""
-        return [KeyValueCache(length) for _ in self.layers]

@@ -1,8 +1,7 @@
-"""The image tokenizer: a frozen VQGAN that turns a picture into a square grid of codes and codes into a picture.
+"""The image tokenizer: a frozen VQGAN that encodes an image as a square grid of codes, and decodes codes to an image.
 
-The networks are CompVis taming-transformers' own (Encoder, Decoder, VectorQuantizer2, GumbelQuantize), put together
-here under taming's parameter names; its Lightning wrapper is not used. Nothing is trained in this file
-(train_vqgan.py does that) and no pickled code is run when weights are read (taming_checkpoint.py).
+The networks are those of CompVis taming-transformers (Encoder, Decoder, VectorQuantizer2, GumbelQuantize), assembled
+under taming's parameter names, without its Lightning wrapper. No pickled code is run when weights are read.
 
 Papers: VQGAN, Esser et al. 2021 (arXiv:2012.09841); Gumbel-softmax codes, Jang et al. 2017 (arXiv:1611.01144).
 """
@@ -13,7 +12,7 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, ContextManager, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +24,20 @@ from torch import nn
 
 from models.official_vqgan import download_official_vqgan
 from models.taming_checkpoint import read_weights
+from utils.files import first_line
 
 GROUP_NORM_GROUPS = 32  # taming's GroupNorm has this many groups at every width
 COMMITMENT_COST = 0.25  # taming's own; used by training only
 
 
 class VQGan(nn.Module):
-    """The four pieces of a VQGAN and the two directions through them, on pixels in [-1, 1]. Trainable.
+    """A trainable VQGAN: encoder, codebook and decoder, for pixels in [-1, 1].
+
+    B images of H × W pixels become latents and codes on a grid of h × w = H/f × W/f, with D = embed_dim.
 
     Args:
-        params: as `check_params` returns them.
-        gumbel: the codes are the largest of `n_embed` logits (GumbelVQ) instead of the nearest entry (VQModel).
-
-    B pictures of H × W pixels become latents and codes on a grid of h × w = H/f × W/f, with D = embed_dim.
+        params: as returned by `check_params`.
+        gumbel: codes are the largest of `n_embed` logits (GumbelVQ) instead of the nearest entry (VQModel).
     """
 
     def __init__(self, params: Dict[str, Any], gumbel: bool = False):
@@ -57,23 +57,26 @@ class VQGan(nn.Module):
 
     @property
     def codebook(self) -> nn.Parameter:
-        """The (n_embed, D) entries."""
+        """The entries, (n_embed, D)."""
         return self.quantize.embed.weight if self.gumbel else self.quantize.embedding.weight
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) pixels in [-1, 1] -> (B, D, h, w) latents, not yet quantised."""
-        # Spelled as a rearrangement because an IPU has no pixel_unshuffle; the channel order is that operator's.
+        """Encode pixels (B, 3, H, W) in [-1, 1] as latents (B, D, h, w), not yet quantized."""
+        # An IPU has no pixel_unshuffle; this rearrangement has its channel order.
         patches = rearrange(pixels, "b c (h p) (w q) -> b (c p q) h w", p=self.patch_size, q=self.patch_size)
         return self.quant_conv(self.encoder(patches))
 
     def nearest(self, latents: torch.Tensor, handicap: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """(B, D, h, w) latents -> (B, h, w) long codes, always computed in fp32.
+        """Return the codes of latents (B, D, h, w), int64 (B, h, w).
 
-        In half precision neighbouring entries of a large codebook become equal, and codes flip. `handicap` (n_embed,)
-        is added to the squared distances, for training that prefers some entries; a GumbelVQ has no distances.
+        Computed in fp32: in half precision, neighboring entries of a large codebook become equal, and codes change.
+
+        Args:
+            handicap: (n_embed,), added to the squared distances, so that training can prefer some entries; a GumbelVQ
+                has no distances.
         """
         latents = latents.float()
-        if self.gumbel:  # the most likely code: the noise of the paper belongs to training
+        if self.gumbel:  # the most likely code; the paper adds noise in training only
             proj = self.quantize.proj
             return F.conv2d(latents, proj.weight.float(), proj.bias.float()).argmax(dim=1)
         flat = rearrange(latents, "b d h w -> (b h w) d")
@@ -85,27 +88,30 @@ class VQGan(nn.Module):
         return distances.argmin(dim=1).reshape(latents.shape[0], latents.shape[2], latents.shape[3])
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
-        """(B, h, w) long codes -> (B, D, h, w) quantised latents."""
+        """Return the quantized latents (B, D, h, w) of codes int64 (B, h, w)."""
         return rearrange(F.embedding(codes, self.codebook), "b h w d -> b d h w")
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, D, h, w) latents -> (B, 3, H, W) pixels around [-1, 1], not clamped."""
+        """Decode latents (B, D, h, w) to pixels (B, 3, H, W), about in [-1, 1] and not clamped."""
         patches = self.decoder(self.post_quant_conv(latents))
         return rearrange(patches, "b (c p q) h w -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size)
 
 
 class VQGanVAE(nn.Module):
-    """Frozen pixels ↔ codes. `vae(images)` gives the codes, so that a hook on the module sees the encoder run.
+    """A frozen VQGAN; calling it with images returns their codes.
 
     Args:
-        params: `model.params` of a taming yaml: ddconfig, n_embed, embed_dim and, for small pictures, patch_size.
-            Keys that only concern training (lossconfig, monitor, …) are ignored.
+        params: `model.params` of a taming yaml: ddconfig, n_embed, embed_dim and, for small images, patch_size.
+            Keys for training alone (lossconfig, monitor, …) are ignored.
         gumbel: GumbelVQ instead of VQModel.
 
     Attributes:
-        hparams: plain values from which the same network can be built: {"target": "VQModel" | "GumbelVQ", "params"}.
-        image_size: side of the pictures in pixels. num_tokens: codebook entries. num_layers: log2 of the
-        downsampling factor f. fmap_size: side of the code grid, image_size / f. image_seq_len: fmap_size².
+        hparams: plain values that describe the network: {"target": "VQModel" | "GumbelVQ", "params"}.
+        image_size: side of the images in pixels.
+        num_tokens: number of codebook entries.
+        num_layers: log2 of the downsampling factor f.
+        fmap_size: side of the code grid, image_size / f.
+        image_seq_len: fmap_size².
 
     Raises:
         ValueError: a size in `params` is missing or cannot be built; the message names it.
@@ -125,23 +131,23 @@ class VQGanVAE(nn.Module):
         self.model = VQGan(params, gumbel).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "VQGanVAE":
-        """Stays in evaluation mode: it is frozen, and dropout would make a picture's codes vary."""
+        """Stay in evaluation mode, because dropout would change an image's codes."""
         return super().train(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The codes of `images`, as `get_codebook_indices`."""
+        """See get_codebook_indices."""
         return self.get_codebook_indices(images)
 
     @torch.no_grad()
     def get_codebook_indices(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, image_size, image_size) pixels in [0, 1] -> (B, image_seq_len) long codes, row by row.
+        """Encode pixels (B, 3, image_size, image_size) in [0, 1] as codes int64 (B, image_seq_len), row by row.
 
-        Runs in the parameters' own precision whatever autocast says; the lookup is in fp32 in any case.
+        Runs in the parameters' precision, without autocast; the nearest codes are found in fp32.
         """
         expected = (3, self.image_size, self.image_size)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(
-                f"pictures of shape {tuple(images.shape)} for a VQGAN that takes (batch, %d, %d, %d)" % expected
+                f"images of shape {tuple(images.shape)} for a VQGAN that takes (batch, %d, %d, %d)" % expected
             )
         with _no_autocast(images.device):
             pixels = (2 * images.float() - 1).to(self.model.quant_conv.weight.dtype)
@@ -149,9 +155,10 @@ class VQGanVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor, rows: Optional[int] = None) -> torch.Tensor:
-        """(B, h*w) long codes, row by row -> (B, 3, h*f, w*f) float32 pixels in [0, 1].
+        """Decode codes int64 (B, h·w), row by row, to pixels float32 (B, 3, h·f, w·f) in [0, 1].
 
-        rows: h, for a picture's upper part; None: as many as columns.
+        Args:
+            rows: h, for the upper part of an image; None means a square.
         """
         side = math.isqrt(codes.shape[-1])
         if codes.dim() != 2 or (rows is None and side**2 != codes.shape[-1]):
@@ -162,7 +169,7 @@ class VQGanVAE(nn.Module):
             return ((self.model.decode(latents).float() + 1) / 2).clamp(0, 1)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the configuration and every weight as fp32: equal exactly when codes and pictures are."""
+        """Return the SHA-256 (hex) of the configuration and all weights as fp32."""
         digest = hashlib.sha256(json.dumps(self.hparams, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -170,21 +177,23 @@ class VQGanVAE(nn.Module):
         return digest.hexdigest()
 
 
-def _no_autocast(device: torch.device):
-    # Only these two have an autocast to switch off; torch 2.0.1 refuses to be asked about any other.
+def _no_autocast(device: torch.device) -> ContextManager[Any]:
+    # torch 2.0.1 refuses to switch off autocast of other devices.
     if device.type in ("cpu", "cuda"):
         return torch.autocast(device_type=device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def check_params(params: Any, gumbel: bool = False) -> Dict[str, Any]:
-    """Checks `model.params` of a taming yaml and returns what building needs, as plain values.
+    """Check `model.params` of a taming yaml, and return what is needed to build the network, as plain values.
 
-    Returns {"ddconfig", "n_embed", "embed_dim", "patch_size"}. `remap` is left out: it renumbers the codes that some
-    data set uses, and codes here are always positions in the full codebook.
+    `remap` is ignored: it renumbers the codes that some data set uses, and codes here are positions in the codebook.
+
+    Returns:
+        {"ddconfig", "n_embed", "embed_dim", "patch_size"}.
 
     Raises:
-        ValueError: something is missing, no number, or cannot be built.
+        ValueError: a value is missing, not a number, or cannot be built.
     """
     if not isinstance(params, dict):
         raise ValueError("model.params must be a mapping with ddconfig, n_embed and embed_dim")
@@ -192,7 +201,7 @@ def check_params(params: Any, gumbel: bool = False) -> Dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError("model.params.ddconfig must be a mapping with taming's encoder sizes")
     names = ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels")
-    ddconfig = {name: _size(given, name) for name in names}
+    ddconfig: Dict[str, Any] = {name: _size(given, name) for name in names}
     ddconfig["ch_mult"] = _sizes(given, "ch_mult")
     ddconfig["attn_resolutions"] = _sizes(given, "attn_resolutions", may_be_empty=True)
     ddconfig["resamp_with_conv"] = bool(given.get("resamp_with_conv", True))
@@ -209,7 +218,7 @@ def check_params(params: Any, gumbel: bool = False) -> Dict[str, Any]:
     if patch_size & (patch_size - 1):
         raise ValueError(f"patch_size must be a power of two, not {patch_size}")
     if ddconfig["ch"] % GROUP_NORM_GROUPS:
-        raise ValueError(f"ch must be a multiple of {GROUP_NORM_GROUPS} (group normalisation), not {ddconfig['ch']}")
+        raise ValueError(f"ch must be a multiple of {GROUP_NORM_GROUPS} (group normalization), not {ddconfig['ch']}")
     if ddconfig["resolution"] % 2 ** (levels - 1):
         raise ValueError(
             f"resolution {ddconfig['resolution']} cannot be halved {levels - 1} times, as {levels} ch_mult levels need"
@@ -231,7 +240,7 @@ def _size(mapping: Dict[str, Any], name: str, default: Optional[int] = None) -> 
     return value
 
 
-def _sizes(mapping: Dict[str, Any], name: str, may_be_empty: bool = False) -> list:
+def _sizes(mapping: Dict[str, Any], name: str, may_be_empty: bool = False) -> List[int]:
     values = mapping.get(name)
     if not isinstance(values, (list, tuple)) or not (values or may_be_empty):
         raise ValueError(f"{name} must be a list of whole numbers, not {values!r}")
@@ -239,31 +248,32 @@ def _sizes(mapping: Dict[str, Any], name: str, may_be_empty: bool = False) -> li
 
 
 def load_vqgan(model_path: Optional[str] = None, config_path: Optional[str] = None) -> VQGanVAE:
-    """Reads a taming `.ckpt` + `.yaml` pair, of any resolution, channel multipliers and codebook size.
+    """Load a taming `.ckpt` + `.yaml` pair, of any resolution, channel multipliers and codebook size.
 
     Args:
-        model_path: the .ckpt; or a folder that holds one .ckpt. None: the official ImageNet model (f = 16, 1,024
-            codes), downloaded once.
-        config_path: the .yaml. None: the file of the same stem beside the .ckpt.
+        model_path: the .ckpt, or a folder with one .ckpt; None is the official ImageNet model (f = 16, 1,024 codes),
+            which is downloaded once.
+        config_path: the .yaml; None is the file of the same name next to the .ckpt.
 
     Raises:
-        FileNotFoundError: a file is not there. OSError: the official model could not be downloaded.
-        ValueError: the yaml describes no VQGAN, or the weights are not the ones it describes; names file and key.
+        FileNotFoundError: a file is missing.
+        OSError: the official model could not be downloaded.
+        ValueError: the yaml describes no VQGAN, or the weights do not fit it; names file and key.
     """
     if model_path is None and config_path is not None:
-        raise ValueError(f"{config_path}: a VQGAN configuration needs its weights beside it: give the .ckpt file too")
+        raise ValueError(f"{config_path}: a VQGAN configuration needs weights; give the .ckpt file, too")
     if model_path is None:
-        model_path, config_path = download_official_vqgan()
-    model_path, config_path = _find_pair(Path(model_path), None if config_path is None else Path(config_path))
+        model_path, config_path = map(str, download_official_vqgan())
+    weights_file, config_file = _find_pair(Path(model_path), None if config_path is None else Path(config_path))
 
-    params, gumbel = _read_config(config_path)
+    params, gumbel = _read_config(config_file)
     try:
         vae = VQGanVAE(params, gumbel)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: sizes that no memory holds
-        raise ValueError(f"{config_path}: {_first_line(error)}") from error
-    # The discriminator's and LPIPS's weights (loss.…) were for training; a remap table (used) only renumbers codes.
-    weights = read_weights(model_path, skip=("loss.", "quantize.used"))
-    _load_strictly(vae.model, weights, model_path)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: out of memory
+        raise ValueError(f"{config_file}: {first_line(error)}") from error
+    # Weights of the discriminator and LPIPS (loss.…) are for training; a remap table (used) only renumbers codes.
+    weights = read_weights(weights_file, skip=("loss.", "quantize.used"))
+    _load_strictly(vae.model, weights, weights_file)
     return vae
 
 
@@ -271,26 +281,26 @@ def _find_pair(model_path: Path, config_path: Optional[Path]) -> Tuple[Path, Pat
     if model_path.is_dir():
         found = sorted(model_path.glob("*.ckpt"))
         if len(found) != 1:
-            raise FileNotFoundError(f"{model_path}: a VQGAN folder holds exactly one .ckpt file, this one {len(found)}")
+            raise FileNotFoundError(
+                f"{model_path}: a VQGAN folder must have exactly one .ckpt file; this one has {len(found)}"
+            )
         model_path = found[0]
     if not model_path.is_file():
         raise FileNotFoundError(f"{model_path}: no such VQGAN checkpoint")
     if config_path is None:
-        beside = [model_path.with_suffix(suffix) for suffix in (".yaml", ".yml")]
-        config_path = next((path for path in beside if path.is_file()), beside[0])
+        candidates = [model_path.with_suffix(suffix) for suffix in (".yaml", ".yml")]
+        config_path = next((path for path in candidates if path.is_file()), candidates[0])
     if not config_path.is_file():
-        raise FileNotFoundError(
-            f"{config_path}: no such VQGAN configuration (the .yaml that belongs to {model_path.name})"
-        )
+        raise FileNotFoundError(f"{config_path}: no such VQGAN configuration (the .yaml for {model_path.name})")
     return model_path, config_path
 
 
 def _read_config(path: Path) -> Tuple[Dict[str, Any], bool]:
-    """(model.params, whether the target is GumbelVQ) of a taming yaml. The target is compared, never imported."""
+    """Return model.params of a taming yaml, and whether it is a GumbelVQ; the target is compared, never imported."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, or a 13th month
-        raise ValueError(f"{path}: not a yaml file ({_first_line(error)})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or an impossible date
+        raise ValueError(f"{path}: not a yaml file ({first_line(error)})") from error
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("params"), dict):
         raise ValueError(f"{path}: not a VQGAN configuration: it has no model.params")
@@ -301,18 +311,14 @@ def _read_config(path: Path) -> Tuple[Dict[str, Any], bool]:
 
 
 def _load_strictly(network: nn.Module, weights: Dict[str, torch.Tensor], path: Path) -> None:
-    wanted = network.state_dict()
-    for name, tensor in wanted.items():
+    expected = network.state_dict()
+    for name, tensor in expected.items():
         if name not in weights:
             raise ValueError(f"{path}: does not fit its configuration: {name} is missing")
         if weights[name].shape != tensor.shape:
             shapes = f"{tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
             raise ValueError(f"{path}: does not fit its configuration: {name} has shape {shapes}")
     for name in weights:
-        if name not in wanted:
+        if name not in expected:
             raise ValueError(f"{path}: does not fit its configuration: {name} is not part of this VQGAN")
     network.load_state_dict(weights)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,6 @@
 """The HTTP routes of app.py. Whatever is wrong with a request is answered by {"error": a sentence} and a 4xx status."""
 
 import asyncio
-import base64
 import logging
 import mimetypes
 import time
@@ -15,9 +14,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from generation.image_prompts import encode_kept_rows
-from generation.output import encode_image, image_metadata
 from service import docs, uploads, validation
-from service.events import EventResponse
+from service.events import EventResponse, describe_images
 from service.guard import client_of, refuse
 from service.queue import Busy
 
@@ -28,7 +26,8 @@ MESSAGES = {
     404: "There is nothing at this address; see /docs.",
     405: "This address does not accept this method; see /docs.",
 }
-FAILURES = {status: {"model": validation.Error} for status in (400, 401, 403, 413, 415, 421, 422, 429, 503)}
+EVENTS = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+FAILURES = {status: {"model": validation.Error} for status in (400, 401, 403, 404, 413, 415, 421, 422, 429, 503)}
 
 
 def build(loaded, queue, streams, limits):
@@ -36,7 +35,6 @@ def build(loaded, queue, streams, limits):
     app = FastAPI(title="Mini DALL-E", version="1", docs_url=None, redoc_url=None, responses=FAILURES)
     started, decoding = time.monotonic(), asyncio.Lock()  # one image is decoded at a time, since that takes memory
     files = {path.name: path.read_bytes() for path in PAGE.glob("*.*")}
-    word_count = len(getattr(loaded, "words", ()))
 
     def get(path, **options):
         """Register a route for GET, and for HEAD without a line in the documentation."""
@@ -111,12 +109,13 @@ def build(loaded, queue, streams, limits):
             "max_upload_bytes": uploads.MAX_BYTES,
             "text_seq_len": loaded.model.text_seq_len,
             "guidable": loaded.guidable,
-            "recommended": loaded.recommended,
-            "examples": list(getattr(loaded, "examples", ())),
-            "known_words": word_count,
+            "recommended": loaded.recommended._asdict(),
+            "examples": loaded.examples,
+            "known_words": len(loaded.words),
         }
         if prompt is not None:
-            about["prompt"] = {"tokens": len(loaded.tokenizer.encode(prompt)), "unknown_words": []}
+            tokens = len(loaded.tokenizer.encode(prompt))
+            about["prompt"] = {"tokens": tokens, "unknown_words": loaded.unknown_words(prompt)}
         return JSONResponse(about)
 
     async def plan(wanted, prompts, count, keep):
@@ -146,7 +145,7 @@ def build(loaded, queue, streams, limits):
             return Response(status_code=499)
         if job.error:
             return refuse(503 if queue.stopping else 500, job.error)
-        images = await run_in_threadpool(encode_images, loaded, job)
+        images = await describe_images(loaded, job, range(len(specs)))
         return JSONResponse({"pictures": images, "seconds": round(time.monotonic() - began, 3)})
 
     @app.post("/api/jobs", status_code=202, response_model=validation.JobCreated)
@@ -161,7 +160,7 @@ def build(loaded, queue, streams, limits):
             raise HTTPException(404)
         return streams.streams[id]
 
-    @app.get("/api/jobs/{id}/events", status_code=200, response_class=EventResponse)
+    @app.get("/api/jobs/{id}/events", response_class=Response, responses={200: EVENTS})
     async def events(id: str, request: Request):
         """Follow a job as server-sent events: queued, row, image, done, error. Last-Event-ID skips what was read."""
         last = request.headers.get("last-event-id", "")
@@ -200,13 +199,3 @@ async def finished(request, queue, job):
         queue.cancel(job)  # does nothing if it has ended
         gone.cancel()
         ended.cancel()
-
-
-def encode_images(loaded, job):
-    """Return the images of a job as they stand in the answer."""
-    answers = []
-    for spec, image in zip(job.specs, job.images):
-        about = image_metadata(spec, loaded)
-        png = base64.b64encode(encode_image(image, about, "png")).decode()
-        answers.append({"png": png, "seed": spec.seed, "metadata": about})
-    return answers

@@ -36,6 +36,22 @@ class Connection(H11Protocol):
         self.received += len(data)
         super().data_received(data)
 
+    def send_400_response(self, msg):
+        """Answer what is not HTTP, with the headers of all answers."""
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"application/json"),
+            (b"connection", b"close"),
+        ]
+        answer = (
+            h11.Response(status_code=400, headers=headers),
+            h11.Data(b'{"error":"This is not HTTP."}'),
+            h11.EndOfMessage(),
+        )
+        if self.conn.our_state is h11.IDLE or self.conn.our_state is h11.SEND_RESPONSE:
+            self.transport.write(b"".join(map(self.conn.send, answer)))
+        self.transport.close()
+
     def on_response_complete(self):
         """Start to wait for the next request."""
         self.received, self.since = 0, self.loop.time()

@@ -49,8 +49,7 @@ class Stream:
         while True:
             changed = self.changed
             if after < len(self.events):
-                text = self.events[after]
-                after += 1
+                text, after = "".join(self.events[after:]), len(self.events)
                 yield text
             elif self.ended:
                 return
@@ -147,21 +146,17 @@ class Streams:
                 if not job.started and not job.ended.is_set() and job.ahead != ahead:
                     ahead = job.ahead
                     stream.emit("queued", ahead=ahead)
-                for index, image in enumerate(job.images):
-                    if image is not None and index not in sent:
-                        sent.add(index)
-                        spec = job.specs[index]
-                        about = image_metadata(spec, loaded)
-                        png = await run_in_threadpool(encode_image, image, about, "png")
-                        stream.emit(
-                            "image", index=index, prompt=spec.prompt, seed=spec.seed, png=text(png), metadata=about
-                        )
+                new = [index for index, image in enumerate(job.images) if image is not None and index not in sent]
+                sent.update(new)
+                for index, image in zip(new, await describe_images(loaded, job, new)):
+                    stream.emit("image", index=index, prompt=job.specs[index].prompt, **image)
                 row, previews = job.row, dict(job.previews)
                 left = seconds_left(job, time.monotonic() - began, loaded.side)
                 for index in job.active:
                     if row // job.every > rows_sent.get(index, -1) // job.every and row < loaded.side:
                         rows_sent[index] = row
-                        preview = await run_in_threadpool(encode_preview, previews.get(index))
+                        rows, image = previews.get(index, (0, None))
+                        preview = encode_preview(image) if row and rows == row else None  # not an earlier row's
                         stream.emit("row", index=index, rows=row, of=loaded.side, preview=preview, seconds_left=left)
             if job.error:
                 stream.emit("error", error=job.error)
@@ -173,20 +168,30 @@ class Streams:
             self.end(stream)
 
 
-def text(data):
+async def describe_images(loaded, job, indices):
+    """Return finished images of a job as answers carry them."""
+    chosen = [(job.specs[index], job.images[index]) for index in indices]
+    return await run_in_threadpool(lambda: [describe_image(loaded, *one) for one in chosen]) if chosen else []
+
+
+def describe_image(loaded, spec, image):
+    """Return a finished image as answers carry it."""
+    metadata = image_metadata(spec, loaded)
+    return {"png": to_base64(encode_image(image, metadata, "png")), "seed": spec.seed, "metadata": metadata}
+
+
+def to_base64(data):
     """Return bytes as base64 text."""
     return base64.b64encode(data).decode()
 
 
 def encode_preview(image):
-    """Return a PIL image as a small WebP in base64, None for None."""
-    if image is None:
-        return None
+    """Return a PIL image as a small WebP in base64."""
     if image.width > PREVIEW_WIDTH:
         image = image.resize((PREVIEW_WIDTH, max(1, image.height * PREVIEW_WIDTH // image.width)))
     file = io.BytesIO()
     image.save(file, "WEBP", quality=50, method=0)
-    return text(file.getvalue())
+    return to_base64(file.getvalue())
 
 
 def seconds_left(job, elapsed, rows):

@@ -41,7 +41,7 @@ class Job:
         specs: What to generate, a list of ImageSpec.
         every: Rows of codes between two previews, or None for no previews.
         images: PIL images, None for each that is not ready.
-        previews: {index: PIL image of the upper rows} of images in the current batch.
+        previews: {index: (rows, PIL image of these upper rows)} of images in the current batch.
         active: Indices of the images in the current batch; `row` is the number of rows that they have.
         error: A sentence if the job failed.
         ended: Set when all images are ready, or the job failed or was cancelled.
@@ -102,9 +102,15 @@ class GenerationQueue:
         self.thread.start()
 
     def stop(self, seconds=None):
-        """Give up all jobs and calls; wait for the thread if `seconds` says how long."""
+        """End all jobs and calls with an error at once; wait for the thread if `seconds` says how long."""
         with self.condition:
             self.stopping = True
+            for job in list(self.jobs):
+                self._end(job, STOPPING)
+            for future, _, _ in self.calls:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(Busy(STOPPING))
+            self.calls.clear()
             self.condition.notify()
         if seconds is not None and self.thread.ident:
             self.thread.join(seconds)
@@ -178,24 +184,18 @@ class GenerationQueue:
     def _next_batch(self):
         """Take images that can share a batch out of `waiting`, as [(job, index)]."""
         first = min(self.waiting, key=self.served.get)
-        self.clock = self.served[first]
-        key = self.waiting[first][0][2]
-        fitting = {client: [entry for entry in entries if entry[2] == key] for client, entries in self.waiting.items()}
-        batch, taken = [], set()
+        self.clock, key, batch = self.served[first], self.waiting[first][0][2], []
         while len(batch) < self.loaded.batch_size:
-            offering = [client for client, entries in fitting.items() if entries]
-            if not offering:
+            fitting = [client for client, entries in self.waiting.items() if any(one[2] == key for one in entries)]
+            if not fitting:
                 break
-            client = min(offering, key=self.served.get)
-            job, index, _ = fitting[client].pop(0)
-            self.served[client] += 1
+            client = min(fitting, key=self.served.get)
+            entries = self.waiting[client]
+            job, index, _ = entries.pop(next(place for place, one in enumerate(entries) if one[2] == key))
             batch.append((job, index))
-            taken.add((id(job), index))
-        left = {
-            client: [entry for entry in entries if (id(entry[0]), entry[1]) not in taken]
-            for client, entries in self.waiting.items()
-        }
-        self.waiting = {client: entries for client, entries in left.items() if entries}
+            self.served[client] += 1
+            if not entries:
+                del self.waiting[client]
         self.served = {
             client: count for client, count in self.served.items() if client in self.waiting or count > self.clock
         }
@@ -210,16 +210,15 @@ class GenerationQueue:
                 if not self.calls:
                     # Clients just served may ask again at once; a half empty batch costs as much as a full one.
                     self.condition.wait_for(lambda: self.stopping or self.calls or self._is_full(), PATIENCE * seconds)
-                calls, self.calls = self.calls, collections.deque()
+                calls = [] if self.stopping else list(self.calls)
+                self.calls.clear()
                 if not self.stopping and not calls and self.waiting:
                     batch = self._next_batch()
             if self.stopping:
-                for job in list(self.jobs):
-                    self._end(job, STOPPING)
-                for future, _, _ in calls:
-                    future.set_exception(Busy(STOPPING))
                 return
             for future, function, arguments in calls:
+                if not future.set_running_or_notify_cancel():  # its client has gone
+                    continue
                 try:
                     future.set_result(function(*arguments))
                 except Exception as error:
@@ -250,7 +249,7 @@ class GenerationQueue:
 
         def show(images, row):
             for (job, index), image in zip(shown, images):
-                job.previews[index] = image.crop((0, 0, image.width, image.height * row // rows))
+                job.previews[index] = row, image.crop((0, 0, image.width, image.height * row // rows))
 
         forming = Preview(loaded, min(job.every for job, _ in shown), show, most=len(shown)) if shown else None
 

@@ -137,7 +137,7 @@ def test_a_missing_folder_is_told_before_a_vqgan_is_fetched(command, tmp_path, m
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--input-folder {place}/uncaptioned", "12 pictures but no .txt caption file"),
+        ("--input-folder {place}/uncaptioned", "12 images (.png .jpg .jpeg .bmp) and 0 .txt files"),
         ("--input-folder {place}/latin1", "12 × not UTF-8"),
         ("--input-folder {place}/unreadable --no-codes-cache", "{place}/unreadable"),
         ("--text-seq-len 4", "--truncate-captions"),
@@ -156,14 +156,14 @@ def test_a_few_bad_pictures_are_skipped_and_counted(
         shutil.copy(things / "unreadable" / f"{name}.png", picture_folder)
     if command_name == "train":
         ended = command(train.main, *tiny_flags, "--input-folder", picture_folder)
-        assert "9 pictures" in ended.out and "1 file (unreadable picture)" in ended.out
+        assert "9 pictures" in ended.out and "1 file (unreadable image)" in ended.out
     else:
         words = (
             "--image-size 32 --patch-size 8 --ch 32 --ch-mult 1 --max-steps 2 --continuous-steps 1 --validation-split 0"
         )
         flags = [*words.split(), "--dataloader-workers", 0, "--output-dir", tmp_path / "v", "--n-embed", 8]
         ended = command(train_vqgan.main, *flags, "--input-folder", picture_folder)
-        assert "9 training pictures" in ended.out and "3 files (unreadable picture)" in ended.out
+        assert "9 training pictures" in ended.out and "3 files (unreadable image)" in ended.out
     assert ended.status == 0 and ended.err == ""
     assert all(f"{name}.png" in ended.out for name in ("00", "01", "02"))
 
@@ -336,7 +336,7 @@ def test_pictures_that_vanish_under_a_worker(command, tiny_flags, picture_folder
     flags = ["--input-folder", picture_folder, "--no-codes-cache", "--dataloader-workers", 2]
     ended = command(train.main, *tiny_flags, *flags)
     assert ended.status == 2
-    assert ended.err.splitlines()[-1].endswith(f"error: {picture_folder}: none of its 12 pictures can be read any more")
+    assert ended.err.splitlines()[-1].endswith(f"error: {picture_folder}: none of its 12 images can be read any more")
     assert len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out
 
 

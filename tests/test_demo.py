@@ -1,4 +1,4 @@
-"""The checkpoint that comes along: its size, what it draws, and that a seed means the same however it is drawn."""
+"""The demo checkpoint: its size, its images, and that a seed gives the same image in any batch."""
 
 import json
 import subprocess
@@ -23,13 +23,13 @@ def demo():
     return load(device="cpu")
 
 
-def test_it_is_small_and_brings_everything_along(demo):
+def test_it_is_small_and_complete(demo):
     assert DEMO.stat().st_size <= 8_000_000
-    assert demo.guidable and demo.recommended == {"top_k": 0.0, "top_p": 0.9, "temperature": 0.8, "cond_scale": 1.25}
+    assert demo.guidable and demo.recommended == (0.0, 0.9, 0.8, 1.25)
     assert demo.tokenizer.vocabulary == (ROOT / "bpe" / "bpe_shapes_vocab.txt").read_bytes()
 
 
-def test_it_draws_as_a_user_starts_it(tmp_path):
+def test_it_generates_as_a_user_starts_it(tmp_path):
     words = ["--text", PROMPT, "--num_images", "4", "--seed", "1", "--device", "cpu"]
     done = subprocess.run([sys.executable, ROOT / "generate.py", *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -38,7 +38,7 @@ def test_it_draws_as_a_user_starts_it(tmp_path):
     assert all(Image.open(tmp_path / "outputs" / line["file"]).size == (64, 64) for line in lines)
 
 
-def test_it_follows_prompts_that_it_was_never_shown(demo):
+def test_it_follows_prompts_that_it_was_not_trained_on(demo):
     import torch
 
     prompts = validation_prompts("score", 48)
@@ -47,7 +47,7 @@ def test_it_follows_prompts_that_it_was_never_shown(demo):
     assert accuracy >= 0.9, faults
 
 
-def test_a_seed_means_the_same_in_any_batch(tmp_path, command):
+def test_a_seed_gives_the_same_image_in_any_batch(tmp_path, command):
     prompts = [PROMPT, "a big green star", "there is a little pink heart left of a yellow triangle"]
     seen = []
     for size in (1, 3, 8):
@@ -63,7 +63,7 @@ def test_a_seed_means_the_same_in_any_batch(tmp_path, command):
     assert path.read_bytes() == seen[0][Path(path.parent.name) / "1-seed-6.png"]
 
 
-def test_it_finishes_captions(demo):
+def test_it_completes_captions(demo):
     right = 0
     for seed in range(20):
         _, caption = batching.complete_caption(demo, "a small red", seed)

@@ -68,8 +68,8 @@ def test_pictures_of_known_content_get_their_marks():
     drawn = [draw_scene(parse_caption(prompt), random.Random(number)) for number, prompt in enumerate(prompts)]
     drawn[1] = np.full_like(drawn[1], 247)  # nothing to be seen
     scene = parse_caption(prompts[2])
-    colour = next(name for name in COLORS if name not in (scene.first.colour, scene.second.colour))
-    drawn[2] = draw_scene(scene._replace(first=scene.first._replace(colour=colour)), random.Random(2))
+    colour = next(name for name in COLORS if name not in (scene.first.color, scene.second.color))
+    drawn[2] = draw_scene(scene._replace(first=scene.first._replace(color=colour)), random.Random(2))
     pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 255
     share, wrong = evaluate.judge(prompts, pictures)
     assert share == 4 / 6 and wrong == {"count": 1, "colour": 1}
@@ -166,7 +166,7 @@ def test_a_few_pairs_of_a_folder_with_a_bad_picture(command, tiny_checkpoint, pi
     header = (picture_folder / "03.png").read_bytes()[:60]
     (picture_folder / "03.png").write_bytes(header)
     out, found = evaluate_folder(command, tiny_checkpoint, picture_folder, tmp_path / "out")
-    assert found["pairs"] == 11 and "1 file (unreadable picture)" in out
+    assert found["pairs"] == 11 and "1 file (unreadable image)" in out
     _, found = evaluate_folder(command, tiny_checkpoint, picture_folder, tmp_path / "out", "--max-pairs", 5)
     assert found["pairs"] in (4, 5) and found["losses"]["perplexity"] == pytest.approx(np.exp(found["losses"]["image"]))
 

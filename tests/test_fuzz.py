@@ -164,7 +164,7 @@ VOCABULARY = (ROOT / YTTM).read_bytes()
 CLIP = (ROOT / "bpe" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
 
 
-@settings(max_examples=40, **MANY)
+@settings(max_examples=20, **MANY)
 @given(
     damaged(VOCABULARY)
     | damaged(VOCABULARY[:400])
@@ -196,7 +196,7 @@ def saved(content):
     return buffer.getvalue()
 
 
-@settings(max_examples=40, **MANY)
+@settings(max_examples=20, **MANY)
 @given(st.data())
 def test_checkpoints(small_file, tiny_flags, data):
     with tempfile.TemporaryDirectory() as folder:

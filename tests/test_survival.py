@@ -117,7 +117,7 @@ def survive(kind, kills, tiny_flags, tmp_path):
 
 
 def test_a_run_survives_being_killed(tiny_flags, tmp_path):
-    survive("codes", 2, tiny_flags, tmp_path)
+    survive("codes", 1, tiny_flags, tmp_path)
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def test_held_out_pictures(trained, drawn_pictures, picture_folder):
     (picture_folder / "00.png").write_bytes(b"")
     (picture_folder / "01.png").write_bytes((drawn_pictures / "01.png").read_bytes()[:90])
     _, out = trained("--input-folder", picture_folder, "--validation-split", "0.25", "--max-steps", 11)
-    assert "skipped" in out and "unreadable picture" in out and "00.png" in out and "01.png" in out
+    assert "skipped" in out and "unreadable image" in out and "00.png" in out and "01.png" in out
     training, held_out = map(int, re.search(r"(\d+) training pictures, (\d+) held-out pictures", out).groups())
     assert training + held_out == 10 and held_out <= 3
     _, out = trained("--validation-folder", drawn_pictures, "--max-steps", 11)

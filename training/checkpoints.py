@@ -96,7 +96,7 @@ class Folder:
         if run.epoch_begins() and ((ended + 1) % settings.checkpoint_save_epochs == 0 or last):
             return f"dalle_{ended}.pt"
         minutes = settings.checkpoint_save_minutes
-        late = minutes is not None and run.backend.agreed(time.monotonic() - self.saved_at > 60 * minutes)
+        late = minutes is not None and run.backend.any_process(time.monotonic() - self.saved_at > 60 * minutes)
         if run.step % settings.checkpoint_save_steps == 0 or last or late:
             return f"dalle_step_{run.step}.pt"
         return None

@@ -13,10 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from backends import memory
 from data.images import load_image
 from data.order import RunOrder
-from models.pipeline_dalle import stages
 from training import checkpoints
 
 ROUNDS = 20  # of timed steps, at most
@@ -61,14 +59,12 @@ def lines(run):
     encoding = to_encode(run)
     if encoding:
         yield "codes", encoding
-    on_ipus = hasattr(run.backend, "places")
-    if on_ipus:
-        yield from per_stage(run, weights)
+    yield from per_stage(run, weights)
     if run.backend.compile_only:
         yield "time", "not known without a device"
     else:
         try:
-            seconds, held = steps(run, None if on_ipus else run.backend.device, weights)
+            seconds, held = steps(run, run.backend.memory, weights)
         except RuntimeError as error:
             if "out of memory" not in str(error):
                 raise
@@ -97,7 +93,7 @@ def to_encode(run):
     missing = sum(getattr(dataset, "to_encode", 0) for dataset in sets)
     if not missing:
         return None
-    if hasattr(run.backend, "places"):
+    if run.backend.kind == "ipu":
         return f"{missing:,} pictures to encode first, once"
     encode = run.backend.encode(run.vae)
     taken = []
@@ -115,7 +111,7 @@ def to_encode(run):
     return f"{missing:,} pictures to encode first, once: about {hours(missing * each)} ({each:.3g} s a picture, tried)"
 
 
-def steps(run, device, weights):
+def steps(run, memory, weights):
     """A few steps → (seconds of a whole one, what is said of memory; None without a device to measure).
 
     Of a step of many micro-batches one and two are made, as further ones take what the second does.
@@ -130,9 +126,9 @@ def steps(run, device, weights):
         in_parts = isinstance(batch, Iterator) and micro > 2
         if number == 0:
             run.trainer.compile(batch)
-            if device is not None:
-                before = memory.in_use(device)
-                memory.forget_peak(device)
+            if memory is not None:
+                before = memory.in_use()
+                memory.forget_peak()
         count = (2, 1)[number % 2] if in_parts else micro
         batch = itertools.islice(batch, count) if in_parts else batch
         at = time.monotonic()
@@ -146,10 +142,10 @@ def steps(run, device, weights):
     seconds = {count: statistics.median(times) for count, times in taken.items()}
     further = (micro - 2) * max(seconds[2] - seconds[1], 0) if in_parts else 0
     whole = seconds[2 if in_parts else micro] + further
-    return whole, None if device is None else held(run, device, weights, before, memory.peak(device))
+    return whole, None if memory is None else held(run, weights, before, memory.peak())
 
 
-def held(run, device, weights, before, peak):
+def held(run, weights, before, peak):
     """The measured peak, and of what it is counted to consist."""
     state = run.trainer.state_dict()
     ours = size(weights)
@@ -159,35 +155,17 @@ def held(run, device, weights, before, peak):
     parts["program and data"] = max(before - ours - average, 0)
     parts["activations"] = max(peak - before - trained - optimizer, 0)
     consists = ", ".join(f"{name} {gigabytes(part)}" for name, part in parts.items() if part)
-    there, left = memory.there_is(device), memory.free(device)
+    there, left = run.backend.memory.total(), run.backend.memory.free()
     enough = "" if peak < there else "; NOT ENOUGH"
     return (
-        f"{gigabytes(peak)} at the peak of these steps, measured, of {gigabytes(there)} on {device.type} "
+        f"{gigabytes(peak)} at the peak of these steps, measured, of {gigabytes(there)} on {run.backend.kind} "
         f"({gigabytes(left)} free beside it){enough}: {consists}"
     )
 
 
 def per_stage(run, weights):
-    """What each stage of an IPU pipeline holds, as counted from the settings: all but activations."""
-    settings, replicas = run.settings, run.backend.instances.all_replicas
-    weight = 2 if run.backend.half else 4
-    moments = 0 if settings.optimizer_state_offchip else (6 if settings.enable_half_first_order_momentum else 8)
-    moments = moments / replicas if settings.enable_rts else moments
-    of_module = {module: number for number, (_, modules) in enumerate(stages(run.backend.places)) for module in modules}
-    trained, frozen = [0] * (max(of_module.values()) + 1), [0] * (max(of_module.values()) + 1)
-    for name, tensor in weights.items():
-        stage = next((stage for module, stage in of_module.items() if name.startswith(f"{module}.")), None)
-        if name.startswith("vae."):
-            frozen[stage or 0] += tensor.numel() if settings.no_codes_cache else 0
-        else:
-            trained[stage or 0] += tensor.numel()
-    for number, (ipu, _) in enumerate(stages(run.backend.places)):
-        count = trained[number]
-        parts = {
-            "weights": (count + frozen[number]) * weight,
-            "gradients": count * weight,
-            "optimizer": count * moments,
-        }
+    """Yield a line for each stage of an IPU pipeline: its memory as estimated from the settings."""
+    for number, (ipu, parts) in enumerate(run.backend.stage_memory(weights)):
         consists = ", ".join(f"{name} {gigabytes(part)}" for name, part in parts.items())
         yield f"stage {number}", f"on IPU {ipu}, {gigabytes(sum(parts.values()))} without activations: {consists}"
 

@@ -54,7 +54,7 @@ class Run:
 
 def build(settings):
     """Everything a run needs, or ValueError / OSError in one line."""
-    backend = backends.select(settings)
+    backend = backends.for_training(settings)
     if backend.rank:
         log.set_up(logging.WARNING)
     tokenizer = load_tokenizer(settings.bpe_path)
@@ -180,8 +180,14 @@ def folder_dataset(folder, settings, backend, tokenizer, vae, training=True):
     cache_dir = None if settings.no_codes_cache else settings.codes_cache or folder
     cache = None
     if cache_dir:
-        options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-        cache = open_code_cache(folder, cache_dir, **options)
+        cache = open_code_cache(
+            folder,
+            cache_dir,
+            image_size=vae.image_size,
+            image_seq_len=vae.image_seq_len,
+            num_codes=vae.num_tokens,
+            fingerprint=vae.fingerprint(),
+        )
     dataset = TextImageDataset(
         folder,
         tokenizer,
@@ -199,12 +205,12 @@ def folder_dataset(folder, settings, backend, tokenizer, vae, training=True):
     elif settings.dry_run:  # encoding may take hours
         dry_run.empty_codes(dataset, vae, cache)
     else:
-        codes, bad = load_codes(
+        codes, rows = load_codes(
             dataset.images,
             backend.encode(vae),
             cache,
             batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # as many pixels whatever their size
             workers=min(settings.dataloader_workers, os.cpu_count() or 1),  # a GPU encodes faster than one reads
         )
-        dataset.attach_codes(codes, bad)
+        dataset.attach_codes(codes, rows)
     return dataset

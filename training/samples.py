@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 import log
 from data.images import load_image
 from data.loader import TextImageDataset
-from generation.loading import DEFAULTS
 from generation.output import to_image
+from models.sampling import Sampling
 
 logger = logging.getLogger("minidalle")
 
@@ -48,9 +48,8 @@ def draw(run):
             run.pairs = first_pairs(run)
         captions, text, real, again = run.pairs
         noise = [torch.Generator().manual_seed(run.settings.random_seed + place) for place in range(len(captions))]
-        given = {name: getattr(run.settings, name) for name in DEFAULTS}
-        sampling = {name: DEFAULTS[name] if value is None else value for name, value in given.items()}
-        drawn = run.backend.decode(run.vae)(sampler(text, generator=noise, **sampling))
+        sampling = Sampling().override(vars(run.settings))
+        drawn = run.backend.decode(run.vae)(sampler(text, sampling, generator=noise))
         grid = grid_of(captions, (real, again, drawn), f"step {run.step:,}")
         if run.folder.path:
             save(grid, captions, run.folder.path / "samples", run.step)

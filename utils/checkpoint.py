@@ -1,81 +1,135 @@
-"""Checkpoint files: one canonical layout for every backend, written beside their name and renamed, read without
-pickled code.
+"""Read and write checkpoint files, in one layout for every backend.
 
-The layout is the reference's: a dict of hparams, vae_params, epoch, weights (`model.…`), opt_state, scheduler_state.
-What we add stands beside: step, tokenizer, sampling, settings and versions. Tensors and plain values only. How a model
-is built from them is generate.py's business. Weights alone may also come as .safetensors (exported.py).
-
-    python -m utils.checkpoint FILE [--export OUT.safetensors]     what a file is and what made it
+The layout is the reference application's: a dict of hparams, vae_params, epoch, weights (`model.…`), opt_state and
+scheduler_state. Further entries are ours: step, tokenizer, sampling, settings, versions, captions and others. All are
+tensors or plain values. A .safetensors file holds the weights and what generating needs, nothing of the training.
 """
 
+import json
 import pickle
 import pickletools
 import re
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
+from typing import Any, Dict, Optional
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from utils.files import atomic_write, first_line
+from utils.files import AnyPath, atomic_write, first_line
+
+Checkpoint = Dict[str, Any]
+Tensors = Dict[str, torch.Tensor]
 
 PREFIX = "model."
-KINDS = {  # of what a file may hold; the rest is for the optimizer to judge
+KINDS = {
     **dict.fromkeys(("hparams", "weights", "vae_params", "ema_weights", "tokenizer", "sampling", "settings"), dict),
     **dict.fromkeys(("progress", "trainer", "versions", "captions"), dict),
     **dict.fromkeys(("step", "epoch"), int),
 }
+VOCABULARY = "tokenizer.vocabulary"  # name of the vocabulary's bytes among a .safetensors file's tensors
+EXPORTED_KEYS = ("hparams", "vae_params", "epoch", "step", "progress", "tokenizer", "vqgan", "data", "sampling")
+EXPORTED_KEYS += ("settings", "versions", "captions", "exported")
 
 
-def write(path, checkpoint):
-    """torch.save, complete or not at all: written beside `path`, read back, renamed. OSError where it cannot be."""
+def write(path: AnyPath, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint with torch.save and read it back before it gets its name.
+
+    Raises:
+        OSError: the file cannot be written; an older one of that name is still there.
+    """
     try:
         with atomic_write(path, sync=True) as file:
             torch.save(checkpoint, file)
             file.flush()
             with zipfile.ZipFile(file.name) as archive:
                 if archive.testzip() is not None:
-                    raise OSError(f"{path}: what was written cannot be read back")
+                    raise zipfile.BadZipFile("checksum differs")
     except zipfile.BadZipFile as error:
         raise OSError(f"{path}: what was written cannot be read back ({first_line(error)})") from error
-    except RuntimeError as error:  # what torch's writer makes of a full disk
+    except RuntimeError as error:  # torch's writer raises it when the disk is full
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"{path}: could not be written ({first_line(reason)})") from error
 
 
-def read(path):
-    """The checkpoint's dict, on the CPU. ValueError in one line where it is none, is cut short or holds code.
+def write_safetensors(path: AnyPath, checkpoint: Checkpoint, half: bool = False) -> None:
+    """Write a checkpoint's weights, averaged ones if it has them, its vocabulary and plain values to .safetensors.
 
-    What KINDS names is there in its kind, or not at all. Of a .safetensors file: without optimizer and schedule, and
-    with `exported`.
+    Args:
+        path: the file; it appears complete or not at all.
+        checkpoint: as `read` returns it.
+        half: store floating-point weights in fp16, except the VQGAN's, because its codes would change.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    averaged = checkpoint.get("ema_weights", {})
+    tensors = {**checkpoint["weights"], **averaged}
+    if half:
+        vqgan = f"{PREFIX}vae."
+        tensors.update(
+            {name: t.half() for name, t in tensors.items() if t.is_floating_point() and not name.startswith(vqgan)}
+        )
+    header = {key: checkpoint[key] for key in EXPORTED_KEYS if key in checkpoint}
+    header["exported"] = {"averaged": bool(averaged), "half": half}
+    if "tokenizer" in checkpoint:
+        header["tokenizer"] = dict(checkpoint["tokenizer"])
+        vocabulary = header["tokenizer"].pop("vocabulary", None)
+        if torch.is_tensor(vocabulary):
+            tensors[VOCABULARY] = vocabulary
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}  # none shares memory
+    metadata = {key: json.dumps(value, default=str) for key, value in header.items()}
+    try:
+        with atomic_write(path, sync=True) as file:
+            save_file(tensors, file.name, {"format": "pt", "crc32": _checksum(tensors), **metadata})
+    except SafetensorError as error:
+        raise OSError(f"{path}: could not be written ({error})") from error
+
+
+def read(path: AnyPath) -> Checkpoint:
+    """Read a checkpoint to the CPU, without its empty entries.
+
+    Entries in KINDS have that type if they are there. A .safetensors file has no optimizer or schedule, and the entry
+    `exported`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a checkpoint, damaged, or it holds something else than tensors and plain values. One line.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; give a file that train.py wrote (dalle_<epoch>.pt)")
-    if path.suffix == ".safetensors":
-        from utils import exported
-
-        checkpoint = exported.read(path)
-    else:
-        checkpoint = _unpickled(path)
+    checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     missing = {"hparams", "weights"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise ValueError(f"{path}: not a DALL-E checkpoint: it has no {' and no '.join(sorted(missing))}")
     for key, kind in KINDS.items():
         value = checkpoint.get(key)
         if not isinstance(value, kind) and (value is not None or key in ("hparams", "weights")):
-            raise ValueError(f"{path}: not a DALL-E checkpoint: its {key} is no {kind.__name__}")
+            raise ValueError(f"{path}: not a DALL-E checkpoint: its {key} is not a {kind.__name__}")
     for key in ("weights", "ema_weights"):
         weights = checkpoint.get(key) or {}
         if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in weights.items()):
             raise ValueError(f"{path}: not a DALL-E checkpoint: its {key} are not tensors under names")
+        if not all(map(_is_whole, weights.values())):
+            raise ValueError(f"{path}: damaged: a tensor of its {key} has more values than the file holds")
     return {key: value for key, value in checkpoint.items() if value is not None}
 
 
-def _unpickled(path):
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is an ordinary one whose values are all stored, not one value shown many times."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _read_torch(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's thoughts on a file that is then refused
+            warnings.simplefilter("ignore")  # about files that are refused anyway
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
                     if archive.testzip() is not None:
@@ -84,21 +138,47 @@ def _unpickled(path):
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_]\w*(?:\.\w+)*)", str(error))
         if name:
-            raise ValueError(
-                f"{path}: holds {name.group(1)}, neither tensor nor plain value, and was not opened"
-            ) from None
+            problem = f"holds {name.group(1)}, neither tensor nor plain value, and was not opened"
+            raise ValueError(f"{path}: {problem}") from None
         raise ValueError(f"{path}: damaged, cut short or not a checkpoint") from None
     except Exception as error:  # damage shows as whatever the layer that meets it raises
         raise ValueError(f"{path}: damaged, cut short or not a checkpoint ({first_line(error)})") from None
 
 
-def step_of(path):
-    """The number of updates that a file of ours says it had, without reading its tensors; None where that fails."""
+def _read_safetensors(path: Path) -> Checkpoint:
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # the package's own, or torch's for a dtype that it lacks
+        raise ValueError(f"{path}: damaged, cut short or not a safetensors file ({first_line(error)})") from None
+    if metadata.get("crc32") not in (None, _checksum(tensors)):
+        raise ValueError(f"{path}: damaged (checksum differs)")
+    try:
+        saved = {key: json.loads(metadata[key]) for key in EXPORTED_KEYS if key in metadata}
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: damaged (its header is not JSON)") from None
+    if isinstance(saved.get("tokenizer"), dict):
+        saved["tokenizer"]["vocabulary"] = tensors.pop(VOCABULARY, None)
+    exported = saved.get("exported")
+    return {**saved, "weights": tensors, "exported": exported if isinstance(exported, dict) else {}}
+
+
+def _checksum(tensors: Tensors) -> str:
+    """Return the CRC-32 of all tensors' bytes, ordered by name; the safetensors format has none of its own."""
+    crc = 0
+    for _, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def step_of(path: AnyPath) -> Optional[int]:
+    """Return the number of updates that one of our files records, without reading tensors; None if that fails."""
     try:
         with zipfile.ZipFile(path) as archive:
             (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             expected = False
-            for opcode, value, _ in pickletools.genops(archive.read(name)):  # read, not run
+            for opcode, value, _ in pickletools.genops(archive.read(name)):  # parsed, not executed
                 if expected and isinstance(value, int) and opcode.name.startswith("BININT"):
                     return value
                 expected = value == "step" or (expected and opcode.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"))
@@ -107,17 +187,21 @@ def step_of(path):
     return None
 
 
-def canonical_weights(state):
-    """A DALLE's state dict under the file's names."""
+def canonical_weights(state: Tensors) -> Tensors:
+    """Return a DALLE's state dict under the names that files use."""
     return {PREFIX + name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
-def model_weights(weights):
-    """The file's weights under a DALLE's own names: prefix off, split embeddings joined in order, half widened to fp32.
+def model_weights(weights: Tensors) -> Tensors:
+    """Return a file's weights under a DALLE's own names: embeddings that were split joined, floating point as fp32.
 
-    Keys of the VQGAN's training loss (`vae.model.loss.…`) are left out; they take no part in a DALL-E.
+    The VQGAN's training loss (`vae.model.loss.…`) is left out, because a DALLE has none.
+
+    Raises:
+        ValueError: the pieces of an embedding do not fit together.
     """
-    joined, pieces = {}, {}
+    joined: Tensors = {}
+    pieces: Dict[str, Dict[int, torch.Tensor]] = {}
     for name, tensor in weights.items():
         name = name[len(PREFIX) :] if name.startswith(PREFIX) else name
         if name.startswith("vae.model.loss."):
@@ -133,12 +217,13 @@ def model_weights(weights):
         try:
             joined[f"{name}.weight"] = torch.cat([rows[index] for index in sorted(rows)])
         except RuntimeError as error:
-            raise ValueError(f"{name}.split_embeddings: the pieces do not fit together ({first_line(error)})") from None
+            message = f"{name}.split_embeddings: the pieces do not fit together ({first_line(error)})"
+            raise ValueError(message) from None
     return joined
 
 
-def first_misfit(model, weights):
-    """The first way in which weights (own names) do not fit a module, as a phrase; None where they fit."""
+def first_misfit(model: torch.nn.Module, weights: Tensors) -> Optional[str]:
+    """Describe the first way in which weights, under the module's names, do not fit it; None if they fit."""
     expected = model.state_dict()
     for name in sorted(expected.keys() - weights.keys()):
         return f"{name} is missing"
@@ -150,12 +235,6 @@ def first_misfit(model, weights):
     return None
 
 
-def short(fingerprint):
-    """A fingerprint as messages show it."""
+def short(fingerprint: Any) -> str:
+    """Shorten a fingerprint for messages."""
     return str(fingerprint)[:12]
-
-
-if __name__ == "__main__":
-    from utils.checkpoint_info import main
-
-    main()

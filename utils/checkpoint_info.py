@@ -1,145 +1,148 @@
-"""`python -m utils.checkpoint FILE`: what a checkpoint is and what made it, in lines; and the export of its weights.
+"""Describe a checkpoint, or export its weights.
 
-Files of the reference application say less; a line that a file has nothing for is left out.
+python -m utils.checkpoint_info FILE [--export OUT.safetensors [--half]]
 """
 
 import textwrap
 from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 
 from utils import checkpoint
-from utils.command_line import Parser
+from utils.command_line import Parser, parse
+from utils.files import AnyPath
 
 WIDTH = 118
 LABEL = 12
 
 
-def main(argv=None):
-    parser = Parser("Says what a checkpoint is and what made it; with --export, writes its weights alone.")
-    parser.prog = "python -m utils.checkpoint"
-    parser.add_argument("file", metavar="FILE", help="of train.py (.pt or .safetensors), or of the reference")
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Print the description of a checkpoint, or write its weights alone."""
+    parser = Parser("Describe a checkpoint; with --export, write its weights alone.", usage="FILE [flags]")
+    parser.prog = "python -m utils.checkpoint_info"
+    parser.add_argument("file", metavar="FILE", help="checkpoint of train.py or of the reference, or .safetensors")
     add = parser.heading("Export")
-    add("export", None, "write weights (averaged ones where kept), vocabulary and settings to this .safetensors file")
-    add("half", False, "in fp16, but for the VQGAN, whose codes would change", bool)
-    arguments = parser.parse_args(argv)
+    add("export", None, "write weights (averaged if there are), vocabulary and settings to this .safetensors file")
+    add("half", False, "in fp16, except for the VQGAN, whose codes would change", bool)
+    arguments = parse(parser, argv)
     if arguments.export is not None and not arguments.export.endswith(".safetensors"):
         parser.error(f"argument --export: {arguments.export} does not end in .safetensors")
     try:
         saved = checkpoint.read(arguments.file)
-        if arguments.export is not None:
-            from utils import exported
-
-            exported.write(arguments.export, saved, arguments.half)
-            print(f"wrote {arguments.export} ({size(Path(arguments.export).stat().st_size)})")
-            return
+        if arguments.export is None:
+            print("\n".join(describe(arguments.file, saved)))
+        else:
+            checkpoint.write_safetensors(arguments.export, saved, arguments.half)
+            print(f"wrote {arguments.export} ({_megabytes(Path(arguments.export).stat().st_size)})")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print("\n".join(description(arguments.file, saved)))
 
 
-def description(path, saved):
-    """The lines for a file and its dict."""
-    rows = [("made by", made_by(saved)), ("progress", progress(saved)), ("parameters", parameters(saved))]
-    rows += [("hparams", listed(part(saved, "hparams"))), ("VQGAN", vqgan(saved)), ("tokenizer", tokenizer(saved))]
-    rows += [("data", str(saved.get("data") or "")), ("sampling", listed(part(saved, "sampling")))]
-    rows += [("settings", listed(part(saved, "settings"))), ("also holds", also(saved))]
-    lines = [f"{path}: {size(Path(path).stat().st_size)}"]
-    for label, text in rows:
+def describe(path: AnyPath, saved: checkpoint.Checkpoint) -> List[str]:
+    """Return the lines that describe a file and its dict; a line without content is left out."""
+    versions, captions = _dict(saved, "versions"), _dict(saved, "captions")
+    rows = {
+        "made by": f"train.py with {_list(versions)}" if versions else "unknown, as in the reference's files",
+        "progress": _progress(saved),
+        "parameters": _parameters(saved),
+        "hparams": _list(_dict(saved, "hparams")),
+        "VQGAN": _vqgan(saved),
+        "tokenizer": _tokenizer(saved),
+        "data": str(saved.get("data") or ""),
+        "captions": f"{len(_dict(captions, 'words')):,} words" if captions else "",
+        "sampling": _list(_dict(saved, "sampling")),
+        "settings": _list(_dict(saved, "settings")),
+        "also holds": _other_entries(saved),
+    }
+    lines = [f"{path}: {_megabytes(Path(path).stat().st_size)}"]
+    for label, text in rows.items():
         text = "".join(letter if letter.isprintable() else "?" for letter in text)
-        # No phrase is broken at a hyphen: what is copied from here should be found again.
-        found = textwrap.wrap(text, WIDTH - LABEL, break_on_hyphens=False)
-        lines += [f"{name:<{LABEL}}{line}" for name, line in zip([label] + [""] * len(found), found)]
+        wrapped = textwrap.wrap(text, WIDTH - LABEL, break_on_hyphens=False)  # names are copied from here
+        lines += [f"{name:<{LABEL}}{line}" for name, line in zip([label] + [""] * len(wrapped), wrapped)]
     return lines
 
 
-def part(saved, key):
-    """A dict within a checkpoint; an empty one where there is none, or something else."""
+def _dict(saved: Dict[str, Any], key: str) -> Dict[str, Any]:
     return saved[key] if isinstance(saved.get(key), dict) else {}
 
 
-def listed(values):
-    """A dict as `name value, …`, without what is None or off."""
-    return ", ".join(
-        f"{name} {plain(value)}" for name, value in values.items() if value is not None and value is not False
-    )
+def _list(values: Dict[str, Any]) -> str:
+    """Join a dict as `name value, …`, without values that are None or off."""
+    shown = {name: value for name, value in values.items() if value is not None and value is not False}
+    return ", ".join(f"{name} {_plain(value)}" for name, value in shown.items())
 
 
-def plain(value):
+def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value)) or "none"
     return "on" if value is True else str(value)
 
 
-def size(count):
+def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def made_by(saved):
-    versions = part(saved, "versions")
-    if versions:
-        return f"train.py with {listed(versions)}"
-    return "not told, as in files of the reference application"
+def _progress(saved: checkpoint.Checkpoint) -> str:
+    phrases = [f"{key} {saved[key]}" for key in ("step", "epoch") if saved.get(key) is not None]
+    formats = {"held_out_loss": "validation loss {:.4f}", "best_loss": "best {:.4f}", "skipped": "{} updates skipped"}
+    values = _dict(saved, "progress")
+    known = [name for name in formats if isinstance(values.get(name), (int, float))]
+    return ", ".join(phrases + [formats[name].format(values[name]) for name in known])
 
 
-def progress(saved):
-    found = [f"{key} {saved[key]}" for key in ("step", "epoch") if saved.get(key) is not None]
-    names = {"held_out_loss": "held-out loss {:.4f}", "best_loss": "best {:.4f}", "skipped": "{} updates left out"}
-    values = part(saved, "progress")
-    known = [name for name in names if isinstance(values.get(name), (int, float))]
-    found += [names[name].format(values[name]) for name in known]
-    return ", ".join(found)
-
-
-def parameters(saved):
-    found = []
+def _parameters(saved: checkpoint.Checkpoint) -> str:
+    phrases = []
     for owner, is_vqgan in (("DALL-E", False), ("VQGAN", True)):
-        # vae.model.loss.…: the discriminator's, which takes no part
         tensors = [
             tensor
             for name, tensor in saved["weights"].items()
-            if (".vae." in f".{name}") is is_vqgan and "vae.model.loss." not in name
+            if (".vae." in f".{name}") is is_vqgan and "vae.model.loss." not in name  # the loss is not part of a VQGAN
         ]
         if tensors:
             types = " and ".join(sorted({str(tensor.dtype).partition(".")[2] for tensor in tensors}))
-            found.append(f"{owner} {sum(tensor.numel() for tensor in tensors):,} in {types}")
-    return "; ".join(found)
+            phrases.append(f"{owner} {sum(tensor.numel() for tensor in tensors):,} in {types}")
+    return "; ".join(phrases)
 
 
-def vqgan(saved):
-    params = part(saved, "vae_params")
-    inner = part(params, "params")
-    found = [str(params["target"])] if params.get("target") else []
-    found += [f"fingerprint {saved['vqgan']}"] if saved.get("vqgan") else []
-    found += [listed({**part(inner, "ddconfig"), **{k: v for k, v in inner.items() if k != "ddconfig"}} or params)]
-    return ", ".join(phrase for phrase in found if phrase)
+def _vqgan(saved: checkpoint.Checkpoint) -> str:
+    params = _dict(saved, "vae_params")
+    inner = _dict(params, "params")
+    phrases = [str(params["target"])] if params.get("target") else []
+    phrases += [f"fingerprint {saved['vqgan']}"] if saved.get("vqgan") else []
+    sizes = {**_dict(inner, "ddconfig"), **{key: value for key, value in inner.items() if key != "ddconfig"}}
+    return ", ".join(phrase for phrase in [*phrases, _list(sizes or params)] if phrase)
 
 
-def tokenizer(saved):
-    known = part(saved, "tokenizer")
-    found = [str(known["kind"])] if known.get("kind") else []
-    found += [f"fingerprint {known['sha256']}"] if known.get("sha256") else []
+def _tokenizer(saved: checkpoint.Checkpoint) -> str:
+    known = _dict(saved, "tokenizer")
+    phrases = [str(known["kind"])] if known.get("kind") else []
+    phrases += [f"fingerprint {known['sha256']}"] if known.get("sha256") else []
     if torch.is_tensor(known.get("vocabulary")):
-        found.append(f"its vocabulary of {known['vocabulary'].numel():,} bytes is in the file")
-    return ", ".join(found)
+        phrases.append(f"its vocabulary of {known['vocabulary'].numel():,} bytes is in the file")
+    return ", ".join(phrases)
 
 
-def also(saved):
-    found = ["averaged weights"] if part(saved, "ema_weights") else []
-    state = tensors_in(saved.get("opt_state"))
+def _other_entries(saved: checkpoint.Checkpoint) -> str:
+    phrases = ["averaged weights"] if _dict(saved, "ema_weights") else []
+    state = _tensors_in(saved.get("opt_state"))
     if state:
         total = sum(tensor.numel() * tensor.element_size() for tensor in state)
-        found.append(f"optimizer state ({len(state)} tensors, {size(total)})")
-    found += ["schedule state"] if saved.get("scheduler_state") else []
+        phrases.append(f"optimizer state ({len(state)} tensors, {_megabytes(total)})")
+    phrases += ["schedule state"] if saved.get("scheduler_state") else []
     if "exported" in saved:
-        averaged = part(saved, "exported").get("averaged")
-        found.append(f"nothing: {'averaged ' if averaged else ''}weights alone, exported")
-    return ", ".join(found) or "neither averaged weights nor optimizer state"
+        averaged = "averaged " if _dict(saved, "exported").get("averaged") else ""
+        phrases.append(f"nothing: {averaged}weights alone, exported")
+    return ", ".join(phrases) or "neither averaged weights nor optimizer state"
 
 
-def tensors_in(value):
-    """Every tensor in nested dicts, lists and tuples."""
+def _tensors_in(value: Any) -> List[torch.Tensor]:
+    """Collect every tensor in nested dicts, lists and tuples."""
     if torch.is_tensor(value):
         return [value]
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for item in inside for tensor in tensors_in(item)]
+    return [tensor for item in inside for tensor in _tensors_in(item)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,107 +1,185 @@
-"""The mechanics under args.py: a parser with one-line errors, types with ranges, and configs.yaml beneath the flags.
+"""Parse command lines: flags with ranges, one-line errors, a readable --help, and configs.yaml beneath the flags.
 
-A flag's value is its default, then what the named entry of the configuration file says, then what the command line
-says. An entry's keys are flag names with underscores, and pass through the same checks as flags. Which flags there are
-is args.py's business. Imports nothing heavier than yaml.
+A setting is the flag's value, else that of the named entry of configs.yaml, else the default. An entry's keys are flag
+names with underscores, and their values pass through the same checks. Imports nothing heavier than yaml.
 """
 
 import argparse
 import math
 import re
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Set
 
 import yaml
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs.yaml"
+HELP_COLUMN = 38
+HELP_WIDTH = 120
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, both spellings of every flag, and switches that can be turned off again."""
+    """An argument parser with one-line errors, flags in two spellings, and switches that can be turned off again."""
 
-    def __init__(self, description, epilog=None):
-        super().__init__(
-            description=description,
-            epilog=epilog,
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        self.source = ""  # where the words being parsed come from, for error()
+    def __init__(self, description: str, usage: str = "[flags]"):
+        super().__init__(description=description, usage=f"%(prog)s {usage}", allow_abbrev=False, add_help=False)
+        self.add_argument("-h", "--help", action="help", help="show this help; --no-NAME turns a switch off again")
+        self.source = ""  # which configuration the values that are being checked come from, for error()
 
-    def error(self, message):
-        message = re.sub(r"(--[\w-]+)/--\w+", r"\1", message)  # one spelling of the flag is enough
+    def error(self, message: str) -> NoReturn:
+        """Print one line to stderr and exit with status 2."""
+        message = re.sub(r"(--[\w-]+)/--\w+", r"\1", message)  # one spelling of a flag is enough
         print(f"{self.prog}: error: {self.source}{' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
-    def heading(self, title):
-        """→ add(name, default, help, type=…): one flag a line under this heading."""
+    def heading(self, title: str) -> Callable[..., None]:
+        """Start a group of flags; return a function that adds one: add(name, default, help, type=str, **more).
+
+        Keywords in `more` go to add_argument. --no-NAME, or the value false, turns a flag of type bool off.
+        """
         group = self.add_argument_group(title)
 
-        def add(name, default, help, type=str, **more):
-            spellings = sorted({f"--{name}", f"--{name.replace('-', '_')}"})
+        def add(name: str, default: Any, help: str, type: Any = str, **more: Any) -> None:
+            dest = name.replace("-", "_")
             if type is bool:
-                more = {"nargs": "?", "const": True, **more}
-                negations = sorted({f"--no-{name}", f"--no_{name.replace('-', '_')}"})
-                group.add_argument(*spellings, type=boolean, default=default, help=help, metavar="BOOL", **more)
-                dest = name.replace("-", "_")
-                group.add_argument(*negations, dest=dest, action="store_false", default=default, help=argparse.SUPPRESS)
+                more = {"nargs": "?", "const": True, "metavar": "", **more}
+                group.add_argument(*_spellings(name), type=boolean, default=default, help=help, **more)
+                group.add_argument(
+                    *_spellings(f"no-{name}"), dest=dest, action="store_false", default=default, help=argparse.SUPPRESS
+                )
             else:
-                group.add_argument(*spellings, type=type, default=default, help=help, **more)
+                metavar = None if "choices" in more else getattr(type, "metavar", "NAME")
+                more = {"metavar": metavar, **more}
+                group.add_argument(*_spellings(name), type=type, default=default, help=help, **more)
 
         return add
 
-    def flags(self):
-        """Names of all flags, with underscores."""
+    def flags(self) -> Set[str]:
+        """Return the names of all flags that a configuration may set, with underscores."""
         return {action.dest for action in self._actions} - {"help", "config"}
 
+    def format_help(self) -> str:
+        """Return usage, description, and a line for each flag in one spelling, with its default in brackets."""
+        lines = [self.format_usage().strip(), *textwrap.wrap(self.description or "", HELP_WIDTH)]
+        for group in self._action_groups:
+            actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
+            named = group is not self._positionals and group is not self._optionals
+            lines += [f"{group.title}:"] * bool(actions and named)
+            for action in actions:
+                name = "-h, --help" if action.dest == "help" else " ".join(action.option_strings[:1])
+                metavar = "…" if action.choices else action.metavar or ""
+                left = f"  {name} {metavar}".replace("   ", "  ").rstrip().ljust(HELP_COLUMN - 1)
+                right = textwrap.wrap(_help_of(action), HELP_WIDTH - HELP_COLUMN, break_on_hyphens=False)
+                if len(left) >= HELP_COLUMN:
+                    lines.append(left)
+                    left = " " * (HELP_COLUMN - 1)
+                lines += [f"{start} {line}" for start, line in zip([left] + [" " * (HELP_COLUMN - 1)] * 9, right)]
+        return "\n".join(lines) + "\n"
 
-def boolean(text):
+
+def _spellings(name: str) -> List[str]:
+    return sorted({f"--{name}", f"--{name.replace('-', '_')}"})
+
+
+def _help_of(action: argparse.Action) -> str:
+    text = action.help or ""
+    if action.choices:
+        text += f": {', '.join(map(str, action.choices))}"
+    default = action.default
+    if isinstance(default, (list, tuple)):
+        default = ",".join(map(str, default))
+    shown = default not in ("", argparse.SUPPRESS) and default is not None and default is not False
+    return f"{text} [{default}]" if shown else text
+
+
+def boolean(text: str) -> bool:
+    """Parse true or false, yes or no, on or off, 1 or 0."""
     words = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
     if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+        raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
     return words[text.lower()]
 
 
-def number(kind, low=None, high=None, above=None, below=None):
-    """A type for argparse: an int or float within its range."""
-    names = {int: "a whole number", float: "a number"}
+def number(
+    kind: Callable[[str], Any],
+    low: Optional[float] = None,
+    high: Optional[float] = None,
+    above: Optional[float] = None,
+    below: Optional[float] = None,
+) -> Callable[[str], Any]:
+    """Return a function that parses an int or float (`kind`) within a range; `above` and `below` exclude the limit."""
     limits = [(low, "at least"), (high, "at most"), (above, "above"), (below, "below")]
-    wanted = " ".join([names[kind]] + [f"{word} {limit:g}" for limit, word in limits if limit is not None])
+    phrases = [f"{word} {limit:g}" for limit, word in limits if limit is not None]
+    noun = "a whole number" if kind is int else "a number"
+    expected = f"{noun} of {' and '.join(phrases)}" if phrases else noun
+    expected = expected.replace("of above", "above").replace("of below", "below")
 
-    def parse(text):
+    def parse(text: str) -> Any:
         try:
             value = kind(text)
             inside = math.isfinite(value)
-        except (ValueError, OverflowError):  # the latter: a whole number of hundreds of digits
+        except (ValueError, OverflowError):  # OverflowError: a whole number of hundreds of digits
             value, inside = math.nan, False
         inside = inside and (low is None or value >= low) and (high is None or value <= high)
         inside = inside and (above is None or value > above) and (below is None or value < below)
         if not inside:
-            raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}")
+            raise argparse.ArgumentTypeError(f"must be {expected}, not '{text}'")
         return value
 
+    parse.metavar = "N" if kind is int else "X"  # type: ignore[attr-defined]
     return parse
 
 
-def list_of(parse):
-    """A type for argparse: values separated by commas or spaces."""
+def list_of(parse: Callable[[str], Any]) -> Callable[[str], List[Any]]:
+    """Return a function that parses values separated by commas or spaces."""
 
-    def parse_list(text):
+    def parse_list(text: str) -> List[Any]:
         return [parse(word) for word in text.replace(",", " ").split()]
 
+    parse_list.metavar = "{0},{0},…".format(getattr(parse, "metavar", "X"))  # type: ignore[attr-defined]
     return parse_list
 
 
-def read_entry(name, parser):
-    """The named entry of configs.yaml, its keys checked against the parser's flags; a dict."""
+def path(text: str) -> str:
+    """Accept any text; --help shows PATH."""
+    return text
+
+
+path.metavar = "PATH"  # type: ignore[attr-defined]
+
+
+def parse(parser: Parser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse argv on top of the configuration that --config names; an error is one line and exit status 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    namespace = name = None
+    if "--config" in parser._option_string_actions:
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config", nargs="?")
+        name = first.parse_known_args(argv)[0].config
+        if name is not None:
+            entry = _read_entry(name, parser)
+            parser.source = f"{CONFIGS.name}, {name}: "
+            namespace = parser.parse_args(_as_words(entry, parser))
+            parser.source = ""
+    settings = parser.parse_args(argv, namespace)
+    if name is not None:  # later checks, of flags against each other, may concern either
+        parser.source = f"with {CONFIGS.name}, {name}: "
+    for key, value in vars(settings).items():
+        if isinstance(value, list) and value and isinstance(value[0], list):  # nargs="+" of comma lists: one flat list
+            setattr(settings, key, [item for part in value for item in part])
+    return settings
+
+
+def _read_entry(name: str, parser: Parser) -> Dict[str, Any]:
     try:
         entries = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
     except OSError as error:
         parser.error(f"{CONFIGS.name}: {error.strerror}")
-    except (yaml.YAMLError, ValueError) as error:  # the latter: no UTF-8, or a date such as 2024-13-45
-        parser.error(f"{CONFIGS.name} is not YAML: {' '.join(str(error).split())}")
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2024-13-45
+        parser.error(f"{CONFIGS.name} is not YAML: {error}")
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        parser.error(f"{CONFIGS.name}: wanted are named configurations, each with its settings")
+        parser.error(f"{CONFIGS.name}: must hold named configurations, each with its settings")
     if name not in entries:
         known = ", ".join(map(str, entries))
         parser.error(f"argument --config: no configuration '{name}' in {CONFIGS.name}; it has {known}")
@@ -111,40 +189,16 @@ def read_entry(name, parser):
     return entries[name]
 
 
-def as_words(entry, parser):
-    """A configuration entry as the words of a command line, so that flags and YAML share one set of checks."""
+def _as_words(entry: Dict[str, Any], parser: Parser) -> List[str]:
+    """Spell a configuration entry as the words of a command line, so that both share one set of checks."""
     words = []
-    texts = {action.dest for action in parser._actions if action.type is str}
+    texts = {action.dest for action in parser._actions if action.type in (str, path)}
     for key, value in entry.items():
         parts = value if isinstance(value, list) else [value]
         if any(isinstance(part, (dict, list)) for part in parts):
             parser.error(f"{key}: {value} is neither a value nor a list of values")
         if key in texts and isinstance(value, (list, bool)):  # YAML reads on and no as booleans
-            parser.error(f"{key}: {value} is not text; put it into quotes")
-        if isinstance(value, list):
-            value = ",".join(str(item) for item in value)
+            parser.error(f"{key}: {value} is not text; put it in quotes")
         if value is not None:
-            words.append(f"--{key}={value}")
+            words.append(f"--{key}={','.join(map(str, parts))}")
     return words
-
-
-def parse(parser, argv=None):
-    """argv with the configuration that it names → namespace. Errors: one line on stderr, exit status 2."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    namespace = None
-    if "--config" in parser.format_usage():
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--config", nargs="?")
-        name = first.parse_known_args(argv)[0].config
-        if name is not None:
-            entry = read_entry(name, parser)
-            parser.source = f"{CONFIGS.name}, {name}: "
-            namespace = parser.parse_args(as_words(entry, parser))
-            parser.source = ""
-    settings = parser.parse_args(argv, namespace)
-    if namespace is not None:  # what is checked from here on, flags against each other, may come from either
-        parser.source = f"with {CONFIGS.name}, {name}: "
-    for key, value in vars(settings).items():
-        if isinstance(value, list) and value and isinstance(value[0], list):  # nargs="+" of comma lists: one flat list
-            setattr(settings, key, [item for part in value for item in part])
-    return settings

@@ -1,8 +1,7 @@
-"""Graphcore IPUs through PopTorch: options, loader, optimizer, training and inference models, and PopRun's instances.
+"""Run on Graphcore IPUs through PopTorch: options, loader, training and inference models, and PopRun's instances.
 
-PopTorch does accumulation, replication and the update inside one call. Where the parts of the model go is
-models/pipeline_dalle.py's. Not run on hardware so far: held by a strict stand-in for PopTorch (tests/poptorch_standin)
-and by checks of the operators in use.
+PopTorch carries out accumulation, replication and the update inside one call. This has not run on hardware yet: the
+tests use a strict stand-in for PopTorch and check the operators in use.
 """
 
 import contextlib
@@ -10,46 +9,61 @@ import copy
 import importlib.util
 import logging
 import os
+from argparse import Namespace
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
+from torch import Tensor, nn
 
-from backends.base import SamplesLost
-from backends.ipu.inference import Decoder, Losses, OrderedSamples, RowByRow, Sampler, upper_rows
-from backends.native.resilient_loader import MEMORY, of_killed_worker, without_traceback
+from backends.base import Backend, Losses, SamplesLost, Trainer, TrainingBackend
+from backends.ipu.inference import (
+    DeviceLosses,
+    DeviceSampler,
+    OrderedSamples,
+    RowByRow,
+    VqganDecoder,
+    decode_upper_rows,
+)
+from backends.ipu.trainer import IpuTrainer
+from backends.native.resilient_loader import MEMORY_ADVICE, explain_dead_worker, last_line
 from backends.native.trainer import ADAM_EPS
-from models.pipeline_dalle import WrappedDALLE, placement, stages, unshare_masks
+from models.dalle import DALLE
+from models.pipeline_dalle import placement, stages, unshare_masks
+from models.vae import VQGanVAE
 from utils import interrupts
 from utils.files import check_writable
-from utils.optimization import load_keeping_flags, parameter_groups
+from utils.optimization import parameter_groups
 
 logger = logging.getLogger("minidalle")
+OPTIMIZERS = ("Adam", "AdamW")  # that PopTorch has
 SHARE = 256  # samples that a worker loads at once
-FP32_WEIGHTS = 300e6  # bytes of weights up to which an IPU, with some 900 MB, draws pictures in fp32
+FP32_WEIGHTS = 300e6  # bytes of weights up to which an IPU, which has about 900 MB, samples in fp32
 
 
-def is_enabled():
-    """Whether the Poplar SDK is enabled in this shell, with PopTorch in it."""
+def is_enabled() -> bool:
+    """Return whether the Poplar SDK is enabled in this shell and PopTorch is installed."""
     return bool(os.environ.get("POPLAR_SDK_ENABLED")) and importlib.util.find_spec("poptorch") is not None
 
 
-def has_optimizer(settings):
-    """Whether PopTorch has the optimizer of train.py's namespace; others want none."""
-    return getattr(settings, "optimizer", "Adam") in ("Adam", "AdamW")
-
-
-def require_poptorch():
+def require_poptorch() -> None:
+    """Raise ValueError, in one line with the remedy, if PopTorch is not installed."""
     if importlib.util.find_spec("poptorch") is None:
         enabled = "" if os.environ.get("POPLAR_SDK_ENABLED") else "run `. enable.sh` in the Poplar SDK's folders and "
         raise ValueError(f"--device ipu: there is no PopTorch here; {enabled}pip install the SDK's poptorch wheel")
 
 
 class Instances:
-    """This process among those that PopRun started; alone where it started none."""
+    """The instances that PopRun started, of which this is number `rank`; a single one without PopRun.
 
-    def __init__(self, replicas):
-        """replicas: those of all instances together, where PopRun does not say."""
+    Attributes:
+        replicas: the model's replicas in this instance.
+        all_replicas: the replicas of all instances.
+    """
+
+    def __init__(self, replicas: int):
         self.rank, self.size, self.replicas, self.all_replicas = 0, 1, replicas, replicas
-        self.popdist = self.horovod = None
+        self.popdist: Any = None
+        self.horovod: Any = None
         if importlib.util.find_spec("popdist") is None:
             return
         import popdist
@@ -64,51 +78,114 @@ class Instances:
         self.rank, self.size = popdist.getInstanceIndex(), popdist.getNumInstances()
         self.replicas, self.all_replicas = popdist.getNumLocalReplicas(), popdist.getNumTotalReplicas()
         if self.all_replicas != replicas and not self.rank:
-            logger.info("using PopRun's %d replicas instead of --replication-factor %d", self.all_replicas, replicas)
+            logger.info("PopRun's %d replicas override --replication-factor %d", self.all_replicas, replicas)
 
-    def options(self, ipus_per_replica):
+    def options(self, ipus_per_replica: int) -> Any:
+        """Return poptorch.Options for this instance's replicas."""
         import poptorch
 
         if self.popdist:
             return self.popdist.poptorch.Options(ipus_per_replica=ipus_per_replica)
         return poptorch.Options().replicationFactor(self.replicas)
 
-    def mean(self, values):
-        """Floats of this instance → their means over all instances."""
+    def mean(self, values: List[float]) -> List[float]:
+        """Return the means over all instances."""
         if not self.horovod:
             return values
         return self.horovod.allreduce(torch.tensor(values), op=self.horovod.Average).tolist()
 
-    def of_rank_zero(self, number):
-        """rank 0's whole number, whatever this instance has."""
+    def broadcast(self, number: int) -> int:
+        """Return rank 0's number in every instance."""
         if not self.horovod:
             return number
         return int(self.horovod.broadcast(torch.tensor([number]), root_rank=0))
 
 
-class IpuBackend:
-    gather = None
+class IpuBackend(Backend):
+    """An IPU that samples and evaluates."""
 
-    def __init__(self, settings):
-        """settings: train.py's or generate.py's namespace. ValueError for what no IPU can run."""
+    kind = "ipu"
+    device = torch.device("cpu")
+    can_gather = False
+    memory = None
+
+    def __init__(self, device: str = "ipu", precision: str = "auto", replicas: int = 1):
         require_poptorch()
-        if settings.precision == "bf16":
+        if precision == "bf16":
             raise ValueError("--precision bf16: IPUs have no bfloat16; use fp16 or fp32")
-        self.settings = settings
-        self.compile_only = getattr(settings, "compile_only", False)
-        self.instances = Instances(getattr(settings, "replication_factor", 1))
+        self.precision = precision
+        self.instances = Instances(replicas)
         self.rank, self.world_size = self.instances.rank, self.instances.size
-        self.encoder = None
-        self.samples_per_step = settings.batch_size
-        if hasattr(settings, "gradient_accumulation"):
-            self.prepare_training(settings)
+        self.encoder: Optional[RowByRow] = None
 
-    def prepare_training(self, settings):
+    def autocast(self) -> ContextManager[Any]:
+        """Return an empty context: on the CPU, modules compute in fp32."""
+        return contextlib.nullcontext()
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Refuse: instances exchange no tensors outside a training program."""
+        raise NotImplementedError("IPU instances gather no tensors")
+
+    def inference(self, module: nn.Module, device_iterations: int = 1) -> Any:
+        """Return a module as a function of tensors with fixed shapes, on one IPU."""
+        import poptorch
+
+        return poptorch.inferenceModel(module.eval(), poptorch.Options().deviceIterations(device_iterations))
+
+    def free_encoder(self) -> None:
+        """Release the IPU that encodes, if there is one; the next image compiles the encoder again."""
+        if self.encoder is not None:
+            self.encoder.destroy()
+
+    def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
+        """Return a function from batches to mean losses, on one IPU, row by row so that no batch has to be padded."""
+        module = RowByRow(DeviceLosses(self._inference_copy(model)), self.inference)
+
+        def evaluate(batches: Iterable[Tuple[Tensor, Tensor]]) -> Losses:
+            self.free_encoder()
+            rows = torch.cat([module(torch.cat((text, codes), dim=1)) for text, codes in batches])
+            module.destroy()  # frees its IPU
+            return dict(zip(("total", "text", "image"), rows.mean(dim=0).tolist()))
+
+        return evaluate
+
+    def _inference_copy(self, model: DALLE) -> DALLE:
+        """Return a copy of a DALLE for one IPU: without its VQGAN, in fp16 if asked for or if it is large."""
+        weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
+        half = self.precision == "fp16" or (self.precision == "auto" and 4 * weights > FP32_WEIGHTS)
+        logger.info("running on an IPU in %s", "fp16" if half else "fp32")
+        model = copy.deepcopy(model, {id(model.vae): None}).eval()
+        unshare_masks(model)
+        return model.half() if half else model
+
+    def encode(self, vae: VQGanVAE) -> Callable[[Tensor], Tensor]:
+        """Return a function from pixels to codes, in fp32, so that codes equal those of other machines."""
+        encoder = self.encoder = RowByRow(vae, self.inference)
+        return lambda pixels: encoder(pixels).long()
+
+    def decode(self, vae: VQGanVAE) -> Callable[..., Tensor]:
+        """Return a function from codes to pixels."""
+        return decode_upper_rows(RowByRow(VqganDecoder(vae), self.inference))
+
+    def sampler(self, model: DALLE, batch_size: int) -> Callable[..., Tensor]:
+        """Return `generate_codes` as one call of the device per batch, or per code if that does not compile."""
+        import poptorch
+
+        on_device = {"loop": poptorch.for_loop, "update": poptorch.dynamic_update}
+        return DeviceSampler(self._inference_copy(model), batch_size, self.inference, on_device)
+
+
+class IpuTrainingBackend(IpuBackend, TrainingBackend):
+    """One or several IPUs that train a pipeline."""
+
+    def __init__(self, settings: Namespace):
+        super().__init__(settings.device, settings.precision, settings.replication_factor)
         if settings.ema_decay:
             raise ValueError("--ema-decay: weights stay on the IPU and are not averaged; leave it out")
-        settings.random_seed = self.instances.of_rank_zero(settings.random_seed)
-        if not has_optimizer(settings):
+        if settings.optimizer not in OPTIMIZERS:
             raise ValueError(f"--optimizer {settings.optimizer}: PopTorch has none; use Adam or AdamW")
+        settings.random_seed = self.instances.broadcast(settings.random_seed)
+        self.settings, self.compile_only = settings, settings.compile_only
         self.half = settings.precision == "fp16" or (settings.precision == "auto" and settings.fp16 is True)
         depth, ipus = settings.num_hidden_layers, settings.ipus_per_replica
         evenly = [depth * (ipu + 1) // ipus - depth * ipu // ipus for ipu in range(ipus)]
@@ -119,34 +196,37 @@ class IpuBackend:
             cls_ipu_id=settings.cls_ipu_id,
             pixels=settings.no_codes_cache,
         )
-        pipeline = stages(self.places)
-        if settings.gradient_accumulation < 2 * len(pipeline) - 1:
+        self.stages = stages(self.places)
+        least = 2 * len(self.stages) - 1
+        if settings.gradient_accumulation < least:
             raise ValueError(
-                f"--gradient-accumulation {settings.gradient_accumulation}: a pipeline of {len(pipeline)} stages needs "
-                f"{2 * len(pipeline) - 1} micro-batches or more to one update"
+                f"--gradient-accumulation {settings.gradient_accumulation}: a pipeline of {len(self.stages)} stages "
+                f"needs {least} micro-batches or more per update"
             )
         for flag in ("executable_cache_dir", "profile_dir"):
             if getattr(settings, flag):
                 check_writable(getattr(settings, flag), "--" + flag.replace("_", "-"))
+        self.batch_size = settings.batch_size
         self.micro_batches = settings.gradient_accumulation * self.instances.replicas * settings.device_iterations
-        self.samples_per_step = settings.batch_size * self.micro_batches
+        self.samples_per_step = self.batch_size * self.micro_batches
 
     @contextlib.contextmanager
-    def making_codes(self):
-        """Rank 0 first, on one IPU."""
+    def making_codes(self) -> Iterator[None]:
+        """Let rank 0 encode first, on one IPU; the other instances wait and then read its cache."""
         if self.rank:
-            self.instances.of_rank_zero(0)  # a broadcast, so all have come
+            self.instances.broadcast(0)  # waits for rank 0
         try:
             yield
         finally:
             if not self.rank:
-                self.instances.of_rank_zero(0)
+                self.instances.broadcast(0)
 
-    def agreed(self, wish):
+    def any_process(self, wish: bool) -> bool:
+        """Return whether any instance wishes it."""
         return self.instances.mean([float(wish)])[0] > 0
 
-    def options(self, training=True):
-        """Those of a model that trains, or of one that evaluates as many samples a call."""
+    def options(self, training: bool = True) -> Any:
+        """Return poptorch.Options of a model that trains, or of one that evaluates as many samples per call."""
         import poptorch
 
         settings = self.settings
@@ -185,23 +265,23 @@ class IpuBackend:
             options.useOfflineIpuTarget(ipu_version=2)
         return options
 
-    def loader(self, dataset, order):
-        """Batches of samples_per_step rows, text and image; a batch is overwritten when later ones are asked for."""
+    def loader(self, dataset: Any, order: Sequence[List[int]]) -> Iterator[Any]:
+        """Yield batches of text and image, samples_per_step rows each; PopTorch overwrites a batch later."""
         import poptorch
 
-        workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would be in their own way
+        workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would compete for cores
         modes = poptorch.DataLoaderMode
         mode, rebatching = modes.Async if self.settings.async_dataloader else modes.Sync, {}
-        if mode == modes.Async and self.samples_per_step > 1:  # share the thousands of samples to a step among workers
+        if mode == modes.Async and self.samples_per_step > 1:  # workers share the thousands of samples of a step
             mode, rebatching = modes.AsyncRebatched, {"rebatched_worker_size": min(SHARE, self.samples_per_step)}
         batches = poptorch.DataLoader(
             self.options(),
             OrderedSamples(dataset, order, self.samples_per_step),
-            batch_size=self.settings.batch_size,
+            batch_size=self.batch_size,
             shuffle=False,
             num_workers=workers,
             drop_last=True,
-            auto_distributed_partitioning=False,  # the order holds this instance's share already
+            auto_distributed_partitioning=False,  # the order holds only this instance's samples
             mode=mode,
             worker_init_fn=interrupts.ignore_interrupts_in_worker,
             **rebatching,
@@ -211,178 +291,66 @@ class IpuBackend:
                 with interrupts.defer_sigchld():
                     yield batch
         except (RuntimeError, ConnectionError) as error:
-            raise SamplesLost(of_killed_worker(error, dataset)[0] + MEMORY) from None
+            raise SamplesLost(explain_dead_worker(error, dataset)[0] + MEMORY_ADVICE) from None
         except (ValueError, OSError) as error:
-            raise SamplesLost(without_traceback(error)) from None
-        except AssertionError as error:  # what PopTorch makes of a fault in its loader's process, which has told it
+            raise SamplesLost(last_line(error)) from None
+        except AssertionError as error:  # raised by PopTorch after its loader's process has logged the reason
             raise SamplesLost(f"samples could not be read ({error})") from None
         finally:
             batches.terminate()
 
-    def inference(self, module, device_iterations=1):
-        """A module as a function of tensors of fixed shapes, on one IPU."""
-        import poptorch
-
-        return poptorch.inferenceModel(module.eval(), poptorch.Options().deviceIterations(device_iterations))
-
-    def trainer(self, model):
+    def trainer(self, model: DALLE) -> Trainer:
+        """Return a trainer for this model, which stays as it is."""
         logger.info("training on IPUs in %s", "fp16" if self.half else "fp32")
-        for number, (ipu, modules) in enumerate(stages(self.places)):
-            held = [modules[0], "…", modules[-1]] if len(modules) > 3 else modules
-            logger.info("stage %d on IPU %d: %s", number, ipu, " ".join(held))
+        for number, (ipu, modules) in enumerate(self.stages):
+            names = [modules[0], "…", modules[-1]] if len(modules) > 3 else modules
+            logger.info("stage %d on IPU %d: %s", number, ipu, " ".join(names))
         return IpuTrainer(model, self)
 
-    def evaluator(self, model):
-        """On one IPU, row by row, so that no batch has to be filled up."""
-        module = RowByRow(Losses(self.for_inference(model)), self.inference)
+    def stage_memory(self, weights: Dict[str, Tensor]) -> List[Tuple[int, Dict[str, float]]]:
+        """Estimate each stage's memory from the settings: (IPU number, {part: bytes}), without activations."""
+        settings = self.settings
+        weight = 2 if self.half else 4
+        moments = 0.0 if settings.optimizer_state_offchip else 6 if settings.enable_half_first_order_momentum else 8
+        moments = moments / self.instances.all_replicas if settings.enable_rts else moments
+        stage_of = {module: number for number, (_, modules) in enumerate(self.stages) for module in modules}
+        trained, frozen = [0] * len(self.stages), [0] * len(self.stages)
+        for name, tensor in weights.items():
+            stage = next((stage for module, stage in stage_of.items() if name.startswith(f"{module}.")), 0)
+            if not name.startswith("vae."):
+                trained[stage] += tensor.numel()
+            elif settings.no_codes_cache:
+                frozen[stage] += tensor.numel()
+        return [
+            (ipu, {"weights": (count + more) * weight, "gradients": count * weight, "optimizer": count * moments})
+            for (ipu, _), count, more in zip(self.stages, trained, frozen)
+        ]
 
-        def evaluate(batches):
-            if self.encoder is not None:
-                self.encoder.destroy()  # its IPU is wanted
-            rows = torch.cat([module(torch.cat((text, codes), dim=1)) for text, codes in batches])
-            module.destroy()  # others want its IPU
-            return dict(zip(("total", "text", "image"), rows.mean(dim=0).tolist()))
-
-        return evaluate
-
-    def for_inference(self, model):
-        """A copy of a DALLE as it runs on one IPU: without its VQGAN, in fp16 where asked for or large."""
-        weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
-        wanted = self.settings.precision
-        half = wanted == "fp16" or (wanted == "auto" and 4 * weights > FP32_WEIGHTS)
-        logger.info("running on an IPU in %s", "fp16" if half else "fp32")
-        model = copy.deepcopy(model, {id(model.vae): None}).eval()  # without its VQGAN, which decode() has
-        unshare_masks(model)
-        return model.half() if half else model
-
-    def encode(self, vae):
-        """In fp32, so that codes are those of other machines."""
-        self.encoder = RowByRow(vae, self.inference)
-        return lambda pixels: self.encoder(pixels).long()
-
-    def decode(self, vae):
-        return upper_rows(RowByRow(Decoder(vae), self.inference))
-
-    def sampler(self, model, whole_pictures=True):
-        """whole_pictures: one call of the device a batch; otherwise, or where that does not compile, one a code."""
+    def optimizer(self, model: nn.Module) -> Any:
+        """Return PopTorch's Adam or AdamW; flags not passed to it become constants of the compiled program."""
         import poptorch
 
-        on_device = {"loop": poptorch.for_loop, "update": poptorch.dynamic_update} if whole_pictures else None
-        return Sampler(self.for_inference(model), self.settings.batch_size, self.inference, on_device)
+        settings = self.settings
+        flags = {"lr": settings.learning_rate, "betas": tuple(settings.adam_betas), "eps": ADAM_EPS}
+        if settings.loss_scaling != 1:
+            flags["loss_scaling"] = settings.loss_scaling
+        if self.half:
+            flags["accum_type"] = torch.float16
+        if settings.enable_half_first_order_momentum:
+            flags["first_order_momentum_accum_type"] = torch.float16
+        if settings.max_grad_norm is not None:
+            flags["max_grad_norm"] = settings.max_grad_norm
+        groups = parameter_groups(model, settings.weight_decay)
+        return getattr(poptorch.optim, settings.optimizer)(groups, **flags)
 
-
-class IpuTrainer:
-    def __init__(self, model, backend):
+    def training_model(self, model: nn.Module, optimizer: Any) -> Any:
+        """Return the program that trains a model."""
         import poptorch
 
-        settings = backend.settings
-        self.backend = backend
-        self.vqgan = {f"vae.{name}": tensor for name, tensor in model.vae.state_dict().items()}
-        self.on_device = settings.no_codes_cache  # whether the VQGAN is
-        model = copy.deepcopy(model, {} if self.on_device else {id(model.vae): None}).train()
-        self.wrapped = WrappedDALLE(model, backend.places, settings.embedding_serialization_factor)
-        if backend.half:
-            self.wrapped.half()
-        self.optimizer = build_optimizer(self.wrapped, settings, backend.half)
-        self.executor = poptorch.trainingModel(self.wrapped, options=backend.options(), optimizer=self.optimizer)
-        self.evaluator = None
-        self.lr = settings.learning_rate
+        return poptorch.trainingModel(model, options=self.options(), optimizer=optimizer)
 
-    def compile(self, batch):
-        rows, wanted = len(batch[0]), self.backend.samples_per_step
-        if rows != wanted:
-            raise ValueError(
-                f"a batch of {rows} samples; --batch-size × --gradient-accumulation × --replication-factor × "
-                f"--device-iterations are {wanted}"
-            )
-        if self.backend.encoder is not None:
-            self.backend.encoder.destroy()  # its IPU is wanted
-        self.executor.setOptimizer(self.optimizer)
-        self.executor.compile(*batch)
-
-    def step(self, batch):
-        return self.means(self.executor(*batch))
-
-    def evaluate(self, batches):
+    def evaluation_model(self, model: nn.Module) -> Any:
+        """Return the program that computes the losses of as many samples per call, on the IPUs that train."""
         import poptorch
 
-        training = self.executor.isAttachedToDevice()
-        if training:  # the same IPUs are wanted, and the weights that are there now
-            self.executor.detachFromDevice()
-        if self.evaluator is not None:
-            self.evaluator.attachToDevice()
-        losses = []
-        for batch in batches:
-            if self.evaluator is None:
-                self.evaluator = poptorch.inferenceModel(self.wrapped.eval(), self.backend.options(training=False))
-                self.evaluator.compile(*batch)
-                self.wrapped.train()
-            losses.append(self.means(self.evaluator(*batch)))
-        self.evaluator.detachFromDevice()
-        if training:
-            self.executor.attachToDevice()
-        return {name: sum(found[name] for found in losses) / len(losses) for name in losses[0]}
-
-    def means(self, sums):
-        """Losses summed over the micro-batches of a call, a row a replica → their means over all instances."""
-        names = ("total", "text", "image")
-        if self.backend.settings.synthetic_data:  # nothing is read back from the device
-            return dict.fromkeys(names, 0.0)
-        means = [float(part.float().sum()) / self.backend.micro_batches for part in sums]
-        return dict(zip(names, self.backend.instances.mean(means)))
-
-    def sampler(self):
-        """None: the IPUs hold the training program."""
-
-    def set_lr(self, lr):
-        if lr == self.lr:
-            return
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.executor.setOptimizer(self.optimizer)  # the device would go on with the old one
-        self.lr = lr
-
-    def state_dict(self):
-        trained = {name.partition(".")[2]: tensor for name, tensor in self.executor.state_dict().items()}
-        trained = {name: tensor.detach().float().cpu() for name, tensor in trained.items()}
-        opt_state = {**self.optimizer.state_dict(), "parameters": self.parameters()}
-        return {"weights": {**trained, **self.vqgan}, "opt_state": [opt_state]}
-
-    def parameters(self):
-        """What the optimizer's state belongs to: its names are those of this model's pieces on the device."""
-        return [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self.wrapped.named_parameters() if p.requires_grad]
-
-    def load_state_dict(self, state):
-        kept = {
-            f"model.{name}": tensor
-            for name, tensor in state["weights"].items()
-            if self.on_device or not name.startswith("vae.")
-        }
-        self.executor.load_state_dict(kept)
-        opt_state = state.get("opt_state")
-        if opt_state is None:
-            return
-        try:
-            (saved,) = opt_state
-            if not saved.get("ipu_state") or saved.get("parameters") != self.parameters():
-                raise ValueError
-            load_keeping_flags(self.optimizer, {name: saved[name] for name in saved if name != "parameters"})
-            self.executor.setOptimizer(self.optimizer)
-        except (ValueError, LookupError, TypeError, AttributeError):
-            logger.warning("the checkpoint's optimizer state is no IPU's, or another optimizer's; it starts afresh")
-
-
-def build_optimizer(model, settings, half):
-    """PopTorch's Adam or AdamW. What is not passed here becomes a constant of the compiled program."""
-    import poptorch
-
-    given = {"lr": settings.learning_rate, "betas": tuple(settings.adam_betas), "eps": ADAM_EPS}
-    if settings.loss_scaling != 1:
-        given["loss_scaling"] = settings.loss_scaling
-    if half:
-        given["accum_type"] = torch.float16
-    if settings.enable_half_first_order_momentum:
-        given["first_order_momentum_accum_type"] = torch.float16
-    if settings.max_grad_norm is not None:
-        given["max_grad_norm"] = settings.max_grad_norm
-    return getattr(poptorch.optim, settings.optimizer)(parameter_groups(model, settings.weight_decay), **given)
+        return poptorch.inferenceModel(model.eval(), self.options(training=False))

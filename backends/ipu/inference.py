@@ -5,13 +5,15 @@ here. And samples one after the other, as a loader of fixed batches wants them.
 """
 
 import logging
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from models.sampling import check_given_codes, gumbel_noise, sample_codes
+from models.dalle import DALLE
+from models.sampling import CodeCallback, Generators, Sampling, check_given_codes, gumbel_noise, sample_codes
 from models.static_sampling import FullPass, StaticSampler
 
 logger = logging.getLogger("minidalle")
@@ -22,7 +24,7 @@ def full(x, rows):
     return torch.cat((x, x[-1:].expand(rows - len(x), *x.shape[1:])))
 
 
-class Decoder(nn.Module):
+class VqganDecoder(nn.Module):
     """A VQGAN's way back as a module of its own: codes int (B, L) → pixels (B, 3, S, S)."""
 
     def __init__(self, vae):
@@ -33,7 +35,7 @@ class Decoder(nn.Module):
         return self.vae.decode(codes)
 
 
-class Losses(nn.Module):
+class DeviceLosses(nn.Module):
     """A DALLE's losses of a row: text and codes end to end, int (1, T + L) → total, text and image, fp32 (1, 3)."""
 
     def __init__(self, model):
@@ -45,7 +47,7 @@ class Losses(nn.Module):
         return torch.stack(self.model(text, codes, return_loss=True)).float()[None]
 
 
-def upper_rows(decode):
+def decode_upper_rows(decode):
     """decode of a picture's codes (B, L) → decode(codes, rows=None), which takes those of its upper rows, too: the rest
     is filled up and cut off again, since shapes cannot change.
     """
@@ -79,69 +81,77 @@ class RowByRow:
             self.executor = None
 
 
-class Sampler:
-    """generate_codes in calls of `rows` pictures, the last repeated where fewer are wanted.
+class DeviceSampler:
+    """Backend.sampler in calls of `rows` images; the last image is repeated if fewer are needed.
 
-    on_device: StaticSampler's loop and update, for one call a batch; None, or where that does not compile: one a code.
+    Args:
+        inference: compiles a module; see IpuBackend.inference.
+        on_device: StaticSampler's loop and update, to sample a batch in one call. If None, or if that does not compile,
+            every code takes a call.
     """
 
-    def __init__(self, model, rows, inference, on_device):
+    def __init__(
+        self, model: DALLE, rows: int, inference: Callable[..., Any], on_device: Optional[Dict[str, Callable]]
+    ):
         self.model, self.rows, self.inference, self.on_device = model, rows, inference, on_device
-        self.executors = {}
+        self.loops: Dict[Any, Any] = {}  # compiled StaticSamplers, by sampling settings and number of given codes
+        self.stepper = FullPassStepper(self)
 
     def __call__(
         self,
-        text,
+        text: Tensor,
+        sampling: Sampling = Sampling(),
         *,
-        top_k=0.99,
-        top_p=None,
-        temperature=1.0,
-        cond_scale=1.0,
-        generator=None,
-        image_codes=None,
-        on_code=None,
-    ):
-        shaping = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "cond_scale": cond_scale}
+        generator: Generators = None,
+        image_codes: Optional[Tensor] = None,
+        on_code: Optional[CodeCallback] = None,
+    ) -> Tensor:
         given = check_given_codes(self.model, text, image_codes)
         if self.on_device and given.shape[1] < self.model.image_seq_len:
-            noise = gumbel_noise(
-                len(text), self.model.image_seq_len, self.model.num_image_tokens, generator, text.device
-            )
+            shape = len(text), self.model.image_seq_len, self.model.num_image_tokens
+            noise = gumbel_noise(*shape, generator, text.device)
             inputs = (text, noise, given) if given.shape[1] else (text, noise)
-            executor = self.compiled_loop(shaping, inputs, key=(given.shape[1], *shaping.values()))
-            if executor is not None:  # which cannot be watched
+            executor = self.compiled_loop(sampling, inputs, given.shape[1])
+            if executor is not None:  # it does not call on_code
                 return self.run(executor, inputs).long()
-        return sample_codes(
-            self.model, text, self.full_pass, generator=generator, image_codes=given, on_code=on_code, **shaping
-        )
+        return sample_codes(self.model, text, self.stepper, sampling, generator, given, on_code)
 
-    def compiled_loop(self, shaping, inputs, key):
-        """The executor of `key`, or None where it does not compile."""
-        if key not in self.executors:
-            executor = self.inference(StaticSampler(self.model, **self.on_device, **shaping))
+    def compiled_loop(self, sampling: Sampling, inputs: Tuple[Tensor, ...], count: int) -> Optional[Any]:
+        """Return the executor for these settings and `count` given codes, or None if it does not compile."""
+        if (sampling, count) not in self.loops:
+            executor = self.inference(StaticSampler(self.model, sampling, **(self.on_device or {})))
             try:
                 executor.compile(*(full(x[: self.rows], self.rows) for x in inputs))
             except RuntimeError as error:
-                logger.warning(
-                    "the sampling loop does not compile, so each code is one call: %s", str(error).splitlines()[0]
-                )
+                reason = str(error).splitlines()[0]
+                logger.warning("the loop over codes does not compile; each code takes one call: %s", reason)
                 self.on_device = executor = None
-            self.executors[key] = executor
-        return self.executors[key]
+            self.loops[sampling, count] = executor
+        return self.loops[sampling, count]
 
-    def full_pass(self, dalle, text, codes, cache):
-        """sample_codes' logits_of: (B, V) of the code after `codes`."""
-        if "full pass" not in self.executors:
-            self.executors["full pass"] = self.inference(FullPass(self.model))
-        place = codes.shape[1]
-        codes = F.pad(codes, (0, dalle.image_seq_len - place))
-        return self.run(self.executors["full pass"], (text, codes), torch.tensor([place]))
-
-    def run(self, executor, inputs, *others):
-        """Tensors of any number of rows through an executor for self.rows of them; others are passed as they are."""
+    def run(self, executor: Any, inputs: Tuple[Tensor, ...], *others: Tensor) -> Tensor:
+        """Split tensors of any number of rows into calls of self.rows; pass `others` as they are to every call."""
         parts = zip(*(x.split(self.rows) for x in inputs))
         done = [executor(*(full(x, self.rows) for x in part), *others)[: len(part[0])] for part in parts]
         return torch.cat(done)
+
+
+class FullPassStepper:
+    """A Stepper that computes the whole sequence on the device for every code."""
+
+    def __init__(self, sampler: DeviceSampler):
+        self.sampler, self.executor = sampler, None
+
+    def begin(self, text: Tensor, codes: Tensor) -> Tensor:
+        if self.executor is None:
+            self.executor = self.sampler.inference(FullPass(self.sampler.model))
+        self.text, self.codes = text, codes
+        place = codes.shape[1]
+        codes = F.pad(codes, (0, self.sampler.model.image_seq_len - place))
+        return self.sampler.run(self.executor, (text, codes), torch.tensor([place]))
+
+    def next(self, code: Tensor) -> Tensor:
+        return self.begin(self.text, torch.cat((self.codes, code[:, None]), dim=1))
 
 
 class OrderedSamples(Dataset):

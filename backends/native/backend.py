@@ -1,170 +1,303 @@
-"""CPUs and CUDA GPUs, through PyTorch: one, or one a process of torchrun's; replicas are further micro-batches.
+"""Run on a CPU or a CUDA GPU through PyTorch: one process, or several that torchrun started.
 
-The step is trainer.py's, drawing sampler.py's, pixels and codes vqgan.py's, reading samples
-resilient_loader.py's. Features newer than torch 2.0 live in these only, each behind a check.
+Replicas are further micro-batches here. Features newer than torch 2.0 are used in this folder only, behind a check.
 """
 
+import atexit
 import contextlib
+import datetime
+import gc
 import itertools
 import logging
 import os
+from argparse import Namespace
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from backends.native.processes import Processes, share
+from backends.base import Backend, Losses, Trainer, TrainingBackend
+from backends.memory import Memory
 from backends.native.resilient_loader import read
 from backends.native.sampler import sampler
 from backends.native.trainer import NativeTrainer, mean_losses
 from backends.native.vqgan import decoder, encoder
+from models.dalle import DALLE
+from models.vae import VQGanVAE
 from utils import interrupts
 
 logger = logging.getLogger("minidalle")
-IPU_ONLY = (
-    ("device_iterations", 1),
-    ("stochastic_rounding", False),
-    ("enable_half_partials", False),
-    ("enable_rts", False),
-    ("optimizer_state_offchip", False),
-    ("embedding_serialization_factor", 1),
-    ("ipus_per_replica", 1),
-    ("layers_per_ipu", None),
-    ("cls_ipu_id", None),
-    ("embedding_ipu_id", 0),
-    ("matmul_proportion", [0.6]),
-    ("async_dataloader", True),
-    ("compile_only", False),
-    ("executable_cache_dir", None),
-    ("profile_dir", None),
-    ("loss_scaling", 1),
-    ("enable_als", False),
-    ("enable_half_first_order_momentum", False),
-)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TIMEOUT = datetime.timedelta(days=7)  # rank 0 may encode images for hours while the others wait
+SIGNS_OF_LOSS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "TCPStore", "c10d")
+IPU_ONLY = {  # flags without effect here, with their defaults
+    "device_iterations": 1,
+    "stochastic_rounding": False,
+    "enable_half_partials": False,
+    "enable_rts": False,
+    "optimizer_state_offchip": False,
+    "embedding_serialization_factor": 1,
+    "ipus_per_replica": 1,
+    "layers_per_ipu": None,
+    "cls_ipu_id": None,
+    "embedding_ipu_id": 0,
+    "matmul_proportion": [0.6],
+    "async_dataloader": True,
+    "compile_only": False,
+    "executable_cache_dir": None,
+    "profile_dir": None,
+    "loss_scaling": 1,
+    "enable_als": False,
+    "enable_half_first_order_momentum": False,
+}
 
 
-def has_cuda():
-    return torch.cuda.is_available()
+class NativeBackend(Backend):
+    """A CPU or a GPU that samples and evaluates."""
 
+    can_gather = True
 
-def pick_device(name):
-    """auto | cpu | cuda → torch.device. ValueError where CUDA is asked for and absent."""
-    if name == "cuda" and not has_cuda():
-        raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu, or auto")
-    return torch.device("cuda" if name != "cpu" and has_cuda() else "cpu")
-
-
-def own_gpu(local_rank):
-    """The GPU of one process among several on this machine, which then is the default one of all that torch does."""
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"process {local_rank + 1} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; "
-            "start as many with --nproc-per-node, or give --device cpu"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def fast_in_bf16(device):
-    """Whether bf16 matrix products beat fp32 ones: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch 2.0 has neither: fp32 then
-    return any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))
-
-
-def pick_precision(settings, device):
-    """--precision, else what --fp16 means here (bf16, or fp32 when off), else the best → fp32 | bf16 | fp16."""
-    wanted = settings.precision
-    if wanted == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16: CPUs have no fast fp16; use bf16 or fp32")
-    if wanted != "auto":
-        return wanted
-    # --fp16, as the IPU configurations have it, asks for half precision where that is worth it: a CPU without bf16
-    # arithmetic takes thirty times as long in bf16 as in fp32.
-    half = getattr(settings, "fp16", None) is not False and fast_in_bf16(device)
-    return "bf16" if half else "fp32"
-
-
-class NativeBackend:
-    compile_only = False
-
-    def __init__(self, settings):
-        """settings: train.py's or generate.py's namespace."""
-        self.settings = settings
+    def __init__(self, device: str = "auto", precision: str = "auto", fp16: Optional[bool] = None):
         self.processes = Processes()
         self.rank, self.world_size = self.processes.rank, self.processes.size
-        self.device = pick_device(settings.device)
-        if self.device.type == "cuda" and self.world_size > 1:
+        self.device = pick_device(device)
+        self.kind = self.device.type
+        if self.kind == "cuda" and self.world_size > 1:
             self.device = own_gpu(self.processes.local_rank)
-        self.precision = pick_precision(settings, self.device)
-        self.shard = getattr(settings, "shard", False)
+        self.precision = pick_precision(precision, self.device, fp16)
+        self.dtype = DTYPES[self.precision]
+        self.memory = Memory(self.device)
+        if not self.rank:
+            logger.info("running on %s in %s%s", self.kind, self.precision, self.describe_processes())
+
+    def describe_processes(self) -> str:
+        """Return how many processes there are, for the log; nothing for one."""
+        return f", in {self.world_size} processes" if self.world_size > 1 else ""
+
+    def autocast(self) -> ContextManager[Any]:
+        """Return a context in which modules compute in the backend's precision."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.kind, self.dtype)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows (n, …) of all processes, rank 0's first."""
+        self.processes.connect(torch.device("cpu"))
+        with self.processes.losses_explained():
+            return self.processes.gather(rows)
+
+    def encode(self, vae: VQGanVAE) -> Callable[[Tensor], Tensor]:
+        """Return a function from pixels to codes."""
+        return encoder(vae, self.device)
+
+    def decode(self, vae: VQGanVAE) -> Callable[..., Tensor]:
+        """Return a function from codes to pixels."""
+        return decoder(vae, self.device, self.precision)
+
+    def sampler(self, model: DALLE, batch_size: int) -> Callable[..., Tensor]:
+        """Return `generate_codes` with packed weights."""
+        return sampler(model, self, batch_size)
+
+    def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
+        """Return a function from batches to mean losses."""
+        model = model.to(self.device).eval()
+        return lambda batches: mean_losses(model, batches, self)
+
+
+class NativeTrainingBackend(NativeBackend, TrainingBackend):
+    """A CPU or a GPU that trains."""
+
+    compile_only = False
+
+    def __init__(self, settings: Namespace):
+        self.settings, self.shard = settings, settings.shard
+        super().__init__(settings.device, settings.precision, settings.fp16)
         if self.shard:
             from backends.native import sharding
 
             sharding.check(self.world_size, self.precision)
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        self.batch_size, self.micro_batches = settings.batch_size, 1
-        if hasattr(settings, "gradient_accumulation"):
-            together = settings.gradient_accumulation * settings.replication_factor
-            self.batch_size, self.micro_batches = share(settings.batch_size, together, self.world_size)
-            self.processes.connect(self.device)
+        together = settings.gradient_accumulation * settings.replication_factor
+        self.batch_size, self.micro_batches = split_step(settings.batch_size, together, self.world_size)
         self.samples_per_step = self.batch_size * self.micro_batches
-        if self.rank:
-            return
-        among = f", in {self.world_size} processes" if self.world_size > 1 else ""
-        among += " that share the model out" if self.shard else ""
-        logger.info("running on %s in %s%s", self.device, self.precision, among)
-        unused = [name for name, default in IPU_ONLY if getattr(settings, name, default) != default]
-        if unused:
+        self.processes.connect(self.device)
+        unused = [name for name, default in IPU_ONLY.items() if getattr(settings, name) != default]
+        if unused and not self.rank:
             flags = ", ".join("--" + name.replace("_", "-") for name in unused)
             logger.info("for IPUs only, without effect here: %s", flags)
 
-    def autocast(self):
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+    def describe_processes(self) -> str:
+        """Return how many processes there are and whether they share the model, for the log."""
+        return super().describe_processes() + (" that shard the model" if self.shard else "")
 
-    def loader(self, dataset, order):
-        """Batches for step(): iterators over (text, image) micro-batches, read when the step wants them."""
-        workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would be in their own way
-        micro_batches = read(dataset, order, self.batch_size, workers, self.device.type == "cuda")
-        stream = self.interruptible(micro_batches)
+    def making_codes(self) -> ContextManager[Any]:
+        """Return a context that all processes enter at once."""
+        return contextlib.nullcontext()
+
+    def any_process(self, wish: bool) -> bool:
+        """Return whether any process wishes it."""
+        if self.world_size == 1:
+            return wish
+        return bool(self.processes.mean(torch.tensor(float(wish), device=self.device)) > 0)
+
+    def loader(self, dataset: Any, order: Sequence[List[int]]) -> Iterator[Iterable]:
+        """Yield for each step an iterator over its (text, image) micro-batches, which are read on demand."""
+        workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would compete for cores
+        stream = self._interruptible(read(dataset, order, self.batch_size, workers, self.kind == "cuda"))
         for first in stream:
             yield itertools.chain([first], itertools.islice(stream, self.micro_batches - 1))
 
-    def interruptible(self, micro_batches):
-        """A process alone gives a step up where a signal waits; several finish it, then agree."""
+    def _interruptible(self, micro_batches: Iterable) -> Iterator:
+        """Yield micro-batches; a single process abandons its step on a signal, several finish it and then agree."""
         for micro_batch in micro_batches:
             if self.world_size == 1:
                 interrupts.raise_if_pending()
             yield micro_batch
 
-    def agreed(self, wish):
-        return wish if self.world_size == 1 else self.processes.mean(torch.tensor(float(wish), device=self.device)) > 0
-
-    def gather(self, rows):
-        self.processes.connect(torch.device("cpu"))
-        with self.processes.together():
-            return self.processes.gather(rows)
-
-    def trainer(self, model):
+    def trainer(self, model: DALLE) -> Trainer:
+        """Return a trainer for this model; one that holds a share of it with --shard."""
         if self.shard:
             from backends.native.sharding import ShardedTrainer
 
             return ShardedTrainer(model, self)
         return NativeTrainer(model, self)
 
-    def evaluator(self, model):
-        model = model.to(self.device).eval()
-        return lambda batches: mean_losses(model, batches, self)
+    def stage_memory(self, weights: Dict[str, Tensor]) -> List[Tuple[int, Dict[str, float]]]:
+        """Return an empty list: there is no pipeline."""
+        return []
 
-    def encode(self, vae):
-        return encoder(vae, self)
 
-    def decode(self, vae):
-        return decoder(vae, self)
+def has_cuda() -> bool:
+    """Return whether PyTorch sees a CUDA GPU."""
+    return torch.cuda.is_available()
 
-    def making_codes(self):
-        return contextlib.nullcontext()
 
-    def sampler(self, model):
-        return sampler(model, self)
+def pick_device(name: str) -> torch.device:
+    """Return the device for auto, cpu or cuda.
+
+    Raises:
+        ValueError: CUDA is asked for but missing.
+    """
+    if name == "cuda" and not has_cuda():
+        raise ValueError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu, or auto")
+    return torch.device("cuda" if name != "cpu" and has_cuda() else "cpu")
+
+
+def own_gpu(local_rank: int) -> torch.device:
+    """Return the GPU of this process among several on this machine, and make it torch's default GPU.
+
+    Raises:
+        ValueError: there are more processes than GPUs.
+    """
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", 0)), local_rank + 1)
+        raise ValueError(f"{processes} processes but only {count} GPUs: use --nproc-per-node {count}, or --device cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def fast_in_bf16(device: torch.device) -> bool:
+    """Return whether bf16 matrix products beat fp32 ones: on GPUs from Ampere on, on CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # missing in torch 2.0, which then uses fp32
+    return any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))
+
+
+def pick_precision(wanted: str, device: torch.device, fp16: Optional[bool] = None) -> str:
+    """Return fp32, bf16 or fp16: as wanted; for auto, bf16 if that is fast here and --fp16 is not off.
+
+    Raises:
+        ValueError: fp16 on a CPU.
+    """
+    if wanted == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16: CPUs have no fast fp16; use bf16 or fp32")
+    if wanted != "auto":
+        return wanted
+    # IPU configurations set --fp16, which asks for half precision only if it pays: a CPU without bf16 arithmetic is
+    # thirty times slower in bf16 than in fp32.
+    return "bf16" if fp16 is not False and fast_in_bf16(device) else "fp32"
+
+
+class Processes:
+    """The processes that torchrun started, of which this is number `rank`; a single one without torchrun."""
+
+    def __init__(self) -> None:
+        names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        self.rank, self.size, self.local_rank = (int(os.environ.get(name, default)) for name, default in names)
+
+    def connect(self, device: torch.device) -> None:
+        """Join the process group, once.
+
+        Raises:
+            ValueError: the other processes cannot be reached.
+        """
+        if self.size == 1 or dist.is_initialized():
+            return
+        # Ten functions of this module have the process group as a default argument. If DistributedDataParallel
+        # imported it later, they would keep the group alive, and with it threads that leave_group() has to end.
+        import torch.distributed.nn  # noqa: F401
+
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"WORLD_SIZE is {self.size}, but the other processes cannot be reached: {reason}"
+            ) from None
+        atexit.register(leave_group)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Return the mean of a tensor over all processes, on the CPU."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor = tensor / self.size
+        return tensor.cpu()
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows (n, …) of all processes, rank 0's first; n may differ between processes."""
+        counts = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(rows)]))
+        padded = rows.new_zeros(int(max(counts)), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
+
+    @contextlib.contextmanager
+    def losses_explained(self) -> Iterator[None]:
+        """Turn the error of a lost connection into a ConnectionError of one line."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not any(sign in str(error) for sign in SIGNS_OF_LOSS):
+                raise
+            raise ConnectionError("another process of this run has ended") from error
+
+
+def leave_group() -> None:
+    """Destroy the process group and join its threads, which end when nothing refers to the group any more.
+
+    A thread that outlived the interpreter would abort the process when it releases the tensors of the last exchange.
+    There is no barrier: the other processes must notice when one ends early.
+    """
+    gc.collect()  # trainers and their DistributedDataParallel, which lie in cycles
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def split_step(batch_size: int, micro_batches: int, size: int) -> Tuple[int, int]:
+    """Return (micro-batch, micro-batches) of each of `size` processes, which together take one process's samples.
+
+    Raises:
+        ValueError: the samples cannot be divided evenly.
+    """
+    each, left = divmod(batch_size * micro_batches, size)
+    if left:
+        raise ValueError(
+            f"one step takes {batch_size * micro_batches} samples (--batch-size × --gradient-accumulation × "
+            f"--replication-factor), not a multiple of the {size} processes"
+        )
+    largest = max(rows for rows in range(1, batch_size + 1) if each % rows == 0)
+    return largest, each // largest

@@ -1,40 +1,48 @@
-"""Micro-batches out of worker processes that read samples, and what is done where such a process is killed.
+"""Read micro-batches in worker processes, and start new workers if one is killed.
 
-Torch raises its error for a killed worker wherever the program is at that moment, in the middle of an update, say. Here
-it waits until the next micro-batch is wanted, where nothing is half done.
+Torch raises its error for a killed worker wherever the program is at that moment, for example in an update. Here it is
+deferred until the next micro-batch is due, when nothing is half done.
 """
 
 import itertools
 import logging
 import time
+from typing import Any, Iterable, Iterator, List, Sequence, Tuple
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from backends.base import SamplesLost
 from utils import interrupts
 
 logger = logging.getLogger("minidalle")
-HEARD = 5.0  # seconds
-RESTARTS = 3  # of the workers; a machine whose memory is short would go on killing them
-MEMORY = "; if memory ran out, fewer --dataloader-workers need less"
+NOTICE_SECONDS = 5.0  # in which torch reports a worker whose pipe has broken
+RESTARTS = 3  # of the workers; without a limit, a machine short of memory would kill them forever
+MEMORY_ADVICE = "; if memory ran out, fewer --dataloader-workers need less"
 
 
 class MicroBatches:
-    """A batch sampler: each of order's lists of keys, cut into micro-batches of `size`, without the first `done`."""
+    """A batch sampler that cuts each list of keys into micro-batches of `size`, skipping the first `done`."""
 
-    def __init__(self, order, size, done=0):
+    def __init__(self, order: Iterable[Sequence[int]], size: int, done: int = 0):
         self.order, self.size, self.done = order, size, done
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        """Yield the keys of each micro-batch; none has keys of two lists."""
         cut = (keys[first : first + self.size] for keys in self.order for first in range(0, len(keys), self.size))
         return itertools.islice(cut, self.done, None)
 
 
-def read(dataset, order, size, workers, pin_memory):
-    """(text, image) of each micro-batch. A sample depends on its key alone, so where a worker is killed, new ones go on
-    at the micro-batch that is missing; another picture takes the place of the one that it was reading.
+def read(
+    dataset: Any, order: Sequence[List[int]], size: int, workers: int, pin_memory: bool
+) -> Iterator[Tuple[Tensor, Tensor]]:
+    """Yield the (text, image) tensors of each micro-batch.
 
-    Raises SamplesLost where workers go on being killed, or no picture can be read any more.
+    A sample depends on its key alone, so new workers continue at the missing micro-batch after one was killed; another
+    image replaces the one that it was reading.
+
+    Raises:
+        SamplesLost: workers keep being killed, or no image can be read any more.
     """
     done = killed = 0
     while True:
@@ -52,32 +60,36 @@ def read(dataset, order, size, workers, pin_memory):
                     yield micro_batch
             return
         except (RuntimeError, ConnectionError) as error:
-            said, names = of_killed_worker(error, dataset)
+            reason, names = explain_dead_worker(error, dataset)
         except (ValueError, OSError) as error:
-            raise SamplesLost(without_traceback(error)) from None
+            raise SamplesLost(last_line(error)) from None
         killed += 1
         if killed > RESTARTS:
-            raise SamplesLost(said + MEMORY)
-        logger.warning("%s; %snew workers go on", said, "another picture takes its place, and " if names else "")
+            raise SamplesLost(reason + MEMORY_ADVICE)
+        replaced = "another image replaces it, and " if names else ""
+        logger.warning("%s; %snew workers continue", reason, replaced)
 
 
-def of_killed_worker(error, dataset):
-    """What torch's error says of a worker that was killed, with what it was reading; and the names of that, a list."""
-    if isinstance(error, ConnectionError):  # the end of its pipe was seen before torch heard of its end
+def explain_dead_worker(error: Exception, dataset: Any) -> Tuple[str, List[str]]:
+    """Return a line about the killed worker, and the names of the images that it was reading.
+
+    Any other error is raised again.
+    """
+    if isinstance(error, ConnectionError):  # its pipe broke before torch noticed its end
         try:
-            time.sleep(HEARD)
-        except RuntimeError as heard:
-            error = heard
+            time.sleep(NOTICE_SECONDS)
+        except RuntimeError as noticed:
+            error = noticed
         else:
             return "DataLoader worker has ended", []
-    said = str(error).splitlines()[0].rstrip(". ")
-    if not said.startswith("DataLoader worker"):
+    reason = str(error).splitlines()[0].rstrip(". ")
+    if not reason.startswith("DataLoader worker"):
         raise error
-    names = dataset.exclude_images_of(said)
-    return f"{said}, reading {' and '.join(names)}" if names else said, names
+    names = dataset.exclude_images_of(reason)
+    return f"{reason}, reading {' and '.join(names)}" if names else reason, names
 
 
-def without_traceback(error):
-    """What an exception says; for one out of a worker, which says its whole traceback, the last line."""
-    said = str(error).strip()
-    return said.splitlines()[-1].partition(": ")[2] if "in DataLoader worker process" in said else said
+def last_line(error: Exception) -> str:
+    """Return an exception's message; of one from a worker, which holds a whole traceback, the last line's."""
+    message = str(error).strip()
+    return message.splitlines()[-1].partition(": ")[2] if "in DataLoader worker process" in message else message

@@ -1,47 +1,54 @@
-"""Drawing on CPUs and CUDA GPUs: models/packed_sampler.py with weights in the form that the machine multiplies fastest.
+"""Sampling on CPUs and CUDA GPUs: models/packed_sampler.py with weights packed for the fastest products.
 
-Features newer than torch 2.0 stand behind a check.
+Features newer than torch 2.0 are used only after a check.
 """
 
 import contextlib
+from typing import Any, Callable, Optional
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from models.packed_sampler import PackedStepper
-from models.sampling import sample_codes
+from models.dalle import DALLE
+from models.packed_sampler import Pack, PackedStepper
+from models.sampling import CodeCallback, Generators, Sampling, sample_codes
 
-ROWS = 4  # with fewer, oneDNN takes other bf16 kernels: a fifth slower, and their last bits differ
+ROWS = 4  # for fewer rows oneDNN takes other bf16 kernels, which are a fifth slower and differ in the last bits
+Product = Callable[[Tensor], Tensor]
 
 
-def sampler(model, backend):
-    """Backend.sampler of a NativeBackend."""
+def sampler(model: DALLE, backend: Any, batch_size: int) -> Callable[..., Tensor]:
+    """Return Backend.sampler of a NativeBackend."""
     model = model.to(backend.device).eval()
     on_cpu = backend.device.type == "cpu"
-    cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend from bf16 five times slower
-    pack = packer(backend.device, backend.dtype, backend.settings.batch_size)
-    decoder = PackedStepper(model, pack, cache_dtype, backend.autocast)
+    cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend five times slower in bf16
+    pack = packer(backend.device, backend.dtype, batch_size)
+    stepper = PackedStepper(model, pack, cache_dtype, backend.autocast)
 
-    @torch.no_grad()
-    def sample(text, *, generator=None, image_codes=None, on_code=None, **shaping):
-        shaping = {"top_k": 0.99, "top_p": None, "temperature": 1.0, "cond_scale": 1.0, **shaping}
+    def sample(
+        text: Tensor,
+        sampling: Sampling = Sampling(),
+        *,
+        generator: Generators = None,
+        image_codes: Optional[Tensor] = None,
+        on_code: Optional[CodeCallback] = None,
+    ) -> Tensor:
         image_codes = None if image_codes is None else image_codes.to(backend.device)
-        given = {"generator": generator, "image_codes": image_codes, "on_code": on_code}
-        return sample_codes(model, text.to(backend.device), decoder.logits, **shaping, **given).cpu()
+        return sample_codes(model, text.to(backend.device), stepper, sampling, generator, image_codes, on_code).cpu()
 
     return sample
 
 
-def packer(device, dtype, rows):
-    """PackedStepper's pack for this machine and batches of `rows`.
+def packer(device: torch.device, dtype: torch.dtype, rows: int) -> Pack:
+    """Return the fastest PackedStepper.pack of this machine for batches of `rows`.
 
-    (weight (out, in), bias (out,) or None, geglu) → a function of x (B, in), fp32 or dtype, → dtype (B, out), or (B,
-    out / 2) with GEGLU. x is rounded to dtype before and what comes out after, sums are fp32, in every one of them.
+    Every packed product rounds x (B, in) to dtype and returns dtype; its sums are fp32.
     """
     pack = plain_packer(dtype)
     if device.type == "cpu":
         for fits, other in ((True, onednn_packer), (dtype == torch.bfloat16 and rows == 1, fbgemm_packer)):
-            with contextlib.suppress(RuntimeError, TypeError, AttributeError):  # builds differ in what they have
+            with contextlib.suppress(RuntimeError, TypeError, AttributeError):  # not in every build of torch
                 if fits:
                     found = other(dtype, rows, pack)
                     found(torch.ones(8, 8), torch.ones(8), geglu=True)(torch.ones(2, 8))
@@ -49,11 +56,13 @@ def packer(device, dtype, rows):
     return pack
 
 
-def plain_packer(dtype):
-    def pack(weight, bias, geglu=False):
+def plain_packer(dtype: torch.dtype) -> Pack:
+    """Return a pack for F.linear."""
+
+    def pack(weight: Tensor, bias: Optional[Tensor], geglu: bool = False) -> Product:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
-        def product(x):
+        def product(x: Tensor) -> Tensor:
             out = F.linear(x.to(dtype), weight, bias)
             if not geglu:
                 return out
@@ -65,23 +74,24 @@ def plain_packer(dtype):
     return pack
 
 
-def onednn_packer(dtype, rows, otherwise):
-    """Weights in a layout of oneDNN's own, two to three times as fast for a few rows; torch.compile's, from torch 2.1
-    on.
+def onednn_packer(dtype: torch.dtype, rows: int, fallback: Pack) -> Pack:
+    """Return a pack for oneDNN's weight layout, two to three times as fast as F.linear for a few rows.
+
+    The operators are those of torch.compile, from torch 2.1 on.
     """
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
     else:
-        return otherwise
+        return fallback
     least = ROWS if dtype == torch.bfloat16 else 1
 
-    def pack(weight, bias, geglu=False):
+    def pack(weight: Tensor, bias: Optional[Tensor], geglu: bool = False) -> Product:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         few = torch.zeros(least, weight.shape[1], dtype=dtype)
         parts = [reorder(part.contiguous(), max(rows, least)) for part in weight.chunk(1 + geglu)]
         biases = (None, None) if bias is None else bias.chunk(1 + geglu)
 
-        def product(x):
+        def product(x: Tensor) -> Tensor:
             count = len(x)
             if count < least:
                 few[:count] = x
@@ -98,24 +108,25 @@ def onednn_packer(dtype, rows, otherwise):
     return pack
 
 
-def fbgemm_packer(dtype, rows, otherwise):
-    """bf16 weights in fp16, which holds all of their bits but of the smallest, for FBGEMM: it reads them at nearly the
-    memory's speed for a single row.
+def fbgemm_packer(dtype: torch.dtype, rows: int, fallback: Pack) -> Pack:
+    """Return a pack for FBGEMM, which reads weights nearly at the memory's speed for a single row.
+
+    bf16 weights are stored as fp16, which is exact except for the smallest; if that loses too much, `fallback` packs.
     """
     multiply = torch.ops.quantized.linear_dynamic_fp16
 
-    def pack(weight, bias, geglu=False):
+    def pack(weight: Tensor, bias: Optional[Tensor], geglu: bool = False) -> Product:
         rounded = weight.to(dtype).float()
         if not (rounded.half().float() - rounded).norm() <= 1e-5 * rounded.norm():
-            return otherwise(weight, bias, geglu)
+            return fallback(weight, bias, geglu)
         packed = torch.ops.quantized.linear_prepack_fp16(rounded, None if bias is None else bias.to(dtype).float())
 
-        def product(x):
+        def product(x: Tensor) -> Tensor:
             out = multiply(x.to(dtype).float(), packed)
             if not geglu:
                 return out.to(dtype)
             value, gate = out.chunk(2, dim=-1)
-            # Transposed, so that torch does not hand it to oneDNN, which takes 30 µs to begin.
+            # Transposed, so that torch does not use oneDNN, which takes 30 µs to start.
             gate = F.gelu(gate.reshape(2, -1).T).T.reshape(gate.shape)
             return value.to(dtype) * gate.to(dtype)
 

@@ -1,57 +1,78 @@
-"""--shard: trainer.py's step with weights, gradients and moments shared out among torchrun's processes (FSDP2).
+"""Train with --shard: torchrun's processes share weights, gradients and optimizer state (FSDP2).
 
-Here is only what differs: who holds what, and how a state is gathered for a checkpoint and shared out from one.
-Checkpoints are the same files as without. Run with gloo on CPUs so far; written for NCCL on GPUs as well.
+This module has only what differs from trainer.py: who holds what, and how a checkpoint's state is gathered and shared.
+Checkpoints are the same files as without sharding. It has run with gloo on CPUs so far, not with NCCL on GPUs.
 """
 
+import atexit
 import contextlib
+import functools
+import gc
+import sys
+from typing import Any, Dict, Iterable, Iterator, List, Tuple
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import fsdp
 
-from backends.native.trainer import NativeTrainer, SharedMuon, forward
+from backends.base import Losses
+from backends.native.trainer import NativeTrainer, SharedMuon, compute_losses
+from models.dalle import DALLE
 
 
-def check(world_size, precision):
-    """ValueError in one line where --shard cannot work."""
+def check(world_size: int, precision: str) -> None:
+    """Raise ValueError, in one line, if --shard cannot work here."""
     if world_size == 1:
-        raise ValueError("--shard: there is one process only; start several with torchrun, or leave the flag out")
+        raise ValueError("--shard: there is only one process; start several with torchrun, or leave the flag out")
     if not hasattr(fsdp, "fully_shard"):
         raise ValueError(f"--shard: needs torch 2.6 or newer, this is {torch.__version__}; leave the flag out")
     if precision == "fp16":
-        raise ValueError("--shard: not with --precision fp16, whose loss scaling is not shared out; use bf16 or fp32")
+        raise ValueError("--shard: not with --precision fp16, whose loss scaling is not shared; use bf16 or fp32")
 
 
-def shard(model, device):
-    """Share a DALLE's parameters out, in place: each layer a unit, which is gathered when it computes, and what is left
-    (embeddings, head) another. The frozen VQGAN stays whole. Every process brings the same weights.
+def shard(model: DALLE, device: torch.device) -> None:
+    """Shard a DALLE's parameters in place; every process must bring the same weights.
 
-    Weights travel in fp32 and autocast decides on dtypes, as without sharding: FSDP2's own mixed precision would take
-    norms and the residual stream to bf16 as well.
+    Each layer is a unit, gathered when it computes; embeddings and head are another. The frozen VQGAN stays whole.
+    Weights are exchanged in fp32 and autocast decides on dtypes, as without sharding: FSDP2's own mixed precision
+    would also compute norms and the residual stream in bf16.
     """
     if hasattr(fsdp, "fully_shard") and hasattr(dist, "init_device_mesh"):
-        # Named, since the default is a GPU where there is one.
-        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))  # the default is a GPU if there is one
         for layer in model.transformer.layers:
             fsdp.fully_shard(layer, mesh=mesh)
         vae, model.vae = model.vae, None
         fsdp.fully_shard(model, mesh=mesh)
         model.vae = vae
+        atexit.register(clear_torch_caches)  # before leave_group(), which was registered earlier
+
+
+def clear_torch_caches() -> None:
+    """Clear torch's caches of sharded operations, which keep the process group and its threads alive."""
+    planner = sys.modules.get("torch.distributed.tensor._redistribute")
+    if hasattr(planner, "clear_redistribute_planner_cache"):
+        planner.clear_redistribute_planner_cache()
+    for cache in gc.get_objects():
+        if type(cache) is functools._lru_cache_wrapper and str(cache.__module__).startswith("torch.distributed"):
+            cache.cache_clear()
+    if hasattr(torch._C, "_clear_DTensor_sharding_propagator_cache"):
+        torch._C._clear_DTensor_sharding_propagator_cache()
 
 
 class Exchange:
-    """A sharded model, called as DistributedDataParallel is."""
+    """A sharded model that is called like a DistributedDataParallel."""
 
-    def __init__(self, model):
+    def __init__(self, model: Any):
         self.model = model
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
         return self.model(*args, **kwargs)
 
     @contextlib.contextmanager
-    def no_sync(self):
-        """Within: gradients of backward passes are kept whole and not exchanged."""
+    def no_sync(self) -> Iterator[None]:
+        """Keep the gradients of this block's backward passes whole, without exchanging them."""
         self.model.set_requires_gradient_sync(False)
         try:
             yield
@@ -60,69 +81,82 @@ class Exchange:
 
 
 class ShardedMuon(SharedMuon):
-    """Muon whose matrices are gathered to be made orthogonal; each process keeps its rows of the update."""
+    """Muon that gathers matrices to orthogonalize them; each process keeps its rows of the update."""
 
-    def orthogonal(self, momenta):
+    def orthogonal(self, momenta: List[Tensor]) -> List[Tensor]:
+        """Return this process's rows of the orthogonalized momenta."""
         whole = super().orthogonal([momentum.full_tensor() for momentum in momenta])
         return [own_rows(update, momentum) for update, momentum in zip(whole, momenta)]
 
 
 class ShardedTrainer(NativeTrainer):
+    """A trainer that holds this process's share of the model and of the optimizers' state."""
+
     muon = ShardedMuon
-    alone = False  # whether another process has ended
+    others_ended = False
 
-    def placed(self, model):
+    def place(self, model: DALLE) -> DALLE:
+        """Shard a model, move it to the device and give it fast layers."""
         shard(model, self.backend.device)
-        return super().placed(model)
+        return super().place(model)
 
-    def exchanging(self):
+    def exchange_gradients(self) -> Exchange:
+        """Return the model as `step` calls it."""
         return Exchange(self.model)
 
-    def parts(self, text, image):
-        return [(text, image)]  # every process calls the network as often as the others
+    def split(self, text: Tensor, image: Tensor) -> List[Tuple[Tensor, Tensor]]:
+        """Return one part, since every process must call the network equally often."""
+        return [(text, image)]
 
-    def step(self, batch):
+    def step(self, batch: Iterable) -> Losses:
+        """Make one update and return the losses."""
         try:
             return super().step(batch)
         except ConnectionError:
-            self.alone = True
+            self.others_ended = True
             raise
 
-    def evaluate(self, batches):
+    def evaluate(self, batches: Iterable) -> Losses:
+        """Return the mean losses of all processes' samples."""
         network = self.model if self.average is None else self.average
-        losses = super().evaluate(self.in_step(network, batches))
-        network.reshard()  # without a backward pass, what is not in layers stays gathered
+        losses = super().evaluate(self._in_step(network, batches))
+        network.reshard()  # without a backward pass, embeddings and head stay gathered
         return losses
 
-    def in_step(self, network, batches):
-        """Batches of one micro-batch each. A process that has no more computes on while others have: layers are
-        gathered by all or none.
+    def _in_step(self, network: DALLE, batches: Iterable) -> Iterator[List]:
+        """Yield batches of one micro-batch each.
+
+        Layers are gathered by all processes or none, so a process without samples computes on as long as others have
+        some.
         """
         lengths = self.model.text_seq_len, self.model.image_seq_len
         stream = (micro_batch for batch in batches for micro_batch in batch)
         while True:
             micro_batch = next(stream, None)
-            if not self.backend.agreed(micro_batch is not None):
+            if not self.backend.any_process(micro_batch is not None):
                 return
             if micro_batch is not None:
                 yield [micro_batch]
             else:
-                forward(network, *(torch.zeros(1, length, dtype=torch.long) for length in lengths), self.backend)
+                text, codes = (torch.zeros(1, length, dtype=torch.long) for length in lengths)
+                compute_losses(network, text, codes, self.backend)
 
-    def sampler(self):
-        """None: no process holds the whole model."""
+    def sampler(self) -> None:
+        """Return None: no process holds the whole model."""
 
-    def state_dict(self):
-        """To be called by all processes; whole tensors on the CPU in rank 0, None in their place in the others.
+    def state_dict(self) -> Dict[str, Any]:
+        """Return whole tensors on the CPU in rank 0, and None in their place in other processes; all must call it.
 
-        ConnectionError where a process has ended, and its share with it.
+        Raises:
+            ConnectionError: a process has ended, and its share is lost.
         """
-        if self.alone:
+        if self.others_ended:
             raise ConnectionError("another process of this run has ended")
-        with self.backend.processes.together():
-            return gathered(super().state_dict(), keep=self.backend.rank == 0)
+        with self.backend.processes.losses_explained():
+            return gather_shards(super().state_dict(), keep=self.backend.rank == 0)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Load this process's share of a whole state."""
         own = self.model.state_dict()
         weights = {
             kind: {name: own_rows(tensor, own.get(name)) for name, tensor in (state.get(kind) or {}).items()}
@@ -130,7 +164,8 @@ class ShardedTrainer(NativeTrainer):
         }
         super().load_state_dict({**state, **weights})
 
-    def own_state(self, optimizer, saved):
+    def take_share(self, optimizer: torch.optim.Optimizer, saved: Dict[str, Any]) -> Dict[str, Any]:
+        """Return this process's share of an optimizer's saved state."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         moments = {
             number: {name: own_rows(value, parameters[number]) for name, value in values.items()}
@@ -139,12 +174,12 @@ class ShardedTrainer(NativeTrainer):
         return {**saved, "state": moments}
 
 
-def gathered(value, keep):
-    """Every sharded tensor within dicts and lists → whole and on the CPU, or None in its place without `keep`."""
+def gather_shards(value: Any, keep: bool) -> Any:
+    """Return dicts and lists with every sharded tensor whole, on the CPU, or as None without `keep`."""
     if isinstance(value, dict):
-        return {name: gathered(part, keep) for name, part in value.items()}
+        return {name: gather_shards(part, keep) for name, part in value.items()}
     if isinstance(value, list):
-        return [gathered(part, keep) for part in value]
+        return [gather_shards(part, keep) for part in value]
     if not hasattr(value, "full_tensor"):
         return value
     whole = value.full_tensor()
@@ -152,12 +187,12 @@ def gathered(value, keep):
 
 
 @torch.no_grad()
-def own_rows(whole, like):
-    """A whole tensor → one that is shared out as `like` is; itself, where `like` is not, or of another shape."""
+def own_rows(whole: Any, like: Any) -> Any:
+    """Return a whole tensor sharded as `like` is; unchanged if `like` is not sharded or has another shape."""
     if not hasattr(like, "full_tensor") or getattr(whole, "shape", None) != like.shape:
         return whole
     mesh, part = like.device_mesh, torch.empty_like(like)
-    rows = -(-len(whole) // mesh.size())  # FSDP2 deals them out as torch.chunk does
+    rows = -(-len(whole) // mesh.size())  # FSDP2 divides them as torch.chunk does
     first = rows * mesh.get_local_rank()
     part.to_local().copy_(whole[first : first + rows])
     return part

@@ -1,4 +1,4 @@
-"""Captions as tokens: the same from the cache as without one, and a file is tokenized again only where it changed."""
+"""Captions as tokens: the same from the cache as without one, and a file is tokenized again only if it changed."""
 
 import os
 import pickle
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.captions import Captions, open_caption_cache, tokenized
+from data.captions import CaptionCache, Captions, load_captions
 from data.loader import TextImageDataset
 from data.tokenizer import load_tokenizer
 from tests.conftest import ROOT, YTTM
@@ -18,7 +18,7 @@ TEXTS = [
     ["a red square", "Two green circles, side by side!"],
     ["one"],
     ["caf\u00e9 &amp; a caf\u00e9", "\u65e5\u672c", "x" * 40, "!", "a red square"],
-    ["a blue triangle beside a red circle beside a green square"],
+    ["a blue triangle below a red circle below a green square"],
 ]
 
 
@@ -53,20 +53,17 @@ def counting(tokenizer, monkeypatch):
 
 def test_the_tokens_are_those_of_the_tokenizer(folder, tokenizer, tmp_path):
     expected = [[tokenizer.encode(text) for text in texts] for texts in TEXTS]
-    assert as_lists(tokenized(files_of(folder), folder, tokenizer)) == expected
+    assert as_lists(load_captions(files_of(folder), folder, tokenizer)) == expected
     for _ in range(2):
-        captions = tokenized(
-            files_of(folder), folder, tokenizer, open_caption_cache(folder, tmp_path / "at", tokenizer)
-        )
-        assert as_lists(captions) == expected and isinstance(captions.tokens, np.memmap)
-    assert as_lists(captions.only(np.array([False, True, True, False]))) == expected[1:3]
-    sent = pickle.dumps(captions)
-    assert len(sent) < 1000 and as_lists(pickle.loads(sent)) == expected
+        captions = load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path / "at", tokenizer))
+        assert as_lists(captions) == expected
+    assert as_lists(captions.select(np.array([False, True, True, False]))) == expected[1:3]
+    assert as_lists(pickle.loads(pickle.dumps(captions))) == expected
 
 
 def test_a_changed_file_is_tokenized_again_and_nothing_else(folder, tokenizer, tmp_path, monkeypatch):
     def cached():
-        return tokenized(files_of(folder), folder, tokenizer, open_caption_cache(folder, tmp_path, tokenizer))
+        return load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer))
 
     cached()
     seen = counting(tokenizer, monkeypatch)
@@ -89,10 +86,10 @@ def every(captions):
 def test_each_vocabulary_has_a_cache_of_its_own(folder, tmp_path):
     for path in KINDS.values():
         tokenizer = load_tokenizer(path)
-        cache = open_caption_cache(folder, tmp_path, tokenizer)
+        cache = CaptionCache(folder, tmp_path, tokenizer)
         assert not any(file in cache for file in files_of(folder))
-        tokenized(files_of(folder), folder, tokenizer, cache)
-    assert len(list(tmp_path.glob("captions-*.json"))) == 2
+        load_captions(files_of(folder), folder, tokenizer, cache)
+    assert len(list(tmp_path.glob("captions-*.npz"))) == 2
 
 
 @pytest.mark.parametrize("options", [{"caption_dropout": 0.3, "seed": 3}, {"text_seq_len": 5, "seed": 4}])
@@ -132,21 +129,54 @@ def test_a_file_that_is_known_is_not_opened_again(folder, tokenizer, tmp_path, m
     pictures = TextImageDataset(folder, tokenizer, **options).images
     opened = []
     monkeypatch.setattr("data.pairs._caption_fault", opened.append)
-    monkeypatch.setattr("data.pairs._picture_fault", opened.append)
+    monkeypatch.setattr("data.pairs._image_fault", opened.append)
     again = TextImageDataset(folder, tokenizer, encoded=pictures, **options)
     assert opened == [] and again.images == pictures
     TextImageDataset(folder, tokenizer, encoded=pictures[:1], **options)
     assert sorted(map(os.path.basename, opened)) == ["1.png", "2.png", "3.png"]
 
 
-def test_a_cache_that_cannot_be_written_is_told_and_done_without(folder, tokenizer, tmp_path, logged):
+@pytest.mark.parametrize("damage", [b"", b"no zip", "cut", "flipped"])
+def test_a_damaged_cache_is_made_again(folder, tokenizer, tmp_path, logged, damage):
+    expected = as_lists(load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer)))
+    (path,) = tmp_path.glob("captions-*.npz")
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        del content[-40:]
+    elif damage == "flipped":
+        content[content.index(b"\x93NUMPY", 300) + 140] ^= 1
+    path.write_bytes(content if isinstance(damage, str) else damage)
+    cache = CaptionCache(folder, tmp_path, tokenizer)
+    assert "damaged" in logged.text and files_of(folder)[0] not in cache
+    assert as_lists(load_captions(files_of(folder), folder, tokenizer, cache)) == expected
+    assert files_of(folder)[0] in CaptionCache(folder, tmp_path, tokenizer)
+
+
+def test_an_interrupted_process_keeps_what_it_tokenized(folder, tokenizer, tmp_path, monkeypatch):
+    encode = tokenizer.encode
+
+    def interrupted(text):
+        if text.startswith("caf"):
+            raise KeyboardInterrupt
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer))
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    seen = counting(tokenizer, monkeypatch)
+    load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer))
+    assert seen == TEXTS[2] + TEXTS[3]
+
+
+def test_a_cache_that_cannot_be_written_is_reported_and_done_without(folder, tokenizer, tmp_path, logged):
     (tmp_path / "file").touch()
-    captions = tokenized(files_of(folder), folder, tokenizer, open_caption_cache(folder, tmp_path / "no", tokenizer))
-    assert "anew" not in logged.text
-    cache = open_caption_cache(folder, tmp_path / "later", tokenizer)
+    captions = load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path / "no", tokenizer))
+    assert "again" not in logged.text
+    cache = CaptionCache(folder, tmp_path / "later", tokenizer)
     (tmp_path / "later").touch()
-    assert as_lists(tokenized(files_of(folder), folder, tokenizer, cache)) == as_lists(captions)
-    assert "captions are tokenized anew in every run" in logged.text and "later" in logged.text
+    assert as_lists(load_captions(files_of(folder), folder, tokenizer, cache)) == as_lists(captions)
+    assert logged.text.count("captions are tokenized again in every run") == 1 and "later" in logged.text
 
 
 def test_ids_of_16_bits_while_they_fit():
@@ -160,6 +190,6 @@ def test_ids_of_16_bits_while_they_fit():
             return [self.vocab_size - 1, 0, 1]
 
     for vocab_size, dtype in ((65535, np.uint16), (65536, np.uint32)):
-        captions = tokenized([("LICENSE", 0, 0)], ROOT, Wide(vocab_size))
+        captions = load_captions([("LICENSE", 0, 0)], ROOT, Wide(vocab_size))
         assert isinstance(captions, Captions) and captions.tokens.dtype == dtype
         assert captions[0][0].tolist() == [vocab_size - 1, 0, 1]

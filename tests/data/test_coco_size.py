@@ -38,17 +38,19 @@ def test_a_hundred_megabytes_and_a_second_start_that_opens_nothing(shared_data, 
         return torch.randint(0, 1024, (len(pixels), 256))
 
     def start(encode):
-        cache = open_code_cache(folder, tmp_path / "cache", image_size=256, num_codes=1024, fingerprint="0123456789")
+        cache = open_code_cache(
+            folder, tmp_path / "cache", image_size=256, image_seq_len=256, num_codes=1024, fingerprint="0123456789"
+        )
         options = {"truncate_captions": True, "cache_dir": tmp_path / "cache", "encoded": cache}
         dataset = TextImageDataset(folder, load_tokenizer(), **options)
         dataset.attach_codes(*load_codes(dataset.images, encode, cache, batch_size=256))
         return dataset
 
-    monkeypatch.setattr("data.codes.load_image", lambda path, size: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr("data.images.load_image", lambda path, size: np.zeros((1, 1, 3), np.uint8))
     first = start(encode)
     files = list((tmp_path / "cache").iterdir())
-    assert len(files) == 4 and sum(path.stat().st_size for path in files) < 100e6
-    for opening in ("data.codes.load_image", "data.pairs._picture_fault", "data.pairs._caption_fault"):
+    assert len(files) == 5 and sum(path.stat().st_size for path in files) < 100e6
+    for opening in ("data.images.load_image", "data.pairs._image_fault", "data.pairs._caption_fault"):
         monkeypatch.setattr(opening, None)
     monkeypatch.setattr("data.captions.read_captions", None)
     second = start(None)

@@ -1,10 +1,7 @@
-"""The code cache: what is encoded, with what, what is found again, and what a stop leaves behind."""
+"""The code cache: what is encoded, with what, and what is found again. How files survive is test_array_cache.py's."""
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +13,20 @@ from data import codes as codes_module
 from data.codes import load_codes, open_code_cache
 from data.images import load_image
 from models.vae import load_vqgan
-from tests.conftest import ROOT
 
 SIZE = 8
 
 
 class MeanEncoder:
-    """A stand-in for a VQGAN: four codes a picture, the mean brightness of each quarter; counts what it is given."""
+    """A stand-in for a VQGAN: four codes per image, the mean brightness of each quarter; counts what it is given."""
 
-    def __init__(self, num_codes=256, fail_after=None):
-        self.num_codes = num_codes
-        self.fail_after = fail_after
-        self.seen = 0
+    seen = 0
 
     def __call__(self, images):
         assert images.dtype == torch.float32 and images.shape[1:] == (3, SIZE, SIZE)
         assert images.min() >= 0 and images.max() <= 1
-        if self.fail_after is not None and self.seen >= self.fail_after:
-            raise RuntimeError("the machine went away")
         self.seen += len(images)
-        return (torch.nn.functional.avg_pool2d(images.mean(1), 4).flatten(1) * (self.num_codes - 1)).round().long()
+        return (torch.nn.functional.avg_pool2d(images.mean(1), 4).flatten(1) * 255).round().long()
 
 
 def draw(path, value):
@@ -51,164 +42,117 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
-def in_its_state(folder, path):
-    status = path.stat()
-    return path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns
+def files_of(folder, suffix="png"):
+    paths = sorted(folder.rglob(f"*.{suffix}"))
+    return [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
-def cached(folder, encode, pictures=None, *, cache_dir=None, workers=0, batch_size=3, **options):
-    if pictures is None:
-        pictures = [in_its_state(folder, path) for path in sorted(folder.rglob("*.png"))]
-    options = {"image_size": SIZE, "num_codes": 256, "fingerprint": "0123456789abcdef", **options}
+def codes_of(folder, encode, images=None, *, cache_dir=None, workers=0, **options):
+    """(codes of the images that can be read, indices of the others)."""
+    options = {"image_size": SIZE, "image_seq_len": 4, "num_codes": 256, "fingerprint": "0123456789abcdef", **options}
     cache = open_code_cache(folder, cache_dir or folder / ".codes", **options)
-    return load_codes(pictures, encode, cache, batch_size=batch_size, workers=workers)
+    images = files_of(folder) if images is None else images
+    codes, rows = load_codes(images, encode, cache, batch_size=3, workers=workers)
+    return codes[rows[rows >= 0]], np.flatnonzero(rows < 0).tolist()
 
 
-def expected(values):
-    return [[value] * 4 for value in values]
+def test_encoded_once_then_read_even_after_the_folder_moved(folder, tmp_path):
+    for place, seen in ((folder, 10), (folder, 0), (tmp_path / "moved", 0)):
+        if not place.exists():
+            folder.rename(place)
+        encode = MeanEncoder()
+        codes, bad = codes_of(place, encode)
+        assert encode.seen == seen and bad == []
+        assert codes.dtype == np.uint16 and codes.tolist() == [[value] * 4 for value in range(0, 200, 20)]
 
 
-def cache_files(folder):
-    return sorted(path.suffix for path in (folder / ".codes").iterdir())
-
-
-def test_encoded_once_then_read(folder):
-    encode = MeanEncoder()
-    codes, bad = cached(folder, encode)
-    assert encode.seen == 10 and bad == {}
-    assert codes.dtype == np.uint16 and codes.tolist() == expected(range(0, 200, 20))
-    again = MeanEncoder()
-    codes, bad = cached(folder, again)
-    assert again.seen == 0 and bad == {}
-    assert isinstance(codes, np.memmap) and codes.tolist() == expected(range(0, 200, 20))
-    assert cache_files(folder) == [".json", ".npy"]
-
-
-def test_pixels_are_those_of_the_loader(tmp_path, shared_data):
-    paths = sorted((shared_data / "coco_by_bysa" / "val2017").glob("*.jpg"))[:5]
-    pictures = [in_its_state(shared_data, path) for path in paths]
-    seen = []
+def test_images_and_codes_are_those_of_the_loader_and_the_vqgan(tmp_path, shared_data, tiny_vqgan):
+    photographs = shared_data / "coco_by_bysa" / "val2017"
+    vae, seen = load_vqgan(tiny_vqgan), []
 
     def encode(images):
         seen.extend(images)
-        return torch.zeros(len(images), 1, dtype=torch.long)
+        return vae.get_codebook_indices(images)
 
-    cached(shared_data, encode, pictures, cache_dir=tmp_path, image_size=64, num_codes=4, workers=2, batch_size=2)
-    for path, image in zip(paths, seen):
-        assert np.array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), load_image(path, 64))
+    images = files_of(photographs, "jpg")[:5]
+    options = {"image_size": 32, "image_seq_len": 16, "num_codes": 64, "cache_dir": tmp_path}
+    codes, _ = codes_of(photographs, encode, images, workers=2, **options)
+    pixels = np.stack([load_image(photographs / name, 32) for name, _, _ in images])
+    assert np.array_equal((torch.stack(seen) * 255).round().byte().permute(0, 2, 3, 1).numpy(), pixels)
+    expected = vae.get_codebook_indices(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+    assert np.array_equal(codes, expected) and len(np.unique(codes)) > 10
 
 
-def test_only_a_changed_or_new_picture_is_encoded_again(folder):
-    cached(folder, MeanEncoder())
+def test_only_a_changed_or_new_image_is_encoded_again(folder):
+    codes_of(folder, MeanEncoder())
     stat = (folder / "sub" / "7.png").stat()
-    times = stat.st_atime_ns, stat.st_mtime_ns
     draw(folder / "sub" / "3.png", 255)
-    os.utime(folder / "sub" / "3.png", ns=(1, 1))
-    os.utime(folder / "sub" / "5.png", ns=(2, 2))  # the same bytes, but how would one know
+    os.utime(folder / "sub" / "3.png", ns=(1, 1))  # the same size
     (folder / "sub" / "7.png").write_bytes((folder / "sub" / "7.png").read_bytes() + b"longer")
-    os.utime(folder / "sub" / "7.png", ns=times)
+    os.utime(folder / "sub" / "7.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     draw(folder / "sub" / "00.png", 7)  # comes second in the order
+    for seen in (3, 0):
+        encode = MeanEncoder()
+        codes, _ = codes_of(folder, encode)
+        assert encode.seen == seen
+        assert codes[:, 0].tolist() == [0, 7, 20, 40, 255, 80, 100, 120, 140, 160, 180]
+    assert next((folder / ".codes").glob("*.rows")).stat().st_size == 11 * (4 + 2 * 4)  # without the old states
+
+
+def test_another_vqgan_codebook_crop_or_folder_has_codes_of_its_own(folder, tmp_path, monkeypatch):
+    codes_of(folder, MeanEncoder())
     encode = MeanEncoder()
-    codes, _ = cached(folder, encode)
-    assert encode.seen == 4
-    assert codes[:, 0].tolist() == [0, 7, 20, 40, 255, 80, 100, 120, 140, 160, 180]
-    assert cache_files(folder) == [".json", ".npy"]
-    assert len(np.load(next((folder / ".codes").glob("*.npy")))) == 11  # the old states are gone
-    again = MeanEncoder()
-    codes, _ = cached(folder, again)
-    assert again.seen == 0 and codes[:, 0].tolist() == [0, 7, 20, 40, 255, 80, 100, 120, 140, 160, 180]
-
-
-def test_part_of_a_folder_neither_loses_nor_repeats_the_rest(folder):
-    pictures = [in_its_state(folder, path) for path in sorted(folder.rglob("*.png"))]
-    encode = MeanEncoder()
-    assert cached(folder, encode, pictures[2:5])[0][:, 0].tolist() == [40, 60, 80]
-    assert cached(folder, encode, pictures[4:8])[0][:, 0].tolist() == [80, 100, 120, 140]
-    assert encode.seen == 6
-    assert cached(folder, encode, pictures[::-1])[0][:, 0].tolist() == list(range(180, -1, -20))
-    assert encode.seen == 10
-    assert cached(folder, encode, pictures[2:5])[0][:, 0].tolist() == [40, 60, 80]
-    (folder / "sub" / "0.png").unlink()
-    assert cached(folder, encode)[0][:, 0].tolist() == list(range(20, 200, 20))
-    assert encode.seen == 10
-
-
-def test_another_vqgan_size_codebook_or_folder_has_codes_of_its_own(folder, tmp_path, monkeypatch):
-    cached(folder, MeanEncoder())
-    encode = MeanEncoder()
-    cached(folder, encode, fingerprint="0123456789abcdeX")  # only the end differs, which the file names do not show
-    assert encode.seen == 10
-    cached(folder, encode, num_codes=300)
-    assert encode.seen == 20
-    cached(folder, encode)
-    cached(folder, encode, fingerprint="0123456789abcdeX")
-    assert encode.seen == 20
-    monkeypatch.setattr(codes_module, "CROP", "another")
-    cached(folder, encode)
+    for options, seen in (
+        ({"fingerprint": "0123456789abcdeX"}, 10),  # only the end differs, which the file names do not show
+        ({"num_codes": 300}, 20),
+        ({}, 20),
+        ({"fingerprint": "0123456789abcdeX"}, 20),
+    ):
+        codes_of(folder, encode, **options)
+        assert encode.seen == seen
+    with monkeypatch.context() as patch:
+        patch.setattr(codes_module, "CROP", "another")
+        codes_of(folder, encode)
     assert encode.seen == 30
-    monkeypatch.undo()
     shutil.copytree(folder / "sub", tmp_path / "other" / "sub")  # same names, sizes and times
     draw(tmp_path / "other" / "sub" / "3.png", 61)
     stat = (folder / "sub" / "3.png").stat()
     os.utime(tmp_path / "other" / "sub" / "3.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    codes, _ = cached(tmp_path / "other", encode, cache_dir=folder / ".codes")
+    codes, _ = codes_of(tmp_path / "other", encode, cache_dir=folder / ".codes")
     assert encode.seen == 40 and codes[3, 0] == 61
-
-
-def test_a_folder_moved_with_its_cache_stays_valid(folder, tmp_path):
-    cached(folder, MeanEncoder())
-    folder.rename(tmp_path / "moved")
-    encode = MeanEncoder()
-    codes, _ = cached(tmp_path / "moved", encode)
-    assert encode.seen == 0 and codes.tolist() == expected(range(0, 200, 20))
 
 
 @pytest.mark.parametrize("num_codes, dtype", [(65536, np.uint16), (65537, np.uint32)])
 def test_the_widest_code_fits(folder, num_codes, dtype):
-    def encode(images):
-        return torch.full((len(images), 2), num_codes - 1)
-
     for _ in range(2):
-        codes, _ = cached(folder, encode, num_codes=num_codes)
+        codes, _ = codes_of(folder, lambda images: torch.full((len(images), 4), num_codes - 1), num_codes=num_codes)
         assert codes.dtype == dtype and (codes == num_codes - 1).all()
 
 
-def test_unreadable_pictures_are_told_and_never_cached(folder):
+def test_unreadable_images_are_reported_and_never_cached(folder):
     whole = (folder / "sub" / "4.png").read_bytes()
     (folder / "sub" / "4.png").write_bytes(whole[:50])
-    pictures = [in_its_state(folder, path) for path in sorted(folder.rglob("*.png"))]
+    images = files_of(folder)
     (folder / "sub" / "7.png").unlink()
-    for expected_calls in (8, 0):
+    for seen in (8, 0):
         encode = MeanEncoder()
-        codes, bad = cached(folder, encode, pictures)
-        assert encode.seen == expected_calls
-        assert sorted(bad) == [4, 7] and all(str(folder / "sub" / f"{number}.png") in bad[number] for number in bad)
-        assert codes[:, 0].tolist() == [0, 20, 40, 60, 100, 120, 160, 180] and isinstance(codes, np.memmap)
+        codes, bad = codes_of(folder, encode, images)
+        assert encode.seen == seen and bad == [4, 7]
+        assert codes[:, 0].tolist() == [0, 20, 40, 60, 100, 120, 160, 180]
     (folder / "sub" / "4.png").write_bytes(whole)
     encode = MeanEncoder()
-    codes, bad = cached(folder, encode)
-    assert encode.seen == 1 and bad == {} and codes[4, 0] == 80
+    codes, bad = codes_of(folder, encode)
+    assert encode.seen == 1 and bad == [] and codes[4, 0] == 80
 
 
-def test_no_readable_picture_is_an_error(folder):
+def test_no_readable_image_is_an_error(folder):
     for path in folder.rglob("*.png"):
         path.write_bytes(b"x")
-    with pytest.raises(ValueError, match="none of 10 pictures can be read") as error:
-        cached(folder, MeanEncoder())
+    with pytest.raises(ValueError, match="none of 10 images can be read") as error:
+        codes_of(folder, MeanEncoder())
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="no picture to encode"):
-        cached(folder, MeanEncoder(), [])
-
-
-def test_an_interrupted_run_keeps_what_it_finished(folder):
-    with pytest.raises(RuntimeError, match="went away"):
-        cached(folder, MeanEncoder(fail_after=3))
-    with pytest.raises(RuntimeError, match="went away"):
-        cached(folder, MeanEncoder(fail_after=3))
-    encode = MeanEncoder()
-    codes, _ = cached(folder, encode)
-    assert encode.seen == 4 and codes.tolist() == expected(range(0, 200, 20))
-    assert cache_files(folder) == [".json", ".npy"]
+    with pytest.raises(ValueError, match="no image to encode"):
+        codes_of(folder, MeanEncoder(), [])
 
 
 @pytest.mark.parametrize(
@@ -220,74 +164,16 @@ def test_an_interrupted_run_keeps_what_it_finished(folder):
         (lambda images: torch.full((len(images), 4), -1), "codes -1 to -1"),
     ],
 )
-def test_an_encoder_that_gives_something_else_is_refused(folder, result, words):
+def test_an_encoder_that_returns_something_else_is_refused(folder, result, words):
     with pytest.raises(ValueError, match=words):
-        cached(folder, result)
-    assert not list((folder / ".codes").glob("*.json"))
-
-
-def test_a_cache_folder_that_cannot_be_made(folder):
-    (folder / "file").write_text("in the way")
-    with pytest.raises(OSError, match="file"):
-        cached(folder, MeanEncoder(), cache_dir=folder / "file" / "codes")
+        codes_of(folder, result)
+    assert not any(path.stat().st_size for path in folder.rglob("*.rows"))
 
 
 def test_file_names_that_are_not_utf8(folder):
-    strange = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
-    draw(strange, 33)
-    cached(folder, MeanEncoder())
+    draw(Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")), 33)
+    codes_of(folder, MeanEncoder())
     encode = MeanEncoder()
-    codes, _ = cached(folder, encode, [in_its_state(folder, strange)])
+    strange = [file for file in files_of(folder) if file[0].startswith("caf")]
+    codes, _ = codes_of(folder, encode, strange)
     assert encode.seen == 0 and codes.tolist() == [[33] * 4]
-
-
-ENCODE = """
-import sys
-from pathlib import Path
-import torch
-from data.codes import load_codes, open_code_cache
-from models.vae import load_vqgan
-
-torch.set_num_threads(1)
-folder, vqgan, cache_dir, at_once = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
-vae = load_vqgan(vqgan)
-def encode(pixels):
-    codes = vae.get_codebook_indices(pixels)
-    print(len(pixels), flush=True)
-    sys.stdin.readline()
-    return codes
-pictures = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.png"))]
-options = {"image_size": vae.image_size, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-cache = open_code_cache(folder, cache_dir, **options)
-load_codes(pictures, encode, cache, batch_size=at_once, flush_seconds=0)
-"""
-
-
-def test_interrupted_twice_and_finished(picture_folder, tiny_vqgan, tmp_path):
-    """A process with a real VQGAN is killed once between two batches and once while it works on one."""
-    for number in range(12, 40):
-        shutil.copy(picture_folder / f"{number % 12:02d}.png", picture_folder / f"{number}.png")
-    encoded = []
-    for batches in (3, 4, None):
-        command = [sys.executable, "-c", ENCODE, picture_folder, tiny_vqgan, tmp_path / "codes", "3"]
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        done = []
-        for line in process.stdout:  # a batch that the process holds until it is told to go on
-            if len(done) == batches:
-                process.send_signal(signal.SIGKILL)
-                break
-            done.append(int(line))
-            process.stdin.write("\n")
-            process.stdin.flush()
-        process.stdin.close()
-        assert process.wait(60) == (0 if batches is None else -signal.SIGKILL)
-        encoded.append(sum(done))
-    assert encoded == [9, 12, 19]  # all 40, none of them twice but what was being encoded
-    vae = load_vqgan(tiny_vqgan)
-    pictures = [in_its_state(picture_folder, path) for path in sorted(picture_folder.glob("*.png"))]
-    options = {"image_size": 32, "num_codes": 64, "fingerprint": vae.fingerprint()}
-    kept, whole = (open_code_cache(picture_folder, tmp_path / name, **options) for name in ("codes", "whole"))
-    codes, bad = load_codes(pictures, None, kept)  # which encodes nothing
-    uninterrupted, _ = load_codes(pictures, vae.get_codebook_indices, whole)
-    assert not bad and np.array_equal(codes, uninterrupted) and len(np.unique(codes)) > 10
-    assert sorted(path.suffix for path in (tmp_path / "codes").iterdir()) == [".json", ".npy"]

@@ -1,10 +1,10 @@
-"""One picture to pixels: the crop, the filter, orientation, every kind of picture, and files that are none."""
+"""One image to pixels: the crop, the filter, orientation, every kind of image, and files that are none."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import load_image
+from data.images import crop_square, load_image
 
 
 def saved(path, array, **options):
@@ -30,19 +30,12 @@ def test_resizing_is_bilinear_with_antialiasing(tmp_path):
     assert np.abs(load_image(path, 2)[..., 1] - expected).max() <= 1
 
 
-def test_pixels_outside_the_square_do_not_bleed_in(tmp_path):
-    pixels = np.full((8, 16, 3), 255, dtype=np.uint8)
-    pixels[:, 4:12] = 0
-    path = saved(tmp_path / "frame.png", pixels)
-    assert load_image(path, 2).max() == 0
-
-
-def test_small_pictures_are_enlarged(tmp_path):
+def test_small_images_are_enlarged(tmp_path):
     path = saved(tmp_path / "dot.png", np.full((1, 1, 3), 77, dtype=np.uint8))
     assert np.array_equal(load_image(path, 5), np.full((5, 5, 3), 77))
 
 
-# EXIF orientation: where the stored first row and first column lie in the upright picture (EXIF 2.3, table 6).
+# EXIF orientation: the position of the stored first row and column in the upright image (EXIF 2.3, table 6).
 STORED_FROM_UPRIGHT = {
     1: lambda upright: upright,
     2: lambda upright: upright[:, ::-1],
@@ -65,14 +58,21 @@ def test_exif_orientation(tmp_path, orientation):
     assert np.array_equal(load_image(path, 4), upright[:, 1:5])
 
 
-def test_exif_orientation_of_a_jpeg(tmp_path):
-    image = Image.new("RGB", (32, 32), "white")
-    image.paste("black", (0, 0, 32, 16))  # stored: the upper half is black
+def test_an_exif_block_that_cannot_be_written_again_turns_the_image(tmp_path, monkeypatch):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the stored first row is the upright right side
-    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    upright = load_image(tmp_path / "a.jpg", 32)
-    assert upright[:, 20:].max() < 30 and upright[:, :12].min() > 225
+    exif[0x0112] = 3
+    pixels = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    path = saved(tmp_path / "turned.png", pixels, exif=exif)
+    monkeypatch.setattr(Image.Exif, "tobytes", None)
+    assert np.array_equal(load_image(path, 4), pixels[::-1, ::-1])
+
+
+def test_a_image_handed_over_is_left_as_it_is():
+    image = Image.new("RGB", (4, 4))
+    image.putpixel((0, 0), (9, 9, 9))
+    image.getexif()[0x0112] = 3
+    image.info["exif"] = image.getexif().tobytes()
+    assert crop_square(image, 4)[3, 3, 0] == 9 and image.getpixel((0, 0)) == (9, 9, 9)
 
 
 def test_a_damaged_exif_block_costs_nothing_but_the_orientation(tmp_path):
@@ -81,7 +81,7 @@ def test_a_damaged_exif_block_costs_nothing_but_the_orientation(tmp_path):
 
 
 def flat(path):
-    """The one colour of a picture."""
+    """The single color of an image."""
     pixels = load_image(path, 4)
     assert pixels.shape == (4, 4, 3) and pixels.dtype == np.uint8
     assert (pixels == pixels[0, 0]).all()
@@ -120,7 +120,7 @@ def test_palettes_with_and_without_transparency(tmp_path):
     assert np.abs(load_image(tmp_path / "half.png", 4)[0].astype(int) - expected).max() <= 1
 
 
-def test_a_transparent_colour_of_grey_and_rgb(tmp_path):
+def test_a_transparent_color_of_gray_and_rgb(tmp_path):
     Image.new("L", (4, 4), 40).save(tmp_path / "grey.png", transparency=40)
     assert flat(tmp_path / "grey.png") == (255, 255, 255)
     Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "rgb.png", transparency=(1, 2, 3))
@@ -135,7 +135,7 @@ def test_sixteen_bits_are_scaled(tmp_path, value, expected):
     assert flat(path) == (expected,) * 3
 
 
-def test_cmyk_and_grey_jpeg(tmp_path):
+def test_cmyk_and_gray_jpeg(tmp_path):
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
     red = flat(tmp_path / "cmyk.jpg")
     assert red[0] > 250 and max(red[1:]) < 5
@@ -151,7 +151,7 @@ def test_bmp_and_files_under_a_wrong_suffix(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
-def test_unreadable_pictures_name_the_file(tmp_path, suffix):
+def test_unreadable_images_name_the_file(tmp_path, suffix):
     noise = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
     whole = saved(tmp_path / f"whole.{suffix}", noise).read_bytes()
     for kept in (0, 10, len(whole) // 2, len(whole) - 100):

@@ -1,9 +1,6 @@
-"""The loader: samples that depend on their key alone, whatever becomes of the pictures meanwhile."""
+"""The datasets: samples that depend on their key alone, whatever happens to the images."""
 
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from data.loader import GeneratedDataset, TextImageDataset
-from data.order import EpochOrder, epoch_order, random_bits
+from data.order import EpochOrder, RunOrder, epoch_order, random_bits
 from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +41,7 @@ def read(row):
 
 
 def make_set(folder, count=6, captions=3, size=(20, 16)):
-    """Pictures of one colour each, (10 i, 0, 0), with captions "picture i, way k"."""
+    """Images of one color each, (10 i, 0, 0), with captions "picture i, way k"."""
     folder.mkdir(exist_ok=True)
     for i in range(count):
         Image.new("RGB", size, (10 * i, 0, 0)).save(folder / f"{i:03d}.png")
@@ -69,16 +66,12 @@ def test_a_sample(tmp_path):
     assert read(text) in {f"picture 3, way {k}" for k in range(3)}
     assert image.dtype == torch.float32 and image.shape == (3, 8, 8) and image.is_contiguous()
     assert torch.allclose(image[0], torch.tensor(30 / 255)) and (image[1:] == 0).all()
+    assert torch.equal(dataset_of(tmp_path, byteio=True)[3][1], (image * 255).round().byte())
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert all(torch.equal(a, b) for a, b in zip(dataset[(2, 1)], copy[(2, 1)]))
     with pytest.raises(IndexError):
         dataset[6]
     assert len(list(dataset)) == 6
-
-
-def test_byteio_gives_the_same_pixels_as_bytes(tmp_path):
-    folder = make_set(tmp_path)
-    as_bytes, as_floats = dataset_of(folder, byteio=True)[4][1], dataset_of(folder)[4][1]
-    assert as_bytes.dtype == torch.uint8
-    assert torch.equal(as_bytes.float() / 255, as_floats)
 
 
 def test_every_caption_is_tokenized_once_and_comes_in_turn(tmp_path):
@@ -114,6 +107,12 @@ def test_draws_are_these_on_every_machine(tmp_path):
     dataset = dataset_of(make_set(tmp_path), seed=42)
     ways = [[int(read(dataset[(epoch, i)][0])[-1]) for i in range(6)] for epoch in range(3)]
     assert ways == [[0, 1, 0, 0, 0, 1], [0, 1, 2, 0, 2, 0], [2, 2, 0, 0, 1, 0]]
+    dropping = dataset_of(tmp_path, seed=42, caption_dropout=0.5)
+    assert [[int(dropping[(epoch, i)][0].any()) for i in range(6)] for epoch in range(3)] == [
+        [0, 1, 0, 0, 1, 1],
+        [1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 0, 0, 1],
+    ]
     assert epoch_order(8, 42, 0).tolist() == [3, 4, 5, 2, 7, 0, 1, 6]
     assert random_bits(0) == 0xE220A8397B1DCDAF  # the first number of SplitMix64 from seed 0, as published
 
@@ -126,7 +125,7 @@ def test_caption_dropout(tmp_path):
         for i in range(6):
             text = dropping[(epoch, i)][0]
             empty += not text.any()
-            assert not text.any() or torch.equal(text, plain[(epoch, i)][0])  # the draws beside it stay the same
+            assert not text.any() or torch.equal(text, plain[(epoch, i)][0])  # the choice of captions stays the same
     assert 240 <= empty <= 360  # 300 expected, deviation 15
     assert not any(dataset_of(folder, caption_dropout=1.0)[i][0].any() for i in range(6))
 
@@ -134,6 +133,7 @@ def test_caption_dropout(tmp_path):
 def test_an_overlong_caption_names_its_file(tmp_path):
     folder = make_set(tmp_path)
     (folder / "004.txt").write_text("short\n" + "long " * 10)
+    (folder / "001.txt").write_text("x" * LENGTH + "\n\0")  # of full length, and of no token
     with pytest.raises(ValueError, match="004.txt.*tokens long") as error:
         dataset_of(folder)
     assert "\n" not in str(error.value)
@@ -141,35 +141,16 @@ def test_an_overlong_caption_names_its_file(tmp_path):
     assert rows == {"short", ("long " * 10)[:LENGTH]}
 
 
-def test_captions_of_full_length_and_of_no_token(tmp_path):
-    folder = make_set(tmp_path, count=3, captions=1)
-    (folder / "000.txt").write_text("x" * LENGTH)
-    (folder / "001.txt").write_text("\0")  # a caption that the tokenizer makes nothing of
-    dataset = dataset_of(folder)
-    assert [read(dataset[i][0]) for i in range(3)] == ["x" * LENGTH, "", "picture 2, way 0"]
-
-
-def test_with_the_real_tokenizer_and_batches_of_captions(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.captions._FILES_AT_ONCE", 4)
-    tokenizer = load_tokenizer()
-    dataset = TextImageDataset(make_set(tmp_path), tokenizer, image_size=8)
-    for i in range(6):
-        text = dataset[i][0]
-        assert text.shape == (80,)
-        options = tokenizer.tokenize([f"picture {i}, way {k}" for k in range(3)], 80)
-        assert any(torch.equal(text, row) for row in options)
-
-
 def test_scan_faults_are_reported_and_kept(tmp_path, logged):
     folder = make_set(tmp_path)
     (folder / "002.png").write_bytes(b"")
     dataset = dataset_of(folder)
     assert len(dataset) == 5
-    assert dataset.skipped["zero-byte picture"] == [folder / "002.png"]
+    assert dataset.skipped["zero-byte image"] == [folder / "002.png"]
     assert sum("002.png" in message for message in logged.messages) == 1
 
 
-def test_a_picture_that_goes_bad_is_replaced_counted_and_told_once(tmp_path, logged):
+def test_a_image_that_goes_bad_is_replaced_counted_and_logged_once(tmp_path, logged):
     folder = make_set(tmp_path)
     dataset = dataset_of(folder)
     whole = (folder / "005.png").read_bytes()
@@ -179,26 +160,26 @@ def test_a_picture_that_goes_bad_is_replaced_counted_and_told_once(tmp_path, log
         text, image = dataset[(7, 5)]
         assert read(text).startswith("picture 1,") and torch.allclose(image[0], torch.tensor(10 / 255))
     assert torch.equal(text, dataset[(7, 1)][0])
-    assert dataset.skipped == {"unreadable picture": [folder / "000.png", folder / "005.png"]}
+    assert dataset.skipped == {"unreadable image": [folder / "000.png", folder / "005.png"]}
     assert len(logged.messages) == 2 and "005.png" in logged.messages[0] and "000.png" in logged.messages[1]
 
 
-def test_many_pictures_that_go_bad_do_not_fill_the_log(tmp_path, logged):
+def test_many_images_that_go_bad_do_not_fill_the_log(tmp_path, logged):
     folder = make_set(tmp_path, count=40, captions=1)
     dataset = dataset_of(folder)
     for path in sorted(folder.glob("*.png"))[:-1]:
         path.unlink()
     assert read(dataset[0][0]) == "picture 39, way 0"
-    assert len(dataset.skipped["unreadable picture"]) == 39
-    assert len(logged.messages) == 20 and "only be counted" in logged.messages[-1]
+    assert len(dataset.skipped["unreadable image"]) == 39
+    assert len(logged.messages) == 20 and "only counted" in logged.messages[-1]
 
 
-def test_when_no_picture_is_left_it_ends(tmp_path):
+def test_when_no_image_is_left_it_ends(tmp_path):
     folder = make_set(tmp_path)
     dataset = dataset_of(folder)
     for path in folder.glob("*.png"):
         path.write_bytes(b"gone")
-    with pytest.raises(ValueError, match="none of its 6 pictures can be read") as error:
+    with pytest.raises(ValueError, match="none of its 6 images can be read") as error:
         dataset[0]
     assert "\n" not in str(error.value)
 
@@ -208,44 +189,15 @@ def test_workers_give_the_same_samples_and_share_the_count(tmp_path, method):
     folder = make_set(tmp_path, count=8)
     dataset = TextImageDataset(folder, load_tokenizer(), image_size=8, byteio=True, caption_dropout=0.2)
     (folder / "003.png").unlink()
-    batches = EpochOrder(len(dataset), 2, seed=5)
+    order = EpochOrder(len(dataset), 2, seed=5)
+    batches = RunOrder(order, 0, 8)  # two epochs, of which workers learn from the keys
     here = list(DataLoader(dataset, batch_sampler=batches))
-    dataset._unreadable.zero_()
-    loader = DataLoader(
-        dataset, batch_sampler=batches, num_workers=2, multiprocessing_context=method, persistent_workers=True
-    )
-    for _ in range(2):
-        for (text, image), (other_text, other_image) in zip(here, loader):
-            assert torch.equal(text, other_text) and torch.equal(image, other_image)
-    assert dataset.skipped == {"unreadable picture": [folder / "003.png"]}
-    batches.set_epoch(1)  # persistent workers learn of the epoch from the keys
-    later = list(loader)
-    assert all(
-        torch.equal(text, other) for (text, _), (other, _) in zip(DataLoader(dataset, batch_sampler=batches), later)
-    )
-    assert not all(torch.equal(text, other) for (text, _), (other, _) in zip(here, later))
-
-
-def test_a_dataset_can_be_pickled(tmp_path):
-    dataset = dataset_of(make_set(tmp_path), seed=3)
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert all(torch.equal(a, b) for a, b in zip(dataset[(2, 1)], copy[(2, 1)]))
-
-
-def test_samples_do_not_depend_on_the_process(tmp_path):
-    folder = make_set(tmp_path)
-    program = (
-        "import sys; from data.loader import *; from data.order import *; from data.tokenizer import load_tokenizer\n"
-        "d = TextImageDataset(sys.argv[1], load_tokenizer(), image_size=8)\n"
-        "b = EpochOrder(len(d), 2, epoch=3)\n"
-        "print([(k, d[k][0].tolist(), d[k][1].sum().item()) for batch in b for k in batch])"
-    )
-    outputs = set()
-    for hash_seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", program, str(folder)]
-        outputs.add(subprocess.run(command, env=environment, capture_output=True, check=True, cwd=ROOT).stdout)
-    assert len(outputs) == 1 and len(outputs.pop()) > 1000
+    dataset._flags.zero_()
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=2, multiprocessing_context=method)
+    for (text, image), (other_text, other_image) in zip(here, loader):
+        assert torch.equal(text, other_text) and torch.equal(image, other_image)
+    assert dataset.skipped == {"unreadable image": [folder / "003.png"]}
+    assert not all(torch.equal(text, other) for (text, _), (other, _) in zip(here[:4], here[4:]))
 
 
 # --- codes ------------------------------------------------------------------------------------------------------------
@@ -262,26 +214,47 @@ def test_codes_take_the_place_of_pixels(tmp_path):
         assert torch.equal(text, plain[(1, i)][0])
 
 
-def test_pictures_that_could_not_be_encoded_leave(tmp_path, logged):
+def test_images_that_could_not_be_encoded_leave(tmp_path, logged):
     folder = make_set(tmp_path)
     dataset = dataset_of(folder)
-    codes = np.array([[1], [2], [3], [5]], dtype=np.uint16)
-    dataset.attach_codes(codes, bad={0: "truncated", 4: "gone"})
+    codes = np.array([[5], [2], [1], [3]], dtype=np.uint16)
+    dataset.attach_codes(codes, np.array([-1, 2, 1, 3, -1, 0]))
     assert [name for name, _, _ in dataset.images] == ["001.png", "002.png", "003.png", "005.png"]
     assert [read(dataset[i][0])[:9] for i in range(4)] == [f"picture {i}" for i in (1, 2, 3, 5)]
     assert [dataset[i][1].item() for i in range(4)] == [1, 2, 3, 5]
-    assert dataset.skipped == {"unreadable picture": [folder / "000.png", folder / "004.png"]}
+    assert dataset.skipped == {"unreadable image": [folder / "000.png", folder / "004.png"]}
     assert len(logged.messages) == 1 and "2 files" in logged.text
 
 
 def test_codes_that_do_not_fit_are_refused(tmp_path):
     dataset = dataset_of(make_set(tmp_path))
-    with pytest.raises(ValueError, match=r"\(5, 4\).*6 pictures"):
-        dataset.attach_codes(np.zeros((5, 4), dtype=np.uint16))
-    with pytest.raises(ValueError, match=r"\(6, 4\).*5 pictures"):
-        dataset.attach_codes(np.zeros((6, 4), dtype=np.uint16), bad={2: "bad"})
-    with pytest.raises(ValueError, match="none of its 6 pictures could be encoded"):
-        dataset.attach_codes(np.zeros((0, 4), dtype=np.uint16), bad=dict.fromkeys(range(6), "bad"))
+    for shape, rows in (((5, 4), None), ((6, 4), np.arange(5)), ((6,), None)):
+        with pytest.raises(ValueError, match=rf"\({shape[0]},.*6 images"):
+            dataset.attach_codes(np.zeros(shape, dtype=np.uint16), rows)
+    with pytest.raises(ValueError, match="none of its 6 images could be encoded"):
+        dataset.attach_codes(np.zeros((0, 4), dtype=np.uint16), np.full(6, -1))
+
+
+def test_a_validation_set_is_split_off_by_name(tmp_path):
+    folder = make_set(tmp_path, count=20)
+    dataset, other = dataset_of(folder, caption_dropout=1.0), dataset_of(folder, seed=7)
+    for one in (dataset, other):
+        one.attach_codes(np.arange(20, dtype=np.uint16)[:, None])
+    validation = dataset.split_off(0.2)
+    names = [[name for name, _, _ in part.images] for part in (dataset, validation)]
+    assert len(names[1]) == 4 and sorted(names[0] + names[1]) == [f"{i:03d}.png" for i in range(20)]
+    assert names[1] != names[1][:1] + [f"{i:03d}.png" for i in range(1, 4)] and names[1] == sorted(names[1])
+    assert [name for name, _, _ in other.split_off(0.2).images] == names[1]  # whatever the seed
+    for part, kept in zip((dataset, validation), names):
+        assert [part[i][1].item() for i in range(len(part))] == [int(name[:3]) for name in kept]
+    assert not dataset[0][0].any() and validation[0][0].any()  # without caption dropout
+    assert read(validation.first_caption(0)) == f"picture {int(names[1][0][:3])}, way 0"
+    (folder / "new.png").write_bytes((folder / "000.png").read_bytes())
+    (folder / "new.txt").write_text("new")
+    grown = {name for name, _, _ in dataset_of(folder).split_off(0.2).images}
+    assert len(grown & set(names[1])) >= 3
+    with pytest.raises(ValueError, match="too few to split off"):
+        dataset.split_off(0.99)
 
 
 # --- generated data ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The order of an epoch: a permutation of its own, in batches that processes share and that can be entered anywhere."""
+"""The order of an epoch: its own permutation, in batches that processes share and that can be entered anywhere."""
 
 import pickle
 
@@ -8,8 +8,13 @@ import pytest
 from data.order import EpochOrder, RunOrder, epoch_order
 
 
+def epoch(number, *arguments, **options):
+    order = EpochOrder(*arguments, **options)
+    return [order.batch(number, place) for place in range(order.batches_per_epoch)]
+
+
 def test_an_epoch_is_a_permutation_and_each_epoch_another():
-    orders = [epoch_order(1000, 42, epoch) for epoch in range(3)]
+    orders = [epoch_order(1000, 42, number) for number in range(3)]
     for order in orders:
         assert sorted(order.tolist()) == list(range(1000))
         assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.15  # deviation 0.03
@@ -19,34 +24,19 @@ def test_an_epoch_is_a_permutation_and_each_epoch_another():
 
 
 def test_every_place_is_equally_likely():
-    places = np.array([epoch_order(4, 7, epoch).tolist().index(0) for epoch in range(2000)])
+    places = np.array([epoch_order(4, 7, number).tolist().index(0) for number in range(2000)])
     assert np.bincount(places, minlength=4).min() > 430  # 500 expected, deviation 19
 
 
 def test_batches_carry_the_epoch_and_cover_it_once():
-    batches = EpochOrder(10, 3, seed=1, epoch=4)
+    batches = epoch(4, 10, 3, seed=1)
     keys = [key for batch in batches for key in batch]
-    assert len(batches) == 3 and [len(batch) for batch in batches] == [3, 3, 3]
-    assert {epoch for epoch, _ in keys} == {4} and len({index for _, index in keys}) == 9
+    assert [len(batch) for batch in batches] == [3, 3, 3] and {number for number, _ in keys} == {4}
     assert [index for _, index in keys] == epoch_order(10, 1, 4)[:9].tolist()
-    in_order = [[index for _, index in batch] for batch in EpochOrder(7, 3, shuffle=False, drop_last=False)]
-    assert in_order == [[0, 1, 2], [3, 4, 5], [6]]
-
-
-def test_entering_anywhere_continues_the_same_order():
-    whole = list(EpochOrder(50, 4, seed=9, epoch=2))
-    for start in range(len(whole) + 1):
-        entered = EpochOrder(50, 4, seed=9, epoch=2, start_batch=start)
-        assert list(entered) == whole[start:] and len(entered) == len(whole) - start
-        assert entered.batches_per_epoch == 12
-    entered.set_epoch(3)
-    assert list(entered) == list(EpochOrder(50, 4, seed=9, epoch=3))
-    with pytest.raises(ValueError, match="13"):
-        entered.set_epoch(3, start_batch=13)
 
 
 def test_a_run_is_its_epochs_one_after_the_other():
-    expected = [batch for epoch in range(4) for batch in EpochOrder(10, 3, seed=1, epoch=epoch)]
+    expected = [batch for number in range(4) for batch in epoch(number, 10, 3, seed=1)]
     batches = EpochOrder(10, 3, seed=1)
     run = RunOrder(batches, 0, 11)
     assert list(run) == expected[:11] and len(run) == 11
@@ -58,30 +48,18 @@ def test_a_run_is_its_epochs_one_after_the_other():
             run[beyond]
 
 
-@pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("num_samples", [37, 48, 9])
-def test_processes_share_the_common_order(num_samples, drop_last):
-    alone = list(EpochOrder(num_samples, 8, seed=2, epoch=1, drop_last=drop_last))
-    shares = [
-        list(EpochOrder(num_samples, 2, seed=2, epoch=1, drop_last=drop_last, rank=rank, world_size=4))
-        for rank in range(4)
-    ]
-    keys = [key for share in shares for batch in share for key in batch]
-    assert len(keys) == len(set(keys)) == (num_samples if not drop_last else num_samples // 8 * 8)
-    for step, batch in enumerate(alone):
-        together = [key for share in shares if step < len(share) for key in share[step]]
-        assert together == batch
-    for rank, share in enumerate(shares):
-        batches = EpochOrder(num_samples, 2, drop_last=drop_last, rank=rank, world_size=4)
-        assert len(batches) == batches.batches_per_epoch == len(share)
+def test_processes_share_the_common_order(num_samples):
+    alone = epoch(1, num_samples, 8, seed=2)
+    shares = [epoch(1, num_samples, 2, seed=2, rank=rank, world_size=4) for rank in range(4)]
+    assert [sum(batches, []) for batches in zip(*shares)] == alone
+    keys = sum(alone, [])
+    assert len(keys) == len(set(keys)) == num_samples // 8 * 8
 
 
 def test_a_set_smaller_than_a_step_is_refused():
     with pytest.raises(ValueError, match="64 samples = 32 × 2 processes, but the set has 26") as error:
         EpochOrder(26, 32, rank=0, world_size=2)
     assert "\n" not in str(error.value)
-    assert [len(batch) for batch in EpochOrder(5, 8, drop_last=False)] == [5]
-    with pytest.raises(ValueError, match="the set has 0"):
-        EpochOrder(0, 8, drop_last=False)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         EpochOrder(9, 1, rank=2, world_size=2)

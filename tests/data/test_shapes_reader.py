@@ -16,12 +16,20 @@ from data.shapes import (
     SIZES,
     Item,
     Scene,
+    describe_scene,
     draw_scene,
     make_sample,
     parse_caption,
-    word_scene,
 )
-from data.shapes_reader import faults, find_objects, follows, prompt_accuracy
+from data.shapes_reader import find_faults, find_objects
+
+
+def follows(caption, pixels):
+    return not find_faults(caption, pixels)
+
+
+def accuracy(captions, images):
+    return np.mean([follows(caption, pixels) for caption, pixels in zip(captions, images)])
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +37,16 @@ def pictures():
     return [make_sample("train" if index % 2 else "val", index, seed=11) for index in range(2000)]
 
 
-def test_the_reader_reads_real_pictures(pictures):
+def test_the_reader_reads_real_images(pictures):
     right = 0
     for pixels, captions in pictures:
         scene = parse_caption(captions[0])
         right += {seen[:3] for seen in find_objects(pixels)} == {tuple(scene.first), tuple(scene.second)}
     assert right >= 0.999 * len(pictures)
     some = pictures[:200]
-    assert prompt_accuracy([captions[1] for _, captions in some], [pixels for pixels, _ in some]) >= 0.999
+    assert accuracy([captions[1] for _, captions in some], [pixels for pixels, _ in some]) >= 0.999
     # Each picture with its neighbour's caption: two in a row are the same by chance about never.
-    assert prompt_accuracy([captions[1] for _, captions in some[1:]], [pixels for pixels, _ in some[:-1]]) <= 0.01
+    assert accuracy([captions[1] for _, captions in some[1:]], [pixels for pixels, _ in some[:-1]]) <= 0.01
 
 
 class Fixed:
@@ -58,7 +66,7 @@ def test_every_place_is_read():
         n1, n2 = shapes.CELLS[size1], shapes.CELLS[size2]
         for place in shapes._placements(relation, size1, size2)[::4]:
             pixels = draw_scene(scene, Fixed(place))
-            centres = {seen.colour: seen.centre for seen in find_objects(pixels)}
+            centres = {seen.color: seen.center for seen in find_objects(pixels)}
             row1, column1, row2, column2 = place
             expected = {
                 "yellow": ((column1 + n1 / 2) * 8, (row1 + n1 / 2) * 8),
@@ -71,23 +79,23 @@ def test_every_place_is_read():
 def test_a_caption_with_one_thing_wrong_is_not_followed(pictures):
     for pixels, captions in pictures[:150]:
         told = parse_caption(captions[0])
-        colour = next(c for c in COLORS if c not in (told.first.colour, told.second.colour))
+        colour = next(c for c in COLORS if c not in (told.first.color, told.second.color))
         shape = SHAPES[(SHAPES.index(told.second.shape) + 1) % 5]
         size = "small" if told.first.size == "large" else "large"
         wrong = {
-            "colour": told._replace(first=told.first._replace(colour=colour)),
+            "colour": told._replace(first=told.first._replace(color=colour)),
             "shape": told._replace(second=told.second._replace(shape=shape)),
             "size": told._replace(first=told.first._replace(size=size)),
         }
         rng = random.Random(0)
         for fault, scene in wrong.items():
-            assert faults(word_scene(scene, rng), pixels) == (fault,), captions[0]
+            assert find_faults(describe_scene(scene, rng), pixels) == (fault,), captions[0]
         for relation in set(INVERSE) - {told.relation}:
-            assert not follows(word_scene(told._replace(relation=relation), rng), pixels)
+            assert not follows(describe_scene(told._replace(relation=relation), rng), pixels)
         swapped = Scene(told.second, told.relation, told.first)
-        assert not follows(word_scene(swapped, rng), pixels)
+        assert not follows(describe_scene(swapped, rng), pixels)
         unsized = told._replace(first=told.first._replace(size=None))
-        assert follows(word_scene(unsized, rng), pixels)
+        assert follows(describe_scene(unsized, rng), pixels)
 
 
 def cells(pixels):
@@ -102,15 +110,15 @@ def test_a_third_object_or_a_missing_one_is_counted(pictures):
         free = np.argwhere([[not near[y : y + 4, x : x + 4].any() for x in range(61)] for y in range(61)])
         y, x = free[len(free) // 2]
         third[y : y + 4, x : x + 4] = COLORS["green"]
-        assert faults(captions[0], third) == ("count",)
+        assert find_faults(captions[0], third) == ("count",)
         missing = pixels.copy()
-        missing[(missing == COLORS[parse_caption(captions[0]).first.colour]).all(-1)] = BACKGROUND
+        missing[(missing == COLORS[parse_caption(captions[0]).first.color]).all(-1)] = BACKGROUND
         assert not follows(captions[0], missing)
     assert find_objects(np.full((64, 64, 3), BACKGROUND, np.uint8)) == []
 
 
 def test_a_shape_with_a_wrong_cell_is_not_that_shape(pictures):
-    for pixels, captions in pictures[:60]:
+    for pixels, captions in pictures[:20]:
         painted = (pixels.astype(int) != BACKGROUND).any(-1)
         for row, column in itertools.product(range(8), range(8)):
             if painted[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8].sum() >= 20:
@@ -128,7 +136,7 @@ def test_a_scrap_of_a_shape_anywhere_is_noticed(pictures):
     ground = np.array(BACKGROUND, np.uint8)
     scraps = [cell for pixels, _ in pictures[200:260] for row in cells(pixels) for cell in row]
     scraps = [cell for cell in scraps if (np.abs(cell.astype(int) - ground).sum(-1) > 100).sum() >= 8]
-    for pixels, captions in pictures[:60]:
+    for pixels, captions in pictures[:20]:
         for row, column in itertools.product(range(8), range(8)):
             if (cells(pixels)[row, column] == ground).all():
                 spoilt = pixels.copy()
@@ -136,21 +144,21 @@ def test_a_scrap_of_a_shape_anywhere_is_noticed(pictures):
                 assert not follows(captions[0], spoilt)
 
 
-def test_two_shapes_of_one_colour_or_two_colours_in_one_shape_are_seen():
+def test_two_shapes_of_one_color_or_two_colors_in_one_shape_are_seen():
     pixels = draw_scene(Scene(Item("red", "star", "large"), "left", Item("blue", "star", "large")), random.Random(0))
     same = pixels.copy()
     (y1, x1), (y2, x2) = (np.argwhere((pixels == COLORS[c]).all(-1)).min(0) for c in ("red", "blue"))
     caption = "a large red star left of a large blue star"
     assert follows(caption, pixels)
     same[y2 : y2 + 24, x2 : x2 + 22] = pixels[y1 : y1 + 24, x1 : x1 + 22][: 64 - y2, : 64 - x2]
-    assert "colour" in faults(caption, same)
+    assert "colour" in find_faults(caption, same)
     half = pixels.copy()
     top = half[: y1 + 11]
     top[(top == COLORS["red"]).all(-1)] = COLORS["black"]
-    assert "colour" in faults(caption, half)
+    assert "colour" in find_faults(caption, half)
 
 
-def test_soft_noisy_and_scaled_pictures_are_still_read(pictures):
+def test_soft_noisy_and_scaled_images_are_still_read(pictures):
     rng = np.random.default_rng(0)
 
     def blurred(pixels):
@@ -168,15 +176,13 @@ def test_soft_noisy_and_scaled_pictures_are_still_read(pictures):
     sample = pictures[:150]
     captions = [captions[0] for _, captions in sample]
     for change in (blurred, noisy, tinted, enlarged, lambda pixels: noisy(blurred(pixels))):
-        assert prompt_accuracy(captions, [change(pixels) for pixels, _ in sample]) >= 0.98, change
+        assert accuracy(captions, [change(pixels) for pixels, _ in sample]) >= 0.98, change
 
 
-def test_the_reader_refuses_what_is_no_picture():
+def test_the_reader_refuses_what_is_no_image():
     with pytest.raises(ValueError, match="uint8"):
         find_objects(np.zeros((64, 64, 3), np.float32))
     with pytest.raises(ValueError, match="uint8"):
         find_objects(np.zeros((64, 32, 3), np.uint8))
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert not follows("a red star above a blue star", noise)
-    with pytest.raises(ValueError, match="one caption a picture"):
-        prompt_accuracy(["a red star above a blue star"], [])

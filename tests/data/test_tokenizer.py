@@ -6,7 +6,6 @@ import importlib.util
 import json
 import pickle
 import random
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -241,91 +240,57 @@ def test_clip_file_by_path(clip, tmp_path, packed):
     assert tokenizer.encode("a diagram") == [320, 22697]
 
 
-def write_bad_file(path: Path, kind: str) -> None:
-    model = YTTM_PATH.read_bytes()
-    lines = model.splitlines(keepends=True)
-    first_merge = 1 + int(lines[0].split()[0])
-    clip_file = CLIP_PATH.read_bytes()
-    if kind == "zip of a checkpoint":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", pickle.dumps({"weights": 1}))
-        return
-    if kind == "huge":
-        with open(path, "wb") as file:
-            file.truncate(1 << 30)  # a hole: takes no room
-        return
-    path.write_bytes(
-        {
-            "empty": b"",
-            "blank": b" \n\n",
-            "binary": bytes(range(256)),
-            "pickled": pickle.dumps({"vocab": ["a"]}),
-            "html": b"<!DOCTYPE html><html><body>404: not found</body></html>",
-            "one number": b"5",
-            "other numbers": b"1 2 3\n4 5 6\n",
-            "absurd counts": b"999999999 999999999\n1 2\n",
-            "negative counts": b"-5 3\n1 2 3",
-            "first line lost": b"".join(lines[1:]),
-            "cut in the middle": model[: len(model) // 2],
-            "cut at a line": b"".join(lines[:-1]),
-            "last number cut off": model.rstrip()[:-1],
-            "merge of an unknown id": b"".join(lines[:first_merge] + [b"6 8191 81\n"] + lines[first_merge + 1 :]),
-            "merge of a special id": b"".join(lines[:first_merge] + [b"1 6 81\n"] + lines[first_merge + 1 :]),
-            "id given twice": b"".join(lines[:first_merge] + [lines[first_merge + 1]] + lines[first_merge + 1 :]),
-            "id too large": b"".join(lines[:first_merge] + [b"6 7 99999\n"] + lines[first_merge + 1 :]),
-            "no such character": b"2 0\n9601 4\n55296 5\n1 0 2 3\n",
-            "two ids for a subword": b"2 2\n9601 4\n97 5\n4 5 6\n4 5 7\n1 0 2 3\n",
-            "no word start": b"1 0\n97 4\n1 0 2 3\n",
-            "no unknown token": b"2 0\n9601 1\n97 2\n-1 0 -1 -1\n",
-            "id 0 not padding": b"2 0\n9601 0\n97 2\n1 -1 -1 -1\n",
-            "gzip of another text": gzip.compress(model),
-            "gzip cut short": clip_file[: len(clip_file) // 2],
-            "gzip damaged": clip_file[:1000] + b"\0" * 1000 + clip_file[2000:],
-        }[kind]
-    )
+MODEL, CLIP_FILE = YTTM_PATH.read_bytes(), CLIP_PATH.read_bytes()
+LINES = MODEL.splitlines(keepends=True)
+MERGE = 1 + int(LINES[0].split()[0])  # line of the first merge
+
+
+def merged(line):
+    return b"".join([*LINES[:MERGE], line, *LINES[MERGE + 1 :]])
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("empty", "empty"),
-        ("blank", "cut short"),
-        ("binary", "whole numbers"),
-        ("pickled", "whole numbers"),
-        ("zip of a checkpoint", "whole numbers"),
-        ("huge", "too large"),
-        ("html", "whole numbers"),
-        ("one number", "cut short"),
-        ("other numbers", "cut short"),
-        ("absurd counts", "cut short"),
-        ("negative counts", "cut short"),
-        ("first line lost", "cut short"),
-        ("cut in the middle", "cut short"),
-        ("cut at a line", "cut short"),
-        ("last number cut off", "cut short"),
-        ("merge of an unknown id", "6 8191 81"),
-        ("merge of a special id", "1 6 81"),
-        ("id given twice", "twice"),
-        ("id too large", "99999"),
-        ("no such character", "55296"),
-        ("two ids for a subword", "two ids"),
-        ("no word start", "\u2581"),
-        ("no unknown token", "unknown"),
-        ("id 0 not padding", "pad_id"),
-        ("gzip of another text", "something else"),
-        ("gzip cut short", "damaged"),
-        ("gzip damaged", "damaged"),
-    ],
+    ("content", "reason"),
+    {
+        "empty": (b"", "empty"),
+        "blank": (b" \n\n", "cut short"),
+        "binary": (bytes(range(256)), "whole numbers"),
+        "pickled": (pickle.dumps({"vocab": ["a"]}), "whole numbers"),
+        "zip of a checkpoint": (b"PK\x03\x04 archive/data.pkl", "whole numbers"),
+        "one number": (b"5", "cut short"),
+        "other numbers": (b"1 2 3\n4 5 6\n", "cut short"),
+        "absurd counts": (b"999999999 999999999\n1 2\n", "cut short"),
+        "negative counts": (b"-5 3\n1 2 3", "cut short"),
+        "first line lost": (b"".join(LINES[1:]), "cut short"),
+        "cut in the middle": (MODEL[: len(MODEL) // 2], "cut short"),
+        "last number cut off": (MODEL.rstrip()[:-1], "cut short"),
+        "merge of an unknown id": (merged(b"6 8191 81\n"), "6 8191 81"),
+        "merge of a special id": (merged(b"1 6 81\n"), "1 6 81"),
+        "id given twice": (merged(LINES[MERGE + 1]), "twice"),
+        "id too large": (merged(b"6 7 99999\n"), "99999"),
+        "no such character": (b"2 0\n9601 4\n55296 5\n1 0 2 3\n", "55296"),
+        "two ids for a subword": (b"2 2\n9601 4\n97 5\n4 5 6\n4 5 7\n1 0 2 3\n", "two ids"),
+        "no word start": (b"1 0\n97 4\n1 0 2 3\n", "\u2581"),
+        "no unknown token": (b"2 0\n9601 1\n97 2\n-1 0 -1 -1\n", "unknown"),
+        "id 0 not padding": (b"2 0\n9601 0\n97 2\n1 -1 -1 -1\n", "pad_id"),
+        "gzip of another text": (gzip.compress(MODEL), "something else"),
+        "gzip cut short": (CLIP_FILE[: len(CLIP_FILE) // 2], "damaged"),
+        "gzip damaged": (CLIP_FILE[:1000] + b"\0" * 1000 + CLIP_FILE[2000:], "damaged"),
+    }.values(),
 )
-def test_bad_files(tmp_path, kind, reason):
+def test_bad_files(tmp_path, content, reason):
     path = tmp_path / "vocab.file"
-    write_bad_file(path, kind)
+    path.write_bytes(content)
     with pytest.raises(ValueError) as caught:
         load_tokenizer(path)
     assert str(path) in str(caught.value) and reason in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_missing_file_and_folder(tmp_path):
+def test_missing_and_huge_files_and_folders(tmp_path):
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(1 << 30)  # a hole, which takes no space
+    with pytest.raises(ValueError, match="too large"):
+        load_tokenizer(tmp_path / "huge")
     with pytest.raises(FileNotFoundError, match="absent.txt"):
         load_tokenizer(tmp_path / "absent.txt")
     with pytest.raises(ValueError, match="is not a file"):

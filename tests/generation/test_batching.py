@@ -1,13 +1,14 @@
-"""A picture is the same in any company: batches of mixed prompts and settings against one picture at a time."""
+"""An image is the same in any batch; image prompts, ranking, previews and metadata."""
 
+import numpy as np
 import pytest
 import torch
 
-from generation import batching, ranking
+from generation import previews, ranking
+from generation.batching import batch_key, generate_batch, generate_lists, group_into_batches, plan_image
 from generation.image_prompts import count_kept_rows, encode_kept_rows, read_prompt
 from generation.loading import load
 from generation.output import encode_image, image_metadata, to_image
-from models.likelihood import caption_score, log_likelihood
 
 PROMPTS = ["a red circle", "a small blue star above a large green heart", "two", "little pink square"]
 
@@ -17,47 +18,42 @@ def loaded(tiny_checkpoint):
     return load(tiny_checkpoint, device="cpu")
 
 
-def wanted(loaded):
-    """Eleven pictures that do not all go together."""
+def mixed_specs(loaded):
+    """Eleven images that cannot all share a batch."""
     sampling = [{}, {"temperature": 0.5, "top_k": 5}, {"cond_scale": 2.0}]
     given = [None, torch.tensor([3, 1, 4, 1])]
     return [
-        batching.plan_image(loaded, PROMPTS[place % 4], 100 + place, sampling[place % 3], given[place % 5 == 0])
+        plan_image(loaded, PROMPTS[place % 4], 100 + place, sampling[place % 3], given[place % 5 == 0])
         for place in range(11)
     ]
 
 
+def circles(loaded, count, given_codes=None):
+    return [plan_image(loaded, "a red circle", seed, None, given_codes) for seed in range(count)]
+
+
 @pytest.mark.parametrize("size", [3, 8, 32])
-def test_the_same_pictures_for_any_batch_size_and_company(tiny_checkpoint, loaded, size):
-    alone = [
-        batching.generate_batch(load(tiny_checkpoint, device="cpu", batch_size=1), [one])[0] for one in wanted(loaded)
-    ]
-    other = load(tiny_checkpoint, device="cpu", batch_size=size)
-    lists = [wanted(loaded)[:4], wanted(loaded)[4:5], wanted(loaded)[5:]]
-    codes = list(batching.generate_lists(other, lists))
-    assert [len(part) for part in codes] == [4, 1, 6]
+def test_an_image_is_the_same_in_any_batch(tiny_checkpoint, loaded, size):
+    single = load(tiny_checkpoint, device="cpu", batch_size=1)
+    alone = [generate_batch(single, [spec])[0] for spec in mixed_specs(loaded)]
+    lists, counts = [mixed_specs(loaded)[:4], mixed_specs(loaded)[4:5], mixed_specs(loaded)[5:]], []
+    codes = list(generate_lists(load(tiny_checkpoint, device="cpu", batch_size=size), lists, on_batch=counts.append))
+    assert [len(part) for part in codes] == [4, 1, 6] and sum(counts) == 11 and max(counts) <= size
     assert torch.equal(torch.cat(codes), torch.stack(alone))
     assert len({tuple(row.tolist()) for row in alone}) == 11
 
 
-def test_batches_hold_what_goes_together(loaded):
-    pictures = wanted(loaded)
-    parts = batching.group_into_batches(pictures, 3)
-    assert sorted(place for part in parts for place in part) == list(range(11))
-    for part in parts:
-        assert len(part) <= 3 and len({batching.batch_key(pictures[place]) for place in part}) == 1
-    assert [
-        len(part) for part in batching.group_into_batches([pictures[1]._replace(seed=seed) for seed in range(7)], 3)
-    ] == [
-        3,
-        3,
-        1,
-    ]
+def test_batches_have_equal_settings(loaded):
+    specs = mixed_specs(loaded)
+    batches = group_into_batches(specs, 3)
+    assert sorted(index for batch in batches for index in batch) == list(range(11))
+    assert all(len(batch) <= 3 and len({batch_key(specs[index]) for index in batch}) == 1 for batch in batches)
+    assert group_into_batches(circles(loaded, 7), 3) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-def test_a_watch_sees_every_code_and_can_end_the_drawing(loaded):
-    pictures, seen = wanted(loaded)[1:2], []
-    codes = batching.generate_batch(loaded, pictures, lambda codes: seen.append(codes.clone()))
+def test_a_callback_sees_every_code_and_can_stop_sampling(loaded):
+    specs, seen = mixed_specs(loaded)[1:2], []
+    codes = generate_batch(loaded, specs, lambda codes: seen.append(codes.clone()))
     assert [part.shape[1] for part in seen] == list(range(1, 17))
     assert all(torch.equal(part, codes[:, : part.shape[1]]) for part in seen)
 
@@ -66,64 +62,56 @@ def test_a_watch_sees_every_code_and_can_end_the_drawing(loaded):
             raise InterruptedError("nobody waits")
 
     with pytest.raises(InterruptedError, match="nobody waits"):
-        batching.generate_batch(loaded, pictures, give_up)
-    assert torch.equal(batching.generate_batch(loaded, pictures), codes)
+        generate_batch(loaded, specs, give_up)
+    assert torch.equal(generate_batch(loaded, specs), codes)
 
 
 @pytest.mark.parametrize(
-    "prompt, sampling, told",
+    "prompt, sampling, message",
     [
         ("", {}, "no words"),
         ("日本", {}, "no words"),
-        ("red " * 17, {}, "17 tokens long, the model reads 16"),
+        ("red " * 17, {}, "17 tokens long; the model reads at most 16"),
         ("red", {"temperature": 0}, "temperature is 0"),
         ("red", {"top_k": 1.5}, "top_k is 1.5"),
         ("red", {"top_p": 0}, "top_p is 0"),
-        ("red", {"colour": 1}, "colour: no such setting"),
+        ("red", {"colour": 1}, "colour: unknown setting"),
     ],
 )
-def test_what_cannot_be_drawn_is_said_in_a_sentence(loaded, prompt, sampling, told):
-    with pytest.raises(ValueError, match=told) as error:
-        batching.plan_image(loaded, prompt, 0, sampling)
+def test_what_cannot_be_generated_is_refused_in_one_line(loaded, prompt, sampling, message):
+    with pytest.raises(ValueError, match=message) as error:
+        plan_image(loaded, prompt, 0, sampling)
     assert "\n" not in str(error.value)
 
 
-def test_guidance_needs_a_model_that_has_seen_no_captions(tiny_checkpoint, tmp_path):
+def test_guidance_needs_caption_dropout(tiny_checkpoint, tmp_path, loaded):
     saved = torch.load(tiny_checkpoint, weights_only=True)
     saved["settings"]["caption_dropout"] = 0.0
-    saved["sampling"]["cond_scale"] = 1.5  # which the run could not have meant
-    torch.save(saved, tmp_path / "told.pt")
-    with pytest.raises(ValueError, match="cond_scale is 2, but .*told.pt was trained without --caption-dropout"):
-        batching.plan_image(load(tmp_path / "told.pt", device="cpu"), "red", 0, {"cond_scale": 2})
-    assert batching.plan_image(load(tmp_path / "told.pt", device="cpu"), "red", 0).sampling["cond_scale"] == 1
-    batching.plan_image(load(tiny_checkpoint, device="cpu"), "red", 0, {"cond_scale": 2})
-
-
-def test_capital_letters_are_read_where_the_vocabulary_has_small_ones(loaded):
-    assert loaded.tokenizer.unknown in loaded.tokenizer.encode("ÄB")  # which no small letters help
-    with pytest.raises(ValueError, match="no words"):
-        batching.encode_prompt(loaded, "Ä")
+    saved["sampling"]["cond_scale"] = 1.5  # the run's mistake
+    torch.save(saved, tmp_path / "plain.pt")
+    plain = load(tmp_path / "plain.pt", device="cpu")
+    with pytest.raises(ValueError, match="cond_scale is 2, but .*plain.pt was trained without --caption-dropout"):
+        plan_image(plain, "red", 0, {"cond_scale": 2})
+    assert plan_image(plain, "red", 0).sampling.cond_scale == 1
+    assert plan_image(loaded, "red", 0, {"cond_scale": 2}).sampling.cond_scale == 2
 
 
 def test_an_image_prompt_keeps_its_rows(loaded, drawn_pictures):
     path = sorted(drawn_pictures.glob("*.png"))[3]
-    pixels = to_image(loaded.decode(given_whole(loaded, path)[None])[0])
-    for picture in (path, pixels):
-        given = encode_kept_rows(loaded, picture, 0.5)
-        codes = batching.generate_batch(
-            loaded, [batching.plan_image(loaded, "red", seed, {}, given) for seed in range(5)]
-        )
+    upper = encode_kept_rows(loaded, path, 3)
+    pixels = to_image(loaded.decode(torch.cat([upper, torch.zeros(4, dtype=torch.long)])[None])[0])
+    for image in (path, pixels):
+        given = encode_kept_rows(loaded, image, 0.5)
+        codes = generate_batch(loaded, circles(loaded, 5, given))
         assert len(given) == 8 and all(torch.equal(row[:8], given) for row in codes)
         assert len({tuple(row.tolist()) for row in codes}) == 5
-    assert torch.equal(encode_kept_rows(loaded, path, 3)[:8], encode_kept_rows(loaded, path, 0.3))
-
-
-def given_whole(loaded, path):
-    return torch.cat([encode_kept_rows(loaded, path, 3), torch.zeros(4, dtype=torch.long)])
+    assert torch.equal(upper[:8], encode_kept_rows(loaded, path, 0.3))
+    with pytest.raises(ValueError, match="the whole image is kept"):
+        circles(loaded, 1, torch.zeros(16, dtype=torch.long))
 
 
 @pytest.mark.parametrize("keep, rows", [(1, 1), (3, 3), (0.1, 1), (0.5, 2), (0.74, 3), (4, None), (0.9, None)])
-def test_rows_kept(loaded, keep, rows):
+def test_kept_rows(loaded, keep, rows):
     if rows is None:
         with pytest.raises(ValueError, match="keep_rows is"):
             count_kept_rows(loaded, keep)
@@ -132,45 +120,78 @@ def test_rows_kept(loaded, keep, rows):
 
 
 @pytest.mark.parametrize("format", ["png", "jpg"])
-def test_a_file_tells_its_prompt(loaded, tmp_path, format):
-    one = wanted(loaded)[0]._replace(prompt="a réd circle")
-    path = tmp_path / f"it.{format}"
+def test_a_file_has_its_prompt_in_it(loaded, tmp_path, format):
+    spec, path = mixed_specs(loaded)[0]._replace(prompt="a réd circle"), tmp_path / f"it.{format}"
     image = to_image(torch.full((3, 32, 32), 0.5))
-    path.write_bytes(encode_image(image, image_metadata(one, loaded), format))
+    path.write_bytes(encode_image(image, image_metadata(spec, loaded), format))
     assert read_prompt(path) == "a réd circle"
     image.save(tmp_path / "other.png")
     assert read_prompt(tmp_path / "other.png") is None and read_prompt(tmp_path / "missing.png") is None
 
 
-def test_likelihoods_are_those_of_the_models_own_logits(loaded):
-    text = torch.stack([one.tokens for one in wanted(loaded)[:3]])
+def test_scores_are_those_of_the_models_own_logits(loaded):
+    text = torch.stack([spec.tokens for spec in mixed_specs(loaded)[:3]])
     codes = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(0))
     model = loaded.model
     with torch.no_grad():
         logits = model(text, codes)[:, model.text_seq_len :]  # the whole vocabulary, masked
-        chances = logits.log_softmax(-1).gather(-1, (codes + model.num_text_tokens)[..., None]).sum((1, 2))
-        assert torch.allclose(log_likelihood(model, text, codes), chances, atol=1e-3)
-        without = log_likelihood(model, torch.zeros_like(text), codes)
-        assert torch.allclose(caption_score(model, text, codes, 0.5), chances - 0.5 * without, atol=1e-3)
-        assert torch.allclose(caption_score(model, text, codes, 0), chances, atol=1e-3)
+        expected = logits.log_softmax(-1).gather(-1, (codes + model.num_text_tokens)[..., None]).sum((1, 2))
+        without = ranking.log_likelihood(model, torch.zeros_like(text), codes)
+    torch.testing.assert_close(ranking.log_likelihood(model, text, codes), expected, atol=1e-3, rtol=0)
+    for contrast in (0.5, 0):
+        found = ranking.caption_score(model, text, codes, contrast)
+        torch.testing.assert_close(found, expected - contrast * without, atol=1e-3, rtol=0)
 
 
-def test_the_best_are_kept_in_their_order(loaded):
-    pictures = [batching.plan_image(loaded, "a red circle", seed) for seed in range(6)]
-    codes = batching.generate_batch(loaded, pictures)
-    scores = ranking.likelihoods(loaded, pictures, codes)
-    kept = ranking.best_of(loaded, pictures, codes, 2)
-    assert [place for place, _ in kept] == scores.argsort(descending=True)[:2].tolist()
-    assert [figures["likelihood"] for _, figures in kept] == pytest.approx(
-        scores.sort().values.flip(0)[:2].tolist(), abs=1e-3
-    )
-    assert ranking.best_of(loaded, pictures, codes, 6) == [(place, None) for place in range(6)]
+def test_the_best_are_kept_in_order(loaded):
+    specs = circles(loaded, 6)
+    codes = generate_batch(loaded, specs)
+    scores = ranking.caption_score(loaded.model, torch.stack([spec.tokens for spec in specs]), codes)
+    best = ranking.best_of(loaded, specs, codes, 2)
+    assert [index for index, _ in best] == scores.argsort(descending=True)[:2].tolist()
+    found = [values["likelihood"] for _, values in best]
+    assert found == pytest.approx(scores.sort().values.flip(0)[:2].tolist(), abs=1e-3)
+    assert ranking.best_of(loaded, specs, codes, 6) == [(index, None) for index in range(6)]
 
-    def green(images, prompts):  # a judge of its own taste
+    def greenness(images, prompts):  # in place of CLIP
         assert set(prompts) == {"a red circle"}
         return torch.tensor([sum(image.getpixel((x, x))[1] for x in range(32)) for image in images]).float()
 
-    kept = ranking.best_of(loaded, pictures, codes, 3, green)
-    liked = green([to_image(pixels) for pixels in loaded.decode(codes)], ["a red circle"] * 6)
-    assert [place for place, _ in kept] == liked.argsort(descending=True, stable=True)[:3].tolist()
-    assert kept[0][1].keys() == {"likelihood", "clip"}
+    best = ranking.best_of(loaded, specs, codes, 3, greenness)
+    expected = greenness([to_image(pixels) for pixels in loaded.decode(codes)], ["a red circle"] * 6)
+    assert [index for index, _ in best] == expected.argsort(descending=True, stable=True)[:3].tolist()
+
+
+def test_previews_show_the_rows_so_far(loaded):
+    shown, specs = [], circles(loaded, 2)
+    show_all = previews.Preview(loaded, 1, lambda images, row: shown.append((images, row)), share=1e9)
+    codes = generate_batch(loaded, specs, show_all)
+    assert [row for _, row in shown] == [1, 2, 3]
+    assert torch.equal(codes, generate_batch(loaded, specs))
+    frames = previews.animation_frames(loaded, codes)
+    assert len(frames) == 4
+    for images, row in [*shown, *zip(frames, range(1, 5))]:
+        expected = (loaded.model.vae.decode(codes[:, : 4 * row], row) * 255).permute(0, 2, 3, 1).numpy()
+        found = np.stack([np.asarray(image) for image in images])
+        assert found.shape == (2, 32, 32, 3) and (found[:, 8 * row :] == 128).all()
+        assert np.abs(found[:, : 8 * row] - expected).max() < 0.51
+    rows = []
+    generate_batch(loaded, specs, previews.Preview(loaded, 2, lambda images, row: rows.append(row), share=1e9))
+    assert rows == [2]
+
+
+@pytest.mark.parametrize("cost, expected", [(0.2, [1, 2, 3]), (0.3, [1, 2]), (3, [1])])
+def test_previews_that_would_cost_too_much_are_skipped(loaded, monkeypatch, cost, expected):
+    """With a simulated clock: a code takes one second, a preview `cost` seconds per row, of which 1.6 are allowed."""
+    now, rows = [0.0], []
+    monkeypatch.setattr(previews.time, "monotonic", lambda: now[0])
+
+    def show(images, row):
+        now[0] += cost * row
+        rows.append(row)
+
+    preview = previews.Preview(loaded, 1, show, share=0.1)
+    for count in range(1, 17):
+        now[0] += 1
+        preview(torch.zeros(1, count, dtype=torch.long))
+    assert rows == expected

@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 
-from backends.ipu.inference import Losses
+from backends.ipu.inference import DeviceLosses
 from models.attention import PATTERNS
 from models.pipeline_dalle import WrappedDALLE, placement
+from models.sampling import Sampling
 from models.static_sampling import FullPass, StaticSampler
 from tests.ipu_operators import graphs
 from tests.ipu_operators.check import check
@@ -136,8 +137,8 @@ def sampling_inputs(model, given):
 def test_a_picture_is_drawn_in_one_call(poptorch, accepted, top_k, top_p, cond_scale, given, half):
     model = graphs.small_dalle(graphs.codes_only(8)).eval()
     model = model.half() if half else model
-    shaping = {"top_k": top_k, "top_p": top_p, "cond_scale": cond_scale, "temperature": 0.7}
-    sampler = StaticSampler(model, loop=poptorch.for_loop, update=poptorch.dynamic_update, **shaping)
+    sampling = Sampling(top_k, top_p, 0.7, cond_scale)
+    sampler = StaticSampler(model, sampling, loop=poptorch.for_loop, update=poptorch.dynamic_update)
     report = accepted(sampler, sampling_inputs(model, given))
     assert report.operators["poptorch::dynamic_update"] == 2 * 4 + 1
     assert report.operators["argmax"] == 2  # before the loop and in it
@@ -145,8 +146,7 @@ def test_a_picture_is_drawn_in_one_call(poptorch, accepted, top_k, top_p, cond_s
 
 def test_what_no_ipu_can_do_is_noticed():
     model = graphs.small_dalle(graphs.codes_only(2)).eval()
-    shaping = {"top_k": None, "top_p": None, "cond_scale": 1.0, "temperature": 1.0}
-    assert set(check(StaticSampler(model, **shaping), sampling_inputs(model, 0)).refused) == {"index_copy"}
+    assert set(check(StaticSampler(model, Sampling(top_k=None)), sampling_inputs(model, 0)).refused) == {"index_copy"}
     assert set(check(graphs.plain_losses(model), (graphs.text(model), graphs.codes(model)), training=True).refused) == {
         "loss"
     }
@@ -156,6 +156,6 @@ def test_what_no_ipu_can_do_is_noticed():
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_losses_are_computed_row_by_row(pattern, half):
     model = graphs.small_dalle(graphs.codes_only(8), attn_types=(pattern,), depth=2)
-    module = Losses(model.half() if half else model).eval()
+    module = DeviceLosses(model.half() if half else model).eval()
     report = check(module, (torch.cat((graphs.text(model), graphs.codes(model)), dim=1)[:1],))
     assert report.refused == {} and report.losses == ["nll_loss_forward"] * 2  # nothing is trained by them

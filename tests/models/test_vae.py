@@ -331,11 +331,11 @@ def test_a_remap_table_among_the_weights_is_passed_over(tmp_path):
 
 
 def test_a_folder_without_or_with_two_checkpoints_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: .* exactly one .ckpt file, this one 0"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: .* exactly one .ckpt file; this one has 0"):
         load_vqgan(tmp_path)
     write_pair(tmp_path)
     write_pair(tmp_path, name="best")
-    with pytest.raises(FileNotFoundError, match="this one 2"):
+    with pytest.raises(FileNotFoundError, match="this one has 2"):
         load_vqgan(tmp_path)
 
 

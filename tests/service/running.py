@@ -26,7 +26,7 @@ class Drawing:
     hold = property(lambda self: self.open.clear)
     release = property(lambda self: self.open.set)
 
-    def sample(self, text, *, generator, on_code=None, **options):
+    def sample(self, text, sampling, *, generator, on_code=None, **options):
         seeds = [one.initial_seed() for one in generator]
         self.batches.append(seeds)
         self.before(seeds)
@@ -38,7 +38,7 @@ class Drawing:
             if on_code is not None:
                 on_code(codes)
 
-        return self.plain(text, generator=generator, on_code=seen, **options)
+        return self.plain(text, sampling, generator=generator, on_code=seen, **options)
 
     def began(self, count):
         """Wait until so many drawings have begun."""
@@ -97,3 +97,19 @@ def call(port, method="GET", path="/health", body=None, kind="application/json",
 
 def generate(port, **wanted):
     return call(port, "POST", "/api/generate", wanted)
+
+
+def read_events(port, identity, after=None, timeout=60, root=""):
+    """Read a job's events to the end: [(number, event, data)]."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    with contextlib.closing(connection):
+        headers = {} if after is None else {"Last-Event-ID": str(after)}
+        connection.request("GET", f"{root}/api/jobs/{identity}/events", headers=headers)
+        answer = connection.getresponse()
+        assert answer.status == 200 and answer.getheader("Content-Type").startswith("text/event-stream")
+        blocks = [block for block in answer.read().decode().split("\n\n") if block and not block.startswith(":")]
+    found = []
+    for block in blocks:
+        number, event, data = (line.partition(": ")[2] for line in block.split("\n"))
+        found.append((int(number), event, json.loads(data)))
+    return found

@@ -1,6 +1,7 @@
 """Who draws next, what is drawn together, and what happens where somebody leaves or a drawing fails."""
 
 import asyncio
+import threading
 
 import pytest
 
@@ -180,7 +181,7 @@ def test_rows_and_previews_reach_those_who_want_them(loaded, drawing, queue):
     async def follow(job):
         async for _ in job.changes():
             rows.append(job.row)
-            previews.append([one.size for one in job.previews.values()])
+            previews.append([image.size for _, image in job.previews.values()])
 
     drawing.seconds = 0.02
     side, size = loaded.model.fmap_size, loaded.model.vae.image_size
@@ -215,3 +216,27 @@ def test_stopping_ends_what_is_drawn_and_what_waits(loaded, drawing):
     assert drawing.codes == 1
     with pytest.raises(Busy, match="stopping"):
         queue.submit("late", pictures(loaded, 3))
+
+
+def test_calls_run_in_the_model_thread_and_survive_clients_that_leave(loaded, drawing, queue):
+    first = occupied(queue, loaded, drawing)
+    gone, fails, works = queue.call(int, "1"), queue.call(int, "x"), queue.call(threading.get_ident)
+    assert gone.cancel()
+    drawing.release()
+    assert works.result(20) == queue.thread.ident and isinstance(fails.exception(), ValueError)
+    wait(first, queue.submit("me", pictures(loaded, 1)))
+
+
+def test_stopping_ends_jobs_and_calls_while_the_model_computes(loaded, drawing):
+    queue = GenerationQueue(loaded)
+    queue.start()
+    job = occupied(queue, loaded, drawing)
+    call = queue.call(int, "1")
+    queue.stop()
+    assert job.ended.is_set() and job.error == "The service is stopping."
+    assert isinstance(call.exception(1), Busy)
+    with pytest.raises(Busy):
+        queue.call(int, "1")
+    drawing.release()
+    queue.stop(20)
+    assert not queue.thread.is_alive()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from backends import memory
+from backends.memory import Memory
 from tests.conftest import ROOT
 from training import dry_run
 
@@ -113,7 +113,7 @@ def test_stages_on_ipus(poptorch_standin, command, tiny_vqgan, tmp_path, monkeyp
     not Path("/proc/self/clear_refs").exists(), reason="elsewhere the peak is that of the whole process"
 )
 def test_the_peak_is_of_what_came_since():
-    cpu = torch.device("cpu")
+    memory = Memory(torch.device("cpu"))
 
     def take(mebibytes):  # and give back; an allocator might keep it
         with mmap.mmap(-1, mebibytes << 20) as pages:
@@ -121,9 +121,9 @@ def test_the_peak_is_of_what_came_since():
                 pages.write(bytes([1]) * (1 << 20))
 
     take(200)
-    memory.forget_peak(cpu)
-    before = memory.peak(cpu)
-    assert before == pytest.approx(memory.in_use(cpu), rel=0.05)
+    memory.forget_peak()
+    before = memory.peak()
+    assert before == pytest.approx(memory.in_use(), rel=0.05)
     take(100)
-    assert 80 << 20 <= memory.peak(cpu) - before < 120 << 20
-    assert memory.in_use(cpu) < memory.there_is(cpu) and 0 < memory.free(cpu) <= memory.there_is(cpu)
+    assert 80 << 20 <= memory.peak() - before < 120 << 20
+    assert memory.in_use() < memory.total() and 0 < memory.free() <= memory.total()

@@ -72,7 +72,7 @@ def test_what_a_grid_shows(trained, command, drawn_pictures, tmp_path):
     model, tokenizer, recommended = read_model(folder / "dalle_1.pt")  # the averaged weights
     codes = model.vae.get_codebook_indices(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
     assert np.array_equal(again, as_bytes(model.vae.decode(codes)))
-    assert recommended["temperature"] == 0.5
+    assert recommended.temperature == 0.5
     for place, caption in enumerate(captions):  # what generate.py draws with the same noise
         flags = ["--dalle_path", folder / "dalle_1.pt", "--seed", 42 + place, "--num_images", 1, "--device", "cpu"]
         flags += ["--precision", "fp32", "--outputs_dir", tmp_path / str(place), "--text", caption]

@@ -1,4 +1,4 @@
-"""`python -m utils.checkpoint FILE` as a user starts it."""
+"""`python -m utils.checkpoint_info FILE` as a user starts it."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_a_file_of_train(tiny_checkpoint):
     done = subprocess.run(
-        [sys.executable, "-m", "utils.checkpoint", tiny_checkpoint], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "utils.checkpoint_info", tiny_checkpoint], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stderr == ""
     text, saved = " ".join(done.stdout.split()), checkpoint.read(tiny_checkpoint)
@@ -49,7 +49,12 @@ def test_a_file_of_the_reference(command, tmp_path):
         torch.save({**saved, "scheduler_state": {"last_epoch": 3}}, tmp_path / "dalle_7.pt")
         ended = command(checkpoint_info.main, tmp_path / "dalle_7.pt")
         assert ended.status == 0 and ended.err == ""
-        for wanted in ("not told", "epoch 7", "DALL-E 18 in float16; VQGAN 5 in float16", "attn_types axial_row,full"):
+        for wanted in (
+            "unknown, as in",
+            "epoch 7",
+            "DALL-E 18 in float16; VQGAN 5 in float16",
+            "attn_types axial_row,full",
+        ):
             assert wanted in ended.out, wanted
         assert "optimizer state (1 tensors, 1.0 MB), schedule state" in ended.out and "tokenizer" not in ended.out
 

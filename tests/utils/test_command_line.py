@@ -97,8 +97,8 @@ def test_the_limits_of_a_range():
         for word in words:
             with pytest.raises(argparse.ArgumentTypeError) as told:
                 parser(word)
-            assert str(told.value).startswith(f"'{word}' is not a")
-    with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number at least 0 at most 5"):
+            assert str(told.value).startswith("must be a")
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number of at least 0 and at most 5, not '6'"):
         within("6")
     for word in ("9" * 400, "inf", "1e999"):  # no number of Python's floats
         with pytest.raises(argparse.ArgumentTypeError):
@@ -109,17 +109,17 @@ def test_the_limits_of_a_range():
 @pytest.mark.parametrize(
     "argv, told",
     [
-        (["--row-count", "0"], "argument --row-count: '0' is not a whole number at least 1"),
-        (["--row_count", "0"], "argument --row-count: '0' is not"),
+        (["--row-count", "0"], "argument --row-count: must be a whole number of at least 1, not '0'"),
+        (["--row_count", "0"], "argument --row-count: must be"),
         (["--row-count"], "--row-count"),
-        (["--is-wild", "perhaps"], "argument --is-wild: 'perhaps' is neither true nor false"),
-        (["--bed-sizes", "1,x"], "argument --bed-sizes: 'x' is not a number at least 0"),
+        (["--is-wild", "perhaps"], "argument --is-wild: must be true or false, not 'perhaps'"),
+        (["--bed-sizes", "1,x"], "argument --bed-sizes: must be a number of at least 0, not 'x'"),
         (["--soil", "clay"], "argument --soil: invalid choice: 'clay'"),
         (["--row", "2"], "--row"),
         (["--soi", "sand"], "--soi"),
         (["--no-such-flag=1"], "--no-such-flag"),
         (["stray"], "stray"),
-        (["--row-count", "two\nlines"], "'two lines' is not"),
+        (["--row-count", "two\nlines"], "not 'two lines'"),
     ],
 )
 def test_a_bad_flag_is_one_line_that_names_it(argv, told, capsys):
@@ -131,8 +131,10 @@ def test_help_names_flags_meanings_and_defaults(capsys):
         parse(small_parser(), ["--help"])
     printed = capsys.readouterr().out
     assert end.value.code == 0
-    assert "Garden" in printed and "--row-count" in printed and "--row_count" in printed
-    assert "rows (default: 3)" in printed and "let it grow (default: True)" in printed
+    lines = ["usage: ", "Grows things.", "Garden:", "  --row-count N ", "  --water X ", "  --soil … "]
+    assert all(f"\n{line}" in f"\n{printed}" for line in lines), printed
+    assert "rows [3]\n" in printed and "litres\n" in printed and "ground: loam, sand [loam]\n" in printed
+    assert "None" not in printed and "--row_count" not in printed
 
 
 def test_an_entry_lies_between_defaults_and_flags(configs):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import generate
 import train
 from generation.loading import read_model
-from utils import checkpoint, checkpoint_info, exported
+from utils import checkpoint, checkpoint_info
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_tensors_that_share_memory_and_files_of_the_reference(tmp_path):
     weights = {f"model.text_emb.split_embeddings.{i}.weight": rows[2 * i : 2 * i + 2].half() for i in range(2)}
     weights.update({"model.a": rows, "model.b": rows, "model.c": rows.t(), "model.vae.model.n": torch.tensor(3)})
     saved = {"hparams": {"attn_types": ("full",)}, "vae_params": None, "epoch": 2, "weights": weights}
-    exported.write(tmp_path / "w.safetensors", {**saved, "opt_state": {}, "scheduler_state": {}})
+    checkpoint.write_safetensors(tmp_path / "w.safetensors", {**saved, "opt_state": {}, "scheduler_state": {}})
     back = checkpoint.read(tmp_path / "w.safetensors")
     assert all(torch.equal(back["weights"][name], tensor) for name, tensor in weights.items())
     assert back["weights"].keys() == weights.keys() and back["epoch"] == 2
@@ -119,7 +119,7 @@ def test_a_damaged_file_is_refused_in_one_line(export, tmp_path):
         (None, "it has no hparams"),
         ({"hparams": "{"}, "its header is not JSON"),
         ({"hparams": "[" * 100000}, "its header is not JSON"),
-        ({"hparams": "3"}, "is no dict"),
+        ({"hparams": "3"}, "is not a dict"),
         ({"hparams": "{}", "crc32": "0"}, "checksum differs"),
     ],
 )
@@ -135,9 +135,9 @@ def test_a_full_disk_and_an_export_that_fails_leave_nothing(averaged, tmp_path, 
     def half_a_file(tensors, path, metadata):
         with open(path, "wb") as file:
             file.write(b"half")
-        raise exported.SafetensorError("No space left on device")
+        raise checkpoint.SafetensorError("No space left on device")
 
-    monkeypatch.setattr(exported, "save_file", half_a_file)
+    monkeypatch.setattr(checkpoint, "save_file", half_a_file)
     ended = command(checkpoint_info.main, averaged, "--export", tmp_path / "w.safetensors")
     assert ended.status == 2 and "w.safetensors: could not be written (No space left on device)" in ended.err
     assert not [*tmp_path.iterdir()]

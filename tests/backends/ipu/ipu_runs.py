@@ -22,7 +22,7 @@ def samples(count, seed=0):
 
 def trainer_of(vae, *flags):
     """A compiled trainer and a batch of what one step takes."""
-    backend = backends.select(settings(*flags))
+    backend = backends.for_training(settings(*flags))
     trainer, batch = backend.trainer(small_dalle(vae)), samples(backend.samples_per_step)
     trainer.compile(batch)
     return trainer, batch

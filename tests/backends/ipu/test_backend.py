@@ -15,12 +15,12 @@ from tests.builders import small_dalle
 
 
 def test_auto_is_an_ipu_where_the_sdk_is_enabled(poptorch_standin, monkeypatch):
-    assert isinstance(backends.select(settings(device="auto")), ipu.IpuBackend)
-    assert isinstance(backends.select(settings(device="cpu")), native.NativeBackend)
-    assert isinstance(backends.select(settings("--optimizer Muon", device="auto")), native.NativeBackend)
+    assert isinstance(backends.for_training(settings(device="auto")), ipu.IpuTrainingBackend)
+    assert isinstance(backends.for_training(settings(device="cpu")), native.NativeBackend)
+    assert isinstance(backends.for_training(settings("--optimizer Muon", device="auto")), native.NativeBackend)
     monkeypatch.setattr(native, "has_cuda", lambda: True)
     monkeypatch.setattr(native, "fast_in_bf16", lambda device: False)
-    assert isinstance(backends.select(settings(device="auto")), native.NativeBackend)
+    assert isinstance(backends.for_training(settings(device="auto")), native.NativeBackend)
     monkeypatch.undo()
 
 
@@ -28,18 +28,18 @@ def test_without_an_sdk_one_line_says_how_to_enable_it(monkeypatch):
     monkeypatch.delenv("POPLAR_SDK_ENABLED", raising=False)
     if ipu.importlib.util.find_spec("poptorch"):
         pytest.skip("PopTorch is installed")
-    assert isinstance(backends.select(settings(device="auto")), native.NativeBackend)
+    assert isinstance(backends.for_training(settings(device="auto")), native.NativeBackend)
     with pytest.raises(ValueError, match=r"--device ipu: .*enable\.sh.*pip install .*poptorch wheel") as error:
-        backends.select(settings())
+        backends.for_training(settings())
     assert "\n" not in str(error.value)
     monkeypatch.setenv("POPLAR_SDK_ENABLED", "/opt/poplar")
-    assert isinstance(backends.select(settings(device="auto")), native.NativeBackend)
+    assert isinstance(backends.for_training(settings(device="auto")), native.NativeBackend)
     with pytest.raises(ValueError, match="no PopTorch here; pip install"):
-        backends.select(settings())
+        backends.for_training(settings())
 
 
 def test_it_has_what_the_contract_asks(poptorch_standin, tiny_vae):
-    backend = backends.select(settings())
+    backend = backends.for_training(settings())
     for contract, ours in ((Backend, backend), (Trainer, backend.trainer(small_dalle(tiny_vae)))):
         for name in [*vars(contract).get("__annotations__", ()), *vars(contract)]:
             assert name.startswith("_") or hasattr(ours, name), name
@@ -57,18 +57,18 @@ def test_it_has_what_the_contract_asks(poptorch_standin, tiny_vae):
 )
 def test_what_no_ipu_can_run_is_refused_at_once(poptorch_standin, flags, refusal):
     with pytest.raises(ValueError, match=refusal) as error:
-        backends.select(settings(flags))
+        backends.for_training(settings(flags))
     assert "\n" not in str(error.value)
 
 
 def test_a_serialization_that_does_not_divide_is_refused(poptorch_standin, tiny_vae):
-    backend = backends.select(settings("--embedding-serialization-factor 3"))
+    backend = backends.for_training(settings("--embedding-serialization-factor 3"))
     with pytest.raises(ValueError, match="factor 3 does not divide the 64 text tokens with padding; 2 does"):
         backend.trainer(small_dalle(tiny_vae))
 
 
 def test_a_batch_of_another_size_is_refused(poptorch_standin, tiny_vae):
-    trainer = backends.select(settings()).trainer(small_dalle(tiny_vae))
+    trainer = backends.for_training(settings()).trainer(small_dalle(tiny_vae))
     with pytest.raises(ValueError, match="a batch of 4 samples; .* are 3"):
         trainer.compile(samples(4))
 
@@ -76,11 +76,11 @@ def test_a_batch_of_another_size_is_refused(poptorch_standin, tiny_vae):
 def test_options_are_those_of_the_flags(poptorch_standin):
     flags = "--device-iterations 2 --replication-factor 2 --matmul-proportion 0.2,0.3 --stochastic-rounding"
     flags += " --enable-half-partials --enable-rts --optimizer-state-offchip --random-seed 7"
-    plain, given = (backends.select(settings(text)).options() for text in ("", flags))
+    plain, given = (backends.for_training(settings(text)).options() for text in ("", flags))
     assert (plain.device_iterations, plain.replication_factor, plain.Training.gradient_accumulation) == (1, 1, 3)
     assert (given.device_iterations, given.replication_factor, given.Training.gradient_accumulation) == (2, 2, 3)
     assert given.output_mode == plain.output_mode == poptorch_standin.OutputMode.Sum
-    assert backends.select(settings(flags)).samples_per_step == 1 * 3 * 2 * 2
+    assert backends.for_training(settings(flags)).samples_per_step == 1 * 3 * 2 * 2
 
 
 def recorded(monkeypatch, poptorch, *flags):
@@ -104,7 +104,7 @@ def recorded(monkeypatch, poptorch, *flags):
 
     monkeypatch.setattr(poptorch, "Options", Recorder)
     monkeypatch.setattr(poptorch, "TensorLocationSettings", lambda: Recorder("location."))
-    backend = backends.select(settings(*flags))
+    backend = backends.for_training(settings(*flags))
     calls.clear()
     backend.options()
     return calls
@@ -146,7 +146,7 @@ def test_each_flag_reaches_its_option(poptorch_standin, monkeypatch, tmp_path):
 def test_batches_are_the_orders(poptorch_standin, mode, workers, shape, monkeypatch):
     monkeypatch.setattr(ipu, "SHARE", 2)  # rebatching from shares that do not divide a batch
     layers = " --layers-per-ipu 2" if "ipus" in shape else ""
-    backend = backends.select(settings(mode, shape + layers, f"--dataloader-workers {workers}"))
+    backend = backends.for_training(settings(mode, shape + layers, f"--dataloader-workers {workers}"))
     per_step = backend.samples_per_step
     dataset = GeneratedDataset(
         4 * per_step + 1, text_seq_len=6, num_text_tokens=58, num_image_codes=32, image_seq_len=16
@@ -162,7 +162,7 @@ def test_batches_are_the_orders(poptorch_standin, mode, workers, shape, monkeypa
 def test_a_folder_of_pictures_can_be_read_by_another_process(poptorch_standin, picture_folder, tiny_vqgan):
     tokenizer = load_tokenizer("bpe/bpe_yttm_vocab.txt")
     dataset = TextImageDataset(picture_folder, tokenizer, text_seq_len=6, image_size=32, truncate_captions=True)
-    backend = backends.select(settings("--async-dataloader"))
+    backend = backends.for_training(settings("--async-dataloader"))
     order = RunOrder(EpochOrder(len(dataset), 3), 0, 4)
     for (text, image), keys in zip(backend.loader(dataset, order), order):
         assert torch.equal(text, torch.stack([dataset[key][0] for key in keys])) and image.shape == (3, 3, 32, 32)
@@ -183,4 +183,4 @@ def test_a_fault_in_the_loaders_process_is_told_in_one_line(poptorch_standin, mo
 
     monkeypatch.setattr(poptorch_standin, "DataLoader", broken)
     with pytest.raises(OSError, match="samples could not be read"):
-        next(iter(backends.select(settings()).loader([1], [[0]])))
+        next(iter(backends.for_training(settings()).loader([1], [[0]])))

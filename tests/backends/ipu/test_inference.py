@@ -3,44 +3,40 @@
 import pytest
 import torch
 
-import args_generate
 import backends
-from args_evaluate import evaluate_arguments
 from backends.ipu import backend as ipu
+from models.sampling import Sampling
 from models.vae import load_vqgan
 from tests.backends.ipu.ipu_runs import samples, settings
 from tests.builders import small_dalle
 
 
-def sampling_settings(*flags):
-    return args_generate.generate_arguments(
-        ["--dalle_path", "x", "--text", "y", "--device", "ipu", *" ".join(flags).split()]
-    )
+def no_loop(count, body, inputs):
+    raise RuntimeError("out of memory\nand more")
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole pictures", "code by code"])
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_codes_are_those_of_a_cpu(poptorch_standin, tiny_vae, whole, count):
+def test_codes_are_those_of_a_cpu(poptorch_standin, tiny_vae, whole, count, monkeypatch):
     model = small_dalle(tiny_vae).eval()
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.3
     text, _ = samples(count)
     text[:, 4:] = 0
-    on_cpu, on_ipu = (
-        backends.select(sampling_settings("--batch_size 3 --precision fp32 --device", device))
-        for device in ("cpu", "ipu")
-    )
-    sampler = on_ipu.sampler(model, whole_pictures=whole)
-    for shaping in ({}, {"top_k": 0.5, "top_p": 0.8, "temperature": 0.7, "cond_scale": 2.0}):
+    on_cpu, on_ipu = (backends.for_inference(device, "fp32") for device in ("cpu", "ipu"))
+    if not whole:
+        monkeypatch.setattr(poptorch_standin, "for_loop", no_loop)
+    sampler = on_ipu.sampler(model, 3)
+    for sampling in (Sampling(), Sampling(top_k=0.5, top_p=0.8, temperature=0.7, cond_scale=2.0)):
         for given in (None, torch.randint(0, 32, (count, 5)), torch.randint(0, 32, (count, 16))):
             draws = [
                 sample(
                     text,
+                    sampling,
                     generator=[torch.Generator().manual_seed(i) for i in range(count)],
                     image_codes=given,
-                    **shaping,
                 )
-                for sample in (on_cpu.sampler(model), sampler)
+                for sample in (on_cpu.sampler(model, 3), sampler)
             ]
             assert draws[1].dtype == torch.int64 and torch.equal(*draws)
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -65,16 +61,13 @@ def test_one_call_a_batch_or_one_a_code(poptorch_standin, tiny_vae, monkeypatch,
 
     monkeypatch.setattr(ipu.IpuBackend, "inference", counting)
     text, _ = samples(5)
-    backend = backends.select(sampling_settings("--batch_size 4 --precision fp32"))
-    expected = backend.sampler(small_dalle(tiny_vae))(text, generator=torch.Generator().manual_seed(0))
+    backend = backends.for_inference("ipu", "fp32")
+    expected = backend.sampler(small_dalle(tiny_vae), 4)(text, generator=torch.Generator().manual_seed(0))
     assert calls == ["StaticSampler"] * 2
     calls.clear()
 
-    def no_loop(count, body, inputs):
-        raise RuntimeError("out of memory\nand more")
-
     monkeypatch.setattr(poptorch_standin, "for_loop", no_loop)
-    found = backend.sampler(small_dalle(tiny_vae))(text, generator=torch.Generator().manual_seed(0))
+    found = backend.sampler(small_dalle(tiny_vae), 4)(text, generator=torch.Generator().manual_seed(0))
     assert torch.equal(found, expected) and calls == ["FullPass"] * 2 * 16
     (told,) = {line.getMessage() for line in logged.records if line.levelname == "WARNING"}
     assert "does not compile" in told and "out of memory" in told and "\n" not in told
@@ -82,14 +75,14 @@ def test_one_call_a_batch_or_one_a_code(poptorch_standin, tiny_vae, monkeypatch,
 
 def test_large_models_draw_in_fp16_and_small_ones_in_fp32(poptorch_standin, tiny_vae, monkeypatch, logged):
     model = small_dalle(tiny_vae)
-    for flags, limit, half in (
-        ("", 300e6, False),
-        ("", 1e4, True),
-        ("--precision fp32", 1e4, False),
-        ("--precision fp16", 300e6, True),
+    for precision, limit, half in (
+        ("auto", 300e6, False),
+        ("auto", 1e4, True),
+        ("fp32", 1e4, False),
+        ("fp16", 300e6, True),
     ):
         monkeypatch.setattr(ipu, "FP32_WEIGHTS", limit)
-        sampler = backends.select(sampling_settings("--batch_size 2", flags)).sampler(model)
+        sampler = backends.for_inference("ipu", precision).sampler(model, 2)
         assert sampler.model.text_emb.weight.dtype == (torch.float16 if half else torch.float32)
         codes = sampler(samples(2)[0], generator=torch.Generator().manual_seed(0))
         assert codes.shape == (2, 16) and int(codes.min()) >= 0 and int(codes.max()) < 32
@@ -97,7 +90,7 @@ def test_large_models_draw_in_fp16_and_small_ones_in_fp32(poptorch_standin, tiny
 
 def test_the_vqgan_runs_on_the_device_both_ways(poptorch_standin, tiny_vqgan):
     vae = load_vqgan(tiny_vqgan)
-    backend = backends.select(settings())
+    backend = backends.for_training(settings())
     encode, decode = backend.encode(vae), backend.decode(vae)
     for count in (3, 2, 7):
         pixels = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
@@ -118,9 +111,7 @@ def test_the_vqgan_runs_on_the_device_both_ways(poptorch_standin, tiny_vqgan):
 def test_losses_are_those_of_a_cpu_whatever_the_batches(poptorch_standin, tiny_vae, precision, tolerance):
     model = small_dalle(tiny_vae).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    flags = ["--dalle_path", "x", "--input-folder", "y", "--precision"]
-    on_cpu = backends.select(evaluate_arguments([*flags, "fp32", "--device", "cpu"]))
-    on_ipu = backends.select(evaluate_arguments([*flags, precision, "--device", "ipu"]))
+    on_cpu, on_ipu = backends.for_inference("cpu", "fp32"), backends.for_inference("ipu", precision)
     text, codes = samples(7)
     text[:, 4:] = 0
     batches = list(zip(text.split(3), codes.split(3)))

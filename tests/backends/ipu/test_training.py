@@ -18,7 +18,7 @@ def weights_of(trainer):
 
 def test_half_precision_only_where_it_is_asked_for(poptorch_standin, tiny_vae):
     def optimizer_of(*flags):
-        backend = backends.select(settings(*flags))
+        backend = backends.for_training(settings(*flags))
         return backend, backend.trainer(small_dalle(tiny_vae)).optimizer
 
     half, single = torch.float16, torch.float32
@@ -63,7 +63,7 @@ def test_the_host_model_stays_as_it_was(poptorch_standin, tiny_vae):
     """Placement, precision and training happen to a copy; the fingerprint of its VQGAN is that of the run."""
     model = small_dalle(tiny_vae)
     before = copy.deepcopy(model)
-    backend = backends.select(settings("--precision fp16 --embedding-serialization-factor 2"))
+    backend = backends.for_training(settings("--precision fp16 --embedding-serialization-factor 2"))
     trainer, batch = backend.trainer(model), samples(3)
     trainer.compile(batch)
     trainer.step(batch)
@@ -97,7 +97,7 @@ def test_a_state_that_went_through_a_file_goes_on_exactly(poptorch_standin, tiny
 
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     for compile_first in (False, True):
-        backend = backends.select(settings(flags))
+        backend = backends.for_training(settings(flags))
         again = backend.trainer(small_dalle(tiny_vae))
         if compile_first:
             again.compile(batch)
@@ -106,7 +106,7 @@ def test_a_state_that_went_through_a_file_goes_on_exactly(poptorch_standin, tiny
             again.compile(batch)
         assert [again.step(batch) for _ in range(3)] == expected
     assert "afresh" not in logged.text
-    fresh = backends.select(settings(flags)).trainer(small_dalle(tiny_vae))
+    fresh = backends.for_training(settings(flags)).trainer(small_dalle(tiny_vae))
     fresh.load_state_dict({**saved, "opt_state": None})
     fresh.compile(batch)
     assert [fresh.step(batch) for _ in range(3)] != expected  # without moments it is another run
@@ -117,7 +117,7 @@ def test_weights_go_on_where_the_optimizers_state_does_not_fit(poptorch_standin,
     trainer, batch = trainer_of(tiny_vae)
     trainer.step(batch)
     state = trainer.state_dict()
-    other = backends.select(settings(flags)).trainer(small_dalle(tiny_vae))
+    other = backends.for_training(settings(flags)).trainer(small_dalle(tiny_vae))
     other.load_state_dict(state)
     assert "starts afresh" in logged.text
     other.compile(batch)
@@ -127,7 +127,7 @@ def test_weights_go_on_where_the_optimizers_state_does_not_fit(poptorch_standin,
 def test_states_go_from_machine_to_machine(poptorch_standin, tiny_vae, logged):
     on_ipu, batch = trainer_of(tiny_vae, "--embedding-serialization-factor 2")
     on_ipu.step(batch)
-    on_cpu = backends.select(settings(device="cpu")).trainer(small_dalle(tiny_vae))
+    on_cpu = backends.for_training(settings(device="cpu")).trainer(small_dalle(tiny_vae))
     for source, target in ((on_ipu, on_cpu), (on_cpu, on_ipu)):
         logged.clear()
         state = source.state_dict()
@@ -143,7 +143,9 @@ def test_evaluation_changes_nothing(poptorch_standin, tiny_vae):
     """It draws no dropout, updates no weight, sees the weights of now, and training goes on as without it."""
     flags = "--replication-factor 2"
     dropouts = {"ff_dropout": 0.5, "attn_dropout": 0.5}
-    plain, watched = (backends.select(settings(flags)).trainer(small_dalle(tiny_vae, **dropouts)) for _ in range(2))
+    plain, watched = (
+        backends.for_training(settings(flags)).trainer(small_dalle(tiny_vae, **dropouts)) for _ in range(2)
+    )
     batch = samples(6)
     for trainer in (plain, watched):
         trainer.compile(batch)
@@ -179,7 +181,7 @@ def test_files_have_the_canonical_names(poptorch_standin, tiny_vqgan):
     vae = load_vqgan(tiny_vqgan)
     model = small_dalle(vae)
     for flags in ("", "--no-codes-cache --byteio", "--no-codes-cache --precision fp16"):
-        backend = backends.select(settings(flags, "--embedding-serialization-factor 4"))
+        backend = backends.for_training(settings(flags, "--embedding-serialization-factor 4"))
         trainer, fingerprint = backend.trainer(model), vae.fingerprint()
         text, codes = samples(3)
         pixels = torch.rand(3, 3, 32, 32)

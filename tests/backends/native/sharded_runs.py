@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from backends.native.backend import NativeBackend
+from backends.native.backend import NativeTrainingBackend
 from tests.backends.native.test_backend import OPTIMIZERS, samples, settings
 from tests.backends.native.test_sharding import PER_STEP, SETTINGS, STEPS, dalle_with_vqgan, pictures
 
@@ -28,7 +28,7 @@ def held(values):
 
 
 def run(optimizer, folder):
-    backend = NativeBackend(settings(shard=True, optimizer=optimizer, **SETTINGS))
+    backend = NativeTrainingBackend(settings(shard=True, optimizer=optimizer, **SETTINGS))
     trainer = backend.trainer(dalle_with_vqgan())
     trainer.load_state_dict(torch.load(folder / f"start_{optimizer}.pt", weights_only=True))
     evaluated = trainer.evaluate([own((samples(PER_STEP)[0], pictures(PER_STEP)), backend.rank)])
@@ -54,7 +54,7 @@ def run(optimizer, folder):
 
 def half_precision():
     given = {**SETTINGS, "precision": "bf16", "max_grad_norm": None}
-    backend = NativeBackend(settings(shard=True, optimizer="AdamW", **given))
+    backend = NativeTrainingBackend(settings(shard=True, optimizer="AdamW", **given))
     trainer = backend.trainer(dalle_with_vqgan())
     return [trainer.step(own(samples(PER_STEP, seed), backend.rank)) for seed in range(STEPS)]
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +10,13 @@ import args
 import backends
 from backends.base import Backend, Trainer
 from backends.native import backend as native
-from backends.native.backend import NativeBackend, pick_device, pick_precision
+from backends.native.backend import NativeBackend, NativeTrainingBackend, pick_device, pick_precision
 from backends.native.resilient_loader import MicroBatches
 from backends.native.sampler import packer
 from backends.native.trainer import build_optimizers
 from data.loader import GeneratedDataset
-from data.order import EpochOrder
-from models.sampling import generate_codes
+from data.order import EpochOrder, RunOrder
+from models.sampling import CachedStepper, Sampling, sample_codes
 from tests.builders import small_dalle, train_settings
 from utils import checkpoint
 from utils.muon import Muon
@@ -40,7 +39,7 @@ def samples(count, seed=0):
 
 def trained(vae, steps, per_step=12, lr=LR, **changes):
     """A trainer after `steps` steps over the same samples however they are cut, and the losses of each step."""
-    backend = NativeBackend(settings(**changes))
+    backend = NativeTrainingBackend(settings(**changes))
     assert backend.samples_per_step == per_step
     trainer = backend.trainer(small_dalle(vae))
     trainer.set_lr(lr)
@@ -156,7 +155,7 @@ def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest(tiny_vae):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_learns_a_batch(tiny_vae, optimizer):
-    backend = NativeBackend(settings(optimizer=optimizer, batch_size=4, max_grad_norm=1.0))
+    backend = NativeTrainingBackend(settings(optimizer=optimizer, batch_size=4, max_grad_norm=1.0))
     trainer = backend.trainer(small_dalle(tiny_vae))
     trainer.set_lr(1e-2)
     losses = [trainer.step([samples(4)])["total"] for _ in range(25)]
@@ -172,7 +171,7 @@ def test_resumed_through_a_file_equals_uninterrupted(tiny_vae, optimizer, tmp_pa
     named = checkpoint.canonical_weights(state["weights"])
     checkpoint.write(tmp_path / "c.pt", {"hparams": {}, "weights": named, "opt_state": state["opt_state"]})
     saved = checkpoint.read(tmp_path / "c.pt")  # refuses all but tensors and plain values
-    backend = NativeBackend(settings(**given))
+    backend = NativeTrainingBackend(settings(**given))
     resumed = backend.trainer(small_dalle(tiny_vae))
     resumed.load_state_dict({"weights": checkpoint.model_weights(saved["weights"]), "opt_state": saved["opt_state"]})
     resumed.set_lr(LR)
@@ -184,9 +183,9 @@ def test_resumed_through_a_file_equals_uninterrupted(tiny_vae, optimizer, tmp_pa
 def test_a_resumed_run_keeps_the_flags_it_was_given(tiny_vae):
     first, _ = trained(tiny_vae, 2, batch_size=12, optimizer="AdamW", weight_decay=0.5)
     given = dict(batch_size=12, optimizer="Adam", weight_decay=0.1, adam_betas=[0.8, 0.9])
-    (adam,) = NativeBackend(settings(**given)).trainer(small_dalle(tiny_vae)).optimizers
+    (adam,) = NativeTrainingBackend(settings(**given)).trainer(small_dalle(tiny_vae)).optimizers
     expected = [{name: value for name, value in group.items() if name != "params"} for group in adam.param_groups]
-    trainer = NativeBackend(settings(**given)).trainer(small_dalle(tiny_vae))
+    trainer = NativeTrainingBackend(settings(**given)).trainer(small_dalle(tiny_vae))
     trainer.load_state_dict(copy.deepcopy(first.state_dict()))
     (adam,) = trainer.optimizers
     assert [{name: group[name] for name in own} for group, own in zip(adam.param_groups, expected)] == expected
@@ -201,12 +200,12 @@ def test_the_state_of_another_optimizer_is_left_aside_with_a_warning(tiny_vae, b
     state = copy.deepcopy(first.state_dict())
     if before is None:
         state["opt_state"] = []
-    trainer = NativeBackend(settings(optimizer=after)).trainer(small_dalle(tiny_vae))
+    trainer = NativeTrainingBackend(settings(optimizer=after)).trainer(small_dalle(tiny_vae))
     trainer.load_state_dict(state)
     (warning,) = [record.message for record in logged.records if record.levelname == "WARNING"]
     assert "another optimizer" in warning and "afresh" in warning
     assert_same(weights_of(trainer.model), weights_of(first.model), atol=0, rtol=0)
-    fresh = NativeBackend(settings(optimizer=after)).trainer(small_dalle(tiny_vae))
+    fresh = NativeTrainingBackend(settings(optimizer=after)).trainer(small_dalle(tiny_vae))
     fresh.load_state_dict({**state, "opt_state": None})
     assert [record.levelname for record in logged.records].count("WARNING") == 1  # there was nothing to leave aside
     for each in (trainer, fresh):
@@ -216,14 +215,14 @@ def test_the_state_of_another_optimizer_is_left_aside_with_a_warning(tiny_vae, b
 
 def test_the_learning_rate_is_that_of_every_group(tiny_vae):
     for optimizer in OPTIMIZERS:
-        trainer = NativeBackend(settings(optimizer=optimizer, weight_decay=0.1)).trainer(small_dalle(tiny_vae))
+        trainer = NativeTrainingBackend(settings(optimizer=optimizer, weight_decay=0.1)).trainer(small_dalle(tiny_vae))
         trainer.set_lr(0.0)
         trainer.step([samples(2)])
         assert_same(weights_of(trainer.model), weights_of(small_dalle(tiny_vae)), atol=0, rtol=0)
 
 
 def test_compiling_trains_nothing_and_takes_nothing_from_the_batch(tiny_vae):
-    trainer = NativeBackend(settings()).trainer(small_dalle(tiny_vae))
+    trainer = NativeTrainingBackend(settings()).trainer(small_dalle(tiny_vae))
     batch = iter([samples(2)])
     trainer.compile(batch)
     assert len(list(batch)) == 1
@@ -233,7 +232,7 @@ def test_compiling_trains_nothing_and_takes_nothing_from_the_batch(tiny_vae):
 def test_the_image_tokenizer_stays_as_it_is(tiny_vae):
     tiny_vae.codebook = torch.nn.Linear(4, 4)
     before = copy.deepcopy(tiny_vae.state_dict())
-    trainer = NativeBackend(settings(optimizer="AdamW", weight_decay=0.9)).trainer(small_dalle(tiny_vae))
+    trainer = NativeTrainingBackend(settings(optimizer="AdamW", weight_decay=0.9)).trainer(small_dalle(tiny_vae))
     pixels = torch.rand(2, 3, 32, 32)
     trainer.step([(samples(2)[0], pixels)])
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_vae.state_dict().items())
@@ -252,8 +251,8 @@ def test_devices(monkeypatch):
     with pytest.raises(ValueError, match="^--device cuda: .* use --device cpu, or auto$"):
         pick_device("cuda")
     with pytest.raises(ValueError, match="^--device ipu: "):
-        backends.select(settings(device="ipu"))
-    assert isinstance(backends.select(settings(device="auto")), NativeBackend)
+        backends.for_training(settings(device="ipu"))
+    assert isinstance(backends.for_training(settings(device="auto")), NativeTrainingBackend)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda")
 
@@ -264,15 +263,15 @@ def test_each_process_has_a_gpu_of_its_own_or_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    drawing = SimpleNamespace(device="auto", precision="fp32", batch_size=4)  # of generate.py
+    drawing = ("auto", "fp32")  # of generate.py
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert NativeBackend(drawing).device == torch.device("cuda", rank)
+        assert NativeBackend(*drawing).device == torch.device("cuda", rank)
     assert taken == [0, 1]
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="process 3 of this machine has no GPU of its own, there are 2; [^\n]*$"):
-        NativeBackend(drawing)
+    with pytest.raises(ValueError, match="^3 processes but only 2 GPUs: use --nproc-per-node 2, or --device cpu$"):
+        NativeBackend(*drawing)
     assert pick_device("cpu") == torch.device("cpu")
 
 
@@ -282,22 +281,24 @@ def test_precision_is_the_flag_then_what_fp16_means_then_what_is_fast(monkeypatc
         monkeypatch.setattr(native, "fast_in_bf16", lambda device, fast=fast: fast)
         best = "bf16" if fast else "fp32"
         for device in (cpu, cuda):
-            assert pick_precision(SimpleNamespace(precision="auto"), device) == best  # generate.py has no --fp16
-            assert pick_precision(settings(precision="auto", fp16=None), device) == best
-            assert pick_precision(settings(precision="auto", fp16=True), device) == best
-            assert pick_precision(settings(precision="auto", fp16=False), device) == "fp32"
-            assert pick_precision(settings(precision="fp32", fp16=True), device) == "fp32"
-            assert pick_precision(settings(precision="bf16", fp16=False), device) == "bf16"
-    assert pick_precision(settings(precision="fp16"), cuda) == "fp16"
+            assert pick_precision("auto", device) == best  # generate.py has no --fp16
+            assert pick_precision("auto", device, None) == best
+            assert pick_precision("auto", device, True) == best
+            assert pick_precision("auto", device, False) == "fp32"
+            assert pick_precision("fp32", device, True) == "fp32"
+            assert pick_precision("bf16", device, False) == "bf16"
+    assert pick_precision("fp16", cuda) == "fp16"
     with pytest.raises(ValueError, match="^--precision fp16: CPUs .* use bf16 or fp32$"):
-        pick_precision(settings(precision="fp16"), cpu)
+        pick_precision("fp16", cpu)
 
 
 def test_flags_for_ipus_are_named_in_one_line(logged):
-    NativeBackend(args.train_arguments(["--generated-data", "--device=cpu"]))
+    NativeTrainingBackend(args.train_arguments(["--generated-data", "--device=cpu"]))
     assert len(logged.messages) == 1 and "running on cpu" in logged.text
     logged.clear()
-    NativeBackend(args.train_arguments(["--config=L16_POD16", "--device=cpu", "--profile-dir=p", "--compile-only"]))
+    NativeTrainingBackend(
+        args.train_arguments(["--config=L16_POD16", "--device=cpu", "--profile-dir=p", "--compile-only"])
+    )
     (line,) = [message for message in logged.messages if "IPU" in message]
     expected = "stochastic-rounding enable-half-partials enable-rts embedding-serialization-factor ipus-per-replica "
     expected += "layers-per-ipu cls-ipu-id compile-only profile-dir loss-scaling enable-half-first-order-momentum"
@@ -307,10 +308,10 @@ def test_flags_for_ipus_are_named_in_one_line(logged):
 def test_every_ipu_flag_is_known_with_its_default():
     parser = args.train_parser()
     defaults = vars(parser.parse_args([]))
-    assert {name: defaults[name] for name, _ in native.IPU_ONLY} == dict(native.IPU_ONLY)
+    assert {name: defaults[name] for name in native.IPU_ONLY} == native.IPU_ONLY
     (group,) = [group for group in parser._action_groups if "on IPUs" in group.title]
     names = {action.dest for action in group._group_actions}
-    assert names - {name for name, _ in native.IPU_ONLY} == {"fp16", "synthetic_data"}  # these have an effect here
+    assert names - set(native.IPU_ONLY) == {"fp16", "synthetic_data"}  # these have an effect here
 
 
 def test_micro_batches_cut_each_step_and_never_mix_two():
@@ -324,8 +325,8 @@ def test_micro_batches_cut_each_step_and_never_mix_two():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_gives_each_step_its_samples_in_order(workers):
     dataset = GeneratedDataset(20, text_seq_len=6, num_text_tokens=50, num_image_codes=32, image_seq_len=16)
-    backend = NativeBackend(settings(dataloader_workers=workers, gradient_accumulation=3))
-    order = list(EpochOrder(len(dataset), backend.samples_per_step, seed=1))
+    backend = NativeTrainingBackend(settings(dataloader_workers=workers, gradient_accumulation=3))
+    order = list(RunOrder(EpochOrder(len(dataset), backend.samples_per_step, seed=1), 0, 3))
     steps = [list(batch) for batch in backend.loader(dataset, order)]
     assert [len(step) for step in steps] == [3, 3, 3]
     for step, keys in zip(steps, order):
@@ -335,20 +336,8 @@ def test_the_loader_gives_each_step_its_samples_in_order(workers):
         assert torch.equal(codes, torch.stack([dataset[key][1] for key in keys]))
 
 
-def test_the_sampler_draws_what_generate_codes_draws(tiny_vae):
-    model = small_dalle(tiny_vae).eval()
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.3
-    text, given = samples(3)[0], dict(top_k=0.5, top_p=0.9, temperature=0.8, cond_scale=1.5)
-    expected = generate_codes(model, text, generator=torch.Generator().manual_seed(3), **given)
-    sample = NativeBackend(SimpleNamespace(device="cpu", precision="fp32", batch_size=4)).sampler(model.train())
-    codes = sample(text, generator=torch.Generator().manual_seed(3), **given)
-    assert not model.training and codes.dtype == torch.int64 and torch.equal(codes, expected)
-    assert not torch.equal(codes, sample(text, generator=torch.Generator().manual_seed(4), **given))
-
-
 def test_the_contract_is_kept(tiny_vae):
-    backend = NativeBackend(settings(gradient_accumulation=5, replication_factor=3, batch_size=2))
+    backend = NativeTrainingBackend(settings(gradient_accumulation=5, replication_factor=3, batch_size=2))
     assert backend.samples_per_step == 30
     pairs = ((Backend, backend), (Trainer, backend.trainer(small_dalle(tiny_vae))))
     for contract, ours in pairs:
@@ -390,16 +379,16 @@ def test_a_row_has_the_same_product_whatever_the_batch(rows):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_sampler_draws_the_plain_loops_codes(tiny_vae, batch_size):
-    backend = NativeBackend(settings(batch_size=batch_size))
-    model = small_dalle(tiny_vae)
-    text, _ = samples(4)
-    for shaping in ({}, {"top_k": None, "top_p": 0.9, "temperature": 0.9, "cond_scale": 1.5}):
-        draws = [
-            draw(text, generator=[torch.Generator().manual_seed(i) for i in range(4)], **shaping)
-            for draw in (backend.sampler(model), lambda text, **more: generate_codes(model, text, **more))
-        ]
-        assert torch.equal(*draws)
+def test_the_sampler_gives_the_codes_of_the_plain_loop(tiny_vae, batch_size):
+    model = small_dalle(tiny_vae, weight_std=0.3)
+    text, sample = samples(4)[0], NativeBackend("cpu", "fp32").sampler(model.train(), batch_size)
+    for sampling in (Sampling(), Sampling(top_k=None, top_p=0.9, temperature=0.9, cond_scale=1.5)):
+        first, other = ([torch.Generator().manual_seed(i) for i in range(start, start + 4)] for start in (0, 4))
+        codes = sample(text, sampling, generator=first)
+        assert not model.training and codes.dtype == torch.int64
+        again = [torch.Generator().manual_seed(i) for i in range(4)]
+        assert torch.equal(codes, sample_codes(model, text, CachedStepper(model), sampling, again))
+        assert sampling.top_k or not torch.equal(codes, sample(text, sampling, generator=other))
 
 
 def test_the_average_of_the_weights_follows_them(tiny_vae):

@@ -10,9 +10,9 @@ import torch
 
 from backends.native import autograd_ops
 from backends.native.autograd_ops import AxialAttention, DenseAttention, HeadLosses, axial_bias, bias_of
-from backends.native.backend import NativeBackend
+from backends.native.backend import NativeTrainingBackend
 from backends.native.fast_layers import compile_layers, rows_at_once, use_fast_layers
-from models.attention import PATTERNS, attend, pattern_mask
+from models.attention import PATTERNS, KeyValueCache, attend, pattern_mask
 from tests.backends.native.test_backend import settings
 from tests.builders import small_dalle
 
@@ -112,7 +112,7 @@ def test_a_cache_and_a_caption_alone_go_the_plain_way(tiny_vae):
     with torch.no_grad():
         for given in ((text,), (text, codes[:, :5]), (text, codes)):
             torch.testing.assert_close(fast(*given), plain(*given), atol=1e-5, rtol=1e-5)
-        caches = [model.transformer.new_cache(TEXT + 1) for model in (fast, plain)]
+        caches = [[KeyValueCache(TEXT + 1) for _ in model.transformer.layers] for model in (fast, plain)]
         embedded = plain.embed_text(plain.number_padding(text))
         torch.testing.assert_close(fast.transformer(embedded, caches[0]), plain.transformer(embedded, caches[1]))
     assert caches[0][0].keys is not None
@@ -141,7 +141,7 @@ def test_a_micro_batch_in_parts_trains_as_one(tiny_vae, recompute, monkeypatch):
     found = []
     for fitting in (1, 2, 99):
         monkeypatch.setattr("backends.native.fast_layers.WORKING_SET", fitting * 22 * 32)
-        backend = NativeBackend(settings(batch_size=5, recompute=recompute))
+        backend = NativeTrainingBackend(settings(batch_size=5, recompute=recompute))
         trainer = backend.trainer(dalle(tiny_vae))
         torch.manual_seed(0)
         some = batch(5)

@@ -81,7 +81,7 @@ def test_pictures_that_go_bad_are_replaced_and_counted(trained, picture_folder, 
     assert ended.status == 0 and ended.err == "", ended
     assert (folder / "dalle_3.pt").exists() and torch.load(folder / "dalle_3.pt", weights_only=True)["step"] == 12
     for name in ("03.png", "07.png") if workers == 0 else ():  # a worker's own lines do not come into capsys
-        assert len(re.findall(f"{name}.*another picture takes its place", ended.out)) == 1, ended.out
+        assert len(re.findall(f"{name}.*using another image instead", ended.out)) == 1, ended.out
     assert "2 pictures could not be read while training" in ended.out.splitlines()[-1]
 
 
@@ -94,9 +94,7 @@ def test_when_no_picture_is_left_the_run_saves_and_ends(trained, picture_folder,
     after_updates(monkeypatch, 4, spoil)
     folder, ended = trained("--dataloader-workers", workers)
     assert ended.status == 2 and len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out, ended
-    said = re.search(
-        r"none of its 12 pictures can be read any more; go on with --pretrained-checkpoint (\S+)", ended.err
-    )
+    said = re.search(r"none of its 12 images can be read any more; go on with --pretrained-checkpoint (\S+)", ended.err)
     step = torch.load(said[1], weights_only=True)["step"]
     assert said[1] == str(folder / f"dalle_step_{step}.pt") and 4 <= step < 12
     assert "12 pictures could not be read while training" in ended.out
@@ -120,7 +118,7 @@ def test_a_picture_that_kills_workers_is_left_out(trained, monkeypatch, picture_
     folder, ended = trained()
     assert ended.status == 0 and ended.err == "", ended
     told = [line for line in ended.out.splitlines() if "DataLoader worker" in line]
-    assert len(told) == 1 and f"reading {picture_folder / '03.png'}; another picture takes its place" in told[0]
+    assert len(told) == 1 and f"reading {picture_folder / '03.png'}; another image replaces it" in told[0]
     assert "1 picture could not be read while training" in ended.out
 
     def unreadable(path):
@@ -158,7 +156,7 @@ def test_a_worker_killed_from_outside_changes_nothing(trained, monkeypatch):
     monkeypatch.setattr(train, "update", killing_within)
     folder, ended = trained("--gradient-accumulation", 3, "--batch-size", 1, name="killed")
     assert ended.status == 0 and ended.err == "" and killed, ended
-    assert f"(pid {killed[0]}) is killed by signal: Killed" in ended.out and "new workers go on" in ended.out
+    assert f"(pid {killed[0]}) is killed by signal: Killed" in ended.out and "new workers continue" in ended.out
     assert_equal(undisturbed / "dalle_3.pt", folder / "dalle_3.pt")
 
 
@@ -173,7 +171,7 @@ def test_workers_that_go_on_being_killed_end_the_run_after_saving(trained, monke
         r"--dataloader-workers need less; go on with --pretrained-checkpoint (\S+)",
         ended.err,
     )
-    assert ended.out.count("new workers go on") == RESTARTS
+    assert ended.out.count("new workers continue") == RESTARTS
     step = torch.load(said[2], weights_only=True)["step"]
     assert said[2] == str(folder / f"dalle_step_{step}.pt") and step >= 2
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed import fsdp
 
 import backends
-from backends.native.backend import NativeBackend
-from backends.native.sharding import gathered, own_rows
+from backends.native.backend import NativeTrainingBackend
+from backends.native.sharding import gather_shards, own_rows
 from tests.backends.native.test_backend import OPTIMIZERS, assert_same, micro_batches, samples, settings
 from tests.builders import small_dalle
 from tests.conftest import ROOT, TinyTokenizer
@@ -35,7 +35,7 @@ def pictures(count):
 
 def alone(steps, start=None, **changes):
     """A trainer of one process after `steps`, from `start` (first step, state) on, and its losses."""
-    backend = NativeBackend(settings(**{**SETTINGS, **changes}))
+    backend = NativeTrainingBackend(settings(**{**SETTINGS, **changes}))
     trainer = backend.trainer(dalle_with_vqgan())
     first, state = start or (0, None)
     if state:
@@ -82,7 +82,7 @@ def test_two_processes_with_half_each_train_as_one(shared, optimizer):
 
 @needs_fsdp2
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_one_process_goes_on_from_a_gathered_state(shared, optimizer):
+def test_one_process_goes_on_from_a_gather_shards_state(shared, optimizer):
     expected, _ = alone(3 * STEPS, optimizer=optimizer)
     resumed, _ = alone(STEPS, (2 * STEPS, shared[0][optimizer]["state"]), optimizer=optimizer)
     assert_same(resumed.state_dict()["weights"], expected.state_dict()["weights"], atol=2e-6, rtol=0)
@@ -144,13 +144,13 @@ def test_what_is_not_shared_out_stays():
     tensor = torch.ones(3, 2)
     assert own_rows(tensor, torch.zeros(3, 2)) is tensor and own_rows(tensor, None) is tensor
     state = {"weights": {"a": tensor}, "opt_state": [{"param_groups": [{"lr": 1.0}]}]}
-    assert gathered(state, keep=False) == state
+    assert gather_shards(state, keep=False) == state
 
 
 @pytest.mark.parametrize(
     "world_size, changes, reason",
     [
-        ("1", {}, "there is one process only; start several with torchrun"),
+        ("1", {}, "there is only one process; start several with torchrun"),
         ("2", {"precision": "fp16", "device": "cuda"}, "not with --precision fp16"),
     ],
 )
@@ -161,7 +161,7 @@ def test_what_cannot_be_shared_out_is_refused_in_one_line(monkeypatch, world_siz
     if world_size == "2" and not hasattr(fsdp, "fully_shard"):
         reason = "needs torch 2.6"
     with pytest.raises(ValueError, match=f"--shard: {reason}") as error:
-        NativeBackend(settings(shard=True, **changes))
+        NativeTrainingBackend(settings(shard=True, **changes))
     assert "\n" not in str(error.value)
 
 
@@ -169,9 +169,9 @@ def test_a_torch_without_it_is_told(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delattr(fsdp, "fully_shard", raising=False)
     with pytest.raises(ValueError, match="--shard: needs torch 2.6 or newer, this is 2"):
-        NativeBackend(settings(shard=True))
+        NativeTrainingBackend(settings(shard=True))
 
 
 def test_it_means_nothing_on_an_ipu(monkeypatch):
-    with pytest.raises(ValueError, match="--shard: for CPUs and GPUs; on IPUs --enable-rts"):
-        backends.select(settings(shard=True, device="ipu"))
+    with pytest.raises(ValueError, match="--shard: for CPUs and GPUs only; on IPUs, --enable-rts"):
+        backends.for_training(settings(shard=True, device="ipu"))

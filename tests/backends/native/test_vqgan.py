@@ -1,7 +1,6 @@
 """The fast VQGAN against models/vae.py, the plain one: same codes, close pixels, and a picture for itself."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ def codes(count=PICTURES):
 
 
 def on_cpu(precision):
-    return NativeBackend(SimpleNamespace(device="cpu", precision=precision, batch_size=1))
+    return NativeBackend("cpu", precision)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -83,7 +82,7 @@ def test_the_network_itself_is_left_as_it_is(vae):
 
 
 def test_what_a_picture_must_look_like_is_still_checked(vae):
-    with pytest.raises(ValueError, match="pictures of shape"):
+    with pytest.raises(ValueError, match="images of shape"):
         on_cpu("fp32").encode(vae)(pictures()[:, :, 1:])
     with pytest.raises(ValueError, match="side"):
         on_cpu("fp32").decode(vae)(codes()[:, 1:])

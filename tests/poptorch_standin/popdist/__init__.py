@@ -5,6 +5,7 @@ POPDIST_NUM_LOCAL_REPLICAS, POPDIST_INSTANCE_INDEX and POPDIST_NUM_INSTANCES. In
 file that STANDIN_STORE names. popdist.poptorch is a separate module, which `import popdist` does not load.
 """
 
+import atexit
 import os
 
 
@@ -41,6 +42,10 @@ def _group():
     from torch import distributed
 
     if not distributed.is_initialized():
+        # Imported later, its functions would keep the group as their default argument: its threads would not end.
+        import torch.distributed.nn  # noqa: F401
+
         store = distributed.FileStore(os.environ["STANDIN_STORE"], getNumInstances())
         distributed.init_process_group("gloo", store=store, rank=getInstanceIndex(), world_size=getNumInstances())
+        atexit.register(distributed.destroy_process_group)
     return distributed

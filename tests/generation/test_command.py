@@ -1,4 +1,4 @@
-"""What is to be drawn: flags, files and standard input → requests, and one line for what is none."""
+"""Prompts from flags, files and standard input, what generate.py makes of them, and the library call."""
 
 import io
 import json
@@ -10,31 +10,33 @@ import pytest
 from PIL import Image
 
 import generate
-from generation import prompts
+from args_generate import Request, read_requests
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def test_lines_and_objects(tmp_path):
+def results(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").open(encoding="utf-8")]
+
+
+def test_lines_and_objects(tmp_path, monkeypatch):
     path = tmp_path / "prompts.txt"
     lines = ["  a red   circle ", "", json.dumps({"prompt": "a dog", "num_images": 3, "seed": 7, "top_p": 0.5})]
     lines += ['{"text": "a cat", "temperature": 2, "file": "x.jpg", "scores": {}, "top_k": null}']
     path.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
-    found = prompts.read_requests(file=path)
-    assert [one.prompt for one in found] == ["a red circle", "a dog", "a cat"]
-    assert (found[1].num_images, found[1].seed, found[1].sampling) == (3, 7, {"top_p": 0.5})
-    assert found[2].sampling == {"temperature": 2} and found[2].seed is None
-    assert found[2].where.endswith("prompts.txt, line 4")
-    assert prompts.read_requests(text="a|b  c") == [prompts.Request("a"), prompts.Request("b c")]
-
-
-def test_standard_input(monkeypatch):
+    source = f"{path}, line "
+    assert read_requests(file=path) == [
+        Request("a red circle", source=source + "1"),
+        Request("a dog", 3, 7, sampling={"top_p": 0.5}, source=source + "3"),
+        Request("a cat", sampling={"temperature": 2}, source=source + "4"),
+    ]
+    assert read_requests(text="a|b  c") == [Request("a"), Request("b c")]
     monkeypatch.setattr(sys, "stdin", io.StringIO("a red circle\na dog\n"))
-    assert [one.prompt for one in prompts.read_requests(file="-")] == ["a red circle", "a dog"]
+    assert [request.prompt for request in read_requests(file="-")] == ["a red circle", "a dog"]
 
 
 @pytest.mark.parametrize(
-    "contents, told",
+    "contents, message",
     [
         (b"", "no prompts in it"),
         (b"\n \n", "no prompts in it"),
@@ -48,72 +50,64 @@ def test_standard_input(monkeypatch):
         (b'{"prompt": "a", "num_images": 0}', "num_images is 0"),
         (b'{"prompt": "a", "top_p": "x"}', 'top_p is "x", not a number'),
         (b'{"prompt": "a", "top_p": NaN}', "top_p is NaN"),
-        (b'{"prompt": "a", "sed": 1}', "sed: no such key; there are prompt, num_images, seed"),
+        (b'{"prompt": "a", "sed": 1}', "sed: unknown key; choose from prompt, num_images, seed"),
     ],
 )
-def test_what_is_no_request(tmp_path, contents, told):
+def test_wrong_prompt_files_are_refused_in_one_line(tmp_path, contents, message):
     path = tmp_path / "prompts.txt"
     path.write_bytes(contents)
-    with pytest.raises(ValueError, match=told) as error:
-        prompts.read_requests(file=path)
+    with pytest.raises(ValueError, match=message) as error:
+        read_requests(file=path)
     assert "prompts.txt" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_file_of_prompts_from_the_command_line(command, tiny_checkpoint, tmp_path):
-    (tmp_path / "prompts.jsonl").write_text(
-        '{"prompt": "red", "seed": 9, "num_images": 1, "temperature": 0.5}\nblue star\n'
-    )
-    flags = ["--dalle_path", tiny_checkpoint, "--num_images", 2, "--seed", 4, "--device", "cpu", "--format", "png"]
-    ended = command(
-        generate.main, *flags, "--prompts_file", tmp_path / "prompts.jsonl", "--outputs_dir", tmp_path / "one"
-    )
-    assert ended.status == 0, ended
-    lines = [json.loads(line) for line in (tmp_path / "one" / "results.jsonl").open(encoding="utf-8")]
+def test_results_can_be_generated_again(command, tiny_checkpoint, tmp_path):
+    prompts, first, again = tmp_path / "prompts.jsonl", tmp_path / "first", tmp_path / "again"
+    prompts.write_text('{"prompt": "red", "seed": 9, "num_images": 1, "temperature": 0.5}\nblue star\n')
+    flags = ["--dalle_path", tiny_checkpoint, "--seed", 4, "--device", "cpu", "--format", "png"]
+    run = [*flags, "--num_images", 2, "--prompts_file", prompts, "--outputs_dir", first]
+    assert command(generate.main, *run).status == 0
+    lines = results(first)
     assert [(line["prompt"], line["seed"], line["temperature"]) for line in lines] == [
         *(("red", 9, 0.5), ("blue star", 4, 1.0), ("blue star", 5, 1.0))
     ]
     for line in lines:
-        with Image.open(tmp_path / "one" / line["file"]) as image:
-            about = json.loads(image.info["Comment"])
-        assert about == {key: value for key, value in line.items() if key != "file"}
-        assert about["fingerprint"] and about["checkpoint"] == "dalle_0.pt"
-    # What came out can be drawn again.
-    again = tmp_path / "again"
-    flags[3] = 1
-    ended = command(generate.main, *flags, "--prompts_file", tmp_path / "one" / "results.jsonl", "--outputs_dir", again)
-    assert ended.status == 0, ended
+        with Image.open(first / line["file"]) as image:
+            metadata = json.loads(image.info["Comment"])
+        assert metadata == {key: value for key, value in line.items() if key != "file"}
+        assert metadata["fingerprint"] and metadata["checkpoint"] == "dalle_0.pt"
+    run = [*flags, "--num_images", 1, "--prompts_file", first / "results.jsonl", "--outputs_dir", again]
+    assert command(generate.main, *run).status == 0
     for line in lines:
         (same,) = (again / Path(line["file"]).parent).glob(f"*-seed-{line['seed']}.png")
-        assert Image.open(same).tobytes() == Image.open(tmp_path / "one" / line["file"]).tobytes()
+        assert Image.open(same).tobytes() == Image.open(first / line["file"]).tobytes()
 
 
 def test_prompts_from_standard_input(tiny_checkpoint, tmp_path):
     words = ["--dalle_path", tiny_checkpoint, "--num_images", "1", "--device", "cpu", "--outputs_dir", tmp_path]
-    done = subprocess.run(
-        [sys.executable, ROOT / "generate.py", *words], input="red\nblue star\n", capture_output=True, text=True
-    )
-    assert done.returncode == 0 and {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
-        "red",
-        "blue_star",
-    }, done.stderr
+    script = [sys.executable, ROOT / "generate.py", *words]
+    done = subprocess.run(script, input="red\nblue star\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"red", "blue_star"}
 
 
-def test_from_pictures_ranked_and_animated(command, tiny_checkpoint, drawn_pictures, tmp_path):
+def test_image_prompts_ranking_animations_and_variations(command, tiny_checkpoint, drawn_pictures, tmp_path):
     flags = ["--dalle_path", tiny_checkpoint, "--device", "cpu", "--seed", 1, "--num_images", 2, "--format", "png"]
-    picture = sorted(drawn_pictures.glob("*.png"))[0]
-    more = ["--image_prompt", picture, "--keep_rows", 3, "--rank", 3, "--animate", "--preview", 1]
+    image = sorted(drawn_pictures.glob("*.png"))[0]
+    more = ["--image_prompt", image, "--keep_rows", 3, "--rank", 3, "--animate", "--preview", 1]
     ended = command(generate.main, *flags, *more, "--text", "a red circle", "--outputs_dir", tmp_path / "a")
     assert ended.status == 0, ended
-    lines = [json.loads(line) for line in (tmp_path / "a" / "results.jsonl").open()]
+    lines = results(tmp_path / "a")
     assert len(lines) == 2 and lines[0]["scores"]["likelihood"] >= lines[1]["scores"]["likelihood"]
     assert all(line["kept_rows"] == 3 and 1 <= line["seed"] <= 6 for line in lines)
-    with Image.open(tmp_path / "a" / "a_red_circle" / "forming.webp") as moving:
-        assert moving.n_frames == 4
+    assert lines[0]["seed"] != lines[1]["seed"]
+    with Image.open(tmp_path / "a" / "a_red_circle" / "forming.webp") as animation:
+        assert animation.n_frames == 4
     assert not (tmp_path / "a" / "preview.png").exists()
     first = tmp_path / "a" / lines[0]["file"]
     ended = command(generate.main, *flags, "--variations", first, "--outputs_dir", tmp_path / "b")
     assert ended.status == 0 and (tmp_path / "b" / "a_red_circle" / "1-seed-2.png").exists(), ended
-    ended = command(generate.main, *flags, "--variations", picture, "--outputs_dir", tmp_path / "c")
+    ended = command(generate.main, *flags, "--variations", image, "--outputs_dir", tmp_path / "c")
     assert ended.status == 2 and "--text" in ended.err and not (tmp_path / "c").exists()
 
 
@@ -122,7 +116,8 @@ def test_the_library_call(tiny_checkpoint):
     images = generate.generate(loaded, ["a red circle", "blue"], num_images=2, seed=5, temperature=0.9)
     assert [image.info["seed"] for image in images] == [5, 6, 5, 6]
     assert [image.info["prompt"] for image in images] == ["a red circle"] * 2 + ["blue"] * 2
-    (same,) = generate.generate(loaded, "a red circle", seed=6, temperature=0.9)
-    assert same.tobytes() == images[1].tobytes() and same.size == (32, 32)
+    seen = []
+    (same,) = generate.generate(loaded, "a red circle", seed=6, temperature=0.9, watch=lambda codes: seen.append(codes))
+    assert same.tobytes() == images[1].tobytes() and same.size == (32, 32) and len(seen) == 16
     (best,) = generate.generate(loaded, "a red circle", seed=5, rank=2, image_prompt=same, keep_rows=1)
     assert best.info["scores"].keys() == {"likelihood"} and best.info["kept_rows"] == 1

@@ -1,0 +1,120 @@
+"""Train on IPUs: one call of the device makes one optimizer update, with micro-batches, replicas and all."""
+
+import copy
+import logging
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Sequence
+
+from torch import Tensor
+
+from backends.base import Losses, Trainer
+from models.dalle import DALLE
+from models.pipeline_dalle import WrappedDALLE
+from utils.optimization import load_keeping_flags
+
+if TYPE_CHECKING:
+    from backends.ipu.backend import IpuTrainingBackend
+
+logger = logging.getLogger("minidalle")
+
+
+class IpuTrainer(Trainer):
+    """PopTorch's training and evaluation programs of one model, and their optimizer."""
+
+    def __init__(self, model: DALLE, backend: "IpuTrainingBackend"):
+        self.backend = backend
+        self.vqgan = {f"vae.{name}": tensor for name, tensor in model.vae.state_dict().items()}
+        self.vqgan_on_device = backend.settings.no_codes_cache
+        model = copy.deepcopy(model, {} if self.vqgan_on_device else {id(model.vae): None}).train()
+        self.wrapped = WrappedDALLE(model, backend.places, backend.settings.embedding_serialization_factor)
+        if backend.half:
+            self.wrapped.half()
+        self.optimizer = backend.optimizer(self.wrapped)
+        self.executor = backend.training_model(self.wrapped, self.optimizer)
+        self.evaluator: Any = None
+        self.lr = backend.settings.learning_rate
+
+    def compile(self, batch: Any) -> None:
+        """Compile the training program; ValueError if the batch is not what one step takes."""
+        rows, expected = len(batch[0]), self.backend.samples_per_step
+        if rows != expected:
+            raise ValueError(
+                f"a batch of {rows} samples; --batch-size × --gradient-accumulation × --replication-factor × "
+                f"--device-iterations are {expected}"
+            )
+        self.backend.free_encoder()
+        self.executor.setOptimizer(self.optimizer)
+        self.executor.compile(*batch)
+
+    def step(self, batch: Any) -> Losses:
+        """Make one update and return the mean losses."""
+        return self.means(self.executor(*batch))
+
+    def evaluate(self, batches: Iterable) -> Losses:
+        """Return the mean losses without dropout, on the IPUs that otherwise train."""
+        training = self.executor.isAttachedToDevice()
+        if training:  # also copies the current weights to the host
+            self.executor.detachFromDevice()
+        if self.evaluator is not None:
+            self.evaluator.attachToDevice()
+        losses = []
+        for batch in batches:
+            if self.evaluator is None:
+                self.evaluator = self.backend.evaluation_model(self.wrapped)
+                self.evaluator.compile(*batch)
+                self.wrapped.train()
+            losses.append(self.means(self.evaluator(*batch)))
+        self.evaluator.detachFromDevice()
+        if training:
+            self.executor.attachToDevice()
+        return {name: sum(found[name] for found in losses) / len(losses) for name in losses[0]}
+
+    def means(self, sums: Sequence[Tensor]) -> Losses:
+        """Return the means over all instances of losses summed over a call's micro-batches, one row per replica."""
+        names = ("total", "text", "image")
+        if self.backend.settings.synthetic_data:  # nothing is read back from the device
+            return dict.fromkeys(names, 0.0)
+        means = [float(part.float().sum()) / self.backend.micro_batches for part in sums]
+        return dict(zip(names, self.backend.instances.mean(means)))
+
+    def sampler(self) -> None:
+        """Return None: the IPUs hold the training program."""
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate, on the device too."""
+        if lr == self.lr:
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.executor.setOptimizer(self.optimizer)  # or the device keeps the old one
+        self.lr = lr
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return weights in fp32 under the DALLE's own names, and PopTorch's optimizer state."""
+        trained = {name.partition(".")[2]: tensor for name, tensor in self.executor.state_dict().items()}
+        trained = {name: tensor.detach().float().cpu() for name, tensor in trained.items()}
+        opt_state = {**self.optimizer.state_dict(), "parameters": self.parameters()}
+        return {"weights": {**trained, **self.vqgan}, "opt_state": [opt_state]}
+
+    def parameters(self) -> List[str]:
+        """Describe the parameters that the optimizer's state belongs to; another partition has other names."""
+        return [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self.wrapped.named_parameters() if p.requires_grad]
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Load any backend's weights, and the optimizer's state if it fits this model on the device."""
+        kept = {
+            f"model.{name}": tensor
+            for name, tensor in state["weights"].items()
+            if self.vqgan_on_device or not name.startswith("vae.")
+        }
+        self.executor.load_state_dict(kept)
+        opt_state = state.get("opt_state")
+        if opt_state is None:
+            return
+        try:
+            (saved,) = opt_state
+            if not saved.get("ipu_state") or saved.get("parameters") != self.parameters():
+                raise ValueError
+            load_keeping_flags(self.optimizer, {name: saved[name] for name in saved if name != "parameters"})
+            self.executor.setOptimizer(self.optimizer)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            logger.warning("the checkpoint's optimizer state is not for this optimizer on IPUs; it starts afresh")

@@ -1,0 +1,199 @@
+"""Jobs and their server-sent events, as the page reads them."""
+
+import base64
+import io
+import json
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+from generation.batching import generate_batch, plan_image
+from generation.output import image_metadata, to_image
+from tests.service.running import Drawing, call, loaded_for_tests, read_events, running, until
+
+pytest.importorskip("fastapi", exc_type=ImportError)
+PROMPTS = ["a red circle", "a blue square above a dog"]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint):
+    return loaded_for_tests(tiny_checkpoint, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def port(loaded):
+    with running(loaded, "--max-images", 16) as port:
+        yield port
+
+
+@pytest.fixture
+def drawing(loaded):
+    drawing = Drawing(loaded)
+    yield drawing
+    drawing.remove()
+
+
+def create(port, **wanted):
+    status, answer = call(port, "POST", "/api/jobs", {"prompts": PROMPTS, **wanted})
+    assert status == 202, answer
+    return answer
+
+
+def cancel(port, identity):
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("DELETE", f"/api/jobs/{identity}")
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+def test_a_job_of_two_prompts_from_its_first_row_to_its_images(port, loaded, drawing):
+    drawing.seconds = 0.01
+    answer = create(port, num_images=3, seed=5, temperature=0.9)
+    assert answer["images"] == 6
+    events = read_events(port, answer["id"])
+    assert [number for number, _, _ in events] == list(range(1, len(events) + 1)) and events[-1][1] == "done"
+    images = {data["index"]: data for _, event, data in events if event == "image"}
+    assert [images[index]["seed"] for index in range(6)] == [5, 6, 7] * 2
+    for data in images.values():
+        spec = plan_image(loaded, data["prompt"], data["seed"], {"temperature": 0.9})
+        alone = to_image(loaded.decode(generate_batch(loaded, [spec]))[0])
+        image = Image.open(io.BytesIO(base64.b64decode(data["png"])))
+        assert image.tobytes() == alone.tobytes() and data["prompt"] in PROMPTS
+        assert json.loads(image.info["Comment"]) == data["metadata"] == image_metadata(spec, loaded)
+    rows = [data for _, event, data in events if event == "row"]
+    side = loaded.side
+    assert all(0 <= data["rows"] < data["of"] == side for data in rows)
+    for index in range(6):
+        own = [data["rows"] for data in rows if data["index"] == index]
+        assert own == sorted(set(own)) and 1 <= len(own) <= 8
+    previews = [data for data in rows if data["preview"]]
+    assert previews and all(data["seconds_left"] >= 0 for data in rows if data["rows"])
+    for data in previews:
+        preview = Image.open(io.BytesIO(base64.b64decode(data["preview"])))
+        assert preview.format == "WEBP" and preview.width <= 96
+        assert preview.height == preview.width * data["rows"] // side
+
+
+def test_sixteen_images_cost_little(port):
+    from generation.loading import DEMO
+
+    with running(loaded_for_tests(DEMO, batch_size=16)) as port:
+        events = read_events(port, create(port, prompts=["a small red circle"], num_images=16, seed=1)["id"])
+    assert sum(event == "image" for _, event, _ in events) == 16
+    assert sum(len(json.dumps(data)) + 30 for _, _, data in events) < 200_000
+
+
+def test_events_are_kept_for_readers_that_come_again(port, monkeypatch):
+    from service import events
+
+    identity = create(port, num_images=1)["id"]
+    whole = read_events(port, identity)
+    assert read_events(port, identity) == whole
+    assert read_events(port, identity, after=3) == whole[3:] and read_events(port, identity, after=len(whole)) == []
+    assert cancel(port, identity) == 204 and read_events(port, identity) == whole
+    monkeypatch.setattr(events, "KEEP_SECONDS", 0)
+    until(lambda: cancel(port, identity) == 404)
+
+
+def test_events_of_ended_jobs_take_bounded_memory(port, monkeypatch):
+    from service import events
+
+    first, last = (create(port, num_images=1)["id"] for _ in range(2))
+    size = len(json.dumps(read_events(port, first)))
+    monkeypatch.setattr(events, "KEEP_BYTES", 1.5 * size)
+    read_events(port, last)
+    until(lambda: cancel(port, first) == 404)
+    assert cancel(port, last) == 204
+
+
+def test_who_waits_is_told_how_many_are_ahead(port, drawing):
+    drawing.hold()
+    found, jobs = {}, [create(port, num_images=16, temperature=1 + place / 10)["id"] for place in range(3)]
+    threads = []
+    for place, identity in enumerate(jobs):
+        threads.append(threading.Thread(target=lambda one=identity: found.update({one: read_events(port, one)})))
+        threads[-1].start()
+        until(lambda count=place: call(port)[1]["waiting"] == count + 1)
+    drawing.release()
+    for thread in threads:
+        thread.join(60)
+    ahead = [[data["ahead"] for _, event, data in found[one] if event == "queued"] for one in jobs]
+    assert ahead[0] in ([], [0]) and ahead[1][0] == 1 and ahead[2][0] == 2 and ahead[2] == sorted(ahead[2])[::-1]
+    assert all(found[one][-1][1] == "done" for one in jobs)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_cancelled_job_ends_its_readers(port, drawing, begun):
+    drawing.hold()
+    identity, found = create(port, num_images=8)["id"], []
+    thread = threading.Thread(target=lambda: found.extend(read_events(port, identity)))
+    if begun:
+        thread.start()
+        drawing.began(1)
+    assert cancel(port, identity) == 204
+    drawing.release()
+    if not begun:
+        thread.start()
+    thread.join(20)
+    assert found[-1][1] == "done" and found[-1][2]["cancelled"] and not any(event == "image" for _, event, _ in found)
+    until(lambda: call(port)[1]["waiting"] == 0)
+
+
+def test_a_batch_that_fails_is_an_error_event(port, drawing):
+    def fail(seeds):
+        raise RuntimeError("/secret/path")
+
+    drawing.before = fail
+    events = read_events(port, create(port)["id"])
+    assert events[-1][1:] == ("error", {"error": "The images could not be generated; the program's log says why."})
+
+
+def test_a_silent_stream_is_kept_alive_by_comments(port, drawing, monkeypatch):
+    import http.client
+
+    from service import events
+
+    monkeypatch.setattr(events, "PING_SECONDS", 0.1)
+    drawing.hold()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", f"/api/jobs/{create(port)['id']}/events")
+    answer, text = connection.getresponse(), ""
+    started = time.monotonic()
+    while ": ping\n\n" not in text:
+        text += answer.read1(4096).decode()
+        assert time.monotonic() - started < 10
+    drawing.release()
+    connection.close()
+
+
+def test_the_model_is_described(port, loaded):
+    status, about = call(port, "GET", "/api/model?prompt=a+red+circle+above+a+dog")
+    assert status == 200 and about["prompt"]["unknown_words"] == ["dog"] and about["prompt"]["tokens"] > 5
+    assert about["rows"] == loaded.side and about["known_words"] == len(loaded.words) and about["examples"]
+    assert (about["max_images"], about["max_prompts"], about["guidable"]) == (16, 8, True)
+    assert "/" not in about["name"] and "prompt" not in call(port, "GET", "/api/model")[1]
+
+
+@pytest.mark.parametrize(
+    "wanted, sentence",
+    [
+        ({"prompts": []}, "prompts: list should have at least 1 item"),
+        ({"prompts": ["x"] * 9}, "There are 9 prompts; at most 8 are accepted."),
+        ({"prompts": "x"}, "prompts must be a list."),
+        ({"prompts": ["x", 1]}, "prompts must be text."),
+        ({"prompts": ["a", " "]}, "The prompt is empty; write what the image should show."),
+        ({"prompts": ["a"], "num_images": 17}, "17 images are asked for; from 1 to 16 can be generated at once."),
+        ({"prompts": ["a"], "count": 1}, "count is not a known key; the keys are seed"),
+        ({"prompts": ["a"], "keep_rows": 1}, "The number of rows to keep needs an image"),
+        ({"num_images": 1}, "prompts is missing."),
+    ],
+)
+def test_wrong_jobs_get_a_sentence(port, wanted, sentence):
+    status, answer = call(port, "POST", "/api/jobs", wanted)
+    assert status == 422 and answer["error"].startswith(sentence), answer
+    assert call(port, "POST", "/api/jobs/none", wanted)[0] == 405 and cancel(port, "none") == 404

@@ -1,0 +1,99 @@
+"""The service behind nginx under a prefix, with the proxy's headers believed and not believed."""
+
+import shutil
+import socket
+import subprocess
+
+import pytest
+
+from tests.service.running import Drawing, call, loaded_for_tests, read_events, running, until
+from tests.service.test_security import answer_to
+
+pytest.importorskip("fastapi", exc_type=ImportError)
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+pytestmark = pytest.mark.skipif(NGINX is None, reason="needs nginx")
+SITE = """
+daemon off; pid {folder}/pid; error_log {folder}/errors; events {{}}
+http {{
+  access_log off;
+  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+  server {{
+    listen 127.0.0.1:{front};
+    location /draw/ {{
+      proxy_pass http://127.0.0.1:{back}{path};
+      proxy_set_header Host $host;
+      proxy_set_header X-Forwarded-For $http_x_test_client;
+      proxy_set_header X-Forwarded-Proto https;
+      proxy_http_version 1.1;
+    }}
+  }}
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint):
+    return loaded_for_tests(tiny_checkpoint, batch_size=4)
+
+
+@pytest.fixture
+def proxy(tmp_path):
+    """proxy(back, path) → the port of nginx, which hands /draw/ on to a port with that path in place of it."""
+    started = []
+
+    def start(back, path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            front = free.getsockname()[1]
+        config = tmp_path / "nginx.conf"
+        config.write_text(SITE.format(folder=tmp_path, front=front, back=back, path=path))
+        started.append(subprocess.Popen([NGINX, "-c", str(config), "-e", str(tmp_path / "errors")]))
+        until(lambda: socket.socket().connect_ex(("127.0.0.1", front)) == 0)
+        return front
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.mark.parametrize("path", ["/", ""], ids=["prefix cut off", "prefix handed on"])
+def test_page_api_and_events_work_under_a_prefix(loaded, proxy, path):
+    with running(loaded, "--root-path", "/draw", "--allowed-host", "draw.example.org") as back:
+        front = proxy(back, path)
+        site = {"Host": "draw.example.org"}
+        for place in ("/", "/health", "/docs", "/openapi.json", "/api/model", "/static/app.js"):
+            status, headers, body = answer_to(front, "GET", f"/draw{place}", **site)
+            assert status == 200 and b'="/' not in body, place  # no address that forgets the prefix
+        assert b'"/draw"' in answer_to(front, "GET", "/draw/openapi.json", **site)[2]
+        wanted = {"prompts": ["a red circle"], "num_images": 2}
+        status, answer = call(front, "POST", "/draw/api/jobs", wanted)
+        assert status == 202
+        events = read_events(front, f"{answer['id']}", root="/draw")
+        assert [event for _, event, _ in events].count("image") == 2 and events[-1][1] == "done"
+        origin = {**site, "Origin": "https://draw.example.org", "Content-Type": "application/json"}
+        assert answer_to(front, "POST", "/draw/api/jobs", b'{"prompts": ["a red circle"]}', **origin)[0] == 202
+        assert answer_to(front, "GET", "/draw/health", Host="evil.example")[0] == 421
+
+
+@pytest.mark.parametrize("flags, clients", [((), 1), (("--forwarded-allow-ips", "127.0.0.1"), 3)])
+def test_forwarded_addresses_are_believed_from_named_proxies_only(loaded, proxy, flags, clients):
+    """Each client may have two jobs at once: without the flag all are the proxy, whatever they say."""
+    drawing = Drawing(loaded)
+    drawing.hold()
+    try:
+        with running(loaded, "--queue-size", 4 * clients, *flags) as back:
+            seen = set()
+            import service.api
+
+            known = service.api.client_of
+            service.api.client_of = lambda scope: seen.add(known(scope)) or known(scope)
+            front = proxy(back, "/")
+            for place in range(3):
+                body = b'{"prompts": ["a red circle"]}'
+                answer_to(front, "POST", "/draw/api/jobs", body, **{"X-Test-Client": f"203.0.113.{place}"})
+            service.api.client_of = known
+            assert len(seen) == clients and ("127.0.0.1" in seen) == (clients == 1)
+    finally:
+        drawing.remove()

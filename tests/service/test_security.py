@@ -1,0 +1,397 @@
+"""Attacks on the service: each must leave it healthy, honest clients served, and the machine's files unread."""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import socket
+import struct
+import threading
+import time
+import zlib
+
+import pytest
+from PIL import Image
+
+from tests.service.running import Drawing, call, generate, loaded_for_tests, running, until
+
+pytest.importorskip("fastapi", exc_type=ImportError)
+PROMPT = "a red circle"
+HEAD = "POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+TOKEN = "correct horse"
+PATHS = (
+    "/etc/passwd",
+    "../../app.py",
+    "..%2f..%2fapp.py",
+    "%2e%2e/app.py",
+    "/proc/self/environ",
+    "index.html/../api.py",
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint):
+    return loaded_for_tests(tiny_checkpoint, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def port(loaded):
+    with running(loaded, "--max-images", 8) as port:
+        yield port
+
+
+@pytest.fixture
+def drawing(loaded):
+    drawing = Drawing(loaded)
+    yield drawing
+    drawing.remove()
+
+
+def answer_to(port, method, path, body=None, **headers):
+    """Return status, headers in small letters and the body of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    with contextlib.closing(connection):
+        kind = {"Content-Type": "application/json"} if body is not None else {}
+        connection.request(method, path, body, {**kind, **headers})
+        answer = connection.getresponse()
+        return answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read()
+
+
+# Files, hosts, origins, headers, tokens
+
+
+def test_no_file_of_the_machine_is_read_or_revealed(port):
+    for path in PATHS:
+        for place in (f"/static/{path}", f"/{path}", f"/api/jobs/{path}/events", f"/gradio_api/file={path}"):
+            status, _, body = answer_to(port, "GET", place)
+            assert status == 404 and b"root:" not in body and b"import" not in body, place
+    there, missing = (generate(port, prompt=PROMPT, image=path) for path in ("/etc/passwd", "/etc/no-such-file"))
+    assert there == missing == (422, {"error": "image is not base64."})
+    for image in (
+        {"path": "/etc/passwd"},
+        ["/dev/zero"],
+        {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
+    ):
+        assert generate(port, prompt=PROMPT, image=image)[0] == 422
+        assert generate(port, prompt=image)[0] == 422
+    for path in ("/upload", "/gradio_api/upload", "/config", "/queue/join", "/gradio_api/queue/join", "/deep_link"):
+        assert answer_to(port, "POST", path, b"{}")[0] == 404
+
+
+@pytest.mark.parametrize(
+    "host, served",
+    [
+        *((host, True) for host in ("localhost", "LOCALHOST:80", "127.0.0.1:7860", "127.9.9.9", "[::1]:7860")),
+        *((host, False) for host in ("evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "10.1.2.3", "")),
+        *((host, False) for host in ("[::2]", "0x7f000001", "localhost@evil.example", "[", "localhost evil")),
+    ],
+)
+def test_only_own_host_names_are_served(port, host, served):
+    for path in ("/", "/health", "/api/model", "/openapi.json", "/static/style.css"):
+        status, headers, body = answer_to(port, "GET", path, Host=host)
+        assert (status not in (400, 421)) == served, (path, body)
+        assert not any(name.startswith("access-control") for name in headers)
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://localhost:1", "https://localhost.evil.example"]
+)
+def test_posts_of_other_sites_are_refused(port, origin):
+    body = json.dumps({"prompts": [PROMPT]})
+    for method, path in (("POST", "/api/jobs"), ("POST", "/api/generate"), ("DELETE", "/api/jobs/x")):
+        status, headers, _ = answer_to(port, method, path, body, Origin=origin, Host=f"localhost:{port}")
+        assert status == 403 and not any(name.startswith("access-control") for name in headers)
+    assert answer_to(port, "OPTIONS", "/api/jobs", Origin=origin)[0] in (403, 405)
+    own = {"Origin": f"http://localhost:{port}", "Host": f"localhost:{port}"}
+    assert answer_to(port, "POST", "/api/jobs", body, **own)[0] == 202
+
+
+def test_further_hosts_and_their_origins_are_served_if_named(loaded):
+    with running(loaded, "--allowed-host", "draw.example.org", "[2001:db8::1]") as port:
+        for host in ("draw.example.org", "draw.example.org.", "DRAW.example.org:443", "[2001:db8::1]:80"):
+            assert answer_to(port, "GET", "/health", Host=host)[0] == 200
+        assert answer_to(port, "GET", "/health", Host="example.org")[0] == 421
+        body = json.dumps({"prompts": [PROMPT]})
+        assert answer_to(port, "POST", "/api/jobs", body, Origin="https://draw.example.org")[0] == 202
+
+
+def test_every_answer_has_the_headers_that_protect_browsers(port):
+    for method, path, more in (
+        *(("GET", path, {}) for path in ("/", "/static/style.css", "/docs", "/openapi.json", "/nowhere", "/health")),
+        *(("HEAD", path, {}) for path in ("/", "/docs", "/openapi.json", "/health", "/api/model")),
+        *(("POST", "/api/jobs", {}), ("GET", "/", {"Host": "evil.example"}), ("BREW", "/", {})),
+    ):
+        _, headers, body = answer_to(port, method, path, **more)
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
+        assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
+        assert "server" not in headers and b"Traceback" not in body
+
+
+def test_what_is_not_http_gets_the_headers_too(port):
+    for junk in (
+        b"\x16\x03\x01\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"G" * 10**6,
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
+            with contextlib.suppress(OSError):
+                raw.sendall(junk)
+            answer = b""
+            with contextlib.suppress(OSError):
+                answer = raw.recv(65536)
+        assert answer == b"" or (answer.startswith(b"HTTP/1.1 4") and b"content-security-policy" in answer.lower())
+
+
+def test_head_answers_like_get_without_a_body(port):
+    answer = json.loads(answer_to(port, "POST", "/api/jobs", json.dumps({"prompts": [PROMPT]}))[2])
+    events = f"/api/jobs/{answer['id']}/events"
+    for path in ("/", "/docs", "/openapi.json", "/health", "/api/model", "/static/app.js", events, "/nowhere"):
+        status, headers, body = answer_to(port, "HEAD", path)
+        assert body == b""
+        if path != events:  # which GET reads to the end of the job
+            expected, like, _ = answer_to(port, "GET", path)
+            assert (status, headers["content-type"]) == (expected, like["content-type"])
+    assert answer_to(port, "HEAD", events)[0] == 200
+
+
+def test_a_token_is_needed_for_every_route_of_the_api(loaded):
+    with running(loaded, "--token", TOKEN) as port:
+        body = json.dumps({"prompts": [PROMPT]})
+        right = {"Authorization": f"Bearer {TOKEN}"}
+        identity = json.loads(answer_to(port, "POST", "/api/jobs", body, **right)[2])["id"]
+        routes = [("POST", "/api/jobs", body), ("GET", "/api/model", None), ("POST", "/api/generate", body)]
+        routes += [("DELETE", f"/api/jobs/{identity}", None), ("GET", f"/api/jobs/{identity}/events", None)]
+        wrong = [
+            {},
+            *({"Authorization": value} for value in ("", "Bearer", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN)),
+        ]
+        for method, path, data in routes:
+            for headers in wrong:
+                status, answer, text = answer_to(port, method, path, data, **headers)
+                assert status == 401 and answer["www-authenticate"] == "Bearer" and TOKEN.encode() not in text
+        assert answer_to(port, "GET", "/health")[0] == 200
+        assert answer_to(port, "DELETE", f"/api/jobs/{identity}", **right)[0] == 204
+
+
+# Uploads
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_bomb(*chunks):
+    """Return a PNG of 8 × 8 pixels that carries further chunks."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    data = file.getvalue()
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+def bombs():
+    zeros = zlib.compress(bytes(200 * 2**20), 9)
+    yield "pixels", b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    file = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(file, "PNG")
+    yield "one color", file.getvalue()
+    yield "text", png_bomb(chunk(b"zTXt", b"Comment\0\0" + zeros))
+    yield "international text", png_bomb(chunk(b"iTXt", b"Comment\0\1\0\0\0" + zeros))
+    yield "texts", png_bomb(*[chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(60_000)))] * 5000)
+    yield "profile", png_bomb(chunk(b"iCCP", b"profile\0\0" + zeros))
+    file = io.BytesIO()
+    frames = [Image.new("P", (4000, 4000), index) for index in range(3)]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    yield "frames", file.getvalue()
+    yield "vectors", b"<svg xmlns='http://www.w3.org/2000/svg'><image href='/etc/passwd'/></svg>"
+    yield "document", b"%!PS\n(/etc/passwd) run"
+
+
+def test_decompression_bombs_take_little_memory(port):
+    statuses, made = {}, list(bombs())
+    before = memory()
+    for name, data in made:
+        assert len(data) < 10 * 2**20
+        status, answer = generate(port, prompt=PROMPT, image=base64.b64encode(data).decode())
+        assert status in (200, 422), answer
+        statuses[name] = status
+    assert memory() - before < 250  # MB: the largest image that is accepted has 24 million pixels
+    assert statuses["frames"] == 200 and {statuses[name] for name in statuses if name != "frames"} == {422}
+
+
+def memory():
+    """Return the largest memory of this process so far, in MB."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM"))
+
+
+def test_unfinished_uploads_are_bounded_as_a_whole(port):
+    from service import guard
+
+    with contextlib.ExitStack() as stack:
+        raws = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(30)]
+        before = memory()
+        for raw in raws:
+            raw.setblocking(True)
+            raw.settimeout(5)
+            with contextlib.suppress(OSError):
+                raw.sendall(HEAD.encode() + b'13000000\r\n\r\n{"prompts": ["' + b"x" * 12_000_000)
+        assert memory() - before < 2 * guard.MAX_BODIES / 2**20
+        raws[-1].settimeout(5)
+        assert raws[-1].recv(4096).startswith(b"HTTP/1.1 503")
+        assert generate(port, prompt=PROMPT)[0] == 200  # small requests are served meanwhile
+    until(
+        lambda: answer_to(port, "POST", "/api/jobs", json.dumps({"prompts": [PROMPT], "image": "A" * 2**20}))[0] == 422
+    )
+
+
+def test_json_of_millions_of_values_is_not_parsed(port):
+    for body in (b'{"prompts": [' + b'"a",' * 3_000_000 + b'"a"]}', b"[" * 10**7, b'{"a":' * 10**6):
+        before, started = memory(), time.monotonic()
+        assert answer_to(port, "POST", "/api/jobs", body)[0] == 400
+        assert memory() - before < 100 and time.monotonic() - started < 2
+
+
+# Jobs that nobody listens to, slow and silent connections
+
+
+def test_abandoned_jobs_cost_nothing_and_are_forgotten(port, drawing, monkeypatch):
+    from service import events
+
+    monkeypatch.setattr(events, "UNREAD_SECONDS", 1)
+    body = json.dumps({"prompts": [PROMPT] * 8, "num_images": 8})
+    ids = [json.loads(answer_to(port, "POST", "/api/jobs", body)[2])["id"] for _ in range(100)]
+    assert generate(port, prompt=PROMPT)[0] == 200
+    assert drawing.batches == drawing.batches[-1:] and len(drawing.batches[0]) == 1  # nothing of the hundred
+    time.sleep(2.5)
+    status, _, text = answer_to(port, "GET", f"/api/jobs/{ids[-1]}/events")
+    assert status == 200 and b"cancelled" in text and b"event: image" not in text
+
+
+def test_a_job_whose_reader_leaves_is_cancelled(port, drawing, monkeypatch):
+    from service import events
+
+    monkeypatch.setattr(events, "UNREAD_SECONDS", 1)
+    drawing.hold()
+    identity = json.loads(answer_to(port, "POST", "/api/jobs", json.dumps({"prompts": [PROMPT], "num_images": 8}))[2])[
+        "id"
+    ]
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        raw.sendall(f"GET /api/jobs/{identity}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        drawing.began(1)
+    assert call(port)[1]["waiting"] == 1
+    until(lambda: call(port)[1]["waiting"] == 0)
+    drawing.release()
+
+
+def test_a_client_cannot_fill_the_queue(loaded, drawing):
+    drawing.hold()
+    with running(loaded, "--queue-size", 4) as port:
+        threads = [threading.Thread(target=generate, args=(port,), kwargs={"prompt": PROMPT}) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        until(lambda: call(port)[1]["waiting"] == 2)
+        status, headers, body = answer_to(port, "POST", "/api/generate", json.dumps({"prompt": PROMPT}))
+        assert status == 429 and int(headers["retry-after"]) > 0 and b"try again" in body
+        drawing.release()
+        for thread in threads:
+            thread.join()
+        assert generate(port, prompt=PROMPT)[0] == 200
+
+
+def closed_after(raw, data, pause=0.2, limit=40):
+    """Send data byte by byte; return the seconds until the server closes the connection."""
+    started = time.monotonic()
+    raw.settimeout(pause)
+    for place in range(10**6):
+        assert time.monotonic() - started < limit, "the connection stays open"
+        try:
+            raw.sendall(data[place % len(data) :][:1])
+            if not raw.recv(4096):
+                break
+        except socket.timeout:
+            continue
+        except OSError:
+            break
+    return time.monotonic() - started
+
+
+def test_slow_requests_are_closed(port, monkeypatch):
+    from service import connections
+
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 1)
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 2)
+    head = HEAD.encode() + b"1000\r\n"
+    for sent, seconds in ((b"", 1), (b"GET /health HT", 1), (head, 1), (head + b"\r\n", 2), (head + b"\r\n{", 2)):
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            raw.sendall(sent)
+            assert seconds - 0.1 < closed_after(raw, b"x", limit=10) < seconds + 2.5
+    assert connections.HEADER_SECONDS + 1 < 30 and generate(port, prompt=PROMPT)[0] == 200
+
+
+def test_a_reader_that_takes_nothing_is_closed(port, monkeypatch):
+    from service import connections
+
+    monkeypatch.setattr(connections, "BLOCKED_SECONDS", 1)
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        raw.connect(("127.0.0.1", port))
+        raw.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2000)
+        time.sleep(4)
+        raw.settimeout(5)
+        with contextlib.suppress(OSError):
+            while raw.recv(2**20):
+                pass  # what was under way; then the end
+
+
+@pytest.mark.slow
+def test_a_siege_of_half_open_slow_and_abandoning_clients(tiny_checkpoint):
+    """1,100 half-open connections, 150 slow ones and 100 abandoned jobs, all from the honest client's address."""
+    from tests.test_app import port_of, start
+
+    process = start("--dalle_path", tiny_checkpoint, "--port", 0, "--batch-size", 8)
+    try:
+        port = port_of(process)
+        wanted = {"prompt": PROMPT, "count": 16, "seed": 1}
+
+        def seconds():
+            started = time.monotonic()
+            assert generate(port, **wanted)[0] == 200
+            return time.monotonic() - started
+
+        seconds()
+        alone = min(seconds() for _ in range(3))
+        with contextlib.ExitStack() as stack:
+            slow, half_open = (
+                [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(count)]
+                for count in (150, 1100)
+            )
+            done = threading.Event()
+
+            def trickle():
+                while not done.wait(0.5):
+                    for place, raw in enumerate(slow):
+                        with contextlib.suppress(OSError):
+                            raw.sendall(b"\r\n{" if place % 2 else b"x")
+
+            for raw in slow:
+                with contextlib.suppress(OSError):
+                    raw.sendall(HEAD.encode() + b"99999\r\n")
+            threading.Thread(target=trickle, daemon=True).start()
+            body = json.dumps({"prompts": [PROMPT] * 8, "num_images": 16})
+            statuses = [answer_to(port, "POST", "/api/jobs", body)[0] for _ in range(100)]
+            assert set(statuses) <= {202, 429}
+            slowest = 0
+            for _ in range(5):
+                started = time.monotonic()
+                assert call(port)[0] == 200
+                slowest = max(slowest, time.monotonic() - started)
+            besieged = max(seconds() for _ in range(3))
+            done.set()
+        print(f"alone {alone:.2f} s, besieged {besieged:.2f} s, /health {slowest:.3f} s; {len(half_open)} half-open")
+        assert slowest < 1 and besieged < 2 * alone + 0.1
+    finally:
+        process.kill()
+        process.communicate()
