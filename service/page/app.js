@@ -6,7 +6,7 @@ import { fileName, openViewer } from "./viewer.js";
 import { zip } from "./zip.js";
 
 const SAMPLING = ["temperature", "top_k", "top_p", "cond_scale"];
-const HAS_MOUSE = matchMedia("(pointer: fine)").matches;
+const HAS_MOUSE = !matchMedia("(pointer: coarse)").matches; // or at least no touch screen
 const settings = {}; // exact values, which the sliders show; null: as the model recommends
 const described = new Map(); // prompt → {tokens, unknown_words}
 let model = null; // what engine.model() returned
