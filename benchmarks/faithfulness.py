@@ -14,10 +14,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import log
-from args import COUNT, SEED, machine_flags
 from data.shapes import validation_prompts
 from evaluate import judge
-from utils.command_line import Parser, number, parse
+from utils.command_line import COUNT, SEED, Parser, machine_flags, number, parse
 from utils.files import atomic_write, check_writable
 
 PLAIN = {"top_k": 0.0, "top_p": None, "temperature": 1.0, "cond_scale": 1.0}  # the model's own distribution

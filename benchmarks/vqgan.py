@@ -30,7 +30,7 @@ def some_codes(vae):
 
 
 def encoding(quick):
-    """Codes are computed in fp32 whatever the precision, see backends/native/vqgan.py."""
+    """Codes are computed in fp32 whatever the precision, see backends/native/inference.py."""
     vae, backend = tokenizer(quick), NativeBackend()
     pixels, encode = some_pixels(vae), backend.encode(vae)
     seconds = repeated(lambda: encode(pixels), backend.device, quick)

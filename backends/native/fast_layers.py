@@ -21,9 +21,8 @@ from backends.native.autograd_ops import (
     axial_bias,
     bias_of,
 )
-from models.attention import pattern_mask
 from models.dalle import Losses
-from models.transformer import compute_layer
+from models.transformer import compute_layer, pattern_mask
 
 logger = logging.getLogger("minidalle")
 WORTH_COMPILING = 20e6  # parameters of all layers, below which a run may well be over before its compiler

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backends.base import Losses, Trainer
 from backends.native.fast_layers import compile_layers, keep_freed_memory, rows_at_once, use_fast_layers
-from backends.native.sampler import sampler
+from backends.native.inference import sampler
 from models.dalle import DALLE
 from utils.muon import Muon
 from utils.optimization import load_keeping_flags, parameter_groups

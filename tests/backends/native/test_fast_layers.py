@@ -12,7 +12,7 @@ from backends.native import autograd_ops
 from backends.native.autograd_ops import AxialAttention, DenseAttention, HeadLosses, axial_bias, bias_of
 from backends.native.backend import NativeTrainingBackend
 from backends.native.fast_layers import compile_layers, rows_at_once, use_fast_layers
-from models.attention import PATTERNS, KeyValueCache, attend, pattern_mask
+from models.transformer import PATTERNS, KeyValueCache, attend, pattern_mask
 from tests.backends.native.test_backend import settings
 from tests.builders import small_dalle
 
