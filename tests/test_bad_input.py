@@ -163,7 +163,7 @@ def test_a_few_bad_pictures_are_skipped_and_counted(
         )
         flags = [*words.split(), "--dataloader-workers", 0, "--output-dir", tmp_path / "v", "--n-embed", 8]
         ended = command(train_vqgan.main, *flags, "--input-folder", picture_folder)
-        assert "9 training pictures" in ended.out and "3 files (unreadable image)" in ended.out
+        assert "9 training images" in ended.out and "3 files (unreadable image)" in ended.out
     assert ended.status == 0 and ended.err == ""
     assert all(f"{name}.png" in ended.out for name in ("00", "01", "02"))
 

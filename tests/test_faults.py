@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_written_any_more(fault, tiny_flags, small_disk)
 @contextlib.contextmanager
 def spoilt_losses(monkeypatch, steps):
     """Within: the loss of these updates (counted from 1) is not a number."""
-    original, count = NativeTrainer.losses, [0]
+    original, count = NativeTrainer.backpropagate, [0]
 
     def losses(self, batch):
         count[0] += 1
@@ -102,7 +102,7 @@ def spoilt_losses(monkeypatch, steps):
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(NativeTrainer, "losses", losses)
+        patch.setattr(NativeTrainer, "backpropagate", losses)
         yield
 
 

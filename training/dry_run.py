@@ -85,7 +85,7 @@ def describe_parameters(weights: Dict[str, torch.Tensor]) -> str:
 
 
 def describe_encoding(run: Run) -> Optional[str]:
-    """Count the images to encode before training and estimate the time from a few of them; None if there are none."""
+    """Count the images to encode before training and estimate the time from a few of them; None if all are encoded."""
     datasets = [run.dataset] + ([run.validation_set] if run.settings.validation_folder else [])
     missing = sum(getattr(dataset, "to_encode", 0) for dataset in datasets)
     if not missing:

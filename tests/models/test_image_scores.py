@@ -144,4 +144,4 @@ def test_scores_are_in_the_results(command, clip_file, tiny_checkpoint, drawn_pi
     assert ended.status == 0 and ended.err == "", ended
     results = (tmp_path / "results.json").read_text()
     assert '"clip_score"' in results and '"prompts_clip_score"' in results and '"fid"' not in results
-    assert f"({NAME}, 4 pictures)" in ended.out and f"({NAME}, 2 pictures)" in ended.out
+    assert f"({NAME}, 4 images)" in ended.out and f"({NAME}, 2 images)" in ended.out
