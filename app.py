@@ -3,17 +3,24 @@
 python app.py --dalle_path output/demo/ckpt/dalle_step_800.pt
 """
 
+import argparse
 import contextlib
 import logging
 import socket
+from typing import TYPE_CHECKING, List, Optional
 
 import log
 from args_app import app_arguments
 
+if TYPE_CHECKING:
+    import uvicorn
+
+    from service.queue import GenerationQueue
+
 logger = logging.getLogger("minidalle")
 
 
-def main(argv=None):
+def main(argv: Optional[List[str]] = None) -> None:
     """Load the model and serve until Ctrl-C or SIGTERM."""
     settings = app_arguments(argv)
     log.set_up()
@@ -37,7 +44,7 @@ def main(argv=None):
         server.run(sockets=[listening])
 
 
-def check_packages():
+def check_packages() -> None:
     """Raise ValueError, in one line, if a package that the service needs is missing."""
     try:
         import fastapi  # noqa: F401
@@ -48,7 +55,7 @@ def check_packages():
         ) from None
 
 
-def listen(host, port):
+def listen(host: str, port: int) -> socket.socket:
     """Return a bound socket, or raise ValueError in one line."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -61,7 +68,7 @@ def listen(host, port):
     return listening
 
 
-def make_server(queue, settings):
+def make_server(queue: "GenerationQueue", settings: argparse.Namespace) -> "uvicorn.Server":
     """Return a uvicorn.Server of page and API; a running queue must have its model."""
     import uvicorn
 

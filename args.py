@@ -5,22 +5,32 @@ or a checkpoint is checked when it is read.
 """
 
 import argparse
-from typing import Any, Callable, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
-from utils.command_line import Parser, boolean, list_of, number, parse, path
+from utils.command_line import (
+    COUNT,
+    NATURAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Add,
+    Parser,
+    boolean,
+    check_vqgan_files,
+    list_of,
+    machine_flags,
+    number,
+    parse,
+    path,
+    refuse,
+    sampling_flags,
+    vqgan_file_flags,
+)
 
 ATTENTION_TYPES = ("full", "axial_row", "axial_col", "conv_like")
 SCHEDULERS = ("ReduceLROnPlateau", "multi_step", "constant", "cosine", "trapezoid")
-DEVICES = ("auto", "cpu", "cuda", "ipu")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-COUNT = number(int, low=1)
-NATURAL = number(int, low=0)
-SEED = number(int, low=0, high=2**63 - 1)
-POSITIVE = number(float, above=0)
-NOT_NEGATIVE = number(float, low=0)
-SHARE = number(float, low=0, high=1)
 DROPOUT = number(float, low=0, below=1)
-Add = Callable[..., None]  # what Parser.heading returns
 
 
 def attention_types(text: str) -> Tuple[str, ...]:
@@ -30,38 +40,6 @@ def attention_types(text: str) -> Tuple[str, ...]:
         if name not in ATTENTION_TYPES:
             raise argparse.ArgumentTypeError(f"must be of {', '.join(ATTENTION_TYPES)}, not '{name}'")
     return names
-
-
-def top_k(text: str) -> float:
-    """Parse a share from 0 to 1, or a whole number of codes above 1."""
-    value = NOT_NEGATIVE(text)
-    if value > 1 and value != int(value):
-        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1 or a whole number of codes, not '{text}'")
-    return value
-
-
-top_k.metavar = "X"  # type: ignore[attr-defined]
-
-
-def machine_flags(parser: Parser) -> None:
-    """Add the flags that choose device and precision."""
-    add = parser.heading("Machine")
-    add("device", "auto", "auto takes CUDA, else an IPU with its SDK enabled, else the CPU", choices=DEVICES)
-    add("precision", "auto", "arithmetic of the transformer; auto takes bf16 if it is fast", choices=PRECISIONS)
-
-
-def vqgan_file_flags(add: Add) -> None:
-    """Add the flags that name a VQGAN's files."""
-    add("vqgan-model-path", None, "VQGAN weights (.ckpt of taming); none: download the official ImageNet one", path)
-    add("vqgan-config-path", None, "its .yaml; none: the file of the same stem next to the .ckpt", path)
-
-
-def sampling_flags(add: Add) -> None:
-    """Add the flags of sampling; train.py stores them in checkpoints, where generate.py finds its defaults."""
-    add("top-k", None, "share of the vocabulary to exclude (0 to 1), or number of codes to keep", top_k)
-    add("top-p", None, "keep the likeliest codes up to this probability", number(float, above=0, high=1))
-    add("temperature", None, "below 1: safer images, above 1: wilder ones", POSITIVE)
-    add("cond-scale", None, "guidance towards the text, 1 for none; needs --caption-dropout in training", NOT_NEGATIVE)
 
 
 def train_parser() -> Parser:
@@ -229,31 +207,31 @@ def train_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     ipus, layers = settings.ipus_per_replica, settings.layers_per_ipu
     proportions = len(settings.matmul_proportion)
     if layers is not None and sum(layers) != settings.num_hidden_layers:
-        _refuse(
+        refuse(
             parser,
             "layers-per-ipu",
             f"{','.join(map(str, layers))} adds up to {sum(layers)} layers, "
             f"but --num-hidden-layers is {settings.num_hidden_layers}",
         )
     if layers is not None and len(layers) != ipus:
-        _refuse(parser, "layers-per-ipu", f"{len(layers)} numbers for --ipus-per-replica {ipus}; give one per IPU")
+        refuse(parser, "layers-per-ipu", f"{len(layers)} numbers for --ipus-per-replica {ipus}; give one per IPU")
     if proportions not in (1, ipus):
         problem = f"{proportions} numbers for --ipus-per-replica {ipus}; give one, or one per IPU"
-        _refuse(parser, "matmul-proportion", problem)
+        refuse(parser, "matmul-proportion", problem)
     for flag in ("cls-ipu-id", "embedding-ipu-id"):
         number = getattr(settings, flag.replace("-", "_")) or 0
         if number >= ipus:
-            _refuse(parser, flag, f"no IPU {number} with --ipus-per-replica {ipus}")
+            refuse(parser, flag, f"no IPU {number} with --ipus-per-replica {ipus}")
     if len(settings.adam_betas) != 2:
-        _refuse(parser, "adam-betas", "give two numbers, such as 0.9,0.999")
+        refuse(parser, "adam-betas", "give two numbers, such as 0.9,0.999")
     if settings.resume and settings.pretrained_checkpoint:
-        _refuse(parser, "resume", "takes the newest checkpoint of the output folder; omit --pretrained-checkpoint")
+        refuse(parser, "resume", "takes the newest checkpoint of the output folder; omit --pretrained-checkpoint")
     if settings.resume and not settings.checkpoint_output_dir:
-        _refuse(parser, "resume", "needs a --checkpoint-output-dir to find checkpoints in")
+        refuse(parser, "resume", "needs a --checkpoint-output-dir to find checkpoints in")
     if settings.tensorboard and not settings.checkpoint_output_dir:
-        _refuse(parser, "tensorboard", "needs a --checkpoint-output-dir to write to")
+        refuse(parser, "tensorboard", "needs a --checkpoint-output-dir to write to")
     if settings.validation_folder and settings.validation_split:
-        _refuse(parser, "validation-split", "--validation-folder already names the images; give one of them")
+        refuse(parser, "validation-split", "--validation-folder already names the images; give one of them")
     if not settings.input_folder and not (settings.generated_data or settings.synthetic_data):
         parser.error("give --input-folder FOLDER (images and captions) or --generated-data, or a --config that does")
     check_vqgan_files(parser, settings)
@@ -267,29 +245,17 @@ def vqgan_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if not settings.input_folder:
         parser.error("give --input-folder FOLDER (images), or a --config that does")
     if settings.ch % 32:
-        _refuse(parser, "ch", f"must be a multiple of 32, the groups of its normalization, not {settings.ch}")
+        refuse(parser, "ch", f"must be a multiple of 32, the groups of its normalization, not {settings.ch}")
     if settings.patch_size & (settings.patch_size - 1):
-        _refuse(parser, "patch-size", f"must be a power of two, not {settings.patch_size}")
+        refuse(parser, "patch-size", f"must be a power of two, not {settings.patch_size}")
     factor = settings.patch_size * 2 ** (len(settings.ch_mult) - 1)
     if settings.image_size % factor:
         reason = "--patch-size × 2^(levels of --ch-mult - 1)"
-        _refuse(parser, "image-size", f"must be a multiple of {factor} = {reason}, not {settings.image_size}")
+        refuse(parser, "image-size", f"must be a multiple of {factor} = {reason}, not {settings.image_size}")
     if settings.continuous_steps >= settings.max_steps:
         problem = f"{settings.continuous_steps} leaves none of {settings.max_steps} steps to the codebook"
-        _refuse(parser, "continuous-steps", problem)
+        refuse(parser, "continuous-steps", problem)
     if settings.disc_weight and settings.image_size < 32:
         problem = f"the discriminator needs images of at least 32 × 32 pixels, not {settings.image_size}"
-        _refuse(parser, "disc-weight", problem)
+        refuse(parser, "disc-weight", problem)
     return settings
-
-
-def check_vqgan_files(parser: Parser, settings: argparse.Namespace) -> None:
-    """Refuse flags that name no VQGAN, or two."""
-    if settings.vqgan_config_path and not settings.vqgan_model_path:
-        _refuse(parser, "vqgan-config-path", "needs --vqgan-model-path, the weights that it describes")
-    if getattr(settings, "vae_path", None) and settings.vqgan_model_path:
-        _refuse(parser, "vae-path", "names a VQGAN, and so does --vqgan-model-path; give one of them")
-
-
-def _refuse(parser: Parser, flag: str, problem: str) -> Any:
-    parser.error(f"argument --{flag}: {problem}")

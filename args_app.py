@@ -1,12 +1,13 @@
 """The flags of app.py."""
 
+import argparse
 import os
+from typing import List, Optional
 
-from args import COUNT, check_vqgan_files, machine_flags, vqgan_file_flags
-from utils.command_line import Parser, number, parse
+from utils.command_line import COUNT, Parser, check_vqgan_files, machine_flags, number, parse, vqgan_file_flags
 
 
-def app_parser():
+def app_parser() -> Parser:
     """Return the parser of app.py's flags."""
     parser = Parser("Serves a web page and an HTTP API that generate images for prompts; see requirements-app.txt.")
     add = parser.heading("Model")
@@ -30,12 +31,12 @@ def app_parser():
     return parser
 
 
-def prefix(text):
+def prefix(text: str) -> str:
     """Parse a URL prefix: none, or one with a slash before it and none after it."""
     return f"/{text.strip('/')}" if text.strip("/") else ""
 
 
-def app_arguments(argv=None):
+def app_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     """Return the validated namespace of app.py."""
     parser = app_parser()
     settings = parse(parser, argv)

@@ -10,8 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
-from args import COUNT, SEED, check_vqgan_files, machine_flags, sampling_flags, vqgan_file_flags
-from utils.command_line import Parser, number, parse
+from utils.command_line import (
+    COUNT,
+    SEED,
+    Parser,
+    check_vqgan_files,
+    machine_flags,
+    number,
+    parse,
+    path,
+    refuse,
+    sampling_flags,
+    vqgan_file_flags,
+)
 
 SAMPLING = ("top_k", "top_p", "temperature", "cond_scale")
 KEYS = {"prompt": str, "num_images": int, "seed": int, **dict.fromkeys(SAMPLING, float)}
@@ -99,31 +110,33 @@ def generate_parser() -> Parser:
     """Build the parser of generate.py's flags."""
     parser = Parser("Generate images for prompts with a trained DALL-E; without --dalle_path, with the demo model.")
     add = parser.heading("What to generate")
-    add("dalle-path", None, "checkpoint of train.py; default: the demo model, which knows two colored shapes")
-    add("text", None, "prompts, separated by |; - reads them from standard input, one per line")
+    add("dalle-path", None, "checkpoint of train.py; default: the demo model, which knows two colored shapes", path)
+    add("text", None, "prompts, separated by |; - reads them from standard input, one per line", metavar="TEXT")
     add(
         "prompts-file",
         None,
         'file with one prompt per line, or one JSON object: {"prompt": …, "num_images", "seed", "top_k", …}; - is '
         "standard input",
+        path,
     )
     add("num-images", 128, "images per prompt", COUNT)
-    add("outputs-dir", "./outputs", "folder for the images; each prompt gets a folder in it")
+    add("outputs-dir", "./outputs", "folder for the images; each prompt gets a folder in it", path)
     add("format", "jpg", "file format of the images", choices=("jpg", "png"))
     add("gentxt", False, "let the model complete each prompt first", bool)
     add("seed", None, "the same seed gives the same images; default: a new one, which is logged", SEED)
     add("batch-size", None, "images generated at once; auto: what suits the machine", auto_or_count, metavar="N")
     add = parser.heading("Start from an image")
-    add("image-prompt", None, "keep the upper rows of this image and generate the rest")
-    add("keep-rows", 0.5, "number of rows of codes to keep, or the fraction of them", rows)
+    add("image-prompt", None, "keep the upper rows of this image and generate the rest", path)
+    add("keep-rows", 0.5, "number of rows of codes to keep, or the fraction of them", rows, metavar="X")
     add(
         "variations",
         None,
         "like --image-prompt, for an image of generate.py; its prompt is used unless --text is given",
+        path,
     )
     add = parser.heading("Keep the best")
     add("rank", 1, "generate N times --num_images and keep those that fit their prompt best", COUNT)
-    add("clip-weights", None, "weights of --clip-model, which then chooses; default: the model itself chooses")
+    add("clip-weights", None, "weights of --clip-model, which then chooses; default: the model itself chooses", path)
     add("clip-model", "ViT-B-32", "the model of open_clip that --clip-weights is for; OpenAI's own: ViT-B-32-quickgelu")
     add = parser.heading("Show images while they form")
     add("preview", None, "write preview.png into the output folder every N rows", COUNT)
@@ -131,7 +144,7 @@ def generate_parser() -> Parser:
     sampling_flags(parser.heading("Sampling (default: what the checkpoint recommends)"))
     machine_flags(parser)
     add = parser.heading("Files that a checkpoint may lack")
-    add("bpe-path", None, "YouTokenToMe vocabulary; default: the checkpoint's, else CLIP's")
+    add("bpe-path", None, "YouTokenToMe vocabulary; default: the checkpoint's, else CLIP's", path)
     vqgan_file_flags(add)
     return parser
 
@@ -143,9 +156,9 @@ def generate_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespa
     if settings.text == "-":
         settings.text, settings.prompts_file = None, settings.prompts_file or "-"
     if settings.text is not None and settings.prompts_file:
-        parser.error("argument --prompts-file: --text gives prompts already; give one of them")
+        refuse(parser, "prompts-file", "--text gives prompts already; give one of them")
     if settings.variations and settings.image_prompt:
-        parser.error("argument --variations: --image-prompt names a picture already; give one of them")
+        refuse(parser, "variations", "--image-prompt names an image already; give one of them")
     settings.requests = None
     try:
         if settings.text is not None:
@@ -156,8 +169,8 @@ def generate_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespa
         parser.error(str(error))
     except OSError as error:
         if settings.prompts_file:  # else there was no standard input
-            parser.error(f"argument --prompts-file: {settings.prompts_file}: {error.strerror}")
+            refuse(parser, "prompts-file", f"{settings.prompts_file}: {error.strerror}")
     if settings.requests is None and not settings.variations:
-        parser.error("argument --text: missing; write what the picture should show, or give --prompts-file")
+        refuse(parser, "text", "missing; write what the image should show, or give --prompts-file")
     check_vqgan_files(parser, settings)
     return settings

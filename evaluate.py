@@ -1,33 +1,44 @@
-"""A checkpoint → how good it is, in figures: printed, and in results.json.
+"""Measure a checkpoint: losses, reconstruction, prompt accuracy and image scores, printed and in results.json.
 
     python evaluate.py --dalle_path output/ckpt/dalle_best.pt --input-folder FOLDER
     python evaluate.py --dalle_path output/demo/ckpt/dalle_step_800.pt
 
-Of a folder's pairs: total, text and image loss and perplexity of a code, as train.py's validation has them, what the
-VQGAN gives back of the pictures (PSNR), and a grid of them. Without a folder, or with --prompts: held-out prompts of
-the demo set are drawn and read back by data/shapes_reader.py: two objects, both colours, shapes and sizes, and the
-relation. Averaged weights are taken where the checkpoint keeps them. --clip-weights and --fid-weights score what is
-drawn, for those prompts or for the folder's captions (models/image_scores.py).
+With --input-folder: the losses that train.py's validation logs, the VQGAN's PSNR and a grid of its reconstructions.
+Without it, or with --prompts: validation prompts of the demo set are generated, and data/shapes_reader.py checks
+objects, colors, shapes, sizes and their relation. --clip-weights and --fid-weights score the generated images.
+Averaged weights are used if the checkpoint has them.
 """
+
+from __future__ import annotations
 
 import json
 import logging
 import tempfile
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Optional, Sequence, Tuple
 
 import log
 from args_evaluate import evaluate_arguments
 from utils.files import atomic_write, check_writable
 
+if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
+    import torch
+
+    from data.loader import TextImageDataset
+    from generation.loading import LoadedModel
+    from models.sampling import Sampling
+
 logger = logging.getLogger("minidalle")
 
-GRID_PICTURES = 36
+GRID_IMAGES = 36
 GRID_PAIRS = 8
-SMALLEST_ERROR = 1e-10  # of pixels in [0, 1], squared: 100 dB
+MIN_SQUARED_ERROR = 1e-10  # of pixels in [0, 1]; 100 dB
 
 
-def main(argv=None):
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Measure the checkpoint that the flags name."""
     settings = evaluate_arguments(argv)
     log.set_up()
     with log.exit_on_interrupt(), log.exit_on_bad_input():
@@ -39,26 +50,26 @@ def main(argv=None):
         exported = saved["exported"] if isinstance(saved.get("exported"), dict) else {}
         averaged = "ema_weights" in saved or exported.get("averaged", False)
         results = {"checkpoint": settings.dalle_path, "step": saved.get("step"), "averaged_weights": averaged}
-        dataset = pairs(settings, saved, loaded) if settings.input_folder else None
+        dataset = open_pairs(settings, saved, loaded) if settings.input_folder else None
         check_writable(settings.outputs_dir, "--outputs-dir")
         folder = Path(settings.outputs_dir)
         if loaded.backend.world_size > 1:
             raise ValueError("evaluate.py runs in one process; start it without torchrun")
-        clip, distance = scorers(settings, loaded.backend.device)
+        clip, distance = load_scorers(settings, loaded.backend.device)
         sampling = loaded.recommended.override(vars(settings))
         if dataset is not None:
-            results.update(of_pairs(loaded, dataset, settings, folder))
+            results.update(evaluate_pairs(loaded, dataset, settings, folder))
             if clip or distance:
-                results.update(of_drawings(loaded, dataset, settings, sampling, clip, distance))
+                results.update(score_captions(loaded, dataset, settings, sampling, clip, distance))
         if settings.prompts:
-            results.update(of_prompts(loaded, settings, sampling, folder, clip))
+            results.update(evaluate_prompts(loaded, settings, sampling, folder, clip))
         with atomic_write(folder / "results.json", text=True) as file:
             file.write(json.dumps(results, indent=2) + "\n")
     print(f"all figures: {folder / 'results.json'}")
 
 
-def scorers(settings, device):
-    """(CLIP score, FID), None where it is not asked for. On IPUs they run on the CPU."""
+def load_scorers(settings: Namespace, device: torch.device) -> Tuple[Any, Any]:
+    """Return CLIP score and FID, each None unless its weights are given."""
     if not (settings.clip_weights or settings.fid_weights):
         return None, None
     from models import image_scores
@@ -71,8 +82,8 @@ def scorers(settings, device):
     return clip, distance
 
 
-def pairs(settings, saved, loaded):
-    """The folder's pairs as train.py validates on them: the run's choice of captions, cut where the run cut them."""
+def open_pairs(settings: Namespace, saved: Dict[str, Any], loaded: LoadedModel) -> TextImageDataset:
+    """Return the folder's pairs as train.py validates on them, with the same captions, truncated in the same way."""
     from data.loader import TextImageDataset
 
     trained = saved.get("settings", {})
@@ -94,22 +105,22 @@ def pairs(settings, saved, loaded):
     return dataset
 
 
-def of_pairs(loaded, dataset, settings, folder):
-    """Losses and reconstructions of a dataset of pixels, which has codes afterwards."""
+def evaluate_pairs(loaded: LoadedModel, dataset: TextImageDataset, settings: Namespace, folder: Path) -> Dict[str, Any]:
+    """Return losses and reconstruction PSNR; the dataset has codes instead of pixels afterwards."""
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
     from generation.output import make_grid, to_image
-    from training.validation import with_perplexity
+    from training.validation import add_perplexity
 
     psnr, shown = reconstruct(loaded, dataset, settings.batch_size)
     make_grid([to_image(pixels) for pixels in shown], columns=len(shown) // 2).save(folder / "reconstructions.png")
     batches = DataLoader(dataset, settings.batch_size)
     losses = loaded.backend.evaluator(loaded.model)(tqdm(batches, desc="losses", unit="batch", disable=None))
-    losses = with_perplexity(losses)
-    told = " ".join(f"{name} {losses[name]:.4f}" for name in ("total", "text", "image"))
-    print(f"losses of {len(dataset)} pairs: {told} perplexity {losses['perplexity']:.2f}")
-    print(f"reconstruction: {psnr:.2f} dB PSNR; {folder / 'reconstructions.png'} has originals above what comes back")
+    losses = add_perplexity(losses)
+    line = " ".join(f"{name} {losses[name]:.4f}" for name in ("total", "text", "image"))
+    print(f"losses of {len(dataset)} pairs: {line} perplexity {losses['perplexity']:.2f}")
+    print(f"reconstruction: {psnr:.2f} dB PSNR; {folder / 'reconstructions.png'} has originals above reconstructions")
     return {
         "input_folder": settings.input_folder,
         "pairs": len(dataset),
@@ -118,94 +129,102 @@ def of_pairs(loaded, dataset, settings, folder):
     }
 
 
-def reconstruct(loaded, dataset, batch_size):
-    """Attach codes to a dataset of pixels → (mean PSNR of its pictures as they come back, in dB; the first originals,
-    then what comes back of them, float (2 N, 3, S, S) in [0, 1]).
+def reconstruct(loaded: LoadedModel, dataset: TextImageDataset, batch_size: int) -> Tuple[float, torch.Tensor]:
+    """Attach codes to a dataset of pixels and measure what the VQGAN makes of its images.
+
+    Returns:
+        Mean PSNR in dB, and the first originals followed by their reconstructions, float (2 N, 3, S, S) in [0, 1].
     """
     import torch
 
     from data.codes import load_codes, open_code_cache
 
     vae = loaded.model.vae
-    psnr, originals, returned = [], [], []
+    psnr, originals, decodings = [], [], []
 
     def encode_and_compare(pixels):
         codes = loaded.encode(pixels)
         decoded = loaded.decode(codes)
         errors = (decoded - pixels).square().mean(dim=(1, 2, 3))
-        psnr.append(-10 * errors.clamp(min=SMALLEST_ERROR).log10())
+        psnr.append(-10 * errors.clamp(min=MIN_SQUARED_ERROR).log10())
         if sum(map(len, originals)) < GRID_PAIRS:
             originals.append(pixels)
-            returned.append(decoded)
+            decodings.append(decoded)
         return codes
 
-    with tempfile.TemporaryDirectory() as place:  # pictures are read again in any case, and a user's folder left alone
+    with tempfile.TemporaryDirectory() as cache_dir:  # images are read anyway; the user's folder stays clean
         options = {"image_seq_len": vae.image_seq_len, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-        cache = open_code_cache(dataset.folder, place, image_size=vae.image_size, **options)
-        at_once = min(batch_size, max(1, 16 * 256**2 // vae.image_size**2))
-        codes, rows = load_codes(dataset.images, encode_and_compare, cache, batch_size=at_once)
+        cache = open_code_cache(dataset.folder, cache_dir, image_size=vae.image_size, **options)
+        images_at_once = min(batch_size, max(1, 16 * 256**2 // vae.image_size**2))
+        codes, rows = load_codes(dataset.images, encode_and_compare, cache, batch_size=images_at_once)
         dataset.attach_codes(codes[:].copy(), rows)
-    shown = torch.cat([torch.cat(part)[:GRID_PAIRS] for part in (originals, returned)])
+    shown = torch.cat([torch.cat(part)[:GRID_PAIRS] for part in (originals, decodings)])
     return torch.cat(psnr).mean().item(), shown
 
 
-def of_drawings(loaded, dataset, settings, sampling, clip, distance):
-    """One picture drawn for each pair's caption → its scores."""
+def score_captions(
+    loaded: LoadedModel, dataset: TextImageDataset, settings: Namespace, sampling: Sampling, clip: Any, distance: Any
+) -> Dict[str, Any]:
+    """Generate one image for each pair's caption and return the scores."""
     from data.images import load_images
 
     text = [dataset[index][0] for index in range(len(dataset))]
     captions = [loaded.tokenizer.decode(tokens) for tokens in text]
-    pictures, sampling = draw_prompts(loaded, captions, text, settings, sampling)
+    images, sampling = generate_prompts(loaded, captions, text, settings, sampling)
     found = {"seed": settings.seed, "sampling": sampling}
     if clip:
-        found["clip_score"] = mean_clip_score(clip, pictures, captions, settings)
+        found["clip_score"] = mean_clip_score(clip, images, captions, settings)
     if distance:
-        for first in batches_in(len(pictures), settings, "FID"):
+        for first in batch_starts(len(images), settings, "FID"):
             part = slice(first, first + settings.batch_size)
-            distance.add("drawn", (pictures[part] * 255).round().byte())
+            distance.add("generated", (images[part] * 255).round().byte())
             real = [dataset.folder / name for name, _, _ in dataset.images[part]]
             distance.add("real", load_images(real, loaded.model.vae.image_size))
         found["fid"] = distance.distance()
-        print(f"FID: {found['fid']:.2f} ({len(pictures)} pictures; with fewer than some thousands it is too high)")
+        print(f"FID: {found['fid']:.2f} ({len(images)} images; too high with fewer than some thousands)")
     return found
 
 
-def mean_clip_score(clip, pictures, texts, settings):
+def mean_clip_score(clip: Any, images: torch.Tensor, texts: Sequence[str], settings: Namespace) -> float:
+    """Return and print the mean CLIP score of images and their texts."""
     import torch
 
     from generation.output import to_image
 
     scores = []
-    for first in batches_in(len(pictures), settings, "CLIP"):
+    for first in batch_starts(len(images), settings, "CLIP"):
         part = slice(first, first + settings.batch_size)
-        scores.append(clip([to_image(pixels) for pixels in pictures[part]], texts[part]))
+        scores.append(clip([to_image(pixels) for pixels in images[part]], texts[part]))
     score = torch.cat(scores).mean().item()
-    print(f"CLIP score: {score:.2f} ({settings.clip_model}, {len(pictures)} pictures)")
+    print(f"CLIP score: {score:.2f} ({settings.clip_model}, {len(images)} images)")
     return score
 
 
-def batches_in(count, settings, title):
+def batch_starts(count: int, settings: Namespace, title: str) -> Iterable[int]:
+    """Return the index of each batch's first image, with a progress bar."""
     from tqdm import tqdm
 
     return tqdm(range(0, count, settings.batch_size), desc=title, unit="batch", disable=None)
 
 
-def of_prompts(loaded, settings, sampling, folder, clip=None):
-    """How many held-out prompts of the demo set the pictures follow; writes a grid of them and its prompts."""
+def evaluate_prompts(
+    loaded: LoadedModel, settings: Namespace, sampling: Sampling, folder: Path, clip: Any = None
+) -> Dict[str, Any]:
+    """Return the share of validation prompts of the demo set that the images follow; write a grid and its prompts."""
     from data.shapes import validation_prompts
     from generation.output import make_grid, to_image
 
     prompts = validation_prompts(settings.prompt_set, settings.prompts, settings.seed)
     text = loaded.tokenizer.tokenize(prompts, loaded.model.text_seq_len)
-    pictures, sampling = draw_prompts(loaded, prompts, text, settings, sampling)
-    accuracy, wrong = judge(prompts, pictures)
-    make_grid([to_image(pixels) for pixels in pictures[:GRID_PICTURES]]).save(folder / "grid.png")
-    (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_PICTURES]) + "\n", encoding="utf-8")
+    images, sampling = generate_prompts(loaded, prompts, text, settings, sampling)
+    accuracy, wrong = judge(prompts, images)
+    make_grid([to_image(pixels) for pixels in images[:GRID_IMAGES]]).save(folder / "grid.png")
+    (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_IMAGES]) + "\n", encoding="utf-8")
     if wrong:
         logger.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
-    print(f"picture grid: {folder / 'grid.png'} (its prompts, row by row: {folder / 'prompts.txt'})")
+    print(f"image grid: {folder / 'grid.png'} (its prompts, row by row: {folder / 'prompts.txt'})")
     print(f"prompt accuracy: {100 * accuracy:.1f} % ({len(prompts)} prompts)")
-    scores = {"prompts_clip_score": mean_clip_score(clip, pictures, prompts, settings)} if clip else {}
+    scores = {"prompts_clip_score": mean_clip_score(clip, images, prompts, settings)} if clip else {}
     return {
         **scores,
         "prompts": len(prompts),
@@ -217,29 +236,31 @@ def of_prompts(loaded, settings, sampling, folder, clip=None):
     }
 
 
-def draw_prompts(loaded, prompts, text, settings, sampling):
-    """One picture a prompt: float (K, 3, S, S) in [0, 1], and the sampling settings that they were drawn with."""
+def generate_prompts(
+    loaded: LoadedModel, prompts: Sequence[str], text: torch.Tensor, settings: Namespace, sampling: Sampling
+) -> Tuple[torch.Tensor, Dict[str, Any]]:
+    """Return an image for each prompt, float (N, 3, S, S) in [0, 1], and the sampling settings."""
     from tqdm import tqdm
 
     from generation import batching
 
-    shaping = batching.plan_image(loaded, prompts[0], 0, sampling).sampling
-    none = text[0].new_zeros(0)
-    wanted = [
-        batching.ImageSpec(prompt, tokens, settings.seed + place, shaping, none)
-        for place, (prompt, tokens) in enumerate(zip(prompts, text))
+    sampling = batching.plan_image(loaded, prompts[0], 0, sampling).sampling
+    no_codes = text[0].new_zeros(0)
+    specs = [
+        batching.ImageSpec(prompt, tokens, settings.seed + number, sampling, no_codes)
+        for number, (prompt, tokens) in enumerate(zip(prompts, text))
     ]
-    with tqdm(total=len(wanted), desc="drawing", unit="picture", disable=None) as bar:
-        (codes,) = batching.generate_lists(loaded, [wanted], on_batch=bar.update)
-    return loaded.decode(codes), shaping._asdict()
+    with tqdm(total=len(specs), desc="generating", unit="image", disable=None) as bar:
+        (codes,) = batching.generate_lists(loaded, [specs], on_batch=bar.update)
+    return loaded.decode(codes), sampling._asdict()
 
 
-def judge(prompts, pictures):
-    """Share of pictures without a fault, and how often each kind of fault was seen."""
+def judge(prompts: Sequence[str], images: torch.Tensor) -> Tuple[float, Counter]:
+    """Return the share of images that follow their prompts, and how often each kind of fault was found."""
     from data.shapes_reader import find_faults
 
-    pixels = (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    seen = [find_faults(prompt, picture) for prompt, picture in zip(prompts, pixels)]
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    seen = [find_faults(prompt, image) for prompt, image in zip(prompts, pixels)]
     return sum(not found for found in seen) / len(seen), Counter(fault for found in seen for fault in found)
 
 

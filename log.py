@@ -1,7 +1,7 @@
-"""The logger, the progress bar with the lines that benchmarks.yml reads, and how bad input ends a command.
+"""The logger, a run's progress with the lines that benchmarks.yml reads, and one-line errors.
 
-Log lines go to stdout, the bar and errors to stderr. The lines read by regular expression are
-`throughput: X samples/sec` (of generate.py: images/sec), `loss: X` and `Compiled model in X secs`.
+Log lines go to stdout, the progress bar and errors to stderr. benchmarks.yml looks for `throughput: X samples/sec`
+(images/sec in generate.py), `loss: X` and `Compiled model in X secs`.
 """
 
 import contextlib
@@ -9,64 +9,67 @@ import logging
 import signal
 import sys
 import time
+from typing import Dict, Iterator
 
 from tqdm import tqdm
 
+LINE_SECONDS = 10  # between log lines of losses, at least; the bar moves with every update
+EXIT_INTERRUPTED = 130
+
 logger = logging.getLogger("minidalle")
-LINE_SECONDS = 10  # at most one log line of losses in so much time; the bar moves with every step
 
 
-class _AroundTheBar(logging.StreamHandler):
-    """Writes a line above a progress bar that is being drawn, not into it."""
+class _AboveTheBar(logging.StreamHandler):
+    """Write log lines above a progress bar, not into it."""
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
 
 
-def set_up(level=logging.INFO):
-    """Send the program's log to stdout, with the time. Further calls change the level only."""
+def set_up(level: int = logging.INFO) -> None:
+    """Send the program's log to stdout, with the time; later calls only change the level."""
     logger.setLevel(level)
     if not logger.handlers:
-        handler = _AroundTheBar()
+        handler = _AboveTheBar()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
 
 
 @contextlib.contextmanager
-def exit_on_bad_input():
-    """Within: ValueError and OSError, raised for bad input, end the program with one line and status 2."""
+def exit_on_bad_input() -> Iterator[None]:
+    """End the program with one line and status 2 if the block raises ValueError or OSError."""
     try:
         yield
     except (ValueError, OSError) as error:
-        logger.debug("where it was noticed:", exc_info=True)
+        logger.debug("raised here:", exc_info=True)
         program = sys.argv[0].rpartition("/")[2]
         print(f"{program}: error: {describe_error(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def describe_error(error):
-    """What an exception says, in one line, without Python's number of the error."""
-    said = str(error)
+def describe_error(error: BaseException) -> str:
+    """Return an exception's message in one line, without the error number of OSError."""
+    message = str(error)
     if isinstance(error, OSError) and error.strerror:
-        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(said.split())
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(message.split())
 
 
 @contextlib.contextmanager
-def exit_on_interrupt():
-    """Within: Ctrl-C ends the program with one line and status 130."""
+def exit_on_interrupt() -> Iterator[None]:
+    """End the program with one line and status 130 if Ctrl-C interrupts the block."""
     try:
         yield
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 @contextlib.contextmanager
-def sigterm_as_ctrl_c():
-    """Within: SIGTERM, by which launchers and schedulers end a run, is taken like Ctrl-C."""
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Treat SIGTERM, which launchers and schedulers send, like Ctrl-C."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -74,48 +77,47 @@ def sigterm_as_ctrl_c():
         signal.signal(signal.SIGTERM, before)
 
 
-def pictures_lost(count):
-    """The line at a run's end about pictures that went bad while it trained."""
-    if count:
-        noun = "picture" if count == 1 else "pictures"
-        logger.warning("%d %s could not be read while training; others took the place", count, noun)
-
-
-def log_validation(step, losses):
-    """The line of a validation after update `step`; losses: total, text, image and perplexity."""
+def log_validation(step: int, losses: Dict[str, float]) -> None:
+    """Log the losses of the validation set after update `step`: total, text, image and perplexity."""
     logger.info(
-        "step %d held-out: total %.4f text %.4f image %.4f perplexity %.2f",
+        "step %d validation: total %.4f text %.4f image %.4f perplexity %.2f",
         *(step, losses["total"], losses["text"], losses["image"], losses["perplexity"]),
     )
 
 
 class Progress:
-    """Bar and log lines of a run: losses, learning rate, samples a second, and the time that is left.
+    """Progress bar and log lines of a run: losses, learning rate, samples a second, and the time left.
 
-    Samples a second are those of the last LINE_SECONDS or somewhat more, without what lies between updates: validation,
-    checkpoints, pictures. The time left counts that in.
+    Samples a second are measured over the last LINE_SECONDS or a little more, without the time that validation,
+    checkpoints and samples take. The time left includes it.
     """
 
-    def __init__(self, steps, first_step, samples_per_step):
+    def __init__(self, steps: int, first_step: int, samples_per_step: int):
         self.steps, self.first_step, self.samples_per_step = steps, first_step, samples_per_step
-        quiet = None if logger.isEnabledFor(logging.INFO) else True  # None: no bar where there is no terminal
+        hidden = None if logger.isEnabledFor(logging.INFO) else True  # None: hidden if stderr is no terminal
         self.bar = tqdm(
             total=steps,
             initial=first_step,
             unit="step",
             desc="training",
-            disable=quiet,
+            disable=hidden,
             dynamic_ncols=True,
-            smoothing=0,  # the time left by the mean of the run
+            smoothing=0,  # estimate the time left from the mean of the whole run
             bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
-        self.began = self.updated = self.last_line = time.monotonic()
+        self.marks = [(0.0, first_step)]  # (seconds of training, step) at the last two log lines
+        self.compiled()
+        self.last_line = self.began
+
+    def compiled(self) -> None:
+        """Start the clock: what came before the first update says nothing about the time a run takes."""
+        self.began = self.updated = time.monotonic()
         self.not_training = 0.0  # seconds
-        self.marks = [(0.0, first_step)]  # seconds of training and step: at the last line, and at the one before
+        self.bar.unpause()
 
     @contextlib.contextmanager
-    def paused(self):
-        """Within: what is no update, so that it does not count as one's time."""
+    def paused(self) -> Iterator[None]:
+        """Exclude this block's time from that of the updates."""
         started = time.monotonic()
         try:
             yield
@@ -124,19 +126,13 @@ class Progress:
             self.not_training += seconds
             self.updated += seconds
 
-    def compiled(self):
-        """The first update begins: what came before does not tell how long the run takes."""
-        self.began = self.updated = time.monotonic()
-        self.not_training = 0.0
-        self.bar.unpause()
-
-    def step(self, step, epoch, losses, lr, skipped=False):
-        """After update `step` (counted from 1) → its samples a second; losses: total, text and image."""
+    def step(self, step: int, epoch: int, losses: Dict[str, float], lr: float, skipped: bool = False) -> float:
+        """Show update `step`, counted from 1, and return its samples a second; losses: total, text and image."""
         now = time.monotonic()
         seconds, self.updated = now - self.updated, now
         trained = now - self.began - self.not_training
-        since, step_then = self.marks[0]
-        throughput = (step - step_then) * self.samples_per_step / max(trained - since, 1e-9)
+        trained_then, step_then = self.marks[0]
+        throughput = (step - step_then) * self.samples_per_step / max(trained - trained_then, 1e-9)
         self.bar.set_postfix_str(
             f"{throughput:,.1f} samples/s, loss {losses['total']:.3f} "
             f"(text {losses['text']:.3f}, image {losses['image']:.3f}), lr {lr:.2e}",
@@ -144,8 +140,8 @@ class Progress:
         )
         self.bar.update()
         if skipped:
-            logger.warning("step %d: loss or gradient is not finite, the update is left out", step)
-        if not skipped and (now - self.last_line >= LINE_SECONDS or step == self.steps):
+            logger.warning("step %d: loss or gradient is not finite, update skipped", step)
+        elif now - self.last_line >= LINE_SECONDS or step == self.steps:
             left = (self.steps - step) * (now - self.began) / (step - self.first_step)
             logger.info(
                 "step %d/%d epoch %d loss: %.3f text %.3f image %.3f lr %.2e throughput: %.2f samples/sec, %s left",
@@ -156,5 +152,6 @@ class Progress:
             self.marks = [*self.marks, (trained, step)][-2:]
         return self.samples_per_step / max(seconds, 1e-9)
 
-    def close(self):
+    def close(self) -> None:
+        """Remove the bar."""
         self.bar.close()

@@ -1,39 +1,50 @@
-"""Trains a VQGAN, the image tokenizer of train.py, on a folder of pictures.
+"""Train a VQGAN, the image tokenizer of train.py, on a folder of images.
 
     python train_vqgan.py --config vqgan_demo
     python train_vqgan.py --config vqgan_photos --input-folder my_photos --output-dir output/my_vqgan
 
-Pictures need no captions. --output-dir gets vqgan.ckpt and vqgan.yaml in taming-transformers' format, for train.py's
---vae-path, and reconstructions.png: held-out pictures above what comes back of them.
+Images need no captions. --output-dir receives vqgan.ckpt and vqgan.yaml in taming-transformers' format, for train.py's
+--vae-path, and reconstructions.png: validation images above their reconstructions.
 """
+
+from __future__ import annotations
 
 import logging
 import math
 import os
+from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 from args import vqgan_arguments
-from log import exit_on_bad_input, set_up
+from log import EXIT_INTERRUPTED, exit_on_bad_input, set_up
+from utils.files import atomic_write, check_writable
+
+if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
+    import torch
+
+    from models.vae import VQGan
+    from models.vqgan_training import Evaluation, VQGanTrainer
 
 logger = logging.getLogger("minidalle")
 
-MEMORY_BYTES = 2 << 30  # a set that takes no more is decoded once and kept
-HELD_OUT_PIXELS = 1 << 21  # of so many the figures are taken: 512 pictures of 64 × 64, 32 of 256 × 256
-GRID_PICTURES = 8
-SHOWN_EVERY = 10  # steps between looks at the loss, each of which waits for the device
-LOGGED_EVERY = 50  # steps between log lines where there is no bar
-EXIT_INTERRUPTED = 130
+MEMORY_BYTES = 2 << 30  # a smaller training set is decoded once and kept in memory
+VALIDATION_PIXELS = 1 << 21  # 512 images of 64 × 64, 32 of 256 × 256
+GRID_IMAGES = 8
+SHOW_EVERY = 10  # steps; reading the loss waits for the device
+LOG_EVERY = 50  # steps, if there is no progress bar
 
 
-def main(argv=None):
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Train the VQGAN that the flags describe."""
     settings = vqgan_arguments(argv)
     set_up()
     with exit_on_bad_input():
         train(settings)
 
 
-def train(settings):
-    """The run: settings → files in settings.output_dir. ValueError and OSError for bad input, in one line."""
+def train(settings: Namespace) -> None:
+    """Train to the end and write the files; ValueError or OSError in one line for bad input."""
     import torch
     from tqdm import tqdm
 
@@ -41,7 +52,6 @@ def train(settings):
     from data.images import endless_batches
     from models.vae import VQGan
     from models.vqgan_training import SEED_CELLS, VQGanTrainer
-    from utils.files import check_writable
     from utils.optimization import cosine
 
     torch.manual_seed(settings.random_seed)
@@ -52,7 +62,7 @@ def train(settings):
     model = VQGan(params).to(device)
     output_dir = Path(settings.output_dir)
     check_writable(output_dir, "--output-dir")
-    pictures, held_out, held_out_name = read_folders(settings)
+    images, validation_images, validation_name = read_folders(settings)
     logger.info(
         "VQGAN of %.1f million parameters: %d × %d pixels to %d × %d codes of %d; on %s in %s",
         sum(parameter.numel() for parameter in model.parameters()) / 1e6,
@@ -65,7 +75,7 @@ def train(settings):
     autocast = torch.bfloat16 if bf16 else None
     trainer = VQGanTrainer(model, build_optimizers(model, settings), settings, device, autocast)
     batches = endless_batches(
-        pictures,
+        images,
         settings.batch_size,
         size=settings.image_size,
         seed=settings.random_seed,
@@ -73,13 +83,13 @@ def train(settings):
     )
 
     def report():
-        figures = measure(model, held_out, settings.batch_size, output_dir)
+        figures = measure(model, validation_images, settings.batch_size, output_dir)
         logger.info(
             "step %d: PSNR %.2f dB on %d %s, %d of %d codes used (perplexity %.0f)",
             trainer.steps,
             figures.psnr,
-            len(held_out),
-            held_out_name,
+            len(validation_images),
+            validation_name,
             figures.codes_used,
             settings.n_embed,
             figures.perplexity,
@@ -90,24 +100,24 @@ def train(settings):
         with tqdm(total=settings.max_steps, desc="training", unit="step", disable=None, dynamic_ncols=True) as bar:
             for step in range(settings.max_steps):
                 if step == settings.continuous_steps:
-                    enough = math.ceil(SEED_CELLS / codes_per_side(settings) ** 2 / settings.batch_size)
-                    begun = trainer.start_codebook(torch.cat([next(batches) for _ in range(enough)]))
-                    logger.info("step %d: the codebook begins with %d of %d entries", step, begun, settings.n_embed)
-                figures = trainer.step(next(batches), cosine(step, settings.max_steps, settings.warmup_steps))
+                    count = math.ceil(SEED_CELLS / codes_per_side(settings) ** 2 / settings.batch_size)
+                    entries = trainer.start_codebook(torch.cat([next(batches) for _ in range(count)]))
+                    logger.info("step %d: the codebook starts with %d of %d entries", step, entries, settings.n_embed)
+                losses = trainer.step(next(batches), cosine(step, settings.max_steps, settings.warmup_steps))
                 bar.update()
-                if (step + 1) % SHOWN_EVERY == 0 or step + 1 == settings.max_steps:
-                    show(bar, figures, trainer, step)
+                if (step + 1) % SHOW_EVERY == 0 or step + 1 == settings.max_steps:
+                    show(bar, losses, trainer, step)
                 if settings.eval_interval and (step + 1) % settings.eval_interval == 0 and trainer.has_codebook:
                     report()
         report()
     except KeyboardInterrupt:
         if not trainer.has_codebook:
-            logger.info("interrupted at step %d, before there was a codebook: nothing saved", trainer.steps)
+            logger.info("interrupted at step %d, before the codebook was started: nothing saved", trainer.steps)
         else:
             save(model, params, trainer.steps, output_dir)
-            logger.info("interrupted at step %d of %d; saved what there is", trainer.steps, settings.max_steps)
+            logger.info("interrupted at step %d of %d; saved the VQGAN so far", trainer.steps, settings.max_steps)
         raise SystemExit(EXIT_INTERRUPTED) from None
-    logger.info("wrote vqgan.ckpt, vqgan.yaml and reconstructions.png into %s", output_dir)
+    logger.info("wrote vqgan.ckpt, vqgan.yaml and reconstructions.png to %s", output_dir)
 
 
 def _fast_in_bf16(device):
@@ -117,8 +127,8 @@ def _fast_in_bf16(device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def build_optimizers(model, settings):
-    """Muon over the kernels and Adam over the rest, or AdamW over all, at their peak learning rate."""
+def build_optimizers(model: VQGan, settings: Namespace) -> List[torch.optim.Optimizer]:
+    """Return Muon for the kernels and Adam for the rest, or AdamW for all, at their peak learning rate."""
     import torch
 
     from utils.muon import Muon
@@ -131,12 +141,13 @@ def build_optimizers(model, settings):
     return [Muon(kernels, rate, decay), torch.optim.Adam(others, rate, (0.9, 0.99))]
 
 
-def codes_per_side(settings):
+def codes_per_side(settings: Namespace) -> int:
+    """Return the side of an image's code grid."""
     return settings.image_size // settings.patch_size // 2 ** (len(settings.ch_mult) - 1)
 
 
-def vqgan_params(settings):
-    """The flags as model.params of a taming yaml, checked."""
+def vqgan_params(settings: Namespace) -> Dict[str, Any]:
+    """Return the flags as the checked model.params of a taming yaml."""
     from models.vae import check_params
 
     channels = 3 * settings.patch_size**2
@@ -161,70 +172,71 @@ def vqgan_params(settings):
     )
 
 
-def read_folders(settings):
-    """(training pictures, held-out pictures uint8 (N, 3, S, S), what to call the latter).
+def read_folders(settings: Namespace) -> Tuple[Any, torch.Tensor, str]:
+    """Return training images, validation images uint8 (N, 3, S, S), and a name for the latter.
 
-    The training pictures are paths where they would not fit into memory. No more of them are read than the run can
-    see.
+    The training images are paths if they would not fit into memory. Only as many are read as the run can use.
     """
     from data.images import find_images, load_images
     from data.order import epoch_order
 
     size, seed = settings.image_size, settings.random_seed
 
-    def shuffled(paths):
+    def shuffle(paths: List[Path]) -> List[Path]:
         return [paths[index] for index in epoch_order(len(paths), seed, epoch=0)]
 
-    paths = shuffled(find_images(settings.input_folder))
-    name = "held-out pictures"
-    most = max(GRID_PICTURES, HELD_OUT_PIXELS // size**2)
+    paths = shuffle(find_images(settings.input_folder))
+    name = "validation images"
+    most = max(GRID_IMAGES, VALIDATION_PIXELS // size**2)
     if settings.validation_folder is not None:
-        held_out = shuffled(find_images(settings.validation_folder))[:most]
+        validation = shuffle(find_images(settings.validation_folder))[:most]
     elif settings.validation_split and len(paths) > 1:
         count = min(most, math.ceil(len(paths) * settings.validation_split))
-        held_out, paths = paths[:count], paths[count:]
+        validation, paths = paths[:count], paths[count:]
     else:
-        held_out, name = paths[:most], "training pictures"
+        validation, name = paths[:most], "training images"
     paths = paths[: settings.max_steps * settings.batch_size]
-    held_out = load_images(held_out, size, settings.dataloader_workers)
+    validation = load_images(validation, size, settings.dataloader_workers)
     if len(paths) * 3 * size**2 <= MEMORY_BYTES:
         paths = load_images(paths, size, settings.dataloader_workers)
-    logger.info("%d training pictures, %d %s", len(paths), len(held_out), name)
-    return paths, held_out, name
+    logger.info("%d training images, %d %s", len(paths), len(validation), name)
+    return paths, validation, name
 
 
-def show(bar, figures, trainer, step):
-    """Loss, PSNR of the batch and codes in use behind the bar, or in the log where no bar is drawn.
+def show(bar: Any, losses: Dict[str, torch.Tensor], trainer: VQGanTrainer, step: int) -> None:
+    """Show loss, PSNR of the batch and codes in use in the bar, or log them if there is none.
 
-    ValueError when training has run away.
+    Raises:
+        ValueError: the loss is not finite.
     """
-    loss = figures["loss"].item()
+    loss = losses["loss"].item()
     if not math.isfinite(loss):
-        raise ValueError(f"the loss is no longer finite at step {step}; use a lower --learning-rate than now")
+        raise ValueError(f"the loss is no longer finite at step {step}; use a lower --learning-rate")
     codes = f", {int((trainer.usage > 0.1).sum())} codes" if trainer.has_codebook else ""
-    line = f"loss {loss:.4f}, {-10 * math.log10(figures['mse'].item()):.1f} dB{codes}"
+    line = f"loss {loss:.4f}, {-10 * math.log10(losses['mse'].item()):.1f} dB{codes}"
     bar.set_postfix_str(line)
-    if bar.disable and (step + 1) % LOGGED_EVERY == 0:
+    if bar.disable and (step + 1) % LOG_EVERY == 0:
         logger.info("step %d of %d: %s", step + 1, trainer.settings.max_steps, line)
 
 
-def measure(model, held_out, batch_size, output_dir):
-    """The figures on held-out pictures; writes reconstructions.png."""
+def measure(model: VQGan, validation: torch.Tensor, batch_size: int, output_dir: Path) -> Evaluation:
+    """Return the measurements on validation images and write reconstructions.png."""
     import torch
     from PIL import Image
 
     from models.vqgan_training import evaluate
 
-    figures = evaluate(model, held_out, batch_size, keep=GRID_PICTURES)
-    rows = torch.stack([held_out[: len(figures.pictures)], figures.pictures])  # (2, N, 3, S, S)
+    figures = evaluate(model, validation, batch_size, keep=GRID_IMAGES)
+    rows = torch.stack([validation[: len(figures.pictures)], figures.pictures])  # (2, N, 3, S, S)
     rows = torch.nn.functional.pad(rows, (2, 2, 2, 2), value=255)  # a white frame around each
     grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (2 * S', N * S', 3)
-    _write(output_dir / "reconstructions.png", lambda path: Image.fromarray(grid.numpy()).save(path, format="PNG"))
+    with atomic_write(output_dir / "reconstructions.png") as file:
+        Image.fromarray(grid.numpy()).save(file, format="PNG")
     return figures
 
 
-def save(model, params, steps, output_dir):
-    """vqgan.yaml and vqgan.ckpt, as taming-transformers lays them out; each complete or not at all."""
+def save(model: VQGan, params: Dict[str, Any], steps: int, output_dir: Path) -> None:
+    """Write vqgan.yaml and vqgan.ckpt in taming-transformers' format, each complete or not at all."""
     import yaml
 
     from utils.checkpoint import write
@@ -233,19 +245,10 @@ def save(model, params, steps, output_dir):
     if params["patch_size"] == 1:
         del params["patch_size"]  # taming's own VQModel knows no such setting
     config = {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
-    _write(output_dir / "vqgan.yaml", lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False)))
+    with atomic_write(output_dir / "vqgan.yaml", text=True) as file:
+        yaml.safe_dump(config, file, sort_keys=False)
     state_dict = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     write(output_dir / "vqgan.ckpt", {"state_dict": state_dict, "global_step": steps})
-
-
-def _write(path, write_to):
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write_to(beside)
-        os.replace(beside, path)
-    finally:
-        if beside.exists():
-            beside.unlink()
 
 
 if __name__ == "__main__":

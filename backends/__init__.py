@@ -1,10 +1,9 @@
-"""Choose where a model runs: base.py is the contract; native/ serves CPUs and GPUs, ipu/ Graphcore IPUs."""
+"""Choose the machine that runs a model: base.py is the contract; native/ serves CPUs and GPUs, ipu/ Graphcore IPUs."""
 
 import os
 from argparse import Namespace
 
 from backends.base import Backend, TrainingBackend
-from backends.ipu import backend as ipu_backend
 from backends.native import backend as native_backend
 
 
@@ -14,8 +13,11 @@ def for_training(settings: Namespace) -> TrainingBackend:
     Raises:
         ValueError: this machine lacks the device, or the device cannot run these settings; one line.
     """
-    trainable = settings.optimizer in ipu_backend.OPTIMIZERS
-    if not _runs_on_ipu(settings.device, trainable):
+    if not _may_use_ipu(settings.device):
+        return native_backend.NativeTrainingBackend(settings)
+    from backends.ipu import backend as ipu_backend
+
+    if settings.device == "auto" and not (settings.optimizer in ipu_backend.OPTIMIZERS and ipu_backend.is_enabled()):
         return native_backend.NativeTrainingBackend(settings)
     if settings.shard:
         raise ValueError("--shard: for CPUs and GPUs only; on IPUs, --enable-rts shards the optimizer's state")
@@ -32,12 +34,15 @@ def for_inference(device: str = "auto", precision: str = "auto") -> Backend:
     Raises:
         ValueError: this machine lacks the device, or the device lacks the precision; one line.
     """
-    backend = ipu_backend.IpuBackend if _runs_on_ipu(device) else native_backend.NativeBackend
-    return backend(device, precision)
+    if _may_use_ipu(device):
+        from backends.ipu import backend as ipu_backend
+
+        if device == "ipu" or ipu_backend.is_enabled():
+            return ipu_backend.IpuBackend(device, precision)
+    return native_backend.NativeBackend(device, precision)
 
 
-def _runs_on_ipu(device: str, trainable: bool = True) -> bool:
-    """Return whether to use an IPU: if asked for, or if the Poplar SDK is enabled and there is no GPU."""
-    if device == "auto" and trainable and os.environ.get("POPLAR_SDK_ENABLED") and not native_backend.has_cuda():
-        return ipu_backend.is_enabled()
-    return device == "ipu"
+def _may_use_ipu(device: str) -> bool:
+    """Return whether to ask for an IPU: if the user does, or if the Poplar SDK is enabled and there is no GPU."""
+    wanted = device == "auto" and bool(os.environ.get("POPLAR_SDK_ENABLED"))
+    return device == "ipu" or (wanted and not native_backend.has_cuda())

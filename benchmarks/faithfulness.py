@@ -15,10 +15,9 @@ from typing import Any, Dict, List, Optional, Sequence
 from tqdm import tqdm
 
 import log
-from args import COUNT, SEED, machine_flags
 from data.shapes import validation_prompts
 from evaluate import judge
-from utils.command_line import Parser, number, parse
+from utils.command_line import COUNT, SEED, Parser, machine_flags, number, parse
 from utils.files import atomic_write, check_writable
 
 PLAIN = {"top_k": 0.0}  # the model's own distribution

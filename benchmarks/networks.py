@@ -159,7 +159,7 @@ def build_vqgan(quick: bool) -> Tuple[VQGanVAE, Tensor, Tensor]:
 
 
 def encode(quick: bool) -> Measurement:
-    """Measure images to codes, in fp32 at any precision: backends/native/vqgan.py says why."""
+    """Measure images to codes, in fp32 at any precision: backends/native/inference.py says why."""
     (vae, pixels, _), backend = build_vqgan(quick), NativeBackend()
     encoder = backend.encode(vae)
     seconds = time_calls(lambda: encoder(pixels), backend.device, IMAGES, quick)

@@ -51,7 +51,7 @@ def clip_score(weights: str, name: str, device: torch.device) -> Callable[..., T
 
 
 class InceptionDistance:
-    """FID between two sets of images: add() any number to "drawn" and "real", then call distance().
+    """FID between two sets of images: add() any number to "generated" and "real", then call distance().
 
     Args:
         weights: path of InceptionV3's weights for torch-fidelity and torchmetrics,
@@ -71,7 +71,7 @@ class InceptionDistance:
             self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], f"{place}/weights.pth")
         self.device = device
         self.network.to(device)
-        self.features: Dict[str, List[Tensor]] = {"drawn": [], "real": []}
+        self.features: Dict[str, List[Tensor]] = {"generated": [], "real": []}
 
     @torch.no_grad()
     def add(self, which: str, images: Tensor) -> None:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention import PrefixCache
 from models.dalle import DALLE
-from models.transformer import LayerScale
+from models.transformer import LayerScale, PrefixCache
 
 FEW = 4  # images up to which a CPU attends faster in one fused kernel
 Read = Union[slice, Tensor]
@@ -35,7 +34,7 @@ def plan_cache(mask: Tensor) -> Plan:
     slice. A slot is used again once no later code sees its key: the cache of axial_row is one row.
 
     Args:
-        mask: bool (n, n), the part of attention.pattern_mask for codes.
+        mask: bool (n, n), the part of transformer.pattern_mask for codes.
 
     Returns:
         The slot of each code, and what each code reads: a slice of slots, or int64 indices if they are not adjacent.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.attention import KeyValueCache
 from models.dalle import DALLE
+from models.transformer import KeyValueCache
 
 Generators = Union[None, torch.Generator, List[torch.Generator]]
 CodeCallback = Callable[[Tensor], Any]

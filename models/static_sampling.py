@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention import PrefixCache
 from models.dalle import DALLE
 from models.sampling import Sampling
+from models.transformer import PrefixCache
 
 
 def loop_in_python(count: int, body: Callable[..., List[Tensor]], inputs: List[Tensor]) -> List[Tensor]:

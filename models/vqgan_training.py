@@ -1,8 +1,7 @@
-"""One training step of a VQGAN, its codebook's beginning, and the figures by which it is judged.
+"""Train a VQGAN step by step, start and revive its codebook, and evaluate it.
 
-Knows neither files nor schedules: train_vqgan.py hands in pictures, optimizers and the learning rate's course. Papers:
-VQGAN, Esser et al. 2021 (arXiv:2012.09841); k-means++, Arthur and Vassilvitskii 2007; entropy-constrained
-quantisation, Chou, Lookabaugh and Gray 1989.
+Papers: VQGAN, Esser et al. 2021 (arXiv:2012.09841); k-means++, Arthur and Vassilvitskii 2007; entropy-constrained
+quantization, Chou, Lookabaugh and Gray 1989.
 """
 
 import contextlib
@@ -16,17 +15,17 @@ from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 
 from models.vae import VQGan
 
-DISC_RATE = 1e-4  # the discriminator's own learning rate; with more it wins too early
-USAGE_DECAY = 0.97  # a step; how fast the count of a code's uses forgets
-SEED_CELLS = 32768  # cells from which the codebook is begun
-SEED_SIDE = 8  # a cell is looked at as at most this many pixels a side
-REVIVAL_ENDS = 0.75  # of the run: a code that begins later would not settle
+DISC_RATE = 1e-4  # the discriminator's learning rate; a higher one lets it win too early
+USAGE_DECAY = 0.97  # per step, of the moving count of each code's uses
+SEED_CELLS = 32768  # cells that the codebook is initialized from
+SEED_SIDE = 8  # pixels per side that cells are reduced to for clustering
+REVIVAL_ENDS = 0.75  # of the run; a code that is revived later would not settle
 
 
 class VQGanTrainer:
-    """Trains a VQModel: reconstruction + codebook loss, and the patch discriminator's once it counts.
+    """The training of a VQGAN with reconstruction, codebook and, from disc_start on, adversarial loss.
 
-    Without quantisation at first; `start_codebook` ends that. `settings` has codebook_weight, commitment,
+    Without quantization at first; `start_codebook` ends that. `settings` has codebook_weight, commitment,
     rate_weight, revival_interval, disc_weight, disc_start, batch_size and max_steps, as train_vqgan.py's flags explain
     them.
 
@@ -69,7 +68,7 @@ class VQGanTrainer:
         return torch.autocast(device_type=self.device.type, dtype=self.autocast)
 
     def step(self, pictures: torch.Tensor, share_of_rate: float) -> Dict[str, torch.Tensor]:
-        """One update from (B, 3, H, W) uint8 pictures, at this share of the peak learning rate.
+        """Make one update from (B, 3, H, W) uint8 images, at this share of the peak learning rate.
 
         Returns 0-dim tensors: loss, and mse (of pixels in [0, 1]).
         """
@@ -81,14 +80,14 @@ class VQGanTrainer:
             latents = self.model.encode(pixels)
         latents = latents.float()  # (B, D, h, w)
         codebook_loss = latents.new_zeros(())
-        quantised = latents
+        quantized = latents
         if self.has_codebook:
             entries = self.model.lookup(self._choose(latents.detach()))
             codebook_loss = F.mse_loss(entries, latents.detach())
             codebook_loss = codebook_loss + self.settings.commitment * F.mse_loss(latents, entries.detach())
-            quantised = latents + (entries - latents).detach()  # the gradient passes straight through
+            quantized = latents + (entries - latents).detach()  # the gradient passes straight through
         with self._mixed():
-            decoded = self.model.decode(quantised)
+            decoded = self.model.decode(quantized)
         decoded = decoded.float()
         reconstruction = F.mse_loss(decoded, pixels)
         loss = reconstruction + self.settings.codebook_weight * codebook_loss
@@ -132,7 +131,7 @@ class VQGanTrainer:
 
     @torch.no_grad()
     def _revive(self, latents: torch.Tensor, squared_error: torch.Tensor) -> None:
-        """Moves codes that were not used of late to latents of cells that come back badly."""
+        """Move codes that were not used recently to latents of badly reconstructed cells."""
         dead = (self.last_use < self.steps - self.settings.revival_interval).nonzero().flatten()
         if len(dead) == 0:
             return
@@ -145,11 +144,11 @@ class VQGanTrainer:
 
     @torch.no_grad()
     def start_codebook(self, pictures: torch.Tensor) -> int:
-        """From now on latents are quantised. Begins the codebook from (N, 3, H, W) uint8 pictures -> entries in use.
+        """From now on latents are quantized. Begins the codebook from (N, 3, H, W) uint8 pictures -> entries in use.
 
         The cells are clustered by how they look, with k-means++ seeds, and an entry begins at the mean latent of its
         cluster. Clustering latents instead would spend most entries on neighbourhoods of the commonest cell: an
-        encoder that is not quantised yet lets a cell's surroundings shine through.
+        encoder that is not quantized yet lets a cell's surroundings shine through.
         """
         latents, cells = [], []
         for batch in pictures.split(self.settings.batch_size):
@@ -165,7 +164,7 @@ class VQGanTrainer:
         nearest = torch.cat([torch.cdist(part, seeds).argmin(dim=1) for part in looks.split(4096)])
         counts = torch.bincount(nearest, minlength=len(seeds))
         means = torch.zeros(len(seeds), points.shape[1], device=self.device).index_add_(0, nearest, points)
-        # Entries for which no cell is left are put out of reach: as copies of others they would come into use.
+        # Unused entries are moved out of reach; copies of other entries would be chosen.
         self.model.codebook[:] = 100 * points.abs().max()
         self.model.codebook[: len(seeds)] = means / counts.clamp(min=1)[:, None]
         self.usage.zero_()
@@ -175,7 +174,7 @@ class VQGanTrainer:
         return len(seeds)
 
     def _generator_loss(self, reconstruction: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        """disc_weight · the discriminator's opinion, weighed so that both gradients at the last layer are alike."""
+        """Return the adversarial loss, scaled so that its gradient at the last layer matches the reconstruction's."""
         with self._mixed():
             opinion = -self.discriminator(decoded).float().mean()
         last = self.model.decoder.conv_out.weight
@@ -194,7 +193,7 @@ class VQGanTrainer:
 
 
 def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float32 in [-1, 1]."""
+    """Convert uint8 to float32 in [-1, 1]."""
     return pictures.float() / 127.5 - 1
 
 
@@ -222,7 +221,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: VQGan, pictures: torch.Tensor, batch_size: int, keep: int = 8) -> Evaluation:
-    """Encodes, quantises and decodes (N, 3, H, W) uint8 pictures in fp32."""
+    """Encode, quantize and decode (N, 3, H, W) uint8 images in fp32."""
     training = model.training
     model.eval()
     device = model.codebook.device

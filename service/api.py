@@ -5,7 +5,7 @@ import logging
 import mimetypes
 import time
 from pathlib import Path
-from typing import Optional
+from typing import Any, Dict, Optional, Union
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,10 +14,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from generation.image_prompts import encode_kept_rows
+from generation.loading import LoadedModel
 from service import docs, uploads, validation
-from service.events import EventResponse, describe_images
+from service.events import EventResponse, Streams, describe_images
 from service.guard import client_of, refuse
-from service.queue import Busy
+from service.queue import Busy, GenerationQueue, Job
 
 logger = logging.getLogger("minidalle")
 PAGE = Path(__file__).with_name("page")
@@ -27,10 +28,12 @@ MESSAGES = {
     405: "This address does not accept this method; see /docs.",
 }
 EVENTS = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-FAILURES = {status: {"model": validation.Error} for status in (400, 401, 403, 404, 413, 415, 421, 422, 429, 503)}
+FAILURES: Dict[Union[int, str], Dict[str, Any]] = {
+    status: {"model": validation.Error} for status in (400, 401, 403, 404, 413, 415, 421, 422, 429, 503)
+}
 
 
-def build(loaded, queue, streams, limits):
+def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits: validation.Limits) -> FastAPI:
     """Return the FastAPI application with all routes; the caller starts and stops the queue."""
     app = FastAPI(title="Mini DALL-E", version="1", docs_url=None, redoc_url=None, responses=FAILURES)
     started, decoding = time.monotonic(), asyncio.Lock()  # one image is decoded at a time, since that takes memory
@@ -180,7 +183,7 @@ def build(loaded, queue, streams, limits):
     return app
 
 
-async def finished(request, queue, job):
+async def finished(request: Request, queue: GenerationQueue, job: Job) -> bool:
     """Wait until a job has ended and return True; if its client goes away before, cancel it and return False."""
 
     async def wait():

@@ -1,7 +1,9 @@
 """Limits on connections that uvicorn itself does not have: time to send a request, and room for clients that do."""
 
+import asyncio
 import collections
 import resource
+from typing import Optional
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -18,25 +20,26 @@ BLOCKED_SECONDS = 25  # for which a client may refuse to take its answer
 class Connection(H11Protocol):
     """A connection that is closed if its client is slow, or idle while others want its place."""
 
-    def connection_made(self, transport):
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Note the time; close the connection that has been idle longest if there are too many."""
         super().connection_made(transport)
-        self.received, self.since, self.blocked = 0, self.loop.time(), None
+        self.received, self.since = 0, self.loop.time()
+        self.blocked: Optional[float] = None
         if len(self.connections) > MAX_CONNECTIONS:
-            idle = [one for one in self.connections if one.is_waiting()]
+            idle = [one for one in self.connections if isinstance(one, Connection) and one.is_waiting()]
             counts = collections.Counter(one.client and one.client[0] for one in idle)
             self.drop(max(idle, key=lambda one: (counts[one.client and one.client[0]], -one.since), default=self))
 
-    def is_waiting(self):
+    def is_waiting(self) -> bool:
         """Return whether the client has yet to send the rest of a request."""
         return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
 
-    def data_received(self, data):
+    def data_received(self, data: bytes) -> None:
         """Count the bytes of a request."""
         self.received += len(data)
         super().data_received(data)
 
-    def send_400_response(self, msg):
+    def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, with the headers of all answers."""
         headers = [
             *self.server_state.default_headers,
@@ -49,25 +52,25 @@ class Connection(H11Protocol):
             h11.EndOfMessage(),
         )
         if self.conn.our_state is h11.IDLE or self.conn.our_state is h11.SEND_RESPONSE:
-            self.transport.write(b"".join(map(self.conn.send, answer)))
+            self.transport.write(b"".join(self.conn.send(part) or b"" for part in answer))
         self.transport.close()
 
-    def on_response_complete(self):
+    def on_response_complete(self) -> None:
         """Start to wait for the next request."""
         self.received, self.since = 0, self.loop.time()
         super().on_response_complete()
 
-    def pause_writing(self):
+    def pause_writing(self) -> None:
         """Note since when the client takes nothing."""
         self.blocked = self.loop.time()
         super().pause_writing()
 
-    def resume_writing(self):
+    def resume_writing(self) -> None:
         """Note that the client takes its answer."""
         self.blocked = None
         super().resume_writing()
 
-    def check_time(self):
+    def check_time(self) -> None:
         """Close the connection if its client is too slow; called every second."""
         waited = self.loop.time() - self.since
         allowed = HEADER_SECONDS if self.conn.their_state is h11.IDLE else REQUEST_SECONDS + self.received / BODY_RATE
@@ -76,13 +79,13 @@ class Connection(H11Protocol):
             self.drop(self)
 
     @staticmethod
-    def drop(connection):
+    def drop(connection: "Connection") -> None:
         """Close a connection at once."""
         connection.connections.discard(connection)
         connection.transport.abort()
 
 
-def allow_files(wanted=4 * MAX_CONNECTIONS):
+def allow_files(wanted: int = 4 * MAX_CONNECTIONS) -> None:
     """Raise this process's limit of open files, so that connections never use it up."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted:

@@ -2,6 +2,7 @@
 
 import html
 import json
+from typing import Any, Dict
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -11,7 +12,7 @@ PAGE = """<!doctype html>
 {routes}</main></body></html>"""
 
 
-def render(document):
+def render(document: Dict[str, Any]) -> str:
     """Return the HTML of an OpenAPI document."""
     schemas, routes = document["components"]["schemas"], []
     for path, operations in document["paths"].items():
@@ -28,13 +29,13 @@ def render(document):
     return PAGE.format(title=html.escape(document["info"]["title"]), routes="\n".join(routes))
 
 
-def fields_of(body, schemas):
+def fields_of(body: Dict[str, Any], schemas: Dict[str, Any]) -> Dict[str, Any]:
     """Return the properties of a request's or an answer's JSON."""
     schema = body.get("content", {}).get("application/json", {}).get("schema", {})
     return schemas.get(schema.get("$ref", "").rpartition("/")[2], {}).get("properties", {})
 
 
-def table(title, fields):
+def table(title: str, fields: Dict[str, Any]) -> str:
     """Return the HTML of a table of fields, or nothing if there are none."""
     rows = ""
     for name, field in fields.items():

@@ -11,12 +11,17 @@ import json
 import math
 import secrets
 import time
+from typing import Any, AsyncIterator, Dict, Iterable, List, Optional, Set
 
 from fastapi.responses import StreamingResponse
+from PIL import Image
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
+from generation.batching import ImageSpec
+from generation.loading import LoadedModel
 from generation.output import encode_image, image_metadata
-from service.queue import Busy
+from service.queue import Busy, GenerationQueue, Job
 
 UNREAD_SECONDS = 10  # without a reader, after which a job is cancelled
 KEEP_SECONDS = 60  # for which the events of an ended job are kept
@@ -29,14 +34,16 @@ PREVIEW_WIDTH = 96  # pixels
 class Stream:
     """A job with its events; `job` is None until the first reader comes."""
 
-    def __init__(self, client, specs):
+    def __init__(self, client: str, specs: List[ImageSpec]):
         self.id, self.client, self.specs = secrets.token_urlsafe(16), client, specs
-        self.job, self.task = None, None
-        self.events, self.bytes, self.ended = [], 0, False
+        self.job: Optional[Job] = None
+        self.task: Optional[asyncio.Task] = None
+        self.events: List[str] = []
+        self.bytes, self.ended = 0, False
         self.readers, self.since = 0, time.monotonic()  # since when it has had no reader, or has ended
         self.changed = asyncio.Event()
 
-    def emit(self, event, **data):
+    def emit(self, event: str, **data: Any) -> None:
         """Append an event, and wake the readers."""
         text = f"id: {len(self.events) + 1}\nevent: {event}\ndata: {json.dumps(data)}\n\n"
         self.events.append(text)
@@ -44,7 +51,7 @@ class Stream:
         self.changed.set()
         self.changed = asyncio.Event()
 
-    async def read(self, after):
+    async def read(self, after: int) -> AsyncIterator[str]:
         """Yield the events after number `after` until the last, with a comment whenever nothing happens for long."""
         while True:
             changed = self.changed
@@ -65,11 +72,11 @@ class EventResponse(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, streams, stream, after):
+    def __init__(self, streams: "Streams", stream: Stream, after: int):
         super().__init__(stream.read(after), headers={"X-Accel-Buffering": "no"})
         self.streams, self.stream = streams, stream
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
         stream = self.stream
         stream.readers += 1
@@ -85,11 +92,11 @@ class EventResponse(StreamingResponse):
 class Streams:
     """All streams by their id."""
 
-    def __init__(self, queue, max_waiting):
+    def __init__(self, queue: GenerationQueue, max_waiting: int):
         self.queue, self.max_waiting = queue, max_waiting
-        self.streams = {}
+        self.streams: Dict[str, Stream] = {}
 
-    def add(self, client, specs):
+    def add(self, client: str, specs: List[ImageSpec]) -> Stream:
         """Return a new Stream; a client's oldest one that nobody reads yet makes room if there are too many."""
         self.queue.check_room(client, len(specs))
         unread = [one for one in self.streams.values() if one.job is None and not one.ended and not one.readers]
@@ -101,19 +108,19 @@ class Streams:
         self.streams[stream.id] = stream
         return stream
 
-    def start(self, stream):
+    def start(self, stream: Stream) -> None:
         """Queue the job of a stream at its first reader."""
         if stream.job is None and not stream.ended:
             try:
-                every = max(1, math.ceil(self.queue.loaded.side / ROW_EVENTS))
+                every = math.ceil(self.queue.loaded.side / ROW_EVENTS)
                 stream.job = self.queue.submit(stream.client, stream.specs, every)
             except Busy as error:
                 stream.emit("error", error=str(error))
                 self.end(stream)
             else:
-                stream.task = asyncio.create_task(self.follow(stream))
+                stream.task = asyncio.create_task(self.follow(stream, stream.job))
 
-    def cancel(self, stream):
+    def cancel(self, stream: Stream) -> None:
         """Cancel the job of a stream; an ended one stays as it is."""
         if stream.job is not None:
             self.queue.cancel(stream.job)  # follow() then ends the stream
@@ -121,12 +128,12 @@ class Streams:
             stream.emit("done", seconds=0, cancelled=True)
             self.end(stream)
 
-    def end(self, stream):
+    def end(self, stream: Stream) -> None:
         """Note that a stream has all its events."""
-        stream.ended, stream.specs, stream.since = True, None, time.monotonic()
+        stream.ended, stream.specs, stream.since = True, [], time.monotonic()
         stream.changed.set()
 
-    def sweep(self):
+    def sweep(self) -> None:
         """Cancel what nobody reads, and forget what ended a while ago; called every second."""
         now, kept = time.monotonic(), 0
         for stream in sorted(self.streams.values(), key=lambda one: one.since, reverse=True):
@@ -137,10 +144,11 @@ class Streams:
             elif not stream.readers and now - stream.since > UNREAD_SECONDS:
                 self.cancel(stream)
 
-    async def follow(self, stream):
+    async def follow(self, stream: Stream, job: Job) -> None:
         """Turn the changes of a job into events, to its end."""
-        job, began, sent, ahead = stream.job, time.monotonic(), set(), None
-        rows_sent, loaded = {}, self.queue.loaded
+        loaded, every, began, ahead = self.queue.loaded, job.every or 1, time.monotonic(), -1
+        sent: Set[int] = set()
+        rows_sent: Dict[int, int] = {}
         try:
             async for _ in job.changes():
                 if not job.started and not job.ended.is_set() and job.ahead != ahead:
@@ -148,15 +156,15 @@ class Streams:
                     stream.emit("queued", ahead=ahead)
                 new = [index for index, image in enumerate(job.images) if image is not None and index not in sent]
                 sent.update(new)
-                for index, image in zip(new, await describe_images(loaded, job, new)):
-                    stream.emit("image", index=index, prompt=job.specs[index].prompt, **image)
+                for index, answer in zip(new, await describe_images(loaded, job, new)):
+                    stream.emit("image", index=index, prompt=job.specs[index].prompt, **answer)
                 row, previews = job.row, dict(job.previews)
                 left = seconds_left(job, time.monotonic() - began, loaded.side)
                 for index in job.active:
-                    if row // job.every > rows_sent.get(index, -1) // job.every and row < loaded.side:
+                    if row // every > rows_sent.get(index, -1) // every and row < loaded.side:
                         rows_sent[index] = row
-                        rows, image = previews.get(index, (0, None))
-                        preview = encode_preview(image) if row and rows == row else None  # not an earlier row's
+                        rows, image = previews.get(index) or (0, None)
+                        preview = encode_preview(image) if image and rows == row else None  # not an earlier row's
                         stream.emit("row", index=index, rows=row, of=loaded.side, preview=preview, seconds_left=left)
             if job.error:
                 stream.emit("error", error=job.error)
@@ -164,28 +172,28 @@ class Streams:
                 cancelled = {"cancelled": True} if job.cancelled else {}
                 stream.emit("done", seconds=round(time.monotonic() - began, 3), **cancelled)
         finally:
-            job.images = job.previews = ()
+            job.images, job.previews = [], {}
             self.end(stream)
 
 
-async def describe_images(loaded, job, indices):
+async def describe_images(loaded: LoadedModel, job: Job, indices: Iterable[int]) -> List[Dict[str, Any]]:
     """Return finished images of a job as answers carry them."""
-    chosen = [(job.specs[index], job.images[index]) for index in indices]
+    chosen = [(job.specs[index], image) for index in indices for image in [job.images[index]] if image is not None]
     return await run_in_threadpool(lambda: [describe_image(loaded, *one) for one in chosen]) if chosen else []
 
 
-def describe_image(loaded, spec, image):
+def describe_image(loaded: LoadedModel, spec: ImageSpec, image: Image.Image) -> Dict[str, Any]:
     """Return a finished image as answers carry it."""
     metadata = image_metadata(spec, loaded)
     return {"png": to_base64(encode_image(image, metadata, "png")), "seed": spec.seed, "metadata": metadata}
 
 
-def to_base64(data):
+def to_base64(data: bytes) -> str:
     """Return bytes as base64 text."""
     return base64.b64encode(data).decode()
 
 
-def encode_preview(image):
+def encode_preview(image: Image.Image) -> str:
     """Return a PIL image as a small WebP in base64."""
     if image.width > PREVIEW_WIDTH:
         image = image.resize((PREVIEW_WIDTH, max(1, image.height * PREVIEW_WIDTH // image.width)))
@@ -194,7 +202,7 @@ def encode_preview(image):
     return to_base64(file.getvalue())
 
 
-def seconds_left(job, elapsed, rows):
+def seconds_left(job: Job, elapsed: float, rows: int) -> Optional[float]:
     """Estimate the seconds until a job is finished; None before its first row."""
     done = job.ready + len(job.active) * job.row / rows
     return round(elapsed * (len(job.specs) - done) / done, 1) if done else None

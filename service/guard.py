@@ -2,9 +2,11 @@
 
 import hmac
 import ipaddress
+from typing import Dict, Mapping, Optional, Sequence
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse, RedirectResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import uploads
 
@@ -28,18 +30,18 @@ HEADERS = {
 class Refused(Exception):
     """A request that is not served: HTTP status, sentence, headers."""
 
-    def __init__(self, status, sentence, **headers):
+    def __init__(self, status: int, sentence: str, **headers: str):
         super().__init__(status, sentence, headers)
 
 
-def refuse(status, sentence, headers=None):
+def refuse(status: int, sentence: str, headers: Optional[Mapping[str, str]] = None) -> JSONResponse:
     """Return the answer to a request that is not served."""
     if status in (429, 503):
         headers = {"Retry-After": "10", **(headers or {})}
     return JSONResponse({"error": sentence}, status, headers)
 
 
-def client_of(scope):
+def client_of(scope: Scope) -> str:
     """Return the client's address, of IPv6 the network of 64 bits that one customer gets."""
     host = scope["client"][0] if scope.get("client") else ""
     if ":" in host:
@@ -53,16 +55,23 @@ def client_of(scope):
 class Guard:
     """ASGI middleware that answers what must not reach the routes, and reads bodies whole before it calls them."""
 
-    def __init__(self, app, address="127.0.0.1", allowed_hosts=(), token=None, root_path=""):
+    def __init__(
+        self,
+        app: ASGIApp,
+        address: str = "127.0.0.1",
+        allowed_hosts: Sequence[str] = (),
+        token: Optional[str] = None,
+        root_path: str = "",
+    ):
         """Protect `app`, which is bound to `address`; `allowed_hosts` are further names that it is reached by."""
         self.app, self.token, self.root_path = app, token, root_path
         self.named = {name.lower().strip("[]") for name in allowed_hosts}
         self.hosts = {"localhost", address.lower(), *self.named}
         # No attacker's name resolves to a literal address, so any of this machine's is as good as the next.
         self.any_address = address in ("0.0.0.0", "::")
-        self.held = {}  # client → bytes of bodies
+        self.held: Dict[str, int] = {}  # client → bytes of bodies
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -82,7 +91,7 @@ class Guard:
         finally:
             self.release(client, len(body))
 
-    def check(self, scope, headers):
+    def check(self, scope: Scope, headers: Dict[bytes, bytes]) -> str:
         """Return the request's path below root_path; raise Refused for a foreign host or origin, or a missing token."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if not self.is_allowed(host):
@@ -102,7 +111,7 @@ class Guard:
                 raise Refused(401, "A valid token is needed.", **{"WWW-Authenticate": "Bearer"})
         return path
 
-    def is_allowed(self, host):
+    def is_allowed(self, host: str) -> bool:
         """Return whether a Host header names this server."""
         name = hostname(host)
         try:
@@ -111,7 +120,9 @@ class Guard:
             return name in self.hosts
         return self.any_address or address.is_loopback or name in self.hosts
 
-    async def read(self, scope, headers, receive, client, body):
+    async def read(
+        self, scope: Scope, headers: Dict[bytes, bytes], receive: Receive, client: str, body: bytearray
+    ) -> bool:
         """Read a request's body; return False if the client went away, raise Refused if it may not be so large."""
         posts = scope["method"] == "POST"
         most = MAX_BODY if posts else SMALL_BODY
@@ -140,7 +151,7 @@ class Guard:
             raise Refused(400, "The request has too many values.")
         return True
 
-    def release(self, client, size):
+    def release(self, client: str, size: int) -> None:
         """Take a body off the account of its client."""
         if size > SMALL_BODY:
             self.held[client] -= size
@@ -148,13 +159,13 @@ class Guard:
                 del self.held[client]
 
 
-def hostname(netloc):
+def hostname(netloc: str) -> str:
     """Return the name or address of "name:port", without brackets."""
     name = netloc.partition("]")[0][1:] if netloc.startswith("[") else netloc.partition(":")[0]
     return name.rstrip(".")
 
 
-def replay(body, receive):
+def replay(body: bytes, receive: Receive) -> Receive:
     """Return an ASGI receive() that gives a body that was read already, and afterwards what the server gives."""
     read = False
 

@@ -11,8 +11,12 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
+from typing import Any, AsyncIterator, Callable, Deque, Dict, Hashable, List, Optional, Tuple
 
-from generation.batching import batch_key, generate_batch
+from PIL import Image
+
+from generation.batching import ImageSpec, batch_key, generate_batch
+from generation.loading import LoadedModel
 from generation.output import to_image
 from generation.previews import Preview
 
@@ -25,7 +29,7 @@ FAILED = "The images could not be generated; the program's log says why."
 class Busy(Exception):
     """The queue cannot take a job: a sentence for the user, and the HTTP status (429: for this client's jobs)."""
 
-    def __init__(self, sentence, status=503):
+    def __init__(self, sentence: str, status: int = 503):
         super().__init__(sentence)
         self.status = status
 
@@ -48,19 +52,22 @@ class Job:
         on_change: Called after each change, in the thread that made it.
     """
 
-    def __init__(self, client, specs, every=None):
+    def __init__(self, client: Hashable, specs: List[ImageSpec], every: Optional[int] = None):
         self.client, self.specs, self.every = client, specs, every
-        self.images, self.previews = [None] * len(specs), {}
-        self.active, self.row, self.started, self.ahead = [], 0, False, 0
-        self.error, self.cancelled, self.ended = None, False, threading.Event()
-        self.on_change = lambda: None
+        self.images: List[Optional[Image.Image]] = [None] * len(specs)
+        self.previews: Dict[int, Tuple[int, Image.Image]] = {}
+        self.active: List[int] = []
+        self.row, self.started, self.ahead = 0, False, 0
+        self.error: Optional[str] = None
+        self.cancelled, self.ended = False, threading.Event()
+        self.on_change: Callable[[], None] = lambda: None
 
     @property
-    def ready(self):
+    def ready(self) -> int:
         """The number of finished images."""
         return sum(image is not None for image in self.images)
 
-    async def changes(self):
+    async def changes(self) -> AsyncIterator[None]:
         """Yield once at the start, after each change, and a last time when the job has ended."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
@@ -85,23 +92,24 @@ class GenerationQueue:
     cores halve the speed.
     """
 
-    def __init__(self, loaded=None, max_jobs=64, max_images=1024):
+    def __init__(self, loaded: Optional[LoadedModel] = None, max_jobs: int = 64, max_images: int = 1024):
         """Create the queue; `loaded` may be set later, but before the first job."""
-        self.loaded, self.max_jobs, self.max_images = loaded, max_jobs, max_images
-        self.jobs = []  # not ended
-        self.calls = collections.deque()  # (future, function, arguments)
-        self.waiting = {}  # client → [(job, index, batch key)], no list empty
-        self.served = {}  # client → images generated for it
+        self.loaded: LoadedModel = loaded  # type: ignore[assignment]
+        self.max_jobs, self.max_images = max_jobs, max_images
+        self.jobs: List[Job] = []  # not ended
+        self.calls: Deque[Tuple[Future, Callable, tuple]] = collections.deque()
+        self.waiting: Dict[Hashable, List[Tuple[Job, int, Any]]] = {}  # (job, index, batch key); no list is empty
+        self.served: Dict[Hashable, int] = {}  # images generated for each client
         self.clock = 0  # images served to the client picked last; new clients start at this count
         self.images_generated, self.stopping = 0, False
         self.condition = threading.Condition()  # guards all of the above
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
 
-    def start(self):
+    def start(self) -> None:
         """Start the thread."""
         self.thread.start()
 
-    def stop(self, seconds=None):
+    def stop(self, seconds: Optional[float] = None) -> None:
         """End all jobs and calls with an error at once; wait for the thread if `seconds` says how long."""
         with self.condition:
             self.stopping = True
@@ -115,9 +123,9 @@ class GenerationQueue:
         if seconds is not None and self.thread.ident:
             self.thread.join(seconds)
 
-    def call(self, function, *arguments):
+    def call(self, function: Callable, *arguments: Any) -> Future:
         """Return a future of function(*arguments), which the thread calls before its next batch."""
-        future = Future()
+        future: Future = Future()
         with self.condition:
             if self.stopping:
                 raise Busy(STOPPING)
@@ -125,7 +133,7 @@ class GenerationQueue:
             self.condition.notify()
         return future
 
-    def submit(self, client, specs, every=None):
+    def submit(self, client: Hashable, specs: List[ImageSpec], every: Optional[int] = None) -> Job:
         """Queue the images of a client (any hashable) and return their Job. Raise Busy if the queue is full."""
         job = Job(client, specs, every)
         with self.condition:
@@ -141,7 +149,7 @@ class GenerationQueue:
             self.condition.notify()
         return job
 
-    def check_room(self, client, count):
+    def check_room(self, client: Hashable, count: int) -> None:
         """Raise Busy if `count` more images of a client do not fit: a client may use half of the queue."""
         jobs = list(self.jobs)
         own = [job for job in jobs if job.client == client]
@@ -152,7 +160,7 @@ class GenerationQueue:
             if some and (len(some) >= self.max_jobs / share or images + count > self.max_images / share):
                 raise Busy("Too many images are being generated now; please try again in a little while.", status)
 
-    def cancel(self, job):
+    def cancel(self, job: Job) -> None:
         """Drop the images of a job. The current batch is given up if no other job has a part in it."""
         with self.condition:
             if job.ended.is_set():

@@ -14,7 +14,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**16  # bytes that a compressed text or color p
 PngImagePlugin.MAX_TEXT_MEMORY = 2**18
 
 
-def decode(text, size):
+def decode(text: str, size: int) -> Image.Image:
     """Return the middle square of an image in base64 as a PIL image of `size` pixels a side (the first frame only).
 
     Raises:

@@ -2,11 +2,13 @@
 
 import re
 import secrets
-from typing import Annotated, Dict, List, NamedTuple, Optional
+from typing import Annotated, Any, Dict, Iterable, List, Mapping, NamedTuple, Optional
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from generation.batching import plan_image
+from generation.batching import ImageSpec, plan_image
+from generation.loading import LoadedModel
 
 SEEDS = 2**63
 Number = Annotated[Optional[float], Field(allow_inf_nan=False)]
@@ -32,7 +34,7 @@ class Settings(BaseModel):
     cond_scale: Number = Field(None, description="guidance by the prompt; 1 is none")
     image: Optional[str] = Field(None, description="an image in base64, whose upper rows are kept")
 
-    def sampling(self):
+    def sampling(self) -> Dict[str, Optional[float]]:
         """Return the four sampling settings."""
         return {key: getattr(self, key) for key in ("top_k", "top_p", "temperature", "cond_scale")}
 
@@ -119,7 +121,15 @@ class Health(BaseModel):
     seconds_up: int
 
 
-def plan_images(loaded, limits, prompts, count, seed, sampling, given=None):
+def plan_images(
+    loaded: LoadedModel,
+    limits: Limits,
+    prompts: List[str],
+    count: int,
+    seed: Optional[int],
+    sampling: Dict[str, Optional[float]],
+    given: Optional[torch.Tensor] = None,
+) -> List[ImageSpec]:
     """Return the ImageSpecs of `count` images for each prompt, with seeds from `seed` on (None: a random one).
 
     Raises:
@@ -134,7 +144,7 @@ def plan_images(loaded, limits, prompts, count, seed, sampling, given=None):
         raise ValueError(f"The seed is {seed}; it must be a whole number from 0 to {SEEDS - limits.images - 1}.")
     if not loaded.guidable and sampling.get("cond_scale") not in (None, 1):
         raise ValueError("This model was trained without caption dropout and cannot be guided; leave cond_scale at 1.")
-    specs = []
+    specs: List[ImageSpec] = []
     for prompt in prompts:
         if len(prompt) > limits.prompt_characters:
             most = limits.prompt_characters
@@ -150,7 +160,7 @@ def plan_images(loaded, limits, prompts, count, seed, sampling, given=None):
     return specs
 
 
-def as_sentence(error):
+def as_sentence(error: Exception) -> str:
     """Return an error's message with a capital, unless it begins with the name of a setting, and a full stop."""
     text = " ".join(str(error).split())
     begin = text[:1].upper() if re.match(r"[a-z]+[ ,]", text) else text[:1]
@@ -168,7 +178,7 @@ TYPE_NAMES = {
 }
 
 
-def describe_error(error, fields):
+def describe_error(error: Mapping[str, Any], fields: Iterable[str]) -> str:
     """Return one of pydantic's errors as a sentence; fields: the names of known keys."""
     places = [part for part in error["loc"] if part not in ("body", "query", "path", "header")]
     key = str(places[0])[:40].encode("ascii", "backslashreplace").decode() if places else "The request's body"

@@ -156,14 +156,14 @@ def test_a_few_bad_pictures_are_skipped_and_counted(
         shutil.copy(things / "unreadable" / f"{name}.png", picture_folder)
     if command_name == "train":
         ended = command(train.main, *tiny_flags, "--input-folder", picture_folder)
-        assert "9 pictures" in ended.out and "1 file (unreadable image)" in ended.out
+        assert "9 images" in ended.out and "1 file (unreadable image)" in ended.out
     else:
         words = (
             "--image-size 32 --patch-size 8 --ch 32 --ch-mult 1 --max-steps 2 --continuous-steps 1 --validation-split 0"
         )
         flags = [*words.split(), "--dataloader-workers", 0, "--output-dir", tmp_path / "v", "--n-embed", 8]
         ended = command(train_vqgan.main, *flags, "--input-folder", picture_folder)
-        assert "9 training pictures" in ended.out and "3 files (unreadable image)" in ended.out
+        assert "9 training images" in ended.out and "3 files (unreadable image)" in ended.out
     assert ended.status == 0 and ended.err == ""
     assert all(f"{name}.png" in ended.out for name in ("00", "01", "02"))
 

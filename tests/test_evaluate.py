@@ -108,7 +108,7 @@ def validated(tiny_flags, drawn_pictures, tmp_path_factory):
     log.set_up()
     with contextlib.redirect_stdout(out):
         train.main(flags)
-    return folder / "dalle_0.pt", re.findall(r"held-out: (.*)", out.getvalue())[-1]
+    return folder / "dalle_0.pt", re.findall(r"validation: (.*)", out.getvalue())[-1]
 
 
 def evaluate_folder(command, path, drawn_pictures, out, *flags):

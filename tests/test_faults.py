@@ -80,7 +80,7 @@ def test_a_folder_that_cannot_be_written_any_more(fault, tiny_flags, small_disk)
     assert "step 300/300" in out
     if fault == "read-only":
         assert run.returncode == 2 and err.count("\n") == 1 and "was not written; the last good" in err
-        assert "Read-only file system" in out and "the last good one is" in out
+        assert "Read-only file system" in out and "the last good checkpoint is" in out
         assert checkpoint.read(max((folder / "ckpt").glob("dalle*.pt"), key=checkpoint.step_of))["step"] < 300
     else:  # it is made again
         assert run.returncode == 0 and err == "" and checkpoint.read(folder / "ckpt" / "dalle_99.pt")["step"] == 300
@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_written_any_more(fault, tiny_flags, small_disk)
 @contextlib.contextmanager
 def spoilt_losses(monkeypatch, steps):
     """Within: the loss of these updates (counted from 1) is not a number."""
-    original, count = NativeTrainer.losses, [0]
+    original, count = NativeTrainer.backpropagate, [0]
 
     def losses(self, batch):
         count[0] += 1
@@ -102,14 +102,14 @@ def spoilt_losses(monkeypatch, steps):
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(NativeTrainer, "losses", losses)
+        patch.setattr(NativeTrainer, "backpropagate", losses)
         yield
 
 
 def test_a_batch_without_a_finite_loss_is_left_out(command, tiny_flags, tmp_path, monkeypatch):
     with spoilt_losses(monkeypatch, {3, 5}):
         ended = command(train.main, *tiny_flags, *SAVES, "--checkpoint-output-dir", tmp_path)
-    assert ended.status == 0 and len(re.findall(r"step [35]: .* not finite, the update is left out", ended.out)) == 2
+    assert ended.status == 0 and len(re.findall(r"step [35]: .* not finite, update skipped", ended.out)) == 2
     saved = checkpoint.read(tmp_path / "dalle_2.pt")
     assert saved["progress"]["skipped"] == 2 and saved["trainer"]["updates"] == 7 and saved["step"] == 9
     assert all(torch.isfinite(tensor).all() for tensor in saved["weights"].values() if tensor.is_floating_point())

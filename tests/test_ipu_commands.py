@@ -212,7 +212,7 @@ def test_instances_share_the_data_and_train_as_one(poptorch_standin, command, ti
         assert sorted(map(int, read[0] + read[1])) == list(range(12))  # disjoint, and together everything
     assert_same_weights(tmp_path / "together" / "dalle_1.pt", tmp_path / "alone" / "dalle_1.pt", 1e-5)
     first, second = ("\n".join(part) for part in ended)
-    assert "throughput" in first and "12 pictures, 6 steps of 4 samples" in first
+    assert "throughput" in first and "12 images, 6 steps of 4 samples" in first
     losses = [re.search(r"step 6/6 .* (loss: .*) lr", log).group(1) for log in (alone.out, first)]
     assert losses[0] == losses[1]  # means over both instances
     assert "throughput" not in second and "writes" not in second  # rank 0 writes and logs

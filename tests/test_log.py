@@ -74,7 +74,7 @@ def test_the_benchmark_finds_its_numbers(program_log, clock, capsys):
 
 
 def test_the_benchmark_finds_the_time_of_compilation_in_what_train_logs():
-    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "training" / "loop.py").read_text(encoding="utf-8"))
     formats = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     (line,) = [text for text in formats if text.startswith("Compiled model")]
     (seconds,) = re.findall(COMPILED, line % 1.5)
@@ -138,7 +138,7 @@ def test_what_lies_between_updates_is_no_training_but_takes_time(program_log, cl
 def test_an_update_that_is_left_out_is_told(program_log, clock, capsys):
     progress = log.Progress(steps=2, first_step=0, samples_per_step=1)
     progress.step(1, 0, dict.fromkeys(LOSSES, float("nan")), 1e-3, skipped=True)
-    assert "step 1: loss or gradient is not finite, the update is left out" in capsys.readouterr().out
+    assert "step 1: loss or gradient is not finite, update skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_two_processes_train_as_one(command, tiny_flags, tmp_path, optimizer, re
         assert (tmp_path / "together/samples" / name).exists()
     lines = [json.loads(line) for line in (tmp_path / "together/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]  # rank 0's alone
-    assert "12 pictures, 6 steps of 4 samples" in out and "in 2 processes" in out
+    assert "12 images, 6 steps of 4 samples" in out and "in 2 processes" in out
     assert sorted(path.name for path in (tmp_path / "together").glob("*.pt")) == ["dalle_0.pt", "dalle_1.pt"]
 
 
@@ -117,7 +117,7 @@ def test_pictures_are_shared_out_for_encoding(showing, tiny_flags, tmp_path, mon
     status, out, err = ended(start(showing, *tiny_flags, "--codes-cache", tmp_path / "codes"))
     assert status == 0, err
     ranks = re.findall("<(.)>", out)
-    assert len(ranks) == 12 and 4 <= ranks.count("1") <= 8 and "12 pictures, 3 steps" in out
+    assert len(ranks) == 12 and 4 <= ranks.count("1") <= 8 and "12 images, 3 steps" in out
     names = sorted(path.name.partition("-")[0] + path.suffix for path in (tmp_path / "codes").iterdir())
     assert names == ["captions.lock", "captions.npz", "codes.json", "codes.lock", "codes.rows"]
 
@@ -166,7 +166,7 @@ def test_sharded_processes_stop_together_with_a_checkpoint_that_one_process_goes
     flags = [*tiny_flags, "--epochs", 4000, "--checkpoint-output-dir", tmp_path / "run", "--shard"]
     flags += ["--checkpoint-save-epochs", 100000, "--checkpoint-save-steps", 7]
     status, out, err = send_to_the_second(signal.SIGINT, flags, tmp_path / "run")
-    stopped = int(re.search(r"stopped after step (\d+); go on with --pretrained-checkpoint \S+\.pt", out).group(1))
+    stopped = int(re.search(r"stopped after step (\d+); resume with --pretrained-checkpoint \S+\.pt", out).group(1))
     assert status != 0 and "in 2 processes that share the model out" in out and stopped % 7
     found = tmp_path / "run" / f"dalle_step_{stopped}.pt"
     alone = [*tiny_flags, "--epochs", 4000, "--max-steps"]
@@ -185,7 +185,7 @@ def test_a_process_that_dies_ends_the_run_with_a_checkpoint(command, tiny_flags,
     status, out, err = send_to_the_second(signal.SIGKILL, [*flags, shard], tmp_path)
     assert status != 0
     told = re.search(
-        r"(another process of this run has ended|stopped after step \d+); go on with .* (\S+\.pt)", out + err
+        r"(another process of this run has ended|stopped after step \d+); resume with .* (\S+\.pt)", out + err
     )
     saved = checkpoint.read(told.group(2))
     steps = [int(path.stem.rpartition("_")[2]) for path in tmp_path.glob("dalle_step_*.pt")]

@@ -60,7 +60,7 @@ def test_pixels_new_codes_and_cached_codes_teach_the_same(trained, tmp_path):
     for flags in (codes, codes, pixels, [*pixels, "--byteio", "--dataloader-workers", "2"]):
         folder, ended = trained(*flags)
         weights.append(opened(folder / "dalle_0.pt")["weights"])
-        assert "12 pictures, 3 steps of 4 samples" in ended.out
+        assert "12 images, 3 steps of 4 samples" in ended.out
     assert all(equal_weights(weights[0], others) for others in weights[1:])
 
 
@@ -225,7 +225,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trained, stopped_at,
     ]
     whole, _ = trained(*flags)
     resumed, ended = trained(*flags, "--pretrained-checkpoint", whole / stopped_at)
-    assert f"going on from {whole / stopped_at} at step {opened(whole / stopped_at)['step']}" in ended.out
+    assert f"resuming from {whole / stopped_at} at step {opened(whole / stopped_at)['step']}" in ended.out
     assert not (resumed / "dalle_0.pt").exists()
     expected, found = opened(whole / "dalle_3.pt"), opened(resumed / "dalle_3.pt")
     assert equal_weights(expected["weights"], found["weights"])
@@ -297,7 +297,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(trained, tiny_flags, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the processes that read pictures as well
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and err == "", err
-    said = re.fullmatch(r"stopped after step (\d+); go on with --pretrained-checkpoint (\S+)", out.splitlines()[-1])
+    said = re.fullmatch(r"stopped after step (\d+); resume with --pretrained-checkpoint (\S+)", out.splitlines()[-1])
     step, path = int(said[1]), Path(said[2])
     assert path == folder / f"dalle_step_{step}.pt" and [*folder.glob("*.pt")] == [path]
     assert opened(path)["step"] == step
@@ -311,10 +311,10 @@ import train
 from training import validation
 
 validate = validation.validate
-def slow(trainer, backend, dataset):
+def slow(run):
     print("<validating>", flush=True)
     time.sleep(1)
-    return validate(trainer, backend, dataset)
+    return validate(run)
 validation.validate = slow
 train.main(sys.argv[1:])
 """
@@ -394,4 +394,4 @@ def test_generated_data_needs_no_pictures(command, tmp_path, monkeypatch, flags)
     flags = ["--generated-data", "--max-steps", "1", "--checkpoint-output-dir", "", "--dataloader-workers", "0", *flags]
     ended = command(train.main, "--config", "unit_test", "--bpe-path", ROOT / "bpe/bpe_yttm_vocab.txt", *flags)
     assert ended.status == 0 and not list(tmp_path.iterdir()), ended
-    assert "32 pictures, 1 steps of 2 samples" in ended.out and "throughput:" in ended.out
+    assert "32 images, 1 steps of 2 samples" in ended.out and "throughput:" in ended.out

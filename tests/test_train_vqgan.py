@@ -74,7 +74,7 @@ def test_the_files_are_tamings(trained, drawn_pictures):
     assert stored["global_step"] == 40
 
     vae = load_vqgan(str(folder))
-    told = float(re.findall(r"PSNR (\S+) dB on 12 training pictures", out)[-1])
+    told = float(re.findall(r"PSNR (\S+) dB on 12 training images", out)[-1])
     assert abs(psnr(vae, drawn_pictures, 32) - told) < 0.02
     assert Image.open(folder / "reconstructions.png").size == (8 * 36, 2 * 36)  # eight, above what comes back of them
 
@@ -108,10 +108,10 @@ def test_held_out_pictures(trained, drawn_pictures, picture_folder):
     (picture_folder / "01.png").write_bytes((drawn_pictures / "01.png").read_bytes()[:90])
     _, out = trained("--input-folder", picture_folder, "--validation-split", "0.25", "--max-steps", 11)
     assert "skipped" in out and "unreadable image" in out and "00.png" in out and "01.png" in out
-    training, held_out = map(int, re.search(r"(\d+) training pictures, (\d+) held-out pictures", out).groups())
+    training, held_out = map(int, re.search(r"(\d+) training images, (\d+) validation images", out).groups())
     assert training + held_out == 10 and held_out <= 3
     _, out = trained("--validation-folder", drawn_pictures, "--max-steps", 11)
-    assert "12 training pictures, 12 held-out pictures" in out and "dB on 12 held-out pictures" in out
+    assert "12 training images, 12 validation images" in out and "dB on 12 validation images" in out
 
 
 def test_a_dalle_learns_with_it(trained, command, tiny_flags):
@@ -141,11 +141,11 @@ def test_ctrl_c_saves_what_there_is(flags, tmp_path):
         text=True,
     )
     for line in process.stdout:
-        if "the codebook begins" in line:
+        if "the codebook starts" in line:
             break
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and err == "", err
-    assert re.search(r"interrupted at step \d+ of 100000; saved what there is", out)
+    assert re.search(r"interrupted at step \d+ of 100000; saved the VQGAN so far", out)
     assert load_vqgan(str(tmp_path / "v")).fmap_size == 16
     assert {path.name for path in (tmp_path / "v").iterdir()} == {"vqgan.ckpt", "vqgan.yaml"}

@@ -1,25 +1,26 @@
-"""What a run would take, told before it begins: parameters, memory, steps, time, room for checkpoints.
+"""Report what a run would need: parameters, memory, time, disk space. A few updates are made, but nothing is saved."""
 
-A few steps are really made on the model as it is; nothing is saved and nothing is encoded.
-"""
+from __future__ import annotations
 
 import itertools
 import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple
 
-import numpy as np
 import torch
 
 from data.images import load_image
 from data.order import RunOrder
 from training import checkpoints
 
-ROUNDS = 20  # of timed steps, at most
-ENOUGH = 10.0  # seconds of timed steps, after two rounds
-PICTURES = 2  # encoded to see how long that takes
+if TYPE_CHECKING:
+    from training.run import Run
+
+MAX_ROUNDS = 20  # of timed steps
+ENOUGH_SECONDS = 10.0  # of timed steps, after two rounds
+ENCODED_IMAGES = 2  # to measure how long encoding takes
 PARTS = {
     "text_emb": "text embedding",
     "image_emb": "image embedding",
@@ -29,190 +30,175 @@ PARTS = {
 }
 
 
-def empty_codes(dataset, vae, cache):
-    """In place of load_codes: codes of nothing, and in dataset.to_encode how many are wanted.
-
-    Codes take the same time whatever they say.
-    """
-    dataset.to_encode = sum(picture not in cache for picture in dataset.images)
-    dataset.attach_codes(np.broadcast_to(np.uint16(0), (len(dataset), vae.image_seq_len)))
-
-
-def tell(run):
-    """Print it all, one line each. ValueError where a step finds no memory, or the output folder cannot be written."""
-    for title, said in lines(run):
+def report(run: Run) -> None:
+    """Print one line for each need; ValueError if memory runs out or the output folder cannot be written."""
+    for title, text in measure(run):
         if not run.backend.rank:
-            print(f"{title + ':':13} {said}", flush=True)
+            print(f"{title + ':':13} {text}", flush=True)
 
 
-def lines(run):
-    """(title, words), each as soon as it is known."""
+def measure(run: Run) -> Iterator[Tuple[str, str]]:
+    """Yield the title and text of each line as soon as it is known."""
     weights = run.trainer.state_dict()["weights"]
-    yield "parameters", parameters(weights)
-    together = run.backend.samples_per_step * run.backend.world_size
+    yield "parameters", describe_parameters(weights)
+    samples = run.backend.samples_per_step * run.backend.world_size
+    validation = f"; {len(run.validation_set):,} in the validation set" if run.validation_set else ""
     yield (
         "steps",
-        f"{run.steps - run.step:,} of {together:,} samples, {run.batches.batches_per_epoch:,} an epoch of "
-        f"{len(run.dataset):,} pairs"
-        + (f"; {len(run.validation_set):,} in the validation set" if run.validation_set else ""),
+        f"{run.steps - run.step:,} of {samples:,} samples, {run.batches.batches_per_epoch:,} an epoch of "
+        f"{len(run.dataset):,} pairs{validation}",
     )
-    encoding = to_encode(run)
+    encoding = describe_encoding(run)
     if encoding:
         yield "codes", encoding
-    yield from per_stage(run, weights)
+    for number, (ipu, parts) in enumerate(run.backend.stage_memory(weights)):
+        total = format_bytes(sum(parts.values()))
+        yield f"stage {number}", f"on IPU {ipu}, {total} without activations: {_list_sizes(parts)}"
     if run.backend.compile_only:
-        yield "time", "not known without a device"
+        yield "time", "unknown without a device"
     else:
         try:
-            seconds, held = steps(run, run.backend.memory, weights)
+            seconds, peak = time_steps(run, weights)
         except RuntimeError as error:
             if "out of memory" not in str(error):
                 raise
-            raise ValueError("a step finds no memory on this device; lower --batch-size or the model's size") from None
-        yield "time", duration(seconds, run)
-        if held:
-            yield "memory", held
-    for said in disk(run):
-        yield "disk", said
+            raise ValueError("out of memory: lower --batch-size, or use --recompute") from None
+        left = run.steps - run.step
+        yield (
+            "time",
+            f"about {format_seconds(left * seconds)} for {left:,} steps, {seconds:.3g} s each, "
+            f"{samples / seconds:.4g} samples/sec (measured), without validation and saving",
+        )
+        if peak:
+            yield "memory", peak
+    yield "disk", describe_disk(run)
 
 
-def parameters(weights):
-    sizes = dict.fromkeys(PARTS.values(), 0)
+def describe_parameters(weights: Dict[str, torch.Tensor]) -> str:
+    """Count the parameters of each part of the model."""
+    sizes = dict.fromkeys([*PARTS.values(), "positions"], 0)
     for name, tensor in weights.items():
-        part = name.partition(".")[0]
-        part = next((word for prefix, word in PARTS.items() if part == prefix), "positions")
-        sizes[part] = sizes.get(part, 0) + tensor.numel()
+        sizes[PARTS.get(name.partition(".")[0], "positions")] += tensor.numel()
     total = sum(sizes.values())
     parts = ", ".join(f"{word} {size:,}" for word, size in sizes.items() if size)
     return f"{total - sizes[PARTS['vae']]:,} trained of {total:,} ({parts})"
 
 
-def to_encode(run):
-    """How many pictures have no codes yet, and how long those of a few of them take."""
-    sets = [run.dataset] + ([run.validation_set] if run.settings.validation_folder else [])
-    missing = sum(getattr(dataset, "to_encode", 0) for dataset in sets)
+def describe_encoding(run: Run) -> Optional[str]:
+    """Count the images to encode before training and estimate the time from a few of them; None if all are encoded."""
+    datasets = [run.dataset] + ([run.validation_set] if run.settings.validation_folder else [])
+    missing = sum(getattr(dataset, "to_encode", 0) for dataset in datasets)
     if not missing:
         return None
-    if run.backend.kind == "ipu":
-        return f"{missing:,} pictures to encode first, once"
-    encode = run.backend.encode(run.vae)
-    taken = []
-    for name, _, _ in itertools.islice(itertools.cycle(run.dataset.images), 1 + PICTURES):
-        started = time.monotonic()
-        try:
-            pixels = torch.from_numpy(load_image(run.dataset.folder / name, run.vae.image_size))
-        except (ValueError, OSError):
-            continue
-        encode(pixels.permute(2, 0, 1)[None].float() / 255)
-        taken.append(time.monotonic() - started)
-    if len(taken) < 2:
-        return f"{missing:,} pictures to encode first, once"
-    each = min(taken[1:])  # the first is slower
-    return f"{missing:,} pictures to encode first, once: about {hours(missing * each)} ({each:.3g} s a picture, tried)"
+    seconds = []
+    if run.backend.kind != "ipu":
+        encode = run.backend.encode(run.vae)
+        for name, _, _ in itertools.islice(itertools.cycle(run.dataset.images), 1 + ENCODED_IMAGES):
+            started = time.monotonic()
+            try:
+                pixels = torch.from_numpy(load_image(run.dataset.folder / name, run.vae.image_size))
+            except (ValueError, OSError):
+                continue
+            encode(pixels.permute(2, 0, 1)[None].float() / 255)
+            seconds.append(time.monotonic() - started)
+    text = f"{missing:,} images to encode once before training"
+    if len(seconds) < 2:
+        return text
+    each = min(seconds[1:])  # the first is slower
+    return f"{text}: about {format_seconds(missing * each)} ({each:.3g} s an image, measured)"
 
 
-def steps(run, memory, weights):
-    """A few steps → (seconds of a whole one, what is said of memory; None without a device to measure).
+def time_steps(run: Run, weights: Dict[str, torch.Tensor]) -> Tuple[float, Optional[str]]:
+    """Make a few steps; return the seconds of one and a description of the memory (None without a device to ask).
 
-    Of a step of many micro-batches one and two are made, as further ones take what the second does.
+    If a step has many micro-batches, steps of one and of two are timed: each further one takes what the second does.
     """
-    micro = run.backend.micro_batches
-    order = RunOrder(run.batches, run.step, run.step + 2 * ROUNDS + 1)
-    taken = {}
-    before = 0
-    run.trainer.set_lr(run.schedule.at(run.step, run.epoch()))
-    started = None
+    micro_batches, memory = run.backend.micro_batches, run.backend.memory
+    order = RunOrder(run.batches, run.step, run.step + 2 * MAX_ROUNDS + 1)
+    times: Dict[int, list] = {}  # seconds of steps by their number of micro-batches
+    before, first = 0, None
+    run.trainer.set_lr(run.learning_rate())
     for number, batch in enumerate(run.backend.loader(run.dataset, order)):
-        in_parts = isinstance(batch, Iterator) and micro > 2
+        partly = isinstance(batch, Iterator) and micro_batches > 2
         if number == 0:
             run.trainer.compile(batch)
             if memory is not None:
                 before = memory.in_use()
                 memory.forget_peak()
-        count = (2, 1)[number % 2] if in_parts else micro
-        batch = itertools.islice(batch, count) if in_parts else batch
-        at = time.monotonic()
-        run.trainer.step(batch)
-        if number > in_parts:  # the first round only warms up
-            started = started or at
-            taken.setdefault(count, []).append(time.monotonic() - at)
-        rounds = min((len(taken.get(n, ())) for n in ((1, 2) if in_parts else (micro,))), default=0)
-        if rounds >= ROUNDS or (rounds >= 2 and time.monotonic() - started > ENOUGH):
+        count = (2, 1)[number % 2] if partly else micro_batches
+        started = time.monotonic()
+        run.trainer.step(itertools.islice(batch, count) if partly else batch)
+        if number > partly:  # the first round only warms up
+            first = first or started
+            times.setdefault(count, []).append(time.monotonic() - started)
+        rounds = min(len(times.get(n, ())) for n in ((1, 2) if partly else (micro_batches,)))
+        if rounds >= MAX_ROUNDS or (rounds >= 2 and first and time.monotonic() - first > ENOUGH_SECONDS):
             break
-    seconds = {count: statistics.median(times) for count, times in taken.items()}
-    further = (micro - 2) * max(seconds[2] - seconds[1], 0) if in_parts else 0
-    whole = seconds[2 if in_parts else micro] + further
-    return whole, None if memory is None else held(run, weights, before, memory.peak())
+    seconds = {count: statistics.median(measured) for count, measured in times.items()}
+    step = seconds[2] + (micro_batches - 2) * max(seconds[2] - seconds[1], 0) if partly else seconds[micro_batches]
+    return step, None if memory is None else describe_memory(run, weights, before, memory.peak())
 
 
-def held(run, weights, before, peak):
-    """The measured peak, and of what it is counted to consist."""
+def describe_memory(run: Run, weights: Dict[str, torch.Tensor], before: int, peak: int) -> str:
+    """Describe the measured peak and what it consists of, in bytes counted from tensors."""
     state = run.trainer.state_dict()
-    ours = size(weights)
-    trained = size({name: tensor for name, tensor in weights.items() if not name.startswith("vae.")})
-    average, optimizer = size(state.get("ema_weights")), size(state["opt_state"])
-    parts = {"weights": ours, "gradients": trained, "optimizer": optimizer, "average of weights": average}
-    parts["program and data"] = max(before - ours - average, 0)
-    parts["activations"] = max(peak - before - trained - optimizer, 0)
-    consists = ", ".join(f"{name} {gigabytes(part)}" for name, part in parts.items() if part)
-    there, left = run.backend.memory.total(), run.backend.memory.free()
-    enough = "" if peak < there else "; NOT ENOUGH"
+    model = size_of(weights)
+    trained = size_of({name: tensor for name, tensor in weights.items() if not name.startswith("vae.")})
+    average, optimizer = size_of(state.get("ema_weights")), size_of(state["opt_state"])
+    parts = {
+        "weights": model,
+        "gradients": trained,
+        "optimizer": optimizer,
+        "average of weights": average,
+        "program and data": max(before - model - average, 0),
+        "activations": max(peak - before - trained - optimizer, 0),
+    }
+    total, free = run.backend.memory.total(), run.backend.memory.free()
     return (
-        f"{gigabytes(peak)} at the peak of these steps, measured, of {gigabytes(there)} on {run.backend.kind} "
-        f"({gigabytes(left)} free beside it){enough}: {consists}"
+        f"{format_bytes(peak)} at the peak of these steps, measured, of {format_bytes(total)} on {run.backend.kind} "
+        f"({format_bytes(free)} free){'' if peak < total else '; NOT ENOUGH'}: {_list_sizes(parts)}"
     )
 
 
-def per_stage(run, weights):
-    """Yield a line for each stage of an IPU pipeline: its memory as estimated from the settings."""
-    for number, (ipu, parts) in enumerate(run.backend.stage_memory(weights)):
-        consists = ", ".join(f"{name} {gigabytes(part)}" for name, part in parts.items())
-        yield f"stage {number}", f"on IPU {ipu}, {gigabytes(sum(parts.values()))} without activations: {consists}"
-
-
-def duration(seconds, run):
-    left = run.steps - run.step
-    rate = run.backend.samples_per_step * run.backend.world_size / seconds
-    return (
-        f"about {hours(left * seconds)} for {left:,} steps, {seconds:.3g} s each, {rate:.4g} samples/sec (timed), "
-        "without validation and saving"
-    )
-
-
-def disk(run):
-    """The size of checkpoints against the room there is; nothing without an output folder."""
+def describe_disk(run: Run) -> str:
+    """Compare the size of the checkpoints that are kept with the free space; ValueError if the folder is read-only."""
     path = run.folder.path
     if path is None:
-        yield "no checkpoints are written"
-        return
-    each = size(checkpoints.contents(run, run.trainer.state_dict()))
+        return "no checkpoints are written"
+    size = size_of(checkpoints.contents(run, run.trainer.state_dict()))
     place = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f"--checkpoint-output-dir {path}: cannot be written; give another folder")
-    count = run.settings.keep_checkpoints + (run.validation_set is not None)
-    room, wanted = shutil.disk_usage(place).free, each * (count + 1 - len(run.folder.written))
-    best = " and the best" if run.validation_set is not None else ""
-    kept = f"the newest {run.settings.keep_checkpoints}{best}"
-    yield (
-        f"{gigabytes(each)} a checkpoint; {gigabytes(wanted)} for {kept}, and "
-        f"one being written; {gigabytes(room)} free in {place}" + ("" if wanted < room else "; NOT ENOUGH")
+    best = run.validation_set is not None
+    count = run.settings.keep_checkpoints + best
+    free, needed = shutil.disk_usage(place).free, size * (count + 1 - len(run.folder.written))
+    return (
+        f"{format_bytes(size)} a checkpoint; {format_bytes(needed)} for the newest {run.settings.keep_checkpoints}"
+        f"{' and the best' * best}, and one being written; {format_bytes(free)} free in {place}"
+        f"{'' if needed < free else '; NOT ENOUGH'}"
     )
 
 
-def size(value):
-    """Bytes of all tensors within."""
+def size_of(value: Any) -> int:
+    """Return the bytes of all tensors in nested containers."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):
-        return sum(map(size, value.values()))
-    return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
+        return sum(map(size_of, value.values()))
+    return sum(map(size_of, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def gigabytes(count):
+def _list_sizes(parts: Dict[str, float]) -> str:
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+
+
+def format_bytes(count: float) -> str:
+    """Format bytes as MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
 
 
-def hours(seconds):
+def format_seconds(seconds: float) -> str:
+    """Format seconds as s, min or h."""
     if seconds < 100:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"

@@ -1,79 +1,264 @@
-"""metrics.jsonl of an output folder: a line for every update and every validation, which survives a kill.
+"""Record a run's losses and sample images: metrics.jsonl and loss.png in its folder, Weights & Biases, TensorBoard.
 
-A line is an object of `step`, the number of updates so far, and the figures that trackers.py names; null stands for
-what is not finite. How the figures look is plot.py's.
+A line of metrics.jsonl is an object with `step`, the number of updates so far, and the metrics of that update or
+validation; null stands for a value that is not finite. matplotlib, wandb and tensorboard are optional.
 """
 
+from __future__ import annotations
+
 import collections
+import importlib
 import json
 import logging
 import math
 import os
 import time
+from argparse import Namespace
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Deque, Dict, List, Optional, Sequence, Tuple
 
-from utils import interrupts
+import numpy as np
+from PIL import Image
 
-logger = logging.getLogger("minidalle")
+import log
+from utils.files import atomic_write
+from utils.interrupts import defer_signals
 
 FLUSH_SECONDS = 5
-KEPT_LINES = 100_000  # that wait for a disk to have room again
+MAX_LINES = 100_000  # that wait in memory while the disk is full
+LOGIN_SECONDS = "60"  # that wandb waits for somebody to log in
+PLOT_SHARE = 0.01  # of a run's time, at most, for plots
+PLOT_POINTS = 5000  # updates shown of a long run
+COLORS = {"text": "#4f9a63", "image": "#d9772b", "total": "#1f4e8c"}
+LOG_SCALE_FROM = 8  # ratio of the largest to the smallest loss
+
+logger = logging.getLogger("minidalle")
+Metrics = Dict[str, Any]
 
 
-class MetricsFile:
-    """The lines of a run that has had `step` updates: those of later steps, and one cut short by a kill, are removed.
+class Tracker:
+    """Something that records metrics and images; what it does not need, it leaves out."""
 
-    A file that cannot be written is told once; the run goes on, and so do the lines when there is room again.
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Record the metrics after update `step`: ints, floats or bools."""
+
+    def log_image(self, step: int, image: Image.Image) -> None:
+        """Record the sample images of a step."""
+
+    def flush(self) -> None:
+        """Write everything to disk."""
+
+    def plot(self) -> None:
+        """Plot the metrics so far."""
+
+    def close(self) -> None:
+        """Write everything; the run is over."""
+
+
+class Trackers:
+    """All trackers of a run; if one raises an error, this is logged once and the run continues without it."""
+
+    def __init__(self, trackers: Sequence[Tracker] = ()):
+        self.trackers = list(trackers)
+
+    def log_update(
+        self,
+        step: int,
+        epoch: int,
+        lr: float,
+        losses: Dict[str, float],
+        samples_per_second: float,
+        skipped: bool = False,
+    ) -> None:
+        """Record an update. losses: total, text, image, and grad_norm if the backend measures it."""
+        metrics: Metrics = {
+            "epoch": epoch,
+            **_prefix("loss", losses),
+            "lr": lr,
+            "samples_per_second": samples_per_second,
+        }
+        if "grad_norm" in losses:
+            metrics["grad_norm"] = losses["grad_norm"]
+        if skipped:
+            metrics["skipped"] = True
+        self._each("log", step, metrics)
+
+    def log_validation(self, step: int, losses: Dict[str, float]) -> None:
+        """Record a validation. losses: total, text, image and perplexity."""
+        self._each("log", step, {**_prefix("held-out", losses), "held-out/perplexity": losses["perplexity"]})
+
+    def log_image(self, step: int, image: Image.Image) -> None:
+        """Record the sample images of a step."""
+        self._each("log_image", step, image)
+
+    def flush(self) -> None:
+        """Write everything to disk."""
+        self._each("flush")
+
+    def plot(self) -> None:
+        """Plot the metrics so far."""
+        self._each("plot")
+
+    def close(self) -> None:
+        """Write everything; the run is over."""
+        self._each("close")
+
+    def _each(self, method: str, *arguments: Any) -> None:
+        for tracker in self.trackers[:]:
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:  # other people's packages may raise anything
+                self.trackers.remove(tracker)
+                reason = log.describe_error(error)
+                logger.warning("%s: %s; the run continues without it", type(tracker).__name__, reason)
+
+
+def _prefix(group: str, losses: Dict[str, float]) -> Metrics:
+    return {f"{group}/{name}": losses[name] for name in ("total", "text", "image")}
+
+
+def open_trackers(settings: Namespace, folder: Optional[Path], step: int) -> Trackers:
+    """Return the trackers of a run that has had `step` updates; ValueError if a package is missing."""
+    found: List[Tracker] = []
+    wandb = _import_package("wandb", "init", "--wandb") if settings.wandb else None
+    if settings.tensorboard and folder:
+        _import_package("tensorboard", "__version__", "--tensorboard")
+        found.append(TensorBoard(settings, folder / "tensorboard", step))
+    run = _start_wandb(wandb, settings) if wandb else None
+    if run:
+        found.append(WeightsAndBiases(wandb, run))
+    if folder:
+        found.insert(0, MetricsFile(folder / "metrics.jsonl", step))
+    return Trackers(found)
+
+
+def _import_package(name: str, attribute: str, flag: str) -> ModuleType:
+    try:
+        package = importlib.import_module(name)
+        getattr(package, attribute)  # which a mere folder of that name lacks
+    except (ImportError, AttributeError):
+        raise ValueError(
+            f"{flag}: the package {name} is not installed; pip install {name}, or leave the flag out"
+        ) from None
+    return package
+
+
+def _start_wandb(wandb: Any, settings: Namespace) -> Any:
+    """Start a run at Weights & Biases; recorded offline if there is no login or network, None if that fails too."""
+    options = {"project": settings.wandb_project_name, "name": settings.wandb_run_name, "config": vars(settings)}
+    os.environ.setdefault("WANDB_LOGIN_TIMEOUT", LOGIN_SECONDS)
+    try:
+        return wandb.init(**options)
+    except Exception as error:
+        reason = log.describe_error(error).rstrip(".")
+        logger.warning("--wandb: %s; recording offline, `wandb sync` uploads it later", reason)
+    try:
+        return wandb.init(mode="offline", **options)
+    except Exception as error:
+        logger.warning("--wandb: %s; the run continues without it", log.describe_error(error))
+        return None
+
+
+class WeightsAndBiases(Tracker):
+    """A run at Weights & Biases."""
+
+    def __init__(self, wandb: Any, run: Any):
+        self.wandb, self.run = wandb, run
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self.run.log(metrics, step)
+
+    def log_image(self, step: int, image: Image.Image) -> None:
+        self.run.log({"samples": self.wandb.Image(image)}, step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard(Tracker):
+    """TensorBoard's event files; events of steps after `step`, written by a run that was killed, become void."""
+
+    def __init__(self, settings: Namespace, folder: Path, step: int):
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+        lines = [f"| {name} | {value} |" for name, value in sorted(vars(settings).items())]
+        self.writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *lines]), step)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, float(value), step)
+
+    def log_image(self, step: int, image: Image.Image) -> None:
+        self.writer.add_image("samples", np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class MetricsFile(Tracker):
+    """metrics.jsonl, with loss.png next to it; lines after `step`, and one cut short by a kill, are removed first.
+
+    If the file cannot be written, this is logged once; the lines wait until there is room again.
     """
 
-    def __init__(self, path, step):
-        self.path = Path(path)
-        self.lines = collections.deque(maxlen=KEPT_LINES)
-        self.flushed_at, self.told = time.monotonic(), False
+    def __init__(self, path: Path, step: int):
+        self.path, self.plot_path = Path(path), Path(path).with_name("loss.png")
+        self.lines: Deque[str] = collections.deque(maxlen=MAX_LINES)
+        self.flushed_at = self.plot_due_at = time.monotonic()
+        self.writable = self.can_plot = True
         try:
-            cut(self.path, step)
+            _truncate_after(self.path, step)
         except OSError as error:
-            self.tell(error)
+            self._log_error(error)
 
-    def values(self, step, figures):
-        """Figures after update `step`, by name: whole numbers, floats or bools."""
-        self.lines.append(line_of(step, figures))
+    def log(self, step: int, metrics: Metrics) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.lines.append(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         if time.monotonic() - self.flushed_at > FLUSH_SECONDS:
             self.flush()
 
-    def picture(self, step, image):
-        """Pictures have files of their own."""
-
-    def flush(self):
-        """Every line on disk, also after a power cut: before a checkpoint is written, which must not be ahead of it."""
+    def flush(self) -> None:
         if not self.lines:
             return
         self.flushed_at = time.monotonic()
-        with interrupts.defer_signals():  # between writing lines and forgetting them
+        with defer_signals():  # lines that are written are also forgotten
             try:
-                append(self.path, "".join(self.lines).encode("ascii"))
+                _append(self.path, "".join(self.lines).encode("ascii"))
             except OSError as error:
-                self.tell(error)
+                self._log_error(error)
             else:
                 self.lines.clear()
-                self.told = False
+                self.writable = True
 
-    def tell(self, error):
-        if not self.told:
-            logger.warning("%s: cannot be written (%s); the run goes on", self.path, error.strerror or error)
-        self.told = True
+    def _log_error(self, error: OSError) -> None:
+        if self.writable:
+            logger.warning("%s: cannot be written (%s); the run continues", self.path, error.strerror or error)
+        self.writable = False
 
-    def close(self):
+    def plot(self, at_end: bool = False) -> None:
+        """Plot the losses, unless that would take more than PLOT_SHARE of the run's time."""
+        started = time.monotonic()
+        if not self.can_plot or not self.path.exists() or (started < self.plot_due_at and not at_end):
+            return
+        try:
+            plot_metrics(self.path, self.plot_path)
+        except Exception as error:  # a run does not need its plots
+            reason = "matplotlib is not installed" if isinstance(error, ImportError) else log.describe_error(error)
+            logger.warning("no %s: %s", self.plot_path, reason)
+            self.can_plot = isinstance(error, OSError)  # a disk may have room again
+        now = time.monotonic()
+        self.plot_due_at = now + (now - started) / PLOT_SHARE
+
+    def close(self) -> None:
         self.flush()
+        self.plot(at_end=True)
 
 
-def line_of(step, figures):
-    finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-    return json.dumps({"step": step, **finite}, allow_nan=False) + "\n"
-
-
-def append(path, content):
-    """Bytes at the end of a file, all of them or none; OSError."""
+def _append(path: Path, content: bytes) -> None:
+    """Append all bytes to a file, or none of them if the disk is full."""
     with open(path, "ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         try:
@@ -85,28 +270,105 @@ def append(path, content):
             raise
 
 
-def cut(path, step):
-    """Keep the lines of steps up to this one: the file is written anew beside its name, and renamed."""
+def _truncate_after(path: Path, step: int) -> None:
+    """Remove the lines of later steps and those that are damaged."""
     if not path.exists():
         return
-    beside = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(path, "rb") as lines, open(beside, "wb") as kept:
-            kept.writelines(line for line in lines if step_of(line) <= step)
-            kept.flush()
-            os.fsync(kept.fileno())
-        if beside.stat().st_size != path.stat().st_size:
-            os.replace(beside, path)
-    finally:
-        if beside.exists():
-            beside.unlink()
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) < len(lines):
+        with atomic_write(path, sync=True) as file:
+            file.writelines(kept)
 
 
-def step_of(line):
-    """The step of a line; infinite where it is none of ours, or cut short."""
+def _step_of(line: bytes) -> float:
     try:
-        found = json.loads(line) if line.endswith(b"\n") else None
+        metrics = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
-        found = None
-    step = found.get("step") if isinstance(found, dict) else None
+        metrics = None
+    step = metrics.get("step") if isinstance(metrics, dict) else None
     return step if isinstance(step, int) else math.inf
+
+
+def read_curves(path: Path, points: int = PLOT_POINTS) -> Dict[str, Tuple[List[int], List[float]]]:
+    """Read the steps and values of each metric; NaN for null.
+
+    Of a long run about `points` updates are read, evenly spaced, and all validations and skipped updates.
+    """
+    curves: Dict[str, Tuple[List[int], List[float]]] = {}
+    with open(path, "rb") as lines:
+        count = sum(1 for _ in lines)
+        lines.seek(0)
+        for number, line in enumerate(lines):
+            chosen = number % (1 + count // points) == 0 or number == count - 1
+            if not (chosen or b'"held-out/' in line or b'"skipped"' in line):
+                continue
+            try:
+                metrics = json.loads(line)
+                step = metrics.pop("step")
+            except (ValueError, KeyError, AttributeError):  # cut short
+                continue
+            for name, value in metrics.items():
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(math.nan if value is None else value)
+    return curves
+
+
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """Return means over a Hann window of a fifteenth of the curve, ignoring NaN."""
+    array = np.asarray(values, dtype=float)
+    reach = len(array) // 30
+    window = np.hanning(2 * reach + 3)[1:-1]
+    known = np.isfinite(array)
+    sums = np.convolve(np.where(known, array, 0), window)[reach:][: len(array)]
+    weights = np.convolve(known.astype(float), window)[reach:][: len(array)]
+    return np.where(weights > 0, sums / np.maximum(weights, 1e-12), np.nan)
+
+
+def plot_metrics(metrics_path: Path, path: Path) -> None:
+    """Plot training and validation losses, and the learning rate below; ImportError without matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves = read_curves(metrics_path)
+    figure = Figure(figsize=(10, 6.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, rates = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (5, 1)})
+    shown = []
+    for name, color in COLORS.items():
+        for group, style in ((f"loss/{name}", "-"), (f"held-out/{name}", "--")):
+            steps, values = curves.get(group, ([], []))
+            if not steps:
+                continue
+            if style == "-":
+                losses.plot(steps, values, color=color, linewidth=0.7, alpha=0.2)
+            line = smooth(values) if style == "-" else np.asarray(values, dtype=float)
+            finite = line[np.isfinite(line)]
+            label = f"{name}{', validation' * (style == '--')}" + (f": {finite[-1]:.3g}" if len(finite) else "")
+            losses.plot(steps, line, style, color=color, linewidth=1.8, label=label)
+            shown.extend(finite)
+    skipped, _ = curves.get("skipped", ([], []))
+    if skipped:
+        transform = losses.get_xaxis_transform()
+        label = f"{len(skipped)} skipped updates"
+        losses.plot(skipped, [0.01] * len(skipped), "|", color="#b00020", transform=transform, label=label)
+    if shown:  # raw losses may leave the axes, smoothed ones not
+        low, high = min(shown), max(shown)
+        if low > 0 and high > LOG_SCALE_FROM * low:
+            losses.set_yscale("log")
+            losses.set_ylim(low / 1.25, high * 1.25)
+        else:
+            margin = 0.06 * (high - low) or 0.1
+            losses.set_ylim(low - margin, high + margin)
+        losses.legend(frameon=False)
+    losses.set_ylabel("loss")
+    rates.plot(*curves.get("lr", ((), ())), color="#555555")
+    rates.set_ylim(bottom=0)
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("updates")
+    for axes in (losses, rates):
+        axes.grid(color="#e3e3e3", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")

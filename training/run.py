@@ -1,75 +1,109 @@
-"""settings → Run: the machine, tokenizers, model, datasets and schedule of a run, checked before anything is spent.
+"""Build a run from its settings; everything that can be checked is checked before time is spent."""
 
-Where a run goes on from is checkpoints.py's.
-"""
+from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
+from argparse import Namespace
 from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
 
+import numpy as np
 import torch
 
 import backends
 import log
+from backends.base import Trainer, TrainingBackend
 from data.codes import load_codes, open_code_cache
 from data.loader import GeneratedDataset, TextImageDataset
 from data.order import EpochOrder
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from models.dalle import DALLE
 from models.official_vqgan import OFFICIAL_PARAMS
 from models.vae import VQGanVAE, load_vqgan
-from training import checkpoints, dry_run, trackers
-from training.metrics import MetricsFile
-from training.plot import Plot
-from training.trackers import Trackers
-from utils import optimization
+from training import checkpoints
+from training.metrics import Trackers, open_trackers
+from utils.optimization import LearningRate
 
 logger = logging.getLogger("minidalle")
 
 
+@dataclasses.dataclass
 class Run:
-    """What a run holds. `step` is the number of updates so far, as are the figures beside it; files keep them."""
+    """The parts of a run and its progress; checkpoints store the progress."""
 
-    def __init__(self, **parts):
-        self.step = 0
-        self.skipped = 0  # updates left out, since the gradient was not finite
-        self.epoch_loss = (0.0, 0)  # sum and number of this epoch's losses
-        self.validation_loss = self.best_loss = None
-        self.post_update_done = True  # whether what follows the last update, validation and an epoch's end, is done
-        self.pairs = None  # of sample pictures, once they are read
-        self.captions = None  # their words and examples, once they are collected
-        self.metrics = self.plot = None
-        self.trackers = Trackers([])  # rank 0 alone has some
-        vars(self).update(parts)
+    settings: Namespace
+    backend: TrainingBackend
+    folder: checkpoints.Folder
+    tokenizer: Tokenizer
+    vae: VQGanVAE
+    dataset: Any
+    validation_set: Any  # None: no validation
+    generated: bool  # whether the training set is generated instead of read
+    batches: EpochOrder
+    hparams: Dict[str, Any]
+    trainer: Trainer
+    schedule: LearningRate
+    steps: int  # updates in the whole run
+    vqgan_fingerprint: str
+    data_fingerprint: str
 
-    def epoch(self):
-        """The epoch of the coming update, from 0."""
+    step: int = 0  # updates so far
+    skipped: int = 0  # updates skipped because the loss or the gradient was not finite
+    epoch_loss: Tuple[float, int] = (0.0, 0)  # sum and number of this epoch's losses
+    validation_loss: Optional[float] = None
+    best_loss: Optional[float] = None
+    post_update_done: bool = True  # whether validation and the end of the epoch have followed the last update
+
+    trackers: Trackers = dataclasses.field(default_factory=Trackers)
+    samples: Any = None  # what sample images show, once read
+    captions: Optional[Dict[str, Any]] = None  # words and examples of the training captions, once collected
+
+    def epoch(self) -> int:
+        """Return the epoch of the next update, from 0."""
         return self.step // self.batches.batches_per_epoch
 
-    def epoch_begins(self):
-        """Whether the coming update is an epoch's first."""
+    def epoch_begins(self) -> bool:
+        """Return whether the next update is the first of an epoch."""
         return self.step % self.batches.batches_per_epoch == 0
 
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next update."""
+        return self.schedule.at(self.step, self.epoch())
 
-def build(settings):
-    """Everything a run needs, or ValueError / OSError in one line."""
+    def end_epoch(self) -> None:
+        """Give the schedule the validation loss, or else the epoch's mean training loss."""
+        total, count = self.epoch_loss
+        loss = self.validation_loss if self.validation_set is not None else total / count if count else None
+        if loss is not None:
+            self.schedule.epoch_ended(loss)
+        self.epoch_loss = (0.0, 0)
+
+
+def build(settings: Namespace) -> Run:
+    """Return a run that is ready to train.
+
+    Raises:
+        ValueError, OSError: the settings or files do not allow it; the message is one line.
+    """
     backend = backends.for_training(settings)
     if backend.rank:
         log.set_up(logging.WARNING)
     tokenizer = load_tokenizer(settings.bpe_path)
-    # A compiler wants no more than the shape of samples.
-    made_up = settings.generated_data or settings.synthetic_data or backend.compile_only
-    for flag in ("input_folder", "validation_folder"):  # before a VQGAN is fetched
+    # A compiler needs only the shape of the samples.
+    generated = settings.generated_data or settings.synthetic_data or backend.compile_only
+    for flag in ("input_folder", "validation_folder"):  # checked before a VQGAN is downloaded
         folder = getattr(settings, flag)
-        if folder and not made_up and not Path(folder).exists():
+        if folder and not generated and not Path(folder).exists():
             raise FileNotFoundError(f"--{flag.replace('_', '-')} {folder}: no such folder")
-    # Before pictures are encoded, which may take hours.
+    # The checkpoint is read before images are encoded, which may take hours.
     folder = checkpoints.Folder(settings, writes=not backend.rank and not settings.dry_run)
     origin = folder.origin()
     folder.prepare()
     torch.manual_seed(settings.random_seed)
-    vae = image_tokenizer(settings, made_up)
+    vae = build_vqgan(settings, generated)
     hparams = {
         "num_text_tokens": tokenizer.vocab_size,
         "text_seq_len": settings.text_seq_len,
@@ -83,11 +117,12 @@ def build(settings):
         "attn_dropout": settings.attn_dropout,
         "sandwich_norm": settings.sandwich_norm,
     }
-    torch.manual_seed(settings.random_seed)  # again: an untrained VQGAN drew numbers
+    torch.manual_seed(settings.random_seed)  # again, because an untrained VQGAN uses random numbers
     model = DALLE(vae=vae, **hparams)
     trainer = backend.trainer(model)
     with backend.making_codes():
-        dataset, validation_set = datasets(settings, backend, tokenizer, vae, made_up)
+        dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
+    samples_per_step = backend.samples_per_step * backend.world_size
     batches = EpochOrder(
         len(dataset),
         backend.samples_per_step,
@@ -98,13 +133,6 @@ def build(settings):
     steps = batches.batches_per_epoch * settings.epochs
     if settings.max_steps is not None:
         steps = min(steps, settings.max_steps)
-    schedule = optimization.LearningRate(
-        settings.lr_scheduler,
-        settings.learning_rate,
-        epochs=math.ceil(steps / batches.batches_per_epoch),
-        steps=steps,
-        warmup_steps=settings.warmup_steps,
-    )
     run = Run(
         settings=settings,
         backend=backend,
@@ -113,50 +141,46 @@ def build(settings):
         vae=vae,
         dataset=dataset,
         validation_set=validation_set,
+        generated=generated,
         batches=batches,
         hparams=hparams,
         trainer=trainer,
-        schedule=schedule,
+        schedule=LearningRate(
+            settings.lr_scheduler,
+            settings.learning_rate,
+            epochs=math.ceil(steps / batches.batches_per_epoch),
+            steps=steps,
+            warmup_steps=settings.warmup_steps,
+        ),
         steps=steps,
-        vqgan=vae.fingerprint(),  # once: both are hashes of all there is
-        data=dataset.fingerprint(),
+        vqgan_fingerprint=vae.fingerprint(),
+        data_fingerprint=dataset.fingerprint(),
     )
     if origin is not None:
         checkpoints.resume(run, *origin, model)
     if not backend.rank and not settings.dry_run:
-        open_trackers(run)  # last, when nothing else can be refused
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    together = backend.samples_per_step * backend.world_size
-    logger.info("%d pictures, %d steps of %d samples", len(dataset), steps, together)
+        run.trackers = open_trackers(settings, folder.path, run.step)  # last, when nothing else can fail
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logger.info("%d images, %d steps of %d samples", len(dataset), steps, samples_per_step)
     if validation_set is not None:
-        logger.info("%d in the validation set", len(validation_set))
-    logger.info("%s trainable parameters, %d text tokens", f"{trained:,}", tokenizer.vocab_size)
+        logger.info("%d images in the validation set", len(validation_set))
+    logger.info("%s trainable parameters, %d text tokens", f"{trainable:,}", tokenizer.vocab_size)
     return run
 
 
-def open_trackers(run):
-    """metrics.jsonl and loss.png of the output folder, and the trackers that flags ask for."""
-    asked = list(trackers.chosen(run.settings, run.folder.path, run.step))
-    if run.folder.path:
-        run.metrics = MetricsFile(run.folder.path / "metrics.jsonl", run.step)
-        run.plot = Plot(run.metrics.path)
-        asked.insert(0, run.metrics)
-    run.trackers = Trackers(asked)
-
-
-def image_tokenizer(settings, made_up):
-    """The VQGAN of --vae-path or --vqgan-model-path; the official one otherwise (untrained for made-up samples)."""
+def build_vqgan(settings: Namespace, generated: bool) -> VQGanVAE:
+    """Return the VQGAN of --vae-path or --vqgan-model-path, else the official one (untrained for generated data)."""
     path = settings.vae_path or settings.vqgan_model_path
-    if path is None and made_up:
+    if path is None and generated:
         return VQGanVAE(OFFICIAL_PARAMS)
     return load_vqgan(path, settings.vqgan_config_path)
 
 
-def datasets(settings, backend, tokenizer, vae, made_up):
-    """(what is learnt, what is held out or None): folders' pairs with pixels or cached codes, or made-up samples."""
-    use_codes = not settings.no_codes_cache
-    if made_up:
-        codes = {"num_image_codes": vae.num_tokens, "image_seq_len": vae.image_seq_len} if use_codes else {}
+def build_datasets(
+    settings: Namespace, backend: TrainingBackend, tokenizer: Tokenizer, vae: VQGanVAE, generated: bool
+) -> Tuple[Any, Any]:
+    """Return the training set and the validation set, which is None if no flag asks for one."""
+    if generated:
         dataset = GeneratedDataset(
             16 * backend.samples_per_step * backend.world_size,
             text_seq_len=settings.text_seq_len,
@@ -164,19 +188,27 @@ def datasets(settings, backend, tokenizer, vae, made_up):
             image_size=vae.image_size,
             byteio=settings.byteio,
             seed=settings.random_seed,
-            **codes,
+            num_image_codes=None if settings.no_codes_cache else vae.num_tokens,
+            image_seq_len=None if settings.no_codes_cache else vae.image_seq_len,
         )
     else:
-        dataset = folder_dataset(settings.input_folder, settings, backend, tokenizer, vae)
+        dataset = open_folder(settings.input_folder, settings, backend, tokenizer, vae)
     if settings.validation_split:
         return dataset, dataset.split_off(settings.validation_split)
-    if settings.validation_folder and not made_up:
-        return dataset, folder_dataset(settings.validation_folder, settings, backend, tokenizer, vae, training=False)
+    if settings.validation_folder and not generated:
+        return dataset, open_folder(settings.validation_folder, settings, backend, tokenizer, vae, training=False)
     return dataset, None
 
 
-def folder_dataset(folder, settings, backend, tokenizer, vae, training=True):
-    """A folder's pairs, with cached codes or with pixels."""
+def open_folder(
+    folder: str,
+    settings: Namespace,
+    backend: TrainingBackend,
+    tokenizer: Tokenizer,
+    vae: VQGanVAE,
+    training: bool = True,
+) -> TextImageDataset:
+    """Return a folder's pairs with pixels, or with codes from the cache, into which missing ones are encoded first."""
     cache_dir = None if settings.no_codes_cache else settings.codes_cache or folder
     cache = None
     if cache_dir:
@@ -201,16 +233,22 @@ def folder_dataset(folder, settings, backend, tokenizer, vae, training=True):
         encoded=cache or (),
     )
     if cache is None:
-        dataset[0]  # at least one picture can be read, or ValueError now
+        dataset[0]  # fails now if no image can be read
     elif settings.dry_run:  # encoding may take hours
-        dry_run.empty_codes(dataset, vae, cache)
+        attach_empty_codes(dataset, vae, cache)
     else:
         codes, rows = load_codes(
             dataset.images,
             backend.encode(vae),
             cache,
-            batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # as many pixels whatever their size
-            workers=min(settings.dataloader_workers, os.cpu_count() or 1),  # a GPU encodes faster than one reads
+            batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # the same number of pixels for any image size
+            workers=min(settings.dataloader_workers, os.cpu_count() or 1),  # a GPU encodes faster than one can read
         )
         dataset.attach_codes(codes, rows)
     return dataset
+
+
+def attach_empty_codes(dataset: TextImageDataset, vae: VQGanVAE, cache: Any) -> None:
+    """Attach zeros for codes, which take a step as long as any, and count the images to encode in `to_encode`."""
+    dataset.to_encode = sum(picture not in cache for picture in dataset.images)
+    dataset.attach_codes(np.broadcast_to(np.uint16(0), (len(dataset), vae.image_seq_len)))

@@ -17,6 +17,7 @@ import yaml
 CONFIGS = Path(__file__).resolve().parent.parent / "configs.yaml"
 HELP_COLUMN = 38
 HELP_WIDTH = 120
+Add = Callable[..., None]  # what Parser.heading returns
 
 
 class Parser(argparse.ArgumentParser):
@@ -202,3 +203,60 @@ def _as_words(entry: Dict[str, Any], parser: Parser) -> List[str]:
         if value is not None:
             words.append(f"--{key}={','.join(map(str, parts))}")
     return words
+
+
+# Flags that several commands share, and the types of their values.
+
+DEVICES = ("auto", "cpu", "cuda", "ipu")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+COUNT = number(int, low=1)
+NATURAL = number(int, low=0)
+SEED = number(int, low=0, high=2**63 - 1)
+POSITIVE = number(float, above=0)
+NOT_NEGATIVE = number(float, low=0)
+SHARE = number(float, low=0, high=1)
+
+
+def top_k(text: str) -> float:
+    """Parse a share from 0 to 1, or a whole number of codes above 1."""
+    value = NOT_NEGATIVE(text)
+    if value > 1 and value != int(value):
+        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1 or a whole number of codes, not '{text}'")
+    return value
+
+
+top_k.metavar = "X"  # type: ignore[attr-defined]
+
+
+def machine_flags(parser: Parser) -> None:
+    """Add the flags that choose device and precision."""
+    add = parser.heading("Machine")
+    add("device", "auto", "auto takes CUDA, else an IPU with its SDK enabled, else the CPU", choices=DEVICES)
+    add("precision", "auto", "arithmetic of the transformer; auto takes bf16 if it is fast", choices=PRECISIONS)
+
+
+def vqgan_file_flags(add: Add) -> None:
+    """Add the flags that name a VQGAN's files."""
+    add("vqgan-model-path", None, "VQGAN weights (.ckpt of taming); none: download the official ImageNet one", path)
+    add("vqgan-config-path", None, "its .yaml; none: the file of the same stem next to the .ckpt", path)
+
+
+def sampling_flags(add: Add) -> None:
+    """Add the flags of sampling; train.py stores them in checkpoints, where generate.py finds its defaults."""
+    add("top-k", None, "share of the vocabulary to exclude (0 to 1), or number of codes to keep", top_k)
+    add("top-p", None, "keep the likeliest codes up to this probability", number(float, above=0, high=1))
+    add("temperature", None, "below 1: safer images, above 1: wilder ones", POSITIVE)
+    add("cond-scale", None, "guidance towards the text, 1 for none; needs --caption-dropout in training", NOT_NEGATIVE)
+
+
+def check_vqgan_files(parser: Parser, settings: argparse.Namespace) -> None:
+    """Refuse flags that name no VQGAN, or two."""
+    if settings.vqgan_config_path and not settings.vqgan_model_path:
+        refuse(parser, "vqgan-config-path", "needs --vqgan-model-path, the weights that it describes")
+    if getattr(settings, "vae_path", None) and settings.vqgan_model_path:
+        refuse(parser, "vae-path", "names a VQGAN, and so does --vqgan-model-path; give one of them")
+
+
+def refuse(parser: Parser, flag: str, problem: str) -> NoReturn:
+    """End the program with an error in one line that names the flag."""
+    parser.error(f"argument --{flag}: {problem}")

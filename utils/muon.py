@@ -1,30 +1,36 @@
-"""Muon: momentum whose update is made orthogonal, so that every direction of a matrix moves by the same amount.
+"""Muon: momentum with orthogonalized updates, so that all directions of a matrix move by the same amount.
 
-Jordan et al. 2024 (kellerjordan.github.io/posts/muon), with the step size of Liu et al. 2025 (arXiv 2502.16982): an
-update has the root mean square of one of AdamW, and one learning rate serves both. For matrices and convolution
-kernels; vectors, embeddings and heads stay with AdamW. torch.optim.Muon (torch 2.9) takes no kernels and works in
-bf16, which CPUs without bf16 arithmetic take fifty times as long for.
+Jordan et al. 2024 (kellerjordan.github.io/posts/muon), with the step size of Liu et al. 2025 (arXiv:2502.16982): an
+update has the root mean square of AdamW's, so one learning rate fits both. It is for matrices and convolution kernels;
+vectors, embeddings and heads stay with AdamW. torch.optim.Muon (torch 2.9) takes no kernels and computes in bf16, which
+is fifty times slower on CPUs without bf16 arithmetic.
 """
+
+from typing import Any, Dict, Iterable, Sequence
 
 import torch
 
-ADAM_RMS = 0.2  # root mean square of AdamW's updates, in learning rates
+ADAM_RMS = 0.2  # root mean square of an AdamW update, in units of the learning rate
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Muon authors' quintic
 ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, made orthogonal; decoupled weight decay. Parameters of two and more dimensions, taken as
-    matrices of (first, all others).
+    """Orthogonalized Nesterov momentum with decoupled weight decay.
+
+    Parameters have two or more dimensions and count as matrices of (first, all others).
     """
 
-    def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.95):
+    def __init__(
+        self, parameters: Iterable[torch.Tensor], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+    ):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:
+        """Make one update; `closure` is not used."""
         for group in self.param_groups:
-            updates = {}  # those of one shape are made orthogonal together
+            updates = {}  # by shape: those of one shape are orthogonalized together
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     updates.setdefault(parameter.flatten(1).shape, []).append(
@@ -37,11 +43,11 @@ class Muon(torch.optim.Optimizer):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update.view_as(parameter), alpha=-lr)
 
-    def orthogonal(self, momenta):
-        """Matrices of one shape → as many, of that shape."""
+    def orthogonal(self, momenta: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Orthogonalize matrices of one shape."""
         return orthogonal(torch.stack(momenta))
 
-    def _momentum(self, parameter, group):
+    def _momentum(self, parameter: torch.Tensor, group: Dict[str, Any]) -> torch.Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -49,10 +55,10 @@ class Muon(torch.optim.Optimizer):
         return parameter.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov's look ahead
 
 
-def orthogonal(matrices):
-    """(B, n, m) → the same with all singular values near 1 (between 0.7 and 1.2), by Newton–Schulz iteration.
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """Bring all singular values of (B, n, m) matrices near 1 (between 0.7 and 1.2) by Newton–Schulz iteration.
 
-    In bf16 on GPUs, where that is enough, in fp32 elsewhere.
+    Computes in bf16 on GPUs and in fp32 elsewhere.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[-2] > x.shape[-1]

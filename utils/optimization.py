@@ -1,15 +1,16 @@
-"""Which parameters decay, and how the learning rate moves. The optimizers themselves belong to the backends."""
+"""Parameter groups and learning-rate schedules; the backends have the optimizers."""
 
 import math
+from typing import Any, Dict, List
 
 import torch
 
 
-def parameter_groups(model, weight_decay):
-    """Trainable parameters as two torch groups: matrices with weight_decay, everything else without.
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
+    """Return the trainable parameters as two groups for torch: matrices with weight_decay, all others without.
 
-    LayerScale (1, 1, dim) and the axial positions (1, H, 1, dim) are vectors for all their dimensions, so they do not
-    decay. Order is that of model.parameters() within each group, the same on every machine.
+    LayerScale (1, 1, dim) and the axial positions (1, H, 1, dim) count as vectors. The order within a group is that of
+    model.parameters().
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() == 2]
@@ -17,11 +18,12 @@ def parameter_groups(model, weight_decay):
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def load_keeping_flags(optimizer, state):
-    """A saved state into an optimizer, whose decay rates, weight decay and the like stay those of this run's flags.
+def load_keeping_flags(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
+    """Load a saved state into an optimizer, but keep this run's decay rates, weight decay and the like.
 
-    ValueError, and nothing is changed, where a moment has not its parameter's shape: torch would notice in the middle
-    of an update.
+    Raises:
+        ValueError: a moment has another shape than its parameter; nothing is changed then. torch would only notice
+            during an update.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, moments in state["state"].items():
@@ -29,55 +31,55 @@ def load_keeping_flags(optimizer, state):
             if torch.is_tensor(moment) and moment.dim() and moment.shape != parameters[number].shape:
                 raise ValueError(f"a moment of {tuple(moment.shape)} for {tuple(parameters[number].shape)}")
     flags = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    groups = [{**saved, **own} for saved, own in zip(state["param_groups"], flags)]  # before: how it is kept is a flag
+    groups = [{**saved, **own} for saved, own in zip(state["param_groups"], flags)]  # this run's flags win
     optimizer.load_state_dict({**state, "param_groups": groups})
 
 
-def multi_step(epoch, epochs):
-    """Linear warm-up over the first fifth of the epochs, then 1, then 0.1 for the second half of what is left."""
+def multi_step(epoch: int, epochs: int) -> float:
+    """Warm up linearly over the first fifth of the epochs, then 1, then 0.1 for the second half of the rest."""
     warmup = int(0.2 * epochs)
     if epoch < warmup:
         return (1 + epoch) / (1 + warmup)
     return 1.0 if epoch < warmup + (epochs - warmup) / 2 else 0.1
 
 
-def constant(epoch, epochs):
-    """multi_step's warm-up, then 1."""
+def constant(epoch: int, epochs: int) -> float:
+    """Warm up as multi_step does, then 1."""
     warmup = int(0.2 * epochs)
     return (1 + epoch) / (1 + warmup) if epoch < warmup else 1.0
 
 
-def cosine(step, steps, warmup):
-    """Linear warm-up over `warmup` steps, then a half cosine that would touch 0 one step after the last."""
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Warm up linearly over `warmup` steps, then follow half a cosine that would reach 0 one step after the last."""
     if step < warmup:
         return (1 + step) / (1 + warmup)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def trapezoid(step, steps, warmup):
-    """Linear warm-up over `warmup` steps, then 1, then linearly towards 0 over the second half of the run."""
+def trapezoid(step: int, steps: int, warmup: int) -> float:
+    """Warm up linearly over `warmup` steps, then 1, then fall linearly towards 0 over the second half of the run."""
     rising = (1 + step) / (1 + warmup)
     falling = 2 * (steps - step) / steps
     return min(rising, 1.0, falling)
 
 
 class LearningRate:
-    """The learning rate of each update, correct from the first; `name` is one of --lr-scheduler's.
+    """The learning rate of each update; `name` is a value of --lr-scheduler.
 
-    Asked before the update: at(step, epoch). Told after every epoch: epoch_ended(loss on held-out pairs, or the mean
-    of the training loss), which only ReduceLROnPlateau heeds (factor 0.5, patience 10, cooldown 10, never below 1e-6).
+    ReduceLROnPlateau (factor 0.5, patience 10, cooldown 10, minimum 1e-6) depends on the losses given to epoch_ended,
+    the others only on step and epoch.
     """
 
-    def __init__(self, name, peak, *, epochs, steps, warmup_steps=0):
+    def __init__(self, name: str, peak: float, *, epochs: int, steps: int, warmup_steps: int = 0):
         self.name, self.peak, self.epochs, self.steps, self.warmup_steps = name, peak, epochs, steps, warmup_steps
-        # torch's own scheduler, on a parameter nobody trains: it is the bookkeeping that is wanted.
+        # torch's scheduler does the bookkeeping, on a parameter that is not trained.
         self._holder = torch.optim.SGD([torch.zeros(1)], lr=peak)
         self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self._holder, factor=0.5, patience=10, cooldown=10, min_lr=1e-6
         )
 
-    def at(self, step, epoch):
-        """Learning rate of update `step` (from 0), which lies in `epoch` (from 0)."""
+    def at(self, step: int, epoch: int) -> float:
+        """Return the learning rate of update `step` in `epoch`, both from 0."""
         by_epoch = {"multi_step": multi_step, "constant": constant}
         by_step = {"cosine": cosine, "trapezoid": trapezoid}
         if self.name in by_epoch:
@@ -86,17 +88,19 @@ class LearningRate:
             return self.peak * by_step[self.name](step, self.steps, self.warmup_steps)
         return self._holder.param_groups[0]["lr"]
 
-    def epoch_ended(self, loss):
+    def epoch_ended(self, loss: float) -> None:
+        """Take the validation loss, or the mean training loss, of the epoch that ended."""
         if self.name == "ReduceLROnPlateau":
             self._plateau.step(loss)
 
-    def state_dict(self):
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the state in plain values."""
         plain = (int, float, list)
         state = {key: value for key, value in self._plateau.state_dict().items() if isinstance(value, plain)}
         return {"name": self.name, "lr": self._holder.param_groups[0]["lr"], "plateau": state}
 
-    def load_state_dict(self, state):
-        """State of the same scheduler; another one's is left aside, since it then starts afresh."""
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Load the state of a scheduler of the same name; ignore that of another."""
         if state.get("name") == self.name:
             self._holder.param_groups[0]["lr"] = state["lr"]
             self._plateau.load_state_dict(state["plateau"])

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from backends.base import Backend, Losses, Trainer, TrainingBackend
 from backends.memory import Memory
+from backends.native.inference import decoder, encoder, sampler
 from backends.native.resilient_loader import read
-from backends.native.sampler import sampler
 from backends.native.trainer import NativeTrainer, mean_losses
-from backends.native.vqgan import decoder, encoder
 from models.dalle import DALLE
 from models.vae import VQGanVAE
 from utils import interrupts

@@ -180,7 +180,7 @@ def run(*words):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_the_command(every_fault, tmp_path, drawn_pictures):
+def test_the_command(every_fault, tmp_path, drawn_pictures, capsys):
     small = ["--bpe-path", YTTM, "--image-size", 32, "--text-seq-len", 16]
     before = sorted(every_fault.rglob("*"))
     faulty = run(every_fault, *small, "--all")
@@ -201,6 +201,8 @@ def test_the_command(every_fault, tmp_path, drawn_pictures):
         ([], 2),
         ([tmp_path / "empty"], 1),
     ):
-        ended = run(*words)
-        assert ended.returncode == status and len(ended.stderr.splitlines()) == 1, ended
-        assert ended.stderr.startswith("python -m data.check: error: ")
+        with pytest.raises(SystemExit) as ended:
+            checks.main([str(word) for word in words])
+        said = capsys.readouterr().err
+        assert ended.value.code == status and len(said.splitlines()) == 1, (words, said)
+        assert said.startswith("python -m data.check: error: ")

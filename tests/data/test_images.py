@@ -1,10 +1,14 @@
 """One image to pixels: the crop, the filter, orientation, every kind of image, and files that are none."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from data.images import crop_square, load_image
+from data.images import crop_square, endless_batches, find_images, load_image, load_images
+from data.order import EpochOrder
 
 
 def saved(path, array, **options):
@@ -190,3 +194,47 @@ def test_real_photographs_equal_a_plain_crop_and_resize(shared_data):
         left, top = (image.width - side) // 2, (image.height - side) // 2
         middle = Image.fromarray(np.asarray(image)[top : top + side, left : left + side])
         assert np.array_equal(load_image(path, 256), np.asarray(middle.resize((256, 256), Image.BILINEAR)))
+
+
+# --- many images ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(6):
+        Image.new("RGB", (4, 4), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def reds(batches):
+    return [batch[:, 0, 0, 0].tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_go_on_without_end_in_the_order_of_the_seed(folder, workers):
+    paths = find_images(folder)
+    images = load_images(paths, 4)
+    assert images.dtype == torch.uint8 and images.shape == (6, 3, 4, 4) and reds([images]) == [list(range(0, 240, 40))]
+    order = EpochOrder(6, 4, seed=3)
+    expected = [[40 * index for _, index in order.batch(epoch, 0)] for epoch in range(5)]
+    for source in (images, paths):
+        assert reds(islice(endless_batches(source, 4, size=4, seed=3, workers=workers), 5)) == expected
+    assert sorted(reds(islice(endless_batches(images, 99, size=4, seed=3), 1))[0]) == list(range(0, 240, 40))
+
+
+def test_unreadable_images_are_skipped_and_reported_once(folder, logged):
+    paths = find_images(folder)
+    for i in (0, 1, 2, 4):
+        paths[i].write_bytes(b"damaged")
+    found = reds(islice(endless_batches(paths, 1, size=4, seed=3), 8))
+    assert sorted(found) == [[120]] * 4 + [[200]] * 4 and len(logged.messages) == 4
+    assert reds([load_images(paths, 4)]) == [[120, 200]] and "skipped 4 files (unreadable image)" in logged.messages[-1]
+    for i in (3, 5):
+        paths[i].write_bytes(b"damaged")
+    for read in (lambda: load_images(paths, 4), lambda: next(endless_batches(paths, 2, size=4, seed=3))):
+        with pytest.raises(ValueError, match="none of 6 images can be read"):
+            read()
+    for place, error in (("notes.txt", NotADirectoryError), ("nowhere", FileNotFoundError)):
+        with pytest.raises(error, match=place):
+            find_images(folder / place)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.attention import pattern_mask
 from models.dalle import DALLE
+from models.transformer import pattern_mask
 
 SIZES = dict(dim=32, num_text_tokens=50, text_seq_len=6, depth=4, heads=2, dim_head=16)
 

@@ -103,7 +103,7 @@ def test_fid_is_that_of_torchmetrics(inception_file, pictures):
     theirs = fid.FrechetInceptionDistance(feature_extractor_weights_path=str(inception_file), antialias=False)
     same = image_scores.InceptionDistance(inception_file, torch.device("cpu"))
     real, drawn = torch.from_numpy(pictures[:6]), torch.from_numpy(pictures[6:]) // 2
-    for which, batch in (("real", real), ("drawn", drawn[:4]), ("drawn", drawn[4:])):
+    for which, batch in (("real", real), ("generated", drawn[:4]), ("generated", drawn[4:])):
         ours.add(which, batch)
         same.add(which, real)
         theirs.update(batch, real=which == "real")
@@ -144,4 +144,4 @@ def test_scores_are_in_the_results(command, clip_file, tiny_checkpoint, drawn_pi
     assert ended.status == 0 and ended.err == "", ended
     results = (tmp_path / "results.json").read_text()
     assert '"clip_score"' in results and '"prompts_clip_score"' in results and '"fid"' not in results
-    assert f"({NAME}, 4 pictures)" in ended.out and f"({NAME}, 2 pictures)" in ended.out
+    assert f"({NAME}, 4 images)" in ended.out and f"({NAME}, 2 images)" in ended.out

@@ -12,10 +12,10 @@ import torch
 import yaml
 
 from backends.ipu.inference import DeviceLosses
-from models.attention import PATTERNS
 from models.pipeline_dalle import WrappedDALLE, placement
 from models.sampling import Sampling
 from models.static_sampling import FullPass, StaticSampler
+from models.transformer import PATTERNS
 from tests.ipu_operators import graphs
 from tests.ipu_operators.check import check
 from tests.ipu_operators.standins import standins

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.attention import PATTERNS, pattern_mask
 from models.packed_sampler import PackedStepper, plan_cache
 from models.sampling import CachedStepper, NaiveStepper, Sampling, gumbel_noise, keep_top_k, keep_top_p, sample_codes
 from models.static_sampling import FullPass, StaticSampler
-from models.transformer import GEGLU
+from models.transformer import GEGLU, PATTERNS, pattern_mask
 from tests.builders import small_dalle
 
 PLAIN = Sampling(top_k=None)

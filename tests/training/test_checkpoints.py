@@ -25,7 +25,7 @@ def test_age_is_steps_whatever_the_times_and_names(folder):
     for number, path in enumerate(sorted(folder.glob("*.pt"))):
         os.utime(path, (number, number))  # as a copy in order of names leaves them
     (folder / "dalle_best.pt").write_bytes(b"no number")
-    assert [path.name for path in checkpoints.by_age(folder)] == names
+    assert [path.name for path in checkpoints.sort_by_age(folder)] == names
     assert [checkpoint.step_of(folder / name) for name in names] == [2, 3, 4, 6, 8, 9]
 
 
@@ -52,8 +52,8 @@ def test_resume_takes_the_newest_good_file(folder, command, tiny_flags):
         newest.write_bytes(damaged)
         ended = resumed(command, tiny_flags, folder, "--epochs", 3)
         assert ended.status == 0, ended
-        assert f"{newest}: damaged" in ended.out and "the one before it is taken" in ended.out
-        assert f"going on from {folder / 'dalle_step_8.pt'} at step 8" in ended.out
+        assert f"{newest}: damaged" in ended.out and "trying the previous checkpoint" in ended.out
+        assert f"resuming from {folder / 'dalle_step_8.pt'} at step 8" in ended.out
         again = checkpoint.read(newest)["weights"]  # the same step, bit for bit
         assert all(torch.equal(tensor, expected[name]) for name, tensor in again.items()) and not left.exists()
 
@@ -63,7 +63,7 @@ def test_resume_of_a_finished_run_ends_well_and_of_none_begins(folder, command, 
     assert resumed(command, tiny_flags, folder, "--epochs", 3).status == 0
     assert {path: path.read_bytes() for path in folder.glob("*.pt")} == before
     ended = resumed(command, tiny_flags, tmp_path / "new", "--max-steps", 1)
-    assert ended.status == 0 and "so the run begins" in ended.out and (tmp_path / "new/dalle_step_1.pt").exists()
+    assert ended.status == 0 and "starting a new run" in ended.out and (tmp_path / "new/dalle_step_1.pt").exists()
     for path in folder.glob("*.pt"):
         path.write_bytes(b"no checkpoint")
     ended = resumed(command, tiny_flags, folder, "--epochs", 3)
@@ -79,7 +79,7 @@ def test_differences_are_told(folder, command, tiny_flags, picture_folder):
     told = [line for line in ended.out.splitlines() if "unlike the run that wrote it" in line]
     assert ended.status == 0 and len(told) == 4
     assert "--learning-rate 0.5, was 0.003" in told[1] and f"torch {torch.__version__}, was 1.2.3" in told[2]
-    assert "other pictures or captions" in told[3]
+    assert "other images or captions" in told[3]
     assert "--epochs 4, was 3" in told[0]
 
 
@@ -97,7 +97,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(command, tiny
     ended = command(train.main, *tiny_flags, *flags)
     assert ended.status == 0 and written == [2, 3, 6]
     (told,) = [line for line in ended.out.splitlines() if "no checkpoint of step 4" in line]
-    assert "No space left on device" in told and "the last good one is" in told and "dalle_0.pt" in told
+    assert "No space left on device" in told and "the last good checkpoint is" in told and "dalle_0.pt" in told
 
 
 def test_the_best_file_is_one_to_go_on_from(command, tiny_flags, tmp_path):
@@ -112,7 +112,7 @@ def test_the_best_file_is_one_to_go_on_from(command, tiny_flags, tmp_path):
         if path.name != checkpoints.BEST:
             path.unlink()
     ended = resumed(command, tiny_flags, killed, *flags)
-    assert ended.status == 0 and f"going on from {killed / checkpoints.BEST} at step {best['step']}" in ended.out
+    assert ended.status == 0 and f"resuming from {killed / checkpoints.BEST} at step {best['step']}" in ended.out
     expected, found = checkpoint.read(whole / "dalle_3.pt"), checkpoint.read(killed / "dalle_3.pt")
     for part in ("scheduler_state", "progress", "step"):
         assert found[part] == expected[part]
@@ -123,9 +123,14 @@ def test_the_best_by_validation_loss_is_kept(command, tiny_flags, tmp_path):
     flags = ["--validation-split", 0.25, "--validation-steps", 1, "--epochs", 8, "--learning-rate", 0.03]
     flags += ["--checkpoint-output-dir", tmp_path, "--batch-size", 3, "--keep-checkpoints", 1]
     ended = command(train.main, *tiny_flags, *flags)
-    losses = [float(line.split("total ")[1].split()[0]) for line in ended.out.splitlines() if "held-out: total" in line]
+    losses = [
+        float(line.split("total ")[1].split()[0]) for line in ended.out.splitlines() if "validation: total" in line
+    ]
     assert (
-        ended.status == 0 and "9 pictures" in ended.out and "3 in the validation set" in ended.out and len(losses) == 24
+        ended.status == 0
+        and "9 images" in ended.out
+        and "3 images in the validation set" in ended.out
+        and len(losses) == 24
     )
     best = checkpoint.read(tmp_path / "dalle_best.pt")
     assert best["step"] == 1 + losses.index(min(losses)) < 24  # at this rate it does not end at its best

@@ -39,7 +39,7 @@ def test_it_tells_what_the_run_then_takes(command, flags, tmp_path):
     before = files_under(tmp_path)
     lines = told(command(train.main, *flags, "--dry-run", "--keep-checkpoints", 2))
     assert files_under(tmp_path) == before
-    assert lines["codes"].startswith("12 pictures to encode first, once: about ")
+    assert lines["codes"].startswith("12 images to encode once before training: about ")
     assert lines["steps"].startswith("150 of 4 samples, 3 an epoch of 12 pairs")
     assert command(train.main, *flags, "--max-steps", 2).status == 0
     path = tmp_path / "out" / "dalle_step_2.pt"
@@ -66,7 +66,7 @@ def test_codes_that_are_there_are_not_counted(command, flags, picture_folder):
     assert command(train.main, *flags, "--max-steps", 1, "--checkpoint-output-dir", "").status == 0
     (picture_folder / "03.png").write_bytes((picture_folder / "04.png").read_bytes())
     lines = told(command(train.main, *flags, "--dry-run"))
-    assert lines["codes"].startswith("1 pictures")
+    assert lines["codes"].startswith("1 images")
     assert command(train.main, *flags, "--max-steps", 1, "--checkpoint-output-dir", "").status == 0
     assert "codes" not in told(command(train.main, *flags, "--dry-run"))
 
@@ -92,7 +92,7 @@ def test_an_output_folder_that_cannot_be_written(command, flags, tmp_path):
 
 
 def test_stages_on_ipus(poptorch_standin, command, tiny_vqgan, tmp_path, monkeypatch):
-    monkeypatch.setattr(dry_run, "ROUNDS", 2)  # the stand-in takes its time
+    monkeypatch.setattr(dry_run, "MAX_ROUNDS", 2)  # the stand-in takes its time
     reduced = "--hidden-size 32 --num-attention-heads 2 --dim-head 16 --batch-size 1 --gradient-accumulation 7"
     places = ["--vae-path", tiny_vqgan, "--checkpoint-output-dir", tmp_path / "out", "--bpe-path"]
     flags = ["--device", "ipu", *reduced.split(), *places, ROOT / "bpe" / "bpe_yttm_vocab.txt"]

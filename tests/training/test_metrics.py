@@ -38,7 +38,7 @@ def test_every_update_and_validation_has_a_line(command, flags, tmp_path):
     for line in updates:
         assert line["loss/total"] == pytest.approx((line["loss/text"] + 7 * line["loss/image"]) / 8)
     for line in validations:
-        assert f"step {line['step']} held-out: total {line['held-out/total']:.4f}" in ended.out
+        assert f"step {line['step']} validation: total {line['held-out/total']:.4f}" in ended.out
     saved = checkpoint.read(tmp_path / "dalle_1.pt")["progress"]
     assert saved["held_out_loss"] == validations[-1]["held-out/total"]
 
@@ -89,7 +89,7 @@ def test_lines_of_other_runs_and_damage_are_dropped(tmp_path):
 
 def test_what_is_not_finite_is_null(tmp_path):
     file = metrics.MetricsFile(tmp_path / "metrics.jsonl", 0)
-    file.values(1, {"loss/total": float("nan"), "grad_norm": float("inf"), "epoch": 0, "skipped": True})
+    file.log(1, {"loss/total": float("nan"), "grad_norm": float("inf"), "epoch": 0, "skipped": True})
     file.close()
     (line,) = lines_of(tmp_path)
     assert line == {"step": 1, "loss/total": None, "grad_norm": None, "epoch": 0, "skipped": True}
@@ -97,7 +97,7 @@ def test_what_is_not_finite_is_null(tmp_path):
 
 def test_a_full_disk_is_told_once_and_lines_follow_when_there_is_room(tmp_path, logged, monkeypatch):
     file = metrics.MetricsFile(tmp_path / "metrics.jsonl", 0)
-    file.values(1, {"lr": 0.5})
+    file.log(1, {"lr": 0.5})
     file.flush()
     whole, original = (tmp_path / "metrics.jsonl").read_bytes(), open
 
@@ -121,7 +121,7 @@ def test_a_full_disk_is_told_once_and_lines_follow_when_there_is_room(tmp_path, 
 
     monkeypatch.setattr(metrics, "open", Full, raising=False)
     for step in (2, 3):
-        file.values(step, {"lr": 0.5})
+        file.log(step, {"lr": 0.5})
         file.flush()
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
     (told,) = [record for record in logged.records if "metrics.jsonl" in record.message]

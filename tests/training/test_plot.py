@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import train
-from training import plot
+from training import metrics as plot
 
 
 def write(path, steps):
@@ -26,32 +26,35 @@ def write(path, steps):
 
 def test_a_long_file_is_read_in_part_with_all_that_is_rare(tmp_path):
     write(tmp_path / "metrics.jsonl", 10_000)
-    curves = plot.read(tmp_path / "metrics.jsonl", points=100)
+    curves = plot.read_curves(tmp_path / "metrics.jsonl", points=100)
     steps, values = curves["loss/total"]
     assert 90 <= len(steps) <= 110 and steps == sorted(steps) and steps[0] == 1
     assert curves["held-out/total"][0] == list(range(500, 10_001, 500))
     assert curves["skipped"][0] == [777] and np.isnan(values[steps.index(777)])
-    assert plot.read(tmp_path / "metrics.jsonl", points=20_000)["lr"] == (list(range(1, 10_001)), [1e-3] * 10_000)
+    assert plot.read_curves(tmp_path / "metrics.jsonl", points=20_000)["lr"] == (
+        list(range(1, 10_001)),
+        [1e-3] * 10_000,
+    )
 
 
 def test_smoothing_keeps_a_level_and_passes_over_what_is_missing():
     values = np.full(300, 3.0)
     values[[0, 100, 101, 299]] = np.nan
-    assert plot.smoothed(values) == pytest.approx(np.full(300, 3.0))
+    assert plot.smooth(values) == pytest.approx(np.full(300, 3.0))
     noisy = np.random.default_rng(0).normal(5, 1, 3000)
-    line = plot.smoothed(noisy)
+    line = plot.smooth(noisy)
     assert len(line) == 3000 and abs(line - 5).max() < 0.6 and line.std() < 0.2
-    assert plot.smoothed([2.0, 4.0]).tolist() == [2.0, 4.0]
-    assert np.isnan(plot.smoothed([np.nan, np.nan])).all()
+    assert plot.smooth([2.0, 4.0]).tolist() == [2.0, 4.0]
+    assert np.isnan(plot.smooth([np.nan, np.nan])).all()
 
 
 @pytest.mark.parametrize("lines", [0, 1, 3, 1200])
 def test_a_plot_has_its_curves(tmp_path, lines):
     write(tmp_path / "metrics.jsonl", lines)
-    plot.Plot(tmp_path / "metrics.jsonl").draw()
+    plot.MetricsFile(tmp_path / "metrics.jsonl", 10**6).plot()
     pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"), dtype=int)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
-    for _, colour, _, _ in plot.LOSSES:
+    for colour in plot.COLORS.values():
         wanted = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)])
         seen = (abs(pixels - wanted).sum(-1) < 30).sum()
         assert seen > 300 if lines > 1 else seen < 300
@@ -59,14 +62,14 @@ def test_a_plot_has_its_curves(tmp_path, lines):
 
 def test_a_plot_is_drawn_no_oftener_than_is_cheap(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plot, "draw", lambda *paths: drawn.append(paths))
+    monkeypatch.setattr(plot, "plot_metrics", lambda *paths: drawn.append(paths))
     write(tmp_path / "metrics.jsonl", 3)
-    curves = plot.Plot(tmp_path / "metrics.jsonl")
+    curves = plot.MetricsFile(tmp_path / "metrics.jsonl", 10**6)
     for _ in range(5):
-        curves.draw()
-        curves.due_at += 1000
+        curves.plot()
+        curves.plot_due_at += 1000
     assert len(drawn) == 1
-    curves.draw(at_end=True)
+    curves.plot(at_end=True)
     assert len(drawn) == 2
 
 

@@ -11,7 +11,7 @@ import generate
 import train
 from data.images import load_image
 from generation.loading import read_model
-from training import samples
+from training import validation as samples
 from utils import checkpoint
 
 FLAGS = ["--epochs", 2, "--batch-size", 3, "--checkpoint-save-epochs", 99]
@@ -71,7 +71,7 @@ def test_what_a_grid_shows(trained, command, drawn_pictures, tmp_path):
     assert np.array_equal(real, pixels)
     model, tokenizer, recommended = read_model(folder / "dalle_1.pt")  # the averaged weights
     codes = model.vae.get_codebook_indices(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
-    assert np.array_equal(again, as_bytes(model.vae.decode(codes)))
+    assert abs(again.astype(int) - as_bytes(model.vae.decode(codes))).max() <= 1  # another order of additions
     assert recommended.temperature == 0.5
     for place, caption in enumerate(captions):  # what generate.py draws with the same noise
         flags = ["--dalle_path", folder / "dalle_1.pt", "--seed", 42 + place, "--num_images", 1, "--device", "cpu"]
@@ -90,13 +90,13 @@ def test_held_out_pairs_come_first_and_a_picture_that_went_bad_is_left_out(train
     flags = ["--validation-folder", picture_folder, "--sample-steps", 99, "--max-steps", 1]
     for path in sorted(picture_folder.glob("*.png"))[3:]:
         path.unlink()
-    original = samples.first_pairs
+    original = samples.read_samples
 
     def first_pairs(run):
         held_out[1].write_bytes(b"no picture any more")
         return original(run)
 
-    monkeypatch.setattr(samples, "first_pairs", first_pairs)
+    monkeypatch.setattr(samples, "read_samples", first_pairs)
     folder = trained("run", *flags)
     captions = (folder / "samples/captions.txt").read_text().splitlines()
     assert captions == [held_out[place].with_suffix(".txt").read_text().splitlines()[0] for place in (0, 2)]
@@ -106,7 +106,7 @@ def test_what_goes_wrong_in_drawing_does_not_stop_the_run(command, tiny_flags, t
     (tmp_path / "samples").write_text("a file where the folder should be")
     ended = command(train.main, *tiny_flags, "--sample-steps", 2, "--checkpoint-output-dir", tmp_path)
     assert ended.status == 0 and (tmp_path / "dalle_0.pt").exists()
-    assert ended.out.count("no sample pictures of step") == 2
+    assert ended.out.count("no sample images of step") == 2
 
 
 def test_made_up_samples_are_not_drawn(command, tmp_path):
@@ -118,6 +118,6 @@ def test_made_up_samples_are_not_drawn(command, tmp_path):
 
 def test_long_captions_are_cut_in_the_picture():
     pixels = torch.rand(2, 3, 300, 300)
-    grid = samples.grid_of(["word " * 200, "x" * 500], (pixels, pixels, pixels), "step 1")
+    grid = samples.make_sample_grid(["word " * 200, "x" * 500], (pixels, pixels, pixels), "step 1")
     assert grid.width == samples.MARGIN + 2 * (256 + samples.GAP)
     assert grid.height < 3 * 300 + 200

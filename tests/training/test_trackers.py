@@ -6,7 +6,8 @@ import types
 import pytest
 
 import train
-from training import trackers
+from training import metrics as trackers
+from training.loop import Loop
 
 
 class Run:
@@ -67,10 +68,10 @@ def test_without_a_login_it_is_recorded_offline_and_else_not_at_all(command, tin
     ended = command(train.main, *tiny_flags, *FLAGS)
     assert ended.status == 0 and wandb.runs[0].given["mode"] == "offline" and wandb.runs[0].finished == 1
     (line,) = [line for line in ended.out.splitlines() if "--wandb" in line]
-    assert "api_key not configured (no-tty); recorded offline" in line
+    assert "api_key not configured (no-tty); recording offline" in line
     wandb.faults["offline"] = OSError(28, "No space left on device")
     ended = command(train.main, *tiny_flags, *FLAGS)
-    assert ended.status == 0 and len(wandb.runs) == 1 and "the run goes on without it" in ended.out
+    assert ended.status == 0 and len(wandb.runs) == 1 and "the run continues without it" in ended.out
 
 
 def test_an_error_while_logging_is_told_once_and_does_not_stop_the_run(logged):
@@ -78,19 +79,19 @@ def test_an_error_while_logging_is_told_once_and_does_not_stop_the_run(logged):
     run.faults[2] = ConnectionError("the network is gone")
     all_of_them = trackers.Trackers([trackers.WeightsAndBiases(None, run), trackers.WeightsAndBiases(None, other)])
     for step in (1, 2, 3):
-        all_of_them.values(step, {"lr": 0.5})
+        all_of_them._each("log", step, {"lr": 0.5})
     all_of_them.close()
     assert [step for step, _ in run.seen] == [1] and [step for step, _ in other.seen] == [1, 2, 3]
     (told,) = [record.message for record in logged.records if "the network is gone" in record.message]
-    assert "goes on without it" in told and (run.finished, other.finished) == (0, 1)
+    assert "continues without it" in told and (run.finished, other.finished) == (0, 1)
 
 
 @pytest.mark.parametrize("how, status", [(KeyboardInterrupt(), 130), (ValueError("out of luck"), 2), (KeyError(), 1)])
 def test_trackers_are_closed_however_a_run_ends(command, tiny_flags, wandb, monkeypatch, tmp_path, how, status):
-    def end(run, changed):
+    def end(loop, changed):
         raise how
 
-    monkeypatch.setattr(train, "after_update", end)
+    monkeypatch.setattr(Loop, "_finish_update", end)
     flags = [*tiny_flags, "--wandb", "--checkpoint-output-dir", tmp_path]
     if status == 1:
         with pytest.raises(KeyError):

@@ -11,8 +11,8 @@ import backends
 from backends.base import Backend, Trainer
 from backends.native import backend as native
 from backends.native.backend import NativeBackend, NativeTrainingBackend, pick_device, pick_precision
+from backends.native.inference import packer
 from backends.native.resilient_loader import MicroBatches
-from backends.native.sampler import packer
 from backends.native.trainer import build_optimizers
 from data.loader import GeneratedDataset
 from data.order import EpochOrder, RunOrder
@@ -309,7 +309,7 @@ def test_every_ipu_flag_is_known_with_its_default():
     parser = args.train_parser()
     defaults = vars(parser.parse_args([]))
     assert {name: defaults[name] for name in native.IPU_ONLY} == native.IPU_ONLY
-    (group,) = [group for group in parser._action_groups if "on IPUs" in group.title]
+    (group,) = [group for group in parser._action_groups if "Graphcore IPUs" in group.title]
     names = {action.dest for action in group._group_actions}
     assert names - set(native.IPU_ONLY) == {"fp16", "synthetic_data"}  # these have an effect here
 

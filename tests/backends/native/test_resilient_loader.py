@@ -15,6 +15,7 @@ import data.loader
 import train
 from backends.native.resilient_loader import RESTARTS
 from data.tokenizer import load_tokenizer
+from training.loop import Loop
 from utils import interrupts
 
 
@@ -42,7 +43,7 @@ def assert_equal(first, second):
 
 def after_updates(monkeypatch, count, act):
     """act() happens once, as soon as `count` updates are made."""
-    update, made = train.update, []
+    update, made = Loop.update, []
 
     def updating(*arguments):
         losses = update(*arguments)
@@ -51,7 +52,7 @@ def after_updates(monkeypatch, count, act):
             act()
         return losses
 
-    monkeypatch.setattr(train, "update", updating)
+    monkeypatch.setattr(Loop, "update", updating)
 
 
 def worker_reads(monkeypatch, act):
@@ -82,7 +83,7 @@ def test_pictures_that_go_bad_are_replaced_and_counted(trained, picture_folder, 
     assert (folder / "dalle_3.pt").exists() and torch.load(folder / "dalle_3.pt", weights_only=True)["step"] == 12
     for name in ("03.png", "07.png") if workers == 0 else ():  # a worker's own lines do not come into capsys
         assert len(re.findall(f"{name}.*using another image instead", ended.out)) == 1, ended.out
-    assert "2 pictures could not be read while training" in ended.out.splitlines()[-1]
+    assert "2 images could not be read" in ended.out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -94,10 +95,12 @@ def test_when_no_picture_is_left_the_run_saves_and_ends(trained, picture_folder,
     after_updates(monkeypatch, 4, spoil)
     folder, ended = trained("--dataloader-workers", workers)
     assert ended.status == 2 and len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out, ended
-    said = re.search(r"none of its 12 images can be read any more; go on with --pretrained-checkpoint (\S+)", ended.err)
+    said = re.search(
+        r"none of its 12 images can be read any more; resume with --pretrained-checkpoint (\S+)", ended.err
+    )
     step = torch.load(said[1], weights_only=True)["step"]
     assert said[1] == str(folder / f"dalle_step_{step}.pt") and 4 <= step < 12
-    assert "12 pictures could not be read while training" in ended.out
+    assert "12 images could not be read" in ended.out
 
 
 def test_a_replacement_is_never_held_out(picture_folder, monkeypatch):
@@ -119,7 +122,7 @@ def test_a_picture_that_kills_workers_is_left_out(trained, monkeypatch, picture_
     assert ended.status == 0 and ended.err == "", ended
     told = [line for line in ended.out.splitlines() if "DataLoader worker" in line]
     assert len(told) == 1 and f"reading {picture_folder / '03.png'}; another image replaces it" in told[0]
-    assert "1 picture could not be read while training" in ended.out
+    assert "1 image could not be read" in ended.out
 
     def unreadable(path):
         if path.name == "03.png":
@@ -142,18 +145,18 @@ def test_a_worker_killed_from_outside_changes_nothing(trained, monkeypatch):
         os.kill(victim.pid, signal.SIGKILL)
         os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)  # torch's handler is to find it
 
-    step = train.update
+    step = Loop.update
 
-    def killing_within(run, batch, lr):
+    def killing_within(loop, batch):
         def parts():
             for number, part in enumerate(batch):
-                if number == 1 and run.step == 5 and not killed:
+                if number == 1 and loop.run.step == 5 and not killed:
                     kill_one()  # gradients of one micro-batch of three are there
                 yield part
 
-        return step(run, parts(), lr)
+        return step(loop, parts())
 
-    monkeypatch.setattr(train, "update", killing_within)
+    monkeypatch.setattr(Loop, "update", killing_within)
     folder, ended = trained("--gradient-accumulation", 3, "--batch-size", 1, name="killed")
     assert ended.status == 0 and ended.err == "" and killed, ended
     assert f"(pid {killed[0]}) is killed by signal: Killed" in ended.out and "new workers continue" in ended.out
@@ -168,7 +171,7 @@ def test_workers_that_go_on_being_killed_end_the_run_after_saving(trained, monke
     assert ended.status == 2 and len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out, ended
     said = re.search(
         rf"worker \(pid.* reading ({re.escape(str(picture_folder))}/\d\d\.png).*; if memory ran out, fewer "
-        r"--dataloader-workers need less; go on with --pretrained-checkpoint (\S+)",
+        r"--dataloader-workers need less; resume with --pretrained-checkpoint (\S+)",
         ended.err,
     )
     assert ended.out.count("new workers continue") == RESTARTS
@@ -182,7 +185,7 @@ def test_on_an_ipu_the_run_saves_and_names_the_picture(poptorch_standin, trained
     folder, ended = trained(*flags, "--random-seed", 3, "--epochs", 40)  # read after a step or more
     assert ended.status == 2 and len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out, ended
     assert f"reading {picture_folder / '03.png'}; if memory ran out" in ended.err
-    if "go on with" in ended.err:
+    if "resume with" in ended.err:
         assert Path(ended.err.split()[-1]).parent == folder and Path(ended.err.split()[-1]).exists()
 
 

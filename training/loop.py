@@ -1,0 +1,155 @@
+"""Advance a run update by update, so that it can stop at any moment and resume exactly.
+
+An update, its count and its log line are never separated by a signal. Validation and the end of an epoch may be
+interrupted: the checkpoint then records that they are still to be done, and the resumed run begins with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from typing import TYPE_CHECKING, Any, Dict, Iterator
+
+import torch
+
+import log
+from backends.base import SamplesLost
+from data.order import RunOrder, random_bits
+from training import checkpoints, validation
+from utils.interrupts import defer_signals, signal_pending
+
+if TYPE_CHECKING:
+    from training.run import Run
+
+MAX_SKIPS = 10  # skipped updates in a row after which the run ends
+
+logger = logging.getLogger("minidalle")
+
+
+@contextlib.contextmanager
+def open_loop(run: Run) -> Iterator[Loop]:
+    """Yield a run's loop; when the block ends for whatever reason, save what is worth saving and close the trackers."""
+    loop = Loop(run)
+    # Several processes stop after the same update, so that none waits for another that has left.
+    deferral = defer_signals() if run.backend.world_size > 1 else contextlib.nullcontext()
+    try:
+        with contextlib.closing(loop.progress), deferral:
+            yield loop
+    except KeyboardInterrupt:
+        hint = _save_at_stop(run)
+        if not run.backend.rank:
+            print(f"stopped after step {run.step}{hint}" if hint else "stopped")
+        raise SystemExit(130) from None
+    except (SamplesLost, ConnectionError) as error:
+        raise type(error)(f"{error}{_save_at_stop(run) if run.step else ''}") from None
+    finally:
+        report_lost_samples(run.dataset.lost)
+        run.trackers.close()
+
+
+class Loop:
+    """The updates of a run that are still to be made."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.skips = 0  # in a row
+        self.progress = log.Progress(run.steps, run.step, run.backend.samples_per_step * run.backend.world_size)
+
+    def batches(self) -> Iterator[Any]:
+        """Yield the batches of the remaining updates; compile the model before the first."""
+        run = self.run
+        order = RunOrder(run.batches, run.step, run.steps)
+        compiled = False
+        for batch in run.backend.loader(run.dataset, order) if len(order) else ():
+            if not compiled:
+                started = time.monotonic()
+                run.trainer.compile(batch)
+                logger.info("Compiled model in %.3f secs", time.monotonic() - started)
+                self.progress.compiled()
+                compiled = True
+                if run.backend.compile_only:
+                    logger.info("stopping here because of --compile-only")
+                    return
+                self._finish_interrupted()
+            yield batch
+        self._finish_interrupted()
+
+    def update(self, batch: Any) -> Dict[str, float]:
+        """Make one optimizer update and return its losses."""
+        run = self.run
+        run.trainer.set_lr(run.learning_rate())
+        # Dropout depends only on seed, step and process, so no random state has to be stored.
+        torch.manual_seed(random_bits(run.settings.random_seed, run.step, run.backend.rank) >> 1)
+        return run.trainer.step(batch)
+
+    def log(self, losses: Dict[str, float]) -> None:
+        """Count and log the update that was just made; a non-finite one was skipped by the trainer."""
+        run, epoch, lr = self.run, self.run.epoch(), self.run.learning_rate()
+        skipped = not all(map(math.isfinite, losses.values()))
+        self.skips = self.skips + 1 if skipped else 0
+        run.skipped += skipped
+        if not skipped:
+            run.epoch_loss = run.epoch_loss[0] + losses["total"], run.epoch_loss[1] + 1
+        run.step += 1
+        run.post_update_done = False
+        rate = self.progress.step(run.step, epoch, losses, lr, skipped)
+        run.trackers.log_update(run.step, epoch, lr, losses, rate, skipped)
+
+    def do_what_is_due(self, losses: Dict[str, float]) -> None:
+        """Validate, save and sample if it is time to, and stop if a signal came or too many updates were skipped."""
+        run = self.run
+        if self.skips == MAX_SKIPS or (self.skips and "grad_norm" not in losses):
+            raise ValueError(
+                f"the loss is no longer finite at step {run.step}; use a lower --learning-rate, or "
+                f"--max-grad-norm 1{checkpoints.describe_last(run)}"
+            )
+        with self.progress.paused():
+            self._finish_update(changed=not self.skips)
+        if run.backend.any_process(signal_pending()):
+            raise KeyboardInterrupt
+
+    def _finish_interrupted(self) -> None:
+        if not self.run.post_update_done:
+            self._finish_update()
+
+    def _finish_update(self, changed: bool = True) -> None:
+        run, settings, last = self.run, self.run.settings, self.run.step == self.run.steps
+        plateau = settings.lr_scheduler == "ReduceLROnPlateau" and run.epoch_begins()
+        losses = None
+        if run.validation_set is not None and (run.step % settings.validation_steps == 0 or last or plateau):
+            losses = validation.validate(run)
+        with defer_signals():  # a checkpoint holds the outcome of both validation and epoch, or of neither
+            best = losses is not None and self._log_validation(losses)
+            if run.epoch_begins():
+                run.end_epoch()
+            run.post_update_done = True
+            if best:  # saved only now, so that a run can resume from this file like from any other
+                checkpoints.save(run, checkpoints.BEST)
+        if changed or last:
+            checkpoints.save_if_due(run)
+        every = 0 if run.generated else settings.sample_steps
+        if every and (run.step % every == 0 or last):
+            validation.write_samples(run)
+
+    def _log_validation(self, losses: Dict[str, float]) -> bool:
+        run, total = self.run, losses["total"]
+        log.log_validation(run.step, losses)
+        run.trackers.log_validation(run.step, losses)
+        best = run.best_loss is None or total < run.best_loss
+        run.validation_loss = total
+        run.best_loss = total if best else run.best_loss
+        return best
+
+
+def _save_at_stop(run: Run) -> str:
+    """Save a run that ends early and return how to resume it, as the end of a sentence ("" if nothing was written)."""
+    path = checkpoints.save(run, f"dalle_step_{run.step}.pt")
+    return f"; resume with --pretrained-checkpoint {path}" if path else ""
+
+
+def report_lost_samples(count: int) -> None:
+    """Log how many images became unreadable while the run trained, if any did."""
+    if count:
+        logger.warning("%d image%s could not be read; other images were used instead", count, "s" * (count > 1))
