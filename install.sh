@@ -1,5 +1,5 @@
-# Sourced by run_train.sh and run_tests.sh: a virtual environment with what the given requirement files ask for.
-# Uses the active one, else .venv (made where missing). Installed once: again only when a requirement file changed.
+# Sourced by run_train.sh, run_tests.sh and .ci/run: `install FILE…` installs requirement files.
+# Uses the active virtual environment, else .venv, which it creates. Installs again only if a file changed.
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -x .venv/bin/python ] || python3 -m venv .venv
     . .venv/bin/activate
@@ -7,11 +7,10 @@ fi
 
 install() {
     local stamp="$VIRTUAL_ENV/.installed-$(echo "$*" | tr -c 'a-z\n' '-')"
-    local wanted
-    wanted=$(cat "$@" | cksum)
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        local file
+    local checksum file
+    checksum=$(cat "$@" | cksum)
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$checksum" ]; then
         for file in "$@"; do python -m pip install --quiet -r "$file"; done
-        echo "$wanted" >"$stamp"
+        echo "$checksum" >"$stamp"
     fi
 }

@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
-# bash run_train.sh               installs, then runs the demo from nothing to a grid of pictures
-# bash run_train.sh demo_long     draws and trains the same with more steps
-# bash run_train.sh NAME [flags]  installs, then runs train.py --config NAME [flags]
+# bash run_train.sh                         install, then train the demo from nothing to a grid of images
+# bash run_train.sh demo_long               the same with more steps
+# bash run_train.sh photos FOLDER [flags]   train a VQGAN and a DALL-E on a folder of captioned images; resumes
+# bash run_train.sh NAME [flags]            install, then run train.py --config NAME [flags]
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./install.sh
 install requirements.txt
 
 name=${1:-demo}
+if [ "$name" = photos ]; then
+    folder=${2:?give a folder: bash run_train.sh photos FOLDER}
+    [ -f output/photos/vqgan/vqgan.ckpt ] || python train_vqgan.py --config vqgan_photos --input-folder "$folder"
+    exec python train.py --config photos --resume --input-folder "$folder" "${@:3}"
+fi
 if [ "$name" = demo ] || [ "$name" = demo_long ]; then
     python -m data.shapes
     [ -f output/demo/vqgan/vqgan.ckpt ] || python train_vqgan.py --config vqgan_demo

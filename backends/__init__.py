@@ -1,4 +1,4 @@
-"""Choose where a model runs: base.py is the contract; native/ serves CPUs and GPUs, ipu/ Graphcore IPUs."""
+"""Choose the machine that runs a model: base.py is the contract; native/ serves CPUs and GPUs, ipu/ Graphcore IPUs."""
 
 import os
 from argparse import Namespace

@@ -132,7 +132,7 @@ class TrainingBackend(Backend, Protocol):
         """Return whether any process wishes it; every process must call this."""
 
     def loader(self, dataset: Any, order: Sequence[List[int]]) -> Iterable:
-        """Yield batches, each all that one step consumes.
+        """Yield batches; each has the samples of one step.
 
         Args:
             dataset: key → (text, image).

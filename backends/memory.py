@@ -74,7 +74,7 @@ def _of_machine(pages: str) -> int:
 
 
 def _read_status(name: str, path: str = "/proc/self/status") -> Optional[int]:
-    """Return the bytes of a line `name: number kB`, or None if there is none."""
+    """Return the bytes of a line `name: number kB`, or None without such a line."""
     try:
         with open(path) as file:
             found = [line.split()[1] for line in file if line.startswith(f"{name}:")]

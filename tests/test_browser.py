@@ -1,14 +1,18 @@
-"""The page in a real browser: Chromium without a window, driven by selenium. Skipped where there is none.
+"""The page in a real browser: headless Chromium, driven by selenium. Skipped if there is none.
 
-BROWSER_SHOTS=FOLDER keeps screenshots there; DALLE_PATH=FILE takes another checkpoint than the demo.
+BROWSER_SHOTS=FOLDER keeps screenshots there. AXE=FILE checks with another axe.min.js than axe-core-python's.
 """
 
 import base64
+import importlib.util
 import io
 import json
 import os
 import shutil
+import subprocess
 import time
+import urllib.request
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,25 +21,41 @@ from PIL import Image
 from generation.loading import DEMO
 from tests.service.running import Drawing, call, generate, loaded_for_tests, running, until
 
-pytest.importorskip("fastapi", exc_type=ImportError)
+pytest.importorskip("uvicorn")
 webdriver = pytest.importorskip("selenium.webdriver")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CHROMIUM, DRIVER, NGINX = (shutil.which(name) for name in ("chromium", "chromedriver", "nginx"))
+NGINX = NGINX or shutil.which("nginx", path="/usr/sbin")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
 FLAGS = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync --hide-scrollbars"
-PROMPT = "a red circle"
+PROMPT = "a small red circle above a large blue square"
+WORDS = dict.fromkeys([*PROMPT.split(), "green", "circle"], 3)
 DESK, PHONE = (1280, 900), (390, 844)
+HACK = "<img src=x onerror=hacked()>"
+WATCH = """
+window.violations = [];
+window.announced = [];
+window.hacked = () => violations.push("a script ran");
+addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective + event.blockedURI));
+addEventListener("error", (event) => event.message && violations.push(event.message));
+addEventListener("unhandledrejection", (event) => violations.push(String(event.reason)));
+addEventListener("DOMContentLoaded", () => {
+  const status = document.getElementById("status");
+  new MutationObserver(() => announced.push(status.textContent)).observe(status, { childList: true });
+});
+"""
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny_checkpoint):
-    demo = DEMO if DEMO.exists() else tiny_checkpoint
-    return loaded_for_tests(os.environ.get("DALLE_PATH", demo), batch_size=4)
+    loaded = loaded_for_tests(DEMO if DEMO.exists() else tiny_checkpoint, batch_size=4)
+    loaded.words, loaded.examples = loaded.words or WORDS, loaded.examples or [PROMPT, "a red circle"]
+    return loaded
 
 
 @pytest.fixture(scope="module")
 def port(loaded):
-    with running(loaded, "--max-images", 8, "--max-prompt-characters", 100) as port:
+    with running(loaded) as port:
         yield port
 
 
@@ -43,10 +63,12 @@ def port(loaded):
 def chromium(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
         options.add_argument(flag)
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": WATCH})
+    grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    browser.execute_cdp_cmd("Browser.grantPermissions", grant)
     yield browser
     browser.quit()
 
@@ -58,233 +80,445 @@ def drawing(loaded):
     drawing.remove()
 
 
-@pytest.fixture
-def shots(tmp_path):
-    folder = Path(os.environ.get("BROWSER_SHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 class Page:
-    """The page, newly opened, and what a person does on it."""
+    """The page, and what a person does on it."""
 
-    def __init__(self, browser, port, shots, size=DESK, dark=False):
-        self.browser, self.shots = browser, shots
+    def __init__(self, browser, port):
+        self.browser, self.address = browser, f"http://127.0.0.1:{port}/"
+        self.resize(DESK)
+        data = {"origin": self.address.rstrip("/"), "storageTypes": "all"}
+        browser.execute_cdp_cmd("Storage.clearDataForOrigin", data)
+        self.open()
+
+    def open(self, address=None):
+        self.browser.get(address or self.address)
+        until(lambda: self.js("document.querySelector('#keep_rows').max") or self.shows("#retry"))
+
+    def resize(self, size, dark=False):
         phone = size == PHONE
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-        browser.get(f"http://127.0.0.1:{port}/")
-        until(lambda: self.all("#prompt textarea, #prompt input"))
-        time.sleep(0.3)  # until Gradio has bound its events
+        motion = {"name": "prefers-reduced-motion", "value": "reduce"}
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme, motion]})
 
-    def all(self, css):
-        return [one for one in self.browser.find_elements("css selector", css) if one.is_displayed()]
+    def js(self, expression, *values):
+        return self.browser.execute_script(f"return {expression}", *values)
+
+    def until(self, expression):
+        until(lambda: self.js(expression))
+
+    def each(self, css, expression):
+        """Return the values of a JavaScript expression for each visible element e."""
+        visible = "[...document.querySelectorAll(arguments[0])].filter((e) => e.checkVisibility())"
+        return self.js(f"{visible}.map((e) => {expression})", css)
 
     def text(self, css):
-        """What is written there; nothing where it is just being replaced."""
-        script = "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText).join(' ')"
-        return self.browser.execute_script(script, css)
+        return " ".join(self.each(css, "e.innerText"))
 
-    def ask(self, prompt):
-        box = self.all("#prompt textarea, #prompt input")[0]
-        box.clear()
-        box.send_keys(prompt + "\ue007")  # Enter
+    def shows(self, css):
+        return len(self.each(css, "0"))
 
-    def said(self, words):
-        until(lambda: words in self.text("#status"))
-
-    def drawn(self, count=4):
-        self.said("seconds. Choose one")
-        until(lambda: len(self.all("#grid button.tile img")) == count)
+    def value(self, css):
+        return self.each(css, "e.value")[0]
 
     def click(self, css, place=0):
-        until(lambda: len(self.all(css)) > place)
-        self.browser.execute_script("arguments[0].click()", self.all(css)[place])
+        until(lambda: self.shows(css) > place)
+        self.js("[...document.querySelectorAll(arguments[0])][arguments[1]].click()", css, place)
 
-    def upload(self, path):
-        if not self.browser.find_elements("css selector", "#image input[type=file]") or not self.all("#image"):
-            self.click("#image-prompt button")
-        until(lambda: self.browser.find_elements("css selector", "#image input[type=file]"))
-        self.browser.find_element("css selector", "#image input[type=file]").send_keys(str(path))
+    def slide(self, css, value):
+        self.each(css, f"[e.value = {value}, e.oninput()]")
 
-    def chosen(self):
-        """(facts of the picture that was clicked, the bytes of the file that its link saves, their name)."""
-        until(lambda: self.all(".chosen a"))
-        link = self.all(".chosen a")[0]
-        data = base64.b64decode(link.get_attribute("href").partition("base64,")[2])
-        names = self.browser.execute_script("return [...document.querySelectorAll('.chosen dt')].map(e => e.innerText)")
-        values = self.browser.execute_script(
-            "return [...document.querySelectorAll('.chosen dd')].map(e => e.innerText)"
-        )
-        return dict(zip(names, values)), data, link.get_attribute("download")
+    def write(self, text, css="#prompt"):
+        box = self.browser.find_element("css selector", css)
+        box.clear()
+        box.send_keys(text)
+
+    def press(self, key):
+        webdriver.ActionChains(self.browser).send_keys(getattr(webdriver.Keys, key)).perform()
+
+    def generate(self, prompt=PROMPT, count=4):
+        self.each("#status", "(e.textContent = '')")
+        self.write(prompt + webdriver.Keys.ENTER)
+        self.finished(count)
+
+    def finished(self, count=4):
+        until(lambda: " seconds." in self.text("#status") and self.shows("#grid button.cell img") == count)
+
+    def drop(self, name, content):
+        """Drop a file of this name on the page."""
+        script = """
+        const [name, text] = arguments, data = new DataTransfer();
+        data.items.add(new File([Uint8Array.from(atob(text), (one) => one.charCodeAt(0))], name, {type: "image/png"}));
+        for (const type of ["dragover", "drop"]) {
+          document.body.dispatchEvent(new DragEvent(type, {dataTransfer: data, bubbles: true, cancelable: true}));
+        }"""
+        self.browser.execute_script(script, name, base64.b64encode(content).decode())
+
+    def facts(self):
+        """Return what the large view says of its image."""
+        return dict(zip(self.each("#facts dt", "e.innerText"), self.each("#facts dd", "e.innerText")))
+
+    def png(self):
+        """Return the bytes of the image in the large view, from the history."""
+        script = """const [prompt, seed, done] = arguments;
+        import("./static/history.js").then(async (history) => {
+          const { blob } = (await history.all()).find((image) => image.prompt === prompt && image.seed == seed);
+          done(Array.from(new Uint8Array(await blob.arrayBuffer())));
+        });"""
+        return bytes(self.browser.execute_async_script(script, self.text("#caption"), self.facts()["Seed"]))
 
     def shoot(self, name):
-        self.browser.save_screenshot(str(self.shots / f"{name}.png"))
-
-    def whole(self, name):
-        """A screenshot of everything, as high as it is."""
-        options = {"captureBeyondViewport": True, "format": "png"}
-        shot = self.browser.execute_cdp_cmd("Page.captureScreenshot", options)["data"]
-        (self.shots / f"{name}.png").write_bytes(base64.b64decode(shot))
+        folder = os.environ.get("BROWSER_SHOTS")
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.browser.save_screenshot(f"{folder}/{name}.png")
 
 
 @pytest.fixture
-def page(chromium, port, shots):
-    chromium.get_log("browser")
-    page = Page(chromium, port, shots)
+def page(chromium, port):
+    page = Page(chromium, port)
     yield page
-    severe = [line["message"] for line in chromium.get_log("browser") if line["level"] == "SEVERE"]
-    assert severe == []
+    assert page.js("window.violations ?? []") == []
 
 
-def test_a_prompt_forms_row_by_row_and_can_be_saved_and_varied(page, port, drawing, loaded):
-    page.shoot("empty")
-    drawing.seconds = 0.15 if loaded.model.fmap_size < 8 else 0.04
-    page.ask("a small red circle above a large blue square")
-    until(lambda: page.all("#grid .forming img"))
-    rows = loaded.model.fmap_size
-    assert f"of {rows}" in page.text("#status") and page.all("#stop") and not page.all("#draw")
-    page.shoot("forming")
-    assert not page.all("#grid button.tile")
-    page.drawn()
-    assert page.all("#draw") and not page.all("#stop")
-    page.shoot("drawn")
-
-    drawing.seconds = 0
-    page.click("#grid button.tile", 2)
-    facts, png, name = page.chosen()
-    about = json.loads(Image.open(io.BytesIO(png)).info["Comment"])
-    assert str(about["seed"]) == facts["Seed"] and name == f"mini-dalle-seed-{facts['Seed']}.png"
-    answer = generate(port, prompt="a small red circle above a large blue square", seed=about["seed"])[1]
-    assert base64.b64decode(answer["pictures"][0]["png"]) == png
-    assert page.all('#grid [aria-pressed="true"]')
-    page.whole("chosen")
-
-    page.click(".chosen .vary")
-    until(lambda: len(page.all("#history .tile")) == 8)
-    page.drawn()
-    page.click("#grid button.tile")
-    facts, png, _ = page.chosen()
-    assert facts["Rows kept"] == str(rows // 2)
-    parent, child = (Image.open(io.BytesIO(one)).info["Comment"] for one in (base64_png(answer), png))
-    assert json.loads(child)["prompt"] == json.loads(parent)["prompt"]
-    page.whole("varied")
-    page.click("#history .tile", 7)  # the first one of all
-    until(lambda: "Rows kept" not in page.text(".chosen"))
+def comment(png):
+    return json.loads(Image.open(io.BytesIO(png)).info["Comment"])
 
 
-def base64_png(answer):
-    return base64.b64decode(answer["pictures"][0]["png"])
+def test_a_prompt_becomes_images_row_by_row(page, loaded, drawing):
+    assert page.shows("#examples button") == len(loaded.examples)
+    page.click("#examples button")
+    page.finished()
+    assert page.text("#grid h2") == loaded.examples[0]
+
+    page.browser.execute_script("announced.length = 0")
+    drawing.seconds = 0.02
+    page.write("a red circle" + webdriver.Keys.ENTER)
+    until(lambda: page.shows("#stop") and page.shows("#grid .cell") == 4)
+    places = ("#grid .cell, #settings", "JSON.stringify(e.getBoundingClientRect())")
+    before, heights, left = page.each(*places), [], ""
+    while page.shows("#stop"):
+        heights += page.each("#grid .cell:not(button):first-child img", "e.clientHeight")
+        left = page.text("#left") or left
+    page.finished()
+    assert heights == sorted(heights) and len(set(heights)) >= 3
+    assert left.startswith("About ") and page.each(*places) == before
+    start, end = page.js("announced")
+    assert start == "Generating 4 images. " and end.startswith("4 images in ")
 
 
-def test_an_uploaded_picture_is_continued(page, drawn_pictures, loaded):
-    page.upload(sorted(drawn_pictures.glob("*.png"))[0])
-    until(lambda: page.all("#image img"))
-    page.ask(PROMPT)
-    page.drawn()
-    page.click("#grid button.tile")
-    assert page.chosen()[0]["Rows kept"] == str(loaded.model.fmap_size // 2)
-    page.whole("image_prompt")
+def test_several_prompts_and_words_that_the_model_never_saw(page):
+    page.write("a red dog")
+    until(lambda: page.text("#note") == "The model never saw “dog”.")
+    assert "of" in page.text("#count") and "tokens" in page.text("#count") and not page.shows("#grid .cell")
+    page.slide("#num_images", 2)
+    page.browser.find_element("css selector", "#prompt").send_keys(
+        webdriver.Keys.SHIFT, webdriver.Keys.ENTER, webdriver.Keys.NULL, "a blue square"
+    )
+    until(lambda: page.text("#count").startswith("2 prompts, the longest with "))
+    page.press("ENTER")
+    page.finished(4)
+    assert page.js("announced").count("Generating 4 images. The model never saw “dog”.") == 1
+    assert page.each("#grid h2", "e.innerText") == ["a red dog", "a blue square"]
+    assert page.each("#grid .cells", "e.children.length") == [2, 2]
 
 
-def test_stop_stops_the_drawing(page, port, drawing):
-    before = call(port)[1]["pictures_drawn"]
+def test_stop_and_leaving_the_page_cancel_the_job(page, port, drawing):
     drawing.seconds = 0.1
-    page.ask(PROMPT)
-    until(lambda: "row" in page.text("#status"))
+    page.write(PROMPT + webdriver.Keys.ENTER)
+    page.until("document.querySelector('#progress').value > 0.1")
     page.click("#stop")
-    page.said("Stopped.")
-    until(lambda: page.all("#draw"))
-    page.shoot("stopped")
-    about = call(port)[1]
-    assert about["waiting"] == 0 and about["pictures_drawn"] == before
-    drawing.seconds = 0
-    page.ask(PROMPT)
-    page.drawn()
-
-
-def test_closing_the_page_stops_the_drawing(chromium, port, drawing, shots):
-    page = Page(chromium, port, shots)
-    drawing.seconds = 0.1
-    page.ask(PROMPT)
-    drawing.began(1)
-    assert call(port)[1]["waiting"] == 1
+    until(lambda: page.text("#status") == "Stopped; 0 of 4 images finished." and call(port)[1]["waiting"] == 0)
+    page.write("a red circle" + webdriver.Keys.ENTER)
+    until(lambda: call(port)[1]["waiting"] == 1)
     page.browser.get("about:blank")
-    until(lambda: call(port)[1]["waiting"] == 0)
-    assert drawing.codes < 16
+    until(lambda: call(port)[1]["waiting"] == 0, 8)
+    drawing.seconds = 0
+    page.open()
 
 
-def test_what_is_wrong_is_said_in_a_sentence(page, tmp_path):
-    page.ask("   ")
-    page.said("The prompt is empty; write what the picture should show.")
-    page.ask("x" * 101)
-    page.said("The prompt has 101 characters; at most 100 are accepted.")
-    page.shoot("wrong_prompt")
-    Image.new("1", (10_000, 5_000)).save(tmp_path / "large.png")
-    page.upload(tmp_path / "large.png")
-    page.said("The picture is 10000 × 5000 pixels, 50.0 megapixels; at most 24 are accepted.")
-    page.shoot("wrong_upload")
-    assert not page.all("#image img")
-    (tmp_path / "no.png").write_bytes(b"<html></html>")
-    page.upload(tmp_path / "no.png")
-    page.said("The file is no picture that can be read")
-    page.ask(PROMPT)
-    page.drawn()
-    assert "Traceback" not in page.browser.page_source
+def test_the_large_view_shows_reuses_and_copies(page, port):
+    page.generate()
+    page.click("#grid button.cell")
+    assert page.text("#place") == "Image 1 of 4" and page.text("#caption") == PROMPT
+    png = page.png()
+    about, facts = comment(png), page.facts()
+    assert facts["Seed"] == str(about["seed"]) and facts["Temperature"] == str(about["temperature"])
+    assert base64.b64decode(generate(port, prompt=PROMPT, seed=about["seed"])[1]["pictures"][0]["png"]) == png
+    assert page.each("#download", "e.download")[0] == f"mini-dalle-seed-{about['seed']}.png"
+
+    seeds = []
+    for key in ("ARROW_RIGHT", "ARROW_RIGHT", "ARROW_LEFT", "ARROW_LEFT", "ARROW_LEFT"):
+        page.press(key)
+        seeds.append(int(page.facts()["Seed"]) - about["seed"])
+    assert seeds == [1, 2, 1, 0, 3]
+    swipe = "['pointerdown', 'pointerup'].map((type, i) => document.querySelector('#large').dispatchEvent("
+    page.js(swipe + "new PointerEvent(type, {clientX: 300 - 100 * i, bubbles: true})))")
+    assert page.text("#place") == "Image 1 of 4"
+    page.click("#copy_seed")
+    until(lambda: page.text("#copied") == "Seed copied.")
+    page.press("ESCAPE")
+    until(lambda: not page.shows("#viewer"))
+
+    page.write("something else")
+    page.click("#grid button.cell", 2)
+    page.click("#reuse")
+    assert page.value("#prompt") == PROMPT
+    assert page.value("#seed") == str(about["seed"] + 2) and not page.shows("#viewer")
 
 
-def test_a_wrong_seed_is_said_and_a_right_one_repeats(page, port):
-    seed = page.all("#seed input, #seed textarea")[0]
-    seed.send_keys("seven")
-    page.ask(PROMPT)
-    page.said("The seed is 'seven'; it must be a whole number from 0 on, or be left out.")
-    seed.clear()
-    seed.send_keys("7")
-    page.ask(PROMPT)
-    page.drawn()
-    page.click("#grid button.tile", 1)
-    facts, png, _ = page.chosen()
-    assert facts["Seed"] == "8"
-    assert png == base64_png(generate(port, prompt=PROMPT, seed=8)[1])
+def test_vary_and_continue_keep_the_upper_rows(page, loaded):
+    page.generate()
+    page.click("#grid button.cell", 1)
+    parent = page.png()
+    page.click("#vary")
+    until(lambda: page.shows("#history .cell") == 8)
+    page.finished()
+    page.click("#grid button.cell")
+    half = -(-loaded.side // 2)
+    assert page.facts()["Rows kept"] == str(half) and comment(page.png())["prompt"] == PROMPT
+    assert not page.shows("#copy_link")
+    page.click("#resume")
+    assert page.shows("#start") and page.shows("#keep_rows")
+    page.click("#remove")
+    assert not page.shows("#start") and not page.shows("#keep_rows")
+
+    page.drop("mine.png", parent)
+    page.until("document.querySelector('#start').naturalWidth > 0")
+    page.slide("#keep_rows", 2)
+    page.generate("a red circle")
+    page.click("#grid button.cell", 3)
+    assert page.facts()["Rows kept"] == "2"
+    page.press("ESCAPE")
+
+    page.click("#remove")
+    page.each("#grid button.cell", "[e.ondragstart()]")
+    assert not page.shows("#start")
+    page.js("document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: new DataTransfer(), bubbles: true}))")
+    assert page.shows("#start")
 
 
-def test_what_somebody_writes_stays_text(page):
-    prompt = "<b>${1}{{a}}`</b>"
-    page.ask(prompt)
-    page.drawn()
-    page.click("#grid button.tile")
-    page.chosen()
-    assert page.text(".chosen .prompt") == prompt and not page.all(".chosen b")
+def test_history_survives_a_reload_and_a_restart_of_the_server(chromium, loaded):
+    with running(loaded) as port:
+        page = Page(chromium, port)
+        page.generate()
+        page.click("#history .cell", 3)
+        png = page.png()
+        page.open()
+        until(lambda: page.shows("#history .cell") == 4)
+        page.click("#history .cell", 3)
+        assert page.png() == png and page.text("#caption") == PROMPT
+        page.press("ESCAPE")
+    page.write("a red circle" + webdriver.Keys.ENTER)
+    until(lambda: page.text("#status") == "The server does not answer.")
+    with running(loaded, port=port):
+        page.click("#retry")
+        page.finished()
+        page.open()
+        until(lambda: page.shows("#history .cell") == 8)
+        page.browser.execute_script("window.confirm = (text) => (window.asked = text)")
+        page.click("#clear")
+        assert page.js("asked") == "Delete the 8 images of the history from this browser?"
+        page.open()
+        time.sleep(0.1)
+        assert not page.shows("#history")
 
 
-@pytest.mark.parametrize("size, dark", [(DESK, True), (PHONE, False), (PHONE, True)])
-def test_it_fits_a_phone_and_the_dark(chromium, port, shots, drawn_pictures, size, dark):
-    page = Page(chromium, port, shots, size, dark)
-    page.ask("a small red circle above a large blue square")
-    page.drawn()
-    page.click("#grid button.tile")
-    page.chosen()
-    page.upload(sorted(drawn_pictures.glob("*.png"))[0])
-    until(lambda: page.all("#image img"))
+def test_history_is_bounded(page):
+    page.generate()
+    script = """const done = arguments[0];
+    import("./static/history.js").then(async (history) => {
+      const one = (await history.all())[0];
+      for (let i = 0; i < history.LIMIT + 5; i++) await history.add({ ...one, seed: i });
+      const all = await history.all();
+      done([all.length, history.LIMIT, all[0].seed]);
+    });"""
+    count, limit, newest = page.browser.execute_async_script(script)
+    assert count == limit == newest - 4
+
+
+def test_a_token_is_asked_for_once(chromium, loaded):
+    with running(loaded, "--token", "sesame") as port:
+        page = Page(chromium, port)
+        for token in ("wrong", "sesame"):
+            until(lambda: page.shows("#login"))
+            page.shoot("login")
+            page.write(token + webdriver.Keys.ENTER, "#token")
+            page.until("document.querySelector('#token').value === ''")
+        until(lambda: not page.shows("#login"))
+        page.open()
+        page.generate()
+        assert not page.shows("#login") and page.js("violations") == []
+
+
+def test_errors_are_sentences_and_can_be_tried_again(page, drawing):
+    def fail(seeds):
+        raise RuntimeError("secret detail")
+
+    drawing.before = fail
+    page.write(PROMPT + webdriver.Keys.ENTER)
+    until(lambda: page.shows("#retry"))
+    assert page.text("#status").endswith(".") and "secret" not in page.browser.page_source
+    page.shoot("error")
+    drawing.before = lambda seeds: None
+    page.click("#retry")
+    page.finished()
+    page.write("red " * 99 + webdriver.Keys.ENTER)
+    until(lambda: "tokens" in page.text("#status") and not page.shows("#retry"))
+    assert page.each("#count", "e.className") == ["wrong"]
+    page.write("seven", "#seed")
+    page.click("#generate")
+    assert page.each("#seed", "e.validity.patternMismatch") == [True]
+
+
+def test_a_link_reproduces_an_image(page):
+    page.slide("#temperature", 0.5)
+    page.generate("a red & blue “square”")
+    page.click("#grid button.cell", 2)
+    png = page.png()
+    page.click("#copy_link")
+    until(lambda: page.text("#copied") == "Link copied.")
+    link = page.browser.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    assert "temperature=0.5" in link
+    page.open(link)
+    page.finished(1)
+    assert page.browser.current_url == page.address
+    page.click("#grid button.cell")
+    assert page.png() == png
+
+
+def test_all_images_as_a_zip(page, tmp_path):
+    where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    page.browser.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+    page.generate()
+    page.click("#zip")
+    path = tmp_path / "mini-dalle.zip"
+    until(path.exists)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        pngs = {name: archive.read(name) for name in archive.namelist()}
+    assert list(pngs) == [f"{i}-mini-dalle-seed-{comment(png)['seed']}.png" for i, png in enumerate(pngs.values(), 1)]
+    assert len(pngs) == 4 and {comment(png)["prompt"] for png in pngs.values()} == {PROMPT}
+
+
+def test_nothing_that_others_write_becomes_markup(page, loaded, monkeypatch):
+    monkeypatch.setattr(loaded, "path", f"{HACK}.safetensors")
+    monkeypatch.setattr(loaded, "examples", [HACK])
+    page.open()
+    assert page.text("#about") == page.text("#examples") + ".safetensors" == f"{HACK}.safetensors"
+    page.drop(f"{HACK}.png", b"<svg onload=hacked()>")
+    until(lambda: page.text("#status") == f"{HACK}.png is not an image that this browser can read.")
+    page.generate(f"a red circle {HACK[:10]}")
+    page.click("#grid button.cell")
+    assert page.facts()["Checkpoint"] == f"{HACK}.safetensors"
+    page.press("ESCAPE")
+    query = {"prompt": HACK, "seed": f'"><script>hacked()</script>{HACK}', "temperature": HACK}
+    page.open(page.address + "?" + "&".join(f"{key}={urllib.request.quote(value)}" for key, value in query.items()))
+    until(lambda: "hacked" in page.value("#seed"))
+    script = """const done = arguments[1];
+    import("./static/history.js").then(async (history) => {
+      const [one] = await history.all(), text = arguments[0];
+      await history.add({ ...one, prompt: text, seed: text, metadata: { seed: text, top_p: text, checkpoint: text } });
+      done();
+    });"""
+    page.browser.execute_async_script(script, HACK)
+    page.open()
+    page.click("#history .cell")
+    assert page.text("#caption") == page.facts()["Seed"] == HACK
+    page.click("#reuse")
+    assert page.value("#prompt") == HACK
+
+
+def find_axe():
+    """Return axe.min.js, or skip."""
+    path = os.environ.get("AXE")
+    if path is None:
+        spec = importlib.util.find_spec("axe_core_python")
+        path = spec and Path(spec.submodule_search_locations[0], "axe.min.js")
+    return Path(path or pytest.skip("axe-core-python is not installed")).read_text()
+
+
+@pytest.mark.parametrize("size, dark", [(DESK, False), (DESK, True), (PHONE, False), (PHONE, True)])
+def test_axe_finds_nothing_on_a_desktop_and_a_phone(page, drawing, size, dark):
+    page.resize(size, dark)
+    page.open()
+    page.browser.execute_script(find_axe())
     name = f"{'phone' if size == PHONE else 'desk'}_{'dark' if dark else 'light'}"
-    time.sleep(0.4)
-    page.shoot(name)
-    page.whole(f"{name}_whole")
-    script = "return document.documentElement.scrollWidth"
-    assert chromium.execute_script(script) <= size[0]
-    colours = "return [document.body, document.querySelector('#prompt textarea, #prompt input')]"
-    colours += ".map(e => getComputedStyle(e).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number))"
-    for colour in chromium.execute_script(colours):
-        assert max(colour) < 70 if dark else min(colour) > 230
-    tile = chromium.execute_script("return document.querySelector('#grid .tile').getBoundingClientRect().width")
-    assert tile > 120  # a thumb's width, at least
+
+    def check(state):
+        page.shoot(f"{name}_{state}")
+        found = page.browser.execute_async_script("axe.run().then(arguments[0])")["violations"]
+        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == [], state
+        assert page.js("document.documentElement.scrollWidth") <= size[0]
+        sizes = "[Math.min(e.getBoundingClientRect().width, e.getBoundingClientRect().height), e.outerHTML]"
+        assert [one for one in page.each("button, input, a, summary, textarea", sizes) if one[0] < 24] == []
+
+    check("empty")
+    drawing.seconds = 0.01
+    page.write("a small red dog above a large blue square")
+    page.js("document.querySelector('#ask').requestSubmit()")
+    until(lambda: page.shows("#grid .cell img") == 4 and page.js("document.querySelector('#progress').value") > 0.4)
+    drawing.hold()
+    check("during")
+    drawing.release()
+    page.finished()
+    check("after")
+    results, settings, history = page.each("#results, #settings, #history", "e.getBoundingClientRect().top")
+    assert results < settings < history if size == PHONE else results == settings < history
+    page.click("#grid button.cell")
+    check("large")
+    page.click("#resume")
+    page.until("document.querySelector('#start').naturalWidth > 0")
+    check("continue")
 
 
-def test_nothing_is_asked_of_the_network(page):
-    page.ask(PROMPT)
-    page.drawn()
-    names = page.browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
-    here = page.browser.current_url
-    assert names and [name for name in names if not name.startswith((here, "data:", "blob:"))] == []
+@pytest.mark.skipif(not NGINX, reason="needs nginx")
+def test_it_works_behind_a_prefix_of_nginx(chromium, loaded, tmp_path):
+    with running(loaded, "--root-path", "/draw", "--forwarded-allow-ips", "127.0.0.1") as port:
+        outside = free_port()
+        config = tmp_path / "nginx.conf"
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = "".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in kinds)
+        config.write_text(
+            f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/log; events {{}} http {{ {paths} access_log off; "
+            f"server {{ listen 127.0.0.1:{outside}; location /draw/ {{ proxy_pass http://127.0.0.1:{port}; "
+            "proxy_set_header Host $http_host; proxy_set_header X-Forwarded-For $remote_addr; } } }"
+        )
+        process = subprocess.Popen([NGINX, "-p", str(tmp_path), "-c", str(config)], stderr=subprocess.DEVNULL)
+        try:
+            until(lambda: answers(outside))
+            page = Page(chromium, f"{outside}/draw")
+            page.generate()
+            page.click("#grid button.cell")
+            assert comment(page.png())["prompt"] == PROMPT
+            names = page.js("performance.getEntriesByType('resource').map(e => e.name)")
+            assert names and all(name.startswith((page.address, "blob:", "data:")) for name in names)
+            assert page.js("violations") == []
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def free_port():
+    import app
+
+    with app.listen("127.0.0.1", 0) as listening:
+        return listening.getsockname()[1]
+
+
+def answers(port):
+    try:
+        return call(port, path="/draw/health")[0] == 200
+    except OSError:
+        return False
+
+
+def test_sixteen_images_cost_at_most_200_kb_of_events(port):
+    status, job = call(port, "POST", "/api/jobs", {"prompts": [PROMPT], "num_images": 16})
+    assert status == 202
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/jobs/{job['id']}/events") as stream:
+        events = stream.read()
+    assert events.count(b"event: image") == 16 and events.count(b"event: row") >= 16
+    print(f"{len(events)} bytes")
+    assert len(events) <= 200_000

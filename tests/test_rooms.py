@@ -25,7 +25,7 @@ ALLOWED = {
     "service": {"service", "generation", "data", "utils", "log", "torch", "PIL"}
     | {"h11", "uvicorn", "gradio", "fastapi", "starlette", "pydantic"},
     "service/computing.py": set(),
-    "service/queue.py": {"generation", "log", "service.computing"},
+    "service/queue.py": {"generation", "PIL", "log", "service.computing"},
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
     "args.py": {"utils.command_line"},
     "args_app.py": {"args", "utils.command_line"},

@@ -1,11 +1,10 @@
-"""Inference where shapes never change: any number of rows through a function that was compiled for a fixed number.
+"""Run models with fixed shapes: any number of rows through a function that was compiled for a fixed number.
 
-How a module becomes such a function is handed in (`inference(module, device_iterations)`, ipu.py's); no SDK is named
-here. And samples one after the other, as a loader of fixed batches wants them.
+The caller passes `inference(module, device_iterations)`, which compiles a module; this file names no SDK.
 """
 
 import logging
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -15,44 +14,48 @@ from torch.utils.data import Dataset
 from models.dalle import DALLE
 from models.sampling import CodeCallback, Generators, Sampling, check_given_codes, gumbel_noise, sample_codes
 from models.static_sampling import FullPass, StaticSampler
+from models.vae import VQGanVAE
 
 logger = logging.getLogger("minidalle")
 
 
-def full(x, rows):
-    """x (n, …) with its last row repeated → (rows, …)."""
+def full(x: Tensor, rows: int) -> Tensor:
+    """Repeat the last row of x (n, …) so that there are `rows`."""
     return torch.cat((x, x[-1:].expand(rows - len(x), *x.shape[1:])))
 
 
 class VqganDecoder(nn.Module):
-    """A VQGAN's way back as a module of its own: codes int (B, L) → pixels (B, 3, S, S)."""
+    """A VQGAN's decoder as a module, from codes int (B, L) to pixels (B, 3, S, S)."""
 
-    def __init__(self, vae):
+    def __init__(self, vae: VQGanVAE):
         super().__init__()
         self.vae = vae
 
-    def forward(self, codes):
+    def forward(self, codes: Tensor) -> Tensor:
+        """Decode codes."""
         return self.vae.decode(codes)
 
 
 class DeviceLosses(nn.Module):
-    """A DALLE's losses of a row: text and codes end to end, int (1, T + L) → total, text and image, fp32 (1, 3)."""
+    """A DALLE's losses of one row, int (1, T + L) of text and codes: total, text and image loss, fp32 (1, 3)."""
 
-    def __init__(self, model):
+    def __init__(self, model: DALLE):
         super().__init__()
         self.model = model
 
-    def forward(self, row):
+    def forward(self, row: Tensor) -> Tensor:
+        """Compute the losses."""
         text, codes = row[:, : self.model.text_seq_len], row[:, self.model.text_seq_len :]
         return torch.stack(self.model(text, codes, return_loss=True)).float()[None]
 
 
-def decode_upper_rows(decode):
-    """decode of a picture's codes (B, L) → decode(codes, rows=None), which takes those of its upper rows, too: the rest
-    is filled up and cut off again, since shapes cannot change.
+def decode_upper_rows(decode: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Return decode(codes, rows=None), which can also decode only an image's upper rows of codes.
+
+    Shapes cannot change, so the missing codes are filled in and their pixels cut off again.
     """
 
-    def decode_rows(codes, rows=None):
+    def decode_rows(codes: Tensor, rows: Optional[int] = None) -> Tensor:
         if rows is None:
             return decode(codes)
         side = codes.shape[1] // rows
@@ -63,19 +66,22 @@ def decode_upper_rows(decode):
 
 
 class RowByRow:
-    """module(x) for any number of rows: each call takes as many as the first, one after the other on the device."""
+    """A module for any number of rows: each call takes as many as the first one had, one after another."""
 
-    def __init__(self, module, inference):
+    def __init__(self, module: nn.Module, inference: Callable):
         self.module, self.inference = module, inference
-        self.executor, self.rows = None, 0
+        self.executor: Any = None
+        self.rows = 0
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the module to x."""
         if self.executor is None:
             self.rows = len(x)
             self.executor = self.inference(self.module, self.rows)
         return torch.cat([self.executor(full(part, self.rows))[: len(part)] for part in x.split(self.rows)])
 
-    def destroy(self):
+    def destroy(self) -> None:
+        """Release the IPU; the next call compiles the module again."""
         if self.executor is not None:
             self.executor.destroy()
             self.executor = None
@@ -155,19 +161,20 @@ class FullPassStepper:
 
 
 class OrderedSamples(Dataset):
-    """The samples of a run one after the other, where the order's keys are those of steps: picklable, with a length,
-    as PopTorch's loader wants it.
-    """
+    """The samples of a run in order, as a picklable dataset with a length, which PopTorch's loader needs."""
 
-    def __init__(self, dataset, order, samples_per_step):
+    def __init__(self, dataset: Any, order: Sequence[List[int]], samples_per_step: int):
         self.dataset, self.order, self.samples_per_step = dataset, order, samples_per_step
-        self.step, self.keys = None, []
+        self.step = -1
+        self.keys: List[int] = []
 
-    def __len__(self):
+    def __len__(self) -> int:
+        """Return the number of samples of all steps."""
         return len(self.order) * self.samples_per_step
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Any:
+        """Read a sample; a smaller batch, in evaluation, repeats its samples."""
         step, place = divmod(index, self.samples_per_step)
         if step != self.step:
             self.step, self.keys = step, self.order[step] or self.order[0]
-        return self.dataset[self.keys[place % len(self.keys)]]  # a small batch, in evaluation, is filled up
+        return self.dataset[self.keys[place % len(self.keys)]]

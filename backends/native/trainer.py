@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import ctypes
 import logging
 import math
+import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Type
 
@@ -13,7 +15,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from backends.base import Losses, Trainer
-from backends.native.fast_layers import compile_layers, keep_freed_memory, rows_at_once, use_fast_layers
+from backends.native.fast_layers import compile_layers, use_fast_layers
 from backends.native.inference import sampler
 from models.dalle import DALLE
 from utils.muon import Muon
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("minidalle")
 ADAM_EPS = 1e-6
+WORKING_SET = 2800 * 512  # positions times width that a CPU computes at once
 
 
 class SharedMuon(Muon):
@@ -123,14 +126,14 @@ class NativeTrainer(Trainer):
 
     @torch.no_grad()
     def update_average(self, average: DALLE) -> None:
-        """Move the average towards the weights, faster at first so that it forgets its start."""
+        """Move the average towards the weights, faster at first, to forget its start."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for averaged, current in zip(average.parameters(), self.model.parameters()):
             if current.requires_grad:
                 averaged.lerp_(current, 1 - decay)
 
     def evaluate(self, batches: Iterable) -> Losses:
-        """Return the mean losses of the average, or of the weights if there is none."""
+        """Return the mean losses of the average, or of the weights without --ema-decay."""
         network = self.model.eval() if self.average is None else self.average
         with self.backend.processes.losses_explained():
             samples = (part for batch in batches for micro_batch in batch for part in self.split(*micro_batch))
@@ -139,7 +142,7 @@ class NativeTrainer(Trainer):
         return losses
 
     def sampler(self) -> Optional[Callable[..., Tensor]]:
-        """Return a sampler of the average, or of the weights if there is none."""
+        """Return a sampler of the average, or of the weights without --ema-decay."""
         model = self.model if self.average is None else self.average
         sample = sampler(model, self.backend, self.backend.settings.batch_size)
         self.model.train()  # sampler() set it to eval mode; sampling itself never applies dropout
@@ -214,6 +217,30 @@ def mean_losses(network: nn.Module, batches: Iterable, backend: "NativeBackend")
 def name_losses(losses: Tensor) -> Losses:
     """Return the three losses of a tensor by name."""
     return dict(zip(("total", "text", "image"), losses.tolist()))
+
+
+def rows_at_once(model: DALLE, rows: int, device: torch.device) -> int:
+    """Return how many rows of a micro-batch of `rows` to compute at once.
+
+    On a CPU, a few thousand positions are multiplied as fast as more, and take less memory.
+    """
+    if device.type != "cpu":
+        return rows
+    fitting = WORKING_SET // ((model.text_seq_len + model.image_seq_len) * model.text_emb.weight.shape[1])
+    pieces = -(-rows // max(1, fitting))
+    return -(-rows // pieces)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc reuse freed memory instead of returning it to the system.
+
+    The system clears every page that it hands out, which takes longer than computing a step's large tensors.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # glibc's numbers of these settings
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def copy_for_average(model: DALLE) -> DALLE:

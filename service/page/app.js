@@ -6,7 +6,7 @@ import { fileName, openViewer } from "./viewer.js";
 import { zip } from "./zip.js";
 
 const SAMPLING = ["temperature", "top_k", "top_p", "cond_scale"];
-const HAS_MOUSE = matchMedia("(pointer: fine)").matches;
+const HAS_MOUSE = !matchMedia("(pointer: coarse)").matches; // or at least no touch screen
 const settings = {}; // exact values, which the sliders show; null: as the model recommends
 const described = new Map(); // prompt → {tokens, unknown_words}
 let model = null; // what engine.model() returned
@@ -34,8 +34,10 @@ function say(sentence, wrong = false, retry = null) {
 function fail({ message, status }, retry) {
   say(message, true, [400, 413, 422].includes(status) ? null : retry);
   if (status !== 401) return;
+  $("login_note").textContent = message;
   $("sign_in").onsubmit = () => {
     engine.signIn($("token").value.trim());
+    $("token").value = "";
     retry();
   };
   $("login").showModal();
@@ -99,6 +101,7 @@ async function count() {
   const tokens = Math.max(0, ...found.map((one) => one.tokens));
   const many = lines.length > 1 ? `${lines.length} prompts, the longest with ` : "";
   $("count").textContent = lines.length ? `${many}${tokens} of ${model.text_seq_len} tokens` : "";
+  $("count").classList.toggle("wrong", tokens > model.text_seq_len);
   const words = [...new Set(found.flatMap((one) => one.unknown_words))].map((word) => `“${word}”`);
   return ($("note").textContent = words.length ? `The model never saw ${words.join(", ")}.` : "");
 }

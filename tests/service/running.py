@@ -62,8 +62,8 @@ def until(holds, seconds=20):
 
 
 @contextlib.contextmanager
-def running(loaded, *flags):
-    """Page and API of app.py on a free port of this machine, in a thread → the port."""
+def running(loaded, *flags, port=0):
+    """Page and API of app.py on a port of this machine, 0: a free one, in a thread → the port."""
     import app
     from args_app import app_arguments
     from service.queue import GenerationQueue
@@ -71,7 +71,7 @@ def running(loaded, *flags):
     settings = app_arguments(list(map(str, flags)))
     queue = GenerationQueue(loaded, settings.queue_size, settings.queue_size * settings.max_images)
     queue.start()
-    with app.listen("127.0.0.1", 0) as listening:
+    with app.listen("127.0.0.1", port) as listening:
         server = app.make_server(queue, settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()

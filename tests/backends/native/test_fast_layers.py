@@ -8,10 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from backends.native import autograd_ops
-from backends.native.autograd_ops import AxialAttention, DenseAttention, HeadLosses, axial_bias, bias_of
+from backends.native import fast_layers
 from backends.native.backend import NativeTrainingBackend
-from backends.native.fast_layers import compile_layers, rows_at_once, use_fast_layers
+from backends.native.fast_layers import (
+    AxialAttention,
+    DenseAttention,
+    HeadLosses,
+    axial_bias,
+    bias_of,
+    compile_layers,
+    use_fast_layers,
+)
+from backends.native.trainer import rows_at_once
 from models.transformer import PATTERNS, KeyValueCache, attend, pattern_mask
 from tests.backends.native.test_backend import settings
 from tests.builders import small_dalle
@@ -67,7 +75,7 @@ def test_losses_and_gradients_equal_the_plain_ones(tiny_vae, changes, recompute)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("queries", [128, 7])
 def test_attention_has_its_own_gradient(pattern, queries, monkeypatch):
-    monkeypatch.setattr(autograd_ops, "QUERIES", queries)
+    monkeypatch.setattr(fast_layers, "QUERIES", queries)
     torch.manual_seed(0)
     mask = pattern_mask(pattern, 3, 3)
     qkv = torch.randn(2, len(mask), 3, 2, 4, dtype=torch.float64, requires_grad=True)
@@ -84,7 +92,7 @@ def test_attention_has_its_own_gradient(pattern, queries, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1024, 5])
 def test_head_losses_have_their_own_gradient(rows, monkeypatch):
-    monkeypatch.setattr(autograd_ops, "ROWS", rows)
+    monkeypatch.setattr(fast_layers, "ROWS", rows)
     torch.manual_seed(0)
     shapes = (8, 4), (12, 4), (11, 4), (11,)
     floats = [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -140,7 +148,7 @@ def test_half_precision_is_near_and_keeps_gradients_fp32(tiny_vae):
 def test_a_micro_batch_in_parts_trains_as_one(tiny_vae, recompute, monkeypatch):
     found = []
     for fitting in (1, 2, 99):
-        monkeypatch.setattr("backends.native.fast_layers.WORKING_SET", fitting * 22 * 32)
+        monkeypatch.setattr("backends.native.trainer.WORKING_SET", fitting * 22 * 32)
         backend = NativeTrainingBackend(settings(batch_size=5, recompute=recompute))
         trainer = backend.trainer(dalle(tiny_vae))
         torch.manual_seed(0)
