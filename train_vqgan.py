@@ -197,10 +197,10 @@ def read_folders(settings: Namespace) -> Tuple[Any, torch.Tensor, str]:
         validation_paths, name = paths[:most], "training images"
     paths = paths[: settings.max_steps * settings.batch_size]
     validation = load_images(validation_paths, size, settings.dataloader_workers)
-    logger.info("%d training images, %d %s", len(paths), len(validation), name)
-    if len(paths) * 3 * size**2 > MEMORY_BYTES:
-        return paths, validation, name
-    return load_images(paths, size, settings.dataloader_workers), validation, name
+    fit = len(paths) * 3 * size**2 <= MEMORY_BYTES
+    images = load_images(paths, size, settings.dataloader_workers) if fit else paths
+    logger.info("%d training images, %d %s", len(images), len(validation), name)
+    return images, validation, name
 
 
 def show(bar: Any, losses: Dict[str, torch.Tensor], trainer: VQGanTrainer, step: int) -> None:
