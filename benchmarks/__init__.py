@@ -1,1 +1,1 @@
-"""Speed beside dalle-pytorch and the machine's own limits, in one run: python -m benchmarks. Nothing imports it."""
+"""Compare speed with dalle-pytorch and the machine's limits: python -m benchmarks. The program never imports it."""

@@ -1,8 +1,8 @@
-"""What a machine can do at best, measured where a row is measured; how much work a row is; and which machine it was.
+"""Time calls, measure what the machine can do at best, and count the work of a sample.
 
-The limit of a row is the time that its matrix products take at the best rate seen in its precision, or the reading of
-its weights if that takes longer. Attention's own products and what lies between products are left out, so that a limit
-is a little lower than what any program could reach.
+The limit of a row is the time that its matrix products take at the best rate measured in its precision or, if that is
+longer, the time to read its weights. The products inside attention, softmax, norms and so on are not counted, so
+the limit is slightly faster than any program could be.
 """
 
 import copy
@@ -13,17 +13,20 @@ import subprocess
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from backends.native.backend import fast_in_bf16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Work = Dict[str, Any]  # of one sample: precision, operations and perhaps bytes to read; or seconds and limit_is
+Measurement = Tuple[List[float], Optional[Work]]  # seconds per sample of each repetition, and the work of a sample
 
 
-def seconds_of(function, device):
-    """Seconds of one call, up to the end of what it started on `device`."""
+def time_call(function: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds that a call takes, including the work that it starts on `device`."""
     started = time.perf_counter()
     function()
     if device.type == "cuda":
@@ -31,70 +34,80 @@ def seconds_of(function, device):
     return time.perf_counter() - started
 
 
-def repeated(function, device, quick=False, at_least=3, enough_seconds=5.0):
-    """Seconds of each call, after one that does not count: `at_least`, and up to ten while they are short."""
+def time_calls(
+    function: Callable[[], Any],
+    device: torch.device,
+    samples: int = 1,
+    quick: bool = False,
+    at_least: int = 3,
+    enough_seconds: float = 5.0,
+) -> List[float]:
+    """Return the seconds per sample of each call, after a call for warm-up.
+
+    Args:
+        samples: number of samples in a call.
+        at_least: number of calls; up to ten if they take less than enough_seconds together.
+    """
     if quick:
         at_least, enough_seconds = 1, 0.0
     function()
-    found = []
-    while len(found) < at_least or (len(found) < 10 and sum(found) < enough_seconds):
-        found.append(seconds_of(function, device))
-    return found
+    seconds: List[float] = []
+    while len(seconds) < at_least or (len(seconds) < 10 and sum(seconds) < enough_seconds):
+        seconds.append(time_call(function, device))
+    return [taken / samples for taken in seconds]
 
 
-def matrix_rate(precision, device, quick=False):
-    """Operations a second of the best of a few square matrix products."""
+def measure_matrix_rate(precision: str, device: torch.device, quick: bool = False) -> float:
+    """Return operations per second of the best of a few square matrix products."""
     best = 0.0
     for side in (512,) if quick else (512, 1024, 2048) if device.type == "cpu" else (4096, 8192):
         one, other = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
-        seconds = repeated(partial(nn.functional.linear, one, other), device, at_least=5, enough_seconds=0.5)
+        seconds = time_calls(partial(nn.functional.linear, one, other), device, at_least=5, enough_seconds=0.5)
         best = max(best, 2 * side**3 / min(seconds))
     return best
 
 
-def read_rate(device):
-    """Bytes a second that a sum reads from memory."""
+def measure_read_rate(device: torch.device) -> float:
+    """Return bytes per second that a sum reads from memory."""
     large = torch.randn((32 if device.type == "cpu" else 256) * 2**20, device=device)
-    return 4 * large.numel() / min(repeated(large.sum, device, at_least=5, enough_seconds=0.5))
+    return 4 * large.numel() / min(time_calls(large.sum, device, at_least=5, enough_seconds=0.5))
 
 
-def limit_of(work, device, quick=False):
-    """The least seconds a sample can take, and what sets them.
-
-    work, all of one sample: precision, operations and, where memory may be the limit, bytes; or seconds and of, where a
-    row knows its limit.
-    """
+def find_limit(work: Work, device: torch.device, quick: bool = False) -> Tuple[float, str]:
+    """Return the least seconds that a sample can take, and what the limit is."""
     if "seconds" in work:
-        return work["seconds"], work["of"]
-    multiplying = work["operations"] / matrix_rate(work["precision"], device, quick)
-    reading = work["bytes"] / read_rate(device) if work.get("bytes") else 0.0
+        return work["seconds"], work["limit_is"]
+    multiplying = work["operations"] / measure_matrix_rate(work["precision"], device, quick)
+    reading = work["bytes"] / measure_read_rate(device) if work.get("bytes") else 0.0
     return (reading, "memory bandwidth") if reading > multiplying else (multiplying, "matrix products")
 
 
-def layer_weights(model):
-    """Elements of the matrices that every position of a DALLE is multiplied with."""
+def count_layer_weights(model: Any) -> int:
+    """Count elements of the matrices that every position of a DALLE is multiplied with."""
     return sum(parameter.numel() for parameter in model.transformer.layers.parameters() if parameter.dim() == 2)
 
 
-def image_head(model):
-    """Elements of the head's part for codes."""
+def count_head_weights(model: Any) -> int:
+    """Count elements of the head that predicts codes."""
     return model.num_image_tokens * model.text_emb.weight.shape[1]
 
 
-def training_operations(model):
-    """Of one sample: forward and twice that backward, two operations an element; text positions predict text alone."""
-    width = model.text_emb.weight.shape[1]
-    text_head = model.text_seq_len * model.num_text_tokens * width
-    products = (model.text_seq_len + model.image_seq_len) * layer_weights(model)
-    return 6 * (products + text_head + model.image_seq_len * image_head(model))
+def count_training_operations(model: Any) -> int:
+    """Count operations of one sample: two per element in the forward pass and four in the backward pass.
+
+    Text positions predict text only, and image positions codes only.
+    """
+    text_head = model.text_seq_len * model.num_text_tokens * model.text_emb.weight.shape[1]
+    products = (model.text_seq_len + model.image_seq_len) * count_layer_weights(model)
+    return 6 * (products + text_head + model.image_seq_len * count_head_weights(model))
 
 
-def convolution_operations(network, *inputs):
-    """Of network(*inputs), all convolutions; nothing is computed, shapes are followed on the meta device."""
+def count_convolution_operations(network: nn.Module, *inputs: Tensor) -> int:
+    """Count operations of all convolutions of network(*inputs), from shapes alone, on the meta device."""
     counted = []
 
-    def count(module, given, out):
-        counted.append(2 * out.numel() * module.weight[0].numel())
+    def count(module: Any, inputs: Any, output: Tensor) -> None:
+        counted.append(2 * output.numel() * module.weight[0].numel())
 
     network = copy.deepcopy(network).to("meta")
     for module in network.modules():
@@ -105,34 +118,30 @@ def convolution_operations(network, *inputs):
     return sum(counted)
 
 
-def machine(device):
-    """What results.json says of where it was measured."""
-    name = platform.processor() or platform.machine()
+def describe_machine(device: torch.device) -> Dict[str, Any]:
+    """Return what results.json says about the machine and the software."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    found = re.search(r"model name\s*:\s*(.*)", text)
-    flags = set(re.findall(r"\b(avx2|avx512f|avx512_bf16|amx_bf16)\b", text))
+    name = re.search(r"model name\s*:\s*(.*)", text)
     return {
-        "cpu": found.group(1) if found else name,
+        "cpu": name.group(1) if name else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "flags": sorted(flags),
+        "flags": sorted(set(re.findall(r"\b(avx2|avx512f|avx512_bf16|amx_bf16)\b", text))),
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
         "fast_in_bf16": fast_in_bf16(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit(),
+        "commit": describe_commit(),
     }
 
 
-def commit():
-    """Of the working tree, with + where it was changed; None outside one."""
-    folder = Path(__file__).resolve().parent
+def describe_commit() -> Optional[str]:
+    """Return the commit of the working tree, with "-dirty" if files were changed, or None outside of git."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        said = [
-            subprocess.run(["git", *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-    except OSError:
+        return subprocess.check_output(
+            describe, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return said[0].stdout.strip() + ("+" if said[1].stdout.strip() else "") if said[0].returncode == 0 else None

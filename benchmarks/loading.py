@@ -1,23 +1,27 @@
-"""Reading a folder of photograph-sized pictures with captions: to pixels, and to codes that were made before.
+"""Rows about loading: captions with photograph-sized images, or with codes that were computed before.
 
-The pictures are drawn by the benchmark, 640 × 480 JPEGs of some 80 KB. The peer is dalle-pytorch's loader; where
-torchvision, which it needs, cannot be imported, a plain loop of PIL's in its place, and the table says so.
+The benchmark makes the images, 640 × 480 JPEGs of about 80 KB. The peer is dalle-pytorch's loader or, if that cannot be
+imported because torchvision is missing, a plain loop with PIL; the table says which.
 """
 
+import contextlib
 import itertools
 import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, Iterable, Iterator, List, Tuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from backends.native.backend import NativeTrainingBackend
 from benchmarks import peer
-from benchmarks.network import settings_of
+from benchmarks.limits import Measurement
+from benchmarks.networks import parse_settings
 from data.loader import TextImageDataset
 from data.order import EpochOrder, RunOrder
 from data.shapes import make_sample
@@ -25,119 +29,103 @@ from data.tokenizer import load_tokenizer
 
 SIDE, CODES = 256, 256
 WINDOWS = 5
+WORKERS = os.cpu_count() or 1
 
 
-def write_pictures(folder, count):
-    """Pictures with detail at every scale, so that a JPEG is as large as a photograph's, and five captions each."""
+@contextlib.contextmanager
+def image_folder(count: int) -> Iterator[Path]:
+    """Yield a folder of `count` images, as large in JPEG as photographs, with five captions each."""
     random = np.random.default_rng(0)
-    for number in range(count):
-        pixels = np.zeros((480, 640, 3), dtype=np.float32)
-        for size, strength in (((8, 6), 70.0), ((80, 60), 25.0), ((640, 480), 6.0)):
-            noise = random.normal(0, strength, (size[1], size[0], 3)).astype(np.float32)
-            layers = [Image.fromarray(noise[..., c]).resize((640, 480), Image.Resampling.BICUBIC) for c in range(3)]
-            pixels += np.stack([np.asarray(layer) for layer in layers], axis=-1)
-        Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8)).save(folder / f"{number:04d}.jpg", quality=90)
-        captions = make_sample("train", number, size=32)[1]
-        (folder / f"{number:04d}.txt").write_text("\n".join(list(captions)[:5]) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number in range(count):
+            pixels = np.full((480, 640, 3), 128.0, dtype=np.float32)
+            for size, strength in (((8, 6), 70.0), ((80, 60), 25.0), ((640, 480), 6.0)):
+                for channel in range(3):
+                    noise = random.normal(0, strength, (size[1], size[0])).astype(np.float32)
+                    pixels[..., channel] += np.asarray(
+                        Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)
+                    )
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:04d}.jpg", quality=90)
+            captions = make_sample("train", number, size=32)[1]
+            (folder / f"{number:04d}.txt").write_text("\n".join(captions[:5]) + "\n", encoding="utf-8")
+        yield folder
 
 
-def workers():
-    return os.cpu_count() or 1
+def count_batches(steps: int) -> int:
+    """Return how many batches time_batches and the workers that read ahead of it need."""
+    return steps * (2 + WINDOWS) + 4 * WORKERS
 
 
-def batches_wanted(steps):
-    """For seconds_a_sample, and what workers still read ahead at its end."""
-    return steps * (2 + WINDOWS) + 4 * workers()
+def time_batches(batches: Iterable[Any], rows: int, steps: int) -> List[float]:
+    """Return the seconds per sample of windows of `steps` batches each, after two windows for warm-up.
 
-
-def seconds_a_sample(batches, rows, steps):
-    """Of windows of `steps` batches each, after two that do not count. A window is no shorter than what workers read
-    ahead.
+    A window must not be shorter than what workers read ahead.
     """
-    batches = iter(batches)
-
-    def read(count):
-        for batch in itertools.islice(batches, count):
+    iterator, seconds = iter(batches), []
+    for _ in range(2 + WINDOWS):
+        started = time.perf_counter()
+        for batch in itertools.islice(iterator, steps):
             for _ in batch:  # a micro-batch is read when it is asked for
                 pass
-
-    read(2 * steps)
-    found = []
-    for _ in range(WINDOWS):
-        started = time.perf_counter()
-        read(steps)
-        found.append((time.perf_counter() - started) / (rows * steps))
-    return found
+        seconds.append((time.perf_counter() - started) / (rows * steps))
+    return seconds[2:]
 
 
-def with_folder(function, quick):
-    """function(folder of pictures, how many)."""
-    count = 16 if quick else 128
-    with tempfile.TemporaryDirectory() as name:
-        write_pictures(Path(name), count)
-        return function(Path(name), count)
+def choose_sizes(quick: bool, codes: bool = False) -> Tuple[int, int, int]:
+    """Return the number of images, rows of a batch and batches of a window."""
+    return (16, 2, 4) if quick else (128, 16, 100 if codes else 8)
 
 
-def loading(quick, codes):
-    """Through the backend's loader, as training reads."""
-    rows = 2 if quick else 16
-    settings = settings_of(quick, batch_size=rows, dataloader_workers=workers())
-    backend = NativeTrainingBackend(settings)
-    steps = 4 if quick else 100 if codes else 8
-
-    def measure(folder, count):
+def load(quick: bool, codes: bool) -> Measurement:
+    """Measure reading through the backend's loader, as training does."""
+    count, rows, steps = choose_sizes(quick, codes)
+    settings = parse_settings(quick, "--batch-size", rows, "--dataloader-workers", WORKERS)
+    with image_folder(count) as folder:
         tokenizer = load_tokenizer(settings.bpe_path)
         dataset = TextImageDataset(folder, tokenizer, text_seq_len=settings.text_seq_len, image_size=SIDE)
         if codes:
-            path = folder / "codes.npy"
-            np.save(path, np.random.default_rng(0).integers(0, 1024, (count, CODES)).astype(np.uint16))
-            dataset.attach_codes(np.load(path, mmap_mode="r", allow_pickle=False))
-        order = RunOrder(EpochOrder(count, rows, seed=0), 0, batches_wanted(steps))
-        return seconds_a_sample(backend.loader(dataset, order), rows, steps)
-
-    return with_folder(measure, quick), None
+            np.save(folder / "codes.npy", np.random.default_rng(0).integers(0, 1024, (count, CODES)).astype(np.uint16))
+            dataset.attach_codes(np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False))
+        order = RunOrder(EpochOrder(count, rows, seed=0), 0, count_batches(steps))
+        return time_batches(NativeTrainingBackend(settings).loader(dataset, order), rows, steps), None
 
 
-class PlainPictures(Dataset):
-    """(a caption's tokens, pixels) with PIL alone: what any loader must do."""
+class PlainImages(Dataset):
+    """Pairs of a caption's tokens and pixels, read with PIL alone: the least that a loader must do."""
 
-    def __init__(self, folder, tokenizer, text_seq_len):
+    def __init__(self, folder: Path, tokenizer: Any, text_seq_len: int):
         self.paths = sorted(folder.glob("*.jpg"))
         self.tokenizer, self.text_seq_len = tokenizer, text_seq_len
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Tuple[Tensor, Tensor]:
         caption = self.paths[index].with_suffix(".txt").read_text(encoding="utf-8").splitlines()[0]
         with Image.open(self.paths[index]) as image:
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             box = (left, top, left + side, top + side)
-            image = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box)
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+            square = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box)
+        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
         return self.tokenizer.tokenize([caption], self.text_seq_len)[0], pixels
 
 
-def their_loading(quick):
-    """In torch's DataLoader with as many workers as ours."""
-    rows = 2 if quick else 16
-    settings = settings_of(quick)
-
-    def measure(folder, count):
-        tokenizer, theirs = load_tokenizer(settings.bpe_path), peer.loader()
-        if theirs is None:
-            dataset = PlainPictures(folder, tokenizer, settings.text_seq_len)
+def load_peer(quick: bool) -> List[float]:
+    """Measure the peer's dataset in torch's DataLoader, with as many workers as ours."""
+    count, rows, steps = choose_sizes(quick)
+    settings, dataset_class = parse_settings(quick), peer.load_dataset_class()
+    tokenizer, length = load_tokenizer(settings.bpe_path), settings.text_seq_len
+    with image_folder(count) as folder:
+        if dataset_class is None:
+            dataset = PlainImages(folder, tokenizer, length)
         else:
-            dataset = theirs(
-                str(folder), text_len=settings.text_seq_len, image_size=SIDE, tokenizer=tokenizer, shuffle=True
-            )
-        steps = 4 if quick else 8
-        order = RandomSampler(dataset, replacement=True, num_samples=rows * batches_wanted(steps))
-        return seconds_a_sample(DataLoader(dataset, rows, sampler=order, num_workers=workers()), rows, steps)
-
-    return with_folder(measure, quick)
+            dataset = dataset_class(str(folder), text_len=length, image_size=SIDE, tokenizer=tokenizer, shuffle=True)
+        order = RandomSampler(dataset, replacement=True, num_samples=rows * count_batches(steps))
+        return time_batches(DataLoader(dataset, rows, sampler=order, num_workers=WORKERS), rows, steps)
 
 
-def peer_name():
-    return "dalle-pytorch's loader" if peer.loader() is not None else "a plain PIL loop"
+def peer_name() -> str:
+    """Return what load_peer measures."""
+    return "a plain PIL loop" if peer.load_dataset_class() is None else "dalle-pytorch's loader"

@@ -1,117 +1,71 @@
-"""results.png: a bar a row, as long as the part of the machine's limit that it reaches, with the peer's below it.
+"""Bar charts of the results: speed and memory of each row, and how many prompts the demo follows."""
 
-Drawn with PIL alone, three times as large and then made smaller, which smooths the edges.
-"""
+from typing import Any, Dict, List, Sequence, Tuple
 
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
 
-SCALE = 3
-WIDTH, MARGIN = 1200, 40
-ROW, BAR, TOP, BOTTOM = 62, 15, 128, 84
-BARS, BARS_END = 320, 800  # where a bar begins, and where the limit is
-RATIO, MEMORY = 850, 985
-INK, SOFT, TRACK, RULE = "#1d2433", "#6b7485", "#eef1f5", "#d9dee6"
-OURS, PEER = "#2563c9", "#e39a3b"
+from utils.files import AnyPath, atomic_write
+
+OURS, PEER = "#4477aa", "#ee9944"
 
 
-class Canvas:
-    """A picture in units of its final pixels."""
-
-    def __init__(self, width, height):
-        self.size = width, height
-        self.image = Image.new("RGB", (width * SCALE, height * SCALE), "white")
-        self.pen = ImageDraw.Draw(self.image)
-
-    def text(self, x, y, text, size=14, fill=INK, anchor="lm"):
-        font = ImageFont.load_default(size * SCALE)
-        self.pen.text((x * SCALE, y * SCALE), text, font=font, fill=fill, anchor=anchor)
-        return self.pen.textlength(text, font=font) / SCALE
-
-    def bar(self, left, top, right, height, fill):
-        right = max(right, left + 2)  # what is there is seen
-        box = [left * SCALE, top * SCALE, right * SCALE, (top + height) * SCALE]
-        self.pen.rounded_rectangle(box, radius=min(3, (right - left) / 2) * SCALE, fill=fill)
-
-    def line(self, x, top, bottom, fill):
-        self.pen.line([x * SCALE, top * SCALE, x * SCALE, bottom * SCALE], fill=fill, width=SCALE)
-
-    def smaller(self):
-        return self.image.resize(self.size, Image.Resampling.LANCZOS)
-
-
-def draw(rows, title):
-    """rows as in results.json → a PIL picture."""
-    height = TOP + ROW * len(rows) + BOTTOM
-    canvas = Canvas(WIDTH, height)
-    canvas.text(MARGIN, 38, "Mini DALL-E: speed", 24)
-    canvas.text(MARGIN, 68, title, 13, SOFT)
-    for x, text in ((BARS, "speed (longer is faster)"), (RATIO, "times the peer"), (MEMORY, "peak memory")):
-        canvas.text(x, TOP - 22, text, 12, SOFT)
-    canvas.text(BARS_END, TOP - 22, "limit", 12, SOFT, anchor="rm")
-    most = max(side["peak_memory_mb"] for row in rows for side in (row["ours"], row["peer"]) if side)
-    for place, row in enumerate(rows):
-        one_row(canvas, row, TOP + place * ROW, most)
-    legend(canvas, height - BOTTOM / 2, rows)
-    return canvas.smaller()
-
-
-def one_row(canvas, row, top, most_memory):
-    canvas.pen.line([MARGIN * SCALE, top * SCALE, (WIDTH - MARGIN) * SCALE, top * SCALE], fill=RULE, width=SCALE)
-    middle = top + ROW / 2
-    canvas.text(MARGIN, middle - 9, row["what"], 15)
-    canvas.text(MARGIN, middle + 11, limit_in_words(row), 11, SOFT)
-    sides = [(row["ours"], OURS)] + ([(row["peer"], PEER)] if row["peer"] else [])
-    first = middle - (BAR * len(sides) + 4 * (len(sides) - 1)) / 2
-    longest = length_of_limit(row)
-    for place, (side, colour) in enumerate(sides):
-        y = first + place * (BAR + 4)
-        if row["limit"]:
-            canvas.bar(BARS, y, BARS_END, BAR, TRACK)
-        end = BARS + (BARS_END - BARS) * min(1.0, speed(side["median"], row["unit"]) / longest)
-        canvas.bar(BARS, y, end, BAR, colour)
-        words = f"{figure(side['median'])} {row['unit']}"
-        colour_of_words, anchor, x = ("white", "rm", end - 7) if end - BARS > 130 else (INK, "lm", end + 7)
-        canvas.text(x, y + BAR / 2 + 0.5, words, 11, colour_of_words, anchor)
-        memory_end = MEMORY + (WIDTH - MARGIN - 62 - MEMORY) * side["peak_memory_mb"] / most_memory
-        canvas.bar(MEMORY, y, memory_end, BAR, colour)
-        canvas.text(memory_end + 6, y + BAR / 2 + 0.5, memory(side["peak_memory_mb"]), 11)
-    if row["limit"]:
-        canvas.line(BARS_END, first - 4, first + len(sides) * (BAR + 4), INK)
-    if row["ratio"]:
-        canvas.text(RATIO, middle, figure(row["ratio"]), 24, OURS if row["ratio"] >= 1 else PEER)
-
-
-def speed(value, unit):
-    """Samples a second, whichever way the row counts."""
-    return 1 / value if unit.startswith("s/") else value
-
-
-def length_of_limit(row):
-    """The speed that a whole bar stands for: the limit or, where there is none, a little more than the faster side."""
-    if row["limit"]:
-        return speed(row["limit"], row["unit"])
-    return 1.25 * max(speed(side["median"], row["unit"]) for side in (row["ours"], row["peer"]) if side)
-
-
-def limit_in_words(row):
-    if not row["limit"]:
-        return "no limit known"
-    return f"{100 * row['of_limit']:.0f} % of the limit: {row['limit_is']}"
-
-
-def legend(canvas, y, rows):
-    x = MARGIN
-    names = sorted({row["peer_name"] for row in rows if row["peer"]})
-    for colour, name in [(OURS, "here")] + ([(PEER, "peer: " + ", ".join(names))] if names else []):
-        canvas.bar(x, y - 6, x + 12, 12, colour)
-        x += 20 + canvas.text(x + 18, y, name, 12) + 22
-    canvas.text(WIDTH - MARGIN, y, "medians; the limit was measured beside each row", 12, SOFT, anchor="rm")
-
-
-def figure(value):
-    """Three digits."""
+def format_number(value: float) -> str:
+    """Format a number with three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def memory(megabytes):
-    return f"{megabytes / 1024:.1f} GB" if megabytes >= 1000 else f"{megabytes:.0f} MB"
+def bar_lengths(row: Dict[str, Any]) -> Tuple[float, float]:
+    """Return our speed and the peer's in percent of the limit; if no limit is known, the faster bar is 80 long."""
+    ratio = row["ratio"] or float("inf")
+    ours = 100 * row["of_limit"] if row["limit"] else 80 * min(1, ratio)
+    return ours, ours / ratio
+
+
+def plot_speed(rows: Sequence[Dict[str, Any]], title: str, path: AnyPath) -> None:
+    """Save rows of results.json as bars: speed as a share of the machine's limit, and peak memory."""
+    figure = Figure(figsize=(11, 0.6 * len(rows) + 1.6), layout="constrained")
+    speed, memory = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [3, 1]})
+    for index, (side, color) in enumerate((("ours", OURS), ("peer", PEER))):
+        places = [place for place, row in enumerate(rows) if row[side]]
+        measured = [rows[place] for place in places]
+        if not measured:
+            continue
+        offsets = [place + 0.4 * (index - 0.5) * bool(rows[place]["peer"]) for place in places]
+        style: Dict[str, Any] = {"height": 0.38, "color": color}
+        label = "here" if side == "ours" else "peer: " + ", ".join(sorted({row["peer_name"] for row in measured}))
+        bars = speed.barh(offsets, [bar_lengths(row)[index] for row in measured], label=label, **style)
+        speed.bar_label(bars, [_label(row, side) for row in measured], padding=3, fontsize=8)
+        bars = memory.barh(offsets, [row[side]["peak_memory_mb"] for row in measured], **style)
+        memory.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+    names = [f"{row['what']}\n" + (f"limit: {row['limit_is']}" if row["limit"] else "no limit known") for row in rows]
+    speed.set_yticks(range(len(rows)), names, fontsize=8)
+    speed.axvline(100, color="gray", linewidth=1, linestyle="--", zorder=0)
+    speed.set(xlim=(0, 145), xlabel="speed, % of the limit (medians)", xticks=range(0, 101, 20))
+    memory.set(xlabel="peak memory, MB")
+    memory.margins(x=0.25)
+    speed.invert_yaxis()
+    speed.set_title(title, loc="left", fontsize=10)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _label(row: Dict[str, Any], side: str) -> str:
+    text = f"{format_number(row[side]['median'])} {row['unit']}"
+    return f"{text}, {format_number(row['ratio'])}× the peer" if side == "ours" and row["ratio"] else text
+
+
+def plot_shares(names: List[str], shares: List[float], label: str, path: AnyPath) -> None:
+    """Save shares, in percent, as named bars."""
+    figure = Figure(figsize=(7, 0.35 * len(names) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    axes.bar_label(axes.barh(names, shares, color=OURS), fmt="%.1f %%", padding=3)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 112), xlabel=label)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: AnyPath) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,83 +1,123 @@
-"""The rows of the benchmark by name, and how one is measured: in a process of its own, so that its peak memory is its
-own, ours and the peer's in turn.
+"""The rows of the benchmark by name, and how one is measured.
+
+Each side of a row, ours and the peer's, runs in a process that does nothing else, so that peak memory can be compared.
 """
 
 import multiprocessing
-import resource
+import os
+import re
 import statistics
+import subprocess
 import sys
 from functools import partial
-from typing import Callable, NamedTuple, Optional
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
 
 from backends.native.backend import pick_device
-from benchmarks import loading, network, processes, vqgan
-from benchmarks.limits import limit_of
+from benchmarks import loading, networks
+from benchmarks.limits import Measurement, find_limit
 
-DALLE_PYTORCH, TAMING = "dalle-pytorch", "taming"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def train_with_torchrun(processes: int, quick: bool) -> List[float]:
+    """Return the samples/s that train.py logs in `processes` processes of one thread each.
+
+    The first value is skipped, because memory is touched for the first time there.
+    """
+    flags = "--generated-data --device cpu --batch-size 16 --gradient-accumulation 1 --dataloader-workers 0 --config "
+    flags += "unit_test --max-steps 2" if quick else "L16 --loss-scaling 1 --learning-rate 1e-5 --max-steps 4"
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    ended = subprocess.run(
+        [sys.executable, *launcher, "train.py", *flags.split(), "--checkpoint-output-dir", ""],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    rates = [float(rate) for rate in re.findall(r"throughput: ([\d.]+) samples/sec", ended.stdout)]
+    if ended.returncode or not rates:
+        last = (ended.stderr.strip() or ended.stdout.strip() or "no output").splitlines()[-1]
+        raise OSError(f"train.py in {processes} processes ended with status {ended.returncode}: {last}")
+    return rates[1:] or rates
+
+
+def compare_processes(quick: bool) -> Measurement:
+    """Measure two processes; their limit is twice the speed of one."""
+    one, two = train_with_torchrun(1, quick), train_with_torchrun(2, quick)
+    limit = 1 / (2 * statistics.median(one))
+    return [1 / rate for rate in two], {"seconds": limit, "limit_is": "two processes alone"}
 
 
 class Row(NamedTuple):
-    """ours(quick) → (seconds a sample, one number a repetition; work as limits.limit_of wants it, or
-    None). theirs(quick) → seconds a sample.
-    """
+    """A row: ours(quick) and theirs(quick), which measure our side and the peer's, in seconds per sample."""
 
     what: str
     unit: str
-    ours: Callable
-    theirs: Optional[Callable] = None
+    ours: Callable[[bool], Measurement]
+    theirs: Optional[Callable[[bool], List[float]]] = None
     peer: Optional[str] = None
 
 
-def dalle(what, unit, name, size, with_peer=True):
-    ours, theirs = getattr(network, name), getattr(network, f"their_{name}")
-    return Row(what, unit, partial(ours, size), partial(theirs, size) if with_peer else None, DALLE_PYTORCH)
+def _dalle_row(what: str, unit: str, name: str, size: int) -> Row:
+    ours, theirs = getattr(networks, name), getattr(networks, f"{name}_peer")
+    return Row(what, unit, partial(ours, size), partial(theirs, size), "dalle-pytorch")
 
 
 ROWS = {
-    "train-4": dalle("training from codes, batch 4", "samples/s", "training", 4),
-    "train-16": dalle("training from codes, batch 16", "samples/s", "training", 16),
-    "prefill": dalle("reading 8 captions and codes", "samples/s", "prefill", 8),
-    "draw-1": dalle("drawing codes, 1 at once", "s/picture", "drawing", 1),
-    "draw-8": dalle("drawing codes, 8 at once", "s/picture", "drawing", 8),
-    "draw-32": dalle("drawing codes, 32 at once", "s/picture", "drawing", 32, with_peer=False),  # takes it an hour
-    "encode": Row("pictures to codes", "pictures/s", vqgan.encoding, vqgan.their_encoding, TAMING),
-    "decode": Row("codes to pictures", "pictures/s", vqgan.decoding, vqgan.their_decoding, TAMING),
+    "train-4": _dalle_row("training on codes, batch 4", "samples/s", "train", 4),
+    "train-16": _dalle_row("training on codes, batch 16", "samples/s", "train", 16),
+    "prefill": _dalle_row("reading 8 captions and codes", "samples/s", "prefill", 8),
+    "draw-1": _dalle_row("sampling codes, batch 1", "s/image", "generate", 1),
+    "draw-8": _dalle_row("sampling codes, batch 8", "s/image", "generate", 8),
+    "draw-32": Row("sampling codes, batch 32", "s/image", partial(networks.generate, 32)),  # an hour for the peer
+    "encode": Row("images to codes", "images/s", networks.encode, networks.encode_peer, "taming"),
+    "decode": Row("codes to images", "images/s", networks.decode, networks.decode_peer, "taming"),
     "load-pixels": Row(
-        "loading pictures", "samples/s", partial(loading.loading, codes=False), loading.their_loading, "a loader"
+        "loading images", "samples/s", partial(loading.load, codes=False), loading.load_peer, "a loader"
     ),
-    "load-codes": Row("loading codes", "samples/s", partial(loading.loading, codes=True)),
-    "torchrun": Row("2 processes of 1 thread, batch 16", "samples/s", processes.two_processes),
+    "load-codes": Row("loading codes", "samples/s", partial(loading.load, codes=True)),
+    "torchrun": Row("2 processes of 1 thread, batch 16", "samples/s", compare_processes),
 }
 
 
-def shown(seconds, unit):
-    """Seconds a sample in the unit of a row."""
-    return seconds if unit.startswith("s/") else 1 / seconds
+def measure_row(
+    name: str, quick: bool, with_peer: bool, report: Callable[[str], Any] = lambda text: None
+) -> Dict[str, Any]:
+    """Measure a row and return its entry of results.json.
 
+    Args:
+        report: called with what is measured next.
 
-def measured(name, quick, with_peer, say=lambda text: None):
-    """A row as results.json has it; say(text) is told what is measured now. OSError where a process ended early."""
+    Raises:
+        OSError: a process ended early.
+    """
     row = ROWS[name]
-    say(f"{row.what} ...")
-    ours = in_a_process(name, quick, "ours")
-    found = {"name": name, "what": row.what, "unit": row.unit, "ours": summary(ours, row.unit)}
+    report(f"{row.what} ...")
+    ours = run_in_process(name, quick, "ours")
+    found: Dict[str, Any] = {"name": name, "what": row.what, "unit": row.unit, "ours": _summarize(ours, row.unit)}
     found.update(peer=None, peer_name=None, ratio=None, limit=None, limit_is=None, of_limit=None)
     if ours["limit"] is not None:
         seconds, found["limit_is"] = ours["limit"]
-        found.update(limit=shown(seconds, row.unit), of_limit=seconds / statistics.median(ours["seconds"]))
+        found.update(limit=_convert(seconds, row.unit), of_limit=seconds / statistics.median(ours["seconds"]))
     if with_peer and row.theirs is not None:
         found["peer_name"] = loading.peer_name() if name == "load-pixels" else row.peer
-        say(f"{row.what}, {found['peer_name']} ...")
-        theirs = in_a_process(name, quick, "theirs")
-        found["peer"] = summary(theirs, row.unit)
+        report(f"{row.what}, {found['peer_name']} ...")
+        theirs = run_in_process(name, quick, "theirs")
+        found["peer"] = _summarize(theirs, row.unit)
         found["ratio"] = statistics.median(theirs["seconds"]) / statistics.median(ours["seconds"])
     return found
 
 
-def summary(measurement, unit):
-    values = [shown(seconds, unit) for seconds in measurement["seconds"]]
+def _convert(seconds: float, unit: str) -> float:
+    return seconds if unit.startswith("s/") else 1 / seconds
+
+
+def _summarize(measurement: Dict[str, Any], unit: str) -> Dict[str, Any]:
+    values = [_convert(seconds, unit) for seconds in measurement["seconds"]]
     return {
         "median": statistics.median(values),
         "min": min(values),
@@ -87,12 +127,12 @@ def summary(measurement, unit):
     }
 
 
-def in_a_process(name, quick, side):
-    """What measure() gives, in a process that has loaded torch and nothing else yet."""
+def run_in_process(name: str, quick: bool, side: str) -> Dict[str, Any]:
+    """Return the seconds, peak memory and limit of one side of a row, from a process that only imported torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.rows"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(sender, name, quick, side, torch.get_num_threads()))
+    process = context.Process(target=_measure, args=(sender, name, quick, side, torch.get_num_threads()))
     process.start()
     sender.close()
     try:
@@ -106,23 +146,25 @@ def in_a_process(name, quick, side):
     return result
 
 
-def measure(sender, name, quick, side, threads):
-    """Sends the seconds, the peak memory and, of ours, the limit; or in one line what went wrong."""
+def _measure(sender: Any, name: str, quick: bool, side: str, threads: int) -> None:
     torch.set_num_threads(threads)
     device = pick_device("auto")
     try:
         if side == "ours":
             seconds, work = ROWS[name].ours(quick)
         else:
-            seconds, work = ROWS[name].theirs(quick), None
+            seconds, work = ROWS[name].theirs(quick), None  # type: ignore[misc]
         memory = peak_memory(device)  # before the limit is measured, which takes memory too
-        sender.send({"seconds": seconds, "peak_memory_mb": memory, "limit": work and limit_of(work, device, quick)})
-    except Exception as error:  # the parent tells it in one line
+        limit = work and find_limit(work, device, quick)
+        sender.send({"seconds": seconds, "peak_memory_mb": memory, "limit": limit})
+    except Exception as error:  # the parent reports it in one line
         sender.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-def peak_memory(device):
-    """MB: of the GPU where there is one, else of this process or the largest that it started."""
+def peak_memory(device: torch.device) -> float:
+    """Return the MB of the GPU, or else of this process or the largest that it started, whichever is more."""
+    import resource  # POSIX only
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

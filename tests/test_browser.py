@@ -4,11 +4,14 @@ BROWSER_SHOTS=FOLDER keeps screenshots there. AXE=FILE checks with another axe.m
 """
 
 import base64
+import importlib.util
 import io
 import json
 import os
 import shutil
+import subprocess
 import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -335,6 +338,20 @@ def test_history_is_bounded(page):
     assert count == limit == newest - 4
 
 
+def test_a_token_is_asked_for_once(chromium, loaded):
+    with running(loaded, "--token", "sesame") as port:
+        page = Page(chromium, port)
+        for token in ("wrong", "sesame"):
+            until(lambda: page.shows("#login"))
+            page.shoot("login")
+            page.write(token + webdriver.Keys.ENTER, "#token")
+            page.until("document.querySelector('#token').value === ''")
+        until(lambda: not page.shows("#login"))
+        page.open()
+        page.generate()
+        assert not page.shows("#login") and page.js("violations") == []
+
+
 def test_errors_are_sentences_and_can_be_tried_again(page, drawing):
     def fail(seeds):
         raise RuntimeError("secret detail")
@@ -383,3 +400,125 @@ def test_all_images_as_a_zip(page, tmp_path):
         pngs = {name: archive.read(name) for name in archive.namelist()}
     assert list(pngs) == [f"{i}-mini-dalle-seed-{comment(png)['seed']}.png" for i, png in enumerate(pngs.values(), 1)]
     assert len(pngs) == 4 and {comment(png)["prompt"] for png in pngs.values()} == {PROMPT}
+
+
+def test_nothing_that_others_write_becomes_markup(page, loaded, monkeypatch):
+    monkeypatch.setattr(loaded, "path", f"{HACK}.safetensors")
+    monkeypatch.setattr(loaded, "examples", [HACK])
+    page.open()
+    assert page.text("#about") == page.text("#examples") + ".safetensors" == f"{HACK}.safetensors"
+    page.drop(f"{HACK}.png", b"<svg onload=hacked()>")
+    until(lambda: page.text("#status") == f"{HACK}.png is not an image that this browser can read.")
+    page.generate(f"a red circle {HACK[:10]}")
+    page.click("#grid button.cell")
+    assert page.facts()["Checkpoint"] == f"{HACK}.safetensors"
+    page.press("ESCAPE")
+    query = {"prompt": HACK, "seed": f'"><script>hacked()</script>{HACK}', "temperature": HACK}
+    page.open(page.address + "?" + "&".join(f"{key}={urllib.request.quote(value)}" for key, value in query.items()))
+    until(lambda: "hacked" in page.value("#seed"))
+    script = """const done = arguments[1];
+    import("./static/history.js").then(async (history) => {
+      const [one] = await history.all(), text = arguments[0];
+      await history.add({ ...one, prompt: text, seed: text, metadata: { seed: text, top_p: text, checkpoint: text } });
+      done();
+    });"""
+    page.browser.execute_async_script(script, HACK)
+    page.open()
+    page.click("#history .cell")
+    assert page.text("#caption") == page.facts()["Seed"] == HACK
+    page.click("#reuse")
+    assert page.value("#prompt") == HACK
+
+
+def find_axe():
+    """Return axe.min.js, or skip."""
+    path = os.environ.get("AXE")
+    if path is None:
+        spec = importlib.util.find_spec("axe_core_python")
+        path = spec and Path(spec.submodule_search_locations[0], "axe.min.js")
+    return Path(path or pytest.skip("axe-core-python is not installed")).read_text()
+
+
+@pytest.mark.parametrize("size, dark", [(DESK, False), (DESK, True), (PHONE, False), (PHONE, True)])
+def test_axe_finds_nothing_on_a_desktop_and_a_phone(page, drawing, size, dark):
+    page.resize(size, dark)
+    page.open()
+    page.browser.execute_script(find_axe())
+    name = f"{'phone' if size == PHONE else 'desk'}_{'dark' if dark else 'light'}"
+
+    def check(state):
+        page.shoot(f"{name}_{state}")
+        found = page.browser.execute_async_script("axe.run().then(arguments[0])")["violations"]
+        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == [], state
+        assert page.js("document.documentElement.scrollWidth") <= size[0]
+        sizes = "[Math.min(e.getBoundingClientRect().width, e.getBoundingClientRect().height), e.outerHTML]"
+        assert [one for one in page.each("button, input, a, summary, textarea", sizes) if one[0] < 24] == []
+
+    check("empty")
+    drawing.seconds = 0.01
+    page.write("a small red dog above a large blue square")
+    page.js("document.querySelector('#ask').requestSubmit()")
+    until(lambda: page.shows("#grid .cell img") == 4 and page.js("document.querySelector('#progress').value") > 0.4)
+    drawing.hold()
+    check("during")
+    drawing.release()
+    page.finished()
+    check("after")
+    results, settings, history = page.each("#results, #settings, #history", "e.getBoundingClientRect().top")
+    assert results < settings < history if size == PHONE else results == settings < history
+    page.click("#grid button.cell")
+    check("large")
+    page.click("#resume")
+    page.until("document.querySelector('#start').naturalWidth > 0")
+    check("continue")
+
+
+@pytest.mark.skipif(not NGINX, reason="needs nginx")
+def test_it_works_behind_a_prefix_of_nginx(chromium, loaded, tmp_path):
+    with running(loaded, "--root-path", "/draw", "--forwarded-allow-ips", "127.0.0.1") as port:
+        outside = free_port()
+        config = tmp_path / "nginx.conf"
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = "".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in kinds)
+        config.write_text(
+            f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/log; events {{}} http {{ {paths} access_log off; "
+            f"server {{ listen 127.0.0.1:{outside}; location /draw/ {{ proxy_pass http://127.0.0.1:{port}; "
+            "proxy_set_header Host $http_host; proxy_set_header X-Forwarded-For $remote_addr; } } }"
+        )
+        process = subprocess.Popen([NGINX, "-p", str(tmp_path), "-c", str(config)], stderr=subprocess.DEVNULL)
+        try:
+            until(lambda: answers(outside))
+            page = Page(chromium, f"{outside}/draw")
+            page.generate()
+            page.click("#grid button.cell")
+            assert comment(page.png())["prompt"] == PROMPT
+            names = page.js("performance.getEntriesByType('resource').map(e => e.name)")
+            assert names and all(name.startswith((page.address, "blob:", "data:")) for name in names)
+            assert page.js("violations") == []
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def free_port():
+    import app
+
+    with app.listen("127.0.0.1", 0) as listening:
+        return listening.getsockname()[1]
+
+
+def answers(port):
+    try:
+        return call(port, path="/draw/health")[0] == 200
+    except OSError:
+        return False
+
+
+def test_sixteen_images_cost_at_most_200_kb_of_events(port):
+    status, job = call(port, "POST", "/api/jobs", {"prompts": [PROMPT], "num_images": 16})
+    assert status == 202
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/jobs/{job['id']}/events") as stream:
+        events = stream.read()
+    assert events.count(b"event: image") == 16 and events.count(b"event: row") >= 16
+    print(f"{len(events)} bytes")
+    assert len(events) <= 200_000

@@ -182,6 +182,12 @@ def test_a_checkpoint_is_laid_out_as_the_reference_lays_it_out(trained, tiny_vqg
     }
 
 
+def test_the_schedule_covers_the_epochs_that_the_run_makes(trained):
+    folder, _ = trained("--lr-scheduler", "multi_step", "--epochs", "50", "--max-steps", "6")  # two epochs
+    rates = [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").open()]
+    assert rates == pytest.approx([3e-3] * 3 + [3e-4] * 3)
+
+
 def test_names_and_number_of_checkpoints(trained):
     flags = ["--epochs", "3", "--max-steps", "8", "--checkpoint-save-steps", "2"]  # three steps an epoch
     folder, _ = trained(*flags, "--keep-checkpoints", "9")

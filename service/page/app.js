@@ -37,6 +37,7 @@ function fail({ message, status }, retry) {
   $("login_note").textContent = message;
   $("sign_in").onsubmit = () => {
     engine.signIn($("token").value.trim());
+    $("token").value = "";
     retry();
   };
   $("login").showModal();

@@ -1,0 +1,192 @@
+"""Rows about networks: L16 on image codes and the official VQGAN, untrained, and their peers with the same sizes.
+
+A function of a row returns the seconds per sample of each repetition and the work of one sample (limits.Work). With
+`quick`, the networks are small. A process builds either our network or the peer's.
+"""
+
+import argparse
+import copy
+from typing import Any, Dict, List, Tuple
+
+import torch
+from torch import Tensor
+
+import args
+from backends.native.backend import NativeBackend, NativeTrainingBackend
+from benchmarks import peer
+from benchmarks.limits import (
+    DTYPES,
+    Measurement,
+    count_convolution_operations,
+    count_head_weights,
+    count_layer_weights,
+    count_training_operations,
+    time_call,
+    time_calls,
+)
+from models.dalle import DALLE
+from models.official_vqgan import OFFICIAL_PARAMS
+from models.vae import VQGanVAE
+
+TEXT_TOKENS = 8192  # of bpe/bpe_yttm_vocab.txt
+L16 = "--config L16 --device auto --generated-data --learning-rate 1e-5 "
+L16 += "--gradient-accumulation 1 --replication-factor 1 --loss-scaling 1"
+QUICK = "--hidden-size 64 --num-hidden-layers 2 --layers-per-ipu 0,1,1,0 --num-attention-heads 2 --dim-head 32"
+IMAGES = 4  # that the VQGAN gets at once
+
+
+class OfficialCodes:
+    """What a DALLE that trains on codes needs to know of the official VQGAN."""
+
+    image_size, num_layers, num_tokens = 256, 4, 1024
+
+
+def parse_settings(quick: bool, *flags: Any) -> argparse.Namespace:
+    """Return train.py's settings for L16, or for a small network, with more flags."""
+    return args.train_arguments([*L16.split(), *(QUICK.split() if quick else []), *map(str, flags)])
+
+
+def sizes_of(settings: argparse.Namespace) -> Dict[str, Any]:
+    """Return a DALLE's keyword arguments, which both sides understand."""
+    return {
+        "dim": settings.hidden_size,
+        "num_text_tokens": TEXT_TOKENS,
+        "text_seq_len": settings.text_seq_len,
+        "depth": settings.num_hidden_layers,
+        "heads": settings.num_attention_heads,
+        "dim_head": settings.dim_head,
+        "attn_types": settings.attn_types,
+    }
+
+
+def build_ours(quick: bool, rows: int = 1) -> Tuple[NativeTrainingBackend, DALLE]:
+    """Return a backend for batches of `rows` and our network, still on the CPU."""
+    settings = parse_settings(quick, "--batch-size", rows)
+    torch.manual_seed(0)
+    return NativeTrainingBackend(settings), DALLE(vae=OfficialCodes(), **sizes_of(settings))
+
+
+def build_theirs(quick: bool) -> Tuple[torch.device, Any]:
+    """Return the device and dalle-pytorch's network on it."""
+    settings = parse_settings(quick)
+    device = NativeTrainingBackend(settings).device
+    torch.manual_seed(0)
+    return device, peer.build_dalle(peer.load(), OfficialCodes(), **sizes_of(settings)).to(device)
+
+
+def random_batch(model: Any, rows: int, device: Any = "cpu") -> Tuple[Tensor, Tensor]:
+    """Return text int64 (rows, text_seq_len) and codes int64 (rows, image_seq_len)."""
+    text = torch.randint(1, TEXT_TOKENS, (rows, model.text_seq_len))
+    return text.to(device), torch.randint(0, model.num_image_tokens, (rows, model.image_seq_len)).to(device)
+
+
+def train(rows: int, quick: bool) -> Measurement:
+    """Measure updates with batches of `rows`."""
+    backend, model = build_ours(quick, rows)
+    trainer, batch = backend.trainer(model), random_batch(model, rows)
+    seconds = time_calls(lambda: trainer.step([batch]), backend.device, rows, quick)
+    return seconds, {"operations": count_training_operations(model), "precision": backend.precision}
+
+
+def train_peer(rows: int, quick: bool) -> List[float]:
+    """Measure dalle-pytorch's updates in fp32, as its training script does them."""
+    device, model = build_theirs(quick)
+    batch = random_batch(model.train(), rows, device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+
+    def step() -> None:
+        model(*batch, return_loss=True).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return time_calls(step, device, rows, quick, at_least=2, enough_seconds=0)
+
+
+def generate(images: int, quick: bool) -> Measurement:
+    """Measure sampling the codes of `images` images of one caption, top-k 0.99.
+
+    The caption is read once for all images, and the weights once per code.
+    """
+    backend, model = build_ours(quick, images)
+    sampler, text = backend.sampler(model, images), random_batch(model, 1)[0].repeat(images, 1)
+    seconds = time_calls(
+        lambda: sampler(text, generator=torch.Generator().manual_seed(0)), backend.device, images, quick
+    )
+    products = model.image_seq_len * (count_layer_weights(model) + count_head_weights(model))
+    weight_bytes = torch.finfo(DTYPES[backend.precision]).bits // 8 * products / images
+    return seconds, {"operations": 2 * products, "precision": backend.precision, "bytes": weight_bytes}
+
+
+def generate_peer(images: int, quick: bool) -> List[float]:
+    """Measure dalle-pytorch's generate_images with its cache, once and without warm-up: an image takes minutes."""
+    device, model = build_theirs(quick)
+    text = random_batch(model.eval(), 1, device)[0].repeat(images, 1)
+    return [time_call(lambda: model.generate_images(text, filter_thres=0.99, use_cache=True), device) / images]
+
+
+def prefill(rows: int, quick: bool) -> Measurement:
+    """Measure one pass over `rows` captions and all codes but the last, which is then sampled."""
+    backend, model = build_ours(quick, rows)
+    sampler, (text, codes) = backend.sampler(model, rows), random_batch(model, rows)
+    seconds = time_calls(lambda: sampler(text, image_codes=codes[:, :-1]), backend.device, rows, quick)
+    positions = model.text_seq_len + model.image_seq_len - 1
+    operations = 2 * (positions * count_layer_weights(model) + count_head_weights(model))
+    return seconds, {"operations": operations, "precision": backend.precision}
+
+
+def prefill_peer(rows: int, quick: bool) -> List[float]:
+    """Measure dalle-pytorch's pass over the same."""
+    device, model = build_theirs(quick)
+    text, codes = random_batch(model.eval(), rows, device)
+    with torch.no_grad():
+        return time_calls(lambda: model(text, codes[:, :-1]), device, rows, quick)
+
+
+def vqgan_params(quick: bool) -> Dict[str, Any]:
+    """Return taming's parameters of the official VQGAN, or of a smaller one."""
+    params: Dict[str, Any] = copy.deepcopy(OFFICIAL_PARAMS)
+    if quick:
+        params["ddconfig"].update(ch=32, resolution=64, attn_resolutions=[4])
+    return params
+
+
+def build_vqgan(quick: bool) -> Tuple[VQGanVAE, Tensor, Tensor]:
+    """Return our VQGAN, pixels float (IMAGES, 3, S, S) in [0, 1] and codes int64 (IMAGES, L)."""
+    torch.manual_seed(0)
+    vae = VQGanVAE(vqgan_params(quick))
+    pixels = torch.rand(IMAGES, 3, vae.image_size, vae.image_size)
+    return vae, pixels, torch.randint(0, vae.num_tokens, (IMAGES, vae.image_seq_len))
+
+
+def encode(quick: bool) -> Measurement:
+    """Measure images to codes, in fp32 at any precision: backends/native/inference.py says why."""
+    (vae, pixels, _), backend = build_vqgan(quick), NativeBackend()
+    encoder = backend.encode(vae)
+    seconds = time_calls(lambda: encoder(pixels), backend.device, IMAGES, quick)
+    return seconds, {"operations": count_convolution_operations(vae.model.encoder, pixels[:1]), "precision": "fp32"}
+
+
+def decode(quick: bool) -> Measurement:
+    """Measure codes to images."""
+    (vae, _, codes), backend = build_vqgan(quick), NativeBackend()
+    decoder = backend.decode(vae)
+    seconds = time_calls(lambda: decoder(codes), backend.device, IMAGES, quick)
+    latents = torch.zeros(1, vqgan_params(quick)["ddconfig"]["z_channels"], vae.fmap_size, vae.fmap_size)
+    precision = "bf16" if backend.precision == "bf16" else "fp32"
+    return seconds, {"operations": count_convolution_operations(vae.model.decoder, latents), "precision": precision}
+
+
+def encode_peer(quick: bool) -> List[float]:
+    """Measure images to codes with taming's network."""
+    (_, pixels, _), device = build_vqgan(quick), NativeBackend().device
+    network, pixels = peer.TamingVQGAN(vqgan_params(quick)).to(device), pixels.to(device)
+    with torch.no_grad():
+        return time_calls(lambda: network.encode(2 * pixels - 1), device, IMAGES, quick)
+
+
+def decode_peer(quick: bool) -> List[float]:
+    """Measure codes to images with taming's network."""
+    (_, _, codes), device = build_vqgan(quick), NativeBackend().device
+    network, codes = peer.TamingVQGAN(vqgan_params(quick)).to(device), codes.to(device)
+    with torch.no_grad():
+        return time_calls(lambda: network.decode(codes), device, IMAGES, quick)

@@ -1,0 +1,122 @@
+"""README.md and docs/: links lead somewhere, commands exist, and the short ones run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from args import train_parser, vqgan_parser
+from args_app import app_parser
+from args_evaluate import evaluate_parser
+from args_generate import generate_parser
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PARSERS = {
+    "train.py": train_parser,
+    "train_vqgan.py": vqgan_parser,
+    "generate.py": generate_parser,
+    "evaluate.py": evaluate_parser,
+    "app.py": app_parser,
+}
+# Commands that the tests do not run as they stand, and why.
+ELSEWHERE = {
+    "bash run_tests.sh": "this is how the tests start",
+    "bash run_train.sh": "trains for minutes; run by hand before every release",
+    "bash utils/download_coco_dataset.sh": "needs a network; its test runs it on a small mirror",
+    "python process_captions.py": "needs COCO; tests/data/test_process_trainset.py runs it on a small set",
+    "python3 -m examples_utils": "needs Graphcore's tool; tests/test_benchmarks_yml.py runs the entries' commands",
+    "python -m benchmarks": "takes an hour; tests/test_benchmarks.py runs it with --quick",
+    "python -m data.check FOLDER": "tests/data/test_check.py runs it",
+    "python -m pytest": "this is how the tests start",
+    "ruff": "CI runs it",
+    "mypy": "CI runs it",
+    "pre-commit": "needs a network",
+    "torchrun": "tests/test_torchrun.py runs it on small networks",
+    "poprun": "needs PopRun; tests/backends runs two instances on the stand-in",
+    "echo $POPLAR_SDK_ENABLED": "needs the Poplar SDK",
+    ". <SDK>": "needs the Poplar SDK",
+    "pip install": "run_train.sh and run_tests.sh install",
+    "python3 -m venv": "run_train.sh and run_tests.sh make the environment",
+    "git clone": "needs a network",
+    "cd ": "changes the shell only",
+    ". .venv/bin/activate": "changes the shell only",
+    "curl": "tests/service runs such requests",
+}
+
+
+def anchors_of(page):
+    """Return the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands_of(page):
+    """Return every line of a page's bash blocks, comments removed and continued lines joined."""
+    commands = []
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            commands += [part.strip() for part in re.sub(r"\s+#.*$", "", line).split(" && ") if part.strip()]
+    return commands
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands_of(page)})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if target.startswith(("http://", "https://")):
+            continue
+        goal = page if not path else (page.parent / path).resolve()
+        if not goal.exists() or (anchor and anchor not in anchors_of(goal)):
+            broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_exist(command):
+    """A command is known to be run elsewhere, or its flags pass the parser of its program."""
+    if any(command.startswith(known) for known in ELSEWHERE):
+        return
+    words = shlex.split(command)
+    assert words[0] == "python", f"the tests do not know '{command}'"
+    if words[1] == "-m":
+        assert (ROOT / (words[2].replace(".", "/") + ".py")).exists()
+        return
+    options = {option for action in PARSERS[words[1]]()._actions for option in action.option_strings}
+    flags = [word.partition("=")[0] for word in words[2:] if word.startswith("--")]
+    assert set(flags) <= options
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS if "generate.py --text" in command or "checkpoint_info demo" in command]
+)
+def test_short_commands_run(command, tmp_path):
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    if "generate.py" in words:
+        words += ["--outputs_dir", str(tmp_path)] + ([] if "--num_images" in words else ["--num_images", "2"])
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    if "generate.py" in words:
+        assert list(tmp_path.rglob("grid.png"))
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_python_of_the_documents_runs():
+    """The library call of README.md runs as printed."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        script = block.replace("images[0].save(", "images[0].copy(); str(").replace("circle.png", "x")
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
