@@ -163,9 +163,9 @@ def _measure(sender: Any, name: str, quick: bool, side: str, threads: int) -> No
 
 def peak_memory(device: torch.device) -> float:
     """Return the MB of the GPU, or else of this process or the largest that it started, whichever is more."""
-    import resource  # POSIX only
-
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    import resource  # POSIX only
+
     most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return most / (2**20 if sys.platform == "darwin" else 2**10)

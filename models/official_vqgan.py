@@ -3,7 +3,6 @@
 The files and their names are those that dalle-pytorch uses, so a cache filled by it serves here too.
 """
 
-import fcntl
 import os
 import urllib.request
 import zipfile
@@ -11,6 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Optional, Tuple
 
+import filelock
 from tqdm import tqdm
 
 # File name in the cache -> address at Heidelberg University, where the authors of taming-transformers publish it.
@@ -39,11 +39,11 @@ TIMEOUT_SECONDS = 60  # without any byte; not for the whole file
 
 
 def download_official_vqgan() -> Tuple[Path, Path]:
-    """(checkpoint, yaml) of the official model, downloading what is not there yet.
+    """Return the paths of the official checkpoint and yaml, downloading what is missing.
 
     The folder is $DALLE_CACHE, else ~/.cache/dalle. $MINIDALLE_VQGAN_URL names another base address (a mirror) that
     serves the two file names. Of several processes one downloads and the others wait for it. A file appears under its
-    name only when it is whole.
+    name only when it is complete.
 
     Raises:
         OSError: the folder cannot be written or a download failed; says where to put the files by hand.
@@ -53,14 +53,13 @@ def download_official_vqgan() -> Tuple[Path, Path]:
     if not all(path.is_file() for path in paths):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / "vqgan.1024.lock").open("w")
-            # Waits until no other process holds it. The system lets go of it even when its holder is killed.
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Waits until no other process holds it. The system releases it even if its holder is killed.
+            lock = filelock.FileLock(folder / "vqgan.1024.lock").acquire()
         except OSError as error:
             raise _by_hand(f"could not write to {folder} ({error.strerror})", folder) from error
         with lock:
             for path in paths:
-                if not path.is_file():  # another process may have brought it while this one waited
+                if not path.is_file():  # another process may have downloaded it while this one waited
                     _download(_address(path.name), path)
     return paths[0], paths[1]
 

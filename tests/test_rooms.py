@@ -15,7 +15,7 @@ IPU_PACKAGES = {"poptorch", "popart", "popdist", "horovod"}
 IPU_FILES = {"models/pipeline_dalle.py", "backends/ipu/backend.py"}
 # What each room or file may import apart from the standard library. Those that are not listed may import everything.
 ALLOWED = {
-    "models": {"models", "utils", "torch", "einops", "taming", "yaml", "numpy", "tqdm"},
+    "models": {"models", "utils", "torch", "einops", "filelock", "taming", "yaml", "numpy", "tqdm"},
     "models/image_scores.py": {"torch", "open_clip", "torch_fidelity"},
     "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"},
     "backends": {"backends", "models", "utils", "torch", "taming", "numpy"},
@@ -168,7 +168,7 @@ def hard_to_read(name, tree):
     return [f"{lines} lines"] * (lines > 400) + ["no docstring"] * (not (ast.get_docstring(tree) or "").strip())
 
 
-RULES = [forbidden_imports, unguarded_loads, newer_than_python_3_8, hard_to_read]
+RULES = [forbidden_imports, posix_only_imports, unguarded_loads, newer_than_python_3_8, hard_to_read]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
