@@ -1,3 +1,1 @@
-"""What stands around a run: command lines, checkpoints, parameter groups, learning rates, the COCO download. Imports no
-sibling room.
-"""
+"""Command lines, checkpoints, parameter groups, learning rates and the COCO download."""
