@@ -78,7 +78,8 @@ def test_what_a_grid_shows(trained, command, drawn_pictures, tmp_path):
         flags += ["--precision", "fp32", "--outputs_dir", tmp_path / str(place), "--text", caption]
         assert command(generate.main, *flags).status == 0
         (grid,) = (tmp_path / str(place)).rglob("grid.png")
-        assert np.array_equal(drawn[place], np.asarray(Image.open(grid))[2:34, 2:34])
+        generated = np.asarray(Image.open(grid))[2:34, 2:34].astype(int)
+        assert abs(drawn[place] - generated).max() <= 1  # a batch of 8 and of 1: another order of additions
 
 
 def as_bytes(pixels):
