@@ -31,9 +31,10 @@ class EpochOrder:
         global_batch = batch_size * world_size
         if num_samples < global_batch:
             split = f" = {batch_size} × {world_size} processes" if world_size > 1 else ""
+            flags = "--batch-size × --gradient-accumulation × --replication-factor"
             raise ValueError(
                 f"one step takes {global_batch} samples{split}, but the set has {num_samples}; "
-                f"lower the batch size, accumulation or replication to at most {num_samples} together, or add images"
+                f"lower {flags} to at most {num_samples}, or use --config photos"
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size = rank, world_size
