@@ -17,7 +17,7 @@ import tempfile
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import log
 from args_evaluate import evaluate_arguments
@@ -140,7 +140,9 @@ def reconstruct(loaded: LoadedModel, dataset: TextImageDataset, batch_size: int)
     from data.codes import load_codes, open_code_cache
 
     vae = loaded.model.vae
-    psnr, originals, decodings = [], [], []
+    psnr: List[torch.Tensor] = []
+    originals: List[torch.Tensor] = []
+    decodings: List[torch.Tensor] = []
 
     def encode_and_compare(pixels):
         codes = loaded.encode(pixels)
@@ -170,8 +172,8 @@ def score_captions(
 
     text = [dataset[index][0] for index in range(len(dataset))]
     captions = [loaded.tokenizer.decode(tokens) for tokens in text]
-    images, sampling = generate_prompts(loaded, captions, text, settings, sampling)
-    found = {"seed": settings.seed, "sampling": sampling}
+    images, used = generate_prompts(loaded, captions, text, settings, sampling)
+    found = {"seed": settings.seed, "sampling": used}
     if clip:
         found["clip_score"] = mean_clip_score(clip, images, captions, settings)
     if distance:
@@ -215,8 +217,8 @@ def evaluate_prompts(
     from generation.output import make_grid, to_image
 
     prompts = validation_prompts(settings.prompt_set, settings.prompts, settings.seed)
-    text = loaded.tokenizer.tokenize(prompts, loaded.model.text_seq_len)
-    images, sampling = generate_prompts(loaded, prompts, text, settings, sampling)
+    text = list(loaded.tokenizer.tokenize(prompts, loaded.model.text_seq_len))
+    images, used = generate_prompts(loaded, prompts, text, settings, sampling)
     accuracy, wrong = judge(prompts, images)
     make_grid([to_image(pixels) for pixels in images[:GRID_IMAGES]]).save(folder / "grid.png")
     (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_IMAGES]) + "\n", encoding="utf-8")
@@ -232,12 +234,12 @@ def evaluate_prompts(
         "prompt_accuracy": accuracy,
         "faults": dict(wrong),
         "seed": settings.seed,
-        "sampling": sampling,
+        "sampling": used,
     }
 
 
 def generate_prompts(
-    loaded: LoadedModel, prompts: Sequence[str], text: torch.Tensor, settings: Namespace, sampling: Sampling
+    loaded: LoadedModel, prompts: Sequence[str], text: Sequence[torch.Tensor], settings: Namespace, sampling: Sampling
 ) -> Tuple[torch.Tensor, Dict[str, Any]]:
     """Return an image for each prompt, float (N, 3, S, S) in [0, 1], and the sampling settings."""
     from tqdm import tqdm

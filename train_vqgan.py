@@ -189,18 +189,18 @@ def read_folders(settings: Namespace) -> Tuple[Any, torch.Tensor, str]:
     name = "validation images"
     most = max(GRID_IMAGES, VALIDATION_PIXELS // size**2)
     if settings.validation_folder is not None:
-        validation = shuffle(find_images(settings.validation_folder))[:most]
+        validation_paths = shuffle(find_images(settings.validation_folder))[:most]
     elif settings.validation_split and len(paths) > 1:
         count = min(most, math.ceil(len(paths) * settings.validation_split))
-        validation, paths = paths[:count], paths[count:]
+        validation_paths, paths = paths[:count], paths[count:]
     else:
-        validation, name = paths[:most], "training images"
+        validation_paths, name = paths[:most], "training images"
     paths = paths[: settings.max_steps * settings.batch_size]
-    validation = load_images(validation, size, settings.dataloader_workers)
-    if len(paths) * 3 * size**2 <= MEMORY_BYTES:
-        paths = load_images(paths, size, settings.dataloader_workers)
-    logger.info("%d training images, %d %s", len(paths), len(validation), name)
-    return paths, validation, name
+    validation = load_images(validation_paths, size, settings.dataloader_workers)
+    fit = len(paths) * 3 * size**2 <= MEMORY_BYTES
+    images = load_images(paths, size, settings.dataloader_workers) if fit else paths
+    logger.info("%d training images, %d %s", len(images), len(validation), name)
+    return images, validation, name
 
 
 def show(bar: Any, losses: Dict[str, torch.Tensor], trainer: VQGanTrainer, step: int) -> None:

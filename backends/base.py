@@ -131,7 +131,7 @@ class TrainingBackend(Backend, Protocol):
     def any_process(self, wish: bool) -> bool:
         """Return whether any process wishes it; every process must call this."""
 
-    def loader(self, dataset: Any, order: Sequence[List[int]]) -> Iterable:
+    def loader(self, dataset: Any, order: Sequence[List[Any]]) -> Iterable:
         """Yield batches; each has the samples of one step.
 
         Args:

@@ -69,6 +69,8 @@ class TextImageDataset(Dataset):
     `skipped` and `lost`, in whichever process it was found.
     """
 
+    to_encode = 0  # images without codes, if a dry run attached zeros in their place
+
     def __init__(
         self,
         folder: Union[str, Path],
@@ -270,7 +272,7 @@ class GeneratedDataset(Dataset):
     seed: int = 42
     num_image_codes: Optional[int] = None
     image_seq_len: Optional[int] = None
-    lost = 0  # as in TextImageDataset
+    lost = to_encode = 0  # as in TextImageDataset
 
     def __post_init__(self) -> None:
         if (self.num_image_codes is None) != (self.image_seq_len is None):

@@ -39,11 +39,11 @@ class Storage(NamedTuple):
 
     key: str
     dtype: torch.dtype
-    count: int
+    length: int
 
     @property
     def byte_count(self) -> int:
-        return self.count * torch.empty(0, dtype=self.dtype).element_size()
+        return self.length * torch.empty(0, dtype=self.dtype).element_size()
 
 
 class TensorRecord(NamedTuple):
@@ -153,8 +153,8 @@ def _open_stream(file: BinaryIO) -> Tuple[Any, Callable[[Storage], bytearray]]:
     positions = {}
     for key in _Unpickler(file).load():
         storage = unpickler.storages[key]
-        if struct.unpack("<q", file.read(8))[0] != storage.count:
-            raise ValueError(f"storage {key} does not have {storage.count} elements")
+        if struct.unpack("<q", file.read(8))[0] != storage.length:
+            raise ValueError(f"storage {key} does not have {storage.length} elements")
         positions[key] = file.tell()
         file.seek(storage.byte_count, io.SEEK_CUR)
     if file.tell() > file.seek(0, io.SEEK_END):
@@ -181,7 +181,7 @@ def _read_tensors(saved: Any, read: Callable[[Storage], bytearray], skip: Tuple[
             continue
         storage = record.storage
         if storage not in storages:
-            content = read(storage) if storage.count else None
+            content = read(storage) if storage.length else None
             none = torch.empty(0, dtype=storage.dtype)
             storages[storage] = torch.frombuffer(content, dtype=storage.dtype) if content else none
         weights[name] = torch.as_strided(storages[storage], record.size, record.stride, record.offset)
@@ -193,8 +193,8 @@ def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) 
     if not isinstance(storage, Storage) or len(size) != len(stride) or math.prod(size) > LARGEST_COUNT:
         raise ValueError("a tensor without storage, or of an impossible size")
     last = offset + sum((length - 1) * step for length, step in zip(size, stride))
-    if 0 not in size and last >= storage.count:
-        raise ValueError(f"a tensor reaches element {last} of a storage of {storage.count}")
+    if 0 not in size and last >= storage.length:
+        raise ValueError(f"a tensor reaches element {last} of a storage of {storage.length}")
     return TensorRecord(storage, offset if 0 not in size else 0, size, stride)
 
 

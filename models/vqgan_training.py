@@ -51,7 +51,7 @@ class VQGanTrainer:
         self.has_codebook = False
         self.usage = torch.ones(len(model.codebook), device=device)  # recent uses of each code
         self.last_use = torch.zeros(len(model.codebook), dtype=torch.long, device=device)  # step of the latest one
-        self.discriminator = None
+        self.discriminator: Any = None
         if settings.disc_weight:
             self.discriminator = NLayerDiscriminator().apply(weights_init).to(device)
             self.disc_optimizer = torch.optim.Adam(self.discriminator.parameters(), DISC_RATE, betas=(0.5, 0.9))
@@ -136,7 +136,8 @@ class VQGanTrainer:
         if len(dead) == 0:
             return
         flat = rearrange(latents, "b d h w -> (b h w) d")
-        weights = F.adaptive_avg_pool2d(squared_error, latents.shape[-2:]).flatten() + 1e-12  # (B * h * w,)
+        height, width = latents.shape[-2:]
+        weights = F.adaptive_avg_pool2d(squared_error, (height, width)).flatten() + 1e-12  # (B * h * w,)
         chosen = torch.multinomial(weights, len(dead), replacement=len(dead) > len(flat))
         self.model.codebook[dead] = flat[chosen]
         self.usage[dead] = self.usage.mean()
@@ -225,7 +226,9 @@ def evaluate(model: VQGan, pictures: torch.Tensor, batch_size: int, keep: int = 
     training = model.training
     model.eval()
     device = model.codebook.device
-    kept, psnr, counts = [], [], torch.zeros(len(model.codebook), dtype=torch.long, device=device)
+    kept: List[torch.Tensor] = []
+    psnr: List[torch.Tensor] = []
+    counts = torch.zeros(len(model.codebook), dtype=torch.long, device=device)
     for batch in pictures.split(batch_size):
         codes = model.nearest(model.encode(to_pixels(batch.to(device))))
         decoded = ((model.decode(model.lookup(codes)) + 1) / 2).clamp(0, 1)

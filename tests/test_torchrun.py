@@ -148,7 +148,7 @@ def test_what_processes_encoded_is_kept_when_one_dies(showing, tiny_flags, tmp_p
 def test_what_processes_cannot_share_is_refused_in_one_line(tiny_flags):
     status, _, err = ended(start("train.py", *tiny_flags, "--batch-size", 3))
     told = [line for line in err.splitlines() if line.startswith("train.py: error:")]
-    assert status != 0 and told and all("2 processes cannot share evenly" in line for line in told)
+    assert status != 0 and told and all("not a multiple of the 2 processes" in line for line in told)
 
 
 def send_to_the_second(signal_number, flags, folder):
@@ -167,7 +167,7 @@ def test_sharded_processes_stop_together_with_a_checkpoint_that_one_process_goes
     flags += ["--checkpoint-save-epochs", 100000, "--checkpoint-save-steps", 7]
     status, out, err = send_to_the_second(signal.SIGINT, flags, tmp_path / "run")
     stopped = int(re.search(r"stopped after step (\d+); resume with --pretrained-checkpoint \S+\.pt", out).group(1))
-    assert status != 0 and "in 2 processes that share the model out" in out and stopped % 7
+    assert status != 0 and "in 2 processes that shard the model" in out and stopped % 7
     found = tmp_path / "run" / f"dalle_step_{stopped}.pt"
     alone = [*tiny_flags, "--epochs", 4000, "--max-steps"]
     command(train.main, *alone, stopped, "--checkpoint-output-dir", tmp_path / "alone")

@@ -126,8 +126,9 @@ def sort_by_age(folder: Path) -> List[Path]:
     steps = {path: checkpoint.step_of(path) for path in found}
 
     def age(path: Path) -> float:
-        if steps[path] is not None:
-            return steps[path]
+        step = steps[path]
+        if step is not None:
+            return step
         return max((s for p, s in steps.items() if s is not None and times[p] <= times[path]), default=-1) + 0.5
 
     return sorted(found, key=lambda path: (age(path), times[path]))

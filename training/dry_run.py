@@ -7,7 +7,7 @@ import os
 import shutil
 import statistics
 import time
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
 
@@ -16,6 +16,7 @@ from data.order import RunOrder
 from training import checkpoints
 
 if TYPE_CHECKING:
+    from backends.memory import Memory
     from training.run import Run
 
 MAX_ROUNDS = 20  # of timed steps
@@ -87,7 +88,7 @@ def describe_parameters(weights: Dict[str, torch.Tensor]) -> str:
 def describe_encoding(run: Run) -> Optional[str]:
     """Count the images to encode before training and estimate the time from a few of them; None if all are encoded."""
     datasets = [run.dataset] + ([run.validation_set] if run.settings.validation_folder else [])
-    missing = sum(getattr(dataset, "to_encode", 0) for dataset in datasets)
+    missing = sum(dataset.to_encode for dataset in datasets)
     if not missing:
         return None
     seconds = []
@@ -136,11 +137,12 @@ def time_steps(run: Run, weights: Dict[str, torch.Tensor]) -> Tuple[float, Optio
             break
     seconds = {count: statistics.median(measured) for count, measured in times.items()}
     step = seconds[2] + (micro_batches - 2) * max(seconds[2] - seconds[1], 0) if partly else seconds[micro_batches]
-    return step, None if memory is None else describe_memory(run, weights, before, memory.peak())
+    return step, None if memory is None else describe_memory(run, memory, weights, before)
 
 
-def describe_memory(run: Run, weights: Dict[str, torch.Tensor], before: int, peak: int) -> str:
+def describe_memory(run: Run, memory: Memory, weights: Dict[str, torch.Tensor], before: int) -> str:
     """Describe the measured peak and what it consists of, in bytes counted from tensors."""
+    peak = memory.peak()
     state = run.trainer.state_dict()
     model = size_of(weights)
     trained = size_of({name: tensor for name, tensor in weights.items() if not name.startswith("vae.")})
@@ -153,7 +155,7 @@ def describe_memory(run: Run, weights: Dict[str, torch.Tensor], before: int, pea
         "program and data": max(before - model - average, 0),
         "activations": max(peak - before - trained - optimizer, 0),
     }
-    total, free = run.backend.memory.total(), run.backend.memory.free()
+    total, free = memory.total(), memory.free()
     return (
         f"{format_bytes(peak)} at the peak of these steps, measured, of {format_bytes(total)} on {run.backend.kind} "
         f"({format_bytes(free)} free){'' if peak < total else '; NOT ENOUGH'}: {_list_sizes(parts)}"
@@ -188,7 +190,7 @@ def size_of(value: Any) -> int:
     return sum(map(size_of, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def _list_sizes(parts: Dict[str, float]) -> str:
+def _list_sizes(parts: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
 
 

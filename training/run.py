@@ -8,7 +8,7 @@ import math
 import os
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -180,6 +180,7 @@ def build_datasets(
     settings: Namespace, backend: TrainingBackend, tokenizer: Tokenizer, vae: VQGanVAE, generated: bool
 ) -> Tuple[Any, Any]:
     """Return the training set and the validation set, which is None if no flag asks for one."""
+    dataset: Union[GeneratedDataset, TextImageDataset]
     if generated:
         dataset = GeneratedDataset(
             16 * backend.samples_per_step * backend.world_size,

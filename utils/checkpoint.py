@@ -31,8 +31,10 @@ KINDS = {
     **dict.fromkeys(("step", "epoch"), int),
 }
 VOCABULARY = "tokenizer.vocabulary"  # name of the vocabulary's bytes among a .safetensors file's tensors
-EXPORTED_KEYS = ("hparams", "vae_params", "epoch", "step", "progress", "tokenizer", "vqgan", "data", "sampling")
-EXPORTED_KEYS += ("settings", "versions", "captions", "exported")
+EXPORTED_KEYS = (
+    *("hparams", "vae_params", "epoch", "step", "progress", "tokenizer", "vqgan", "data", "sampling"),
+    *("settings", "versions", "captions", "exported"),
+)
 
 
 def write(path: AnyPath, checkpoint: Checkpoint) -> None:
@@ -168,7 +170,7 @@ def _checksum(tensors: Tensors) -> str:
     """Return the CRC-32 of all tensors' bytes, ordered by name; the safetensors format has none of its own."""
     crc = 0
     for _, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 

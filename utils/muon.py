@@ -6,7 +6,7 @@ vectors, embeddings and heads stay with AdamW. torch.optim.Muon (torch 2.9) take
 is fifty times slower on CPUs without bf16 arithmetic.
 """
 
-from typing import Any, Dict, Iterable, Sequence
+from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
 
@@ -27,32 +27,32 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Make one update; `closure` is not used."""
         for group in self.param_groups:
-            updates = {}  # by shape: those of one shape are orthogonalized together
+            # By shape: momenta of one shape are orthogonalized together.
+            shapes: Dict[Tuple[int, ...], List[Tuple[torch.Tensor, torch.Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    updates.setdefault(parameter.flatten(1).shape, []).append(
-                        (parameter, self._momentum(parameter, group))
-                    )
-            for (rows, columns), pairs in updates.items():
-                parameters, momenta = zip(*pairs)
+                    momentum = self._momentum(parameter, parameter.grad, group["momentum"])
+                    shapes.setdefault(momentum.shape, []).append((parameter, momentum))
+            for (rows, columns), pairs in shapes.items():
+                updates = self.orthogonal([momentum for _, momentum in pairs])
                 lr = group["lr"] * ADAM_RMS * max(rows, columns) ** 0.5
-                for parameter, update in zip(parameters, self.orthogonal(momenta)):
+                for (parameter, _), update in zip(pairs, updates):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update.view_as(parameter), alpha=-lr)
 
-    def orthogonal(self, momenta: Sequence[torch.Tensor]) -> torch.Tensor:
+    def orthogonal(self, momenta: List[torch.Tensor]) -> Iterable[torch.Tensor]:
         """Orthogonalize matrices of one shape."""
         return orthogonal(torch.stack(momenta))
 
-    def _momentum(self, parameter: torch.Tensor, group: Dict[str, Any]) -> torch.Tensor:
+    def _momentum(self, parameter: torch.Tensor, gradient: torch.Tensor, momentum: float) -> torch.Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-        return parameter.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov's look ahead
+        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(average, momentum).flatten(1)  # Nesterov's look ahead
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:

@@ -265,7 +265,7 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
             options.useOfflineIpuTarget(ipu_version=2)
         return options
 
-    def loader(self, dataset: Any, order: Sequence[List[int]]) -> Iterator[Any]:
+    def loader(self, dataset: Any, order: Sequence[List[Any]]) -> Iterator[Any]:
         """Yield batches of text and image, samples_per_step rows each; PopTorch overwrites a batch later."""
         import poptorch
 

@@ -163,10 +163,10 @@ class FullPassStepper:
 class OrderedSamples(Dataset):
     """The samples of a run in order, as a picklable dataset with a length, which PopTorch's loader needs."""
 
-    def __init__(self, dataset: Any, order: Sequence[List[int]], samples_per_step: int):
+    def __init__(self, dataset: Any, order: Sequence[List[Any]], samples_per_step: int):
         self.dataset, self.order, self.samples_per_step = dataset, order, samples_per_step
         self.step = -1
-        self.keys: List[int] = []
+        self.keys: List[Any] = []
 
     def __len__(self) -> int:
         """Return the number of samples of all steps."""

@@ -139,7 +139,7 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
             return wish
         return bool(self.processes.mean(torch.tensor(float(wish), device=self.device)) > 0)
 
-    def loader(self, dataset: Any, order: Sequence[List[int]]) -> Iterator[Iterable]:
+    def loader(self, dataset: Any, order: Sequence[List[Any]]) -> Iterator[Iterable]:
         """Yield for each step an iterator over its (text, image) micro-batches, which are read on demand."""
         workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would compete for cores
         stream = self._interruptible(read(dataset, order, self.batch_size, workers, self.kind == "cuda"))

@@ -7,7 +7,7 @@ holds all logits. The plain versions in models/ are the oracle of the tests.
 
 import functools
 import logging
-from typing import Callable, Iterator, Tuple
+from typing import Callable, Iterator, List, Tuple, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.dalle import DALLE, Losses
-from models.transformer import Attention, Layer, compute_layer, pattern_mask
+from models.transformer import Attention, Layer, LayerScale, compute_layer, pattern_mask
 
 logger = logging.getLogger("minidalle")
 WORTH_COMPILING = 20e6  # parameters of all layers; a smaller run may end before its compilation
@@ -77,13 +77,14 @@ def compile_layers(model: DALLE, rows: int, autocast: Callable, recompute: bool 
 
 def fast_layer(layer: Layer, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
     """Compute a layer as compute_layer does: (B, n, dim) in and out."""
-    attention, feed_forward = (block.fn for block in layer)
+    blocks = cast(List[LayerScale], layer)
+    attention, feed_forward = (block.fn for block in blocks)
     x = ScaledResidual.apply(
-        x, attention.norm_out(fast_attention(attention.fn, attend, attention.norm(x))), layer[0].scale
+        x, attention.norm_out(fast_attention(attention.fn, attend, attention.norm(x))), blocks[0].scale
     )
     wide, _, dropout, narrow = feed_forward.fn.net
     out = narrow(dropout(GatedGelu.apply(wide(feed_forward.norm(x)))))
-    return ScaledResidual.apply(x, feed_forward.norm_out(out), layer[1].scale)
+    return ScaledResidual.apply(x, feed_forward.norm_out(out), blocks[1].scale)
 
 
 def fast_attention(attention: Attention, attend: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -183,7 +183,8 @@ def decoder(vae: VQGanVAE, device: torch.device, precision: str) -> Callable[...
 def fast_copy(vae: VQGanVAE, without: str, dtype: torch.dtype, device: torch.device) -> VQGanVAE:
     """Return a copy with fused blocks and channels-last weights; `without` names the half to omit."""
     left_out = {id(getattr(vae.model, without)): nn.Identity()}  # deepcopy believes that it has copied these
-    fast = copy.deepcopy(vae, left_out).to(device, dtype).to(memory_format=torch.channels_last)
+    fast = copy.deepcopy(vae, left_out).to(device, dtype)
+    fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in fast.modules():
         if type(module) is ResnetBlock:
             module.__class__ = FusedResnetBlock

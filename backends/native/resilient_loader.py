@@ -24,17 +24,17 @@ MEMORY_ADVICE = "; if memory ran out, fewer --dataloader-workers need less"
 class MicroBatches:
     """A batch sampler that cuts each list of keys into micro-batches of `size`, skipping the first `done`."""
 
-    def __init__(self, order: Iterable[Sequence[int]], size: int, done: int = 0):
+    def __init__(self, order: Iterable[List[Any]], size: int, done: int = 0):
         self.order, self.size, self.done = order, size, done
 
-    def __iter__(self) -> Iterator[Sequence[int]]:
+    def __iter__(self) -> Iterator[List[Any]]:
         """Yield the keys of each micro-batch; none has keys of two lists."""
         cut = (keys[first : first + self.size] for keys in self.order for first in range(0, len(keys), self.size))
         return itertools.islice(cut, self.done, None)
 
 
 def read(
-    dataset: Any, order: Sequence[List[int]], size: int, workers: int, pin_memory: bool
+    dataset: Any, order: Sequence[List[Any]], size: int, workers: int, pin_memory: bool
 ) -> Iterator[Tuple[Tensor, Tensor]]:
     """Yield the (text, image) tensors of each micro-batch.
 

@@ -51,8 +51,9 @@ def shard(model: DALLE, device: torch.device) -> None:
 def clear_torch_caches() -> None:
     """Clear torch's caches of sharded operations, which keep the process group and its threads alive."""
     planner = sys.modules.get("torch.distributed.tensor._redistribute")
-    if hasattr(planner, "clear_redistribute_planner_cache"):
-        planner.clear_redistribute_planner_cache()
+    clear_planner = getattr(planner, "clear_redistribute_planner_cache", None)
+    if clear_planner is not None:
+        clear_planner()
     for cache in gc.get_objects():
         if type(cache) is functools._lru_cache_wrapper and str(cache.__module__).startswith("torch.distributed"):
             cache.cache_clear()
@@ -83,7 +84,7 @@ class Exchange:
 class ShardedMuon(SharedMuon):
     """Muon that gathers matrices to orthogonalize them; each process keeps its rows of the update."""
 
-    def orthogonal(self, momenta: List[Tensor]) -> List[Tensor]:
+    def orthogonal(self, momenta: List[Any]) -> Iterable[Tensor]:
         """Return this process's rows of the orthogonalized momenta."""
         whole = super().orthogonal([momentum.full_tensor() for momentum in momenta])
         return [own_rows(update, momentum) for update, momentum in zip(whole, momenta)]
@@ -118,7 +119,7 @@ class ShardedTrainer(NativeTrainer):
 
     def evaluate(self, batches: Iterable) -> Losses:
         """Return the mean losses of all processes' samples."""
-        network = self.model if self.average is None else self.average
+        network: Any = self.model if self.average is None else self.average
         losses = super().evaluate(self._in_step(network, batches))
         network.reshard()  # without a backward pass, embeddings and head stay gathered
         return losses
@@ -191,7 +192,8 @@ def own_rows(whole: Any, like: Any) -> Any:
     """Return a whole tensor sharded as `like` is; unchanged if `like` is not sharded or has another shape."""
     if not hasattr(like, "full_tensor") or getattr(whole, "shape", None) != like.shape:
         return whole
-    mesh, part = like.device_mesh, torch.empty_like(like)
+    mesh = like.device_mesh
+    part: Any = torch.empty_like(like)
     rows = -(-len(whole) // mesh.size())  # FSDP2 divides them as torch.chunk does
     first = rows * mesh.get_local_rank()
     part.to_local().copy_(whole[first : first + rows])

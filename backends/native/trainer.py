@@ -18,7 +18,7 @@ from backends.base import Losses, Trainer
 from backends.native.fast_layers import compile_layers, use_fast_layers
 from backends.native.inference import sampler
 from models.dalle import DALLE
-from utils.muon import Muon
+from utils.muon import Muon, orthogonal
 from utils.optimization import load_keeping_flags, parameter_groups
 
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ WORKING_SET = 2800 * 512  # positions times width that a CPU computes at once
 class SharedMuon(Muon):
     """Muon for several processes: each orthogonalizes a share of the matrices, for all of them."""
 
-    def orthogonal(self, momenta: List[Tensor]) -> Tensor:
+    def orthogonal(self, momenta: List[Tensor]) -> Iterable[Tensor]:
         """Return the orthogonalized momenta, the same in every process."""
         share = -(-len(momenta) // dist.get_world_size())
         first = share * dist.get_rank()
         mine = [momenta[index % len(momenta)] for index in range(first, first + share)]  # equally many per process
-        own = super().orthogonal(mine).contiguous()
+        own = orthogonal(torch.stack(mine)).contiguous()
         whole = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(whole, own)
         return torch.cat(whole)[: len(momenta)]
@@ -54,7 +54,7 @@ class NativeTrainer(Trainer):
         self.average = self.place(copy_for_average(model)) if self.decay else None
         self.updates = 0
         self.model = self.place(model).train()
-        self.network = self.model if backend.world_size == 1 else self.exchange_gradients()
+        self.network: Any = self.model if backend.world_size == 1 else self.exchange_gradients()
         muon = Muon if backend.world_size == 1 else self.muon
         self.optimizers = build_optimizers(self.model, backend.settings, muon)
         if backend.kind == "cpu":
@@ -73,7 +73,7 @@ class NativeTrainer(Trainer):
         on = [self.backend.device] if self.backend.kind == "cuda" else None
         # Masks are constants, and gloo of torch 2.0 sends no bool.
         buffers = [name for name, _ in self.model.named_buffers(remove_duplicate=False)]
-        self.model._ddp_params_and_buffers_to_ignore = buffers
+        self.model._ddp_params_and_buffers_to_ignore = buffers  # type: ignore[assignment]
         return DistributedDataParallel(self.model, device_ids=on)
 
     def compile(self, batch: Any) -> None:
@@ -250,11 +250,10 @@ def copy_for_average(model: DALLE) -> DALLE:
 
 def clip_gradient(parameters: Iterable[nn.Parameter], limit: Optional[float]) -> float:
     """Scale all gradients together down to a norm of at most `limit`, if any, and return the norm before that."""
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
     if limit is not None:
-        norm = torch.nn.utils.clip_grad_norm_(trained, limit)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     else:
-        norm = torch.stack([parameter.grad.norm() for parameter in trained]).norm()
+        norm = torch.stack([parameter.grad.norm() for parameter in parameters if parameter.grad is not None]).norm()
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of all shards together
 
 
