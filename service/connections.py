@@ -2,7 +2,6 @@
 
 import asyncio
 import collections
-import resource
 from typing import Optional
 
 import h11
@@ -87,6 +86,10 @@ class Connection(H11Protocol):
 
 def allow_files(wanted: int = 4 * MAX_CONNECTIONS) -> None:
     """Raise this process's limit of open files, so that connections never use it up."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
