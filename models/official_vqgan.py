@@ -1,6 +1,6 @@
-"""The official ImageNet VQGAN (f = 16, 1,024 codes): its sizes, and its files, fetched once for all processes.
+"""Download the official ImageNet VQGAN (f = 16, 1,024 codes), once for all processes.
 
-The files and their names are those that dalle-pytorch uses, so a cache filled by it serves here too.
+The file names are those of dalle-pytorch, so a cache that it filled works here, too.
 """
 
 import os
@@ -10,7 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Optional, Tuple
 
-import filelock
+from filelock import FileLock
 from tqdm import tqdm
 
 # File name in the cache -> address at Heidelberg University, where the authors of taming-transformers publish it.
@@ -39,11 +39,11 @@ TIMEOUT_SECONDS = 60  # without any byte; not for the whole file
 
 
 def download_official_vqgan() -> Tuple[Path, Path]:
-    """Return the paths of the official checkpoint and yaml, downloading what is missing.
+    """Return the paths of the official model's checkpoint and yaml; download those that are missing.
 
-    The folder is $DALLE_CACHE, else ~/.cache/dalle. $MINIDALLE_VQGAN_URL names another base address (a mirror) that
-    serves the two file names. Of several processes one downloads and the others wait for it. A file appears under its
-    name only when it is complete.
+    The folder is $DALLE_CACHE, or ~/.cache/dalle. $MINIDALLE_VQGAN_URL names the base address of a mirror that
+    serves the two file names. If several processes call this, one downloads and the others wait. A file appears under
+    its name only when it is complete.
 
     Raises:
         OSError: the folder cannot be written or a download failed; says where to put the files by hand.
@@ -53,14 +53,16 @@ def download_official_vqgan() -> Tuple[Path, Path]:
     if not all(path.is_file() for path in paths):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Waits until no other process holds it. The system releases it even if its holder is killed.
-            lock = filelock.FileLock(folder / "vqgan.1024.lock").acquire()
+            lock = FileLock(folder / "vqgan.1024.lock")
+            lock.acquire()  # waits for another process; the system releases the lock even if its holder is killed
         except OSError as error:
             raise _by_hand(f"could not write to {folder} ({error.strerror})", folder) from error
-        with lock:
+        try:
             for path in paths:
                 if not path.is_file():  # another process may have downloaded it while this one waited
                     _download(_address(path.name), path)
+        finally:
+            lock.release()
     return paths[0], paths[1]
 
 
@@ -72,7 +74,7 @@ def _address(name: str) -> str:
 def _by_hand(problem: str, folder: Path) -> OSError:
     return OSError(
         f"{problem}; put {' and '.join(OFFICIAL_FILES)} into {folder} by hand, "
-        "or name a VQGAN of your own with --vqgan_model_path and --vqgan_config_path"
+        "or name another VQGAN with --vqgan_model_path and --vqgan_config_path"
     )
 
 
@@ -100,7 +102,7 @@ def _download(address: str, path: Path) -> None:
 
 
 def _verify(unfinished: Path, path: Path, total: Optional[int]) -> None:
-    """Against a connection that broke off, and against the page that a login or proxy serves instead of the file."""
+    """Refuse a truncated file, and a page that a login or proxy serves instead of the file."""
     size = unfinished.stat().st_size
     if total is not None and size != total:
         raise ValueError(f"{size} of {total} bytes arrived")

@@ -87,8 +87,8 @@ class Connection(H11Protocol):
 def allow_files(wanted: int = 4 * MAX_CONNECTIONS) -> None:
     """Raise this process's limit of open files, so that connections never use it up."""
     try:
-        import resource  # POSIX only
-    except ImportError:
+        import resource
+    except ImportError:  # Windows, which has no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted:

@@ -15,7 +15,7 @@ IPU_PACKAGES = {"poptorch", "popart", "popdist", "horovod"}
 IPU_FILES = {"models/pipeline_dalle.py", "backends/ipu/backend.py"}
 # What each room or file may import apart from the standard library. Those that are not listed may import everything.
 ALLOWED = {
-    "models": {"models", "utils", "torch", "einops", "filelock", "taming", "yaml", "numpy", "tqdm"},
+    "models": {"models", "utils", "torch", "einops", "taming", "yaml", "numpy", "tqdm", "filelock"},
     "models/image_scores.py": {"torch", "open_clip", "torch_fidelity"},
     "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"},
     "backends": {"backends", "models", "utils", "torch", "taming", "numpy"},
@@ -23,9 +23,8 @@ ALLOWED = {
     "generation/command.py": {"generation", "backends", "models", "utils", "torch", "PIL", "tqdm"}
     | {"log", "args_generate"},
     "service": {"service", "generation", "data", "utils", "log", "torch", "PIL"}
-    | {"h11", "uvicorn", "gradio", "fastapi", "starlette", "pydantic"},
-    "service/computing.py": set(),
-    "service/queue.py": {"generation", "PIL", "log", "service.computing"},
+    | {"h11", "uvicorn", "fastapi", "starlette", "pydantic"},
+    "service/queue.py": {"generation", "PIL", "log"},
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
     "args.py": {"utils.command_line"},
     "args_app.py": {"args", "utils.command_line"},

@@ -19,7 +19,7 @@ from models.vae import load_vqgan
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT, CONFIG = "vqgan.1024.model.ckpt", "vqgan.1024.config.yml"
-BY_HAND = f"put {CHECKPOINT} and {CONFIG} into .* by hand, or name a VQGAN of your own with --vqgan_model_path"
+BY_HAND = f"put {CHECKPOINT} and {CONFIG} into .* by hand, or name another VQGAN with --vqgan_model_path"
 
 
 class Server(http.server.ThreadingHTTPServer):
