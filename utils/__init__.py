@@ -1,3 +1,1 @@
-"""What stands around a run: command lines, checkpoints, parameter groups, learning rates, the COCO download. Imports no
-sibling room.
-"""
+"""Provide command lines, checkpoint files, atomic writes and schedules; import no other room."""
