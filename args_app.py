@@ -16,7 +16,7 @@ def app_parser() -> Parser:
     add = parser.heading("Network")
     add("host", "127.0.0.1", "address; 0.0.0.0 serves other machines, too")
     add("port", 7860, "port; 0: a free one", number(int, low=0, high=65535))
-    add("token", None, "secret that clients must know; none: the environment variable MINI_DALLE_TOKEN, if set")
+    add("token", None, "secret that clients must know; none: the environment variable MINI_DALLE_TOKEN, if set", token)
     add("allowed-host", [], "further host names that the page is reached by", nargs="+", metavar="NAME")
     add("root-path", "", "prefix under which a reverse proxy serves the page, such as /draw", prefix)
     add("forwarded-allow-ips", None, "addresses of proxies whose X-Forwarded headers are believed, with commas between")
@@ -36,10 +36,22 @@ def prefix(text: str) -> str:
     return f"/{text.strip('/')}" if text.strip("/") else ""
 
 
+def token(text: str) -> str:
+    """Parse a secret: printable ASCII, since browsers send no other; if an empty one meant none, all could generate."""
+    if not text or text != text.strip() or not (text.isascii() and text.isprintable()):
+        raise argparse.ArgumentTypeError("must be ASCII characters, not empty, and without a space at either end")
+    return text
+
+
 def app_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     """Return the validated namespace of app.py."""
     parser = app_parser()
     settings = parse(parser, argv)
     check_vqgan_files(parser, settings)
-    settings.token = settings.token or os.environ.get("MINI_DALLE_TOKEN")
+    try:
+        settings.token = settings.token or token(os.environ["MINI_DALLE_TOKEN"])
+    except KeyError:
+        pass  # no token is needed
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"MINI_DALLE_TOKEN: {error}")
     return settings

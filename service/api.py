@@ -21,6 +21,7 @@ from service.guard import client_of, refuse
 from service.queue import Busy, GenerationQueue, Job
 
 logger = logging.getLogger("minidalle")
+NO_JOB = "This job does not exist, or its images are no longer kept; generate them again."
 PAGE = Path(__file__).with_name("page")
 MESSAGES = {
     400: "The request's body is not JSON.",
@@ -160,7 +161,7 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
 
     def find(id):
         if id not in streams.streams:
-            raise HTTPException(404)
+            raise Busy(NO_JOB, 404)
         return streams.streams[id]
 
     @app.get("/api/jobs/{id}/events", response_class=Response, responses={200: EVENTS})

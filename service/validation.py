@@ -178,6 +178,14 @@ TYPE_NAMES = {
 }
 
 
+BOUNDS = {
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "string_too_long": "may have at most {max_length} characters",
+    "too_short": "must not be empty",
+}
+
+
 def describe_error(error: Mapping[str, Any], fields: Iterable[str]) -> str:
     """Return one of pydantic's errors as a sentence; fields: the names of known keys."""
     places = [part for part in error["loc"] if part not in ("body", "query", "path", "header")]
@@ -187,7 +195,10 @@ def describe_error(error: Mapping[str, Any], fields: Iterable[str]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{key} is not a known key; the keys are {', '.join(fields)}."
     if error["type"] in ("model_attributes_type", "dict_type", "json_invalid"):
-        return 'The request\'s body must be a JSON object such as {"prompt": "a red circle"}.'
+        example = '"prompt": "a red circle"' if "prompt" in fields else '"prompts": ["a red circle"]'
+        return f"The request's body must be a JSON object such as {{{example}}}."
     if error["type"] in TYPE_NAMES:
         return f"{key} must be {TYPE_NAMES[error['type']]}."
+    if error["type"] in BOUNDS:
+        return f"{key} {BOUNDS[error['type']].format(**error['ctx'])}."
     return f"{key}: {error['msg'][:1].lower()}{error['msg'][1:]}."

@@ -239,3 +239,14 @@ def test_twenty_clients_for_minutes_get_what_plain_generation_gives():
         process.communicate()
     assert sorted(shares)[len(shares) // 2] >= 0.85
     assert memory[-1] < memory[0] + 30
+
+
+@pytest.mark.parametrize("token", ["", " spaced ", "sésame"])
+def test_a_token_that_no_browser_could_send_is_refused(token, monkeypatch, capsys):
+    from args_app import app_arguments
+
+    for flags in (["--token", token], []):
+        with pytest.raises(SystemExit):
+            app_arguments(flags)
+        monkeypatch.setenv("MINI_DALLE_TOKEN", token)
+    assert capsys.readouterr().err.count("must be ASCII characters, not empty") == 2

@@ -341,7 +341,7 @@ def test_history_is_bounded(page):
 def test_a_token_is_asked_for_once(chromium, loaded):
     with running(loaded, "--token", "sesame") as port:
         page = Page(chromium, port)
-        for token in ("wrong", "sesame"):
+        for token in ("wrong", "“sésame”", "sesame"):
             until(lambda: page.shows("#login"))
             page.shoot("login")
             page.write(token + webdriver.Keys.ENTER, "#token")
@@ -367,6 +367,9 @@ def test_errors_are_sentences_and_can_be_tried_again(page, drawing):
     page.write("red " * 99 + webdriver.Keys.ENTER)
     until(lambda: "tokens" in page.text("#status") and not page.shows("#retry"))
     assert page.each("#count", "e.className") == ["wrong"]
+    until(lambda: page.shows("#examples button") and not page.shows("#grid .cell"))
+    page.write("red " * 101 + webdriver.Keys.ENTER)
+    until(lambda: "characters" in page.text("#status") and page.text("#count") == "")
     page.write("seven", "#seed")
     page.click("#generate")
     assert page.each("#seed", "e.validity.patternMismatch") == [True]
@@ -386,6 +389,9 @@ def test_a_link_reproduces_an_image(page):
     assert page.browser.current_url == page.address
     page.click("#grid button.cell")
     assert page.png() == png
+    page.open(f"{page.address}?prompt=a+red+circle&seed=1&temperature=wild")
+    page.finished(1)
+    assert "NaN" not in page.text("#settings") and page.js("violations") == []
 
 
 def test_all_images_as_a_zip(page, tmp_path):

@@ -9,6 +9,7 @@ const SAMPLING = ["temperature", "top_k", "top_p", "cond_scale"];
 const HAS_MOUSE = !matchMedia("(pointer: coarse)").matches; // or at least no touch screen
 const settings = {}; // exact values, which the sliders show; null: as the model recommends
 const described = new Map(); // prompt → {tokens, unknown_words}
+const empty = document.getElementById("empty"); // what the grid shows before the first images
 let model = null; // what engine.model() returned
 let start = null; // image to continue: a Blob, or null
 let running = null; // AbortController of the generation in progress
@@ -68,7 +69,10 @@ async function open() {
 function fillIn(values, submit) {
   $("prompt").value = values.prompt;
   if ("seed" in values) $("seed").value = values.seed;
-  for (const key of ["num_images", ...SAMPLING]) if (values[key] != null) set(key, Number(values[key]));
+  for (const key of ["num_images", ...SAMPLING]) {
+    const value = values[key] == null ? NaN : Number(values[key]); // a link may carry anything
+    if (Number.isFinite(value)) set(key, value);
+  }
   if (HAS_MOUSE) $("prompt").focus();
   return submit ? $("ask").requestSubmit() : count();
 }
@@ -94,7 +98,8 @@ async function count() {
   try {
     for (const line of lines) if (!described.has(line)) described.set(line, await engine.describe(line));
   } catch {
-    return ""; // if the server refuses, generating says why
+    $("count").textContent = $("note").textContent = ""; // of an earlier prompt; generating says what is wrong
+    return "";
   }
   if (lines.join("\n") !== prompts().join("\n")) return ""; // edited in the meantime
   const found = lines.map((line) => described.get(line));
@@ -171,6 +176,7 @@ async function generate(asked) {
     say(running.signal.aborted ? `Stopped; ${shown.length} of ${total} finished.` : `${total} in ${seconds} seconds.`);
   } catch (error) {
     fail(error, () => generate(asked));
+    if (!shown.length) $("grid").replaceChildren(empty); // the examples, not cells that stay empty
   }
   running = null;
   setBusy(false);
@@ -217,6 +223,7 @@ const actions = {
   },
   resume(image) {
     startFrom(image.blob);
+    if (!prompts().length) fillIn({ prompt: image.prompt }, false);
     $("settings").open = true;
     $("keep_rows").focus();
   },

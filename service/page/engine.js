@@ -7,8 +7,8 @@
 const RECONNECTIONS = 5; // to an event stream that breaks, before the generation counts as failed
 const failure = (sentence, status = 0) => Object.assign(new Error(sentence), { status });
 
-/** Send this access token with every further request of this tab. */
-export const signIn = (token) => sessionStorage.setItem("token", token);
+/** Send this access token with every further request of this tab. Tokens are ASCII; fetch() throws at other headers. */
+export const signIn = (token) => sessionStorage.setItem("token", token.replace(/[^\x20-\x7e]/g, "?"));
 
 /** Return the model's name, limits, recommended settings and example prompts. */
 export const model = async () => (await ask("api/model")).json();

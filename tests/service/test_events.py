@@ -182,7 +182,7 @@ def test_the_model_is_described(port, loaded):
 @pytest.mark.parametrize(
     "wanted, sentence",
     [
-        ({"prompts": []}, "prompts: list should have at least 1 item"),
+        ({"prompts": []}, "prompts must not be empty"),
         ({"prompts": ["x"] * 9}, "There are 9 prompts; at most 8 are accepted."),
         ({"prompts": "x"}, "prompts must be a list."),
         ({"prompts": ["x", 1]}, "prompts must be text."),
@@ -191,9 +191,13 @@ def test_the_model_is_described(port, loaded):
         ({"prompts": ["a"], "count": 1}, "count is not a known key; the keys are seed"),
         ({"prompts": ["a"], "keep_rows": 1}, "The number of rows to keep needs an image"),
         ({"num_images": 1}, "prompts is missing."),
+        ({"prompts": ["a"], "num_images": 0}, "num_images must be at least 1."),
+        ({"prompts": ["a"], "seed": 2**63}, f"seed must be below {2**63}."),
+        ([], 'The request\'s body must be a JSON object such as {"prompts": ["a red circle"]}.'),
     ],
 )
 def test_wrong_jobs_get_a_sentence(port, wanted, sentence):
     status, answer = call(port, "POST", "/api/jobs", wanted)
     assert status == 422 and answer["error"].startswith(sentence), answer
     assert call(port, "POST", "/api/jobs/none", wanted)[0] == 405 and cancel(port, "none") == 404
+    assert call(port, "GET", "/api/jobs/none/events")[1]["error"].startswith("This job does not exist")
