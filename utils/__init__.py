@@ -1,1 +1,1 @@
-"""Command lines, checkpoints, parameter groups, learning rates and the COCO download."""
+"""Provide command lines, checkpoint files, atomic writes and schedules; import no other room."""
