@@ -149,6 +149,7 @@ async function generate(asked) {
   const shares = cells.map(() => 0); // of each image's rows that are generated
   const total = plural(cells.length, "image");
   const began = performance.now();
+  const stored = [];
   say(`Generating ${total}. ${await count()}`);
   $("status").scrollIntoView({ block: "nearest" });
   const onProgress = (type, event) => {
@@ -162,7 +163,7 @@ async function generate(asked) {
     if (type === "image") {
       shown = [...shown, event].sort((one, other) => one.index - other.index);
       saved.unshift(event);
-      history.add(event);
+      stored.push(history.add(event));
       cell.replaceWith(tile(event, () => shown));
       return;
     }
@@ -172,6 +173,7 @@ async function generate(asked) {
   };
   try {
     await engine.generate(asked, onProgress, running.signal);
+    await Promise.all(stored);
     const seconds = ((performance.now() - began) / 1000).toFixed(1);
     say(running.signal.aborted ? `Stopped; ${shown.length} of ${total} finished.` : `${total} in ${seconds} seconds.`);
   } catch (error) {

@@ -13,7 +13,13 @@ async function use(action) {
     const opening = indexedDB.open("mini-dalle", 1);
     opening.onupgradeneeded = () => opening.result.createObjectStore("images", { keyPath: "id", autoIncrement: true });
     const database = await finished(opening);
-    const result = await finished(action(database.transaction("images", "readwrite").objectStore("images")));
+    const transaction = database.transaction("images", "readwrite");
+    const stored = new Promise((resolve, reject) => {
+      transaction.oncomplete = resolve;
+      transaction.onabort = () => reject(transaction.error);
+    });
+    const result = await finished(action(transaction.objectStore("images")));
+    await stored; // a page that is left earlier would lose the change
     database.close();
     return result;
   } catch (error) {

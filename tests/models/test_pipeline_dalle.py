@@ -36,7 +36,7 @@ def test_l16_as_its_configuration_places_it():
 
 
 def test_parameters_of_l16_on_each_ipu(tiny_vae):
-    """The table of README.md."""
+    """The table of docs/ipu.md."""
     tiny_vae.image_size, tiny_vae.num_layers, tiny_vae.num_tokens = 256, 4, 1024
     sizes = {"dim": 512, "num_text_tokens": 8192, "text_seq_len": 80, "depth": 16, "heads": 16, "dim_head": 64}
     model = small_dalle(tiny_vae, **sizes)
@@ -45,8 +45,8 @@ def test_parameters_of_l16_on_each_ipu(tiny_vae):
     for name, parameter in model.named_parameters():
         on_ipu[next((ipu for module, ipu in places.items() if name.startswith(f"{module}.")), 0)] += parameter.numel()
     assert on_ipu == [4_817_408, 31_506_432, 31_506_432, 25_774_160]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"{count:,}" in readme for count in on_ipu)
+    page = (ROOT / "docs" / "ipu.md").read_text(encoding="utf-8")
+    assert all(f"{count:,}" in page for count in on_ipu)
 
 
 def test_stages_follow_the_order_of_a_step():
