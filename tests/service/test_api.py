@@ -16,7 +16,7 @@ from PIL import Image
 from generation.batching import generate_batch, plan_image
 from generation.image_prompts import encode_kept_rows
 from generation.output import image_metadata, to_image
-from tests.service.running import Drawing, call, generate, loaded_for_tests, running, until
+from tests.service.running import call, generate, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
 PROMPT = "a red circle"
@@ -24,21 +24,9 @@ HEAD = "HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_checkpoint):
-    return loaded_for_tests(tiny_checkpoint, batch_size=4)
-
-
-@pytest.fixture(scope="module")
 def port(loaded):
     with running(loaded, "--max-images", 8, "--max-prompt-characters", 60, "--queue-size", 6) as port:
         yield port
-
-
-@pytest.fixture
-def drawing(loaded):
-    drawing = Drawing(loaded)
-    yield drawing
-    drawing.remove()
 
 
 def image_of(answer):

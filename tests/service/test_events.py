@@ -11,28 +11,16 @@ from PIL import Image
 
 from generation.batching import generate_batch, plan_image
 from generation.output import image_metadata, to_image
-from tests.service.running import Drawing, call, loaded_for_tests, read_events, running, until
+from tests.service.running import call, loaded_for_tests, read_events, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
 PROMPTS = ["a red circle", "a blue square above a dog"]
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_checkpoint):
-    return loaded_for_tests(tiny_checkpoint, batch_size=4)
-
-
-@pytest.fixture(scope="module")
 def port(loaded):
     with running(loaded, "--max-images", 16) as port:
         yield port
-
-
-@pytest.fixture
-def drawing(loaded):
-    drawing = Drawing(loaded)
-    yield drawing
-    drawing.remove()
 
 
 def create(port, **wanted):

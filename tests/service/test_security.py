@@ -14,7 +14,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from tests.service.running import Drawing, call, generate, loaded_for_tests, running, until
+from tests.service.running import call, generate, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
 PROMPT = "a red circle"
@@ -31,21 +31,9 @@ PATHS = (
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_checkpoint):
-    return loaded_for_tests(tiny_checkpoint, batch_size=4)
-
-
-@pytest.fixture(scope="module")
 def port(loaded):
     with running(loaded, "--max-images", 8) as port:
         yield port
-
-
-@pytest.fixture
-def drawing(loaded):
-    drawing = Drawing(loaded)
-    yield drawing
-    drawing.remove()
 
 
 def answer_to(port, method, path, body=None, **headers):

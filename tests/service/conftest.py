@@ -1,0 +1,17 @@
+"""Fixtures that the tests of the service share."""
+
+import pytest
+
+from tests.service.running import Drawing, loaded_for_tests
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint):
+    return loaded_for_tests(tiny_checkpoint, batch_size=4)
+
+
+@pytest.fixture
+def drawing(loaded):
+    drawing = Drawing(loaded)
+    yield drawing
+    drawing.remove()
