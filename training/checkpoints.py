@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from training.run import Run
 
 BEST = "dalle_best.pt"
+# The temporary name (utils.files.atomic_write) of a file that a run writes.
+LEFTOVER = re.compile(r"(dalle_.*\.pt|loss\.png|metrics\.jsonl|captions\.txt|step_\d+\.png|\.writable)\.\d+\.tmp$")
 # Attributes of a Run -> their keys in the file.
 PROGRESS = {
     "skipped": "skipped",
@@ -74,8 +76,10 @@ class Folder:
         """Create the folder and remove temporary files of a killed run; ValueError if it cannot be written."""
         if self.path is not None and self.writes:
             check_writable(self.path, "--checkpoint-output-dir")
-            for leftover in self.path.glob("dalle_*.pt.*.tmp"):
-                leftover.unlink()
+            for pattern in ("*.tmp", "samples/*.tmp"):
+                for leftover in self.path.glob(pattern):
+                    if LEFTOVER.match(leftover.name):
+                        leftover.unlink()
 
     def origin(self) -> Optional[Tuple[Any, Dict[str, Any]]]:
         """Return the path and content of the checkpoint to resume from, or None to start a new run.

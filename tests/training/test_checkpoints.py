@@ -46,8 +46,11 @@ def resumed(command, tiny_flags, folder, *flags):
 def test_resume_takes_the_newest_good_file(folder, command, tiny_flags):
     newest = folder / "dalle_2.pt"
     whole, expected = newest.read_bytes(), checkpoint.read(newest)["weights"]
-    left = folder / "dalle_step_8.pt.77.tmp"
-    left.write_bytes(b"half of a file")
+    names = ("dalle_step_8.pt", "loss.png", "metrics.jsonl", "samples/captions.txt", "samples/step_8.png")
+    left, foreign = [folder / f"{name}.77.tmp" for name in names], folder / "notes.77.tmp"
+    (folder / "samples").mkdir(exist_ok=True)
+    for path in [*left, foreign]:
+        path.write_bytes(b"half of a file")
     for damaged in (whole[: len(whole) // 2], whole[:-100000] + bytes(100) + whole[-99900:], b""):
         newest.write_bytes(damaged)
         ended = resumed(command, tiny_flags, folder, "--epochs", 3)
@@ -55,7 +58,8 @@ def test_resume_takes_the_newest_good_file(folder, command, tiny_flags):
         assert f"{newest}: damaged" in ended.out and "trying the previous checkpoint" in ended.out
         assert f"resuming from {folder / 'dalle_step_8.pt'} at step 8" in ended.out
         again = checkpoint.read(newest)["weights"]  # the same step, bit for bit
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in again.items()) and not left.exists()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in again.items())
+        assert foreign.exists() and not any(path.exists() for path in left)
 
 
 def test_resume_of_a_finished_run_ends_well_and_of_none_begins(folder, command, tiny_flags, tmp_path):
