@@ -55,12 +55,17 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(average, momentum).flatten(1)  # Nesterov's look ahead
 
 
+def has_amx() -> bool:
+    """Return whether this CPU has tile units for bf16 products; False with torch 2.0, which does not use them."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """Bring all singular values of (B, n, m) matrices near 1 (between 0.7 and 1.2) by Newton–Schulz iteration.
 
-    Computes in bf16 on GPUs and in fp32 elsewhere.
+    Computes in bf16 on GPUs and on CPUs with AMX, where that takes a third of the time, and in fp32 elsewhere.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.bfloat16() if matrices.is_cuda or has_amx() else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the product with its own transpose is then the smaller of the two
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
