@@ -194,6 +194,7 @@ def vqgan_parser() -> Parser:
     add("continuous-steps", 100, "first steps without quantization, after which the codebook starts", NATURAL)
     add("codebook-weight", 1.0, "weight of the codebook loss relative to the reconstruction loss", POSITIVE)
     add("commitment", 0.25, "weight of the encoder's share in the codebook loss", NOT_NEGATIVE)
+    add("decoder-of", None, "train only the decoder, from this folder's VQGAN on; its codes stay the same", path)
     add("edge-weight", 0.0, "additional weight of edges in the reconstruction loss; about 5 for line drawings", NOT_NEGATIVE)
     add("rate-weight", 0.0, "attraction of frequent codes; simple images then use few codes", NOT_NEGATIVE)
     add("revival-interval", 50, "steps after which an unused code is reset; 0: never", NATURAL)

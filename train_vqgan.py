@@ -5,6 +5,7 @@
 
 Images need no captions. --output-dir receives vqgan.ckpt and vqgan.yaml in taming-transformers' format, for train.py's
 --vae-path, and reconstructions.png: validation images above their reconstructions. With --resume a stopped run continues.
+--decoder-of FOLDER makes a VQGAN's images sharper without changing its codes, so a DALL-E trained on them stays valid.
 """
 
 from __future__ import annotations
@@ -76,15 +77,18 @@ def train(settings: Namespace) -> None:
     )
     autocast = torch.bfloat16 if bf16 else None
     trainer = VQGanTrainer(model, build_optimizers(model, settings), settings, device, autocast)
+    if settings.decoder_of:
+        load_codes(trainer, settings.decoder_of)
     if settings.resume and (output_dir / STATE_FILE).exists():
         resume(trainer, output_dir)
+    seed_batches = math.ceil(SEED_CELLS / codes_per_side(settings) ** 2 / settings.batch_size)
     batches = endless_batches(
         images,
         settings.batch_size,
         size=settings.image_size,
         seed=settings.random_seed,
         workers=settings.dataloader_workers,
-        first=trainer.steps,
+        first=trainer.steps + (seed_batches if trainer.has_codebook and not settings.decoder_of else 0),
     )
 
     def report():
@@ -104,9 +108,8 @@ def train(settings: Namespace) -> None:
     try:
         with tqdm(total=settings.max_steps, initial=trainer.steps, desc="training", unit="step", disable=None, dynamic_ncols=True) as bar:
             for step in range(trainer.steps, settings.max_steps):
-                if step == settings.continuous_steps:
-                    count = math.ceil(SEED_CELLS / codes_per_side(settings) ** 2 / settings.batch_size)
-                    entries = trainer.start_codebook(torch.cat([next(batches) for _ in range(count)]))
+                if step == settings.continuous_steps and not trainer.has_codebook:
+                    entries = trainer.start_codebook(torch.cat([next(batches) for _ in range(seed_batches)]))
                     logger.info("step %d: the codebook starts with %d of %d entries", step, entries, settings.n_embed)
                 losses = trainer.step(next(batches), cosine(step, settings.max_steps, settings.warmup_steps))
                 bar.update()
@@ -136,16 +139,20 @@ def _fast_in_bf16(device: torch.device) -> bool:
 
 
 def build_optimizers(model: VQGan, settings: Namespace) -> List[torch.optim.Optimizer]:
-    """Return Muon for the kernels and Adam for the rest, or AdamW for all, at their peak learning rate."""
+    """Return Muon for the kernels and Adam for the rest, or AdamW for all, at their peak learning rate.
+
+    With --decoder-of, they are over the decoder's parameters alone.
+    """
     import torch
 
     from utils.muon import Muon
 
     rate, decay = settings.learning_rate, settings.weight_decay
+    parameters = list(model.decoding_parameters() if settings.decoder_of else model.parameters())
     if settings.optimizer == "AdamW":
-        return [torch.optim.AdamW(model.parameters(), rate, (0.9, 0.99), weight_decay=decay)]
-    kernels = [parameter for parameter in model.parameters() if parameter.dim() == 4]
-    others = [parameter for parameter in model.parameters() if parameter.dim() != 4]
+        return [torch.optim.AdamW(parameters, rate, (0.9, 0.99), weight_decay=decay)]
+    kernels = [parameter for parameter in parameters if parameter.dim() == 4]
+    others = [parameter for parameter in parameters if parameter.dim() != 4]
     return [Muon(kernels, rate, decay), torch.optim.Adam(others, rate, (0.9, 0.99))]
 
 
@@ -244,7 +251,10 @@ def measure(model: VQGan, validation: torch.Tensor, batch_size: int, output_dir:
 
 
 def save(trainer: VQGanTrainer, params: Dict[str, Any], output_dir: Path) -> None:
-    """Write vqgan.yaml and vqgan.ckpt in taming-transformers' format and STATE_FILE, each complete or not at all."""
+    """Write vqgan.yaml and vqgan.ckpt in taming-transformers' format and STATE_FILE, each complete or not at all.
+
+    The weights of vqgan.ckpt are rounded to values of fp16, so that a checkpoint in half precision has the same codes.
+    """
     import yaml
 
     from utils.checkpoint import write
@@ -256,8 +266,25 @@ def save(trainer: VQGanTrainer, params: Dict[str, Any], output_dir: Path) -> Non
     with atomic_write(output_dir / "vqgan.yaml", text=True) as file:
         yaml.safe_dump(config, file, sort_keys=False)
     state_dict = {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
-    write(output_dir / "vqgan.ckpt", {"state_dict": state_dict, "global_step": trainer.steps})
+    rounded = {name: tensor.half().float() for name, tensor in state_dict.items()}
+    write(output_dir / "vqgan.ckpt", {"state_dict": rounded, "global_step": trainer.steps})
     write(output_dir / STATE_FILE, {"state_dict": state_dict, **trainer.state_dict()})
+
+
+def load_codes(trainer: VQGanTrainer, folder: str) -> None:
+    """Begin with the weights of a trained VQGAN of the same shape, whose codes are to stay.
+
+    Raises:
+        ValueError: it has another shape.
+        FileNotFoundError: the folder has no VQGAN.
+    """
+    from models.vae import load_vqgan
+
+    try:
+        trainer.model.load_state_dict(load_vqgan(folder).model.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"--decoder-of {folder}: its VQGAN has another shape ({first_line(error)})") from error
+    trainer.has_codebook = True
 
 
 def resume(trainer: VQGanTrainer, output_dir: Path) -> None:

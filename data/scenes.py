@@ -2,10 +2,10 @@
 
 `python -m data.scenes` writes images such as "a small cat left of a large pizza" or "three dogs on a blue background":
 322 objects (data/scene_objects.txt), 2 sizes, 5 relations, counts up to three and 7 background colors, three captions
-per image. data/scenes_reader.py reads such images back. The layout is that of data/shapes.py:
+per image. models/scenes_reader.py reads such images back. The layout is that of data/shapes.py:
 
     data/scenes/train/images/000000000001.png      data/scenes/train/captions/000000000001.txt   one caption per line
-    data/scenes/val/images/000000040001.png        data/scenes/val/captions/000000040001.txt
+    data/scenes/val/images/000000024001.png        data/scenes/val/captions/000000024001.txt
     data/scenes/crowds/000000000001.png            objects everywhere, for the image tokenizer alone
     data/scenes/ATTRIBUTION.txt                    data/scenes/dataset.json                      license; settings
 
@@ -430,7 +430,7 @@ def _write_sample(job: Tuple[Path, str, int, int, int, int]) -> None:
 
 
 def write_dataset(
-    out: str, images: int = 40000, val: int = 1000, crowds: int = 20000, seed: int = 0, size: int = 192
+    out: str, images: int = 24000, val: int = 1000, crowds: int = 24000, seed: int = 0, size: int = 192
 ) -> bool:
     """Render the set into `out`; return False if it already holds the same set, and replace one of other settings.
 
@@ -493,9 +493,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = Parser("Render scenes of everyday things from OpenMoji's drawings.")
     parser.prog = "python -m data.scenes"
     parser.add_argument("--out", default="./data/scenes", help="folder for the set")
-    parser.add_argument("--images", type=int, default=40000, help="training images")
+    parser.add_argument("--images", type=int, default=24000, help="training images")
     parser.add_argument("--val", type=int, default=1000, help="validation images, of withheld pairs and combinations")
-    parser.add_argument("--crowds", type=int, default=20000, help="images without captions for the image tokenizer")
+    parser.add_argument("--crowds", type=int, default=24000, help="images without captions for the image tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other images")
     parser.add_argument("--size", type=int, default=192, help="pixels per side, a multiple of 12")
     flags = parser.parse_args(argv)

@@ -9,10 +9,11 @@ Papers: VQGAN, Esser et al. 2021 (arXiv:2012.09841); Gumbel-softmax codes, Jang 
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any, ContextManager, Dict, List, Optional, Tuple
+from typing import Any, ContextManager, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,10 @@ class VQGan(nn.Module):
     def codebook(self) -> nn.Parameter:
         """The entries, (n_embed, D)."""
         return self.quantize.embed.weight if self.gumbel else self.quantize.embedding.weight
+
+    def decoding_parameters(self) -> Iterator[nn.Parameter]:
+        """Return the parameters that only decoding uses."""
+        return itertools.chain(self.post_quant_conv.parameters(), self.decoder.parameters())
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode pixels (B, 3, H, W) in [-1, 1] as latents (B, D, h, w), not yet quantized."""

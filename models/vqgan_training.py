@@ -25,9 +25,9 @@ REVIVAL_ENDS = 0.75  # of the run; a code that is revived later would not settle
 class VQGanTrainer:
     """The training of a VQGAN with reconstruction, codebook and, from disc_start on, adversarial loss.
 
-    Without quantization at first; `start_codebook` ends that. `settings` has codebook_weight, commitment,
-    rate_weight, edge_weight, revival_interval, disc_weight, disc_start, batch_size and max_steps, as train_vqgan.py's flags explain
-    them.
+    Without quantization at first; `start_codebook` ends that. `settings` has codebook_weight, commitment, edge_weight,
+    rate_weight, decoder_of, revival_interval, disc_weight, disc_start, batch_size and max_steps, as train_vqgan.py's
+    flags explain them.
 
     Args:
         model: on `device` already. optimizers: over all of its parameters, at their peak learning rates.
@@ -65,6 +65,7 @@ class VQGanTrainer:
     def state_dict(self) -> Dict[str, Any]:
         """Return what a resumed run needs besides the model's weights and the settings: tensors and plain values."""
         state = {name: getattr(self, name) for name in ("steps", "has_codebook", "usage", "last_use")}
+        state["random_state"] = torch.get_rng_state()
         state["optimizers"] = [optimizer.state_dict() for optimizer in self._all_optimizers()]
         if self.discriminator is not None:
             state["discriminator"] = self.discriminator.state_dict()
@@ -76,6 +77,7 @@ class VQGanTrainer:
             optimizer.load_state_dict(saved)
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
+        torch.set_rng_state(state["random_state"].cpu())
         for name in ("steps", "has_codebook", "usage", "last_use"):
             setattr(self, name, state[name])
 
@@ -93,12 +95,14 @@ class VQGanTrainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share_of_rate
         pixels = to_pixels(pictures.to(self.device))
-        with self._mixed():
+        with self._mixed(), torch.set_grad_enabled(not self.settings.decoder_of):
             latents = self.model.encode(pixels)
         latents = latents.float()  # (B, D, h, w)
         codebook_loss = latents.new_zeros(())
         quantized = latents
-        if self.has_codebook:
+        if self.settings.decoder_of:
+            quantized = self.model.lookup(self.model.nearest(latents)).detach()
+        elif self.has_codebook:
             entries = self.model.lookup(self._choose(latents.detach()))
             codebook_loss = F.mse_loss(entries, latents.detach())
             codebook_loss = codebook_loss + self.settings.commitment * F.mse_loss(latents, entries.detach())
@@ -124,7 +128,7 @@ class VQGanTrainer:
         self.steps += 1
         interval = self.settings.revival_interval
         reviving = interval and self.steps % interval == 0 and self.steps < REVIVAL_ENDS * self.settings.max_steps
-        if self.has_codebook and reviving:
+        if self.has_codebook and reviving and not self.settings.decoder_of:
             self._revive(latents.detach(), (decoded.detach() - pixels).square().mean(dim=1, keepdim=True))
         return {"loss": loss.detach(), "mse": mse / 4}
 
@@ -237,11 +241,16 @@ def _seed_indices(points: torch.Tensor, count: int) -> torch.Tensor:
 
     Fewer when there are no more different rows.
     """
+    squares = points.square().sum(dim=1)
+
+    def distance_to(index: int) -> torch.Tensor:  # squared; as a product, it needs no copy of all points
+        return (squares + squares[index] - 2 * (points @ points[index])).clamp(min=0)
+
     chosen = [int(torch.randint(len(points), (1,)))]
-    distance = (points - points[chosen[0]]).square().sum(dim=1)
-    while len(chosen) < count and distance.max() > 1e-4:
+    distance = distance_to(chosen[0])
+    while len(chosen) < count and distance.max() > 1e-3:
         chosen.append(int(torch.multinomial(distance, 1)))
-        distance = torch.minimum(distance, (points - points[chosen[-1]]).square().sum(dim=1))
+        distance = torch.minimum(distance, distance_to(chosen[-1]))
     return torch.tensor(chosen, device=points.device)
 
 

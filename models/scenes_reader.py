@@ -1,8 +1,8 @@
 """Read images of data/scenes.py back: which objects they show, where and how large, and whether they follow a caption.
 
-    python -m data.scenes_reader                                             train the reader, measure it on renderings
-    python -m data.scenes_reader --vae-path output/scenes/vqgan              the same, and on VQGAN reconstructions
-    python -m data.scenes_reader --measure --vae-path output/scenes/vqgan    measure the one that exists
+    python -m models.scenes_reader                                             train the reader, measure it on renderings
+    python -m models.scenes_reader --vae-path output/scenes/vqgan              the same, and on VQGAN reconstructions
+    python -m models.scenes_reader --measure --vae-path output/scenes/vqgan    measure the one that exists
 
 The reader is a small convolutional network of its own, trained on crowds of objects with blur and noise. It knows
 where objects can lie (data/scenes.py's grid of 12 × 12 cells) and asks for every place whether one lies there, which
@@ -35,12 +35,15 @@ from data.scenes import (
 )
 from utils.checkpoint import write
 from utils.command_line import Parser
+from utils.muon import has_amx
+from utils.optimization import cosine
 
 WEIGHTS = Path("output/scenes/reader.pt")
 SIDE = 96  # pixels; images are read at this size
 CHANNELS = 128
-STEPS, BATCH, RATE = 3000, 32, 2e-3
+STEPS, BATCH, RATE = 1500, 32, 3e-3
 TEST_IMAGES = 1000
+FAULTS = ("objects", "size", "relation", "background")
 NEAR = 3  # most empty cells between objects that are next to each other
 
 _NAMES = tuple(objects())
@@ -98,6 +101,11 @@ class Reader:
     def __init__(self, network: ReaderNetwork):
         self.network = network.eval()
 
+    def find_faults(self, scene: Scene, pixels: np.ndarray) -> List[str]:
+        """Return in what an image, uint8 (S, S, 3), differs from a scene; see the function of this name."""
+        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+        return find_faults(scene, self.read(image)[0])
+
     @torch.no_grad()
     def read(self, images: Tensor) -> List[Reading]:
         """Read (N, 3, S, S) images in [0, 1]."""
@@ -144,14 +152,14 @@ def _overlap(one: Placed, other: Placed) -> float:
 
 
 def find_faults(scene: Scene, reading: Reading) -> List[str]:
-    """Return in what an image differs from a scene: "objects", "size", "relation", "background"; empty if in nothing.
+    """Return which of FAULTS an image has, compared with a scene; none if it shows the scene.
 
-    Sizes and relation are judged only if the objects are right, sizes only if the scene names them.
+    If the objects are wrong, so are sizes and relation. Sizes count only if the scene names them.
     """
     faults = [] if reading.background == scene.background else ["background"]
     wanted = sorted(item.name for item in scene.items for _ in range(item.count))
     if sorted(one.name for one in reading.objects) != wanted:
-        return ["objects", *faults]
+        return ["objects", "size", "relation", *faults]
     groups = [[one for one in reading.objects if one.name == item.name] for item in scene.items]
     for item, group in zip(scene.items, groups):
         if item.size and any(one.size != item.size for one in group):
@@ -235,20 +243,20 @@ def train_reader(steps: int = STEPS, seed: int = 0, reconstruct: Any = None) -> 
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     network = ReaderNetwork().train()
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     with tqdm(range(steps), desc="training the reader", unit="step", disable=None) as bar:
         for step in bar:
             crowds, images = _random_crowds(rng, BATCH)
             if reconstruct is not None and step % 4 == 3:
                 images = reconstruct(images)
             wanted_presence, wanted_classes = _targets(crowds)
-            presence, classes = network(_blur_and_noise(images, generator))
-            loss = F.cross_entropy(classes, wanted_classes, ignore_index=-1)
-            loss = loss + 20 * F.binary_cross_entropy_with_logits(presence, wanted_presence)
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_amx()):
+                presence, classes = network(_blur_and_noise(images, generator))
+            loss = F.cross_entropy(classes.float(), wanted_classes, ignore_index=-1)
+            loss = loss + 20 * F.binary_cross_entropy_with_logits(presence.float(), wanted_presence)
+            optimizer.param_groups[0]["lr"] = RATE * cosine(step, steps, steps // 10)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
             if step % 50 == 49:
                 bar.set_postfix_str(f"loss {loss.item():.3f}")
     return Reader(network)
@@ -305,7 +313,7 @@ def save_reader(reader: Reader, path: Path = WEIGHTS) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command; return the exit status, 2 for bad arguments."""
     parser = Parser("Train and measure the reader of scenes.")
-    parser.prog = "python -m data.scenes_reader"
+    parser.prog = "python -m models.scenes_reader"
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="file of the weights")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
     parser.add_argument("--vae-path", help="VQGAN whose reconstructions to train and measure on, too")
