@@ -32,7 +32,9 @@ def evaluate_parser():
         f"validation prompts of shapes or scenes to generate; none: {DEMO_PROMPTS} without --input-folder, else 0",
         number(int, low=1, high=1120),
     )
-    add("prompts-of", None, "their kind; none: scenes if the checkpoint knows its objects", choices=("shapes", "scenes"))
+    add(
+        "prompts-of", None, "their kind; none: scenes if the checkpoint knows its objects", choices=("shapes", "scenes")
+    )
     add(
         "prompt-set",
         "score",

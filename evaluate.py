@@ -287,7 +287,9 @@ def load_prompts(kind: str, settings: Namespace) -> Tuple[List[str], Callable[[i
 
     reader = scenes_reader.load_reader()
     described = validation_scenes(settings.prompt_set, settings.prompts, settings.seed)
-    return [caption for caption, _ in described], lambda number, pixels: reader.find_faults(described[number][1], pixels)
+    return [caption for caption, _ in described], lambda number, pixels: reader.find_faults(
+        described[number][1], pixels
+    )
 
 
 def judge(

@@ -4,8 +4,9 @@
     python train_vqgan.py --config vqgan_photos --input-folder my_photos --output-dir output/my_vqgan
 
 Images need no captions. --output-dir receives vqgan.ckpt and vqgan.yaml in taming-transformers' format, for train.py's
---vae-path, and reconstructions.png: validation images above their reconstructions. With --resume a stopped run continues.
---decoder-of FOLDER makes a VQGAN's images sharper without changing its codes, so a DALL-E trained on them stays valid.
+--vae-path, and reconstructions.png: validation images above their reconstructions. With --resume a stopped run
+continues. --decoder-of FOLDER makes a VQGAN's images sharper without changing its codes: a DALL-E trained on them
+stays valid.
 """
 
 from __future__ import annotations
@@ -106,7 +107,14 @@ def train(settings: Namespace) -> None:
         save(trainer, params, output_dir)
 
     try:
-        with tqdm(total=settings.max_steps, initial=trainer.steps, desc="training", unit="step", disable=None, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=settings.max_steps,
+            initial=trainer.steps,
+            desc="training",
+            unit="step",
+            disable=None,
+            dynamic_ncols=True,
+        ) as bar:
             for step in range(trainer.steps, settings.max_steps):
                 if step == settings.continuous_steps and not trainer.has_codebook:
                     entries = trainer.start_codebook(torch.cat([next(batches) for _ in range(seed_batches)]))
@@ -123,13 +131,17 @@ def train(settings: Namespace) -> None:
             logger.info("interrupted at step %d, before the codebook was started: nothing saved", trainer.steps)
         else:
             save(trainer, params, output_dir)
-            logger.info("interrupted at step %d of %d; saved the VQGAN so far, --resume continues", trainer.steps, settings.max_steps)
+            logger.info(
+                "interrupted at step %d of %d; saved the VQGAN so far, --resume continues",
+                trainer.steps,
+                settings.max_steps,
+            )
         raise SystemExit(EXIT_INTERRUPTED) from None
     logger.info("wrote vqgan.ckpt, vqgan.yaml and reconstructions.png to %s", output_dir)
 
 
 def _fast_in_bf16(device: torch.device) -> bool:
-    # A step in bf16 took a third of fp32's time on a CPU with AMX; convolutions took 1.3 to 1.6 times fp32's time on one
+    # Convolutions in bf16 took a third of fp32's time on a CPU with AMX, and 1.3 to 1.6 times as long as in fp32 on one
     # with AVX512-BF16 alone.
     import torch
 
@@ -302,7 +314,9 @@ def resume(trainer: VQGanTrainer, output_dir: Path) -> None:
         trainer.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, UnpicklingError) as error:
         reason = first_line(error)
-        raise ValueError(f"--resume: {path} is not of this VQGAN; use the flags it was begun with ({reason})") from error
+        raise ValueError(
+            f"--resume: {path} is not of this VQGAN; use the flags it was begun with ({reason})"
+        ) from error
     logger.info("resumed at step %d of %d", trainer.steps, trainer.settings.max_steps)
 
 

@@ -182,7 +182,8 @@ def endless_batches(
     """
     order = EpochOrder(len(images), min(batch_size, len(images)), seed=seed)
     batches = (
-        [index for _, index in order.batch(*divmod(number, order.batches_per_epoch))] for number in itertools.count(first)
+        [index for _, index in order.batch(*divmod(number, order.batches_per_epoch))]
+        for number in itertools.count(first)
     )
     if isinstance(images, torch.Tensor):
         for indices in batches:

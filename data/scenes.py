@@ -65,8 +65,15 @@ COUNTS = {2: "two", 3: "three"}
 PLURALS = {  # that do not follow the rules of plural()
     **{name: name for name in ("sheep", "deer", "fish", "goldfish", "jellyfish", "dice", "broccoli", "corn", "bread")},
     **{name: name for name in ("rice", "popcorn", "sushi", "bacon", "honey", "milk", "yarn", "cutlery", "lightning")},
-    **{"mouse": "mice", "wolf": "wolves", "bunny": "bunnies", "leaf": "leaves", "knife": "knives", "scarf": "scarves"},
-    **{"man": "men", "woman": "women", "snowman": "snowmen"},
+    "mouse": "mice",
+    "wolf": "wolves",
+    "bunny": "bunnies",
+    "leaf": "leaves",
+    "knife": "knives",
+    "scarf": "scarves",
+    "man": "men",
+    "woman": "women",
+    "snowman": "snowmen",
 }
 
 GRID = 12  # cells per side
@@ -299,7 +306,9 @@ def _relation_places(relation: str, box1: Tuple[int, int], box2: Tuple[int, int]
     gap = 1 if length1 + length2 < GRID else 0
     places = []
     for start1, side1 in itertools.product(range(GRID - length1 + 1), range(GRID - across1 + 1)):
-        for start2, side2 in itertools.product(range(start1 + length1 + gap, GRID - length2 + 1), range(GRID - across2 + 1)):
+        for start2, side2 in itertools.product(
+            range(start1 + length1 + gap, GRID - length2 + 1), range(GRID - across2 + 1)
+        ):
             along = (2 * start2 + length2) - (2 * start1 + length1)  # between centers, in half cells
             aside = abs((2 * side2 + across2) - (2 * side1 + across1))
             if along >= 1.5 * aside and not (relation == "next" and start2 - start1 - length1 > 2):
@@ -378,7 +387,7 @@ def _drawing(name: str) -> Image.Image:
 
 @lru_cache(maxsize=None)
 def sprite(name: str, side: int) -> np.ndarray:
-    """Return an object at `side` × `side` pixels: float32 (side, side, 4), color times opacity and opacity, in [0, 1]."""
+    """Return an object at `side` × `side` pixels: float32 (side, side, 4) in [0, 1], color times opacity, opacity."""
     image = _drawing(name)
     scale = (side - 2) / max(image.size)  # one empty pixel around it
     image = image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Read images of data/scenes.py back: which objects they show, where and how large, and whether they follow a caption.
+"""Read images of data/scenes.py back: objects, their sizes and places, and whether the image follows a caption.
 
     python -m models.scenes_reader                                             train the reader, measure it on renderings
     python -m models.scenes_reader --vae-path output/scenes/vqgan              the same, and on VQGAN reconstructions
@@ -132,7 +132,7 @@ def _resize(images: Tensor) -> Tensor:
 def _objects(presence: Tensor, names: Tensor) -> List[Placed]:
     """Return the objects at places with a positive logit that overlap no surer one, from (2, 12, 12) and (12, 12)."""
     found: List[Placed] = []
-    for logit, (size, y, x) in sorted(((presence[tuple(at)].item(), at) for at in (presence > 0).nonzero().tolist()), reverse=True):
+    for size, y, x in sorted((presence > 0).nonzero().tolist(), key=lambda at: -presence[tuple(at)].item()):
         side = CELLS[_SIZES[size]]
         one = Placed(_NAMES[names[y, x]], _SIZES[size], y - side // 2, x - side // 2)
         if all(_overlap(one, other) <= 0.25 for other in found):
@@ -178,7 +178,9 @@ def _holds(relation: str, first: Sequence[Placed], second: Sequence[Placed]) -> 
         return True
     if relation == "next":
         gaps = [max(_gap(a, b, "left"), _gap(b, a, "left")) for a, b in itertools.product(first, second)]
-        return all(-1 <= gap <= NEAR for gap in gaps) and (_holds("left", first, second) or _holds("left", second, first))
+        return all(-1 <= gap <= NEAR for gap in gaps) and (
+            _holds("left", first, second) or _holds("left", second, first)
+        )
     (y1, x1), (y2, x2) = _center(first), _center(second)
     along, aside = (y2 - y1, x2 - x1) if relation == "above" else (x2 - x1, y2 - y1)
     return along > abs(aside) and all(_gap(a, b, relation) >= -1 for a, b in itertools.product(first, second))
@@ -208,7 +210,9 @@ def _blur_and_noise(images: Tensor, generator: torch.Generator) -> Tensor:
     for _ in range(int(torch.randint(1, 3, (), generator=generator))):
         weight = (kernel[:, None] * kernel)[None, None].expand(3, 1, 3, 3)
         blurred = F.conv2d(F.pad(blurred, (1, 1, 1, 1), mode="replicate"), weight, groups=3)
-    share = torch.rand((count, 1, 1, 1), generator=generator) * (torch.rand((count, 1, 1, 1), generator=generator) < 0.5)
+    share = torch.rand((count, 1, 1, 1), generator=generator) * (
+        torch.rand((count, 1, 1, 1), generator=generator) < 0.5
+    )
     images = images + share * (blurred - images)
     noise = torch.randn(images.shape, generator=generator) * 0.06 * torch.rand((count, 1, 1, 1), generator=generator)
     tint = torch.randn((count, 3, 1, 1), generator=generator) * 0.02
