@@ -1,8 +1,8 @@
 """Read images of data/scenes.py back: objects, their sizes and places, and whether the image follows a caption.
 
-    python -m models.scenes_reader                                             train the reader, measure it on renderings
-    python -m models.scenes_reader --vae-path output/scenes/vqgan              the same, and on VQGAN reconstructions
-    python -m models.scenes_reader --measure --vae-path output/scenes/vqgan    measure the one that exists
+    python -m models.scenes_reader                                    train the reader, measure it on renderings
+    python -m models.scenes_reader --vae-path output/scenes/vqgan     the same, and on VQGAN reconstructions
+    python -m models.scenes_reader --measure                          measure the one that exists
 
 The reader is a small convolutional network of its own, trained on crowds of objects with blur and noise. It knows
 where objects can lie (data/scenes.py's grid of 12 × 12 cells) and asks for every place whether one lies there, which
