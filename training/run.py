@@ -242,6 +242,7 @@ def open_folder(
             dataset.images,
             backend.encode(vae),
             cache,
+            paths=dataset.image_paths(),
             batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # the same number of pixels for any image size
             workers=min(settings.dataloader_workers, os.cpu_count() or 1),  # a GPU encodes faster than one can read
         )

@@ -159,7 +159,11 @@ def parse(parser: Parser, argv: Optional[Sequence[str]] = None) -> argparse.Name
         first.add_argument("--config", nargs="?")
         name = first.parse_known_args(argv)[0].config
         if name is not None:
-            entry = _read_entry(name, parser)
+            entry = read_entry(name, parser)
+            unknown = [str(key) for key in entry if key not in parser.flags()]
+            if unknown:
+                words = ", ".join(unknown)
+                parser.error(f"{CONFIGS.name}, {name}: {words}: no such setting of {parser.prog} (see --help)")
             parser.source = f"{CONFIGS.name}, {name}: "
             namespace = parser.parse_args(_as_words(entry, parser))
             parser.source = ""
@@ -172,7 +176,8 @@ def parse(parser: Parser, argv: Optional[Sequence[str]] = None) -> argparse.Name
     return settings
 
 
-def _read_entry(name: str, parser: Parser) -> Dict[str, Any]:
+def read_entry(name: str, parser: Parser) -> Dict[str, Any]:
+    """Return an entry of configs.yaml as it is written; an error is one line and exit status 2."""
     try:
         entries = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
     except OSError as error:
@@ -184,9 +189,6 @@ def _read_entry(name: str, parser: Parser) -> Dict[str, Any]:
     if name not in entries:
         known = ", ".join(map(str, entries))
         parser.error(f"argument --config: no configuration '{name}' in {CONFIGS.name}; it has {known}")
-    unknown = [str(key) for key in entries[name] if key not in parser.flags()]
-    if unknown:
-        parser.error(f"{CONFIGS.name}, {name}: {', '.join(unknown)}: no such setting of {parser.prog} (see --help)")
     return entries[name]
 
 
