@@ -103,7 +103,7 @@ def test_a_file_goes_on_on_another_machine(poptorch_standin, command, tiny_flags
     ended = command(
         train.main, *flags, "--epochs", 2, "--device", back, "--pretrained-checkpoint", tmp_path / "dalle_0.pt"
     )
-    assert ended.status == 0 and "optimizer state" in ended.out and "starts afresh" in ended.out
+    assert ended.status == 0 and ("optimizer state" in ended.out and "starts afresh" in ended.out) == (back == "ipu")
     assert (tmp_path / "dalle_1.pt").exists()
 
 
