@@ -120,8 +120,7 @@ def build(settings: Namespace) -> Run:
     torch.manual_seed(settings.random_seed)  # again, because an untrained VQGAN uses random numbers
     model = DALLE(vae=vae, **hparams)
     trainer = backend.trainer(model)
-    with backend.making_codes():
-        dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
+    dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
     samples_per_step = backend.samples_per_step * backend.world_size
     batches = EpochOrder(
         len(dataset),
