@@ -146,7 +146,7 @@ def _read_torch(path: Path) -> Any:
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
                     if archive.testzip() is not None:
-                        raise ValueError("checksum differs")
+                        raise OSError("checksum differs")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_]\w*(?:\.\w+)*)", str(error))
@@ -154,8 +154,10 @@ def _read_torch(path: Path) -> Any:
             problem = f"holds {name.group(1)}, neither tensor nor plain value, and was not opened"
             raise ValueError(f"{path}: {problem}") from None
         raise ValueError(f"{path}: damaged, cut short or not a checkpoint") from None
-    except Exception as error:  # damage shows as whatever the layer that meets it raises
+    except OSError as error:
         raise ValueError(f"{path}: damaged, cut short or not a checkpoint ({first_line(error)})") from None
+    except Exception:  # damage shows as whatever the layer that meets it raises
+        raise ValueError(f"{path}: damaged, cut short or not a checkpoint") from None
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
