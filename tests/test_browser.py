@@ -281,6 +281,10 @@ def test_vary_and_continue_keep_the_upper_rows(page, loaded):
     assert not page.shows("#copy_link")
     page.click("#resume")
     assert page.shows("#start") and page.shows("#keep_rows")
+    page.write("")
+    page.click("#history button.cell")
+    page.click("#resume")
+    assert page.value("#prompt") == PROMPT  # an empty prompt becomes the image's
     page.click("#remove")
     assert not page.shows("#start") and not page.shows("#keep_rows")
 
