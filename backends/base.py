@@ -62,6 +62,9 @@ class Trainer(Protocol):
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Load what `state_dict` returned on any backend; everything but the weights may be missing or None."""
 
+    def close(self) -> None:
+        """Give up the device; nothing can be trained afterwards."""
+
 
 class Backend(Protocol):
     """A machine that samples and evaluates, or one of several processes that do so together.
@@ -124,9 +127,6 @@ class TrainingBackend(Backend, Protocol):
     micro_batches: int
     samples_per_step: int
     compile_only: bool
-
-    def making_codes(self) -> ContextManager[Any]:
-        """Return a context for encoding images: all processes enter at once, or rank 0 alone while others wait."""
 
     def any_process(self, wish: bool) -> bool:
         """Return whether any process wishes it; every process must call this."""

@@ -112,7 +112,7 @@ def build(settings: Namespace) -> Run:
         "heads": settings.num_attention_heads,
         "dim_head": settings.dim_head,
         "loss_img_weight": settings.loss_img_weight,
-        "attn_types": tuple(settings.attn_types),
+        "attn_types": checkpoints.attention_patterns(settings, origin),
         "ff_dropout": settings.ff_dropout,
         "attn_dropout": settings.attn_dropout,
         "sandwich_norm": settings.sandwich_norm,
@@ -120,8 +120,7 @@ def build(settings: Namespace) -> Run:
     torch.manual_seed(settings.random_seed)  # again, because an untrained VQGAN uses random numbers
     model = DALLE(vae=vae, **hparams)
     trainer = backend.trainer(model)
-    with backend.making_codes():
-        dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
+    dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
     samples_per_step = backend.samples_per_step * backend.world_size
     batches = EpochOrder(
         len(dataset),

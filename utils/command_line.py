@@ -5,6 +5,7 @@ names with underscores, and their values pass through the same checks. Imports n
 """
 
 import argparse
+import difflib
 import math
 import re
 import sys
@@ -31,6 +32,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line to stderr and exit with status 2."""
         message = re.sub(r"(--[\w-]+)/--\w+", r"\1", message)  # one spelling of a flag is enough
+        if message.startswith("unrecognized arguments: "):
+            message += self._suggestion(message)
         print(f"{self.prog}: error: {self.source}{' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -55,6 +58,15 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(*_spellings(name), type=type, default=default, help=help, **more)
 
         return add
+
+    def _suggestion(self, message: str) -> str:
+        """Return the question whether the first unknown flag of a message meant a known one; "" if none is like it."""
+        flags = sorted(name.replace("_", "-") for name in self.flags())
+        word = next((word[2:] for word in message.replace("=", " ").split() if word.startswith("--")), "")
+        word = word.replace("_", "-")
+        abbreviated = [flag for flag in flags if word and flag.startswith(word)]
+        found = abbreviated or difflib.get_close_matches(word, flags, n=1)
+        return f" (did you mean --{' or --'.join(found[:3])}?)" if found else ""
 
     def flags(self) -> Set[str]:
         """Return the names of all flags that a configuration may set, with underscores."""
@@ -95,11 +107,13 @@ def _help_of(action: argparse.Action) -> str:
 
 
 def boolean(text: str) -> bool:
-    """Parse true or false, yes or no, on or off, 1 or 0."""
-    words = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
-    return words[text.lower()]
+    """Parse true or false, yes or no, their first letters, on or off, 1 or 0."""
+    word = text.lower()
+    if word in ("true", "t", "yes", "y", "on", "1"):
+        return True
+    if word in ("false", "f", "no", "n", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
 
 
 def number(
