@@ -18,9 +18,9 @@ from backends.base import Backend
 from data.tokenizer import load_tokenizer
 from data.words import read_summary, split_words
 from models.dalle import DALLE
-from models.official_vqgan import OFFICIAL_PARAMS
+from models.image_tokenizer import ImageTokenizer
 from models.sampling import Sampling
-from models.vae import VQGanVAE, load_vqgan
+from models.vae import VQGanVAE, build_tokenizer, infer_params, load_vqgan
 from utils import checkpoint
 from utils.files import AnyPath
 
@@ -33,6 +33,7 @@ HPARAMS = (
     *("num_text_tokens", "text_seq_len", "dim", "depth", "heads", "dim_head", "loss_img_weight", "attn_types"),
     "sandwich_norm",
 )
+OPTIONS = ("rotary_emb", "shift_tokens", "stable", "reversible", "shared_attn_ids", "shared_ff_ids")
 
 
 class LoadedModel:
@@ -175,7 +176,7 @@ def read_model(
     build_vae, weights = find_vqgan(path, vqgan_model_path, vqgan_config_path, saved, weights)
 
     def build() -> DALLE:
-        return DALLE(vae=build_vae(), **{name: hparams[name] for name in HPARAMS})
+        return DALLE(vae=build_vae(), **{name: hparams[name] for name in (*HPARAMS, *OPTIONS) if name in hparams})
 
     check_sizes(path, build, weights)
     model = build()
@@ -189,18 +190,25 @@ def find_vqgan(
     vqgan_config_path: Optional[str],
     saved: Dict[str, Any],
     weights: Dict[str, Tensor],
-) -> Tuple[Callable[[], VQGanVAE], Dict[str, Tensor]]:
+) -> Tuple[Callable[[], ImageTokenizer], Dict[str, Tensor]]:
     """Find the VQGAN of a checkpoint: given by path, in the file, or the official one.
 
     Returns:
         A function that builds it, and the weights with the VQGAN's among them.
     """
     params = saved.get("vae_params", {})
-    if not vqgan_model_path and params.get("target") and params.get("params"):
-        check_vqgan_counts(path, params["params"], weights)
-        return functools.partial(VQGanVAE, params["params"], gumbel=params["target"] == "GumbelVQ"), weights
+    if not vqgan_model_path and params.get("target"):
+        check_vqgan_counts(path, params.get("params"), weights)
+        return functools.partial(build_tokenizer, params), weights
     if not vqgan_model_path and any(name.startswith("vae.") for name in weights):
-        return functools.partial(VQGanVAE, OFFICIAL_PARAMS), weights
+        inside = {
+            name[len("vae.model.") :]: tensor for name, tensor in weights.items() if name.startswith("vae.model.")
+        }
+        try:
+            params, gumbel = infer_params(inside)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; give the VQGAN with --vqgan_model_path") from None
+        return functools.partial(VQGanVAE, params, gumbel), weights
     vae = load_vqgan(vqgan_model_path, vqgan_config_path)
     if vqgan_model_path:
         check_fingerprint(vqgan_model_path, vae.fingerprint(), path, saved.get("vqgan"), "--vqgan_model_path")
@@ -210,7 +218,11 @@ def find_vqgan(
 
 def check_vqgan_counts(path: AnyPath, params: Any, weights: Dict[str, Tensor]) -> None:
     """Raise ValueError if a file's VQGAN has more blocks than the file has tensors."""
-    sizes = params.get("ddconfig") if isinstance(params, dict) else None
+    params = params if isinstance(params, dict) else {}
+    for name in ("num_layers", "num_resnet_blocks", "blocks"):
+        if isinstance(params.get(name), int) and params[name] > len(weights):
+            raise ValueError(f"{path}: its VQGAN has {params[name]} {name}, more than the file holds")
+    sizes = params.get("ddconfig")
     levels, blocks = (sizes.get("ch_mult"), sizes.get("num_res_blocks")) if isinstance(sizes, dict) else ((), 0)
     if isinstance(levels, (list, tuple)) and isinstance(blocks, int) and len(levels) * max(blocks, 1) > len(weights):
         raise ValueError(f"{path}: its VQGAN has {blocks} blocks on {len(levels)} levels, more than the file holds")

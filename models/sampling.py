@@ -5,7 +5,7 @@ of prompts, files or pixels.
 """
 
 import contextlib
-from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Protocol, Union
+from typing import Any, Callable, ContextManager, Iterator, List, Mapping, NamedTuple, Optional, Protocol, Union
 
 import torch
 from torch import Tensor
@@ -107,10 +107,14 @@ class NaiveStepper:
 
 
 class CachedStepper:
-    """Computes one position for each code; keys and values of earlier positions stay in a cache."""
+    """Computes one position for each code; keys and values of earlier positions stay in a cache.
 
-    def __init__(self, dalle: DALLE):
-        self.dalle = dalle
+    Args:
+        autocast: returns the context in which the model computes.
+    """
+
+    def __init__(self, dalle: DALLE, autocast: Callable[[], ContextManager] = contextlib.nullcontext):
+        self.dalle, self.autocast = dalle, autocast
 
     def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         dalle = self.dalle
@@ -119,14 +123,16 @@ class CachedStepper:
         x = dalle.embed_text(dalle.number_padding(text))
         if self.count:
             x = torch.cat((x, dalle.embed_codes(codes)), dim=1)
-        return dalle.image_logits(dalle.transformer(x, cache=self.cache)[:, -1])
+        with self.autocast():
+            return dalle.image_logits(dalle.transformer(x, cache=self.cache)[:, -1])
 
     def next(self, code: Tensor) -> Tensor:
         dalle = self.dalle
         x = dalle.embed_codes(code[:, None], start=self.count)
         self.count += 1
-        x = dalle.transformer(x, cache=self.cache, start=dalle.text_seq_len + self.count)
-        return dalle.image_logits(x[:, -1])
+        with self.autocast():
+            x = dalle.transformer(x, cache=self.cache, start=dalle.text_seq_len + self.count)
+            return dalle.image_logits(x[:, -1])
 
 
 @torch.no_grad()

@@ -331,7 +331,7 @@ def test_a_remap_table_among_the_weights_is_passed_over(tmp_path):
 
 
 def test_a_folder_without_or_with_two_checkpoints_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: .* exactly one .ckpt file; this one has 0"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: .* exactly one file of weights .*; this one has 0"):
         load_vqgan(tmp_path)
     write_pair(tmp_path)
     write_pair(tmp_path, name="best")
@@ -379,10 +379,10 @@ def test_a_yaml_that_describes_no_vqgan_is_named(tmp_path, text, message):
     ("change", "message"),
     [
         (lambda state: state.pop("quant_conv.bias"), "quant_conv.bias is missing"),
-        (lambda state: state.update({"quant_conv.scale": torch.ones(1)}), "quant_conv.scale is not part of this VQGAN"),
+        (lambda state: state.update({"quant_conv.scale": torch.ones(1)}), "quant_conv.scale is not part of this model"),
         (
             lambda state: state.update({"quantize.embedding.weight": torch.ones(51, 6)}),
-            r"quantize.embedding.weight has shape \(51, 6\) instead of \(50, 6\)",
+            r"quantize.embedding.weight is \(51, 6\), not \(50, 6\)",
         ),
         (lambda state: state.update({"encoder.conv_in.bias": "text"}), "'encoder.conv_in.bias'"),
     ],
