@@ -62,6 +62,9 @@ class Trainer(Protocol):
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Load what `state_dict` returned on any backend; everything but the weights may be missing or None."""
 
+    def close(self) -> None:
+        """Give up the device; nothing can be trained afterwards."""
+
 
 class Backend(Protocol):
     """A machine that samples and evaluates, or one of several processes that do so together.

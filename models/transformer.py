@@ -1,7 +1,7 @@
-"""The transformer: attention with its four patterns and its key/value cache, and the layers around it.
+"""The transformer: attention with its patterns and its key/value cache, and the layers around it.
 
-A pattern is a fixed boolean mask over one dense attention, not another class: all four equal the sparse attentions of
-DALLE-pytorch to 1e-7, and each can use the cache and the fast kernels. Module names follow the checkpoint layout
+A pattern is a fixed boolean mask over one dense attention, not another class: each equals the sparse attention that it
+stands for to 1e-7, and each can use the cache and the fast kernels. Module names follow the checkpoint layout
 (`layers.<n>.<0|1>.fn.fn…`), which is why each block is wrapped twice.
 """
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PATTERNS = ("full", "axial_row", "axial_col", "conv_like")
-CONV_KERNEL = 5  # side of the conv_like window, in codes
+# conv_up_left is the conv_like of dalle-pytorch from 1.5 on, and of train.py's checkpoints before utils.checkpoint.LAYOUT 2.
+PATTERNS = ("full", "axial_row", "axial_col", "conv_like", "conv_up_left")
+CONV_KERNEL = 5  # side of the window of conv_like and conv_up_left, in codes
 Rotation = Tuple[Tensor, Tensor]  # cosines and sines (n, R), see rotate
 
 
@@ -22,8 +23,8 @@ def pattern_mask(pattern: str, text_len: int, fmap_size: int) -> Tensor:
     """Return what each position may see: bool (N, N), N = text_len + fmap_size² − 1; True if the row sees the column.
 
     Codes follow the text row by row; the last code is never an input, hence the − 1. Text sees earlier text. A code
-    sees all text and, of the codes up to itself: all (full), its row (axial_row), its column (axial_col), or the 5×5
-    window that ends in it, up and to the left (conv_like, with the padding of dalle-pytorch 1.6).
+    sees all text and, of the codes up to itself: all (full), its row (axial_row), its column (axial_col), the 5×5
+    window around it (conv_like), or the 5×5 window whose lower right corner it is (conv_up_left).
 
     Args:
         text_len: length of the text, `<bos>` included.
@@ -42,7 +43,8 @@ def pattern_mask(pattern: str, text_len: int, fmap_size: int) -> Tensor:
         "full": torch.ones(len(code), len(code), dtype=torch.bool),
         "axial_row": up == 0,
         "axial_col": left == 0,
-        "conv_like": (up >= 0) & (up < CONV_KERNEL) & (left >= 0) & (left < CONV_KERNEL),
+        "conv_like": (up <= CONV_KERNEL // 2) & (left.abs() <= CONV_KERNEL // 2),
+        "conv_up_left": (up < CONV_KERNEL) & (left >= 0) & (left < CONV_KERNEL),
     }[pattern]
     causal[text_len:, text_len:] &= visible
     return causal[:-1, :-1].contiguous()

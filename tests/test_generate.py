@@ -219,8 +219,8 @@ def reference_weights(text_tokens, fmap, codes, sandwich_norm, dim=32, inner=32)
     return {name: 0.3 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
 
 
-def write_reference(path, weights, vqgan, text_tokens, split=1, half=False, sandwich_norm=False):
-    """Write a dalle_<epoch>.pt as the reference does."""
+def write_reference(path, weights, vqgan, text_tokens, split=1, half=False, sandwich_norm=False, **more):
+    """Write a dalle_<epoch>.pt as the reference does; `more` are further entries."""
     stored = {f"model.{name}": tensor for name, tensor in weights.items()}
     if split > 1:
         pieces = stored.pop("model.text_emb.weight").chunk(split)
@@ -229,11 +229,11 @@ def write_reference(path, weights, vqgan, text_tokens, split=1, half=False, sand
         stored[f"model.vae.model.{name}"] = tensor.half() if half else tensor
     hparams = {**REFERENCE, "num_text_tokens": text_tokens, "ff_dropout": 0.0, "attn_dropout": 0.0, "fp16": half}
     hparams.update(sandwich_norm=sandwich_norm, embedding_ipu_id=0, embedding_serialization_factor=split)
-    hparams.update(layers_per_ipu=[0, 2], cls_ipu_id=1, byteio=False)
+    hparams.update(layers_per_ipu=[0, 2], cls_ipu_id=1, byteio=False, **more.pop("hparams", {}))
     adam = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
     scheduler = {"last_epoch": 3, "_step_count": 4, "base_lrs": [1e-3]}
     saved = {"hparams": hparams, "vae_params": {}, "epoch": 3, "weights": stored}
-    torch.save({**saved, "opt_state": adam, "scheduler_state": scheduler}, path)
+    torch.save({**saved, "opt_state": adam, "scheduler_state": scheduler, **more}, path)
     return path
 
 
@@ -265,6 +265,40 @@ def test_a_checkpoint_of_the_reference(drawn, tiny_vqgan, vqgan_weights, tmp_pat
     with torch.no_grad():
         assert torch.equal(loaded(text, codes), expected(text, codes))
         assert torch.equal(loaded.vae.decode(codes), vae.decode(codes))
+
+
+WINDOWS = {  # rows above a code, columns to its left, and columns to its right, that conv_like sees
+    "the reference": ({}, (2, 2, 2)),
+    "train.py, layout 2": ({"step": 12, "versions": {"layout": 2}}, (2, 2, 2)),
+    "train.py before": ({"step": 12}, (4, 4, 0)),
+}
+
+
+@pytest.mark.parametrize("writer", WINDOWS)
+def test_conv_like_is_what_the_checkpoint_was_trained_with(
+    command, tiny_flags, tiny_vqgan, vqgan_weights, tmp_path, writer
+):
+    more, (above, left, right) = WINDOWS[writer]
+    weights = reference_weights(8192, 4, 64, False)
+    types = {"hparams": {"attn_types": ("conv_like",)}}
+    path = write_reference(tmp_path / "dalle_3.pt", weights, vqgan_weights, 8192, **types, **more)
+    flags = ["--text-seq-len", 80, "--attn-types", "conv_like", "--learning-rate", 1e-30, "--max-steps", 13]
+    place = ["--checkpoint-output-dir", tmp_path / "onward", "--pretrained-checkpoint", path, "--epochs", 5]
+    assert command(train.main, *tiny_flags, *flags, *place).status == 0
+
+    expected = DALLE(vae=load_vqgan(str(tiny_vqgan)), num_text_tokens=8192, **{**REFERENCE, "attn_types": ("full",)})
+    expected.eval().load_state_dict(weights, strict=False)
+    mask = expected.transformer.layers[0][0].fn.fn.mask  # both layers have it
+    for query in range(15):
+        row, column = divmod(query, 4)
+        for key in range(query):
+            up, sideways = row - key // 4, column - key % 4
+            mask[81 + query, 81 + key] = up <= above and -right <= sideways <= left
+    text, codes = torch.randint(8192, (2, 80)), torch.randint(64, (2, 16))
+    for file in (path, tmp_path / "onward" / "dalle_step_13.pt"):
+        loaded, _, _ = read_model(file, tiny_vqgan / "vqgan.ckpt", bpe_path=VOCABULARY)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(text, codes), expected(text, codes))
 
 
 def test_training_continues_from_a_checkpoint_of_the_reference(command, tiny_flags, vqgan_weights, tmp_path):

@@ -138,6 +138,15 @@ def sort_by_age(folder: Path) -> List[Path]:
     return sorted(found, key=lambda path: (age(path), times[path]))
 
 
+def attention_patterns(settings: Namespace, origin: Optional[Tuple[Any, Dict[str, Any]]]) -> Tuple[str, ...]:
+    """Return --attn-types, with conv_up_left for conv_like if the checkpoint to resume from was trained with that."""
+    path, saved = origin or (None, {"hparams": {}})
+    if "conv_up_left" not in (saved["hparams"].get("attn_types") or ()):
+        return tuple(settings.attn_types)
+    logger.info("%s: its conv_like window reaches up and to the left of a code, and stays that way", path)
+    return tuple("conv_up_left" if name == "conv_like" else name for name in settings.attn_types)
+
+
 def resume(run: Run, path: Any, saved: Dict[str, Any], model: DALLE) -> None:
     """Load weights, optimizer, schedule and progress from a checkpoint's content; ValueError if the model differs."""
     weights = checkpoint.model_weights(saved["weights"])
@@ -280,7 +289,11 @@ def contents(run: Run, state: Dict[str, Any]) -> Dict[str, Any]:
         "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
         "settings": dict(vars(settings)),
         "captions": summarize(run),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        "versions": {
+            "layout": checkpoint.LAYOUT,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+        },
     }
     if "ema_weights" in state:
         content["ema_weights"] = checkpoint.canonical_weights(state.pop("ema_weights"))

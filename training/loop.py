@@ -47,6 +47,7 @@ def open_loop(run: Run) -> Iterator[Loop]:
     finally:
         report_lost_samples(run.dataset.lost)
         run.trackers.close()
+        run.trainer.close()
 
 
 class Loop:

@@ -113,7 +113,7 @@ def build(settings: Namespace) -> Run:
         "heads": settings.num_attention_heads,
         "dim_head": settings.dim_head,
         "loss_img_weight": settings.loss_img_weight,
-        "attn_types": tuple(settings.attn_types),
+        "attn_types": checkpoints.attention_patterns(settings, origin),
         "ff_dropout": settings.ff_dropout,
         "attn_dropout": settings.attn_dropout,
         "sandwich_norm": settings.sandwich_norm,

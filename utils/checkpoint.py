@@ -29,6 +29,7 @@ Tensors = Dict[str, torch.Tensor]
 
 PREFIX = "model."
 ANGLES = "transformer.pos_emb"  # too large for fp16
+LAYOUT = 2  # versions["layout"] of files written now; in train.py's earlier ones, conv_like is what is now conv_up_left
 KINDS = {
     **dict.fromkeys(("hparams", "weights", "vae_params", "ema_weights", "tokenizer", "sampling", "settings"), dict),
     **dict.fromkeys(("progress", "trainer", "versions", "captions"), dict),
@@ -104,7 +105,7 @@ def read(path: AnyPath) -> Checkpoint:
     """Read a checkpoint to the CPU, without its empty entries.
 
     Entries in KINDS have that type if they are there. A .safetensors file has no optimizer or schedule, and the entry
-    `exported`.
+    `exported`. Attention patterns have the names of models/transformer.py.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -132,7 +133,16 @@ def read(path: AnyPath) -> Checkpoint:
             raise ValueError(f"{path}: not a DALL-E checkpoint: its {key} are not tensors under names")
         if not all(map(_is_whole, weights.values())):
             raise ValueError(f"{path}: damaged: a tensor of its {key} has more values than the file holds")
-    return {key: value for key, value in checkpoint.items() if value is not None}
+    checkpoint = {key: value for key, value in checkpoint.items() if value is not None}
+    if "step" in checkpoint and "layout" not in checkpoint.get("versions", {}):  # the reference application has no step
+        _rename_conv_like(checkpoint["hparams"])
+    return checkpoint
+
+
+def _rename_conv_like(hparams: Dict[str, Any]) -> None:
+    patterns = hparams.get("attn_types")
+    if isinstance(patterns, (list, tuple)):
+        hparams["attn_types"] = tuple("conv_up_left" if name == "conv_like" else name for name in patterns)
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:

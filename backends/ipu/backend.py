@@ -6,11 +6,12 @@ tests use a strict stand-in for PopTorch and check the operators in use.
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import logging
 import os
 from argparse import Namespace
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from backends.ipu.inference import (
     DeviceLosses,
     DeviceSampler,
     OrderedSamples,
+    Program,
     RowByRow,
     VqganDecoder,
     decode_upper_rows,
@@ -50,6 +52,18 @@ def require_poptorch() -> None:
     if importlib.util.find_spec("poptorch") is None:
         enabled = "" if os.environ.get("POPLAR_SDK_ENABLED") else "run `. enable.sh` in the Poplar SDK's folders and "
         raise ValueError(f"--device ipu: there is no PopTorch here; {enabled}pip install the SDK's poptorch wheel")
+
+
+@contextlib.contextmanager
+def device_errors(problem: str) -> Iterator[None]:
+    """Turn errors of PopTorch, and of torch while PopTorch compiles, into ValueError: the problem and its reason."""
+    import poptorch
+
+    try:
+        yield
+    except (poptorch.Error, RuntimeError) as error:  # poptorch.Error derives from Exception
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"IPU: {problem}: {reason}") from error
 
 
 class Instances:
@@ -108,6 +122,7 @@ class IpuBackend(Backend):
     device = torch.device("cpu")
     can_gather = False
     memory = None
+    device_errors = staticmethod(device_errors)
 
     def __init__(self, device: str = "ipu", precision: str = "auto", replicas: int = 1):
         require_poptorch()
@@ -116,7 +131,7 @@ class IpuBackend(Backend):
         self.precision = precision
         self.instances = Instances(replicas)
         self.rank, self.world_size = self.instances.rank, self.instances.size
-        self.encoder: Optional[RowByRow] = None
+        self.live: Dict[str, Program] = {}  # programs that hold an IPU, by role
 
     def autocast(self) -> ContextManager[Any]:
         """Return an empty context: on the CPU, modules compute in fp32."""
@@ -126,25 +141,33 @@ class IpuBackend(Backend):
         """Refuse: instances exchange no tensors outside a training program."""
         raise NotImplementedError("IPU instances gather no tensors")
 
-    def inference(self, module: nn.Module, device_iterations: int = 1) -> Any:
-        """Return a module as a function of tensors with fixed shapes, on one IPU."""
+    def program(self, role: str, module: nn.Module, device_iterations: int = 1) -> Program:
+        """Return a module as a function of tensors with fixed shapes, on one IPU.
+
+        Args:
+            role: encoder, decoder, sampler or evaluator; at most one of each holds an IPU.
+        """
         import poptorch
 
-        return poptorch.inferenceModel(module.eval(), poptorch.Options().deviceIterations(device_iterations))
+        def make() -> Any:
+            return poptorch.inferenceModel(module.eval(), poptorch.Options().deviceIterations(device_iterations))
 
-    def free_encoder(self) -> None:
-        """Release the IPU that encodes, if there is one; the next image compiles the encoder again."""
-        if self.encoder is not None:
-            self.encoder.destroy()
+        return Program(make, role, self.live, device_errors)
+
+    def release(self, *roles: str) -> None:
+        """Give up the IPUs of these roles, or of all; the next call compiles such a program again."""
+        for role in roles or list(self.live):
+            if role in self.live:
+                self.live[role].release()
 
     def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
         """Return a function from batches to mean losses, on one IPU, row by row so that no batch has to be padded."""
-        module = RowByRow(DeviceLosses(self._inference_copy(model)), self.inference)
+        losses = self._row_by_row("evaluator", DeviceLosses(self._inference_copy(model)))
 
         def evaluate(batches: Iterable[Tuple[Tensor, Tensor]]) -> Losses:
-            self.free_encoder()
-            rows = torch.cat([module(torch.cat((text, codes), dim=1)) for text, codes in batches])
-            module.destroy()  # frees its IPU
+            self.release("encoder")
+            rows = torch.cat([losses(torch.cat((text, codes), dim=1)) for text, codes in batches])
+            self.release("evaluator")
             return dict(zip(("total", "text", "image"), rows.mean(dim=0).tolist()))
 
         return evaluate
@@ -160,19 +183,23 @@ class IpuBackend(Backend):
 
     def encode(self, vae: ImageTokenizer) -> Callable[[Tensor], Tensor]:
         """Return a function from pixels to codes, in fp32, so that codes equal those of other machines."""
-        encoder = self.encoder = RowByRow(vae, self.inference)
+        encoder = self._row_by_row("encoder", vae)
         return lambda pixels: encoder(pixels).long()
 
     def decode(self, vae: ImageTokenizer) -> Callable[..., Tensor]:
         """Return a function from codes to pixels."""
-        return decode_upper_rows(RowByRow(VqganDecoder(vae), self.inference))
+        return decode_upper_rows(self._row_by_row("decoder", VqganDecoder(vae)))
 
     def sampler(self, model: DALLE, batch_size: int) -> Callable[..., Tensor]:
         """Return `generate_codes` as one call of the device per batch, or per code if that does not compile."""
         import poptorch
 
         on_device = {"loop": poptorch.for_loop, "update": poptorch.dynamic_update}
-        return DeviceSampler(self._inference_copy(model), batch_size, self.inference, on_device)
+        program = functools.partial(self.program, "sampler")
+        return DeviceSampler(self._inference_copy(model), batch_size, program, on_device)
+
+    def _row_by_row(self, role: str, module: nn.Module) -> RowByRow:
+        return RowByRow(functools.partial(self.program, role, module))
 
 
 class IpuTrainingBackend(IpuBackend, TrainingBackend):

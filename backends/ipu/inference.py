@@ -1,10 +1,10 @@
-"""Run models with fixed shapes: any number of rows through a function that was compiled for a fixed number.
+"""Run models with fixed shapes: any number of rows through a program that was compiled for a fixed number.
 
-The caller passes `inference(module, device_iterations)`, which compiles a module; this file names no SDK.
+The backend passes a function that returns Programs; this file names no SDK.
 """
 
 import logging
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -65,41 +65,82 @@ def decode_upper_rows(decode: Callable[[Tensor], Tensor]) -> Callable[..., Tenso
     return decode_rows
 
 
-class RowByRow:
-    """A module for any number of rows: each call takes as many as the first one had, one after another."""
+class Program:
+    """A module that is compiled at its first call, and holds an IPU from then on until `release`.
 
-    def __init__(self, module: nn.Module, inference: Callable):
-        self.module, self.inference = module, inference
+    Args:
+        make: returns a new executor of PopTorch.
+        role: what the module does. Of all programs with the same role, only the one called last holds an IPU.
+        live: the programs that hold an IPU, by role.
+        errors: returns a context that turns PopTorch's errors into a ValueError.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        role: str,
+        live: Dict[str, "Program"],
+        errors: Callable[[str], ContextManager[Any]],
+    ):
+        self.make, self.role, self.live, self.errors = make, role, live, errors
         self.executor: Any = None
+
+    def compile(self, *inputs: Tensor) -> None:
+        """Compile for inputs like these if the program is not compiled; ValueError, one line, if that fails."""
+        if self.live.get(self.role) is self:
+            return
+        if self.role in self.live:
+            self.live[self.role].release()
+        self.executor = self.make()
+        with self.errors(f"the {self.role} does not compile"):
+            self.executor.compile(*inputs)
+        self.live[self.role] = self
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Run the module."""
+        self.compile(*inputs)
+        with self.errors(f"the {self.role} stopped"):
+            return self.executor(*inputs)
+
+    def release(self) -> None:
+        """Give up the IPU; the next call compiles the module again."""
+        self.executor.destroy()
+        del self.live[self.role]
+
+
+class RowByRow:
+    """A module for any number of rows: each call takes as many as the first one had, one after another.
+
+    Args:
+        program: returns the Program of a module that takes `device_iterations` rows.
+    """
+
+    def __init__(self, program: Callable[..., Program]):
+        self.compile_for = program
+        self.program: Optional[Program] = None
         self.rows = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the module to x."""
-        if self.executor is None:
+        if self.program is None:
             self.rows = len(x)
-            self.executor = self.inference(self.module, self.rows)
-        return torch.cat([self.executor(full(part, self.rows))[: len(part)] for part in x.split(self.rows)])
-
-    def destroy(self) -> None:
-        """Release the IPU; the next call compiles the module again."""
-        if self.executor is not None:
-            self.executor.destroy()
-            self.executor = None
+            self.program = self.compile_for(device_iterations=self.rows)
+        return torch.cat([self.program(full(part, self.rows))[: len(part)] for part in x.split(self.rows)])
 
 
 class DeviceSampler:
     """Backend.sampler in calls of `rows` images; the last image is repeated if fewer are needed.
 
     Args:
-        inference: compiles a module; see IpuBackend.inference.
+        program: returns a module's Program.
         on_device: StaticSampler's loop and update, to sample a batch in one call. If None, or if that does not compile,
             every code takes a call.
     """
 
     def __init__(
-        self, model: DALLE, rows: int, inference: Callable[..., Any], on_device: Optional[Dict[str, Callable]]
+        self, model: DALLE, rows: int, program: Callable[..., Program], on_device: Optional[Dict[str, Callable]]
     ):
-        self.model, self.rows, self.inference, self.on_device = model, rows, inference, on_device
+        self.model, self.rows, self.program, self.on_device = model, rows, program, on_device
         self.loops: Dict[Any, Any] = {}  # compiled StaticSamplers, by sampling settings and number of given codes
         self.stepper = FullPassStepper(self)
 
@@ -125,12 +166,11 @@ class DeviceSampler:
     def compiled_loop(self, sampling: Sampling, inputs: Tuple[Tensor, ...], count: int) -> Optional[Any]:
         """Return the executor for these settings and `count` given codes, or None if it does not compile."""
         if (sampling, count) not in self.loops:
-            executor = self.inference(StaticSampler(self.model, sampling, **(self.on_device or {})))
+            executor = self.program(StaticSampler(self.model, sampling, **(self.on_device or {})))
             try:
                 executor.compile(*(full(x[: self.rows], self.rows) for x in inputs))
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                logger.warning("the loop over codes does not compile; each code takes one call: %s", reason)
+            except ValueError as error:
+                logger.warning("each code takes one call, because the loop over codes cannot be used: %s", error)
                 self.on_device = executor = None
             self.loops[sampling, count] = executor
         return self.loops[sampling, count]
@@ -150,7 +190,7 @@ class FullPassStepper:
 
     def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         if self.executor is None:
-            self.executor = self.sampler.inference(FullPass(self.sampler.model))
+            self.executor = self.sampler.program(FullPass(self.sampler.model))
         self.text, self.codes = text, codes
         place = codes.shape[1]
         codes = F.pad(codes, (0, self.sampler.model.image_seq_len - place))

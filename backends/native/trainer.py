@@ -169,6 +169,9 @@ class NativeTrainer(Trainer):
             }
         return state
 
+    def close(self) -> None:
+        """Do nothing: the device is free when the process ends."""
+
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Load a state; without averaged weights in it, the average starts at the weights."""
         self.model.load_state_dict(state["weights"])

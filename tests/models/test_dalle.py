@@ -31,6 +31,7 @@ def both_models(dalle_pytorch, attn_types, sandwich_norm):
     theirs = dalle_pytorch.DALLE(rotary_emb=False, shift_tokens=False, **settings)
     for parameter in theirs.parameters():  # LayerScale's 0.1 and zero biases would hide mistakes
         parameter.data = torch.randn_like(parameter) * 0.3
+    settings["attn_types"] = [name.replace("conv_like", "conv_up_left") for name in attn_types]
     ours = DALLE(**settings)
     missing, unexpected = ours.load_state_dict(oracle_weights(theirs.state_dict()), strict=False)
     assert not unexpected and all(name.startswith("vae.") for name in missing)
@@ -76,11 +77,22 @@ def test_masks_are_these():
     col = text_block("1110000000 1101000000 1100100000 1110010000 1101001000 1100100100 1110010010 1101001001")
     assert torch.equal(pattern_mask("axial_col", 2, 3)[2:], col)
     assert torch.equal(pattern_mask("full", 2, 3), torch.ones(10, 10, dtype=torch.bool).tril())
-    conv = pattern_mask("conv_like", 1, 6)
-    seen = set(conv[1 + 4 * 6 + 4].nonzero().flatten().tolist())  # from row 4, column 4; 0 is <bos>
-    assert seen == {0} | {1 + 6 * r + c for r in range(5) for c in range(5)}
-    seen = set(conv[1 + 1 * 6 + 5].nonzero().flatten().tolist())  # from row 1, column 5
-    assert seen == {0} | {1 + 6 * r + c for r in range(2) for c in range(1, 6)}
+
+
+WINDOWS = {  # <bos> and a 6 × 6 image: what codes (row, column) see of the image
+    ("conv_like", 3, 2): "...... 11111. 11111. 111... ...... ......",
+    ("conv_like", 1, 5): "...111 ...111 ...... ...... ...... ......",
+    ("conv_like", 4, 0): "...... ...... 111... 111... 1..... ......",
+    ("conv_up_left", 4, 4): "11111. 11111. 11111. 11111. 11111. ......",
+    ("conv_up_left", 1, 5): ".11111 .11111 ...... ...... ...... ......",
+}
+
+
+@pytest.mark.parametrize(("pattern", "row", "column"), WINDOWS)
+def test_windows_of_the_convolutions_are_these(pattern, row, column):
+    """conv_like is centered on the code, as in Graphcore's application; dalle-pytorch looks up and to the left."""
+    window = [float(cell == "1") for cell in WINDOWS[pattern, row, column].replace(" ", "")]
+    assert pattern_mask(pattern, 1, 6)[1 + 6 * row + column].tolist() == [1, *window][:-1]
 
 
 def test_masked_logits_and_split_loss_agree(tiny_vae):

@@ -98,7 +98,7 @@ def test_every_annotated_module_is_entered_on_its_ipu(poptorch_standin, dalle):
     places = placement(4, layers_per_ipu=[0, 3, 1], embedding_ipu_id=0, cls_ipu_id=0, pixels=True)
     options = poptorch_standin.Options()
     options.setExecutionStrategy(poptorch_standin.PipelinedExecution(poptorch_standin.AutoStage.AutoIncrement))
-    options.deviceIterations(4)
+    options.deviceIterations(4).autoRoundNumIPUs(True)
     wrapped = WrappedDALLE(dalle, places, serialization=4).eval()
     executor = poptorch_standin.inferenceModel(wrapped, options)
     executor.compile(*(part.repeat(4, *[1] * (part.dim() - 1)) for part in some_batch(pixels=True)))

@@ -119,9 +119,10 @@ def test_a_cache_plan_reads_what_the_mask_shows(pattern):
 def test_a_planned_cache_is_small_and_its_keys_are_adjacent():
     plans = {pattern: plan_cache(pattern_mask(pattern, 81, 16)[81:, 81:]) for pattern in PATTERNS}
     sizes = {pattern: 1 + max(slots) for pattern, (slots, _) in plans.items()}
-    assert sizes == {"full": 255, "axial_row": 16, "axial_col": 255, "conv_like": 4 * 16 + 5}
+    windows = {"conv_like": 2 * 16 + 3, "conv_up_left": 4 * 16 + 5}
+    assert sizes == {"full": 255, "axial_row": 16, "axial_col": 255, **windows}
     for pattern, (_, reads) in plans.items():  # slices are views, for which nothing is gathered
-        assert pattern == "conv_like" or all(isinstance(read, slice) for read in reads)
+        assert pattern in windows or all(isinstance(read, slice) for read in reads)
 
 
 def test_static_sampling_takes_its_loop_and_its_writes_from_the_caller(tiny_vae):
@@ -142,8 +143,9 @@ def test_static_sampling_takes_its_loop_and_its_writes_from_the_caller(tiny_vae)
     found = static_codes(dalle, captions(), PLAIN, None, loop=loop, update=update)
     assert torch.equal(found, codes_by(CachedStepper(dalle), captions()))
     assert counts == [15]
-    # Keys and values of four layers at the positions after <bos> and six tokens, and codes from the second on.
-    assert [place for dim, place in places if dim == 2] == [7 + step for step in range(15) for _ in range(2 * 4)]
+    # Keys and values of each layer at the positions after <bos> and six tokens, and codes from the second on.
+    tensors = 2 * len(PATTERNS)
+    assert [place for dim, place in places if dim == 2] == [7 + step for step in range(15) for _ in range(tensors)]
     assert [place for dim, place in places if dim == 1] == list(range(1, 16))
 
 

@@ -29,7 +29,7 @@ TEXT, SIDE = 6, 4
 
 
 def dalle(vae, **changes):
-    return small_dalle(vae, weight_std=0.3, **{"depth": 4, "attn_types": PATTERNS, **changes})
+    return small_dalle(vae, weight_std=0.3, **{"depth": len(PATTERNS), "attn_types": PATTERNS, **changes})
 
 
 def batch(rows=3):
