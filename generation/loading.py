@@ -6,6 +6,7 @@ contains the VQGAN's weights alone; its sizes are those of the official f = 16 m
 
 import functools
 import hashlib
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -121,6 +122,8 @@ def load(
     if precision == "auto" and 4 * weights < HALF_FROM:
         precision = "fp32"
     backend = backends.for_inference(device, precision)
+    if backend.kind == "ipu" and not model.transformer.is_plain:
+        raise ValueError(f"{path}: has options of DALLE-pytorch that do not run on IPUs; generate with --device cpu")
     batch_size = batch_size or fitting_batch_size(model, backend)
     return LoadedModel(path, saved, model, tokenizer, recommended, backend, batch_size)
 
@@ -205,7 +208,7 @@ def find_vqgan(
             name[len("vae.model.") :]: tensor for name, tensor in weights.items() if name.startswith("vae.model.")
         }
         try:
-            params, gumbel = infer_params(inside)
+            params, gumbel = infer_params(inside, grid_side(weights, saved["hparams"]))
         except ValueError as error:
             raise ValueError(f"{path}: {error}; give the VQGAN with --vqgan_model_path") from None
         return functools.partial(VQGanVAE, params, gumbel), weights
@@ -214,6 +217,15 @@ def find_vqgan(
         check_fingerprint(vqgan_model_path, vae.fingerprint(), path, saved.get("vqgan"), "--vqgan_model_path")
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("vae.")}
     return lambda: vae, {**weights, **{f"vae.{name}": tensor for name, tensor in vae.state_dict().items()}}
+
+
+def grid_side(weights: Dict[str, Tensor], hparams: Dict[str, Any]) -> int:
+    """Return the side of a model's code grid; ValueError if its weights do not tell it."""
+    if "image_pos_emb.weights_0" in weights:
+        return weights["image_pos_emb.weights_0"].shape[1]
+    if "transformer.pos_emb" in weights and isinstance(hparams["text_seq_len"], int):
+        return math.isqrt(max(0, weights["transformer.pos_emb"].shape[1] - hparams["text_seq_len"] - 1))
+    raise ValueError("it has no embeddings of image positions")
 
 
 def check_vqgan_counts(path: AnyPath, params: Any, weights: Dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# conv_up_left is the conv_like of dalle-pytorch from 1.5 on, and of train.py's checkpoints before utils.checkpoint.LAYOUT 2.
+# conv_up_left is the conv_like of dalle-pytorch from 1.5 on, and of our checkpoints before utils.checkpoint.LAYOUT 2.
 PATTERNS = ("full", "axial_row", "axial_col", "conv_like", "conv_up_left")
 CONV_KERNEL = 5  # side of the window of conv_like and conv_up_left, in codes
 Rotation = Tuple[Tensor, Tensor]  # cosines and sines (n, R), see rotate
@@ -184,7 +184,7 @@ class LayerScale(nn.Module):
 
 
 class TokenShift:
-    """Replaces channels by those of neighbors: a half by the token before, or a quarter each by the codes above and left.
+    """Replaces half of the channels by those of neighbors: the token before, or the codes above and to the left.
 
     Args:
         text_len: length of the text, `<bos>` included.

@@ -205,10 +205,11 @@ def _sizes(mapping: Dict[str, Any], name: str, may_be_empty: bool = False) -> Li
     return [size_in({name: value}, name) for value in values]
 
 
-def infer_params(weights: Mapping[str, torch.Tensor]) -> Tuple[Dict[str, Any], bool]:
+def infer_params(weights: Mapping[str, torch.Tensor], fmap_size: int) -> Tuple[Dict[str, Any], bool]:
     """Return the params of a VQGAN with these weights, under the names of VQGan, and whether it is a GumbelVQ.
 
-    Weights do not tell the side of the images, which is 256 here.
+    Args:
+        fmap_size: side of its code grid, which weights do not tell.
 
     Raises:
         ValueError: a tensor that tells a size is missing.
@@ -224,7 +225,7 @@ def infer_params(weights: Mapping[str, torch.Tensor]) -> Tuple[Dict[str, Any], b
         ddconfig = {
             "double_z": False,
             "z_channels": len(weights["encoder.conv_out.weight"]),
-            "resolution": 256 // math.isqrt(in_channels // 3),
+            "resolution": fmap_size * 2 ** (len(levels) - 1),
             "in_channels": in_channels,
             "out_ch": in_channels,
             "ch": channels,
@@ -336,7 +337,7 @@ def _read_config(path: Path) -> Tuple[Dict[str, Any], bool]:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or an impossible date
         raise ValueError(f"{path}: not a yaml file ({first_line(error)})") from error
-    model = config.get("model", config) if isinstance(config, dict) else None
+    model: Any = config.get("model", config) if isinstance(config, dict) else None
     params = model.get("params") if isinstance(model, dict) else None
     if isinstance(params, dict) and isinstance(params.get("first_stage_config"), dict):  # of a whole diffusion model
         model = params["first_stage_config"]

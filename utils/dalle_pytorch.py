@@ -56,7 +56,7 @@ def convert(saved: Dict[str, Any]) -> Dict[str, Any]:
         dim=given["dim"],
         depth=given["depth"],
         attn_types=_patterns(types, saved.get("version"), in_attention > in_feed_forward),
-        sandwich_norm=any(name.endswith(".norm_out.weight") for name in weights),
+        sandwich_norm=any(name.endswith(".fn.norm_out.weight") for name in weights),
         rotary_emb="transformer.pos_emb" in weights,
         shift_tokens=in_feed_forward > 2,
         reversible=any(name.startswith(REVERSIBLE) for name in weights),

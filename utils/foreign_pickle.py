@@ -36,6 +36,7 @@ DTYPES = {
     "Bool": torch.bool,
 }
 STREAM_HEADER = [0x1950A86A20F9469CFC6C, 1001]  # magic number and version of the format before torch 1.6
+NEWOBJ, NEWOBJ_EX = 0x81, 0x92  # opcodes that make an object of a class without calling it
 MODULE_DEPTH = 32  # of modules in modules
 MOST_DICTS = 1000  # that are searched for a state dict
 MOST_VALUES = 4096  # in a list or dict of plain values
@@ -186,15 +187,15 @@ def _find_state_dict(saved: Any, anchor: Optional[str]) -> Dict[str, Any]:
         saved = saved.get("state_dict", saved)
     if not isinstance(saved, dict):
         raise ValueError("holds no state dict")
+    if anchor is None:
+        return saved
     level = [saved]
-    for _ in range(0 if anchor is None else 3):
+    for _ in range(3):
         for one in level:
             if any(isinstance(name, str) and name.endswith(anchor) for name in one):
                 return one
         level = [value for one in level for value in one.values() if isinstance(value, dict)][:MOST_DICTS]
-    if anchor is not None:
-        raise ValueError(f"no tensor of it is named {anchor}")
-    return saved
+    raise ValueError(f"no tensor of it is named {anchor}")
 
 
 def _wanted(state_dict: Dict[str, Any], skip: Tuple[str, ...], anchor: Optional[str]) -> Dict[str, str]:
@@ -235,12 +236,23 @@ def plain(value: Any, depth: int = 3) -> Any:
     return None
 
 
+def _make_inert(unpickler: Any) -> None:
+    """Put an object of the class below the arguments on the stack."""
+    _, name = unpickler.stack.pop(), unpickler.stack.pop()
+    unpickler.append(Inert(getattr(name, "name", "something")))
+
+
+def _make_inert_with_keywords(unpickler: Any) -> None:
+    unpickler.stack.pop()
+    _make_inert(unpickler)
+
+
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # C's allocates what a forged memo index asks for
+    dispatch = {**pickle._Unpickler.dispatch, NEWOBJ: _make_inert, NEWOBJ_EX: _make_inert_with_keywords}  # type: ignore
+
     def __init__(self, file: Any):
         super().__init__(file, encoding="latin-1")
         self.storages: Dict[str, Storage] = {}
-
-        self.dispatch = {**self.dispatch, pickle.NEWOBJ[0]: _make_inert, pickle.NEWOBJ_EX[0]: _make_inert_with_keywords}
 
     def find_class(self, module: str, name: str) -> Name:
         return Name(f"{module}.{name}")
@@ -257,17 +269,6 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # C's alloca
         if self.storages.setdefault(key, storage) != storage:
             raise ValueError(f"describes storage {key} in two ways")
         return storage
-
-
-def _make_inert(unpickler: Any) -> None:
-    """Put an object of the class below the arguments on the stack."""
-    _, name = unpickler.stack.pop(), unpickler.stack.pop()
-    unpickler.append(Inert(getattr(name, "name", "something")))
-
-
-def _make_inert_with_keywords(unpickler: Any) -> None:
-    unpickler.stack.pop()
-    _make_inert(unpickler)
 
 
 def _open_zip(file: BinaryIO) -> Tuple[Any, Callable[[Storage], bytearray]]:

@@ -64,6 +64,19 @@ def static_codes(dalle, text, sampling, given, **operators):
     return found.long()
 
 
+OPTIONS = {"rotary_emb": True, "shift_tokens": True, "stable": True, "reversible": True, "shared_ff_ids": (0, 1)}
+
+
+@pytest.mark.parametrize("options", [*({name: value} for name, value in OPTIONS.items()), OPTIONS], ids=str)
+def test_the_cache_knows_every_option_of_the_network(tiny_vae, options):
+    dalle = small_dalle(tiny_vae, weight_std=0.3, depth=len(PATTERNS), attn_types=PATTERNS, **options).eval()
+    for sampling in SETTINGS:
+        for count in (0, 1, 7, 15):
+            given = torch.randint(0, 32, (3, count), generator=seeded())
+            expected = codes_by(NaiveStepper(dalle), captions(), sampling, given)
+            assert torch.equal(codes_by(CachedStepper(dalle), captions(), sampling, given), expected)
+
+
 @pytest.mark.parametrize("sandwich", [False, True])
 @pytest.mark.parametrize("patterns", [*((pattern,) for pattern in PATTERNS), PATTERNS])
 def test_every_way_to_sample_gives_the_same_codes(tiny_vae, patterns, sandwich):
