@@ -57,6 +57,12 @@ class Sampling(NamedTuple):
         if not 0 <= cond_scale < float("inf"):
             raise ValueError(f"cond_scale is {cond_scale}; 1 is no guidance, above 1 follows the text more closely")
 
+    def codes_to_keep(self, num_tokens: int) -> Optional[int]:
+        """Return how many codes top_k keeps of those of an image, with `num_tokens` of text and image; None: all."""
+        if self.top_k is None or self.top_k > 1:
+            return None if self.top_k is None else int(self.top_k)
+        return max(int((1 - self.top_k) * num_tokens), 1)
+
     def choose(self, logits: Tensor, noise: Tensor, num_tokens: int) -> Tensor:
         """Choose one code for each image.
 
@@ -73,8 +79,8 @@ class Sampling(NamedTuple):
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + self.cond_scale * (conditional - unconditional)
         logits = logits / self.temperature
-        if self.top_k is not None:
-            count = int(self.top_k) if self.top_k > 1 else max(int((1 - self.top_k) * num_tokens), 1)
+        count = self.codes_to_keep(num_tokens)
+        if count is not None:
             logits = keep_top_k(logits, count)
         if self.top_p is not None:
             logits = keep_top_p(logits, self.top_p)

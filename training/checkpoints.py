@@ -165,21 +165,26 @@ def resume(run: Run, path: Any, saved: Dict[str, Any], model: DALLE) -> None:
                 f"{path}: was trained with another {flag} "
                 f"(fingerprint {checkpoint.short(theirs)}, this run's is {checkpoint.short(ours)})"
             )
+    checkpoint.check_vocabulary(path, saved, run.tokenizer.fingerprint, "--bpe-path")
     if "exported" in saved:
         run.trainer.load_state_dict({"weights": weights})
         logger.info("%s: loaded the weights of step %s; new optimizer, from step 0", path, saved.get("step"))
         return
+    opt_state = saved.get("opt_state")
+    if not isinstance(opt_state, list):  # the reference application has one optimizer, we have a list
+        opt_state = [opt_state]
     run.trainer.load_state_dict(
         {
             "weights": weights,
             "ema_weights": checkpoint.model_weights(saved.get("ema_weights", {})),
-            "opt_state": saved.get("opt_state") if isinstance(saved.get("opt_state"), list) else None,
+            "opt_state": opt_state,
             **saved.get("trainer", {}),
         }
     )
     if isinstance(saved.get("scheduler_state"), dict):
         run.schedule.load_state_dict(saved["scheduler_state"])
-    run.step = saved.get("step", (saved.get("epoch", -1) + 1) * run.batches.batches_per_epoch)
+    # The reference application counts finished epochs, and no steps.
+    run.step = saved.get("step", saved.get("epoch", 0) * run.batches.batches_per_epoch)
     for name, key in PROGRESS.items():
         if key in saved.get("progress", {}):
             value = saved["progress"][key]
@@ -200,8 +205,12 @@ def find_differences(saved: Dict[str, Any], run: Run) -> List[str]:
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value
 
-    before, found = saved.get("settings", {}), []
-    for name, value in vars(run.settings).items():
+    found = []
+    if "settings" in saved:
+        before, now = saved["settings"], vars(run.settings)
+    else:  # of the reference application, whose hparams are a part of them
+        before, now = saved["hparams"], run.hparams
+    for name, value in now.items():
         if name in before and name not in MAY_DIFFER and plain(before[name]) != plain(value):
             found.append(f"--{name.replace('_', '-')} {value}, was {before[name]}")
     version = saved.get("versions", {}).get("torch")

@@ -30,6 +30,7 @@ Tensors = Dict[str, torch.Tensor]
 PREFIX = "model."
 ANGLES = "transformer.pos_emb"  # too large for fp16
 LAYOUT = 2  # versions["layout"] of files written now; in train.py's earlier ones, conv_like is what is now conv_up_left
+BUNDLED_VOCABULARY = "71af8ba2decff41932e78199383441ee1c2d56b594da9a5501aaf50df3d844bd"  # bpe/bpe_yttm_vocab.txt
 KINDS = {
     **dict.fromkeys(("hparams", "weights", "vae_params", "ema_weights", "tokenizer", "sampling", "settings"), dict),
     **dict.fromkeys(("progress", "trainer", "versions", "captions"), dict),
@@ -159,7 +160,7 @@ def _read_torch(path: Path) -> Any:
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
                     if archive.testzip() is not None:
-                        raise ValueError("checksum differs")
+                        raise OSError("checksum differs")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_]\w*(?:\.\w+)*)", str(error))
@@ -171,8 +172,10 @@ def _read_torch(path: Path) -> Any:
             problem = f"holds {name.group(1)}, neither tensor nor plain value, and was not opened"
             raise ValueError(f"{path}: {problem}") from None
         raise ValueError(f"{path}: damaged, cut short or not a checkpoint") from None
-    except Exception as error:  # damage shows as whatever the layer that meets it raises
+    except OSError as error:
         raise ValueError(f"{path}: damaged, cut short or not a checkpoint ({first_line(error)})") from None
+    except Exception:  # damage shows as whatever the layer that meets it raises
+        raise ValueError(f"{path}: damaged, cut short or not a checkpoint") from None
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
@@ -263,6 +266,27 @@ def first_misfit(model: torch.nn.Module, weights: Tensors) -> Optional[str]:
         if tensor.shape != weights[name].shape:
             return f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
     return None
+
+
+def check_vocabulary(path: AnyPath, saved: Checkpoint, fingerprint: str, flag: str) -> None:
+    """Refuse our bpe_yttm_vocab.txt for a checkpoint of another program, whose file of that name differs.
+
+    Both files have 8,192 tokens, so the sizes fit, but almost every id means another word.
+
+    Args:
+        path: where the checkpoint `saved` was read.
+        fingerprint: of the vocabulary that it is to be used with.
+        flag: the spelling of --bpe-path for the message.
+
+    Raises:
+        ValueError: that is so.
+    """
+    ours = "step" in saved or saved.get("tokenizer", {}).get("sha256") is not None
+    if fingerprint == BUNDLED_VOCABULARY and not ours:
+        raise ValueError(
+            f"{path}: was trained by another program, with another vocabulary than our bpe_yttm_vocab.txt; "
+            f"give its own file with {flag} (Graphcore's application has one of the same name)"
+        )
 
 
 def short(fingerprint: Any) -> str:

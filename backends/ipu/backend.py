@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 from argparse import Namespace
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -55,15 +55,15 @@ def require_poptorch() -> None:
 
 
 @contextlib.contextmanager
-def device_errors(problem: str) -> Iterator[None]:
-    """Turn errors of PopTorch, and of torch while PopTorch compiles, into ValueError: the problem and its reason."""
+def device_errors(problem: str, kind: Type[ValueError] = ValueError) -> Iterator[None]:
+    """Turn errors of PopTorch, and of torch while PopTorch compiles, into `kind`: the problem and its reason."""
     import poptorch
 
     try:
         yield
     except (poptorch.Error, RuntimeError) as error:  # poptorch.Error derives from Exception
         reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"IPU: {problem}: {reason}") from error
+        raise kind(f"IPU: {problem}: {reason}") from error
 
 
 class Instances:
@@ -194,9 +194,9 @@ class IpuBackend(Backend):
         """Return `generate_codes` as one call of the device per batch, or per code if that does not compile."""
         import poptorch
 
-        on_device = {"loop": poptorch.for_loop, "update": poptorch.dynamic_update}
+        operators = {"loop": poptorch.for_loop, "update": poptorch.dynamic_update}
         program = functools.partial(self.program, "sampler")
-        return DeviceSampler(self._inference_copy(model), batch_size, program, on_device)
+        return DeviceSampler(self._inference_copy(model), batch_size, program, operators)
 
     def _row_by_row(self, role: str, module: nn.Module) -> RowByRow:
         return RowByRow(functools.partial(self.program, role, module))

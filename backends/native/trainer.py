@@ -19,7 +19,7 @@ from backends.native.fast_layers import compile_layers, use_fast_layers
 from backends.native.inference import sampler
 from models.dalle import DALLE
 from utils.muon import Muon, orthogonal
-from utils.optimization import load_keeping_flags, parameter_groups
+from utils.optimization import convert_ipu_state, load_keeping_flags, parameter_groups
 
 if TYPE_CHECKING:
     from backends.native.backend import NativeBackend, NativeTrainingBackend
@@ -187,7 +187,9 @@ class NativeTrainer(Trainer):
             if len(opt_state) != len(self.optimizers):
                 raise ValueError
             for optimizer, saved in zip(self.optimizers, opt_state):
-                if saved.keys() != optimizer.state_dict().keys():  # PopTorch's optimizers have more
+                if saved.get("ipu_state"):
+                    saved = convert_ipu_state(optimizer, self.model, saved["ipu_state"])
+                if saved.keys() != optimizer.state_dict().keys() or not saved["state"]:
                     raise ValueError
                 load_keeping_flags(optimizer, self.take_share(optimizer, saved))
         except (ValueError, LookupError, TypeError, AttributeError):
