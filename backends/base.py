@@ -128,9 +128,6 @@ class TrainingBackend(Backend, Protocol):
     samples_per_step: int
     compile_only: bool
 
-    def making_codes(self) -> ContextManager[Any]:
-        """Return a context for encoding images: all processes enter at once, or rank 0 alone while others wait."""
-
     def any_process(self, wish: bool) -> bool:
         """Return whether any process wishes it; every process must call this."""
 

@@ -121,8 +121,7 @@ def build(settings: Namespace) -> Run:
     torch.manual_seed(settings.random_seed)  # again, because an untrained VQGAN uses random numbers
     model = DALLE(vae=vae, **hparams)
     trainer = backend.trainer(model)
-    with backend.making_codes():
-        dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
+    dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
     samples_per_step = backend.samples_per_step * backend.world_size
     batches = EpochOrder(
         len(dataset),
@@ -243,6 +242,7 @@ def open_folder(
             dataset.images,
             backend.encode(vae),
             cache,
+            paths=dataset.image_paths(),
             batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # the same number of pixels for any image size
             workers=min(settings.dataloader_workers, os.cpu_count() or 1),  # a GPU encodes faster than one can read
         )

@@ -70,12 +70,13 @@ class CompileError(ValueError):
 
 
 class Program:
-    """A module that is compiled at its first call, and holds an IPU from then on until `release`.
+    """A module that is compiled at its first call, and holds IPUs from then on until `release`.
 
     Args:
         make: returns a new executor of PopTorch.
-        role: what the module does. Of all programs with the same role, only the one called last holds an IPU.
-        live: the programs that hold an IPU, by role.
+        role: what the module does, for messages.
+        slot: of all programs with the same slot, only the one called last holds IPUs.
+        holders: the programs that hold IPUs, by slot.
         errors: returns a context that turns PopTorch's errors into ValueError, or into another class.
     """
 
@@ -83,22 +84,27 @@ class Program:
         self,
         make: Callable[[], Any],
         role: str,
-        live: Dict[str, "Program"],
+        slot: str,
+        holders: Dict[str, "Program"],
         errors: Callable[..., ContextManager[Any]],
     ):
-        self.make, self.role, self.live, self.errors = make, role, live, errors
+        self.make, self.role, self.slot, self.holders, self.errors = make, role, slot, holders, errors
         self.executor: Any = None
 
     def compile(self, *inputs: Tensor) -> None:
-        """Compile for inputs like these if the program is not compiled; CompileError if that fails."""
-        if self.live.get(self.role) is self:
+        """Compile for inputs like these unless that is done, and take the IPUs; CompileError if it cannot."""
+        if self.holders.get(self.slot) is self:
             return
-        if self.role in self.live:
-            self.live[self.role].release()
-        self.executor = self.make()
+        if self.slot in self.holders:
+            self.holders[self.slot].release()
         with self.errors(f"the {self.role} does not compile", CompileError):
-            self.executor.compile(*inputs)
-        self.live[self.role] = self
+            if self.executor is None:
+                executor = self.make()
+                executor.compile(*inputs)
+                self.executor = executor
+            else:
+                self.executor.attachToDevice()
+        self.holders[self.slot] = self
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run the module."""
@@ -107,28 +113,30 @@ class Program:
             return self.executor(*inputs)
 
     def release(self) -> None:
-        """Give up the IPU; the next call compiles the module again."""
-        self.executor.destroy()
-        del self.live[self.role]
+        """Give up the IPUs; the next call takes them again, without compiling."""
+        self.executor.detachFromDevice()
+        del self.holders[self.slot]
 
 
 class RowByRow:
-    """A module for any number of rows: each call takes as many as the first one had, one after another.
+    """A module for any number of rows: each call takes about as many as the first one had, one after another.
 
     Args:
-        program: returns the Program of a module that takes `device_iterations` rows.
+        program: returns the Program of a module that takes `device_iterations` rows for each replica.
+        replicas: copies of the module that share a call's rows.
     """
 
-    def __init__(self, program: Callable[..., Program]):
-        self.compile_for = program
+    def __init__(self, program: Callable[..., Program], replicas: int = 1):
+        self.compile_for, self.replicas = program, replicas
         self.program: Optional[Program] = None
         self.rows = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the module to x."""
         if self.program is None:
-            self.rows = len(x)
-            self.program = self.compile_for(device_iterations=self.rows)
+            iterations = -(-len(x) // self.replicas)
+            self.rows = iterations * self.replicas
+            self.program = self.compile_for(device_iterations=iterations)
         return torch.cat([self.program(full(part, self.rows))[: len(part)] for part in x.split(self.rows)])
 
 

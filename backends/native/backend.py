@@ -129,10 +129,6 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
         """Return how many processes there are and whether they share the model, for the log."""
         return super().describe_processes() + (" that shard the model" if self.shard else "")
 
-    def making_codes(self) -> ContextManager[Any]:
-        """Return a context that all processes enter at once."""
-        return contextlib.nullcontext()
-
     def any_process(self, wish: bool) -> bool:
         """Return whether any process wishes it."""
         if self.world_size == 1:
