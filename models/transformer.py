@@ -48,13 +48,11 @@ def pattern_mask(pattern: str, text_len: int, fmap_size: int) -> Tensor:
     return causal[:-1, :-1].contiguous()
 
 
-class KeyValueCache:
-    """Keys and values of one layer for the positions so far, in buffers of the final length (B, H, length, D)."""
+class PrefixCache:
+    """A layer's cache for the first pass, which only remembers keys and values (B, H, n, D)."""
 
-    def __init__(self, length: int):
-        self.length = length
-        self.keys: Any = None
-        self.values: Any = None
+    keys: Tensor
+    values: Tensor
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor, start: int) -> Tuple[Tensor, Tensor, Tensor]:
         """Write keys and values (B, H, n, D) at position `start`.
@@ -66,24 +64,6 @@ class KeyValueCache:
             Keys and values of all positions so far, (B, H, start + n, D) each, and the mask of the new positions, bool
             (n, start + n).
         """
-        batch, heads, count, dim_head = keys.shape
-        if self.keys is None:  # autocast decides the dtype, so it is known only now
-            self.keys = keys.new_empty(batch, heads, self.length, dim_head)
-            self.values = torch.empty_like(self.keys)
-        stop = start + count
-        self.keys[:, :, start:stop] = keys
-        self.values[:, :, start:stop] = values
-        return self.keys[:, :, :stop], self.values[:, :, :stop], mask[start:stop, :stop]
-
-
-class PrefixCache:
-    """A layer's cache for the first pass, which only remembers keys and values (B, H, n, D)."""
-
-    keys: Tensor
-    values: Tensor
-
-    def append(self, keys: Tensor, values: Tensor, mask: Tensor, start: int) -> Tuple[Tensor, Tensor, Tensor]:
-        """See KeyValueCache.append."""
         self.keys, self.values = keys, values
         length = keys.shape[2]
         return keys, values, mask[:length, :length]

@@ -1,9 +1,11 @@
 """Small models and settings that several tests build."""
 
 import argparse
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional, Sequence
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 import args
 from models.dalle import DALLE
@@ -33,3 +35,26 @@ def train_settings(flags: str = "", device: str = "cpu", **changes: Any) -> argp
     settings = args.train_arguments([*FLAGS.split(), "--device", device, *flags.split()])
     vars(settings).update(changes)
     return settings
+
+
+class WholePassStepper:
+    """A Stepper that computes the whole sequence for every window, without a cache: slow, and the reference."""
+
+    seconds: ClassVar = {}
+
+    def __init__(self, dalle: DALLE, windows: Sequence[int] = (1,)):
+        self.dalle, self.windows = dalle, windows
+
+    def begin(self, text: Tensor, codes: Tensor) -> Tensor:
+        """See models.sampling.Stepper."""
+        self.text, self.codes = text, F.pad(codes, (0, self.dalle.image_seq_len - codes.shape[1] + max(self.windows)))
+        logits = self.dalle(text, codes if codes.shape[1] else None)
+        return logits[:, -1, self.dalle.num_text_tokens :]
+
+    def next(self, codes: Tensor, places: Tensor) -> Tensor:
+        """See models.sampling.Stepper."""
+        places = places[:, None] + torch.arange(codes.shape[1])
+        self.codes.scatter_(1, places - 1, codes)
+        logits = self.dalle(self.text, self.codes[:, : self.dalle.image_seq_len])[:, self.dalle.text_seq_len :]
+        found = places.clamp(max=self.dalle.image_seq_len - 1)[..., None].expand(-1, -1, logits.shape[-1])
+        return logits.gather(1, found)[..., self.dalle.num_text_tokens :]

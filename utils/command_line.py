@@ -235,6 +235,11 @@ def machine_flags(parser: Parser) -> None:
     add("precision", "auto", "arithmetic of the transformer; auto takes bf16 if it is fast", choices=PRECISIONS)
 
 
+def window_flag(add: Add) -> None:
+    """Add the flag for how many codes of an image are computed at once."""
+    add("window", None, "codes of an image computed at once, same result; none: what is fastest", COUNT, metavar="N")
+
+
 def vqgan_file_flags(add: Add) -> None:
     """Add the flags that name a VQGAN's files."""
     add("vqgan-model-path", None, "VQGAN weights (.ckpt of taming); none: download the official ImageNet one", path)

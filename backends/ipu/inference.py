@@ -185,8 +185,11 @@ class DeviceSampler:
 class FullPassStepper:
     """A Stepper that computes the whole sequence on the device for every code."""
 
+    windows: Sequence[int] = (1,)
+
     def __init__(self, sampler: DeviceSampler):
         self.sampler, self.executor = sampler, None
+        self.seconds: Dict[int, Dict[int, float]] = {}
 
     def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         if self.executor is None:
@@ -196,8 +199,8 @@ class FullPassStepper:
         codes = F.pad(codes, (0, self.sampler.model.image_seq_len - place))
         return self.sampler.run(self.executor, (text, codes), torch.tensor([place]))
 
-    def next(self, code: Tensor) -> Tensor:
-        return self.begin(self.text, torch.cat((self.codes, code[:, None]), dim=1))
+    def next(self, codes: Tensor, places: Tensor) -> Tensor:
+        return self.begin(self.text, torch.cat((self.codes, codes), dim=1))[:, None]
 
 
 class OrderedSamples(Dataset):

@@ -4,11 +4,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from models import sampling as sampling_module
 from models.packed_sampler import PackedStepper, plan_cache
-from models.sampling import CachedStepper, NaiveStepper, Sampling, gumbel_noise, keep_top_k, keep_top_p, sample_codes
+from models.sampling import (
+    Pace,
+    Sampling,
+    gumbel_noise,
+    keep_top_k,
+    keep_top_p,
+    measure_windows,
+    sample_codes,
+)
 from models.static_sampling import FullPass, StaticSampler
 from models.transformer import GEGLU, PATTERNS, pattern_mask
-from tests.builders import small_dalle
+from tests.builders import WholePassStepper, small_dalle
 
 PLAIN = Sampling(top_k=None)
 SETTINGS = (PLAIN, Sampling(top_k=0.5, top_p=0.9, temperature=0.8, cond_scale=2.0))
@@ -38,12 +47,14 @@ def plain_pack(weight, bias, geglu=False):
     return lambda x: GEGLU()(F.linear(x, weight, bias)) if geglu else F.linear(x, weight, bias)
 
 
-def packed_stepper(dalle):
-    return PackedStepper(dalle, plain_pack, torch.float32)
+def packed_stepper(dalle, *windows):
+    return PackedStepper(dalle, plain_pack, torch.float32, windows=windows or (1,))
 
 
 class FullPassStepper:
     """An IPU's steps, with arbitrary codes in unused places."""
+
+    windows, seconds = (1,), {}  # noqa: RUF012  never changed
 
     def __init__(self, dalle):
         self.dalle, self.full_pass = dalle, FullPass(dalle)
@@ -53,8 +64,8 @@ class FullPassStepper:
         unused = torch.full((len(text), 16 - codes.shape[1]), 31)
         return self.full_pass(text, torch.cat((codes, unused), dim=1), torch.tensor([codes.shape[1]]))
 
-    def next(self, code):
-        return self.begin(self.text, torch.cat((self.codes, code[:, None]), dim=1))
+    def next(self, codes, places):
+        return self.begin(self.text, torch.cat((self.codes, codes), dim=1))[:, None]
 
 
 def static_codes(dalle, text, sampling, given, **operators):
@@ -71,11 +82,12 @@ def test_every_way_to_sample_gives_the_same_codes(tiny_vae, patterns, sandwich):
     for sampling in SETTINGS:
         for count in (0, 1, 7, 15):
             given = torch.randint(0, 32, (3, count), generator=seeded())
-            expected = codes_by(NaiveStepper(dalle), captions(), sampling, given)
+            expected = codes_by(WholePassStepper(dalle), captions(), sampling, given)
             assert expected.shape == (3, 16) and expected.dtype == torch.int64
             assert torch.equal(expected[:, :count], given) and (len(expected[:, count:].unique()) > 1 or count == 15)
-            for stepper in (CachedStepper, packed_stepper, FullPassStepper):
-                assert torch.equal(codes_by(stepper(dalle), captions(), sampling, given), expected)
+            windows = [packed_stepper(dalle, window) for window in (1, 2, 5, 16)]
+            for stepper in (*windows, FullPassStepper(dalle), WholePassStepper(dalle, (3,))):
+                assert torch.equal(codes_by(stepper, captions(), sampling, given), expected)
             assert torch.equal(static_codes(dalle, captions(), sampling, given if count else None), expected)
 
 
@@ -86,7 +98,7 @@ def test_images_of_one_caption_share_its_keys(tiny_vae, rows):
     for sampling in SETTINGS:
         for count in (0, 6):
             given = torch.randint(0, 32, (4, count), generator=seeded())[rows]
-            expected = codes_by(CachedStepper(dalle), text, sampling, given)
+            expected = codes_by(WholePassStepper(dalle), text, sampling, given)
             assert torch.equal(codes_by(stepper, text, sampling, given), expected)
 
 
@@ -105,14 +117,16 @@ def test_packing_leaves_the_model_as_it_is(tiny_vae):
     assert all(torch.equal(tensor, before[name]) for name, tensor in dalle.state_dict().items())
 
 
+@pytest.mark.parametrize("window", [1, 4, 24])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_cache_plan_reads_what_the_mask_shows(pattern):
-    """Play the plan through with the codes' numbers as keys."""
+def test_a_cache_plan_reads_what_the_mask_shows(pattern, window):
+    """Play the plan through with the codes' numbers as keys; each pass writes a whole window before it reads."""
     mask = pattern_mask(pattern, 7, 5)[7:, 7:]
-    slots, reads = plan_cache(mask)
+    slots, reads = plan_cache(mask, window)
     cache = torch.full((1 + max(slots),), -1)
     for place in range(len(mask)):
-        cache[slots[place]] = place
+        for written in range(place, min(place + window, len(mask))):
+            cache[slots[written]] = written
         assert sorted(cache[reads[place]].tolist()) == mask[place].nonzero().flatten().tolist()
 
 
@@ -123,6 +137,41 @@ def test_a_planned_cache_is_small_and_its_keys_are_adjacent():
     assert sizes == {"full": 255, "axial_row": 16, "axial_col": 255, **windows}
     for pattern, (_, reads) in plans.items():  # slices are views, for which nothing is gathered
         assert pattern in windows or all(isinstance(read, slice) for read in reads)
+
+
+def test_the_window_is_the_one_with_the_most_codes_per_second():
+    seconds, most = {1: 1.0, 2: 1.2, 4: 1.3, 8: 2.0}, torch.tensor([4, 4])
+    assert Pace(seconds).window() == 4
+    for accepted, window in ((most, 8), (most - 3, 1)):  # all guesses right, or the first one wrong
+        pace = Pace(seconds)
+        for _ in range(10):
+            pace.record(accepted, most)
+        assert pace.window() == window
+    pace.record(torch.tensor([0, 2]), torch.tensor([0, 2]))  # a complete image, and one that these two complete
+    assert pace.wrong == 1 + 20 and pace.right == 3 + 1
+    assert Pace({16: 1.0}).window() == 16
+
+
+def test_passes_are_timed_once_for_each_number_of_rows(tiny_vae, monkeypatch):
+    calls, now = [], [0.0]
+
+    class Timed(WholePassStepper):
+        seconds = {}  # noqa: RUF012
+
+        def next(self, codes, places):
+            calls.append(tuple(codes.shape))
+            now[0] += {1: 4, 2: 9, 4: 5, 8: 6}[codes.shape[1]] * (1 if len(calls) % 2 else 2)  # another program runs
+            return super().next(codes, places)
+
+    monkeypatch.setattr(sampling_module.time, "perf_counter", lambda: now[0])
+    stepper = Timed(dalle_of(tiny_vae, ("full",)), (1, 2, 4, 8))
+    stepper.begin(captions(), torch.zeros(3, 0, dtype=torch.long))
+    codes, places = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, dtype=torch.long)
+    for _ in range(2):
+        assert measure_windows(stepper, codes, places) == {1: 4, 2: 5, 4: 5, 8: 6}  # a smaller pass is not slower
+    assert calls == [(3, window) for window in (1, 2, 4, 8) for _ in range(2)]
+    stepper.windows = (8,)
+    assert list(measure_windows(stepper, codes[:2], places[:2])) == [8] and len(calls) == 8  # no choice, no timing
 
 
 def test_static_sampling_takes_its_loop_and_its_writes_from_the_caller(tiny_vae):
@@ -141,7 +190,7 @@ def test_static_sampling_takes_its_loop_and_its_writes_from_the_caller(tiny_vae)
 
     dalle = dalle_of(tiny_vae)
     found = static_codes(dalle, captions(), PLAIN, None, loop=loop, update=update)
-    assert torch.equal(found, codes_by(CachedStepper(dalle), captions()))
+    assert torch.equal(found, codes_by(WholePassStepper(dalle), captions()))
     assert counts == [15]
     # Keys and values of each layer at the positions after <bos> and six tokens, and codes from the second on.
     tensors = 2 * len(PATTERNS)
@@ -152,15 +201,15 @@ def test_static_sampling_takes_its_loop_and_its_writes_from_the_caller(tiny_vae)
 def test_complete_codes_stay_and_wrong_ones_are_refused(tiny_vae):
     dalle = dalle_of(tiny_vae, ("full",))
     given = torch.randint(0, 32, (3, 16), generator=seeded())
-    assert torch.equal(codes_by(CachedStepper(dalle), captions(), given=given), given)
+    assert torch.equal(codes_by(WholePassStepper(dalle), captions(), given=given), given)
     for wrong in (given[:2], torch.cat((given, given), dim=1)):
         with pytest.raises(ValueError, match=r"image_codes has shape .*3 rows of at most 16"):
-            codes_by(CachedStepper(dalle), captions(), given=wrong)
+            codes_by(WholePassStepper(dalle), captions(), given=wrong)
 
 
 def test_an_image_depends_on_its_own_generator_alone(tiny_vae):
     dalle = dalle_of(tiny_vae, ("full",))
-    text, stepper = captions(), CachedStepper(dalle)
+    text, stepper = captions(), WholePassStepper(dalle)
     together = sample_codes(dalle, text, stepper, generator=[seeded(i) for i in range(3)])
     alone = [sample_codes(dalle, text[i : i + 1], stepper, generator=[seeded(i)]) for i in range(3)]
     assert torch.equal(together, torch.cat(alone))
@@ -172,7 +221,7 @@ def test_an_image_depends_on_its_own_generator_alone(tiny_vae):
 
 def test_sampling_leaves_no_trace(tiny_vae):
     dalle = small_dalle(tiny_vae, attn_dropout=0.5, ff_dropout=0.5).train()
-    draws = [sample_codes(dalle, captions(), CachedStepper(dalle), generator=seeded()) for _ in range(2)]
+    draws = [sample_codes(dalle, captions(), WholePassStepper(dalle), generator=seeded()) for _ in range(2)]
     assert dalle.training and torch.equal(*draws) and not draws[0].requires_grad  # without dropout
     assert all(parameter.grad is None for parameter in dalle.parameters())
 
