@@ -158,7 +158,9 @@ def reconstruct(loaded: LoadedModel, dataset: TextImageDataset, batch_size: int)
         options = {"image_seq_len": vae.image_seq_len, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
         cache = open_code_cache(dataset.folder, cache_dir, image_size=vae.image_size, **options)
         images_at_once = min(batch_size, max(1, 16 * 256**2 // vae.image_size**2))
-        codes, rows = load_codes(dataset.images, encode_and_compare, cache, batch_size=images_at_once)
+        codes, rows = load_codes(
+            dataset.images, encode_and_compare, cache, paths=dataset.image_paths(), batch_size=images_at_once
+        )
         dataset.attach_codes(codes[:].copy(), rows)
     shown = torch.cat([torch.cat(part)[:GRID_PAIRS] for part in (originals, decodings)])
     return torch.cat(psnr).mean().item(), shown
@@ -180,8 +182,7 @@ def score_captions(
         for first in batch_starts(len(images), settings, "FID"):
             part = slice(first, first + settings.batch_size)
             distance.add("generated", (images[part] * 255).round().byte())
-            real = [dataset.folder / name for name, _, _ in dataset.images[part]]
-            distance.add("real", load_images(real, loaded.model.vae.image_size))
+            distance.add("real", load_images(dataset.image_paths()[part], loaded.model.vae.image_size))
         found["fid"] = distance.distance()
         print(f"FID: {found['fid']:.2f} ({len(images)} images; too high with fewer than some thousands)")
     return found

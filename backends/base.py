@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backends.memory import Memory
 from models.dalle import DALLE
-from models.vae import VQGanVAE
+from models.image_tokenizer import ImageTokenizer
 
 Losses = Dict[str, float]  # total, text and image loss, in nats
 
@@ -91,10 +91,10 @@ class Backend(Protocol):
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows (n, …) of all processes, rank 0's first, on the CPU; n may differ between processes."""
 
-    def encode(self, vae: VQGanVAE) -> Callable[[Tensor], Tensor]:
+    def encode(self, vae: ImageTokenizer) -> Callable[[Tensor], Tensor]:
         """Return a function from pixels, float (B, 3, S, S) in [0, 1], to codes, int64 (B, L) on the CPU."""
 
-    def decode(self, vae: VQGanVAE) -> Callable[..., Tensor]:
+    def decode(self, vae: ImageTokenizer) -> Callable[..., Tensor]:
         """Return a function from codes, int64 (B, L), to pixels, float (B, 3, S, S) in [0, 1] on the CPU.
 
         decode(codes, rows) decodes only the upper rows of an image, on machines that call a sampler's `on_code`.
@@ -128,9 +128,6 @@ class TrainingBackend(Backend, Protocol):
     micro_batches: int
     samples_per_step: int
     compile_only: bool
-
-    def making_codes(self) -> ContextManager[Any]:
-        """Return a context for encoding images: all processes enter at once, or rank 0 alone while others wait."""
 
     def any_process(self, wish: bool) -> bool:
         """Return whether any process wishes it; every process must call this."""

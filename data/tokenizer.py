@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import html
 import io
+import logging
 import os
 import re
 import zlib
@@ -26,6 +27,7 @@ from tokenizers import Tokenizer as BPEModel
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Sequence, Split
 
+logger = logging.getLogger("minidalle")
 CLIP_PATH = Path(__file__).resolve().parent.parent / "bpe" / "bpe_simple_vocab_16e6.txt.gz"
 CLIP_FINGERPRINT = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 # SHA-256 of the text inside: a copy that was compressed again, or not at all, is still CLIP's vocabulary.
@@ -126,6 +128,9 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Return the tokenizer of the file `bpe_path` or of its content `vocabulary`; CLIP's by default.
 
+    If there is no such file, but one of its name in bpe/, that one is used: Graphcore's application, whose commands
+    people paste, has the vocabularies in models/bpe/.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is neither a YouTokenToMe model nor CLIP's vocabulary.
@@ -135,12 +140,20 @@ def load_tokenizer(
     if vocabulary is not None:
         name, path, data = "the vocabulary given as bytes", None, vocabulary
     else:
-        path = os.fspath(CLIP_PATH if bpe_path is None else bpe_path)
+        path = _find_file(os.fspath(CLIP_PATH if bpe_path is None else bpe_path))
         name, data = path, _read_file(path)
     try:
         return Tokenizer(_parse(data), data, path)
     except ValueError as error:
         raise ValueError(f"{name} is neither a YouTokenToMe model nor CLIP's vocabulary: {error}") from None
+
+
+def _find_file(path: str) -> str:
+    bundled = CLIP_PATH.parent / os.path.basename(path)
+    if os.path.exists(path) or not bundled.is_file():
+        return path
+    logger.info("%s: no such file; using %s", path, bundled)
+    return str(bundled)
 
 
 def _read_file(path: str) -> bytes:

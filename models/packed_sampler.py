@@ -9,6 +9,7 @@ It computes what the model computes in a pass over everything, but reads less me
 import contextlib
 import functools
 import math
+import time
 from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from models.dalle import DALLE
 from models.transformer import LayerScale, PrefixCache
 
+MOST_ROWS = 256  # of a pass; the time of larger ones grows with their rows on any machine
 FEW = 4  # images up to which a CPU attends faster in one fused kernel
 Read = Union[slice, Tensor]
 Plan = Tuple[List[int], List[Read]]
@@ -184,7 +186,8 @@ class PackedLayer:
             seen = self.cache[:, :, :, : self.text.shape[3] + read.stop]
         else:
             seen = torch.cat((self.text, self.read_codes(read)), dim=3)  # (2, B, H, T + m, D)
-        return F.scaled_dot_product_attention(query, *seen, attn_mask=window.mask)
+        keys, values = seen
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=window.mask)
 
     def attend_shared(self, query: Tensor, window: Window) -> Tensor:
         """Attend with keys of the text that are read once for all images of a group; shapes as in attend."""
@@ -231,10 +234,11 @@ class PackedStepper:
         pack: see Pack.
         cache_dtype: the dtype in which the machine attends fastest.
         autocast: returns the context for the pass over captions, which the model itself computes.
-        windows: see Stepper.
+        windows: the numbers of codes of an image that a pass may compute, ascending.
 
     Attributes:
         passes: how often `next` was called.
+        seconds: {number of rows: what time_windows found}.
     """
 
     @torch.no_grad()
@@ -300,6 +304,27 @@ class PackedStepper:
         for name, layer in self.layers:
             x = layer(x, self.images, windows[name])
         return self.compute_logits(x).unflatten(0, (-1, width))[self.restore]
+
+    @torch.no_grad()
+    def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:
+        """See Stepper. Each number of rows is measured once."""
+        found = self.seconds.setdefault(len(codes), {})
+        if found:
+            return found
+        windows = [window for window in self.windows if len(codes) * window <= MOST_ROWS] or self.windows[:1]
+        for window in windows if len(windows) > 1 else ():
+            started = time.perf_counter()
+            times: List[float] = []
+            while len(times) < 2 or (len(times) < 8 and time.perf_counter() < started + 0.02):
+                before = time.perf_counter()
+                float(self.next(codes.expand(-1, window), places)[0, 0, 0])  # waits for a GPU
+                times.append(time.perf_counter() - before)
+            found[window] = min(times)
+        # A pass is never slower than a larger one, but other programs may have used the processor meanwhile.
+        least = float("inf")
+        for window in reversed(windows):
+            found[window] = least = min(least, found.get(window, 1.0))
+        return found
 
     def compute_logits(self, x: Tensor) -> Tensor:
         return self.to_logits(F.layer_norm(x, x.shape[-1:], *self.norm))

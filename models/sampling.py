@@ -5,16 +5,27 @@ of prompts, files or pixels.
 """
 
 import contextlib
-import time
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Union
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Union,
+)
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from models.dalle import DALLE
+from models.transformer import KeyValueCache
 
-MOST_ROWS = 256  # of a pass; the time of larger ones grows with their rows on any machine
 Generators = Union[None, torch.Generator, List[torch.Generator]]
 CodeCallback = Callable[[Tensor], Any]
 
@@ -58,6 +69,12 @@ class Sampling(NamedTuple):
         if not 0 <= cond_scale < float("inf"):
             raise ValueError(f"cond_scale is {cond_scale}; 1 is no guidance, above 1 follows the text more closely")
 
+    def codes_to_keep(self, num_tokens: int) -> Optional[int]:
+        """Return how many codes top_k keeps of those of an image, with `num_tokens` of text and image; None: all."""
+        if self.top_k is None or self.top_k > 1:
+            return None if self.top_k is None else int(self.top_k)
+        return max(int((1 - self.top_k) * num_tokens), 1)
+
     def choose(self, logits: Tensor, noise: Tensor, num_tokens: int) -> Tensor:
         """Choose one code for each image, or for each of several places.
 
@@ -74,8 +91,8 @@ class Sampling(NamedTuple):
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + self.cond_scale * (conditional - unconditional)
         logits = logits / self.temperature
-        if self.top_k is not None:
-            count = int(self.top_k) if self.top_k > 1 else max(int((1 - self.top_k) * num_tokens), 1)
+        count = self.codes_to_keep(num_tokens)
+        if count is not None:
             logits = keep_top_k(logits, count)
         if self.top_p is not None:
             logits = keep_top_p(logits, self.top_p)
@@ -83,15 +100,7 @@ class Sampling(NamedTuple):
 
 
 class Stepper(Protocol):
-    """Computes the logits of one window of codes after another, for one batch at a time.
-
-    Attributes:
-        windows: the numbers of codes that `next` may compute at once, ascending.
-        seconds: pass times by number of rows and window, see measure_windows.
-    """
-
-    windows: Sequence[int]
-    seconds: Dict[int, Dict[int, float]]
+    """Computes the logits of one window of codes after another, for one batch at a time."""
 
     def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         """Read text int64 (B, T) and codes int64 (B, n), n ≥ 0; return the logits (B, V) of the next code."""
@@ -106,6 +115,9 @@ class Stepper(Protocol):
         Returns:
             (B, w, V); for places past the end of the image they mean nothing.
         """
+
+    def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:
+        """Return the seconds of `next` for each window to choose from; codes int64 (B, 1) and places as for `next`."""
 
 
 class Pace:
@@ -130,29 +142,35 @@ class Pace:
         self.wrong += int((accepted < possible).sum())
 
 
-@torch.no_grad()
-def measure_windows(stepper: Stepper, codes: Tensor, places: Tensor) -> Dict[int, float]:
-    """Return the seconds of a pass for each useful window; codes int64 (B, 1) and places as in Stepper.next.
+class CachedStepper:
+    """Computes one position for each code; keys and values of earlier positions stay in a cache.
 
-    The stepper remembers them for each number of rows.
+    Args:
+        autocast: returns the context in which the model computes.
     """
-    found = stepper.seconds.setdefault(len(codes), {})
-    if found:
-        return found
-    windows = [window for window in stepper.windows if len(codes) * window <= MOST_ROWS] or stepper.windows[:1]
-    for window in windows if len(windows) > 1 else ():
-        started = time.perf_counter()
-        times = []
-        while len(times) < 2 or (len(times) < 8 and time.perf_counter() < started + 0.02):
-            before = time.perf_counter()
-            float(stepper.next(codes.expand(-1, window), places)[0, 0, 0])  # waits for a GPU
-            times.append(time.perf_counter() - before)
-        found[window] = min(times)
-    # A pass is never slower than a larger one, but another program may have used the processor while it was measured.
-    least = float("inf")
-    for window in reversed(windows):
-        found[window] = least = min(least, found.get(window, 1.0))
-    return found
+
+    def __init__(self, dalle: DALLE, autocast: Callable[[], ContextManager] = contextlib.nullcontext):
+        self.dalle, self.autocast = dalle, autocast
+
+    def begin(self, text: Tensor, codes: Tensor) -> Tensor:
+        dalle = self.dalle
+        self.cache = [KeyValueCache(dalle.text_seq_len + dalle.image_seq_len) for _ in dalle.transformer.layers]
+        self.count = codes.shape[1]
+        x = dalle.embed_text(dalle.number_padding(text))
+        if self.count:
+            x = torch.cat((x, dalle.embed_codes(codes)), dim=1)
+        with self.autocast():
+            return dalle.image_logits(dalle.transformer(x, cache=self.cache)[:, -1])
+
+    def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:
+        return {1: 1.0}
+
+    def next(self, codes: Tensor, places: Tensor) -> Tensor:
+        dalle = self.dalle
+        x = dalle.embed_codes(codes, start=self.count)
+        self.count += 1
+        with self.autocast():
+            return dalle.image_logits(dalle.transformer(x, cache=self.cache, start=dalle.text_seq_len + self.count))
 
 
 @torch.no_grad()
@@ -195,8 +213,8 @@ def sample_codes(
     branches = torch.cat((text, torch.zeros_like(text))) if sampling.is_guided else text
     copies = 2 if sampling.is_guided else 1
     images = torch.arange(len(text), device=text.device)[:, None]
-    ahead = torch.arange(max(stepper.windows), device=text.device)
-    codes = F.pad(given, (0, length - count + len(ahead)))
+    ahead = torch.arange(length, device=text.device)
+    codes = F.pad(given, (0, 2 * length - count))  # a window may reach past the end
     places = torch.full((len(text),), count, device=text.device)  # codes that each image has
     with evaluation_mode(dalle):
         answers = sampling.choose(stepper.begin(branches, given.repeat(copies, 1)), noise[:, count], dalle.num_tokens)
@@ -212,7 +230,7 @@ def sample_codes(
             if complete == length:
                 return codes[:, :length]
             if pace is None:
-                pace = Pace(measure_windows(stepper, answers.repeat(copies, 1), places.repeat(copies)))
+                pace = Pace(stepper.time_windows(answers.repeat(copies, 1), places.repeat(copies)))
             window = min(pace.window(), length - complete)
             following = (accepted[:, None] - 1 + ahead[:window]).clamp(0, answers.shape[1] - 1)
             guesses = answers.gather(1, following)  # the first is certain; the last answer stands for further ones

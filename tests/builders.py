@@ -1,11 +1,10 @@
 """Small models and settings that several tests build."""
 
 import argparse
-from typing import Any, ClassVar, Optional, Sequence
+from typing import Any, Dict, Optional
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import args
 from models.dalle import DALLE
@@ -38,23 +37,20 @@ def train_settings(flags: str = "", device: str = "cpu", **changes: Any) -> argp
 
 
 class WholePassStepper:
-    """A Stepper that computes the whole sequence for every window, without a cache: slow, and the reference."""
+    """A Stepper that computes the whole sequence for every code, without a cache: slow, and the reference."""
 
-    seconds: ClassVar = {}
-
-    def __init__(self, dalle: DALLE, windows: Sequence[int] = (1,)):
-        self.dalle, self.windows = dalle, windows
+    def __init__(self, dalle: DALLE):
+        self.dalle = dalle
 
     def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         """See models.sampling.Stepper."""
-        self.text, self.codes = text, F.pad(codes, (0, self.dalle.image_seq_len - codes.shape[1] + max(self.windows)))
-        logits = self.dalle(text, codes if codes.shape[1] else None)
-        return logits[:, -1, self.dalle.num_text_tokens :]
+        self.text, self.codes = text, codes
+        return self.dalle(text, codes if codes.shape[1] else None)[:, -1, self.dalle.num_text_tokens :]
 
     def next(self, codes: Tensor, places: Tensor) -> Tensor:
         """See models.sampling.Stepper."""
-        places = places[:, None] + torch.arange(codes.shape[1])
-        self.codes.scatter_(1, places - 1, codes)
-        logits = self.dalle(self.text, self.codes[:, : self.dalle.image_seq_len])[:, self.dalle.text_seq_len :]
-        found = places.clamp(max=self.dalle.image_seq_len - 1)[..., None].expand(-1, -1, logits.shape[-1])
-        return logits.gather(1, found)[..., self.dalle.num_text_tokens :]
+        return self.begin(self.text, torch.cat((self.codes, codes), dim=1))[:, None]
+
+    def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:
+        """See models.sampling.Stepper."""
+        return {1: 1.0}

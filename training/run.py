@@ -21,6 +21,7 @@ from data.loader import GeneratedDataset, TextImageDataset
 from data.order import EpochOrder
 from data.tokenizer import Tokenizer, load_tokenizer
 from models.dalle import DALLE
+from models.image_tokenizer import ImageTokenizer
 from models.official_vqgan import OFFICIAL_PARAMS
 from models.vae import VQGanVAE, load_vqgan
 from training import checkpoints
@@ -38,7 +39,7 @@ class Run:
     backend: TrainingBackend
     folder: checkpoints.Folder
     tokenizer: Tokenizer
-    vae: VQGanVAE
+    vae: ImageTokenizer
     dataset: Any
     validation_set: Any  # None: no validation
     generated: bool  # whether the training set is generated instead of read
@@ -120,8 +121,7 @@ def build(settings: Namespace) -> Run:
     torch.manual_seed(settings.random_seed)  # again, because an untrained VQGAN uses random numbers
     model = DALLE(vae=vae, **hparams)
     trainer = backend.trainer(model)
-    with backend.making_codes():
-        dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
+    dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
     samples_per_step = backend.samples_per_step * backend.world_size
     batches = EpochOrder(
         len(dataset),
@@ -168,7 +168,7 @@ def build(settings: Namespace) -> Run:
     return run
 
 
-def build_vqgan(settings: Namespace, generated: bool) -> VQGanVAE:
+def build_vqgan(settings: Namespace, generated: bool) -> ImageTokenizer:
     """Return the VQGAN of --vae-path or --vqgan-model-path, else the official one (untrained for generated data)."""
     path = settings.vae_path or settings.vqgan_model_path
     if path is None and generated:
@@ -177,7 +177,7 @@ def build_vqgan(settings: Namespace, generated: bool) -> VQGanVAE:
 
 
 def build_datasets(
-    settings: Namespace, backend: TrainingBackend, tokenizer: Tokenizer, vae: VQGanVAE, generated: bool
+    settings: Namespace, backend: TrainingBackend, tokenizer: Tokenizer, vae: ImageTokenizer, generated: bool
 ) -> Tuple[Any, Any]:
     """Return the training set and the validation set, which is None if no flag asks for one."""
     dataset: Union[GeneratedDataset, TextImageDataset]
@@ -206,7 +206,7 @@ def open_folder(
     settings: Namespace,
     backend: TrainingBackend,
     tokenizer: Tokenizer,
-    vae: VQGanVAE,
+    vae: ImageTokenizer,
     training: bool = True,
 ) -> TextImageDataset:
     """Return a folder's pairs with pixels, or with codes from the cache, into which missing ones are encoded first."""
@@ -242,6 +242,7 @@ def open_folder(
             dataset.images,
             backend.encode(vae),
             cache,
+            paths=dataset.image_paths(),
             batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # the same number of pixels for any image size
             workers=min(settings.dataloader_workers, os.cpu_count() or 1),  # a GPU encodes faster than one can read
         )
@@ -249,7 +250,7 @@ def open_folder(
     return dataset
 
 
-def attach_empty_codes(dataset: TextImageDataset, vae: VQGanVAE, cache: Any) -> None:
+def attach_empty_codes(dataset: TextImageDataset, vae: ImageTokenizer, cache: Any) -> None:
     """Attach zeros for codes, which take a step as long as any, and count the images to encode in `to_encode`."""
     dataset.to_encode = sum(picture not in cache for picture in dataset.images)
     dataset.attach_codes(np.broadcast_to(np.uint16(0), (len(dataset), vae.image_seq_len)))

@@ -5,6 +5,7 @@ names with underscores, and their values pass through the same checks. Imports n
 """
 
 import argparse
+import difflib
 import math
 import re
 import sys
@@ -31,6 +32,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line to stderr and exit with status 2."""
         message = re.sub(r"(--[\w-]+)/--\w+", r"\1", message)  # one spelling of a flag is enough
+        if message.startswith("unrecognized arguments: "):
+            message += self._suggestion(message)
         print(f"{self.prog}: error: {self.source}{' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -55,6 +58,15 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(*_spellings(name), type=type, default=default, help=help, **more)
 
         return add
+
+    def _suggestion(self, message: str) -> str:
+        """Return the question whether the first unknown flag of a message meant a known one; "" if none is like it."""
+        flags = sorted(name.replace("_", "-") for name in self.flags())
+        word = next((word[2:] for word in message.replace("=", " ").split() if word.startswith("--")), "")
+        word = word.replace("_", "-")
+        abbreviated = [flag for flag in flags if word and flag.startswith(word)]
+        found = abbreviated or difflib.get_close_matches(word, flags, n=1)
+        return f" (did you mean --{' or --'.join(found[:3])}?)" if found else ""
 
     def flags(self) -> Set[str]:
         """Return the names of all flags that a configuration may set, with underscores."""
@@ -95,11 +107,13 @@ def _help_of(action: argparse.Action) -> str:
 
 
 def boolean(text: str) -> bool:
-    """Parse true or false, yes or no, on or off, 1 or 0."""
-    words = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
-    return words[text.lower()]
+    """Parse true or false, yes or no, their first letters, on or off, 1 or 0."""
+    word = text.lower()
+    if word in ("true", "t", "yes", "y", "on", "1"):
+        return True
+    if word in ("false", "f", "no", "n", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
 
 
 def number(
@@ -159,7 +173,11 @@ def parse(parser: Parser, argv: Optional[Sequence[str]] = None) -> argparse.Name
         first.add_argument("--config", nargs="?")
         name = first.parse_known_args(argv)[0].config
         if name is not None:
-            entry = _read_entry(name, parser)
+            entry = read_entry(name, parser)
+            unknown = [str(key) for key in entry if key not in parser.flags()]
+            if unknown:
+                words = ", ".join(unknown)
+                parser.error(f"{CONFIGS.name}, {name}: {words}: no such setting of {parser.prog} (see --help)")
             parser.source = f"{CONFIGS.name}, {name}: "
             namespace = parser.parse_args(_as_words(entry, parser))
             parser.source = ""
@@ -172,7 +190,8 @@ def parse(parser: Parser, argv: Optional[Sequence[str]] = None) -> argparse.Name
     return settings
 
 
-def _read_entry(name: str, parser: Parser) -> Dict[str, Any]:
+def read_entry(name: str, parser: Parser) -> Dict[str, Any]:
+    """Return an entry of configs.yaml as it is written; an error is one line and exit status 2."""
     try:
         entries = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
     except OSError as error:
@@ -184,9 +203,6 @@ def _read_entry(name: str, parser: Parser) -> Dict[str, Any]:
     if name not in entries:
         known = ", ".join(map(str, entries))
         parser.error(f"argument --config: no configuration '{name}' in {CONFIGS.name}; it has {known}")
-    unknown = [str(key) for key in entries[name] if key not in parser.flags()]
-    if unknown:
-        parser.error(f"{CONFIGS.name}, {name}: {', '.join(unknown)}: no such setting of {parser.prog} (see --help)")
     return entries[name]
 
 
@@ -237,7 +253,7 @@ def machine_flags(parser: Parser) -> None:
 
 def window_flag(add: Add) -> None:
     """Add the flag for how many codes of an image are computed at once."""
-    add("window", None, "codes of an image computed at once, same result; none: what is fastest", COUNT, metavar="N")
+    add("window", None, "codes of an image that a pass computes; default: what is fastest", COUNT, metavar="N")
 
 
 def vqgan_file_flags(add: Add) -> None:

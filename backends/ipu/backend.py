@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 from argparse import Namespace
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ from backends.ipu.trainer import IpuTrainer
 from backends.native.resilient_loader import MEMORY_ADVICE, explain_dead_worker, last_line
 from backends.native.trainer import ADAM_EPS
 from models.dalle import DALLE
+from models.image_tokenizer import ImageTokenizer
 from models.pipeline_dalle import placement, stages, unshare_masks
-from models.vae import VQGanVAE
 from utils import interrupts
 from utils.files import check_writable
 from utils.optimization import parameter_groups
@@ -55,15 +55,15 @@ def require_poptorch() -> None:
 
 
 @contextlib.contextmanager
-def device_errors(problem: str) -> Iterator[None]:
-    """Turn errors of PopTorch, and of torch while PopTorch compiles, into ValueError: the problem and its reason."""
+def device_errors(problem: str, kind: Type[ValueError] = ValueError) -> Iterator[None]:
+    """Turn errors of PopTorch, and of torch while PopTorch compiles, into `kind`: the problem and its reason."""
     import poptorch
 
     try:
         yield
     except (poptorch.Error, RuntimeError) as error:  # poptorch.Error derives from Exception
         reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"IPU: {problem}: {reason}") from error
+        raise kind(f"IPU: {problem}: {reason}") from error
 
 
 class Instances:
@@ -72,21 +72,30 @@ class Instances:
     Attributes:
         replicas: the model's replicas in this instance.
         all_replicas: the replicas of all instances.
+        popdist: PopRun's module; None without PopRun.
     """
 
     def __init__(self, replicas: int):
         self.rank, self.size, self.replicas, self.all_replicas = 0, 1, replicas, replicas
         self.popdist: Any = None
         self.horovod: Any = None
-        if importlib.util.find_spec("popdist") is None:
+        try:
+            import popdist
+        except ImportError:
+            if any(name.startswith("POPDIST_") for name in os.environ):
+                raise ValueError("PopRun: there is no popdist here; pip install the SDK's popdist wheel") from None
             return
-        import popdist
-
         if not popdist.isPopdistEnvSet():
             return
-        import horovod.torch
+        try:
+            import horovod.torch
+        except ImportError:
+            raise ValueError(
+                "PopRun: there is no Horovod here, which its instances need; pip install -r requirements-ipu.txt"
+            ) from None
         import popdist.poptorch
 
+        popdist.init()  # before anything else, or PopRun's runtime is set up and ended too late
         horovod.torch.init()
         self.popdist, self.horovod = popdist, horovod.torch
         self.rank, self.size = popdist.getInstanceIndex(), popdist.getNumInstances()
@@ -94,13 +103,13 @@ class Instances:
         if self.all_replicas != replicas and not self.rank:
             logger.info("PopRun's %d replicas override --replication-factor %d", self.all_replicas, replicas)
 
-    def options(self, ipus_per_replica: int) -> Any:
-        """Return poptorch.Options for this instance's replicas."""
+    def options(self, ipus_per_replica: int, replicas: Optional[int] = None) -> Any:
+        """Return poptorch.Options for this instance's replicas, or for `replicas` where PopRun does not decide it."""
         import poptorch
 
         if self.popdist:
             return self.popdist.poptorch.Options(ipus_per_replica=ipus_per_replica)
-        return poptorch.Options().replicationFactor(self.replicas)
+        return poptorch.Options().replicationFactor(self.replicas if replicas is None else replicas)
 
     def mean(self, values: List[float]) -> List[float]:
         """Return the means over all instances."""
@@ -131,7 +140,8 @@ class IpuBackend(Backend):
         self.precision = precision
         self.instances = Instances(replicas)
         self.rank, self.world_size = self.instances.rank, self.instances.size
-        self.live: Dict[str, Program] = {}  # programs that hold an IPU, by role
+        self.ipus_per_replica = 1  # as PopRun's --ipus-per-replica
+        self.holders: Dict[str, Program] = {}  # programs that hold IPUs
 
     def autocast(self) -> ContextManager[Any]:
         """Return an empty context: on the CPU, modules compute in fp32."""
@@ -142,23 +152,26 @@ class IpuBackend(Backend):
         raise NotImplementedError("IPU instances gather no tensors")
 
     def program(self, role: str, module: nn.Module, device_iterations: int = 1) -> Program:
-        """Return a module as a function of tensors with fixed shapes, on one IPU.
+        """Return a module as a function of tensors with fixed shapes, on one IPU (under PopRun, one of each replica).
 
         Args:
-            role: encoder, decoder, sampler or evaluator; at most one of each holds an IPU.
+            role: encoder, decoder, sampler or evaluator. At most one of each holds an IPU; under PopRun, whose options
+                name an instance's IPUs, at most one of all.
         """
         import poptorch
 
         def make() -> Any:
-            return poptorch.inferenceModel(module.eval(), poptorch.Options().deviceIterations(device_iterations))
+            options = self.instances.options(self.ipus_per_replica, replicas=1).deviceIterations(device_iterations)
+            return poptorch.inferenceModel(module.eval(), options)
 
-        return Program(make, role, self.live, device_errors)
+        slot = "the instance's IPUs" if self.instances.popdist else role
+        return Program(make, role, slot, self.holders, device_errors)
 
     def release(self, *roles: str) -> None:
-        """Give up the IPUs of these roles, or of all; the next call compiles such a program again."""
-        for role in roles or list(self.live):
-            if role in self.live:
-                self.live[role].release()
+        """Give up the IPUs of these roles, or of all; the next call takes them again."""
+        for program in list(self.holders.values()):
+            if not roles or program.role in roles:
+                program.release()
 
     def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
         """Return a function from batches to mean losses, on one IPU, row by row so that no batch has to be padded."""
@@ -181,12 +194,12 @@ class IpuBackend(Backend):
         unshare_masks(model)
         return model.half() if half else model
 
-    def encode(self, vae: VQGanVAE) -> Callable[[Tensor], Tensor]:
+    def encode(self, vae: ImageTokenizer) -> Callable[[Tensor], Tensor]:
         """Return a function from pixels to codes, in fp32, so that codes equal those of other machines."""
         encoder = self._row_by_row("encoder", vae)
         return lambda pixels: encoder(pixels).long()
 
-    def decode(self, vae: VQGanVAE) -> Callable[..., Tensor]:
+    def decode(self, vae: ImageTokenizer) -> Callable[..., Tensor]:
         """Return a function from codes to pixels."""
         return decode_upper_rows(self._row_by_row("decoder", VqganDecoder(vae)))
 
@@ -194,12 +207,15 @@ class IpuBackend(Backend):
         """Return `generate_codes` as one call of the device per batch, or per code if that does not compile."""
         import poptorch
 
-        on_device = {"loop": poptorch.for_loop, "update": poptorch.dynamic_update}
+        if self.instances.popdist and self.instances.replicas > 1:
+            raise ValueError("PopRun: generating needs as many --num-instances as --num-replicas")
+        operators = {"loop": poptorch.for_loop, "update": poptorch.dynamic_update}
         program = functools.partial(self.program, "sampler")
-        return DeviceSampler(self._inference_copy(model), batch_size, program, on_device)
+        return DeviceSampler(self._inference_copy(model), batch_size, program, operators)
 
     def _row_by_row(self, role: str, module: nn.Module) -> RowByRow:
-        return RowByRow(functools.partial(self.program, role, module))
+        replicas = self.instances.replicas if self.instances.popdist else 1
+        return RowByRow(functools.partial(self.program, role, module), replicas)
 
 
 class IpuTrainingBackend(IpuBackend, TrainingBackend):
@@ -213,6 +229,7 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
             raise ValueError(f"--optimizer {settings.optimizer}: PopTorch has none; use Adam or AdamW")
         settings.random_seed = self.instances.broadcast(settings.random_seed)
         self.settings, self.compile_only = settings, settings.compile_only
+        self.ipus_per_replica = settings.ipus_per_replica
         self.half = settings.precision == "fp16" or (settings.precision == "auto" and settings.fp16 is True)
         depth, ipus = settings.num_hidden_layers, settings.ipus_per_replica
         evenly = [depth * (ipu + 1) // ipus - depth * ipu // ipus for ipu in range(ipus)]
@@ -236,17 +253,6 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
         self.batch_size = settings.batch_size
         self.micro_batches = settings.gradient_accumulation * self.instances.replicas * settings.device_iterations
         self.samples_per_step = self.batch_size * self.micro_batches
-
-    @contextlib.contextmanager
-    def making_codes(self) -> Iterator[None]:
-        """Let rank 0 encode first, on one IPU; the other instances wait and then read its cache."""
-        if self.rank:
-            self.instances.broadcast(0)  # waits for rank 0
-        try:
-            yield
-        finally:
-            if not self.rank:
-                self.instances.broadcast(0)
 
     def any_process(self, wish: bool) -> bool:
         """Return whether any instance wishes it."""

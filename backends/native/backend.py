@@ -23,7 +23,7 @@ from backends.native.inference import NativeSampler, decoder, encoder
 from backends.native.resilient_loader import read
 from backends.native.trainer import NativeTrainer, mean_losses
 from models.dalle import DALLE
-from models.vae import VQGanVAE
+from models.image_tokenizer import ImageTokenizer
 from utils import interrupts
 
 logger = logging.getLogger("minidalle")
@@ -86,11 +86,11 @@ class NativeBackend(Backend):
         with self.processes.losses_explained():
             return self.processes.gather(rows)
 
-    def encode(self, vae: VQGanVAE) -> Callable[[Tensor], Tensor]:
+    def encode(self, vae: ImageTokenizer) -> Callable[[Tensor], Tensor]:
         """Return a function from pixels to codes."""
         return encoder(vae, self.device)
 
-    def decode(self, vae: VQGanVAE) -> Callable[..., Tensor]:
+    def decode(self, vae: ImageTokenizer) -> Callable[..., Tensor]:
         """Return a function from codes to pixels."""
         return decoder(vae, self.device, self.precision)
 
@@ -128,10 +128,6 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
     def describe_processes(self) -> str:
         """Return how many processes there are and whether they share the model, for the log."""
         return super().describe_processes() + (" that shard the model" if self.shard else "")
-
-    def making_codes(self) -> ContextManager[Any]:
-        """Return a context that all processes enter at once."""
-        return contextlib.nullcontext()
 
     def any_process(self, wish: bool) -> bool:
         """Return whether any process wishes it."""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.dalle import DALLE
+from models.image_tokenizer import ImageTokenizer
 from models.packed_sampler import Pack, PackedStepper
-from models.sampling import CodeCallback, Generators, Sampling, sample_codes
+from models.sampling import CachedStepper, CodeCallback, Generators, Sampling, Stepper, sample_codes
 from models.vae import VQGanVAE
 
 ROWS = 4  # for fewer rows oneDNN takes other bf16 kernels, which are a fifth slower and differ in the last bits
@@ -26,11 +27,7 @@ GPU_BATCH = 32  # images; the widest layer of the official network then takes 0.
 
 
 class NativeSampler:
-    """The function that Backend.sampler of a NativeBackend returns.
-
-    Attributes:
-        stepper: has packed weights.
-    """
+    """The function that Backend.sampler of a NativeBackend returns."""
 
     def __init__(self, model: DALLE, backend: Any, batch_size: int, window: Optional[int] = None):
         self.model, self.device = model.to(backend.device).eval(), backend.device
@@ -38,7 +35,11 @@ class NativeSampler:
         cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend five times slower in bf16
         pack = packer(backend.device, backend.dtype, batch_size)
         windows = WINDOWS if window is None else (min(window, model.image_seq_len),)
-        self.stepper = PackedStepper(model, pack, cache_dtype, backend.autocast, windows)
+        self.stepper: Stepper
+        if model.transformer.is_plain:
+            self.stepper = PackedStepper(model, pack, cache_dtype, backend.autocast, windows)
+        else:
+            self.stepper = CachedStepper(model, backend.autocast)
 
     def __call__(
         self,
@@ -161,11 +162,10 @@ class FusedResnetBlock(ResnetBlock):
         return out.add_(x)
 
 
-def encoder(vae: VQGanVAE, device: torch.device) -> Callable[[Tensor], Tensor]:
+def encoder(vae: ImageTokenizer, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Return a function from pixels to codes, see `Backend.encode`."""
     fast = fast_copy(vae, "decoder", torch.float32, device)
-    channels, side = fast.model.encoder.ch, fast.model.encoder.resolution
-    at_once = max(1, CACHE_BYTES // (4 * channels * side**2)) if device.type == "cpu" else GPU_BATCH
+    at_once = max(1, CACHE_BYTES // (4 * vae.largest)) if device.type == "cpu" else GPU_BATCH
 
     def encode(pixels: Tensor) -> Tensor:
         return torch.cat([fast(part.to(device)).cpu() for part in pixels.split(at_once)])
@@ -173,7 +173,7 @@ def encoder(vae: VQGanVAE, device: torch.device) -> Callable[[Tensor], Tensor]:
     return encode
 
 
-def decoder(vae: VQGanVAE, device: torch.device, precision: str) -> Callable[..., Tensor]:
+def decoder(vae: ImageTokenizer, device: torch.device, precision: str) -> Callable[..., Tensor]:
     """Return a function from codes to pixels, see `Backend.decode`.
 
     On a CPU an image does not depend on the others in its batch. For a trained VQGAN, bf16 differs from fp32 by 0.2 of
@@ -188,8 +188,13 @@ def decoder(vae: VQGanVAE, device: torch.device, precision: str) -> Callable[...
     return decode
 
 
-def fast_copy(vae: VQGanVAE, without: str, dtype: torch.dtype, device: torch.device) -> VQGanVAE:
-    """Return a copy with fused blocks and channels-last weights; `without` names the half to omit."""
+def fast_copy(vae: ImageTokenizer, without: str, dtype: torch.dtype, device: torch.device) -> ImageTokenizer:
+    """Return a copy of a VQGAN with fused blocks and channels-last weights; `without` names the half to omit.
+
+    Other image tokenizers are copied as they are, in fp32.
+    """
+    if not isinstance(vae, VQGanVAE):
+        return copy.deepcopy(vae).to(device)
     left_out = {id(getattr(vae.model, without)): nn.Identity()}  # deepcopy believes that it has copied these
     fast = copy.deepcopy(vae, left_out).to(device, dtype)
     fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

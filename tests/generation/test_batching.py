@@ -180,8 +180,8 @@ def test_previews_show_the_rows_so_far(loaded):
     assert rows == [2]
 
 
-@pytest.mark.parametrize("cost, expected", [(0.2, [1, 2, 3]), (0.3, [1, 2]), (3, [1])])
-def test_previews_that_would_cost_too_much_are_skipped(loaded, monkeypatch, cost, expected):
+@pytest.mark.parametrize("cost, known, expected", [(0.2, 0, [1, 2, 3]), (0.3, 0, [1, 2]), (3, 0, [1]), (3, 3, [])])
+def test_previews_that_would_cost_too_much_are_skipped(loaded, monkeypatch, cost, known, expected):
     """With a simulated clock: a code takes one second, a preview `cost` seconds per row, of which 1.6 are allowed."""
     now, rows = [0.0], []
     monkeypatch.setattr(previews.time, "monotonic", lambda: now[0])
@@ -190,7 +190,7 @@ def test_previews_that_would_cost_too_much_are_skipped(loaded, monkeypatch, cost
         now[0] += cost * row
         rows.append(row)
 
-    preview = previews.Preview(loaded, 1, show, share=0.1)
+    preview = previews.Preview(loaded, 1, show, share=0.1, row_cost=known)
     for count in range(1, 17):
         now[0] += 1
         preview(torch.zeros(1, count, dtype=torch.long))

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from torch import nn
@@ -330,8 +331,63 @@ def test_a_remap_table_among_the_weights_is_passed_over(tmp_path):
     assert torch.equal(load_vqgan(path)(images), taming.codes(images).flatten(1))
 
 
+def wrap(state, prefix="", keys=("state_dict",), **beside):
+    """Return a checkpoint's content with `state` under a prefix and keys, and tensors of another network."""
+    saved = {**{f"{prefix}{name}": tensor for name, tensor in state.items()}, **beside}
+    for key in reversed(keys):
+        saved = {"epoch": 3, key: saved}
+    return saved
+
+
+OTHERS = {"model.diffusion_model.out.0.weight": torch.ones(2), "cond_stage_model.logit_scale": torch.ones(())}
+WRAPPINGS = {
+    "DataParallel": {"prefix": "module."},
+    "a model key": {"keys": ("model",)},
+    "nested keys": {"keys": ("checkpoint", "vqgan"), "prefix": "module.vqgan."},
+    "latent-diffusion": {"model_ema.encoderconv_inweight": torch.ones(2), "model_ema.decay": torch.tensor(0.9)},
+    "a whole diffusion model": {"prefix": "first_stage_model.", **OTHERS},
+    "a moving codebook": {"quantize.embedding.cluster_size": torch.ones(50)},
+}
+
+
+@BOTH
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_wrapped_weights_are_found(tmp_path, wrapping, gumbel):
+    path, taming = write_pair(tmp_path, gumbel)
+    torch.save(wrap(taming.state_dict(), **WRAPPINGS[wrapping]), path)
+    images = pictures(taming)
+    assert torch.equal(load_vqgan(path)(images), taming.codes(images).flatten(1))
+
+
+def test_safetensors_and_configurations_of_latent_diffusion(tmp_path):
+    path, taming = write_pair(tmp_path)
+    images, config = pictures(taming), yaml.safe_load(path.with_suffix(".yaml").read_text())["model"]
+    save_file(taming.state_dict(), tmp_path / "vq.safetensors")
+    path.unlink()
+    path.with_suffix(".yaml").unlink()
+    first_stage = {"target": "ldm.models.autoencoder.VQModelInterface", "params": config["params"]}
+    whole = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {"first_stage_config": first_stage}}
+    for model in (first_stage, whole):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+        assert torch.equal(load_vqgan(tmp_path)(images), taming.codes(images).flatten(1))
+
+
+def test_latent_diffusions_networks_without_attention(tmp_path):
+    path, taming = write_pair(tmp_path, attn_resolutions=())
+    taming.encoder.mid.attn_1 = taming.decoder.mid.attn_1 = nn.Identity()
+    torch.save({"state_dict": taming.state_dict()}, path)
+    config = yaml.safe_load(path.with_suffix(".yaml").read_text())
+    config["model"]["params"]["ddconfig"]["attn_type"] = "none"
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(config))
+    images, vae = pictures(taming), load_vqgan(path)
+    assert torch.equal(vae(images), taming.codes(images).flatten(1))
+    again = VQGanVAE(vae.hparams["params"])
+    again.load_state_dict(vae.state_dict())
+    assert again.fingerprint() == vae.fingerprint()
+
+
 def test_a_folder_without_or_with_two_checkpoints_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: .* exactly one .ckpt file; this one has 0"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: .* exactly one file of weights .*; this one has 0"):
         load_vqgan(tmp_path)
     write_pair(tmp_path)
     write_pair(tmp_path, name="best")
@@ -379,10 +435,10 @@ def test_a_yaml_that_describes_no_vqgan_is_named(tmp_path, text, message):
     ("change", "message"),
     [
         (lambda state: state.pop("quant_conv.bias"), "quant_conv.bias is missing"),
-        (lambda state: state.update({"quant_conv.scale": torch.ones(1)}), "quant_conv.scale is not part of this VQGAN"),
+        (lambda state: state.update({"quant_conv.scale": torch.ones(1)}), "quant_conv.scale is not part of this model"),
         (
             lambda state: state.update({"quantize.embedding.weight": torch.ones(51, 6)}),
-            r"quantize.embedding.weight has shape \(51, 6\) instead of \(50, 6\)",
+            r"quantize.embedding.weight is \(51, 6\), not \(50, 6\)",
         ),
         (lambda state: state.update({"encoder.conv_in.bias": "text"}), "'encoder.conv_in.bias'"),
     ],

@@ -20,7 +20,7 @@ from backends.native.fast_layers import (
     use_fast_layers,
 )
 from backends.native.trainer import rows_at_once
-from models.transformer import PATTERNS, PrefixCache, attend, pattern_mask
+from models.transformer import PATTERNS, KeyValueCache, attend, pattern_mask
 from tests.backends.native.test_backend import settings
 from tests.builders import small_dalle
 
@@ -55,7 +55,18 @@ def assert_same(ours, expected, **tolerance):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"sandwich_norm": True}, {"ff_dropout": 0.3}, {"attn_dropout": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sandwich_norm": True},
+        {"ff_dropout": 0.3},
+        {"attn_dropout": 0.3},
+        {"rotary_emb": True, "shift_tokens": True, "stable": True, "shared_ff_ids": (0, 1)},
+        {"reversible": True},
+    ],
+    ids=str,
+)
 def test_losses_and_gradients_equal_the_plain_ones(tiny_vae, changes, recompute):
     plain = dalle(tiny_vae, **changes).train()
     fast = copy.deepcopy(plain)
@@ -120,7 +131,7 @@ def test_a_cache_and_a_caption_alone_go_the_plain_way(tiny_vae):
     with torch.no_grad():
         for given in ((text,), (text, codes[:, :5]), (text, codes)):
             torch.testing.assert_close(fast(*given), plain(*given), atol=1e-5, rtol=1e-5)
-        caches = [[PrefixCache() for _ in model.transformer.layers] for model in (fast, plain)]
+        caches = [[KeyValueCache(TEXT + 1) for _ in model.transformer.layers] for model in (fast, plain)]
         embedded = plain.embed_text(plain.number_padding(text))
         torch.testing.assert_close(fast.transformer(embedded, caches[0]), plain.transformer(embedded, caches[1]))
     assert caches[0][0].keys is not None

@@ -3,6 +3,7 @@
 It gives them up by detachFromDevice() or destroy(), or when it is deleted.
 """
 
+import os
 import weakref
 
 from .errors import Error
@@ -28,7 +29,16 @@ MACHINE = Machine(4)
 
 
 def count_ipus(used, options):
-    """Return the number of IPUs that an executor acquires for blocks on `used` of them."""
+    """Return the number of IPUs that an executor acquires for blocks on `used` of them.
+
+    PopRun gives each instance IPUs of its own, which popdist's options name: an executor acquires all of them.
+    """
+    if "POPDIST_NUM_TOTAL_REPLICAS" in os.environ:
+        if options._partition is None:
+            raise Error("Failed to acquire IPU(s): they belong to another instance; use popdist.poptorch.Options")
+        if used > options._partition:
+            raise Error(f"{used} IPUs for a replica that has {options._partition}")
+        return options._partition * options.replication_factor
     rounded = 1 << (used - 1).bit_length()
     if rounded != used and not options._values.get("autoRoundNumIPUs"):
         raise Error(f"{used} IPUs: the number of IPUs must be a power of two; see autoRoundNumIPUs")
