@@ -179,7 +179,6 @@ def read_model(
             f"{bpe_path or 'of CLIP'} has {tokenizer.vocab_size}; give the right one with --bpe_path"
         )
     checkpoint.check_vocabulary(path, saved, tokenizer.fingerprint, "--bpe_path")
-    checkpoint.check_vocabulary(path, saved, tokenizer.fingerprint, "--bpe_path")
     if not isinstance(hparams["depth"], int) or not 0 < hparams["depth"] <= len(weights):
         raise ValueError(f"{path}: its hparams describe no model (depth is {hparams['depth']!r})")
     build_vae, weights = find_vqgan(path, vqgan_model_path, vqgan_config_path, saved, weights)

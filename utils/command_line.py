@@ -190,6 +190,12 @@ def parse(parser: Parser, argv: Optional[Sequence[str]] = None) -> argparse.Name
     return settings
 
 
+def flags_given(parser: Parser, argv: Optional[Sequence[str]] = None) -> Set[str]:
+    """Return the names, with underscores, of the flags on the command line itself, not in a configuration."""
+    unset = argparse.Namespace(**dict.fromkeys(parser.flags()))
+    return {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+
+
 def read_entry(name: str, parser: Parser) -> Dict[str, Any]:
     """Return an entry of configs.yaml as it is written; an error is one line and exit status 2."""
     try:
