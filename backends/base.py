@@ -100,11 +100,12 @@ class Backend(Protocol):
         decode(codes, rows) decodes only the upper rows of an image, on machines that call a sampler's `on_code`.
         """
 
-    def sampler(self, model: DALLE, batch_size: int) -> Callable[..., Tensor]:
+    def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` for this machine, for about `batch_size` images at once.
 
-        Its codes are int64 (B, L) on the CPU. Machines that sample a whole image in one call never report single
-        codes.
+        Its codes are int64 (B, L) on the CPU, the same for each window: the number of codes of an image that a pass
+        computes, None for what is fastest. Machines that sample a whole image in one call never report single codes,
+        and have no windows.
         """
 
     def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:

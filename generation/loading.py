@@ -51,6 +51,7 @@ class LoadedModel:
         fingerprint: SHA-256 of the weights.
         backend: the machine that runs the model.
         batch_size: images at once; it may be lowered before the first use of `sampler`.
+        window: see `load`.
         sampler, encode, decode: the backend's functions for this model.
     """
 
@@ -63,12 +64,13 @@ class LoadedModel:
         recommended: Sampling,
         backend: Backend,
         batch_size: int,
+        window: Optional[int],
     ):
         self.path, self.model, self.tokenizer = str(path), model, tokenizer
         self.guidable = bool(saved.get("settings", {}).get("caption_dropout"))
         self.recommended = recommended if self.guidable else recommended._replace(cond_scale=1.0)
         self.words, self.examples = read_summary(saved.get("captions"))
-        self.backend, self.batch_size = backend, batch_size
+        self.backend, self.batch_size, self.window = backend, batch_size, window
         self.fingerprint = fingerprint(model)
 
     @property
@@ -82,7 +84,7 @@ class LoadedModel:
 
     @functools.cached_property
     def sampler(self) -> Callable[..., Tensor]:
-        return self.backend.sampler(self.model, self.batch_size)
+        return self.backend.sampler(self.model, self.batch_size, self.window)
 
     @functools.cached_property
     def encode(self) -> Callable[[Tensor], Tensor]:
@@ -99,6 +101,7 @@ def load(
     device: str = "auto",
     precision: str = "auto",
     batch_size: Optional[int] = None,
+    window: Optional[int] = None,
     vqgan_model_path: Optional[str] = None,
     vqgan_config_path: Optional[str] = None,
     bpe_path: Optional[str] = None,
@@ -110,6 +113,7 @@ def load(
         dalle_path: None loads the demo model.
         device, precision: as the flags of generate.py.
         batch_size: images at once; None uses what suits the machine and fits half of its free memory.
+        window: codes of an image that a pass computes; the images are the same. None uses what is fastest.
         saved: the file's contents, if they were read already.
 
     Raises:
@@ -125,12 +129,12 @@ def load(
     if backend.kind == "ipu" and not model.transformer.is_plain:
         raise ValueError(f"{path}: has options of DALLE-pytorch that do not run on IPUs; generate with --device cpu")
     batch_size = batch_size or fitting_batch_size(model, backend)
-    return LoadedModel(path, saved, model, tokenizer, recommended, backend, batch_size)
+    return LoadedModel(path, saved, model, tokenizer, recommended, backend, batch_size, window)
 
 
 def load_from_flags(settings: Namespace, saved: Optional[Dict[str, Any]] = None) -> LoadedModel:
     """Call load with the flags that generate.py, evaluate.py and app.py share."""
-    names = ("device", "precision", "batch_size", "vqgan_model_path", "vqgan_config_path", "bpe_path")
+    names = ("device", "precision", "batch_size", "window", "vqgan_model_path", "vqgan_config_path", "bpe_path")
     return load(settings.dalle_path, **{name: getattr(settings, name) for name in names}, saved=saved)
 
 
@@ -174,7 +178,6 @@ def read_model(
             f"{path}: was trained with {hparams['num_text_tokens']} text tokens, but the vocabulary "
             f"{bpe_path or 'of CLIP'} has {tokenizer.vocab_size}; give the right one with --bpe_path"
         )
-    checkpoint.check_vocabulary(path, saved, tokenizer.fingerprint, "--bpe_path")
     checkpoint.check_vocabulary(path, saved, tokenizer.fingerprint, "--bpe_path")
     if not isinstance(hparams["depth"], int) or not 0 < hparams["depth"] <= len(weights):
         raise ValueError(f"{path}: its hparams describe no model (depth is {hparams['depth']!r})")

@@ -15,17 +15,20 @@ import torch
 
 import backends
 import log
+from args import NETWORK
 from backends.base import Trainer, TrainingBackend
 from data.codes import load_codes, open_code_cache
 from data.loader import GeneratedDataset, TextImageDataset
 from data.order import EpochOrder
 from data.tokenizer import Tokenizer, load_tokenizer
+from generation.loading import read_model
 from models.dalle import DALLE
 from models.image_tokenizer import ImageTokenizer
 from models.official_vqgan import OFFICIAL_PARAMS
 from models.vae import VQGanVAE, load_vqgan
 from training import checkpoints
 from training.metrics import Trackers, open_trackers
+from utils import checkpoint
 from utils.optimization import LearningRate
 
 logger = logging.getLogger("minidalle")
@@ -92,7 +95,7 @@ def build(settings: Namespace) -> Run:
     backend = backends.for_training(settings)
     if backend.rank:
         log.set_up(logging.WARNING)
-    tokenizer = load_tokenizer(settings.bpe_path)
+    tokenizer = None if settings.init_from else load_tokenizer(settings.bpe_path)
     # A compiler needs only the shape of the samples.
     generated = settings.generated_data or settings.synthetic_data or backend.compile_only
     for flag in ("input_folder", "validation_folder"):  # checked before a VQGAN is downloaded
@@ -104,7 +107,12 @@ def build(settings: Namespace) -> Run:
     origin = folder.origin()
     folder.prepare()
     torch.manual_seed(settings.random_seed)
-    vae = build_vqgan(settings, generated)
+    if tokenizer is None:
+        initial, tokenizer, options = read_initial_model(settings)
+        vae = initial.vae
+    else:
+        initial, options = None, checkpoints.network_options(origin)
+        vae = build_vqgan(settings, generated)
     hparams = {
         "num_text_tokens": tokenizer.vocab_size,
         "text_seq_len": settings.text_seq_len,
@@ -117,9 +125,14 @@ def build(settings: Namespace) -> Run:
         "ff_dropout": settings.ff_dropout,
         "attn_dropout": settings.attn_dropout,
         "sandwich_norm": settings.sandwich_norm,
+        **options,
     }
     torch.manual_seed(settings.random_seed)  # again, because an untrained VQGAN uses random numbers
     model = DALLE(vae=vae, **hparams)
+    if initial is not None:
+        model.load_state_dict(initial.state_dict())
+    if backend.kind == "ipu" and not model.transformer.is_plain:
+        raise ValueError(f"{', '.join(options)}: options of DALLE-pytorch that do not run on IPUs; use --device cpu")
     trainer = backend.trainer(model)
     dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
     samples_per_step = backend.samples_per_step * backend.world_size
@@ -166,6 +179,18 @@ def build(settings: Namespace) -> Run:
         logger.info("%d images in the validation set", len(validation_set))
     logger.info("%s trainable parameters, %d text tokens", f"{trainable:,}", tokenizer.vocab_size)
     return run
+
+
+def read_initial_model(settings: Namespace) -> Tuple[DALLE, Tokenizer, Dict[str, Any]]:
+    """Return the model, tokenizer and further hparams of --init-from, and give its sizes to `settings`."""
+    path = settings.init_from
+    saved = checkpoint.read(path)
+    vqgan = settings.vae_path or settings.vqgan_model_path
+    model, tokenizer, _ = read_model(path, vqgan, settings.vqgan_config_path, settings.bpe_path, saved)
+    for name, key in NETWORK.items():
+        setattr(settings, name, saved["hparams"][key])
+    logger.info("%s: a new run starts with its weights, network, vocabulary and VQGAN", path)
+    return model, tokenizer, checkpoints.network_options((path, saved))
 
 
 def build_vqgan(settings: Namespace, generated: bool) -> ImageTokenizer:

@@ -248,8 +248,6 @@ def _make_inert_with_keywords(unpickler: Any) -> None:
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # C's allocates what a forged memo index asks for
-    dispatch = {**pickle._Unpickler.dispatch, NEWOBJ: _make_inert, NEWOBJ_EX: _make_inert_with_keywords}  # type: ignore
-
     def __init__(self, file: Any):
         super().__init__(file, encoding="latin-1")
         self.storages: Dict[str, Storage] = {}
@@ -269,6 +267,9 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # C's alloca
         if self.storages.setdefault(key, storage) != storage:
             raise ValueError(f"describes storage {key} in two ways")
         return storage
+
+
+_Unpickler.dispatch = {**_Unpickler.dispatch, NEWOBJ: _make_inert, NEWOBJ_EX: _make_inert_with_keywords}
 
 
 def _open_zip(file: BinaryIO) -> Tuple[Any, Callable[[Storage], bytearray]]:

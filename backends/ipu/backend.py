@@ -203,7 +203,7 @@ class IpuBackend(Backend):
         """Return a function from codes to pixels."""
         return decode_upper_rows(self._row_by_row("decoder", VqganDecoder(vae)))
 
-    def sampler(self, model: DALLE, batch_size: int) -> Callable[..., Tensor]:
+    def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` as one call of the device per batch, or per code if that does not compile."""
         import poptorch
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from backends.base import Backend, Losses, Trainer, TrainingBackend
 from backends.memory import Memory
-from backends.native.inference import decoder, encoder, sampler
+from backends.native.inference import NativeSampler, decoder, encoder
 from backends.native.resilient_loader import read
 from backends.native.trainer import NativeTrainer, mean_losses
 from models.dalle import DALLE
@@ -102,9 +102,9 @@ class NativeBackend(Backend):
         """Return a function from codes to pixels."""
         return decoder(vae, self.device, self.precision)
 
-    def sampler(self, model: DALLE, batch_size: int) -> Callable[..., Tensor]:
+    def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` with packed weights."""
-        return sampler(model, self, batch_size)
+        return NativeSampler(model, self, batch_size, window)
 
     def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
         """Return a function from batches to mean losses."""

@@ -20,24 +20,29 @@ from models.sampling import CachedStepper, CodeCallback, Generators, Sampling, S
 from models.vae import VQGanVAE
 
 ROWS = 4  # for fewer rows oneDNN takes other bf16 kernels, which are a fifth slower and differ in the last bits
+WINDOWS = (1, 2, 4, 8, 16)  # codes that a pass may compute for each image
 Product = Callable[[Tensor], Tensor]
 CACHE_BYTES = 16 * 2**20  # a layer's output that fits a CPU's cache; larger batches are slower than one by one
 GPU_BATCH = 32  # images; the widest layer of the official network then takes 0.5 GB in bf16
 
 
-def sampler(model: DALLE, backend: Any, batch_size: int) -> Callable[..., Tensor]:
-    """Return Backend.sampler of a NativeBackend."""
-    model = model.to(backend.device).eval()
-    on_cpu = backend.device.type == "cpu"
-    cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend five times slower in bf16
-    pack = packer(backend.device, backend.dtype, batch_size)
-    stepper: Stepper
-    if model.transformer.is_plain:
-        stepper = PackedStepper(model, pack, cache_dtype, backend.autocast)
-    else:
-        stepper = CachedStepper(model, backend.autocast)
+class NativeSampler:
+    """The function that Backend.sampler of a NativeBackend returns."""
 
-    def sample(
+    def __init__(self, model: DALLE, backend: Any, batch_size: int, window: Optional[int] = None):
+        self.model, self.device = model.to(backend.device).eval(), backend.device
+        on_cpu = backend.device.type == "cpu"
+        cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend five times slower in bf16
+        pack = packer(backend.device, backend.dtype, batch_size)
+        windows = WINDOWS if window is None else (min(window, model.image_seq_len),)
+        self.stepper: Stepper
+        if model.transformer.is_plain:
+            self.stepper = PackedStepper(model, pack, cache_dtype, backend.autocast, windows)
+        else:
+            self.stepper = CachedStepper(model, backend.autocast)
+
+    def __call__(
+        self,
         text: Tensor,
         sampling: Sampling = Sampling(),
         *,
@@ -45,10 +50,9 @@ def sampler(model: DALLE, backend: Any, batch_size: int) -> Callable[..., Tensor
         image_codes: Optional[Tensor] = None,
         on_code: Optional[CodeCallback] = None,
     ) -> Tensor:
-        image_codes = None if image_codes is None else image_codes.to(backend.device)
-        return sample_codes(model, text.to(backend.device), stepper, sampling, generator, image_codes, on_code).cpu()
-
-    return sample
+        image_codes = None if image_codes is None else image_codes.to(self.device)
+        text = text.to(self.device)
+        return sample_codes(self.model, text, self.stepper, sampling, generator, image_codes, on_code).cpu()
 
 
 def packer(device: torch.device, dtype: torch.dtype, rows: int) -> Pack:

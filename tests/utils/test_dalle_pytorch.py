@@ -10,8 +10,9 @@ from PIL import Image
 import generate
 from generation.loading import load
 from models.discrete_vae import DiscreteVAE
-from models.sampling import NaiveStepper, sample_codes
+from models.sampling import sample_codes
 from models.vae import VQGanVAE, load_vqgan
+from tests.builders import WholePassStepper
 from tests.conftest import ROOT
 from tests.models.test_vae import sizes
 from utils.checkpoint_info import main as describe
@@ -64,7 +65,7 @@ def test_a_checkpoint_generates_with_a_vocabulary_given_by_path(theirs, command,
     loaded = load(path, bpe_path=SHAPES, precision="fp32", device="cpu")
     assert (logits(loaded.model) - logits(theirs)).abs().max() < 1e-5
     text, seeds = torch.randint(1, 130, (2, 12)), lambda: [torch.Generator().manual_seed(i) for i in range(2)]
-    expected = sample_codes(loaded.model, text, NaiveStepper(loaded.model), generator=seeds())
+    expected = sample_codes(loaded.model, text, WholePassStepper(loaded.model), generator=seeds())
     assert torch.equal(loaded.sampler(text, generator=seeds()), expected)
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(loaded.encode(images), theirs.vae.get_codebook_indices(images))

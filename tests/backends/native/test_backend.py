@@ -17,8 +17,8 @@ from backends.native.resilient_loader import MicroBatches
 from backends.native.trainer import build_optimizers
 from data.loader import GeneratedDataset
 from data.order import EpochOrder, RunOrder
-from models.sampling import CachedStepper, Sampling, sample_codes
-from tests.builders import small_dalle, train_settings
+from models.sampling import Sampling, sample_codes
+from tests.builders import WholePassStepper, small_dalle, train_settings
 from utils import checkpoint
 from utils.muon import Muon
 
@@ -416,7 +416,7 @@ def test_the_sampler_gives_the_codes_of_the_plain_loop(tiny_vae, batch_size):
         codes = sample(text, sampling, generator=first)
         assert not model.training and codes.dtype == torch.int64
         again = [torch.Generator().manual_seed(i) for i in range(4)]
-        assert torch.equal(codes, sample_codes(model, text, CachedStepper(model), sampling, again))
+        assert torch.equal(codes, sample_codes(model, text, WholePassStepper(model), sampling, again))
         assert sampling.top_k or not torch.equal(codes, sample(text, sampling, generator=other))
 
 
