@@ -190,6 +190,12 @@ def parse(parser: Parser, argv: Optional[Sequence[str]] = None) -> argparse.Name
     return settings
 
 
+def flags_given(parser: Parser, argv: Optional[Sequence[str]] = None) -> Set[str]:
+    """Return the names, with underscores, of the flags on the command line itself, not in a configuration."""
+    unset = argparse.Namespace(**dict.fromkeys(parser.flags()))
+    return {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+
+
 def read_entry(name: str, parser: Parser) -> Dict[str, Any]:
     """Return an entry of configs.yaml as it is written; an error is one line and exit status 2."""
     try:
@@ -249,6 +255,11 @@ def machine_flags(parser: Parser) -> None:
     add = parser.heading("Machine")
     add("device", "auto", "auto takes CUDA, else an IPU with its SDK enabled, else the CPU", choices=DEVICES)
     add("precision", "auto", "arithmetic of the transformer; auto takes bf16 if it is fast", choices=PRECISIONS)
+
+
+def window_flag(add: Add) -> None:
+    """Add the flag for how many codes of an image are computed at once."""
+    add("window", None, "codes of an image that a pass computes; default: what is fastest", COUNT, metavar="N")
 
 
 def vqgan_file_flags(add: Add) -> None:
