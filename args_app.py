@@ -6,7 +6,16 @@ import os
 import re
 from typing import List, Optional
 
-from utils.command_line import COUNT, Parser, check_vqgan_files, machine_flags, number, parse, vqgan_file_flags
+from utils.command_line import (
+    COUNT,
+    Parser,
+    check_vqgan_files,
+    machine_flags,
+    number,
+    parse,
+    vqgan_file_flags,
+    window_flag,
+)
 
 
 def app_parser() -> Parser:
@@ -28,6 +37,7 @@ def app_parser() -> Parser:
     add("max-prompt-characters", 400, "characters per prompt", COUNT)
     add("queue-size", 64, "requests at once; further ones get an error and may try again", COUNT)
     add("batch-size", None, "images generated at once; default: chosen for the machine", COUNT)
+    window_flag(add)
     add = parser.heading("Files that the checkpoint lacks")
     add("bpe-path", None, "YouTokenToMe vocabulary; default: the checkpoint's, else CLIP's")
     vqgan_file_flags(add)

@@ -10,6 +10,7 @@ from utils.command_line import (
     parse,
     sampling_flags,
     vqgan_file_flags,
+    window_flag,
 )
 
 DEMO_PROMPTS = 400
@@ -45,6 +46,7 @@ def evaluate_parser():
     )
     add("seed", 0, "seed of prompts and images", SEED)
     add("batch-size", 64, "images or pairs at once", COUNT)
+    window_flag(add)
     sampling_flags(parser.heading("Sampling (none: what the checkpoint recommends)"))
     machine_flags(parser)
     add = parser.heading("Scores of generated images (needs requirements-metrics.txt)")

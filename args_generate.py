@@ -22,6 +22,7 @@ from utils.command_line import (
     refuse,
     sampling_flags,
     vqgan_file_flags,
+    window_flag,
 )
 
 SAMPLING = ("top_k", "top_p", "temperature", "cond_scale")
@@ -125,6 +126,7 @@ def generate_parser() -> Parser:
     add("gentxt", False, "let the model complete each prompt first", bool)
     add("seed", None, "the same seed gives the same images; default: a new one, which is logged", SEED)
     add("batch-size", None, "images generated at once; auto: what suits the machine", auto_or_count, metavar="N")
+    window_flag(add)
     add = parser.heading("Start from an image")
     add("image-prompt", None, "keep the upper rows of this image and generate the rest", path)
     add("keep-rows", 0.5, "number of rows of codes to keep, or the fraction of them", rows, metavar="X")

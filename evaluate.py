@@ -11,6 +11,7 @@ Averaged weights are used if the checkpoint has them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import tempfile
@@ -41,10 +42,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure the checkpoint that the flags name."""
     settings = evaluate_arguments(argv)
     log.set_up()
-    with log.exit_on_interrupt(), log.exit_on_bad_input():
+    with log.exit_on_interrupt(), log.exit_on_bad_input(), contextlib.ExitStack() as stack:
+        from backends.memory import memory_explained
         from generation.loading import load_from_flags
         from utils import checkpoint
 
+        stack.enter_context(memory_explained(f"a --batch-size below {settings.batch_size} needs less"))
         saved = checkpoint.read(settings.dalle_path)
         loaded = load_from_flags(settings, saved=saved)
         exported = saved["exported"] if isinstance(saved.get("exported"), dict) else {}
@@ -158,7 +161,9 @@ def reconstruct(loaded: LoadedModel, dataset: TextImageDataset, batch_size: int)
         options = {"image_seq_len": vae.image_seq_len, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
         cache = open_code_cache(dataset.folder, cache_dir, image_size=vae.image_size, **options)
         images_at_once = min(batch_size, max(1, 16 * 256**2 // vae.image_size**2))
-        codes, rows = load_codes(dataset.images, encode_and_compare, cache, batch_size=images_at_once)
+        codes, rows = load_codes(
+            dataset.images, encode_and_compare, cache, paths=dataset.image_paths(), batch_size=images_at_once
+        )
         dataset.attach_codes(codes[:].copy(), rows)
     shown = torch.cat([torch.cat(part)[:GRID_PAIRS] for part in (originals, decodings)])
     return torch.cat(psnr).mean().item(), shown
@@ -180,8 +185,7 @@ def score_captions(
         for first in batch_starts(len(images), settings, "FID"):
             part = slice(first, first + settings.batch_size)
             distance.add("generated", (images[part] * 255).round().byte())
-            real = [dataset.folder / name for name, _, _ in dataset.images[part]]
-            distance.add("real", load_images(real, loaded.model.vae.image_size))
+            distance.add("real", load_images(dataset.image_paths()[part], loaded.model.vae.image_size))
         found["fid"] = distance.distance()
         print(f"FID: {found['fid']:.2f} ({len(images)} images; too high with fewer than some thousands)")
     return found

@@ -124,7 +124,7 @@ def _fast_in_bf16(device):
     # Convolutions in bf16 took 1.3 to 1.6 times as long as in fp32 on a CPU with AVX512-BF16 but without AMX.
     import torch
 
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def build_optimizers(model: VQGan, settings: Namespace) -> List[torch.optim.Optimizer]:
@@ -177,12 +177,13 @@ def read_folders(settings: Namespace) -> Tuple[Any, torch.Tensor, str]:
 
     The training images are paths if they would not fit into memory. Only as many are read as the run can use.
     """
-    from data.images import find_images, load_images
+    from data.images import load_images
     from data.order import epoch_order
+    from data.sources import find_images
 
     size, seed = settings.image_size, settings.random_seed
 
-    def shuffle(paths: List[Path]) -> List[Path]:
+    def shuffle(paths: List[Any]) -> List[Any]:
         return [paths[index] for index in epoch_order(len(paths), seed, epoch=0)]
 
     paths = shuffle(find_images(settings.input_folder))

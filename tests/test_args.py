@@ -167,10 +167,10 @@ COUNTS = {
     "train.py": "batch-size gradient-accumulation replication-factor epochs max-steps device-iterations "
     "embedding-serialization-factor ipus-per-replica hidden-size num-hidden-layers num-attention-heads dim-head "
     "text-seq-len checkpoint-save-steps checkpoint-save-epochs keep-checkpoints validation-steps",
-    "generate.py": "num-images batch-size rank preview",
+    "generate.py": "num-images batch-size window rank preview",
     "train_vqgan.py": "image-size patch-size ch ch-mult num-res-blocks z-channels embed-dim n-embed batch-size "
     "max-steps",
-    "evaluate.py": "prompts batch-size max-pairs",
+    "evaluate.py": "prompts batch-size window max-pairs",
 }
 BAD_VALUES = {
     "train.py": {

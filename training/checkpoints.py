@@ -14,6 +14,7 @@ import torch
 
 import log
 from data.words import EXAMPLES, summarize_captions
+from generation.loading import OPTIONS
 from utils import checkpoint
 from utils.files import check_writable
 from utils.interrupts import defer_signals
@@ -35,7 +36,7 @@ PROGRESS = {
 }
 # Settings that may differ in a resumed run without a warning: they say how and where it continues, not what it is.
 MAY_DIFFER = {
-    *("config", "resume", "pretrained_checkpoint", "checkpoint_output_dir", "checkpoint_save_steps"),
+    *("config", "resume", "pretrained_checkpoint", "init_from", "checkpoint_output_dir", "checkpoint_save_steps"),
     *("checkpoint_save_minutes", "checkpoint_save_epochs", "keep_checkpoints", "shard", "device", "dataloader_workers"),
     *("wandb", "wandb_project_name", "wandb_run_name", "codes_cache", "executable_cache_dir", "profile_dir"),
     *("tensorboard", "sample_steps"),
@@ -145,6 +146,12 @@ def attention_patterns(settings: Namespace, origin: Optional[Tuple[Any, Dict[str
         return tuple(settings.attn_types)
     logger.info("%s: its conv_like window reaches up and to the left of a code, and stays that way", path)
     return tuple("conv_up_left" if name == "conv_like" else name for name in settings.attn_types)
+
+
+def network_options(origin: Optional[Tuple[Any, Dict[str, Any]]]) -> Dict[str, Any]:
+    """Return a checkpoint's hparams that no flag sets: options of the network that come from DALLE-pytorch."""
+    hparams = origin[1]["hparams"] if origin else {}
+    return {name: hparams[name] for name in OPTIONS if hparams.get(name)}
 
 
 def resume(run: Run, path: Any, saved: Dict[str, Any], model: DALLE) -> None:

@@ -15,16 +15,20 @@ import torch
 
 import backends
 import log
+from args import NETWORK
 from backends.base import Trainer, TrainingBackend
 from data.codes import load_codes, open_code_cache
 from data.loader import GeneratedDataset, TextImageDataset
 from data.order import EpochOrder
 from data.tokenizer import Tokenizer, load_tokenizer
+from generation.loading import read_model
 from models.dalle import DALLE
+from models.image_tokenizer import ImageTokenizer
 from models.official_vqgan import OFFICIAL_PARAMS
 from models.vae import VQGanVAE, load_vqgan
 from training import checkpoints
 from training.metrics import Trackers, open_trackers
+from utils import checkpoint
 from utils.optimization import LearningRate
 
 logger = logging.getLogger("minidalle")
@@ -38,7 +42,7 @@ class Run:
     backend: TrainingBackend
     folder: checkpoints.Folder
     tokenizer: Tokenizer
-    vae: VQGanVAE
+    vae: ImageTokenizer
     dataset: Any
     validation_set: Any  # None: no validation
     generated: bool  # whether the training set is generated instead of read
@@ -91,7 +95,7 @@ def build(settings: Namespace) -> Run:
     backend = backends.for_training(settings)
     if backend.rank:
         log.set_up(logging.WARNING)
-    tokenizer = load_tokenizer(settings.bpe_path)
+    tokenizer = None if settings.init_from else load_tokenizer(settings.bpe_path)
     # A compiler needs only the shape of the samples.
     generated = settings.generated_data or settings.synthetic_data or backend.compile_only
     for flag in ("input_folder", "validation_folder"):  # checked before a VQGAN is downloaded
@@ -103,7 +107,12 @@ def build(settings: Namespace) -> Run:
     origin = folder.origin()
     folder.prepare()
     torch.manual_seed(settings.random_seed)
-    vae = build_vqgan(settings, generated)
+    if tokenizer is None:
+        initial, tokenizer, options = read_initial_model(settings)
+        vae = initial.vae
+    else:
+        initial, options = None, checkpoints.network_options(origin)
+        vae = build_vqgan(settings, generated)
     hparams = {
         "num_text_tokens": tokenizer.vocab_size,
         "text_seq_len": settings.text_seq_len,
@@ -116,9 +125,14 @@ def build(settings: Namespace) -> Run:
         "ff_dropout": settings.ff_dropout,
         "attn_dropout": settings.attn_dropout,
         "sandwich_norm": settings.sandwich_norm,
+        **options,
     }
     torch.manual_seed(settings.random_seed)  # again, because an untrained VQGAN uses random numbers
     model = DALLE(vae=vae, **hparams)
+    if initial is not None:
+        model.load_state_dict(initial.state_dict())
+    if backend.kind == "ipu" and not model.transformer.is_plain:
+        raise ValueError(f"{', '.join(options)}: options of DALLE-pytorch that do not run on IPUs; use --device cpu")
     trainer = backend.trainer(model)
     dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
     samples_per_step = backend.samples_per_step * backend.world_size
@@ -167,7 +181,19 @@ def build(settings: Namespace) -> Run:
     return run
 
 
-def build_vqgan(settings: Namespace, generated: bool) -> VQGanVAE:
+def read_initial_model(settings: Namespace) -> Tuple[DALLE, Tokenizer, Dict[str, Any]]:
+    """Return the model, tokenizer and further hparams of --init-from, and give its sizes to `settings`."""
+    path = settings.init_from
+    saved = checkpoint.read(path)
+    vqgan = settings.vae_path or settings.vqgan_model_path
+    model, tokenizer, _ = read_model(path, vqgan, settings.vqgan_config_path, settings.bpe_path, saved)
+    for name, key in NETWORK.items():
+        setattr(settings, name, saved["hparams"][key])
+    logger.info("%s: a new run starts with its weights, network, vocabulary and VQGAN", path)
+    return model, tokenizer, checkpoints.network_options((path, saved))
+
+
+def build_vqgan(settings: Namespace, generated: bool) -> ImageTokenizer:
     """Return the VQGAN of --vae-path or --vqgan-model-path, else the official one (untrained for generated data)."""
     path = settings.vae_path or settings.vqgan_model_path
     if path is None and generated:
@@ -176,7 +202,7 @@ def build_vqgan(settings: Namespace, generated: bool) -> VQGanVAE:
 
 
 def build_datasets(
-    settings: Namespace, backend: TrainingBackend, tokenizer: Tokenizer, vae: VQGanVAE, generated: bool
+    settings: Namespace, backend: TrainingBackend, tokenizer: Tokenizer, vae: ImageTokenizer, generated: bool
 ) -> Tuple[Any, Any]:
     """Return the training set and the validation set, which is None if no flag asks for one."""
     dataset: Union[GeneratedDataset, TextImageDataset]
@@ -205,7 +231,7 @@ def open_folder(
     settings: Namespace,
     backend: TrainingBackend,
     tokenizer: Tokenizer,
-    vae: VQGanVAE,
+    vae: ImageTokenizer,
     training: bool = True,
 ) -> TextImageDataset:
     """Return a folder's pairs with pixels, or with codes from the cache, into which missing ones are encoded first."""
@@ -241,6 +267,7 @@ def open_folder(
             dataset.images,
             backend.encode(vae),
             cache,
+            paths=dataset.image_paths(),
             batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # the same number of pixels for any image size
             workers=min(settings.dataloader_workers, os.cpu_count() or 1),  # a GPU encodes faster than one can read
         )
@@ -248,7 +275,7 @@ def open_folder(
     return dataset
 
 
-def attach_empty_codes(dataset: TextImageDataset, vae: VQGanVAE, cache: Any) -> None:
+def attach_empty_codes(dataset: TextImageDataset, vae: ImageTokenizer, cache: Any) -> None:
     """Attach zeros for codes, which take a step as long as any, and count the images to encode in `to_encode`."""
     dataset.to_encode = sum(picture not in cache for picture in dataset.images)
     dataset.attach_codes(np.broadcast_to(np.uint16(0), (len(dataset), vae.image_seq_len)))

@@ -99,9 +99,9 @@ def read_samples(run: Run) -> Samples:
     """Read the first pairs of the validation set, else of the training set; ValueError if no image can be read."""
     dataset = run.dataset if run.validation_set is None else run.validation_set
     tokens, pixels = [], []
-    for index, (name, _, _) in enumerate(dataset.images):
+    for index in range(len(dataset)):
         try:
-            pixels.append(torch.from_numpy(load_image(dataset.folder / name, run.vae.image_size)))
+            pixels.append(torch.from_numpy(load_image(dataset.image(index), run.vae.image_size)))
         except (ValueError, OSError):  # removed or damaged since the run began
             continue
         tokens.append(dataset.first_caption(index))

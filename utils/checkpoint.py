@@ -5,6 +5,7 @@ scheduler_state. Further entries are ours: step, tokenizer, sampling, settings, 
 tensors or plain values. A .safetensors file holds the weights and what generating needs, nothing of the training.
 """
 
+import contextlib
 import json
 import pickle
 import pickletools
@@ -19,12 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from utils import dalle_pytorch
 from utils.files import AnyPath, atomic_write, first_line
+from utils.foreign_pickle import read_entries
 
 Checkpoint = Dict[str, Any]
 Tensors = Dict[str, torch.Tensor]
 
 PREFIX = "model."
+ANGLES = "transformer.pos_emb"  # too large for fp16
 LAYOUT = 2  # versions["layout"] of files written now; in train.py's earlier ones, conv_like is what is now conv_up_left
 BUNDLED_VOCABULARY = "71af8ba2decff41932e78199383441ee1c2d56b594da9a5501aaf50df3d844bd"  # bpe/bpe_yttm_vocab.txt
 KINDS = {
@@ -65,7 +69,8 @@ def write_safetensors(path: AnyPath, checkpoint: Checkpoint, half: bool = False)
     Args:
         path: the file; it appears complete or not at all.
         checkpoint: as `read` returns it.
-        half: store floating-point weights in fp16, except the VQGAN's, because its codes would change.
+        half: store floating-point weights in fp16, except angles of positions, and the VQGAN's, because its codes would
+            change.
 
     Raises:
         OSError: the file cannot be written.
@@ -75,7 +80,11 @@ def write_safetensors(path: AnyPath, checkpoint: Checkpoint, half: bool = False)
     if half:
         vqgan = f"{PREFIX}vae."
         tensors.update(
-            {name: t.half() for name, t in tensors.items() if t.is_floating_point() and not name.startswith(vqgan)}
+            {
+                name: tensor.half()
+                for name, tensor in tensors.items()
+                if tensor.is_floating_point() and not name.startswith(vqgan) and not name.endswith(ANGLES)
+            }
         )
     header = {key: checkpoint[key] for key in EXPORTED_KEYS if key in checkpoint}
     header["exported"] = {"averaged": bool(averaged), "half": half}
@@ -107,6 +116,11 @@ def read(path: AnyPath) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; give a file that train.py wrote (dalle_<epoch>.pt)")
     checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if dalle_pytorch.is_dalle_pytorch(checkpoint):
+        try:
+            checkpoint = dalle_pytorch.convert(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"{path}: a checkpoint of DALLE-pytorch that cannot be used: {error}") from None
     missing = {"hparams", "weights"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise ValueError(f"{path}: not a DALL-E checkpoint: it has no {' and no '.join(sorted(missing))}")
@@ -150,6 +164,10 @@ def _read_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_]\w*(?:\.\w+)*)", str(error))
+        with contextlib.suppress(ValueError):  # DALLE-pytorch's files may hold their settings as objects
+            entries = read_entries(path, "weights")
+            if dalle_pytorch.is_dalle_pytorch(entries):
+                return entries
         if name:
             problem = f"holds {name.group(1)}, neither tensor nor plain value, and was not opened"
             raise ValueError(f"{path}: {problem}") from None

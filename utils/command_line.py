@@ -173,7 +173,11 @@ def parse(parser: Parser, argv: Optional[Sequence[str]] = None) -> argparse.Name
         first.add_argument("--config", nargs="?")
         name = first.parse_known_args(argv)[0].config
         if name is not None:
-            entry = _read_entry(name, parser)
+            entry = read_entry(name, parser)
+            unknown = [str(key) for key in entry if key not in parser.flags()]
+            if unknown:
+                words = ", ".join(unknown)
+                parser.error(f"{CONFIGS.name}, {name}: {words}: no such setting of {parser.prog} (see --help)")
             parser.source = f"{CONFIGS.name}, {name}: "
             namespace = parser.parse_args(_as_words(entry, parser))
             parser.source = ""
@@ -186,7 +190,14 @@ def parse(parser: Parser, argv: Optional[Sequence[str]] = None) -> argparse.Name
     return settings
 
 
-def _read_entry(name: str, parser: Parser) -> Dict[str, Any]:
+def flags_given(parser: Parser, argv: Optional[Sequence[str]] = None) -> Set[str]:
+    """Return the names, with underscores, of the flags on the command line itself, not in a configuration."""
+    unset = argparse.Namespace(**dict.fromkeys(parser.flags()))
+    return {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+
+
+def read_entry(name: str, parser: Parser) -> Dict[str, Any]:
+    """Return an entry of configs.yaml as it is written; an error is one line and exit status 2."""
     try:
         entries = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
     except OSError as error:
@@ -198,9 +209,6 @@ def _read_entry(name: str, parser: Parser) -> Dict[str, Any]:
     if name not in entries:
         known = ", ".join(map(str, entries))
         parser.error(f"argument --config: no configuration '{name}' in {CONFIGS.name}; it has {known}")
-    unknown = [str(key) for key in entries[name] if key not in parser.flags()]
-    if unknown:
-        parser.error(f"{CONFIGS.name}, {name}: {', '.join(unknown)}: no such setting of {parser.prog} (see --help)")
     return entries[name]
 
 
@@ -248,6 +256,11 @@ def machine_flags(parser: Parser) -> None:
     add("device", "auto", "auto takes CUDA, else an IPU with its SDK enabled, else the CPU", choices=DEVICES)
     add("precision", "auto", "arithmetic of the transformer; auto takes bf16 if it is fast", choices=PRECISIONS)
     add("executable-cache-dir", None, "folder to keep programs compiled for IPUs in; they take minutes", path)
+
+
+def window_flag(add: Add) -> None:
+    """Add the flag for how many codes of an image are computed at once."""
+    add("window", None, "codes of an image that a pass computes; default: what is fastest", COUNT, metavar="N")
 
 
 def vqgan_file_flags(add: Add) -> None:

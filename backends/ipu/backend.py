@@ -31,8 +31,8 @@ from backends.ipu.trainer import IpuTrainer
 from backends.native.resilient_loader import MEMORY_ADVICE, explain_dead_worker, last_line
 from backends.native.trainer import ADAM_EPS
 from models.dalle import DALLE
+from models.image_tokenizer import ImageTokenizer
 from models.pipeline_dalle import placement, stages, unshare_masks
-from models.vae import VQGanVAE
 from utils import interrupts
 from utils.files import check_writable
 from utils.optimization import parameter_groups
@@ -206,12 +206,12 @@ class IpuBackend(Backend):
         unshare_masks(model)
         return model.half() if half else model
 
-    def encode(self, vae: VQGanVAE) -> Callable[[Tensor], Tensor]:
+    def encode(self, vae: ImageTokenizer) -> Callable[[Tensor], Tensor]:
         """Return a function from pixels to codes, in fp32, so that codes equal those of other machines."""
         encoder = self._row_by_row("encoder", vae)
         return lambda pixels: encoder(pixels).long()
 
-    def decode(self, vae: VQGanVAE) -> Callable[..., Tensor]:
+    def decode(self, vae: ImageTokenizer) -> Callable[..., Tensor]:
         """Return a function from codes to pixels."""
         return decode_upper_rows(self._row_by_row("decoder", VqganDecoder(vae)))
 
@@ -219,7 +219,7 @@ class IpuBackend(Backend):
         """Return the largest power of two for which the sampler's tensors leave room in an IPU's memory."""
         return estimates.sampler_sequences(model, self.number_size(model))
 
-    def sampler(self, model: DALLE, batch_size: int) -> Callable[..., Tensor]:
+    def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` as one call of the device per batch, or per code if that does not compile."""
         import poptorch
 

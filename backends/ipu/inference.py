@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from models.dalle import DALLE
+from models.image_tokenizer import ImageTokenizer
 from models.sampling import CodeCallback, Generators, Sampling, check_given_codes, gumbel_noise
 from models.static_sampling import FullPass, StaticSampler, settings_row
-from models.vae import VQGanVAE
 
 logger = logging.getLogger("minidalle")
 
@@ -27,7 +27,7 @@ def full(x: Tensor, rows: int) -> Tensor:
 class VqganDecoder(nn.Module):
     """A VQGAN's decoder as a module, from codes int (B, L) to pixels (B, 3, S, S)."""
 
-    def __init__(self, vae: VQGanVAE):
+    def __init__(self, vae: ImageTokenizer):
         super().__init__()
         self.vae = vae
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backends.base import Losses, Trainer
 from backends.native.fast_layers import compile_layers, use_fast_layers
-from backends.native.inference import sampler
+from backends.native.inference import NativeSampler
 from models.dalle import DALLE
 from utils.muon import Muon, orthogonal
 from utils.optimization import convert_ipu_state, load_keeping_flags, parameter_groups
@@ -144,8 +144,8 @@ class NativeTrainer(Trainer):
     def sampler(self) -> Optional[Callable[..., Tensor]]:
         """Return a sampler of the average, or of the weights without --ema-decay."""
         model = self.model if self.average is None else self.average
-        sample = sampler(model, self.backend, self.backend.settings.batch_size)
-        self.model.train()  # sampler() set it to eval mode; sampling itself never applies dropout
+        sample = NativeSampler(model, self.backend, self.backend.settings.batch_size)
+        self.model.train()  # NativeSampler set it to eval mode; sampling itself never applies dropout
         return sample
 
     def set_lr(self, lr: float) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.captions import CaptionCache, Captions, load_captions
+from data.captions import CaptionCache, Captions, encode_caption, load_captions
 from data.loader import TextImageDataset
 from data.tokenizer import load_tokenizer
 from tests.conftest import ROOT, YTTM
@@ -52,7 +52,7 @@ def counting(tokenizer, monkeypatch):
 
 
 def test_the_tokens_are_those_of_the_tokenizer(folder, tokenizer, tmp_path):
-    expected = [[tokenizer.encode(text) for text in texts] for texts in TEXTS]
+    expected = [[encode_caption(tokenizer, text) for text in texts] for texts in TEXTS]
     assert as_lists(load_captions(files_of(folder), folder, tokenizer)) == expected
     for _ in range(2):
         captions = load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path / "at", tokenizer))
@@ -128,8 +128,8 @@ def test_a_file_that_is_known_is_not_opened_again(folder, tokenizer, tmp_path, m
     options = {"text_seq_len": 64, "image_size": 8, "cache_dir": tmp_path}
     pictures = TextImageDataset(folder, tokenizer, **options).images
     opened = []
-    monkeypatch.setattr("data.pairs._caption_fault", opened.append)
-    monkeypatch.setattr("data.pairs._image_fault", opened.append)
+    monkeypatch.setattr("data.sources.folder._caption_fault", opened.append)
+    monkeypatch.setattr("data.files._image_fault", opened.append)
     again = TextImageDataset(folder, tokenizer, encoded=pictures, **options)
     assert opened == [] and again.images == pictures
     TextImageDataset(folder, tokenizer, encoded=pictures[:1], **options)
@@ -182,6 +182,7 @@ def test_a_cache_that_cannot_be_written_is_reported_and_done_without(folder, tok
 def test_ids_of_16_bits_while_they_fit():
     class Wide:
         fingerprint = "wide"
+        unknown = None
 
         def __init__(self, vocab_size):
             self.vocab_size = vocab_size

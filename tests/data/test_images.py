@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import crop_square, endless_batches, find_images, load_image, load_images
+from data.images import crop_square, endless_batches, load_image, load_images
 from data.order import EpochOrder
+from data.sources import find_images
 
 
 def saved(path, array, **options):
@@ -235,6 +236,6 @@ def test_unreadable_images_are_skipped_and_reported_once(folder, logged):
     for read in (lambda: load_images(paths, 4), lambda: next(endless_batches(paths, 2, size=4, seed=3))):
         with pytest.raises(ValueError, match="none of 6 images can be read"):
             read()
-    for place, error in (("notes.txt", NotADirectoryError), ("nowhere", FileNotFoundError)):
+    for place, error in (("notes.txt", ValueError), ("nowhere", FileNotFoundError)):
         with pytest.raises(error, match=place):
             find_images(folder / place)

@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from models.packed_sampler import PackedStepper, plan_cache
-from models.sampling import CachedStepper, NaiveStepper, Sampling, sample_codes
+from models.sampling import CachedStepper, Pace, Sampling, sample_codes
 from models.transformer import GEGLU, PATTERNS, pattern_mask
-from tests.builders import small_dalle
+from tests.builders import WholePassStepper, small_dalle
 
 PLAIN = Sampling(top_k=None)
 SETTINGS = (PLAIN, Sampling(top_k=0.5, top_p=0.9, temperature=0.8, cond_scale=2.0))
@@ -37,8 +37,21 @@ def plain_pack(weight, bias, geglu=False):
     return lambda x: GEGLU()(F.linear(x, weight, bias)) if geglu else F.linear(x, weight, bias)
 
 
-def packed_stepper(dalle):
-    return PackedStepper(dalle, plain_pack, torch.float32)
+def packed_stepper(dalle, *windows):
+    return PackedStepper(dalle, plain_pack, torch.float32, windows=windows or (1,))
+
+
+OPTIONS = {"rotary_emb": True, "shift_tokens": True, "stable": True, "reversible": True, "shared_ff_ids": (0, 1)}
+
+
+@pytest.mark.parametrize("options", [*({name: value} for name, value in OPTIONS.items()), OPTIONS], ids=str)
+def test_the_cache_knows_every_option_of_the_network(tiny_vae, options):
+    dalle = small_dalle(tiny_vae, weight_std=0.3, depth=len(PATTERNS), attn_types=PATTERNS, **options).eval()
+    for sampling in SETTINGS:
+        for count in (0, 1, 7, 15):
+            given = torch.randint(0, 32, (3, count), generator=seeded())
+            expected = codes_by(WholePassStepper(dalle), captions(), sampling, given)
+            assert torch.equal(codes_by(CachedStepper(dalle), captions(), sampling, given), expected)
 
 
 @pytest.mark.parametrize("sandwich", [False, True])
@@ -48,11 +61,11 @@ def test_every_way_to_sample_gives_the_same_codes(tiny_vae, patterns, sandwich):
     for sampling in SETTINGS:
         for count in (0, 1, 7, 15):
             given = torch.randint(0, 32, (3, count), generator=seeded())
-            expected = codes_by(NaiveStepper(dalle), captions(), sampling, given)
+            expected = codes_by(WholePassStepper(dalle), captions(), sampling, given)
             assert expected.shape == (3, 16) and expected.dtype == torch.int64
             assert torch.equal(expected[:, :count], given) and (len(expected[:, count:].unique()) > 1 or count == 15)
-            for stepper in (CachedStepper, packed_stepper):
-                assert torch.equal(codes_by(stepper(dalle), captions(), sampling, given), expected)
+            for stepper in (CachedStepper(dalle), *(packed_stepper(dalle, window) for window in (1, 2, 5, 16))):
+                assert torch.equal(codes_by(stepper, captions(), sampling, given), expected)
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 0, 2, 1, 3], [2, 1, 1, 2, 2, 1], [1] * 5], ids=["uneven", "threes", "all one"])
@@ -62,7 +75,7 @@ def test_images_of_one_caption_share_its_keys(tiny_vae, rows):
     for sampling in SETTINGS:
         for count in (0, 6):
             given = torch.randint(0, 32, (4, count), generator=seeded())[rows]
-            expected = codes_by(CachedStepper(dalle), text, sampling, given)
+            expected = codes_by(WholePassStepper(dalle), text, sampling, given)
             assert torch.equal(codes_by(stepper, text, sampling, given), expected)
 
 
@@ -81,14 +94,16 @@ def test_packing_leaves_the_model_as_it_is(tiny_vae):
     assert all(torch.equal(tensor, before[name]) for name, tensor in dalle.state_dict().items())
 
 
+@pytest.mark.parametrize("window", [1, 4, 24])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_cache_plan_reads_what_the_mask_shows(pattern):
-    """Play the plan through with the codes' numbers as keys."""
+def test_a_cache_plan_reads_what_the_mask_shows(pattern, window):
+    """Play the plan through with the codes' numbers as keys; each pass writes a whole window before it reads."""
     mask = pattern_mask(pattern, 7, 5)[7:, 7:]
-    slots, reads = plan_cache(mask)
+    slots, reads = plan_cache(mask, window)
     cache = torch.full((1 + max(slots),), -1)
     for place in range(len(mask)):
-        cache[slots[place]] = place
+        for written in range(place, min(place + window, len(mask))):
+            cache[slots[written]] = written
         assert sorted(cache[reads[place]].tolist()) == mask[place].nonzero().flatten().tolist()
 
 
@@ -99,6 +114,39 @@ def test_a_planned_cache_is_small_and_its_keys_are_adjacent():
     assert sizes == {"full": 255, "axial_row": 16, "axial_col": 255, **windows}
     for pattern, (_, reads) in plans.items():  # slices are views, for which nothing is gathered
         assert pattern in windows or all(isinstance(read, slice) for read in reads)
+
+
+def test_the_window_is_the_one_with_the_most_codes_per_second():
+    seconds, most = {1: 1.0, 2: 1.2, 4: 1.3, 8: 2.0}, torch.tensor([4, 4])
+    assert Pace(seconds).window() == 4
+    for accepted, window in ((most, 8), (most - 3, 1)):  # all guesses right, or the first one wrong
+        pace = Pace(seconds)
+        for _ in range(10):
+            pace.record(accepted, most)
+        assert pace.window() == window
+    pace.record(torch.tensor([0, 2]), torch.tensor([0, 2]))  # a complete image, and one that these two complete
+    assert pace.wrong == 1 + 20 and pace.right == 3 + 1
+    assert Pace({16: 1.0}).window() == 16
+
+
+def test_passes_are_timed_once_for_each_number_of_rows(tiny_vae, monkeypatch):
+    calls, now = [], [0.0]
+    stepper = packed_stepper(dalle_of(tiny_vae, ("full",)), 1, 2, 4, 8)
+
+    def simulate(codes, places):
+        calls.append(tuple(codes.shape))
+        # Every second time another program runs, too.
+        now[0] += {1: 4, 2: 9, 4: 5, 8: 6}[codes.shape[1]] * (1 + len(calls) % 2)
+        return torch.zeros(1, 1, 1)
+
+    monkeypatch.setattr(stepper, "next", simulate)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    codes, places = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, dtype=torch.long)
+    for _ in range(2):
+        assert stepper.time_windows(codes, places) == {1: 4, 2: 5, 4: 5, 8: 6}  # a smaller pass is not slower
+    assert calls == [(3, window) for window in (1, 2, 4, 8) for _ in range(2)]
+    stepper.windows = (8,)
+    assert list(stepper.time_windows(codes[:2], places[:2])) == [8] and len(calls) == 8  # no choice, no timing
 
 
 @pytest.mark.parametrize(

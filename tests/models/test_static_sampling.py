@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from models.sampling import NaiveStepper, Sampling, gumbel_noise, sample_codes
+from models.sampling import Sampling, gumbel_noise, sample_codes
 from models.static_sampling import FullPass, StaticSampler, settings_row
 from models.transformer import PATTERNS
-from tests.builders import small_dalle
+from tests.builders import WholePassStepper, small_dalle
 
 # Each with its number of given codes; sequences i and i + 3 are one guided image.
 UNGUIDED = [(Sampling(), 0), (Sampling(top_k=None), 7), (Sampling(top_k=5), 1), (Sampling(temperature=0.5), 15)]
@@ -27,7 +27,7 @@ def expected_codes(dalle, text, given, plans):
             sample_codes(
                 dalle,
                 text[row : row + 1],
-                NaiveStepper(dalle),
+                WholePassStepper(dalle),
                 sampling,
                 [torch.Generator().manual_seed(row)],
                 given[row : row + 1, :count],

@@ -9,8 +9,9 @@ import zlib
 import pytest
 from PIL import Image
 
-from data import pairs as pairs_module
-from data.pairs import find_pairs, is_label_file, open_image, read_captions, report_skipped
+from data import files as files_module
+from data.files import open_image, read_captions, report_skipped
+from data.sources.folder import find_pairs, is_label_file
 
 BOX = "0 0.5 0.5 0.25 0.125\n17 1 0.0 0.3 0.4\n"
 
@@ -165,7 +166,7 @@ def test_every_reason_is_counted_once(tmp_path, logged):
         "caption without image": ["dangling.txt", "orphan.txt", "page.txt", "zero.txt"],
         "label file": ["boxes.txt"],
         "empty caption": ["blank.txt"],
-        "not UTF-8": ["latin.txt"],
+        "neither UTF-8 nor UTF-16": ["latin.txt"],
         "zero-byte image": ["zero.jpg"],
         "not an image": ["page.jpg"],
         "cannot be opened": ["dangling.png"],
@@ -249,8 +250,8 @@ def test_order_depends_on_names_alone(tmp_path, monkeypatch):
 
 def test_many_files_are_checked_in_order(tmp_path, monkeypatch):
     """Chunks and threads do not mix up which file a fault belongs to."""
-    monkeypatch.setattr(pairs_module, "_CHUNK", 3)
-    monkeypatch.setattr(pairs_module, "_SLOW", 0)  # as if the disk were slow: several threads
+    monkeypatch.setattr(files_module, "_CHUNK", 3)
+    monkeypatch.setattr(files_module, "_SLOW", 0)  # as if the disk were slow: several threads
     for i in range(20):
         picture(tmp_path / f"{i:02d}.png")
         text(tmp_path / f"{i:02d}.txt", "" if i % 7 == 0 else "a caption")
@@ -306,8 +307,8 @@ def test_missing_folder_and_file(tmp_path):
 @pytest.mark.parametrize(
     "images, texts, words",
     [
-        ([], [], ["0 images (.png .jpg .jpeg .bmp) and 0 .txt files"]),
-        (["1.png", "2.png"], [], ["2 images", "0 .txt files", "process_captions.py", "2 × image without caption"]),
+        ([], [], ["0 images and 0 .txt files"]),
+        (["1.png", "2.png"], [], ["2 images", "0 .txt files", "2 × image without caption"]),
         ([], ["1.txt"], ["0 images", "1 .txt file in", "1 × caption without image"]),
         (["a.jpg", "b.jpg"], ["a.txt", "b_caption.txt"], ["2 images", "2 .txt files", "such as a.jpg and a.txt"]),
     ],
