@@ -17,6 +17,7 @@ from tqdm import tqdm
 import log
 from args_generate import Request
 from backends.base import Backend
+from backends.memory import memory_explained
 from generation import image_prompts, output, previews, ranking
 from generation.batching import ImageSpec, complete_caption, encode_prompt, generate_lists, plan_image
 from generation.loading import LoadedModel, load_from_flags
@@ -26,6 +27,7 @@ from utils.files import check_writable
 logger = logging.getLogger("minidalle")
 
 
+@memory_explained("a smaller --batch_size needs less; so does --precision bf16")
 def run(settings: Namespace) -> None:
     """Generate and save the images that the flags ask for."""
     loaded = load_from_flags(settings)
