@@ -90,8 +90,19 @@ class Folder:
 
         If the newest checkpoint is damaged, this is logged and the previous one is used.
         """
+        found = self.read_origin()
+        if found and self.written and "step" not in found[1]:
+            raise ValueError(
+                f"{found[0]}: is of another program, and this run would replace that program's checkpoints; "
+                "continue it with --pretrained-checkpoint and another --checkpoint-output-dir"
+            )
+        return found
+
+    def read_origin(self) -> Optional[Tuple[Path, Dict[str, Any]]]:
+        """Return what origin returns, whichever program wrote it."""
         if self.settings.pretrained_checkpoint:
-            return self.settings.pretrained_checkpoint, checkpoint.read(self.settings.pretrained_checkpoint)
+            start = Path(self.settings.pretrained_checkpoint)
+            return start, checkpoint.read(start)
         if not self.settings.resume or self.path is None:
             return None
         best = self.path / BEST
@@ -201,8 +212,10 @@ def resume(run: Run, path: Any, saved: Dict[str, Any], model: DALLE) -> None:
             **saved.get("trainer", {}),
         }
     )
-    if isinstance(saved.get("scheduler_state"), dict):
-        run.schedule.load_state_dict(saved["scheduler_state"])
+    try:
+        run.schedule.load_state_dict(saved.get("scheduler_state") or {})
+    except (ValueError, LookupError, TypeError, AttributeError):
+        logger.warning("%s: the state of its learning rate schedule cannot be read; the schedule starts afresh", path)
     # The reference application counts finished epochs, and no steps.
     run.step = saved.get("step", saved.get("epoch", 0) * run.batches.batches_per_epoch)
     for name, key in PROGRESS.items():
