@@ -255,6 +255,7 @@ def machine_flags(parser: Parser) -> None:
     add = parser.heading("Machine")
     add("device", "auto", "auto takes CUDA, else an IPU with its SDK enabled, else the CPU", choices=DEVICES)
     add("precision", "auto", "arithmetic of the transformer; auto takes bf16 if it is fast", choices=PRECISIONS)
+    add("executable-cache-dir", None, "folder to keep programs compiled for IPUs in; they take minutes", path)
 
 
 def window_flag(add: Add) -> None:

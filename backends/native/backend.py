@@ -53,6 +53,9 @@ IPU_ONLY = {  # flags without effect here, with their defaults
 }
 
 
+AT_ONCE = {"cpu": 32, "cuda": 256}  # images from which on larger batches are no faster
+
+
 class NativeBackend(Backend):
     """A CPU or a GPU that samples and evaluates."""
 
@@ -101,6 +104,15 @@ class NativeBackend(Backend):
     def decode(self, vae: ImageTokenizer) -> Callable[..., Tensor]:
         """Return a function from codes to pixels."""
         return decoder(vae, self.device, self.precision)
+
+    def images_at_once(self, model: DALLE) -> int:
+        """Return how many images are fast and fit half of the free memory."""
+        attention = model.transformer.layers[0][0].fn.fn
+        keys_and_values = 2 * len(model.transformer.layers) * attention.heads * attention.dim_head  # of one position
+        positions = model.text_seq_len + model.image_seq_len
+        noise = model.image_seq_len * model.num_image_tokens
+        image = 4 * (2 * keys_and_values * positions + 2 * noise + 64 * 3 * model.vae.image_size**2)  # with guidance
+        return int(max(1, min(AT_ONCE[self.kind], self.memory.free() // 2 // image)))
 
     def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` with packed weights."""
