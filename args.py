@@ -155,7 +155,6 @@ def train_parser() -> Parser:
     add("async-dataloader", True, "read batches ahead in a separate process", bool)
     add("synthetic-data", False, "time the device alone with random data; nothing is saved", bool)
     add("compile-only", False, "compile for a machine without IPUs, then stop", bool)
-    add("executable-cache-dir", None, "folder to cache compiled programs in", path)
     add("profile-dir", None, "folder for PopVision profiles", path)
     return parser
 

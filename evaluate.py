@@ -11,6 +11,7 @@ Averaged weights are used if the checkpoint has them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import tempfile
@@ -41,10 +42,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure the checkpoint that the flags name."""
     settings = evaluate_arguments(argv)
     log.set_up()
-    with log.exit_on_interrupt(), log.exit_on_bad_input():
+    with log.exit_on_interrupt(), log.exit_on_bad_input(), contextlib.ExitStack() as stack:
+        from backends.memory import memory_explained
         from generation.loading import load_from_flags
         from utils import checkpoint
 
+        stack.enter_context(memory_explained(f"a --batch-size below {settings.batch_size} needs less"))
         saved = checkpoint.read(settings.dalle_path)
         loaded = load_from_flags(settings, saved=saved)
         exported = saved["exported"] if isinstance(saved.get("exported"), dict) else {}

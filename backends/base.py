@@ -100,6 +100,9 @@ class Backend(Protocol):
         decode(codes, rows) decodes only the upper rows of an image, on machines that call a sampler's `on_code`.
         """
 
+    def images_at_once(self, model: DALLE) -> int:
+        """Return how many images a sampler should generate at once to be fast and fit the machine's memory."""
+
     def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` for this machine, for about `batch_size` images at once.
 

@@ -9,8 +9,11 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 import torch
 from torch import Tensor
 
+from backends.memory import OutOfMemory, memory_explained
 from generation.loading import LoadedModel
 from models.sampling import CodeCallback, Sampling, complete_text
+
+TOO_LARGE = "the model is too large for this device; try --precision bf16, or --device cpu"
 
 
 class ImageSpec(NamedTuple):
@@ -87,7 +90,8 @@ def complete_caption(loaded: LoadedModel, prompt: str, seed: int) -> Tuple[Tenso
     """
     tokens = encode_prompt(loaded, prompt)
     generator = torch.Generator().manual_seed(seed)
-    (tokens,) = complete_text(loaded.model, tokens[tokens != 0][None], top_p=0.9, generator=generator)
+    start = tokens[tokens != 0][None].to(next(loaded.model.parameters()).device)  # a sampler has moved it to the GPU
+    tokens = complete_text(loaded.model, start, top_p=0.9, generator=generator)[0].cpu()
     return tokens, " ".join(loaded.tokenizer.decode(tokens).split())
 
 
@@ -138,11 +142,22 @@ def generate_batch(loaded: LoadedModel, specs: Sequence[ImageSpec], on_code: Opt
 
     on_code is called with the codes so far, int64 (B, n), after every code, if the machine can do that; if it raises,
     sampling ends.
+
+    Raises:
+        OutOfMemory: fewer images at once may fit; `loaded` is as before.
     """
-    return loaded.sampler(
-        torch.stack([spec.tokens for spec in specs]),
-        specs[0].sampling,
-        generator=[torch.Generator().manual_seed(spec.seed) for spec in specs],
-        image_codes=torch.stack([spec.given_codes for spec in specs]),
-        on_code=on_code,
-    )
+    count = len(specs)
+    try:
+        with memory_explained(
+            f"{count} images at once are too many; --batch_size {count // 2} needs half" if count > 1 else TOO_LARGE
+        ):
+            return loaded.sampler(
+                torch.stack([spec.tokens for spec in specs]),
+                specs[0].sampling,
+                generator=[torch.Generator().manual_seed(spec.seed) for spec in specs],
+                image_codes=torch.stack([spec.given_codes for spec in specs]),
+                on_code=on_code,
+            )
+    except OutOfMemory:
+        vars(loaded).pop("sampler", None)  # it holds the keys of this batch
+        raise

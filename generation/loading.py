@@ -29,7 +29,6 @@ DEMO = Path(__file__).resolve().parent.parent / "demo" / "dalle.safetensors"
 # Models of fewer bytes of fp32 weights are not faster in half precision, whose rounding may change a code from one
 # batch size to another.
 HALF_FROM = 300e6
-AT_ONCE = {"cpu": 32, "cuda": 256, "ipu": 4}  # images from which on larger batches are no faster
 HPARAMS = (
     *("num_text_tokens", "text_seq_len", "dim", "depth", "heads", "dim_head", "loss_img_weight", "attn_types"),
     "sandwich_norm",
@@ -105,13 +104,14 @@ def load(
     vqgan_model_path: Optional[str] = None,
     vqgan_config_path: Optional[str] = None,
     bpe_path: Optional[str] = None,
+    executable_cache_dir: Optional[str] = None,
     saved: Optional[Dict[str, Any]] = None,
 ) -> LoadedModel:
     """Load a checkpoint of train.py or of the reference application.
 
     Args:
         dalle_path: None loads the demo model.
-        device, precision: as the flags of generate.py.
+        device, precision, executable_cache_dir: as the flags of generate.py.
         batch_size: images at once; None uses what suits the machine and fits half of its free memory.
         window: codes of an image that a pass computes; the images are the same. None uses what is fastest.
         saved: the file's contents, if they were read already.
@@ -125,30 +125,20 @@ def load(
     weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
     if precision == "auto" and 4 * weights < HALF_FROM:
         precision = "fp32"
-    backend = backends.for_inference(device, precision)
+    backend = backends.for_inference(device, precision, executable_cache_dir)
     if backend.kind == "ipu" and not model.transformer.is_plain:
         raise ValueError(f"{path}: has options of DALLE-pytorch that do not run on IPUs; generate with --device cpu")
-    batch_size = batch_size or fitting_batch_size(model, backend)
+    batch_size = batch_size or backend.images_at_once(model)
     return LoadedModel(path, saved, model, tokenizer, recommended, backend, batch_size, window)
 
 
 def load_from_flags(settings: Namespace, saved: Optional[Dict[str, Any]] = None) -> LoadedModel:
     """Call load with the flags that generate.py, evaluate.py and app.py share."""
-    names = ("device", "precision", "batch_size", "window", "vqgan_model_path", "vqgan_config_path", "bpe_path")
+    names = [
+        *("device", "precision", "executable_cache_dir", "batch_size", "window"),
+        *("vqgan_model_path", "vqgan_config_path", "bpe_path"),
+    ]
     return load(settings.dalle_path, **{name: getattr(settings, name) for name in names}, saved=saved)
-
-
-def fitting_batch_size(model: DALLE, backend: Backend) -> int:
-    """Return how many images suit the machine at once and fit half of its free memory."""
-    at_once = AT_ONCE[backend.kind]
-    if backend.memory is None:
-        return at_once
-    attention = model.transformer.layers[0][0].fn.fn
-    keys_and_values = 2 * len(model.transformer.layers) * attention.heads * attention.dim_head  # of one position
-    positions = model.text_seq_len + model.image_seq_len
-    noise = model.image_seq_len * model.num_image_tokens
-    image = 4 * (2 * keys_and_values * positions + 2 * noise + 64 * 3 * model.vae.image_size**2)  # bytes, with guidance
-    return int(max(1, min(at_once, backend.memory.free() // 2 // image)))
 
 
 def read_model(

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import math
-from typing import Any, ContextManager, Dict, Optional
+from typing import Any, ContextManager, Dict, Iterator, Optional
 
 import torch
 from torch import nn
@@ -64,14 +64,14 @@ class ImageTokenizer(nn.Module):
     def get_codebook_indices(self, images: torch.Tensor) -> torch.Tensor:
         """Encode pixels (B, 3, image_size, image_size) in [0, 1] as codes int64 (B, image_seq_len), row by row.
 
-        Runs in the parameters' precision, without autocast; the nearest codes are found in fp32.
+        Runs in the parameters' precision, without autocast and TF32; the nearest codes are found in fp32.
         """
         expected = (3, self.image_size, self.image_size)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"images of shape {tuple(images.shape)} for a VQGAN that takes (batch, %d, %d, %d)" % expected
             )
-        with _no_autocast(images.device):
+        with _no_autocast(images.device), _no_tf32():
             return self.find_codes(images.float()).flatten(1)
 
     @torch.no_grad()
@@ -102,6 +102,18 @@ def _no_autocast(device: torch.device) -> ContextManager[Any]:
     if device.type in ("cpu", "cuda"):
         return torch.autocast(device_type=device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Compute in fp32 on GPUs, too; from Ampere on, torch's convolutions round to TF32, which changes codes."""
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before
 
 
 def size_in(mapping: Dict[str, Any], name: str, default: Optional[int] = None) -> int:

@@ -134,9 +134,14 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, dropout: f
 
 
 class Attention(nn.Module):
-    """Multi-head attention of one pattern."""
+    """Multi-head attention of one pattern.
+
+    Attributes:
+        attend: the attention of a pass without a cache; models/pipeline_dalle.py sets equivalents that fit an IPU.
+    """
 
     mask: Tensor  # bool (N, N)
+    attend = staticmethod(attend)
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, mask: Tensor, dropout: float = 0.0):
         super().__init__()
@@ -156,11 +161,12 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
         qkv = self.to_qkv(x).view(batch, length, 3, self.heads, self.dim_head).permute(2, 0, 3, 1, 4)
         query, keys, values = qkv if rotation is None else rotate(qkv, rotation)  # (B, H, n, D) each
-        mask = self.mask[:length, :length]
-        if cache is not None:
-            keys, values, mask = cache.append(keys, values, self.mask, start)
         dropout = self.dropout if self.training else 0.0
-        out = attend(query, keys, values, mask, dropout)
+        if cache is None:
+            out = self.attend(query, keys, values, self.mask[:length, :length], dropout)
+        else:
+            keys, values, mask = cache.append(keys, values, self.mask, start)
+            out = attend(query, keys, values, mask, dropout)
         return self.to_out(out.transpose(1, 2).reshape(batch, length, self.heads * self.dim_head))
 
 

@@ -15,7 +15,7 @@ from typing import Any, AsyncIterator, Callable, Deque, Dict, Hashable, List, Op
 
 from PIL import Image
 
-from generation.batching import ImageSpec, batch_key, generate_batch
+from generation.batching import ImageSpec, OutOfMemory, batch_key, generate_batch
 from generation.loading import LoadedModel
 from generation.output import to_image
 from generation.previews import SHARE, Preview
@@ -246,11 +246,28 @@ class GenerationQueue:
             self._generate(batch)
         except Abandoned:
             pass
+        except OutOfMemory as error:
+            self._halve(batch, error)
         except Exception:
             logger.exception("a batch failed")
             for job in {id(job): job for job, _ in batch}.values():
                 self._end(job, FAILED)
         return time.monotonic() - started if len(self.jobs) < jobs else 0.0
+
+    def _halve(self, batch, error):
+        """Queue the images of a batch again, for batches of half its size; one image alone fails."""
+        entries = [(job, index, batch_key(job.specs[index])) for job, index in batch if not job.ended.is_set()]
+        if len(batch) == 1:
+            logger.error("%s", error)
+            for job, _, _ in entries:
+                self._end(job, FAILED)
+            return
+        self.loaded.batch_size = len(batch) // 2
+        logger.warning("%s; the service continues with that", error)
+        with self.condition:
+            for job, index, key in reversed(entries):
+                self.waiting.setdefault(job.client, []).insert(0, (job, index, key))
+                self.served[job.client] = self.served.get(job.client, self.clock + 1) - 1
 
     def _generate(self, batch):
         loaded, jobs = self.loaded, list({id(job): job for job, _ in batch}.values())

@@ -172,6 +172,7 @@ def test_ten_sampling_settings_share_one_program(poptorch_standin, command, tiny
     prompts = [json.dumps({"prompt": "a red circle", "seed": 5, **settings}) for settings in TEN_SETTINGS]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     flags = ["--dalle_path", tiny_checkpoint, "--prompts_file", tmp_path / "prompts.jsonl", "--num_images", 2]
+    flags += ["--executable_cache_dir", tmp_path / "programs"]
     codes = []
     save = generation.command.save_best
 
@@ -185,6 +186,7 @@ def test_ten_sampling_settings_share_one_program(poptorch_standin, command, tiny
         assert ended.status == 0, ended.err
     assert sorted(poptorch_standin.MACHINE.compiled) == ["StaticSampler", "VqganDecoder"]
     assert "FullPass" not in poptorch_standin.MACHINE.calls
+    assert len(list((tmp_path / "programs").iterdir())) == 2
     assert len(codes) == 20 and all(torch.equal(*pair) for pair in zip(codes[:10], codes[10:]))
     assert len({tuple(row.tolist()) for part in codes[10:] for row in part}) > 10
 

@@ -55,12 +55,18 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(average, momentum).flatten(1)  # Nesterov's look ahead
 
 
+def _fastest_dtype(device: torch.device) -> torch.dtype:
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """Bring all singular values of (B, n, m) matrices near 1 (between 0.7 and 1.2) by Newton–Schulz iteration.
 
-    Computes in bf16 on GPUs and in fp32 elsewhere.
+    Computes in bf16 on GPUs (fp16 before Ampere, which emulates bf16) and in fp32 elsewhere.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.to(_fastest_dtype(matrices.device))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the product with its own transpose is then the smaller of the two
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.base import Backend, Losses, SamplesLost, Trainer, TrainingBackend
+from backends.ipu import estimates
 from backends.ipu.inference import (
     DeviceLosses,
     DeviceSampler,
@@ -133,11 +134,13 @@ class IpuBackend(Backend):
     memory = None
     device_errors = staticmethod(device_errors)
 
-    def __init__(self, device: str = "ipu", precision: str = "auto", replicas: int = 1):
+    def __init__(self, precision: str = "auto", executable_cache_dir: Optional[str] = None, replicas: int = 1):
         require_poptorch()
         if precision == "bf16":
             raise ValueError("--precision bf16: IPUs have no bfloat16; use fp16 or fp32")
-        self.precision = precision
+        if executable_cache_dir:
+            check_writable(executable_cache_dir, "--executable-cache-dir")
+        self.precision, self.executable_cache_dir = precision, executable_cache_dir
         self.instances = Instances(replicas)
         self.rank, self.world_size = self.instances.rank, self.instances.size
         self.ipus_per_replica = 1  # as PopRun's --ipus-per-replica
@@ -162,6 +165,9 @@ class IpuBackend(Backend):
 
         def make() -> Any:
             options = self.instances.options(self.ipus_per_replica, replicas=1).deviceIterations(device_iterations)
+            options._Popart.set("aliasZeroCopy", True)  # or a loop gets copies of the weights that it reads
+            if self.executable_cache_dir:
+                options.enableExecutableCaching(self.executable_cache_dir)
             return poptorch.inferenceModel(module.eval(), options)
 
         slot = "the instance's IPUs" if self.instances.popdist else role
@@ -185,10 +191,16 @@ class IpuBackend(Backend):
 
         return evaluate
 
+    def number_size(self, model: DALLE) -> int:
+        """Return the bytes of a number in inference: 2 if it is asked for or if the model is large, else 4."""
+        half = self.precision == "fp16" or (
+            self.precision == "auto" and 4 * estimates.trained_parameters(model) > FP32_WEIGHTS
+        )
+        return 2 if half else 4
+
     def _inference_copy(self, model: DALLE) -> DALLE:
-        """Return a copy of a DALLE for one IPU: without its VQGAN, in fp16 if asked for or if it is large."""
-        weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
-        half = self.precision == "fp16" or (self.precision == "auto" and 4 * weights > FP32_WEIGHTS)
+        """Return a copy of a DALLE for one IPU: without its VQGAN, in fp16 or fp32."""
+        half = self.number_size(model) == 2
         logger.info("running on an IPU in %s", "fp16" if half else "fp32")
         model = copy.deepcopy(model, {id(model.vae): None}).eval()
         unshare_masks(model)
@@ -203,6 +215,10 @@ class IpuBackend(Backend):
         """Return a function from codes to pixels."""
         return decode_upper_rows(self._row_by_row("decoder", VqganDecoder(vae)))
 
+    def images_at_once(self, model: DALLE) -> int:
+        """Return the largest power of two for which the sampler's tensors leave room in an IPU's memory."""
+        return estimates.sampler_sequences(model, self.number_size(model))
+
     def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` as one call of the device per batch, or per code if that does not compile."""
         import poptorch
@@ -210,8 +226,14 @@ class IpuBackend(Backend):
         if self.instances.popdist and self.instances.replicas > 1:
             raise ValueError("PopRun: generating needs as many --num-instances as --num-replicas")
         operators = {"loop": poptorch.for_loop, "update": poptorch.dynamic_update}
-        program = functools.partial(self.program, "sampler")
-        return DeviceSampler(self._inference_copy(model), batch_size, program, operators)
+        sampler = DeviceSampler(
+            self._inference_copy(model), batch_size, functools.partial(self.program, "sampler"), operators
+        )
+        memory = estimates.sampler_memory(model, sampler.rows, self.number_size(model))
+        parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in memory.items())
+        share = f"{sum(memory.values()) / 1e6:.0f} of {estimates.MEMORY / 1e6:.0f} MB"
+        logger.info("%d sequences a call (a guided image is two): about %s of an IPU: %s", sampler.rows, share, parts)
+        return sampler
 
     def _row_by_row(self, role: str, module: nn.Module) -> RowByRow:
         replicas = self.instances.replicas if self.instances.popdist else 1
@@ -222,7 +244,7 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
     """One or several IPUs that train a pipeline."""
 
     def __init__(self, settings: Namespace):
-        super().__init__(settings.device, settings.precision, settings.replication_factor)
+        super().__init__(settings.precision, settings.executable_cache_dir, settings.replication_factor)
         if settings.ema_decay:
             raise ValueError("--ema-decay: weights stay on the IPU and are not averaged; leave it out")
         if settings.optimizer not in OPTIMIZERS:
@@ -247,9 +269,8 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
                 f"--gradient-accumulation {settings.gradient_accumulation}: a pipeline of {len(self.stages)} stages "
                 f"needs {least} micro-batches or more per update"
             )
-        for flag in ("executable_cache_dir", "profile_dir"):
-            if getattr(settings, flag):
-                check_writable(getattr(settings, flag), "--" + flag.replace("_", "-"))
+        if settings.profile_dir:
+            check_writable(settings.profile_dir, "--profile-dir")
         self.batch_size = settings.batch_size
         self.micro_batches = settings.gradient_accumulation * self.instances.replicas * settings.device_iterations
         self.samples_per_step = self.batch_size * self.micro_batches

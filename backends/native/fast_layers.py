@@ -64,7 +64,8 @@ def compile_layers(model: DALLE, rows: int, autocast: Callable, recompute: bool 
     weight = model.text_emb.weight
     shape = rows, model.text_seq_len + model.image_seq_len, weight.shape[1]
     try:
-        with torch.random.fork_rng(), torch.enable_grad(), autocast():
+        devices = [weight.device] if weight.is_cuda else []  # by default it starts a context on every GPU
+        with torch.random.fork_rng(devices), torch.enable_grad(), autocast():
             x = torch.zeros(shape, device=weight.device, requires_grad=True)
             torch.autograd.grad(compute(layers[0], x, model.transformer.rotation(0, shape[1])).sum(), x)
     except Exception as error:  # a compiler, a driver or a header file is missing

@@ -51,6 +51,21 @@ def test_batches_have_equal_settings(loaded):
     assert group_into_batches(circles(loaded, 7), 3) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
+def test_out_of_memory_is_one_line_that_says_what_would_fit(loaded, monkeypatch):
+    def sampler(*given, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    for count, advice in (
+        (3, "3 images at once are too many; --batch_size 1 needs half"),
+        (1, "the model is too large"),
+    ):
+        monkeypatch.setitem(vars(loaded), "sampler", sampler)
+        with pytest.raises(ValueError, match=f"^out of memory: {advice}") as error:
+            generate_batch(loaded, circles(loaded, count))
+        assert "\n" not in str(error.value)
+    assert len(generate_batch(loaded, circles(loaded, 2))) == 2  # with a new sampler
+
+
 def test_a_callback_sees_every_code_and_can_stop_sampling(loaded):
     specs, seen = mixed_specs(loaded)[1:2], []
     codes = generate_batch(loaded, specs, lambda codes: seen.append(codes.clone()))

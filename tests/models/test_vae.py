@@ -213,6 +213,32 @@ def test_autocast_changes_nothing(gumbel):
         assert torch.equal(ours.decode(codes), pixels)
 
 
+def test_codes_are_computed_without_tf32(monkeypatch):
+    """Convolutions here round to TF32's ten bits if torch may, as those of Ampere do."""
+    ours, taming = both(False)
+    images, convolve = pictures(taming), torch.nn.Conv2d._conv_forward
+
+    def rounded(x):
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    def convolve_in_tf32(layer, x, weight, bias):
+        if torch.backends.cudnn.allow_tf32:
+            x, weight = rounded(x), rounded(weight)
+        return convolve(layer, x, weight, bias)
+
+    with torch.no_grad():
+        latents = ours.model.encode(2 * images - 1)
+        monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", convolve_in_tf32)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        rough = ours.model.encode(2 * images - 1)
+        entries = torch.stack((latents, rough)).permute(0, 1, 3, 4, 2).flatten(0, 3)
+        ours.model.quantize.embedding = torch.nn.Embedding.from_pretrained(entries)
+        expected = ours.model.nearest(latents)
+        assert not torch.equal(ours.model.nearest(rough), expected)
+    assert torch.equal(ours.get_codebook_indices(images), expected.flatten(1))
+    assert torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (2, 3, 16, 8), (2, 3, 32, 32), (2, 16, 16, 3)])
 def test_pictures_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"takes \(batch, 3, 16, 16\)"):

@@ -160,7 +160,7 @@ class TensorLocationOptions(Settings):
 class PopartOptions(Settings):
     """Session options of PopART, each with the one type that it takes."""
 
-    TYPES = {"outlineThreshold": float, "disableGradAccumulationTensorStreams": bool}
+    TYPES = {"outlineThreshold": float, "disableGradAccumulationTensorStreams": bool, "aliasZeroCopy": bool}
 
     def set(self, key, value):
         if key not in self.TYPES:
