@@ -162,7 +162,7 @@ def generate_parser() -> Parser:
     sampling_flags(parser.heading("Sampling (default: what the checkpoint recommends)"))
     machine_flags(parser)
     add = parser.heading("Files that a checkpoint may lack")
-    add("bpe-path", None, "YouTokenToMe vocabulary; default: the checkpoint's, else CLIP's", path)
+    add("bpe-path", None, "vocabulary file; default: the checkpoint's, else CLIP's", path)
     vqgan_file_flags(add)
     return parser
 

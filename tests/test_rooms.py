@@ -18,7 +18,7 @@ ALLOWED = {
     "models": {"models", "utils", "torch", "einops", "taming", "yaml", "numpy", "tqdm", "filelock"},
     "models/image_scores.py": {"torch", "open_clip", "torch_fidelity"},
     "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"}
-    | {"pyarrow", "datasets"},
+    | {"pyarrow", "datasets", "sentencepiece"},
     "backends": {"backends", "models", "utils", "torch", "taming", "numpy"},
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL", "numpy"},
     "generation/command.py": {"generation", "backends", "models", "utils", "torch", "PIL", "tqdm"}
