@@ -64,7 +64,9 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen(128)
     except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: {log.describe_error(error)}; give others") from None
+        raise ValueError(
+            f"--host {host} --port {port}: {log.describe_error(error)}; give another host or port"
+        ) from None
     return listening
 
 

@@ -5,7 +5,7 @@ or a checkpoint is checked when it is read.
 """
 
 import argparse
-from typing import Optional, Sequence, Tuple
+from typing import Optional, Sequence, Set, Tuple
 
 from utils.command_line import (
     COUNT,
@@ -18,6 +18,7 @@ from utils.command_line import (
     Parser,
     boolean,
     check_vqgan_files,
+    flags_given,
     list_of,
     machine_flags,
     number,
@@ -30,6 +31,15 @@ from utils.command_line import (
 
 ATTENTION_TYPES = ("full", "axial_row", "axial_col", "conv_like")
 SCHEDULERS = ("ReduceLROnPlateau", "multi_step", "constant", "cosine", "trapezoid")
+NETWORK = {  # settings that a checkpoint decides, and their names in its hparams
+    "hidden_size": "dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "dim_head": "dim_head",
+    "text_seq_len": "text_seq_len",
+    "attn_types": "attn_types",
+    "sandwich_norm": "sandwich_norm",
+}
 DROPOUT = number(float, low=0, below=1)
 
 
@@ -52,6 +62,7 @@ def train_parser() -> Parser:
     add("vae-path", None, "VQGAN: a folder of train_vqgan.py, or its .ckpt", path)
     add("checkpoint-output-dir", "./output/ckpt", "folder for checkpoints, metrics and samples; '': none", path)
     add("resume", False, "continue from the newest good checkpoint in that folder, or start if there is none", bool)
+    add("init-from", None, "start with this checkpoint's weights, and its network, vocabulary and VQGAN", path)
     add("batch-size", 1, "samples that pass through the model at once (micro-batch)", COUNT)
     add("gradient-accumulation", 1, "micro-batches in one update", COUNT)
     add("epochs", 1, "passes over the data", COUNT)
@@ -90,7 +101,7 @@ def train_parser() -> Parser:
     add("ema-decay", None, "also average the weights, and generate with the average; 0.999 is usual", DROPOUT)
 
     add = parser.heading("Data and tokenizers")
-    add("bpe-path", None, "YouTokenToMe vocabulary; none: CLIP's", path)
+    add("bpe-path", None, "vocabulary: tokenizer.json, sentencepiece's or YouTokenToMe's model; none: CLIP's", path)
     add("truncate-captions", False, "cut captions longer than --text-seq-len tokens instead of refusing them", bool)
     add("caption-dropout", 0.0, "share of captions to empty, which guidance (--cond-scale) needs", SHARE)
     add("codes-cache", None, "folder for VQGAN codes and caption tokens; none: next to the images", path)
@@ -144,7 +155,6 @@ def train_parser() -> Parser:
     add("async-dataloader", True, "read batches ahead in a separate process", bool)
     add("synthetic-data", False, "time the device alone with random data; nothing is saved", bool)
     add("compile-only", False, "compile for a machine without IPUs, then stop", bool)
-    add("executable-cache-dir", None, "folder to cache compiled programs in", path)
     add("profile-dir", None, "folder for PopVision profiles", path)
     return parser
 
@@ -237,6 +247,8 @@ def train_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
             refuse(parser, flag, f"no IPU {number} with --ipus-per-replica {ipus}")
     if len(settings.adam_betas) != 2:
         refuse(parser, "adam-betas", "give two numbers, such as 0.9,0.999")
+    if settings.init_from:
+        check_init_from(parser, settings, flags_given(parser, argv))
     if settings.resume and settings.pretrained_checkpoint:
         refuse(parser, "resume", "takes the newest checkpoint of the output folder; omit --pretrained-checkpoint")
     if settings.resume and not settings.checkpoint_output_dir:
@@ -249,6 +261,16 @@ def train_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         parser.error("give --input-folder FOLDER (images and captions) or --generated-data, or a --config that does")
     check_vqgan_files(parser, settings)
     return settings
+
+
+def check_init_from(parser: Parser, settings: argparse.Namespace, given: Set[str]) -> None:
+    """Refuse flags that --init-from decides, and drop a configuration's vocabulary and VQGAN in favor of the file's."""
+    if settings.pretrained_checkpoint:
+        refuse(parser, "init-from", "starts a new run, --pretrained-checkpoint continues one; give one of them")
+    for name in sorted(given.intersection(NETWORK)):
+        refuse(parser, name.replace("_", "-"), "the network is that of --init-from; leave the flag out")
+    for name in {"bpe_path", "vae_path", "vqgan_model_path", "vqgan_config_path"} - given:
+        setattr(settings, name, None)
 
 
 def vqgan_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

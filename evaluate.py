@@ -12,6 +12,7 @@ Averaged weights are used if the checkpoint has them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import tempfile
@@ -33,8 +34,11 @@ if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
 
 logger = logging.getLogger("minidalle")
 
+FindFaults = Callable[[int, Any], List[str]]  # of the image of prompt number N, uint8 (S, S, 3)
+
 GRID_IMAGES = 36
 GRID_PAIRS = 8
+NEAREST_IMAGES = 32
 MIN_SQUARED_ERROR = 1e-10  # of pixels in [0, 1]; 100 dB
 
 
@@ -42,16 +46,19 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure the checkpoint that the flags name."""
     settings = evaluate_arguments(argv)
     log.set_up()
-    with log.exit_on_interrupt(), log.exit_on_bad_input():
+    with log.exit_on_interrupt(), log.exit_on_bad_input(), contextlib.ExitStack() as stack:
+        from backends.memory import memory_explained
         from generation.loading import load_from_flags
         from utils import checkpoint
 
+        stack.enter_context(memory_explained(f"a --batch-size below {settings.batch_size} needs less"))
         saved = checkpoint.read(settings.dalle_path)
         loaded = load_from_flags(settings, saved=saved)
         exported = saved["exported"] if isinstance(saved.get("exported"), dict) else {}
         averaged = "ema_weights" in saved or exported.get("averaged", False)
         results = {"checkpoint": settings.dalle_path, "step": saved.get("step"), "averaged_weights": averaged}
         dataset = open_pairs(settings, saved, loaded) if settings.input_folder else None
+        training_set = open_pairs(settings, saved, loaded, settings.nearest) if settings.nearest else None
         check_writable(settings.outputs_dir, "--outputs-dir")
         folder = Path(settings.outputs_dir)
         if loaded.backend.world_size > 1:
@@ -62,6 +69,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             results.update(evaluate_pairs(loaded, dataset, settings, folder))
             if clip or distance:
                 results.update(score_captions(loaded, dataset, settings, sampling, clip, distance))
+        if training_set is not None:
+            results["nearest"] = evaluate_nearest(loaded, training_set, saved, settings, sampling)
         if settings.prompts:
             results.update(evaluate_prompts(loaded, settings, sampling, folder, clip))
         with atomic_write(folder / "results.json", text=True) as file:
@@ -83,20 +92,24 @@ def load_scorers(settings: Namespace, device: torch.device) -> Tuple[Any, Any]:
     return clip, distance
 
 
-def open_pairs(settings: Namespace, saved: Dict[str, Any], loaded: LoadedModel) -> TextImageDataset:
-    """Return the folder's pairs as train.py validates on them, with the same captions, truncated in the same way."""
+def open_pairs(
+    settings: Namespace, saved: Dict[str, Any], loaded: LoadedModel, folder: Optional[str] = None
+) -> TextImageDataset:
+    """Return the pairs of --input-folder, or of another, with the captions that train.py would use."""
     from data.loader import TextImageDataset
 
     trained = saved.get("settings", {})
     truncate = settings.truncate_captions
     dataset = TextImageDataset(
-        settings.input_folder,
+        folder or settings.input_folder,
         loaded.tokenizer,
         text_seq_len=loaded.model.text_seq_len,
         image_size=loaded.model.vae.image_size,
         truncate_captions=trained.get("truncate_captions", True) if truncate is None else truncate,
         seed=trained.get("random_seed", 42),
     )
+    if folder is not None:
+        return dataset
     if settings.max_pairs and settings.max_pairs < len(dataset):
         dataset = dataset.split_off(settings.max_pairs / len(dataset))
     if settings.fid_weights and len(dataset) < 2:
@@ -159,7 +172,9 @@ def reconstruct(loaded: LoadedModel, dataset: TextImageDataset, batch_size: int)
         options = {"image_seq_len": vae.image_seq_len, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
         cache = open_code_cache(dataset.folder, cache_dir, image_size=vae.image_size, **options)
         images_at_once = min(batch_size, max(1, 16 * 256**2 // vae.image_size**2))
-        codes, rows = load_codes(dataset.images, encode_and_compare, cache, batch_size=images_at_once)
+        codes, rows = load_codes(
+            dataset.images, encode_and_compare, cache, paths=dataset.image_paths(), batch_size=images_at_once
+        )
         dataset.attach_codes(codes[:].copy(), rows)
     shown = torch.cat([torch.cat(part)[:GRID_PAIRS] for part in (originals, decodings)])
     return torch.cat(psnr).mean().item(), shown
@@ -181,8 +196,7 @@ def score_captions(
         for first in batch_starts(len(images), settings, "FID"):
             part = slice(first, first + settings.batch_size)
             distance.add("generated", (images[part] * 255).round().byte())
-            real = [dataset.folder / name for name, _, _ in dataset.images[part]]
-            distance.add("real", load_images(real, loaded.model.vae.image_size))
+            distance.add("real", load_images(dataset.image_paths()[part], loaded.model.vae.image_size))
         found["fid"] = distance.distance()
         print(f"FID: {found['fid']:.2f} ({len(images)} images; too high with fewer than some thousands)")
     return found
@@ -220,7 +234,7 @@ def evaluate_prompts(
     prompts, find_faults = load_prompts(kind, settings)
     text = list(loaded.tokenizer.tokenize(prompts, loaded.model.text_seq_len))
     images, used = generate_prompts(loaded, prompts, text, settings, sampling)
-    accuracy, wrong = judge(prompts, images, find_faults)
+    accuracy, wrong = judge(images, find_faults)
     make_grid([to_image(pixels) for pixels in images[:GRID_IMAGES]]).save(folder / "grid.png")
     (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_IMAGES]) + "\n", encoding="utf-8")
     if wrong:
@@ -245,10 +259,41 @@ def evaluate_prompts(
     }
 
 
+def evaluate_nearest(
+    loaded: LoadedModel, training_set: TextImageDataset, saved: Dict[str, Any], settings: Namespace, sampling: Sampling
+) -> Dict[str, Any]:
+    """Generate images for captions and compare them with the training images.
+
+    The captions are those of the images that the run kept for validation if it split some off, else of training images.
+    """
+    import torch
+
+    from training import nearest
+
+    share = saved.get("settings", {}).get("validation_split")
+    source = training_set.split_off(share) if share else training_set
+    count = min(NEAREST_IMAGES, len(source))
+    text = [source.first_caption(number * len(source) // count) for number in range(count)]
+    captions = [" ".join(loaded.tokenizer.decode(tokens).split()) for tokens in text]
+    codes, used = generate_codes(loaded, captions, text, settings, sampling)
+    folder = Path(settings.outputs_dir)
+    with torch.no_grad():
+        found = nearest.compare(loaded, training_set, captions, codes, folder, settings.batch_size)
+    return {**found, "captions": captions, "sampling": used}
+
+
 def generate_prompts(
     loaded: LoadedModel, prompts: Sequence[str], text: Sequence[torch.Tensor], settings: Namespace, sampling: Sampling
 ) -> Tuple[torch.Tensor, Dict[str, Any]]:
     """Return an image for each prompt, float (N, 3, S, S) in [0, 1], and the sampling settings."""
+    codes, used = generate_codes(loaded, prompts, text, settings, sampling)
+    return loaded.decode(codes), used
+
+
+def generate_codes(
+    loaded: LoadedModel, prompts: Sequence[str], text: Sequence[torch.Tensor], settings: Namespace, sampling: Sampling
+) -> Tuple[torch.Tensor, Dict[str, Any]]:
+    """Return the codes of an image for each prompt, int64 (N, L), and the sampling settings."""
     from tqdm import tqdm
 
     from generation import batching
@@ -261,7 +306,7 @@ def generate_prompts(
     ]
     with tqdm(total=len(specs), desc="generating", unit="image", disable=None) as bar:
         (codes,) = batching.generate_lists(loaded, [specs], on_batch=bar.update)
-    return loaded.decode(codes), sampling._asdict()
+    return codes, sampling._asdict()
 
 
 def knows_scenes(words: Dict[str, int]) -> bool:
@@ -271,30 +316,30 @@ def knows_scenes(words: Dict[str, int]) -> bool:
     return all(word in words for name in objects() for word in name.split())
 
 
-def load_prompts(kind: str, settings: Namespace) -> Tuple[List[str], Callable[[int, Any], List[str]]]:
-    """Return validation prompts and a function that finds what is wrong in the image of prompt number N.
-
-    The image is uint8 (S, S, 3).
-    """
+def load_prompts(kind: str, settings: Namespace) -> Tuple[List[str], FindFaults]:
+    """Return validation prompts and the function that finds what is wrong in their images."""
     if kind == "shapes":
         from data.shapes import validation_prompts
-        from data.shapes_reader import find_faults
 
         prompts = validation_prompts(settings.prompt_set, settings.prompts, settings.seed)
-        return prompts, lambda number, pixels: find_faults(prompts[number], pixels)
+        return prompts, shape_faults(prompts)
     from data.scenes import validation_scenes
-    from models import scenes_reader
+    from models.scenes_reader import load_reader
 
-    reader = scenes_reader.load_reader()
+    reader = load_reader()
     described = validation_scenes(settings.prompt_set, settings.prompts, settings.seed)
-    return [caption for caption, _ in described], lambda number, pixels: reader.find_faults(
-        described[number][1], pixels
-    )
+    prompts, scenes = [caption for caption, _ in described], [scene for _, scene in described]
+    return prompts, lambda number, pixels: reader.find_faults(scenes[number], pixels)
 
 
-def judge(
-    prompts: Sequence[str], images: torch.Tensor, find_faults: Callable[[int, Any], List[str]]
-) -> Tuple[float, Counter]:
+def shape_faults(prompts: Sequence[str]) -> FindFaults:
+    """Return the function that finds what is wrong in the images of prompts about shapes."""
+    from data.shapes_reader import find_faults
+
+    return lambda number, pixels: find_faults(prompts[number], pixels)
+
+
+def judge(images: torch.Tensor, find_faults: FindFaults) -> Tuple[float, Counter]:
     """Return the share of images that follow their prompts, and how often each kind of fault was found."""
     pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     seen = [find_faults(number, image) for number, image in enumerate(pixels)]

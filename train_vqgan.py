@@ -147,7 +147,9 @@ def _fast_in_bf16(device: torch.device) -> bool:
 
     from utils.muon import has_amx
 
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else has_amx()
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return has_amx()
 
 
 def build_optimizers(model: VQGan, settings: Namespace) -> List[torch.optim.Optimizer]:
@@ -204,12 +206,13 @@ def read_folders(settings: Namespace) -> Tuple[Any, torch.Tensor, str]:
 
     The training images are paths if they would not fit into memory. Only as many are read as the run can use.
     """
-    from data.images import find_images, load_images
+    from data.images import load_images
     from data.order import epoch_order
+    from data.sources import find_images
 
     size, seed = settings.image_size, settings.random_seed
 
-    def shuffle(paths: List[Path]) -> List[Path]:
+    def shuffle(paths: List[Any]) -> List[Any]:
         return [paths[index] for index in epoch_order(len(paths), seed, epoch=0)]
 
     paths = shuffle(find_images(settings.input_folder))

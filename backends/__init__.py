@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from typing import Optional
 
 from backends.base import Backend, TrainingBackend
 from backends.native import backend as native_backend
@@ -24,12 +25,13 @@ def for_training(settings: Namespace) -> TrainingBackend:
     return ipu_backend.IpuTrainingBackend(settings)
 
 
-def for_inference(device: str = "auto", precision: str = "auto") -> Backend:
+def for_inference(device: str = "auto", precision: str = "auto", executable_cache_dir: Optional[str] = None) -> Backend:
     """Return the backend that samples and evaluates.
 
     Args:
         device: auto, cpu, cuda or ipu.
         precision: auto, fp32, bf16 or fp16.
+        executable_cache_dir: folder for programs compiled for IPUs.
 
     Raises:
         ValueError: this machine lacks the device, or the device lacks the precision; one line.
@@ -38,7 +40,7 @@ def for_inference(device: str = "auto", precision: str = "auto") -> Backend:
         from backends.ipu import backend as ipu_backend
 
         if device == "ipu" or ipu_backend.is_enabled():
-            return ipu_backend.IpuBackend(device, precision)
+            return ipu_backend.IpuBackend(precision, executable_cache_dir)
     return native_backend.NativeBackend(device, precision)
 
 

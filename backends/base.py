@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backends.memory import Memory
 from models.dalle import DALLE
-from models.vae import VQGanVAE
+from models.image_tokenizer import ImageTokenizer
 
 Losses = Dict[str, float]  # total, text and image loss, in nats
 
@@ -62,6 +62,9 @@ class Trainer(Protocol):
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Load what `state_dict` returned on any backend; everything but the weights may be missing or None."""
 
+    def close(self) -> None:
+        """Give up the device; nothing can be trained afterwards."""
+
 
 class Backend(Protocol):
     """A machine that samples and evaluates, or one of several processes that do so together.
@@ -88,20 +91,24 @@ class Backend(Protocol):
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows (n, …) of all processes, rank 0's first, on the CPU; n may differ between processes."""
 
-    def encode(self, vae: VQGanVAE) -> Callable[[Tensor], Tensor]:
+    def encode(self, vae: ImageTokenizer) -> Callable[[Tensor], Tensor]:
         """Return a function from pixels, float (B, 3, S, S) in [0, 1], to codes, int64 (B, L) on the CPU."""
 
-    def decode(self, vae: VQGanVAE) -> Callable[..., Tensor]:
+    def decode(self, vae: ImageTokenizer) -> Callable[..., Tensor]:
         """Return a function from codes, int64 (B, L), to pixels, float (B, 3, S, S) in [0, 1] on the CPU.
 
         decode(codes, rows) decodes only the upper rows of an image, on machines that call a sampler's `on_code`.
         """
 
-    def sampler(self, model: DALLE, batch_size: int) -> Callable[..., Tensor]:
+    def images_at_once(self, model: DALLE) -> int:
+        """Return how many images a sampler should generate at once to be fast and fit the machine's memory."""
+
+    def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` for this machine, for about `batch_size` images at once.
 
-        Its codes are int64 (B, L) on the CPU. Machines that sample a whole image in one call never report single
-        codes.
+        Its codes are int64 (B, L) on the CPU, the same for each window: the number of codes of an image that a pass
+        computes, None for what is fastest. Machines that sample a whole image in one call never report single codes,
+        and have no windows.
         """
 
     def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
@@ -124,9 +131,6 @@ class TrainingBackend(Backend, Protocol):
     micro_batches: int
     samples_per_step: int
     compile_only: bool
-
-    def making_codes(self) -> ContextManager[Any]:
-        """Return a context for encoding images: all processes enter at once, or rank 0 alone while others wait."""
 
     def any_process(self, wish: bool) -> bool:
         """Return whether any process wishes it; every process must call this."""

@@ -25,7 +25,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from data.pairs import File, printable
+from data.files import File, printable
 from utils.files import atomic_write
 
 logger = logging.getLogger("minidalle")

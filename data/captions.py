@@ -1,6 +1,7 @@
 """Tokenize the captions of a folder once, and keep the ids on disk if a place for them is given.
 
-The ids are those of whole captions: a sample cuts or refuses what is too long, so one cache serves every length.
+The ids are those of whole captions: a sample cuts or refuses what is too long, so one cache serves every length. A
+caption that the vocabulary cannot read is kept as its unknown id alone.
 """
 
 import contextlib
@@ -10,20 +11,51 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 from tqdm import tqdm
 
 from data.array_cache import cache_path, hold_lock
-from data.pairs import File, printable, read_captions
+from data.files import File, printable, read_captions
 from data.tokenizer import Tokenizer
 from utils.files import atomic_write
 
 logger = logging.getLogger("minidalle")
 
 SAVE_SECONDS = 60.0  # at most this much work is lost when the process is killed
+MOST_UNREAD = 0.5  # share of a caption's characters that the vocabulary may lack
 _PROGRESS_FROM = 2000  # files
+
+ReadCaptions = Callable[[str], List[str]]  # from the name of a file to its captions
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> List[int]:
+    """Return a text's ids; if the vocabulary lacks some of its characters, those of the text in lower case."""
+    tokens, lower = tokenizer.encode(text), text.lower()
+    return tokenizer.encode(lower) if tokenizer.unknown in tokens and lower != text else tokens
+
+
+class TokenCounts(NamedTuple):
+    """What is known about the captions of a set.
+
+    lengths  int64 (captions,), tokens of each
+    unknown  unknown tokens in all of them
+    """
+
+    lengths: np.ndarray
+    unknown: int
+
+    def describe(self) -> str:
+        """Return number and lengths of the captions, and the share of unknown tokens, in one line."""
+        if not len(self.lengths):
+            return "no captions"
+        low, middle, high, top = np.percentile(self.lengths, [0, 50, 95, 100], method="lower").tolist()
+        share = self.unknown / max(int(self.lengths.sum()), 1)
+        return (
+            f"{len(self.lengths):,} captions; tokens per caption: minimum {low}, median {middle}, 95th percentile "
+            f"{high}, maximum {top}; {share:.3%} are unknown"
+        )
 
 
 class Captions:
@@ -58,6 +90,23 @@ class Captions:
         """Return the captions of the files that a mask or an array of indices selects."""
         return Captions(self.tokens, self.starts[rows], self.stops[rows])
 
+    def counts(self, unknown: Optional[int]) -> TokenCounts:
+        """Count the tokens of all captions; `unknown` is the vocabulary's id for characters that it lacks."""
+        parts = [self.file_tokens(index) for index in range(len(self))]
+        tokens = np.concatenate([np.zeros(0, self.tokens.dtype), *parts])
+        ends = np.flatnonzero(tokens == _end(tokens.dtype))
+        return TokenCounts(np.diff(ends, prepend=-1) - 1, 0 if unknown is None else int((tokens == unknown).sum()))
+
+    def without_unread(self, unknown: Optional[int]) -> "Captions":
+        """Return the captions without those that the vocabulary cannot read; a file may have none then."""
+        ends = np.concatenate([[True], self.tokens == _end(self.tokens.dtype), [False]])  # also before the first token
+        alone = (self.tokens == (-1 if unknown is None else unknown)) & ends[:-2] & ends[2:]
+        if not alone.any():
+            return self
+        dropped = alone | np.concatenate([[False], alone[:-1]])  # with their ends
+        kept_before = np.concatenate([[0], np.cumsum(~dropped)])
+        return Captions(self.tokens[~dropped], kept_before[self.starts], kept_before[self.stops])
+
     def first_longer_than(self, length: int) -> Optional[int]:
         """Return the index of the first file that has a caption of more than `length` tokens."""
         ends = np.flatnonzero(self.tokens == _end(self.tokens.dtype))
@@ -81,7 +130,7 @@ class CaptionCache:
         """
         self.folder, self.tokenizer = Path(folder), tokenizer
         name = "captions-" + re.sub("[^A-Za-z0-9]", "", tokenizer.fingerprint)[:12]
-        self.path = cache_path(cache_dir, name, folder, {"version": 2, "tokenizer": tokenizer.fingerprint}, ".npz")
+        self.path = cache_path(cache_dir, name, folder, {"version": 3, "tokenizer": tokenizer.fingerprint}, ".npz")
         self.refresh()
 
     def __contains__(self, file: Any) -> bool:
@@ -103,7 +152,7 @@ class CaptionCache:
             return
         self._rows, self._captions = {file: row for row, file in enumerate(files)}, captions
 
-    def load(self, files: Sequence[File]) -> Captions:
+    def load(self, files: Sequence[File], read: Optional[ReadCaptions] = None) -> Captions:
         """Return the captions of these files, after tokenizing those that the cache lacks.
 
         If several processes call this at once, one tokenizes and the others wait. A cache that cannot be written is
@@ -117,14 +166,14 @@ class CaptionCache:
                 with contextlib.suppress(OSError):  # cannot be written, which _save logs
                     stack.enter_context(hold_lock(self.path.with_suffix(".lock")))
                 self.refresh()
-                self._add([file for file in files if file not in self], files)
+                self._add([file for file in files if file not in self], files, read)
         return self._captions.select(np.array([self._rows[file] for file in files]))
 
-    def _add(self, missing: Sequence[File], files: Sequence[File]) -> None:
+    def _add(self, missing: Sequence[File], files: Sequence[File], read: Optional[ReadCaptions]) -> None:
         new: Dict[File, np.ndarray] = {}
         saved = time.monotonic()
         try:
-            for file, tokens in zip(missing, tokenize_files(missing, self.folder, self.tokenizer)):
+            for file, tokens in zip(missing, tokenize_files(missing, self.folder, self.tokenizer, read)):
                 new[file] = tokens
                 if time.monotonic() - saved >= SAVE_SECONDS:
                     self._save(files, new)
@@ -156,19 +205,28 @@ class CaptionCache:
 
 
 def load_captions(
-    files: Sequence[File], folder: Union[str, Path], tokenizer: Tokenizer, cache: Optional[CaptionCache] = None
+    files: Sequence[File],
+    folder: Union[str, Path],
+    tokenizer: Tokenizer,
+    cache: Optional[CaptionCache] = None,
+    read: Optional[ReadCaptions] = None,
 ) -> Captions:
     """Return the captions of these files of `folder`, from the cache if there is one.
+
+    Args:
+        read: returns the captions of a name; None: the lines of the text file of that name.
 
     Raises:
         ValueError, OSError: a file cannot be read, or its captions cannot be tokenized.
     """
     if cache is not None:
-        return cache.load(files)
-    return Captions.join(list(tokenize_files(files, folder, tokenizer)), _dtype(tokenizer))
+        return cache.load(files, read)
+    return Captions.join(list(tokenize_files(files, folder, tokenizer, read)), _dtype(tokenizer))
 
 
-def tokenize_files(files: Sequence[File], folder: Union[str, Path], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def tokenize_files(
+    files: Sequence[File], folder: Union[str, Path], tokenizer: Tokenizer, read: Optional[ReadCaptions] = None
+) -> Iterator[np.ndarray]:
     """Yield the tokens of each file, with an end after each caption."""
     dtype = _dtype(tokenizer)
     hidden = None if logger.isEnabledFor(logging.INFO) and len(files) > _PROGRESS_FROM else True
@@ -176,11 +234,21 @@ def tokenize_files(files: Sequence[File], folder: Union[str, Path], tokenizer: T
         path = os.path.join(folder, name)
         tokens: List[int] = []
         try:
-            for text in read_captions(path):
-                tokens += [*tokenizer.encode(text), _end(dtype)]
+            for text in read_captions(path) if read is None else read(name):
+                tokens += [*encode_caption(tokenizer, text), _end(dtype)]
         except ValueError as error:
             raise ValueError(f"{printable(path)}: {error}") from None
         yield np.array(tokens, dtype)
+
+
+def encode_caption(tokenizer: Tokenizer, text: str) -> List[int]:
+    """Return what encode_text does, or the unknown id alone if the vocabulary lacks most of the text's characters."""
+    tokens = encode_text(tokenizer, text)
+    if tokenizer.unknown in tokens:
+        known = tokenizer.decode([token for token in tokens if token != tokenizer.unknown])
+        if len("".join(known.split())) < (1 - MOST_UNREAD) * len("".join(text.split())):
+            return [tokenizer.unknown]
+    return tokens
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:

@@ -1,6 +1,7 @@
-"""Check a folder before a long run: report what training would skip or refuse, and what is worth knowing.
+"""Check images and captions before a long run: report what training would skip or refuse, and what is worth knowing.
 
     python -m data.check FOLDER
+    python -m data.check --config photos FOLDER
 
 Every image is decoded as in training and every caption is tokenized, in several processes. Nothing is changed.
 """
@@ -9,19 +10,22 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.images import load_image
-from data.loader import WorkerTracker
-from data.pairs import LABEL_FILE, UNREADABLE, find_pairs, open_image, printable, read_captions
+from data.captions import TokenCounts, encode_caption
+from data.files import LABEL_FILE, NOT_LISTED, UNREAD, UNREADABLE, describe_others, open_image, printable, read_bytes
+from data.images import ImagePath, load_image
+from data.loader import WorkerTracker, describe_set, describe_unknown
+from data.sources import ImageSource, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
-from utils.command_line import Parser, number
+from utils.command_line import COUNT, NATURAL, Parser, read_entry
 from utils.interrupts import ignore_interrupts_in_worker
+from utils.output import exit_on_closed_output
 
 DEADLY = "image whose reading kills the process"
 TOO_LONG = "caption file with more than {} tokens per caption"
@@ -38,7 +42,7 @@ SAME_STEM = "image with its captions in another folder, although other images ha
 UNKNOWN = "caption file with characters that the vocabulary lacks"
 NO_TOKENS = "caption file with a caption of no tokens"
 
-_BATCH = 16  # pairs that a worker hands over together
+_BATCH = 16  # samples that a worker hands over together
 _MAX_UNEXPLAINED = 3  # dead workers that were reading nothing, before giving up
 
 
@@ -50,43 +54,47 @@ class Findings(NamedTuple):
     digest: bytes  # of the image's bytes
     lengths: Tuple[int, ...]  # tokens of each caption
     unknown: int  # unknown tokens in all captions
+    unread: int  # captions that the vocabulary cannot read
     captions: Tuple[bytes, ...]  # a digest of each caption
 
 
-class _Pairs(Dataset):
-    """Item i is (i, Findings) of pair i."""
+class _Samples(Dataset):
+    """Item i is (i, Findings) of sample i."""
 
-    def __init__(self, pairs: Sequence[Tuple[Path, Path]], tokenizer: Tokenizer, image_size: int):
-        self.pairs, self.tokenizer, self.image_size = pairs, tokenizer, image_size
+    def __init__(self, source: ImageSource, tokenizer: Tokenizer, image_size: int):
+        self.source, self.tokenizer, self.image_size = source, tokenizer, image_size
         self.tracker = WorkerTracker()
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.source.images)
 
     def __getitem__(self, index: int) -> Tuple[int, Findings]:
-        image, caption_file = self.pairs[index]
+        image = self.source.image(self.source.images[index][0])
         fault: Optional[str] = None
         traits: Tuple[str, ...] = ()
         digest = b""
         self.tracker.mark(index)
         try:
             traits = image_traits(image, self.image_size)
-            digest = _digest(image.read_bytes())
+            digest = _digest(read_bytes(image))
         except (ValueError, OSError) as error:
             fault = str(error)
         self.tracker.mark(-1)
-        captions = read_captions(caption_file)
-        ids = [self.tokenizer.encode(caption) for caption in captions]
-        unknown = sum(token == self.tokenizer.unknown for tokens in ids for token in tokens)
+        captions = self.source.captions(self.source.texts[index][0])
+        unknown = self.tokenizer.unknown
+        ids = [encode_caption(self.tokenizer, caption) for caption in captions]
+        unread = ids.count([unknown]) if unknown is not None else 0
+        count = sum(token == unknown for tokens in ids for token in tokens)
+        lengths = tuple(len(tokens) for tokens in ids)
         digests = tuple(_digest(caption.encode("utf-8")) for caption in captions)
-        return index, Findings(fault, traits, digest, tuple(map(len, ids)), unknown, digests)
+        return index, Findings(fault, traits, digest, lengths, count, unread, digests)
 
 
 def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def image_traits(path: Path, image_size: int) -> Tuple[str, ...]:
+def image_traits(path: ImagePath, image_size: int) -> Tuple[str, ...]:
     """Return the kinds of image that this one is; raise what load_image raises."""
     pixels = load_image(path, image_size)
     with open_image(path) as image:
@@ -103,20 +111,20 @@ def image_traits(path: Path, image_size: int) -> Tuple[str, ...]:
     return tuple(kind for kind, applies in kinds.items() if applies)
 
 
-def _examine(pairs: _Pairs, workers: int) -> List[Optional[Findings]]:
-    """Return the findings about every pair; None if reading it killed the process.
+def _examine(samples: _Samples, workers: int) -> List[Optional[Findings]]:
+    """Return the findings about every sample; None if reading it killed the process.
 
     Raises:
         RuntimeError: workers are killed again and again while they read nothing.
     """
-    results: List[Optional[Findings]] = [None] * len(pairs)
+    results: List[Optional[Findings]] = [None] * len(samples)
     deadly: Set[int] = set()
     unexplained = 0
-    with tqdm(total=len(pairs), desc="checking images", unit="image", disable=None, leave=False) as bar:
+    with tqdm(total=len(samples), desc="checking images", unit="image", disable=None, leave=False) as bar:
         while True:
             left = [index for index, found in enumerate(results) if found is None and index not in deadly]
             loader = DataLoader(
-                pairs,
+                samples,
                 _BATCH,
                 sampler=left,
                 num_workers=min(workers, len(left)),
@@ -132,7 +140,7 @@ def _examine(pairs: _Pairs, workers: int) -> List[Optional[Findings]]:
             except RuntimeError as error:  # torch raises it anywhere above; all results so far are kept
                 if not str(error).startswith("DataLoader worker"):
                     raise
-                named = pairs.tracker.of_dead(str(error))
+                named = samples.tracker.of_dead(str(error))
             deadly.update(named)
             unexplained += not named
             if unexplained > _MAX_UNEXPLAINED:
@@ -142,11 +150,12 @@ def _examine(pairs: _Pairs, workers: int) -> List[Optional[Findings]]:
 class Report(NamedTuple):
     """What is found in a folder; names are relative to it."""
 
+    form: str  # how images and captions are kept
     pairs: int  # usable ones
     faults: Dict[str, List[str]]  # kind -> names of what training would skip or refuse
     notes: Dict[str, List[str]]  # kind -> names of what is worth knowing
-    tokens: np.ndarray  # int64 (captions,), tokens of each caption of usable pairs
-    unknown: int  # unknown tokens in all of them
+    counts: TokenCounts  # of the captions of usable pairs
+    others: Sequence[str]  # files of other kinds
 
 
 def check(
@@ -158,99 +167,101 @@ def check(
     truncate_captions: bool = False,
     workers: int = 0,
 ) -> Report:
-    """Examine all pairs of a folder; raise the errors of find_pairs if it has no pair."""
-    found_pairs, skipped = find_pairs(folder)
-    pairs = [(folder / image[0], folder / captions[0]) for image, captions in found_pairs]
+    """Examine all images and captions of a folder or file; raise the errors of open_source if it has none."""
+    source = open_source(folder)
 
     def name(path: Path) -> str:
-        return printable(os.path.relpath(path, folder))
+        return printable(os.path.relpath(path, source.folder))
 
-    faults = {reason: [name(path) for path in paths] for reason, paths in skipped.items()}
-    notes: Dict[str, List[str]] = {LABEL_FILE: faults.pop(LABEL_FILE, [])}
+    faults = {reason: [name(path) for path in paths] for reason, paths in source.skipped.items()}
+    notes: Dict[str, List[str]] = {kind: faults.pop(kind, []) for kind in (LABEL_FILE, NOT_LISTED)}
     first: Dict[bytes, str] = {}  # digest of an image or caption -> the first file that has it
-    tokens: List[int] = []
+    lengths: List[int] = []
     unknown = usable = 0
-    stems = Counter(image.stem for image, _ in pairs)
-    for (image, captions), found in zip(pairs, _examine(_Pairs(pairs, tokenizer, image_size), workers)):
+    stems = Counter(PurePosixPath(image).stem for image, _, _ in source.images)
+    all_findings = _examine(_Samples(source, tokenizer, image_size), workers)
+    for (image, _, _), (text, _, _), found in zip(source.images, source.texts, all_findings):
+        image_name, text_name = printable(image), printable(text)
         if found is None or found.fault is not None:
-            faults.setdefault(DEADLY if found is None else UNREADABLE, []).append(name(image))
+            faults.setdefault(DEADLY if found is None else UNREADABLE, []).append(image_name)
+            continue
+        lengths += found.lengths
+        unknown += found.unknown
+        if found.unread:
+            faults.setdefault(UNREAD, []).append(text_name)
+        if found.unread == len(found.lengths):
             continue
         usable += 1
         for kind in found.traits:
-            notes.setdefault(kind.format(image_size), []).append(name(image))
-        digests = [(SAME_IMAGE, name(image), found.digest)]
-        digests += [(SAME_CAPTION, name(captions), digest) for digest in set(found.captions)]
+            notes.setdefault(kind.format(image_size), []).append(image_name)
+        digests = [(SAME_IMAGE, image_name, found.digest)]
+        digests += [(SAME_CAPTION, text_name, digest) for digest in set(found.captions)]
         for kind, file, digest in digests:
             if first.setdefault(digest, file) != file:
                 notes.setdefault(kind, []).append(f"{file} as {first[digest]}")
-        if stems[image.stem] > 1 and image.parent != captions.parent:
-            notes.setdefault(SAME_STEM, []).append(f"{name(image)} with {name(captions)}")
+        stem, place = PurePosixPath(image).stem, PurePosixPath(image).parent
+        if stems[stem] > 1 and place != PurePosixPath(text).parent:
+            notes.setdefault(SAME_STEM, []).append(f"{image_name} with {text_name}")
         if found.unknown:
-            notes.setdefault(UNKNOWN, []).append(name(captions))
+            notes.setdefault(UNKNOWN, []).append(text_name)
         if min(found.lengths) == 0:
-            notes.setdefault(NO_TOKENS, []).append(name(captions))
+            notes.setdefault(NO_TOKENS, []).append(text_name)
         if max(found.lengths) > text_seq_len:
             too_long = notes if truncate_captions else faults
-            too_long.setdefault(TOO_LONG.format(text_seq_len), []).append(name(captions))
-        tokens += found.lengths
-        unknown += found.unknown
-    return Report(usable, faults, notes, np.array(tokens, dtype=np.int64), unknown)
+            too_long.setdefault(TOO_LONG.format(text_seq_len), []).append(text_name)
+    counts = TokenCounts(np.array(lengths, dtype=np.int64), unknown)
+    return Report(source.form, usable, faults, notes, counts, source.others)
 
 
 def describe(folder: Path, report: Report, examples: Optional[int]) -> str:
     """Return a report as text, naming `examples` files of each kind (None: all)."""
-    lines = [f"{printable(folder)}: {report.pairs:,} usable pairs with {len(report.tokens):,} captions"]
-    if len(report.tokens):
-        low, middle, high, top = np.percentile(report.tokens, [0, 50, 95, 100], method="lower").tolist()
-        share = report.unknown / max(int(report.tokens.sum()), 1)
-        lines.append(
-            f"tokens per caption: minimum {low}, median {middle}, 95th percentile {high}, maximum {top}; "
-            f"{share:.3%} are unknown"
-        )
+    lines = [describe_set(folder, report.form, report.pairs, report.counts)]
+    warning = describe_unknown(report.counts)
+    lines += [f"warning: {warning}"] if warning else []
     for title, kinds in (("skipped or refused in training", report.faults), ("worth knowing", report.notes)):
         kinds = {kind: names for kind, names in sorted(kinds.items()) if names}
         lines += [f"{title}:"] if kinds else []
         for kind, names in kinds.items():
             rest = ", …" if examples is not None and len(names) > examples else ""
             lines.append(f"{len(names):9,} × {kind}: {', '.join(names[:examples])}{rest}")
+    lines += [f"not used: {describe_others(report.others)}"] if report.others else []
     count = sum(map(len, report.faults.values()))
     lines.append(f"training would skip or refuse {count:,} of these files" if count else "nothing would be skipped")
     return "\n".join(lines)
 
 
+@exit_on_closed_output()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command; exit with 0: clean, 1: training would skip or refuse something, 2: bad arguments."""
-    parser = Parser("Check a folder of images and captions before a long run.")
+    parser = Parser("Check images and captions before a long run.")
     parser.prog = "python -m data.check"
     add = parser.add_argument
-    add("folder", metavar="FOLDER", help="images and .txt captions, as train.py's --input-folder")
+    add("folder", metavar="FOLDER", nargs="?", help="what train.py's --input-folder takes; none: that of --config")
+    add("--config", help="entry of configs.yaml whose vocabulary, caption length and folder are used")
     add("--bpe-path", "--bpe_path", help="YouTokenToMe vocabulary; CLIP's if not given")
-    add("--text-seq-len", "--text_seq_len", type=number(int, low=1), default=80, help="most text tokens of a caption")
+    add("--text-seq-len", "--text_seq_len", type=COUNT, help="most text tokens of a caption [80]")
     add("--truncate-captions", "--truncate_captions", action="store_true", help="cut longer captions in training")
-    add(
-        "--image-size",
-        "--image_size",
-        type=number(int, low=1),
-        default=256,
-        help="side of the VQGAN's images in pixels",
-    )
-    add("--workers", type=number(int, low=0), default=os.cpu_count() or 1, help="processes")
+    add("--image-size", "--image_size", type=COUNT, default=256, help="side of the VQGAN's images in pixels")
+    add("--workers", type=NATURAL, default=os.cpu_count() or 1, help="processes")
     add("--all", action="store_true", help="name every file, not three of each kind")
     settings = parser.parse_args(argv)
-    folder = Path(settings.folder)
+    config = read_entry(settings.config, parser) if settings.config else {}
+    folder = Path(settings.folder or config.get("input_folder") or "")
     try:
-        if not folder.is_dir():
+        if not (settings.folder or config.get("input_folder")):
+            raise ValueError("give a FOLDER, or a --config that has an input_folder")
+        if not folder.exists():
             raise ValueError(f"{printable(folder)}: no such folder")
-        tokenizer = load_tokenizer(settings.bpe_path)
+        tokenizer = load_tokenizer(settings.bpe_path or config.get("bpe_path"))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     try:
         report = check(
             folder,
             tokenizer,
-            text_seq_len=settings.text_seq_len,
+            text_seq_len=settings.text_seq_len or config.get("text_seq_len", 80),
             image_size=settings.image_size,
-            truncate_captions=settings.truncate_captions,
+            truncate_captions=settings.truncate_captions or config.get("truncate_captions", False),
             workers=settings.workers,
         )
     except (ValueError, OSError, RuntimeError) as error:  # no pair, or workers that are killed

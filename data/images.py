@@ -12,14 +12,15 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data.files import UNREADABLE, StoredImage, logger, open_image, printable, report_skipped
 from data.order import EpochOrder
-from data.pairs import IMAGE_SUFFIXES, UNREADABLE, logger, open_image, printable, report_skipped
 from utils.interrupts import ignore_interrupts_in_worker
 
+ImagePath = Union[str, Path, StoredImage]
 _BATCH = 64  # images that a worker hands over together
 
 
-def load_image(path: Union[str, Path], size: int) -> np.ndarray:
+def load_image(path: ImagePath, size: int) -> np.ndarray:
     """Return an image as uint8 RGB (size, size, 3): upright by its EXIF tag, center square, resized bilinearly.
 
     The square is the one that torchvision's RandomResizedCrop cuts at scale 1 and ratio 1; PIL's bilinear filter is
@@ -83,7 +84,7 @@ class ImageBatch(NamedTuple):
 
 
 def read_images(
-    paths: Sequence[Union[str, Path]], size: int, batches: Iterable[Sequence[int]], workers: int = 0
+    paths: Sequence[ImagePath], size: int, batches: Iterable[Sequence[int]], workers: int = 0
 ) -> Iterator[ImageBatch]:
     """Decode batches of indices into `paths`, in `workers` processes or in this one (0)."""
     return iter(
@@ -98,7 +99,7 @@ def read_images(
 
 
 class _Decoded(Dataset):
-    def __init__(self, paths: Sequence[Union[str, Path]], size: int):
+    def __init__(self, paths: Sequence[ImagePath], size: int):
         self.paths, self.size = paths, size
 
     def __len__(self) -> int:
@@ -118,30 +119,7 @@ def _collate(items: List[Tuple[int, Union[torch.Tensor, str]]]) -> ImageBatch:
     return ImageBatch(list(pixels), torch.stack(list(pixels.values())) if pixels else None, unreadable)
 
 
-def find_images(folder: Union[str, Path]) -> List[Path]:
-    """Return every image file in `folder` and below, sorted by relative path; links to folders are not followed.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: names the folder.
-        ValueError: it has no image.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"{printable(folder)}: no such folder; a folder of images is needed")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{printable(folder)}: not a folder; a folder of images is needed")
-    found = [
-        (Path(parent) / name).relative_to(folder)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES)
-    ]
-    if not found:
-        raise ValueError(f"{printable(folder)}: no images in it or below (looked for {', '.join(IMAGE_SUFFIXES)})")
-    return [folder / name for name in sorted(found)]
-
-
-def load_images(paths: Sequence[Path], size: int, workers: int = 0) -> torch.Tensor:
+def load_images(paths: Sequence[ImagePath], size: int, workers: int = 0) -> torch.Tensor:
     """Return all images that can be read as uint8 (N, 3, size, size); log how many cannot.
 
     Raises:
@@ -155,14 +133,14 @@ def load_images(paths: Sequence[Path], size: int, workers: int = 0) -> torch.Ten
             unreadable += [paths[index] for index in batch.unreadable]
             bar.update(_BATCH)
     if unreadable:
-        report_skipped({UNREADABLE: unreadable})
+        report_skipped({UNREADABLE: [Path(str(path)) for path in unreadable]})
     if not decoded:
-        raise ValueError(f"{printable(os.path.commonpath(paths))}: none of {len(paths)} images can be read")
+        raise ValueError(f"{_common_folder(paths)}: none of {len(paths)} images can be read")
     return torch.cat(decoded)
 
 
 def endless_batches(
-    images: Union[torch.Tensor, Sequence[Path]],
+    images: Union[torch.Tensor, Sequence[ImagePath]],
     batch_size: int,
     *,
     size: int,
@@ -181,10 +159,7 @@ def endless_batches(
         ValueError: no path of a whole epoch can be read.
     """
     order = EpochOrder(len(images), min(batch_size, len(images)), seed=seed)
-    batches = (
-        [index for _, index in order.batch(*divmod(number, order.batches_per_epoch))]
-        for number in itertools.count(first)
-    )
+    batches = ([index for _, index in order.batch(*order.place(number))] for number in itertools.count(first))
     if isinstance(images, torch.Tensor):
         for indices in batches:
             yield images[indices]
@@ -199,5 +174,8 @@ def endless_batches(
         if batch.pixels is not None:
             yield batch.pixels
         elif unread_in_a_row >= order.batches_per_epoch:
-            folder = printable(os.path.commonpath(images))
-            raise ValueError(f"{folder}: none of {len(images)} images can be read")
+            raise ValueError(f"{_common_folder(images)}: none of {len(images)} images can be read")
+
+
+def _common_folder(paths: Sequence[ImagePath]) -> str:
+    return printable(os.path.commonpath([str(path) for path in paths]))

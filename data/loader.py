@@ -1,4 +1,4 @@
-"""Captioned images as training samples: a folder of pairs, or generated ones.
+"""Captioned images as training samples: those of a source (data/sources), or generated ones.
 
 Everything random is a function of numbers that name it: a caption's choice of (seed, epoch, index), a generated sample
 of (seed, index). So workers, processes and resumed runs share no state. Keys carry the epoch: the order (data/order.py)
@@ -19,15 +19,18 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from data.array_cache import MappedRows
-from data.captions import CaptionCache, load_captions
+from data.captions import CaptionCache, TokenCounts, load_captions
+from data.files import UNREAD, UNREADABLE, File, Skipped, describe_others, printable, report_skipped
 from data.images import load_image
 from data.order import Key, epoch_and_index, random_bits
-from data.pairs import UNREADABLE, File, Skipped, find_pairs, printable, read_captions, report_skipped
+from data.sources import ImagePath, folder_of, open_source
 from data.tokenizer import Tokenizer
 
 logger = logging.getLogger("minidalle")
 
 _SLOTS = 256  # workers of one DataLoader; more of them share slots, and the latest mark is kept
+MOST_UNKNOWN = 0.01  # share of unknown tokens above which a warning is logged
+OTHER_VOCABULARY = "use a --bpe-path for their language, or none: CLIP's reads every character"
 _LOGGED_UNREADABLE = 20  # images reported one by one; a disk that goes away would fill the log
 # Flags of images: an unreadable one is tried again; one whose reading killed a worker is not.
 _READABLE, _UNREADABLE, _DEADLY = 0, 1, 2
@@ -58,7 +61,7 @@ class WorkerTracker:
 
 
 class TextImageDataset(Dataset):
-    """The pairs of a folder: `dataset[index]` or `dataset[(epoch, index)]` is (text, image).
+    """The pairs of a folder or file: `dataset[index]` or `dataset[(epoch, index)]` is (text, image).
 
     text   int64 (text_seq_len,): the zero-padded tokens of one of the image's captions, another one in each epoch; all
            zeros with probability `caption_dropout`
@@ -84,46 +87,83 @@ class TextImageDataset(Dataset):
         seed: int = 42,
         cache_dir: Union[str, Path, None] = None,
         encoded: Container[File] = (),
+        validation: bool = False,
     ):
         """Find the pairs and tokenize all captions.
 
         Args:
+            folder: what --input-folder names; data/sources lists the forms.
             cache_dir: where tokens are cached. Caption files in the cache are known to be good and not opened.
             encoded: images that are known to be good and not opened.
+            validation: of a form with splits, read those to validate on.
 
         Raises:
-            FileNotFoundError, PermissionError, ValueError: the folder has no pair, or a caption is too long.
+            FileNotFoundError, PermissionError, ValueError: the folder has no pair, a caption is too long, or the
+                vocabulary cannot read most of the captions.
         """
-        self.folder = Path(folder)
+        self.path, self.folder = Path(folder), folder_of(folder)
         self.text_seq_len = text_seq_len
         self.image_size = image_size
         self.byteio = byteio
         self.caption_dropout = caption_dropout
         self.seed = seed
-        cache = None if cache_dir is None else CaptionCache(folder, cache_dir, tokenizer)
-        pairs, self._skipped = find_pairs(folder, lambda file: file in encoded or (cache is not None and file in cache))
-        report_skipped(self._skipped)
-        self.images: List[File] = [image for image, _ in pairs]
-        caption_files = [captions for _, captions in pairs]
-        self._captions = load_captions(caption_files, self.folder, tokenizer, cache)
+        cache = None if cache_dir is None else CaptionCache(self.folder, cache_dir, tokenizer)
+        self.source = open_source(
+            folder,
+            lambda file: file in encoded or (cache is not None and file in cache),
+            None if cache_dir is None else Path(cache_dir),
+            validation,
+        )
+        self._skipped = dict(self.source.skipped)
+        captions = load_captions(self.source.texts, self.folder, tokenizer, cache, self.source.captions)
+        self.counts = captions.counts(tokenizer.unknown)
+        self._captions = captions.without_unread(tokenizer.unknown)
+        good = self._captions.stops > self._captions.starts
+        unread = (len(captions.tokens) - len(self._captions.tokens)) // 2  # each is one id and its end
+        texts = [text for text, keep in zip(self.source.texts, good) if keep]
+        if not good.all():
+            self._skipped[UNREAD] = [self.folder / file[0] for file, keep in zip(self.source.images, good) if not keep]
+        self.images: List[File] = [file for file, keep in zip(self.source.images, good) if keep]
+        self._captions = self._captions.select(good)
+        self._report(unread)
         if not truncate_captions:
-            self._refuse_long_captions(caption_files, tokenizer)
+            self._refuse_long_captions(texts, tokenizer)
         self._codes: Union[np.ndarray, MappedRows, None] = None
         self._code_rows = np.zeros(0, dtype=np.int64)  # of each image
         # One flag per image, in memory that worker processes share with their parent.
         self._flags = torch.zeros(len(self.images), dtype=torch.uint8).share_memory_()
         self._tracker = WorkerTracker()
 
-    def _refuse_long_captions(self, files: List[File], tokenizer: Tokenizer) -> None:
+    def _report(self, unread: int) -> None:
+        """Log what the set holds and what is skipped; ValueError if the vocabulary cannot read most captions."""
+        number, path = len(self.counts.lengths), printable(self.path)
+        if 2 * unread > number:
+            raise ValueError(
+                f"{path}: the vocabulary reads only {number - unread:,} of {number:,} captions; {OTHER_VOCABULARY}"
+            )
+        logger.info("%s", describe_set(self.path, self.source.form, len(self), self.counts))
+        if unread:
+            logger.warning("skipped %s captions (%s)", f"{unread:,}", UNREAD)
+        warning = describe_unknown(self.counts)
+        if warning:
+            logger.warning("%s", warning)
+        report_skipped(self._skipped)
+        if self.source.others:
+            logger.info("not used: %s", describe_others(self.source.others))
+
+    def _refuse_long_captions(self, texts: List[File], tokenizer: Tokenizer) -> None:
         index = self._captions.first_longer_than(self.text_seq_len)
         if index is None:
             return
-        path = self.folder / files[index][0]
+        name = texts[index][0]
+        path = printable(self.folder / name)
         try:
-            tokenizer.tokenize(read_captions(path), self.text_seq_len)
+            for text in self.source.captions(name):
+                unknown = tokenizer.unknown in tokenizer.encode(text)
+                tokenizer.tokenize([text.lower() if unknown else text], self.text_seq_len)
         except ValueError as error:
-            raise ValueError(f"{printable(path)}: {error}") from None
-        raise ValueError(f"{printable(path)}: changed while it was read")
+            raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: changed while it was read")
 
     def attach_codes(self, codes: Union[np.ndarray, MappedRows], rows: Optional[np.ndarray] = None) -> None:
         """Return codes instead of pixels from now on; call this before workers start.
@@ -165,7 +205,7 @@ class TextImageDataset(Dataset):
         """
         names = [os.fsencode(name) for name, _, _ in self.images]
         order = sorted(range(len(names)), key=lambda index: hashlib.sha256(names[index]).digest())
-        count = max(1, round(share * len(order)))
+        count = count_validation(len(order), share)
         if count >= len(order):
             raise ValueError(f"{printable(self.folder)}: {len(order)} pairs are too few to split off {share:g} of them")
         validation_set = copy.copy(self)
@@ -203,6 +243,14 @@ class TextImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def image(self, index: int) -> ImagePath:
+        """Return where to read the image of this index."""
+        return self.source.image(self.images[index][0])
+
+    def image_paths(self) -> List[ImagePath]:
+        """Return where to read each image."""
+        return [self.image(index) for index in range(len(self))]
+
     def __getitem__(self, key: Key) -> Tuple[torch.Tensor, torch.Tensor]:
         epoch, index = epoch_and_index(key, len(self))
         if self._codes is not None:
@@ -213,7 +261,7 @@ class TextImageDataset(Dataset):
                 continue
             self._tracker.mark(candidate)
             try:
-                pixels = load_image(self.folder / self.images[candidate][0], self.image_size)
+                pixels = load_image(self.image(candidate), self.image_size)
             except (ValueError, OSError) as error:
                 self._note_unreadable(candidate, error)
                 continue
@@ -253,6 +301,24 @@ class TextImageDataset(Dataset):
         if self.lost <= _LOGGED_UNREADABLE:
             more = "; further ones are only counted" if self.lost == _LOGGED_UNREADABLE else ""
             logger.warning("%s; using another image instead%s", error, more)
+
+
+def count_validation(images: int, share: float) -> int:
+    """Return how many of a set's images a share to validate on has."""
+    return max(1, round(share * images))
+
+
+def describe_set(path: Union[str, Path], form: str, images: int, counts: TokenCounts) -> str:
+    """Summarize a set in one line."""
+    return f"{printable(path)}: {form}, {images:,} usable images with {counts.describe()}"
+
+
+def describe_unknown(counts: TokenCounts) -> Optional[str]:
+    """Return a warning if a vocabulary lacks more than MOST_UNKNOWN of a set's tokens."""
+    total = int(counts.lengths.sum())
+    if counts.unknown <= MOST_UNKNOWN * total:
+        return None
+    return f"the vocabulary lacks {counts.unknown:,} of {total:,} caption tokens; {OTHER_VOCABULARY}"
 
 
 @dataclass(eq=False)

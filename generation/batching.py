@@ -9,8 +9,12 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 import torch
 from torch import Tensor
 
+from backends.memory import OutOfMemory, memory_explained
+from data.captions import encode_text
 from generation.loading import LoadedModel
 from models.sampling import CodeCallback, Sampling, complete_text
+
+TOO_LARGE = "the model is too large for this device; try --precision bf16, or --device cpu"
 
 
 class ImageSpec(NamedTuple):
@@ -61,23 +65,18 @@ def plan_image(
 
 
 def encode_prompt(loaded: LoadedModel, prompt: str) -> Tensor:
-    """Return a prompt's tokens, int64 (text_seq_len,).
-
-    If the vocabulary lacks some of the characters, the prompt is encoded in lower case.
+    """Return a prompt's tokens, int64 (text_seq_len,), as those of a training caption.
 
     Raises:
         ValueError: the prompt has too many tokens, or no word that the vocabulary knows.
     """
-    tokens = loaded.tokenizer.encode(prompt)
-    if loaded.tokenizer.unknown in tokens:
-        prompt = prompt.lower()
-        tokens = loaded.tokenizer.encode(prompt)
+    tokens = encode_text(loaded.tokenizer, prompt)
     if not loaded.tokenizer.decode(tokens):  # no tokens, or unknown ones alone
         raise ValueError(f"'{prompt[:60]}' has no words that the vocabulary knows")
     most = loaded.model.text_seq_len
     if len(tokens) > most:
         raise ValueError(f"'{prompt[:60]}' is {len(tokens)} tokens long; the model reads at most {most}")
-    return loaded.tokenizer.tokenize([prompt], most)[0]
+    return torch.tensor(tokens + [0] * (most - len(tokens)))
 
 
 def complete_caption(loaded: LoadedModel, prompt: str, seed: int) -> Tuple[Tensor, str]:
@@ -87,7 +86,8 @@ def complete_caption(loaded: LoadedModel, prompt: str, seed: int) -> Tuple[Tenso
     """
     tokens = encode_prompt(loaded, prompt)
     generator = torch.Generator().manual_seed(seed)
-    (tokens,) = complete_text(loaded.model, tokens[tokens != 0][None], top_p=0.9, generator=generator)
+    start = tokens[tokens != 0][None].to(next(loaded.model.parameters()).device)  # a sampler has moved it to the GPU
+    tokens = complete_text(loaded.model, start, top_p=0.9, generator=generator)[0].cpu()
     return tokens, " ".join(loaded.tokenizer.decode(tokens).split())
 
 
@@ -138,11 +138,22 @@ def generate_batch(loaded: LoadedModel, specs: Sequence[ImageSpec], on_code: Opt
 
     on_code is called with the codes so far, int64 (B, n), after every code, if the machine can do that; if it raises,
     sampling ends.
+
+    Raises:
+        OutOfMemory: fewer images at once may fit; `loaded` is as before.
     """
-    return loaded.sampler(
-        torch.stack([spec.tokens for spec in specs]),
-        specs[0].sampling,
-        generator=[torch.Generator().manual_seed(spec.seed) for spec in specs],
-        image_codes=torch.stack([spec.given_codes for spec in specs]),
-        on_code=on_code,
-    )
+    count = len(specs)
+    try:
+        with memory_explained(
+            f"{count} images at once are too many; --batch_size {count // 2} needs half" if count > 1 else TOO_LARGE
+        ):
+            return loaded.sampler(
+                torch.stack([spec.tokens for spec in specs]),
+                specs[0].sampling,
+                generator=[torch.Generator().manual_seed(spec.seed) for spec in specs],
+                image_codes=torch.stack([spec.given_codes for spec in specs]),
+                on_code=on_code,
+            )
+    except OutOfMemory:
+        vars(loaded).pop("sampler", None)  # it holds the keys of this batch
+        raise

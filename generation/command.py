@@ -17,6 +17,7 @@ from tqdm import tqdm
 import log
 from args_generate import Request
 from backends.base import Backend
+from backends.memory import memory_explained
 from generation import image_prompts, output, previews, ranking
 from generation.batching import ImageSpec, complete_caption, encode_prompt, generate_lists, plan_image
 from generation.loading import LoadedModel, load_from_flags
@@ -26,6 +27,7 @@ from utils.files import check_writable
 logger = logging.getLogger("minidalle")
 
 
+@memory_explained("a smaller --batch_size needs less; so does --precision bf16")
 def run(settings: Namespace) -> None:
     """Generate and save the images that the flags ask for."""
     loaded = load_from_flags(settings)
@@ -101,6 +103,8 @@ def plan_request(
 ) -> List[ImageSpec]:
     """Return all images to generate for a request, in the order of their seeds."""
     image, given_codes = request.image_prompt or settings.image_prompt or settings.variations, None
+    if not image and request.keep_rows is not None:
+        raise ValueError(f"{request.source}: keeps rows of an image; name it as image_prompt, or with --image_prompt")
     if image:
         given_codes = encode_rows(image, settings.keep_rows if request.keep_rows is None else request.keep_rows)
     sampling = loaded.recommended.override(vars(settings)).override(request.sampling)

@@ -6,6 +6,7 @@ contains the VQGAN's weights alone; its sizes are those of the official f = 16 m
 
 import functools
 import hashlib
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -18,9 +19,9 @@ from backends.base import Backend
 from data.tokenizer import load_tokenizer
 from data.words import read_summary, split_words
 from models.dalle import DALLE
-from models.official_vqgan import OFFICIAL_PARAMS
+from models.image_tokenizer import ImageTokenizer
 from models.sampling import Sampling
-from models.vae import VQGanVAE, load_vqgan
+from models.vae import VQGanVAE, build_tokenizer, infer_params, load_vqgan
 from utils import checkpoint
 from utils.files import AnyPath
 
@@ -28,11 +29,11 @@ DEMO = Path(__file__).resolve().parent.parent / "demo" / "dalle.safetensors"
 # Models of fewer bytes of fp32 weights are not faster in half precision, whose rounding may change a code from one
 # batch size to another.
 HALF_FROM = 300e6
-AT_ONCE = {"cpu": 32, "cuda": 256, "ipu": 4}  # images from which on larger batches are no faster
 HPARAMS = (
     *("num_text_tokens", "text_seq_len", "dim", "depth", "heads", "dim_head", "loss_img_weight", "attn_types"),
     "sandwich_norm",
 )
+OPTIONS = ("rotary_emb", "shift_tokens", "stable", "reversible", "shared_attn_ids", "shared_ff_ids")
 
 
 class LoadedModel:
@@ -49,6 +50,7 @@ class LoadedModel:
         fingerprint: SHA-256 of the weights.
         backend: the machine that runs the model.
         batch_size: images at once; it may be lowered before the first use of `sampler`.
+        window: see `load`.
         sampler, encode, decode: the backend's functions for this model.
     """
 
@@ -61,12 +63,13 @@ class LoadedModel:
         recommended: Sampling,
         backend: Backend,
         batch_size: int,
+        window: Optional[int],
     ):
         self.path, self.model, self.tokenizer = str(path), model, tokenizer
         self.guidable = bool(saved.get("settings", {}).get("caption_dropout"))
         self.recommended = recommended if self.guidable else recommended._replace(cond_scale=1.0)
         self.words, self.examples = read_summary(saved.get("captions"))
-        self.backend, self.batch_size = backend, batch_size
+        self.backend, self.batch_size, self.window = backend, batch_size, window
         self.fingerprint = fingerprint(model)
 
     @property
@@ -80,7 +83,7 @@ class LoadedModel:
 
     @functools.cached_property
     def sampler(self) -> Callable[..., Tensor]:
-        return self.backend.sampler(self.model, self.batch_size)
+        return self.backend.sampler(self.model, self.batch_size, self.window)
 
     @functools.cached_property
     def encode(self) -> Callable[[Tensor], Tensor]:
@@ -97,17 +100,20 @@ def load(
     device: str = "auto",
     precision: str = "auto",
     batch_size: Optional[int] = None,
+    window: Optional[int] = None,
     vqgan_model_path: Optional[str] = None,
     vqgan_config_path: Optional[str] = None,
     bpe_path: Optional[str] = None,
+    executable_cache_dir: Optional[str] = None,
     saved: Optional[Dict[str, Any]] = None,
 ) -> LoadedModel:
     """Load a checkpoint of train.py or of the reference application.
 
     Args:
         dalle_path: None loads the demo model.
-        device, precision: as the flags of generate.py.
+        device, precision, executable_cache_dir: as the flags of generate.py.
         batch_size: images at once; None uses what suits the machine and fits half of its free memory.
+        window: codes of an image that a pass computes; the images are the same. None uses what is fastest.
         saved: the file's contents, if they were read already.
 
     Raises:
@@ -119,28 +125,20 @@ def load(
     weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
     if precision == "auto" and 4 * weights < HALF_FROM:
         precision = "fp32"
-    backend = backends.for_inference(device, precision)
-    batch_size = batch_size or fitting_batch_size(model, backend)
-    return LoadedModel(path, saved, model, tokenizer, recommended, backend, batch_size)
+    backend = backends.for_inference(device, precision, executable_cache_dir)
+    if backend.kind == "ipu" and not model.transformer.is_plain:
+        raise ValueError(f"{path}: has options of DALLE-pytorch that do not run on IPUs; generate with --device cpu")
+    batch_size = batch_size or backend.images_at_once(model)
+    return LoadedModel(path, saved, model, tokenizer, recommended, backend, batch_size, window)
 
 
 def load_from_flags(settings: Namespace, saved: Optional[Dict[str, Any]] = None) -> LoadedModel:
     """Call load with the flags that generate.py, evaluate.py and app.py share."""
-    names = ("device", "precision", "batch_size", "vqgan_model_path", "vqgan_config_path", "bpe_path")
+    names = [
+        *("device", "precision", "executable_cache_dir", "batch_size", "window"),
+        *("vqgan_model_path", "vqgan_config_path", "bpe_path"),
+    ]
     return load(settings.dalle_path, **{name: getattr(settings, name) for name in names}, saved=saved)
-
-
-def fitting_batch_size(model: DALLE, backend: Backend) -> int:
-    """Return how many images suit the machine at once and fit half of its free memory."""
-    at_once = AT_ONCE[backend.kind]
-    if backend.memory is None:
-        return at_once
-    attention = model.transformer.layers[0][0].fn.fn
-    keys_and_values = 2 * len(model.transformer.layers) * attention.heads * attention.dim_head  # of one position
-    positions = model.text_seq_len + model.image_seq_len
-    noise = model.image_seq_len * model.num_image_tokens
-    image = 4 * (2 * keys_and_values * positions + 2 * noise + 64 * 3 * model.vae.image_size**2)  # bytes, with guidance
-    return int(max(1, min(at_once, backend.memory.free() // 2 // image)))
 
 
 def read_model(
@@ -170,12 +168,13 @@ def read_model(
             f"{path}: was trained with {hparams['num_text_tokens']} text tokens, but the vocabulary "
             f"{bpe_path or 'of CLIP'} has {tokenizer.vocab_size}; give the right one with --bpe_path"
         )
+    checkpoint.check_vocabulary(path, saved, tokenizer.fingerprint, "--bpe_path")
     if not isinstance(hparams["depth"], int) or not 0 < hparams["depth"] <= len(weights):
         raise ValueError(f"{path}: its hparams describe no model (depth is {hparams['depth']!r})")
     build_vae, weights = find_vqgan(path, vqgan_model_path, vqgan_config_path, saved, weights)
 
     def build() -> DALLE:
-        return DALLE(vae=build_vae(), **{name: hparams[name] for name in HPARAMS})
+        return DALLE(vae=build_vae(), **{name: hparams[name] for name in (*HPARAMS, *OPTIONS) if name in hparams})
 
     check_sizes(path, build, weights)
     model = build()
@@ -189,18 +188,25 @@ def find_vqgan(
     vqgan_config_path: Optional[str],
     saved: Dict[str, Any],
     weights: Dict[str, Tensor],
-) -> Tuple[Callable[[], VQGanVAE], Dict[str, Tensor]]:
+) -> Tuple[Callable[[], ImageTokenizer], Dict[str, Tensor]]:
     """Find the VQGAN of a checkpoint: given by path, in the file, or the official one.
 
     Returns:
         A function that builds it, and the weights with the VQGAN's among them.
     """
     params = saved.get("vae_params", {})
-    if not vqgan_model_path and params.get("target") and params.get("params"):
-        check_vqgan_counts(path, params["params"], weights)
-        return functools.partial(VQGanVAE, params["params"], gumbel=params["target"] == "GumbelVQ"), weights
+    if not vqgan_model_path and params.get("target"):
+        check_vqgan_counts(path, params.get("params"), weights)
+        return functools.partial(build_tokenizer, params), weights
     if not vqgan_model_path and any(name.startswith("vae.") for name in weights):
-        return functools.partial(VQGanVAE, OFFICIAL_PARAMS), weights
+        inside = {
+            name[len("vae.model.") :]: tensor for name, tensor in weights.items() if name.startswith("vae.model.")
+        }
+        try:
+            params, gumbel = infer_params(inside, grid_side(weights, saved["hparams"]))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; give the VQGAN with --vqgan_model_path") from None
+        return functools.partial(VQGanVAE, params, gumbel), weights
     vae = load_vqgan(vqgan_model_path, vqgan_config_path)
     if vqgan_model_path:
         check_fingerprint(vqgan_model_path, vae.fingerprint(), path, saved.get("vqgan"), "--vqgan_model_path")
@@ -208,9 +214,22 @@ def find_vqgan(
     return lambda: vae, {**weights, **{f"vae.{name}": tensor for name, tensor in vae.state_dict().items()}}
 
 
+def grid_side(weights: Dict[str, Tensor], hparams: Dict[str, Any]) -> int:
+    """Return the side of a model's code grid; ValueError if its weights do not tell it."""
+    if "image_pos_emb.weights_0" in weights:
+        return weights["image_pos_emb.weights_0"].shape[1]
+    if "transformer.pos_emb" in weights and isinstance(hparams["text_seq_len"], int):
+        return math.isqrt(max(0, weights["transformer.pos_emb"].shape[1] - hparams["text_seq_len"] - 1))
+    raise ValueError("it has no embeddings of image positions")
+
+
 def check_vqgan_counts(path: AnyPath, params: Any, weights: Dict[str, Tensor]) -> None:
     """Raise ValueError if a file's VQGAN has more blocks than the file has tensors."""
-    sizes = params.get("ddconfig") if isinstance(params, dict) else None
+    params = params if isinstance(params, dict) else {}
+    for name in ("num_layers", "num_resnet_blocks", "blocks"):
+        if isinstance(params.get(name), int) and params[name] > len(weights):
+            raise ValueError(f"{path}: its VQGAN has {params[name]} {name}, more than the file holds")
+    sizes = params.get("ddconfig")
     levels, blocks = (sizes.get("ch_mult"), sizes.get("num_res_blocks")) if isinstance(sizes, dict) else ((), 0)
     if isinstance(levels, (list, tuple)) and isinstance(blocks, int) and len(levels) * max(blocks, 1) > len(weights):
         raise ValueError(f"{path}: its VQGAN has {blocks} blocks on {len(levels)} levels, more than the file holds")
@@ -238,10 +257,10 @@ def check_sizes(path: AnyPath, build: Callable[[], DALLE], weights: Dict[str, Te
 
 def read_tokenizer(path: AnyPath, bpe_path: Optional[str], entry: Dict[str, Any]) -> Any:
     """Return the tokenizer of a file's `tokenizer` entry, or the one at bpe_path if its fingerprint is the same."""
-    vocabulary = entry.get("vocabulary")
+    vocabulary, keep_ids = entry.get("vocabulary"), bool(entry.get("keeps_ids"))
     if bpe_path is None and vocabulary is not None:
-        return load_tokenizer(vocabulary=bytes(vocabulary.tolist()))
-    tokenizer = load_tokenizer(bpe_path)
+        return load_tokenizer(vocabulary=bytes(vocabulary.tolist()), keep_ids=keep_ids)
+    tokenizer = load_tokenizer(bpe_path, keep_ids=keep_ids)
     check_fingerprint(bpe_path or "CLIP's vocabulary", tokenizer.fingerprint, path, entry.get("sha256"), "--bpe_path")
     return tokenizer
 

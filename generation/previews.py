@@ -24,6 +24,7 @@ class Preview:
         show: called with images of full size, gray where codes are missing, and the number of rows so far.
         share: maximum share of the time for previews.
         most: number of images of a batch to show.
+        row_cost: seconds that a row of one image takes, known from an earlier batch.
     """
 
     def __init__(
@@ -33,11 +34,12 @@ class Preview:
         show: Callable[[List[Image.Image], int], Any],
         share: float = SHARE,
         most: int = 9,
+        row_cost: float = 0.0,
     ):
         self.loaded, self.every, self.show, self.share, self.most = loaded, every, show, share, most
         self.start = time.monotonic()
         self.spent = 0.0  # seconds in previews so far
-        self.row_cost = 0.0  # seconds for each row of the previous preview
+        self.row_cost = row_cost
 
     def __call__(self, codes: Tensor) -> None:
         """Show codes so far, int64 (B, n), if they are complete rows and a preview is due."""
@@ -47,12 +49,13 @@ class Preview:
             return
         started = time.monotonic()
         expected = (started - self.start - self.spent) * side / row  # seconds of sampling for the whole image
-        if self.spent + self.row_cost * row > self.share * expected:
+        shown = codes[: self.most]
+        if self.spent + self.row_cost * row * len(shown) > self.share * expected:
             return
-        self.show(decode_upper_rows(self.loaded, codes[: self.most], row), row)
+        self.show(decode_upper_rows(self.loaded, shown, row), row)
         seconds = time.monotonic() - started
         self.spent += seconds
-        self.row_cost = seconds / row
+        self.row_cost = seconds / (row * len(shown))
 
 
 def decode_upper_rows(loaded: LoadedModel, codes: Tensor, rows: int) -> List[Image.Image]:

@@ -81,6 +81,8 @@ class DALLE(nn.Module):
         vae: an image tokenizer with image_size, num_layers (halvings of the side) and num_tokens (codes). Calling it
             with pixels returns codes.
         num_text_tokens: size of the text vocabulary, without padding ids.
+        rotary_emb: rotate keys by their positions, in place of trained vectors for positions. For this and the
+            following options see Transformer; all are dalle-pytorch's.
 
     Attributes:
         num_text_tokens: size of the text vocabulary, with padding ids: a padding token (0) at position p becomes the id
@@ -106,6 +108,12 @@ class DALLE(nn.Module):
         attn_types: Sequence[str] = ("full",),
         loss_img_weight: float = 7,
         sandwich_norm: bool = False,
+        rotary_emb: bool = False,
+        shift_tokens: bool = False,
+        stable: bool = False,
+        reversible: bool = False,
+        shared_attn_ids: Optional[Sequence[int]] = None,
+        shared_ff_ids: Optional[Sequence[int]] = None,
     ):
         super().__init__()
         self.fmap_size = vae.image_size // 2**vae.num_layers
@@ -120,8 +128,8 @@ class DALLE(nn.Module):
             vae.requires_grad_(False)
         self.text_emb: Any = nn.Embedding(self.num_text_tokens, dim)
         self.image_emb = nn.Embedding(self.num_image_tokens, dim)
-        self.text_pos_emb = nn.Embedding(text_seq_len + 1, dim)
-        self.image_pos_emb = AxialPositions(dim, self.fmap_size)
+        self.text_pos_emb = None if rotary_emb else nn.Embedding(text_seq_len + 1, dim)
+        self.image_pos_emb: Any = None if rotary_emb else AxialPositions(dim, self.fmap_size)
         self.transformer = Transformer(
             dim=dim,
             depth=depth,
@@ -133,6 +141,12 @@ class DALLE(nn.Module):
             attn_dropout=attn_dropout,
             ff_dropout=ff_dropout,
             sandwich_norm=sandwich_norm,
+            rotary_emb=rotary_emb,
+            shift_tokens=shift_tokens,
+            stable=stable,
+            reversible=reversible,
+            shared_attn_ids=shared_attn_ids,
+            shared_ff_ids=shared_ff_ids,
         )
         self.to_logits = Head(dim, self.num_tokens)
 
@@ -176,12 +190,13 @@ class DALLE(nn.Module):
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Embed `<bos>` and numbered text (B, T) as (B, T + 1, dim)."""
-        text = F.pad(text, (1, 0), value=0)
-        return self.text_emb(text) + self.text_pos_emb.weight[: text.shape[1]]
+        x = self.text_emb(F.pad(text, (1, 0), value=0))
+        return x if self.text_pos_emb is None else x + self.text_pos_emb.weight[: x.shape[1]]
 
     def embed_codes(self, codes: Tensor, start: int = 0) -> Tensor:
         """Embed codes (B, n), the first of them at place `start` of the image, as (B, n, dim)."""
-        return self.image_emb(codes) + self.image_pos_emb()[:, start : start + codes.shape[1]]
+        x = self.image_emb(codes)
+        return x if self.image_pos_emb is None else x + self.image_pos_emb()[:, start : start + x.shape[1]]
 
     def text_logits(self, x: Tensor) -> Tensor:
         """Map x (B, n, dim) to logits (B, n, num_text_tokens)."""

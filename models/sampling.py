@@ -1,11 +1,23 @@
 """Sampling of image codes: the settings, the choice of one code, and the loop over the codes of an image.
 
-What differs between machines is how the logits of the next code are computed; a Stepper does that. Nothing here knows
+What differs between machines is how the logits of the next codes are computed; a Stepper does that. Nothing here knows
 of prompts, files or pixels.
 """
 
 import contextlib
-from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Protocol, Union
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Union,
+)
 
 import torch
 from torch import Tensor
@@ -57,24 +69,30 @@ class Sampling(NamedTuple):
         if not 0 <= cond_scale < float("inf"):
             raise ValueError(f"cond_scale is {cond_scale}; 1 is no guidance, above 1 follows the text more closely")
 
+    def codes_to_keep(self, num_tokens: int) -> Optional[int]:
+        """Return how many codes top_k keeps of those of an image, with `num_tokens` of text and image; None: all."""
+        if self.top_k is None or self.top_k > 1:
+            return None if self.top_k is None else int(self.top_k)
+        return max(int((1 - self.top_k) * num_tokens), 1)
+
     def choose(self, logits: Tensor, noise: Tensor, num_tokens: int) -> Tensor:
-        """Choose one code for each image.
+        """Choose one code for each image, or for each of several places.
 
         Args:
-            logits: (B, V); with guidance (2B, V), whose second half was computed for an empty caption.
-            noise: Gumbel noise (B, V).
+            logits: (B, …, V); with guidance (2B, …, V), whose second half was computed for an empty caption.
+            noise: Gumbel noise (B, …, V).
             num_tokens: size of the text and image vocabulary together.
 
         Returns:
-            int64 (B,).
+            int64 (B, …).
         """
         logits = logits.float()
         if self.is_guided:  # arXiv 2207.12598
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + self.cond_scale * (conditional - unconditional)
         logits = logits / self.temperature
-        if self.top_k is not None:
-            count = int(self.top_k) if self.top_k > 1 else max(int((1 - self.top_k) * num_tokens), 1)
+        count = self.codes_to_keep(num_tokens)
+        if count is not None:
             logits = keep_top_k(logits, count)
         if self.top_p is not None:
             logits = keep_top_p(logits, self.top_p)
@@ -82,35 +100,57 @@ class Sampling(NamedTuple):
 
 
 class Stepper(Protocol):
-    """Computes the logits of one code after another, for one batch at a time."""
+    """Computes the logits of one window of codes after another, for one batch at a time."""
 
     def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         """Read text int64 (B, T) and codes int64 (B, n), n ≥ 0; return the logits (B, V) of the next code."""
 
-    def next(self, code: Tensor) -> Tensor:
-        """Append one code to each image, int64 (B,); return the logits (B, V) of the next one."""
+    def next(self, codes: Tensor, places: Tensor) -> Tensor:
+        """Compute the logits of a window of w places of each image.
+
+        Args:
+            codes: int64 (B, w), the codes at one place before each. They replace what earlier calls got for these.
+            places: int64 (B,), the first place of each image's window, above 0.
+
+        Returns:
+            (B, w, V); for places past the end of the image they mean nothing.
+        """
+
+    def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:
+        """Return the seconds of `next` for each window to choose from; codes int64 (B, 1) and places as for `next`."""
 
 
-class NaiveStepper:
-    """Computes the whole sequence for every code: slow, and the reference for all others."""
+class Pace:
+    """Chooses the window of each pass: the one that promises the most codes per second.
 
-    def __init__(self, dalle: DALLE):
-        self.dalle = dalle
+    Args:
+        seconds: the time of a pass for each window.
+    """
 
-    def begin(self, text: Tensor, codes: Tensor) -> Tensor:
-        self.text, self.codes = text, codes
-        logits = self.dalle(text, codes if codes.shape[1] else None)
-        return logits[:, -1, self.dalle.num_text_tokens :]
+    def __init__(self, seconds: Dict[int, float]):
+        self.seconds = seconds
+        self.right, self.wrong = 3.0, 1.0  # guesses so far, as if four were known
 
-    def next(self, code: Tensor) -> Tensor:
-        return self.begin(self.text, torch.cat((self.codes, code[:, None]), dim=1))
+    def window(self) -> int:
+        """Return the window of the next pass, as if each guess were right with the same probability."""
+        probability = self.right / (self.right + self.wrong)
+        return max(self.seconds, key=lambda w: sum(probability**guess for guess in range(w)) / self.seconds[w])
+
+    def record(self, accepted: Tensor, possible: Tensor) -> None:
+        """Learn from a pass: int64 (B,) codes accepted, of those that could be; a wrong guess hides those after it."""
+        self.right += int((accepted - 1).clamp(min=0).sum())
+        self.wrong += int((accepted < possible).sum())
 
 
 class CachedStepper:
-    """Computes one position for each code; keys and values of earlier positions stay in a cache."""
+    """Computes one position for each code; keys and values of earlier positions stay in a cache.
 
-    def __init__(self, dalle: DALLE):
-        self.dalle = dalle
+    Args:
+        autocast: returns the context in which the model computes.
+    """
+
+    def __init__(self, dalle: DALLE, autocast: Callable[[], ContextManager] = contextlib.nullcontext):
+        self.dalle, self.autocast = dalle, autocast
 
     def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         dalle = self.dalle
@@ -119,14 +159,18 @@ class CachedStepper:
         x = dalle.embed_text(dalle.number_padding(text))
         if self.count:
             x = torch.cat((x, dalle.embed_codes(codes)), dim=1)
-        return dalle.image_logits(dalle.transformer(x, cache=self.cache)[:, -1])
+        with self.autocast():
+            return dalle.image_logits(dalle.transformer(x, cache=self.cache)[:, -1])
 
-    def next(self, code: Tensor) -> Tensor:
+    def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:
+        return {1: 1.0}
+
+    def next(self, codes: Tensor, places: Tensor) -> Tensor:
         dalle = self.dalle
-        x = dalle.embed_codes(code[:, None], start=self.count)
+        x = dalle.embed_codes(codes, start=self.count)
         self.count += 1
-        x = dalle.transformer(x, cache=self.cache, start=dalle.text_seq_len + self.count)
-        return dalle.image_logits(x[:, -1])
+        with self.autocast():
+            return dalle.image_logits(dalle.transformer(x, cache=self.cache, start=dalle.text_seq_len + self.count))
 
 
 @torch.no_grad()
@@ -141,12 +185,18 @@ def sample_codes(
 ) -> Tensor:
     """Sample the codes of one image for each caption.
 
+    A pass computes a window of codes from the certain code before it and guesses of those in it. The noise of each
+    place is fixed, so each guess that the pass confirms is the code that sampling one at a time gives; the first one
+    that it corrects, too. The others are the guesses of the next pass (Jacobi decoding, arXiv 2410.01699). A window
+    of 1 has no guesses. Each image advances at its own pace.
+
     Args:
         text: tokens, int64 (B, text_seq_len), 0 = padding.
         stepper: computes the logits. With guidance it gets each caption once more, as an empty one.
         generator: see gumbel_noise.
         image_codes: int64 (B, n), the first n codes of each image, which are kept.
-        on_code: called with all codes so far, int64 (B, n), after each code. If it raises, sampling ends.
+        on_code: called with all codes so far, int64 (B, n), after each code that all images have. If it raises,
+            sampling ends.
 
     Returns:
         int64 (B, image_seq_len).
@@ -155,22 +205,42 @@ def sample_codes(
         ValueError: a setting is out of its range, or image_codes has the wrong shape.
     """
     sampling.check()
-    codes = check_given_codes(dalle, text, image_codes)
-    noise = gumbel_noise(len(text), dalle.image_seq_len, dalle.num_image_tokens, generator, text.device)
+    given = check_given_codes(dalle, text, image_codes)
+    count, length = given.shape[1], dalle.image_seq_len
+    noise = gumbel_noise(len(text), length, dalle.num_image_tokens, generator, text.device)
+    if count == length:
+        return given
     branches = torch.cat((text, torch.zeros_like(text))) if sampling.is_guided else text
     copies = 2 if sampling.is_guided else 1
-    first = codes.shape[1]
+    images = torch.arange(len(text), device=text.device)[:, None]
+    ahead = torch.arange(length, device=text.device)
+    codes = F.pad(given, (0, 2 * length - count))  # a window may reach past the end
+    places = torch.full((len(text),), count, device=text.device)  # codes that each image has
     with evaluation_mode(dalle):
-        for place in range(first, dalle.image_seq_len):
-            if place == first:
-                logits = stepper.begin(branches, codes.repeat(copies, 1))
-            else:
-                logits = stepper.next(codes[:, -1].repeat(copies))
-            code = sampling.choose(logits, noise[:, place], dalle.num_tokens)
-            codes = torch.cat((codes, code[:, None]), dim=1)
-            if on_code is not None:
-                on_code(codes)
-    return codes
+        answers = sampling.choose(stepper.begin(branches, given.repeat(copies, 1)), noise[:, count], dalle.num_tokens)
+        answers, accepted, pace = answers[:, None], torch.ones_like(places), None
+        while True:
+            codes.scatter_(1, places[:, None] + ahead[: answers.shape[1]], answers)
+            places = places + accepted
+            complete = int(places.min())
+            while count < complete:
+                count += 1
+                if on_code is not None:
+                    on_code(codes[:, :count])
+            if complete == length:
+                return codes[:, :length]
+            if pace is None:
+                pace = Pace(stepper.time_windows(answers.repeat(copies, 1), places.repeat(copies)))
+            window = min(pace.window(), length - complete)
+            following = (accepted[:, None] - 1 + ahead[:window]).clamp(0, answers.shape[1] - 1)
+            guesses = answers.gather(1, following)  # the first is certain; the last answer stands for further ones
+            logits = stepper.next(guesses.repeat(copies, 1), places.repeat(copies))
+            window_noise = noise[images, (places[:, None] + ahead[:window]).clamp(max=length - 1)]
+            answers = sampling.choose(logits, window_noise, dalle.num_tokens)
+            confirmed = (guesses[:, 1:] == answers[:, :-1]).cumprod(1).sum(1)
+            possible = (length - places).clamp(max=window)
+            accepted = torch.minimum(confirmed + 1, possible)
+            pace.record(accepted, possible)
 
 
 @contextlib.contextmanager

@@ -1,19 +1,19 @@
 """The image tokenizer: a frozen VQGAN that encodes an image as a square grid of codes, and decodes codes to an image.
 
 The networks are those of CompVis taming-transformers (Encoder, Decoder, VectorQuantizer2, GumbelQuantize), assembled
-under taming's parameter names, without its Lightning wrapper. No pickled code is run when weights are read.
+under taming's parameter names, without its Lightning wrapper. No pickled code is run when weights are read. In place of
+a VQGAN, the discrete VAEs of DALLE-pytorch can be loaded, too.
 
 Papers: VQGAN, Esser et al. 2021 (arXiv:2012.09841); Gumbel-softmax codes, Jang et al. 2017 (arXiv:1611.01144).
 """
 
 import contextlib
-import hashlib
+import functools
 import io
 import itertools
-import json
 import math
 from pathlib import Path
-from typing import Any, ContextManager, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,29 @@ from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from torch import nn
 
+from models.discrete_vae import (
+    DiscreteVAE,
+    OpenAIDiscreteVAE,
+    find_openai_files,
+    load_discrete_vae,
+    load_openai_dvae,
+)
+from models.image_tokenizer import ImageTokenizer, size_in
 from models.official_vqgan import download_official_vqgan
-from models.taming_checkpoint import read_weights
+from utils.checkpoint import first_misfit
 from utils.files import first_line
+from utils.foreign_pickle import read_weights
 
 GROUP_NORM_GROUPS = 32  # taming's GroupNorm has this many groups at every width
 COMMITMENT_COST = 0.25  # taming's own; used by training only
+VQ_MODELS = ("VQModel", "VQModelInterface", "VQNoDiscModel", "VQSegmentationModel", "EMAVQ")  # classes with one network
+WEIGHTS, YAML = (".ckpt", ".pt", ".pth", ".safetensors"), (".yaml", ".yml")
+# Tensors for training alone: discriminator and LPIPS, averaged weights, and counts of a codebook that is a moving mean.
+# A remap table (used) only renumbers codes.
+NOT_NEEDED = (
+    *("loss.", "model_ema.", "colorize", "quantize.used"),
+    *("quantize.embedding.cluster_size", "quantize.embedding.embed_avg"),
+)
 
 
 class VQGan(nn.Module):
@@ -49,6 +66,8 @@ class VQGan(nn.Module):
         with contextlib.redirect_stdout(io.StringIO()):  # taming's Decoder prints its latent shape
             self.encoder = Encoder(**ddconfig)
             self.decoder = Decoder(**ddconfig)
+        if ddconfig.get("attn_type") == "none":  # latent-diffusion's option
+            self.encoder.mid.attn_1 = self.decoder.mid.attn_1 = nn.Identity()
         if gumbel:
             self.quantize = GumbelQuantize(ddconfig["z_channels"], embed_dim, n_embed=params["n_embed"])
         else:
@@ -102,91 +121,36 @@ class VQGan(nn.Module):
         return rearrange(patches, "b (c p q) h w -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size)
 
 
-class VQGanVAE(nn.Module):
-    """A frozen VQGAN; calling it with images returns their codes.
+class VQGanVAE(ImageTokenizer):
+    """A frozen VQGAN.
 
     Args:
         params: `model.params` of a taming yaml: ddconfig, n_embed, embed_dim and, for small images, patch_size.
             Keys for training alone (lossconfig, monitor, …) are ignored.
         gumbel: GumbelVQ instead of VQModel.
 
-    Attributes:
-        hparams: plain values that describe the network: {"target": "VQModel" | "GumbelVQ", "params"}.
-        image_size: side of the images in pixels.
-        num_tokens: number of codebook entries.
-        num_layers: log2 of the downsampling factor f.
-        fmap_size: side of the code grid, image_size / f.
-        image_seq_len: fmap_size².
-
     Raises:
         ValueError: a size in `params` is missing or cannot be built; the message names it.
     """
 
     def __init__(self, params: Dict[str, Any], gumbel: bool = False):
-        super().__init__()
         params = check_params(params, gumbel)
         ddconfig, patch_size = params["ddconfig"], params["patch_size"]
-        factor = 2 ** (len(ddconfig["ch_mult"]) - 1) * patch_size
-        self.hparams = {"target": "GumbelVQ" if gumbel else "VQModel", "params": params}
-        self.image_size = ddconfig["resolution"] * patch_size
-        self.num_tokens = params["n_embed"]
-        self.num_layers = factor.bit_length() - 1
-        self.fmap_size = self.image_size // factor
-        self.image_seq_len = self.fmap_size**2
-        self.model = VQGan(params, gumbel).requires_grad_(False).eval()
+        super().__init__(
+            VQGan(params, gumbel),
+            {"target": "GumbelVQ" if gumbel else "VQModel", "params": params},
+            image_size=ddconfig["resolution"] * patch_size,
+            num_layers=len(ddconfig["ch_mult"]) - 1 + patch_size.bit_length() - 1,
+            num_tokens=params["n_embed"],
+            largest=ddconfig["ch"] * ddconfig["resolution"] ** 2,
+        )
 
-    def train(self, mode: bool = True) -> "VQGanVAE":
-        """Stay in evaluation mode, because dropout would change an image's codes."""
-        return super().train(False)
+    def find_codes(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = (2 * images - 1).to(self.model.quant_conv.weight.dtype)
+        return self.model.nearest(self.model.encode(pixels))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """See get_codebook_indices."""
-        return self.get_codebook_indices(images)
-
-    @torch.no_grad()
-    def get_codebook_indices(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode pixels (B, 3, image_size, image_size) in [0, 1] as codes int64 (B, image_seq_len), row by row.
-
-        Runs in the parameters' precision, without autocast; the nearest codes are found in fp32.
-        """
-        expected = (3, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"images of shape {tuple(images.shape)} for a VQGAN that takes (batch, %d, %d, %d)" % expected
-            )
-        with _no_autocast(images.device):
-            pixels = (2 * images.float() - 1).to(self.model.quant_conv.weight.dtype)
-            return self.model.nearest(self.model.encode(pixels)).flatten(1)  # (B, h, w) -> (B, h*w)
-
-    @torch.no_grad()
-    def decode(self, codes: torch.Tensor, rows: Optional[int] = None) -> torch.Tensor:
-        """Decode codes int64 (B, h·w), row by row, to pixels float32 (B, 3, h·f, w·f) in [0, 1].
-
-        Args:
-            rows: h, for the upper part of an image; None means a square.
-        """
-        side = math.isqrt(codes.shape[-1])
-        if codes.dim() != 2 or (rows is None and side**2 != codes.shape[-1]):
-            raise ValueError(f"codes of shape {tuple(codes.shape)} are not (batch, side * side)")
-        rows = side if rows is None else rows
-        with _no_autocast(codes.device):
-            latents = self.model.lookup(codes.reshape(len(codes), rows, -1))
-            return ((self.model.decode(latents).float() + 1) / 2).clamp(0, 1)
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 (hex) of the configuration and all weights as fp32."""
-        digest = hashlib.sha256(json.dumps(self.hparams, sort_keys=True).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-
-def _no_autocast(device: torch.device) -> ContextManager[Any]:
-    # torch 2.0.1 refuses to switch off autocast of other devices.
-    if device.type in ("cpu", "cuda"):
-        return torch.autocast(device_type=device.type, enabled=False)
-    return contextlib.nullcontext()
+    def decode_grid(self, codes: torch.Tensor) -> torch.Tensor:
+        return (self.model.decode(self.model.lookup(codes)).float() + 1) / 2
 
 
 def check_params(params: Any, gumbel: bool = False) -> Dict[str, Any]:
@@ -206,7 +170,7 @@ def check_params(params: Any, gumbel: bool = False) -> Dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError("model.params.ddconfig must be a mapping with taming's encoder sizes")
     names = ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels")
-    ddconfig: Dict[str, Any] = {name: _size(given, name) for name in names}
+    ddconfig: Dict[str, Any] = {name: size_in(given, name) for name in names}
     ddconfig["ch_mult"] = _sizes(given, "ch_mult")
     ddconfig["attn_resolutions"] = _sizes(given, "attn_resolutions", may_be_empty=True)
     ddconfig["resamp_with_conv"] = bool(given.get("resamp_with_conv", True))
@@ -216,9 +180,11 @@ def check_params(params: Any, gumbel: bool = False) -> Dict[str, Any]:
     if given.get("double_z", True):
         raise ValueError("double_z must be false: with true the encoder is a KL autoencoder's, which has no codes")
     ddconfig["double_z"] = False
+    if given.get("attn_type") == "none":
+        ddconfig["attn_type"] = "none"
 
-    checked = {"ddconfig": ddconfig, "n_embed": _size(params, "n_embed"), "embed_dim": _size(params, "embed_dim")}
-    patch_size = checked["patch_size"] = _size(params, "patch_size", default=1)
+    checked = {"ddconfig": ddconfig, "n_embed": size_in(params, "n_embed"), "embed_dim": size_in(params, "embed_dim")}
+    patch_size = checked["patch_size"] = size_in(params, "patch_size", default=1)
     levels = len(ddconfig["ch_mult"])
     if patch_size & (patch_size - 1):
         raise ValueError(f"patch_size must be a power of two, not {patch_size}")
@@ -236,29 +202,81 @@ def check_params(params: Any, gumbel: bool = False) -> Dict[str, Any]:
     return checked
 
 
-def _size(mapping: Dict[str, Any], name: str, default: Optional[int] = None) -> int:
-    value = mapping.get(name, default)
-    if value is None:
-        raise ValueError(f"{name} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 1 << 20:
-        raise ValueError(f"{name} must be a whole number from 1 to {1 << 20}, not {value!r}")
-    return value
-
-
 def _sizes(mapping: Dict[str, Any], name: str, may_be_empty: bool = False) -> List[int]:
     values = mapping.get(name)
     if not isinstance(values, (list, tuple)) or not (values or may_be_empty):
         raise ValueError(f"{name} must be a list of whole numbers, not {values!r}")
-    return [_size({name: value}, name) for value in values]
+    return [size_in({name: value}, name) for value in values]
 
 
-def load_vqgan(model_path: Optional[str] = None, config_path: Optional[str] = None) -> VQGanVAE:
-    """Load a taming `.ckpt` + `.yaml` pair, of any resolution, channel multipliers and codebook size.
+def infer_params(weights: Mapping[str, torch.Tensor], fmap_size: int) -> Tuple[Dict[str, Any], bool]:
+    """Return the params of a VQGAN with these weights, under the names of VQGan, and whether it is a GumbelVQ.
 
     Args:
-        model_path: the .ckpt, or a folder with one .ckpt; None is the official ImageNet model (f = 16, 1,024 codes),
-            which is downloaded once.
-        config_path: the .yaml; None is the file of the same name next to the .ckpt.
+        fmap_size: side of its code grid, which weights do not tell.
+
+    Raises:
+        ValueError: a tensor that tells a size is missing.
+    """
+    gumbel = "quantize.embed.weight" in weights
+    try:
+        channels, in_channels = weights["encoder.conv_in.weight"].shape[:2]
+        entries, width = weights[f"quantize.{'embed' if gumbel else 'embedding'}.weight"].shape
+        levels = list(
+            itertools.takewhile(lambda n: f"encoder.down.{n}.block.0.conv1.weight" in weights, itertools.count())
+        )
+        blocks = itertools.takewhile(lambda n: f"encoder.down.0.block.{n}.conv1.weight" in weights, itertools.count())
+        ddconfig = {
+            "double_z": False,
+            "z_channels": len(weights["encoder.conv_out.weight"]),
+            "resolution": fmap_size * 2 ** (len(levels) - 1),
+            "in_channels": in_channels,
+            "out_ch": in_channels,
+            "ch": channels,
+            "ch_mult": [len(weights[f"encoder.down.{level}.block.0.conv1.weight"]) // channels for level in levels],
+            "num_res_blocks": len(list(blocks)),
+            "dropout": 0.0,
+        }
+    except KeyError as error:
+        raise ValueError(f"its VQGAN has no {error.args[0]}") from None
+    attended = [level for level in levels if f"encoder.down.{level}.attn.0.norm.weight" in weights]
+    ddconfig["attn_resolutions"] = [ddconfig["resolution"] // 2**level for level in attended]
+    ddconfig["resamp_with_conv"] = len(levels) < 2 or "encoder.down.0.downsample.conv.weight" in weights
+    if "encoder.mid.attn_1.norm.weight" not in weights:
+        ddconfig["attn_type"] = "none"
+    patch_size = math.isqrt(in_channels // 3)
+    return {"embed_dim": width, "n_embed": entries, "patch_size": patch_size, "ddconfig": ddconfig}, gumbel
+
+
+def build_tokenizer(hparams: Mapping[str, Any]) -> ImageTokenizer:
+    """Return the untrained image tokenizer that `hparams` of another one describe.
+
+    Raises:
+        ValueError: they describe none.
+    """
+    builders: Dict[str, Callable[[Any], ImageTokenizer]] = {
+        "VQModel": VQGanVAE,
+        "GumbelVQ": functools.partial(VQGanVAE, gumbel=True),
+        "DiscreteVAE": DiscreteVAE,
+        "OpenAIDiscreteVAE": OpenAIDiscreteVAE,
+    }
+    target = hparams.get("target")
+    if target not in builders or not isinstance(hparams.get("params"), dict):
+        raise ValueError(f"{target!r} with its params is no image tokenizer; there are {', '.join(builders)}")
+    return builders[target](hparams["params"])
+
+
+def load_vqgan(model_path: Optional[str] = None, config_path: Optional[str] = None) -> ImageTokenizer:
+    """Load a VQGAN from weights and a yaml, of any resolution, channel multipliers and codebook size.
+
+    The weights may be wrapped in other dicts and in a prefix of their names, as CompVis, latent-diffusion and
+    DataParallel save them. Other image tokenizers are recognized by their files: DALLE-pytorch's vae.pt, and a folder
+    with OpenAI's encoder.pkl and decoder.pkl.
+
+    Args:
+        model_path: the .ckpt, .pt, .pth or .safetensors, or a folder with one; None is the official ImageNet model
+            (f = 16, 1,024 codes), which is downloaded once.
+        config_path: the .yaml; None is the file of the same name next to the weights, or the only one of their folder.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -269,61 +287,69 @@ def load_vqgan(model_path: Optional[str] = None, config_path: Optional[str] = No
         raise ValueError(f"{config_path}: a VQGAN configuration needs weights; give the .ckpt file, too")
     if model_path is None:
         model_path, config_path = map(str, download_official_vqgan())
-    weights_file, config_file = _find_pair(Path(model_path), None if config_path is None else Path(config_path))
+    openai_files = find_openai_files(Path(model_path))
+    if openai_files:
+        return load_openai_dvae(openai_files)
+    weights_file = _find_weights(Path(model_path))
+    if config_path is None and weights_file.suffix == ".pt":
+        discrete = load_discrete_vae(weights_file)
+        if discrete is not None:
+            return discrete
+    config_file = _find_config(weights_file, None if config_path is None else Path(config_path))
 
     params, gumbel = _read_config(config_file)
     try:
         vae = VQGanVAE(params, gumbel)
     except (ValueError, RuntimeError) as error:  # RuntimeError: out of memory
         raise ValueError(f"{config_file}: {first_line(error)}") from error
-    # Weights of the discriminator and LPIPS (loss.…) are for training; a remap table (used) only renumbers codes.
-    weights = read_weights(weights_file, skip=("loss.", "quantize.used"))
-    _load_strictly(vae.model, weights, weights_file)
+    weights = read_weights(weights_file, skip=NOT_NEEDED, anchor="encoder.conv_in.weight")
+    misfit = first_misfit(vae.model, weights)
+    if misfit:
+        raise ValueError(f"{weights_file}: does not fit its configuration: {misfit}")
+    vae.model.load_state_dict(weights)
     return vae
 
 
-def _find_pair(model_path: Path, config_path: Optional[Path]) -> Tuple[Path, Path]:
-    if model_path.is_dir():
-        found = sorted(model_path.glob("*.ckpt"))
+def _find_weights(path: Path) -> Path:
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
+        found = [file for file in found if file.suffix == WEIGHTS[0]] or found  # train_vqgan.py's state is a .pt
         if len(found) != 1:
             raise FileNotFoundError(
-                f"{model_path}: a VQGAN folder must have exactly one .ckpt file; this one has {len(found)}"
+                f"{path}: a VQGAN folder must have exactly one file of weights ({', '.join(WEIGHTS)}); this one has "
+                f"{len(found)}"
             )
-        model_path = found[0]
-    if not model_path.is_file():
-        raise FileNotFoundError(f"{model_path}: no such VQGAN checkpoint")
-    if config_path is None:
-        candidates = [model_path.with_suffix(suffix) for suffix in (".yaml", ".yml")]
-        config_path = next((path for path in candidates if path.is_file()), candidates[0])
-    if not config_path.is_file():
-        raise FileNotFoundError(f"{config_path}: no such VQGAN configuration (the .yaml for {model_path.name})")
-    return model_path, config_path
+        path = found[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such VQGAN checkpoint")
+    return path
+
+
+def _find_config(weights: Path, config: Optional[Path]) -> Path:
+    if config is None:
+        named = [weights.with_suffix(suffix) for suffix in YAML]
+        others = [path for path in weights.parent.iterdir() if path.suffix in YAML]
+        existing = [path for path in named if path.is_file()] or (others if len(others) == 1 else [])
+        config = existing[0] if existing else named[0]
+    if not config.is_file():
+        raise FileNotFoundError(f"{config}: no such VQGAN configuration (the .yaml for {weights.name})")
+    return config
 
 
 def _read_config(path: Path) -> Tuple[Dict[str, Any], bool]:
-    """Return model.params of a taming yaml, and whether it is a GumbelVQ; the target is compared, never imported."""
+    """Return model.params of a yaml, and whether it is a GumbelVQ; the target is compared, never imported."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or an impossible date
         raise ValueError(f"{path}: not a yaml file ({first_line(error)})") from error
-    model = config.get("model") if isinstance(config, dict) else None
-    if not isinstance(model, dict) or not isinstance(model.get("params"), dict):
+    model: Any = config.get("model", config) if isinstance(config, dict) else None
+    params = model.get("params") if isinstance(model, dict) else None
+    if isinstance(params, dict) and isinstance(params.get("first_stage_config"), dict):  # of a whole diffusion model
+        model = params["first_stage_config"]
+        params = model.get("params")
+    if not isinstance(params, dict):
         raise ValueError(f"{path}: not a VQGAN configuration: it has no model.params")
     kind = str(model.get("target", "")).rpartition(".")[2]
-    if kind not in ("VQModel", "GumbelVQ"):
+    if kind not in (*VQ_MODELS, "GumbelVQ"):
         raise ValueError(f"{path}: model.target {model.get('target')!r} is neither a VQModel nor a GumbelVQ")
-    return model["params"], kind == "GumbelVQ"
-
-
-def _load_strictly(network: nn.Module, weights: Dict[str, torch.Tensor], path: Path) -> None:
-    expected = network.state_dict()
-    for name, tensor in expected.items():
-        if name not in weights:
-            raise ValueError(f"{path}: does not fit its configuration: {name} is missing")
-        if weights[name].shape != tensor.shape:
-            shapes = f"{tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
-            raise ValueError(f"{path}: does not fit its configuration: {name} has shape {shapes}")
-    for name in weights:
-        if name not in expected:
-            raise ValueError(f"{path}: does not fit its configuration: {name} is not part of this VQGAN")
-    network.load_state_dict(weights)
+    return params, kind == "GumbelVQ"

@@ -94,7 +94,7 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
             "status": "ok" if alive else "stopped",
             "checkpoint": loaded.fingerprint,
             "waiting": len(queue.jobs),
-            "pictures_drawn": queue.images_generated,
+            "images_generated": queue.images_generated,
             "seconds_up": round(time.monotonic() - started),
         }
         return JSONResponse(about, 200 if alive else 503)
@@ -122,9 +122,9 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
             about["prompt"] = {"tokens": tokens, "unknown_words": loaded.unknown_words(prompt)}
         return JSONResponse(about)
 
-    async def plan(wanted, prompts, count, keep):
+    async def plan(wanted, prompts):
         """Return the ImageSpecs of a request."""
-        given = None
+        given, keep = None, wanted.keep_rows
         if wanted.image is not None:
             size = loaded.model.vae.image_size
             async with decoding:
@@ -136,26 +136,26 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
                 raise ValueError(validation.as_sentence(error)) from None
         elif keep is not None:
             raise ValueError("The number of rows to keep needs an image to keep them of.")
-        count = 1 if count is None else count
+        count = 1 if wanted.num_images is None else wanted.num_images
         return validation.plan_images(loaded, limits, prompts, count, wanted.seed, wanted.sampling(), given)
 
     @app.post("/api/generate", response_model=validation.Generated)
     async def generate(wanted: validation.GenerateRequest, request: Request):
         """Generate images of one prompt, and answer when they are ready; closing the connection cancels them."""
         began = time.monotonic()
-        specs = await plan(wanted, [wanted.prompt], wanted.count, wanted.keep)
+        specs = await plan(wanted, [wanted.prompt])
         job = queue.submit(client_of(request.scope), specs)
         if not await finished(request, queue, job):
             return Response(status_code=499)
         if job.error:
             return refuse(503 if queue.stopping else 500, job.error)
         images = await describe_images(loaded, job, range(len(specs)))
-        return JSONResponse({"pictures": images, "seconds": round(time.monotonic() - began, 3)})
+        return JSONResponse({"images": images, "seconds": round(time.monotonic() - began, 3)})
 
     @app.post("/api/jobs", status_code=202, response_model=validation.JobCreated)
     async def create_job(wanted: validation.JobRequest, request: Request):
         """Accept a job. It starts when its events are read, and is cancelled if nobody reads them for 10 s."""
-        specs = await plan(wanted, wanted.prompts, wanted.num_images, wanted.keep_rows)
+        specs = await plan(wanted, wanted.prompts)
         stream = streams.add(client_of(request.scope), specs)
         return JSONResponse({"id": stream.id, "images": len(specs)}, 202)
 

@@ -130,7 +130,7 @@ class Guard:
         if int(headers.get(b"content-length", b"0")) > most:
             raise too_large
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if posts and kind != b"application/json":
+        if posts and "/api/" in scope["path"] and kind != b"application/json":
             raise Refused(415, "The request's Content-Type must be application/json.")
         more = True
         while more:

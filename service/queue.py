@@ -15,13 +15,14 @@ from typing import Any, AsyncIterator, Callable, Deque, Dict, Hashable, List, Op
 
 from PIL import Image
 
-from generation.batching import ImageSpec, batch_key, generate_batch
+from generation.batching import ImageSpec, OutOfMemory, batch_key, generate_batch
 from generation.loading import LoadedModel
 from generation.output import to_image
-from generation.previews import Preview
+from generation.previews import SHARE, Preview
 
 logger = logging.getLogger("minidalle")
 PATIENCE = 0.1  # share of the last batch's time to wait for the next batch to fill
+BUSY_SHARE = SHARE / 6  # of the sampling time for previews while further images wait
 STOPPING = "The service is stopping."
 FAILED = "The images could not be generated; the program's log says why."
 
@@ -102,6 +103,7 @@ class GenerationQueue:
         self.served: Dict[Hashable, int] = {}  # images generated for each client
         self.clock = 0  # images served to the client picked last; new clients start at this count
         self.images_generated, self.stopping = 0, False
+        self.row_cost = 0.0  # of previews, see Preview
         self.condition = threading.Condition()  # guards all of the above
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
 
@@ -244,11 +246,28 @@ class GenerationQueue:
             self._generate(batch)
         except Abandoned:
             pass
+        except OutOfMemory as error:
+            self._halve(batch, error)
         except Exception:
             logger.exception("a batch failed")
             for job in {id(job): job for job, _ in batch}.values():
                 self._end(job, FAILED)
         return time.monotonic() - started if len(self.jobs) < jobs else 0.0
+
+    def _halve(self, batch, error):
+        """Queue the images of a batch again, for batches of half its size; one image alone fails."""
+        entries = [(job, index, batch_key(job.specs[index])) for job, index in batch if not job.ended.is_set()]
+        if len(batch) == 1:
+            logger.error("%s", error)
+            for job, _, _ in entries:
+                self._end(job, FAILED)
+            return
+        self.loaded.batch_size = len(batch) // 2
+        logger.warning("%s; the service continues with that", error)
+        with self.condition:
+            for job, index, key in reversed(entries):
+                self.waiting.setdefault(job.client, []).insert(0, (job, index, key))
+                self.served[job.client] = self.served.get(job.client, self.clock + 1) - 1
 
     def _generate(self, batch):
         loaded, jobs = self.loaded, list({id(job): job for job, _ in batch}.values())
@@ -259,14 +278,17 @@ class GenerationQueue:
             for (job, index), image in zip(shown, images):
                 job.previews[index] = row, image.crop((0, 0, image.width, image.height * row // rows))
 
-        forming = Preview(loaded, min(job.every for job, _ in shown), show, most=len(shown)) if shown else None
+        share = BUSY_SHARE if self.waiting else SHARE
+        every = min([job.every for job, _ in shown], default=rows)
+        forming = Preview(loaded, every, show, share, len(shown), self.row_cost)
 
         def watch(codes):
             if self.stopping or all(job.ended.is_set() for job in jobs):
                 raise Abandoned
             if codes.shape[1] % rows == 0:
-                if forming is not None and any(not job.ended.is_set() for job, _ in shown):
+                if any(not job.ended.is_set() for job, _ in shown):
                     forming(codes)
+                    self.row_cost = forming.row_cost
                 for job in jobs:
                     job.row = codes.shape[1] // rows
                     if job.every is not None:

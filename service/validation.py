@@ -5,7 +5,7 @@ import secrets
 from typing import Annotated, Any, Dict, Iterable, List, Mapping, NamedTuple, Optional
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from generation.batching import ImageSpec, plan_image
 from generation.loading import LoadedModel
@@ -32,7 +32,15 @@ class Settings(BaseModel):
     top_p: Number = Field(None, description="sample from the most likely codes up to this sum of probabilities")
     temperature: Number = Field(None, description="below 1 is safer, above 1 wilder")
     cond_scale: Number = Field(None, description="guidance by the prompt; 1 is none")
+    num_images: Optional[int] = Field(
+        1, ge=1, validation_alias=AliasChoices("num_images", "count"), description="images to generate per prompt"
+    )
     image: Optional[str] = Field(None, description="an image in base64, whose upper rows are kept")
+    keep_rows: Number = Field(
+        None,
+        validation_alias=AliasChoices("keep_rows", "keep"),
+        description="rows of codes of `image` to keep, or a share below 1; 0.5 by default",
+    )
 
     def sampling(self) -> Dict[str, Optional[float]]:
         """Return the four sampling settings."""
@@ -43,16 +51,12 @@ class GenerateRequest(Settings):
     """What POST /api/generate accepts."""
 
     prompt: str = Field(description="what the images should show")
-    count: Optional[int] = Field(1, ge=1, description="images to generate")
-    keep: Number = Field(None, description="rows of codes of `image` to keep, or a share below 1; 0.5 by default")
 
 
 class JobRequest(Settings):
     """What POST /api/jobs accepts."""
 
     prompts: List[str] = Field(min_length=1, description="what the images should show")
-    num_images: Optional[int] = Field(1, ge=1, description="images per prompt")
-    keep_rows: Number = Field(None, description="rows of codes of `image` to keep, or a share below 1; 0.5 by default")
 
 
 class Error(BaseModel):
@@ -72,7 +76,7 @@ class Image(BaseModel):
 class Generated(BaseModel):
     """The answer of POST /api/generate."""
 
-    pictures: List[Image]
+    images: List[Image]
     seconds: float
 
 
@@ -117,7 +121,7 @@ class Health(BaseModel):
     status: str
     checkpoint: str
     waiting: int
-    pictures_drawn: int
+    images_generated: int
     seconds_up: int
 
 
@@ -145,13 +149,14 @@ def plan_images(
     if not loaded.guidable and sampling.get("cond_scale") not in (None, 1):
         raise ValueError("This model was trained without caption dropout and cannot be guided; leave cond_scale at 1.")
     specs: List[ImageSpec] = []
-    for prompt in prompts:
+    for place, prompt in enumerate(prompts, 1):
+        which = f"Prompt {place}" if len(prompts) > 1 else "The prompt"
         if len(prompt) > limits.prompt_characters:
             most = limits.prompt_characters
-            raise ValueError(f"The prompt has {len(prompt)} characters; at most {most} are accepted.")
+            raise ValueError(f"{which} has {len(prompt)} characters; at most {most} are accepted.")
         prompt = " ".join(prompt.split())
         if not prompt:
-            raise ValueError("The prompt is empty; write what the image should show.")
+            raise ValueError(f"{which} is empty; write what the image should show.")
         try:
             spec = plan_image(loaded, prompt, seed, sampling, given)
         except ValueError as error:

@@ -1,9 +1,10 @@
 """Small models and settings that several tests build."""
 
 import argparse
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 import torch
+from torch import Tensor
 
 import args
 from models.dalle import DALLE
@@ -33,3 +34,23 @@ def train_settings(flags: str = "", device: str = "cpu", **changes: Any) -> argp
     settings = args.train_arguments([*FLAGS.split(), "--device", device, *flags.split()])
     vars(settings).update(changes)
     return settings
+
+
+class WholePassStepper:
+    """A Stepper that computes the whole sequence for every code, without a cache: slow, and the reference."""
+
+    def __init__(self, dalle: DALLE):
+        self.dalle = dalle
+
+    def begin(self, text: Tensor, codes: Tensor) -> Tensor:
+        """See models.sampling.Stepper."""
+        self.text, self.codes = text, codes
+        return self.dalle(text, codes if codes.shape[1] else None)[:, -1, self.dalle.num_text_tokens :]
+
+    def next(self, codes: Tensor, places: Tensor) -> Tensor:
+        """See models.sampling.Stepper."""
+        return self.begin(self.text, torch.cat((self.codes, codes), dim=1))[:, None]
+
+    def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:
+        """See models.sampling.Stepper."""
+        return {1: 1.0}

@@ -167,10 +167,10 @@ COUNTS = {
     "train.py": "batch-size gradient-accumulation replication-factor epochs max-steps device-iterations "
     "embedding-serialization-factor ipus-per-replica hidden-size num-hidden-layers num-attention-heads dim-head "
     "text-seq-len checkpoint-save-steps checkpoint-save-epochs keep-checkpoints validation-steps",
-    "generate.py": "num-images batch-size rank preview",
+    "generate.py": "num-images batch-size window rank preview",
     "train_vqgan.py": "image-size patch-size ch ch-mult num-res-blocks z-channels embed-dim n-embed batch-size "
     "max-steps",
-    "evaluate.py": "prompts batch-size max-pairs",
+    "evaluate.py": "prompts batch-size window max-pairs",
 }
 BAD_VALUES = {
     "train.py": {
@@ -248,7 +248,7 @@ def test_the_defaults_are_those_of_the_reference():
     settings = args.train_arguments(["--generated-data"])
     assert {name: getattr(settings, name) for name in TRAIN_DEFAULTS} == TRAIN_DEFAULTS
     settings = args_generate.generate_arguments(["--dalle_path", "c.pt", "--text", "a cat"])
-    assert (settings.num_images, settings.batch_size, settings.outputs_dir) == (128, None, "./outputs")
+    assert (settings.num_images, settings.batch_size, settings.outputs_dir) == (4, None, "./outputs")
     assert settings.gentxt is False and settings.bpe_path is None
     assert settings.top_k is None and Sampling().top_k == 0.99  # where the checkpoint says nothing
 

@@ -4,6 +4,7 @@ The tool takes every entry without `options` in its name, runs `cmd` (formatted,
 shell does) from the file's folder, and reads each figure of `data` from stdout and stderr by its regular expression.
 """
 
+import functools
 import os
 import re
 import shlex
@@ -38,9 +39,9 @@ def words_of(name, resolve=True):
 
 
 def calls_of(name):
-    """[(script, its arguments)] of every python3 in a command, those of a bash -c included."""
+    """[(script, its arguments)] of every python3 in a command, those in a script of bash included."""
     words = words_of(name, resolve=False)
-    if words[0] == "bash":
+    if words[:2] == ["bash", "-c"] and len(words) == 3:
         words = [word for part in words[2].split(";") for word in [*shlex.split(part), ";"]]
     calls = []
     for place, word in enumerate(words):
@@ -62,7 +63,7 @@ def figures(name, log):
 def test_there_is_an_entry_for_each_pod_and_for_a_plain_computer():
     for pod in ("pod4", "pod16", "pod64"):
         assert {f"pytorch_minidalle_train_real_{pod}", f"pytorch_minidalle_train_gen_{pod}"} <= ENTRIES.keys()
-    assert any(name.endswith("_conv") for name in ENTRIES)
+    assert "pytorch_minidalle_train_real_pod64_conv" in ENTRIES  # with the three _real_ ones, the original's names
     assert {"pytorch_minidalle_generate_pod4", "pytorch_minidalle_train_gen_cpu"} <= ENTRIES.keys()
 
 
@@ -73,7 +74,7 @@ def test_an_entry_is_what_the_tool_takes(name):
     assert needs_no_data == ("DATASETS_DIR" not in entry["cmd"])
     assert (ROOT / entry["requirements_path"]).is_file()
     assert all(figure in entry["data"] for _, figure in entry["output"])
-    variables = set(re.findall(r"\$(\w+)", entry["cmd"])) - {"DATASETS_DIR"}
+    variables = set(re.findall(r"\$([A-Z]\w+)", entry["cmd"])) - {"DATASETS_DIR"}
     assert variables <= POPRUN_VARIABLES and bool(variables) == ("poprun" in entry["cmd"])
     for script, arguments in calls_of(name):
         assert (ROOT / script).is_file()
@@ -114,19 +115,59 @@ def test_figures_of_an_ipu_entry_are_in_its_log(
         assert 3 < found["loss"] < 12 and found["compile_time"] > 0
 
 
-@pytest.mark.parametrize("name", ["pytorch_minidalle_train_gen_cpu", "pytorch_minidalle_generate_cpu"])
-def test_a_plain_computers_entry_runs_in_its_shell(tmp_path, name):
-    for path in ROOT.iterdir():  # output lands in the folder of benchmarks.yml: here, not in the project
+def project_in(folder):
+    """Link the project into a folder; output lands in the folder of benchmarks.yml: there, not in the project."""
+    for path in ROOT.iterdir():
         if path.name != "output" and not path.name.startswith("."):
-            (tmp_path / path.name).symlink_to(path)
-    environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
-    small = "--max-steps 1 --batch-size 1 --gradient-accumulation 1"
+            (folder / path.name).symlink_to(path)
+    return {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("name", ["pytorch_minidalle_train_gen_cpu", "pytorch_minidalle_generate_cpu"])
+def test_a_plain_computers_entry_runs_any_number_of_times_in_its_shell(tmp_path, tiny_vqgan, name):
+    environment = project_in(tmp_path)
+    small = f"--max-steps 1 --batch-size 1 --gradient-accumulation 1 --vae-path {tiny_vqgan}"
     words = [word.replace("--max-steps 1", small).replace(" | a plate of fruit", "") for word in words_of(name)]
-    ended = subprocess.run(
-        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
+    run = functools.partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    if words[0] == "bash":  # the only one with an output folder, which an earlier run has filled
+        assert run([word.replace("python3 generate.py", "true") for word in words]).returncode == 0
+    ended = run(words)
     assert ended.returncode == 0, ended.stderr
     found = figures(name, ended.stdout + ended.stderr)
     assert found["throughput"] > 0
     if "loss" in found:
         assert 6 < found["loss"] < 8
+
+
+@pytest.mark.parametrize("pod", ["pod16", "pod64"])
+def test_a_whole_run_starts_in_an_empty_folder_and_keeps_the_earlier_one(tmp_path, pod):
+    words = words_of(f"pytorch_minidalle_train_real_{pod}_conv")
+    folder = words[words.index("--checkpoint-output-dir") + 1]
+    assert words[:2] == ["bash", "-c"] and words[3] == folder
+    for number in range(2):
+        write = ["sh", "-c", f"mkdir -p {folder} && test ! -e {folder}/last.pt && echo {number} > {folder}/last.pt"]
+        assert subprocess.run([*words[:4], *write], cwd=tmp_path, check=False).returncode == 0
+    assert sorted(path.read_text() for path in tmp_path.rglob("last.pt")) == ["0\n", "1\n"]
+
+
+@pytest.mark.parametrize("pod", ["4", "16", "64"])
+def test_training_scripts_run_what_they_say(poptorch_standin, command, tiny_vqgan, tmp_path, pod):
+    """Two epochs of a named configuration on generated pixels, without checkpoints; further flags pass through."""
+    called = tmp_path / "called"
+    for program in ("python", "poprun"):
+        (tmp_path / program).write_text(f'#!/bin/sh\nprintf "%s\\n" "$0" "$@" > {called}\n')
+        (tmp_path / program).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment.update(HOSTS="one,two", IPUOF_VIPU_API_PARTITION_ID="p")
+    script = ["bash", ROOT / "training_scripts" / f"train_POD{pod}.sh", "--learning-rate", "0.001"]
+    assert subprocess.run(script, cwd=tmp_path, env=environment, check=False).returncode == 0
+    words = called.read_text().splitlines()
+    assert words[0].endswith("poprun" if pod == "64" else "python")
+    arguments = words[words.index("train.py") + 1 :]
+    settings = args.train_arguments(arguments)
+    assert settings.replication_factor * settings.ipus_per_replica == int(pod)
+    assert (settings.epochs, settings.learning_rate, settings.checkpoint_output_dir) == (2, 0.001, "")
+    assert settings.generated_data and settings.byteio and settings.no_codes_cache
+    if pod == "4":
+        ended = command(train.main, *arguments, "--device", "ipu", *REDUCED.split(), "--vae-path", tiny_vqgan)
+        assert ended.status == 0 and "throughput" in ended.out, ended.err

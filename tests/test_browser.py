@@ -245,7 +245,7 @@ def test_the_large_view_shows_reuses_and_copies(page, port):
     png = page.png()
     about, facts = comment(png), page.facts()
     assert facts["Seed"] == str(about["seed"]) and facts["Temperature"] == str(about["temperature"])
-    assert base64.b64decode(generate(port, prompt=PROMPT, seed=about["seed"])[1]["pictures"][0]["png"]) == png
+    assert base64.b64decode(generate(port, prompt=PROMPT, seed=about["seed"])[1]["images"][0]["png"]) == png
     assert page.each("#download", "e.download")[0] == f"mini-dalle-seed-{about['seed']}.png"
 
     seeds = []
@@ -281,6 +281,10 @@ def test_vary_and_continue_keep_the_upper_rows(page, loaded):
     assert not page.shows("#copy_link")
     page.click("#resume")
     assert page.shows("#start") and page.shows("#keep_rows")
+    page.write("")
+    page.click("#history button.cell")
+    page.click("#resume")
+    assert page.value("#prompt") == PROMPT  # an empty prompt becomes the image's
     page.click("#remove")
     assert not page.shows("#start") and not page.shows("#keep_rows")
 

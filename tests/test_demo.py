@@ -1,16 +1,18 @@
 """The demo checkpoint: its size, its images, and that a seed gives the same image in any batch."""
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import generate
 from data.shapes import parse_caption, validation_prompts
-from evaluate import judge
+from evaluate import judge, shape_faults
 from generation import batching
 from generation.loading import DEMO, load
 
@@ -39,11 +41,10 @@ def test_it_generates_as_a_user_starts_it(tmp_path):
 
 
 def test_it_follows_prompts_that_it_was_not_trained_on(demo):
-    import torch
-
     prompts = validation_prompts("score", 48)
     lists = [[batching.plan_image(demo, prompt, place)] for place, prompt in enumerate(prompts)]
-    accuracy, faults = judge(prompts, torch.cat([demo.decode(codes) for codes in batching.generate_lists(demo, lists)]))
+    images = torch.cat([demo.decode(codes) for codes in batching.generate_lists(demo, lists)])
+    accuracy, faults = judge(images, shape_faults(prompts))
     assert accuracy >= 0.9, faults
 
 
@@ -79,3 +80,17 @@ def test_capital_letters_are_read_as_small_ones(demo):
     assert batching.encode_prompt(demo, PROMPT.title()).tolist() == batching.encode_prompt(demo, PROMPT).tolist()
     with pytest.raises(ValueError, match="no words that the vocabulary knows"):
         batching.encode_prompt(demo, "日本")
+
+
+@pytest.mark.parametrize("count", [32, pytest.param(1000, marks=pytest.mark.slow)])
+def test_codes_are_those_of_one_at_a_time_in_fewer_passes(demo, count):
+    """One image in eight is generated alone, too."""
+    one, eight = (load(device="cpu", batch_size=8, window=window) for window in (1, 8))
+    settings = [{}, {"cond_scale": 1.0}, {"top_p": None, "top_k": 0.9}, {"temperature": 1.2, "cond_scale": 2.0}]
+    for first, prompt in zip(range(0, count, 8), itertools.cycle(validation_prompts("score", 48))):
+        specs = [batching.plan_image(demo, prompt, first + place, settings[first // 8 % 4]) for place in range(8)]
+        expected = batching.generate_batch(one, specs)
+        for loaded in (eight, demo):  # demo chooses its windows itself
+            assert torch.equal(batching.generate_batch(loaded, specs), expected), specs
+        assert torch.equal(batching.generate_batch(demo, specs[:1]), expected[:1]), specs
+    assert eight.sampler.stepper.passes < one.sampler.stepper.passes / 2.5

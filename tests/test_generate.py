@@ -17,8 +17,9 @@ import train
 from generation.loading import read_model
 from generation.output import save_images
 from models.dalle import DALLE
-from models.sampling import CachedStepper, sample_codes
+from models.sampling import sample_codes
 from models.vae import load_vqgan
+from tests.builders import WholePassStepper
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = ROOT / "bpe" / "bpe_yttm_vocab.txt"
@@ -94,7 +95,7 @@ def test_images_are_saved_as_they_were_decoded(drawn, tiny_checkpoint, tmp_path)
     model, tokenizer, _ = read_model(tiny_checkpoint)
     generators = [torch.Generator().manual_seed(11 + number) for number in range(3)]
     text = tokenizer.tokenize(["a red circle"] * 3, 16)
-    decoded = model.vae.decode(sample_codes(model, text, CachedStepper(model), generator=generators))
+    decoded = model.vae.decode(sample_codes(model, text, WholePassStepper(model), generator=generators))
     expected = (decoded * 255).round().permute(0, 2, 3, 1).numpy()
     assert expected.min() > 10 and expected.max() < 245  # so that stretching the contrast would change the images
     folder = tmp_path / "out" / "a_red_circle"
@@ -219,8 +220,8 @@ def reference_weights(text_tokens, fmap, codes, sandwich_norm, dim=32, inner=32)
     return {name: 0.3 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
 
 
-def write_reference(path, weights, vqgan, text_tokens, split=1, half=False, sandwich_norm=False):
-    """Write a dalle_<epoch>.pt as the reference does."""
+def write_reference(path, weights, vqgan, text_tokens, split=1, half=False, sandwich_norm=False, **more):
+    """Write a dalle_<epoch>.pt as the reference does; `more` are further entries."""
     stored = {f"model.{name}": tensor for name, tensor in weights.items()}
     if split > 1:
         pieces = stored.pop("model.text_emb.weight").chunk(split)
@@ -229,11 +230,21 @@ def write_reference(path, weights, vqgan, text_tokens, split=1, half=False, sand
         stored[f"model.vae.model.{name}"] = tensor.half() if half else tensor
     hparams = {**REFERENCE, "num_text_tokens": text_tokens, "ff_dropout": 0.0, "attn_dropout": 0.0, "fp16": half}
     hparams.update(sandwich_norm=sandwich_norm, embedding_ipu_id=0, embedding_serialization_factor=split)
-    hparams.update(layers_per_ipu=[0, 2], cls_ipu_id=1, byteio=False)
+    hparams.update(layers_per_ipu=[0, 2], cls_ipu_id=1, byteio=False, **more.pop("hparams", {}))
     adam = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
     scheduler = {"last_epoch": 3, "_step_count": 4, "base_lrs": [1e-3]}
     saved = {"hparams": hparams, "vae_params": {}, "epoch": 3, "weights": stored}
-    torch.save({**saved, "opt_state": adam, "scheduler_state": scheduler}, path)
+    torch.save({**saved, "opt_state": adam, "scheduler_state": scheduler, **more}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def their_vocabulary(tmp_path_factory):
+    """A vocabulary of 8,192 tokens under the reference's file name; our file of that name has other ids."""
+    lines = VOCABULARY.read_text().splitlines()
+    lines[1:3] = [line.split()[0] + " " + other.split()[1] for line, other in zip(lines[1:3], lines[2:0:-1])]
+    path = tmp_path_factory.mktemp("theirs") / VOCABULARY.name
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
@@ -244,13 +255,13 @@ def vqgan_weights(tiny_vqgan):
 
 
 @pytest.mark.parametrize("kind", [{}, {"split": 8, "half": True}, {"split": 4, "sandwich_norm": True}])
-def test_a_checkpoint_of_the_reference(drawn, tiny_vqgan, vqgan_weights, tmp_path, kind):
+def test_a_checkpoint_of_the_reference(drawn, tiny_vqgan, vqgan_weights, their_vocabulary, tmp_path, kind):
     sandwich_norm = kind.get("sandwich_norm", False)
     weights = reference_weights(8192, 4, 64, sandwich_norm)
     damaged = {name: torch.zeros_like(tensor) for name, tensor in vqgan_weights.items()}  # the flags' VQGAN wins
     path = write_reference(tmp_path / "dalle_3.pt", weights, damaged, 8192, **kind)
     files = ["--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--vqgan_config_path", tiny_vqgan / "vqgan.yaml"]
-    drawn("--dalle_path", path, *files, "--bpe_path", VOCABULARY, "--text", "red " * 75, "--seed", 1)
+    drawn("--dalle_path", path, *files, "--bpe_path", their_vocabulary, "--text", "red " * 75, "--seed", 1)
     (folder,) = folders(tmp_path / "out")
     assert len(folder.name) == 100 and Image.open(numbered(folder, 2)).size == (32, 32)
     assert len(np.unique(pixels(folder / "grid.png"))) > 10
@@ -259,7 +270,7 @@ def test_a_checkpoint_of_the_reference(drawn, tiny_vqgan, vqgan_weights, tmp_pat
     expected = DALLE(vae=vae, num_text_tokens=8192, sandwich_norm=sandwich_norm, **REFERENCE).eval()
     missing, unexpected = expected.load_state_dict(weights, strict=False)
     assert not unexpected and all(name.startswith("vae.") for name in missing)
-    loaded, tokenizer, _ = read_model(path, *files[1::2], VOCABULARY)
+    loaded, tokenizer, _ = read_model(path, *files[1::2], their_vocabulary)
     text = tokenizer.tokenize(["a red circle", "two blue stars"], 80)
     codes = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -267,24 +278,103 @@ def test_a_checkpoint_of_the_reference(drawn, tiny_vqgan, vqgan_weights, tmp_pat
         assert torch.equal(loaded.vae.decode(codes), vae.decode(codes))
 
 
-def test_training_continues_from_a_checkpoint_of_the_reference(command, tiny_flags, vqgan_weights, tmp_path):
+WINDOWS = {  # rows above a code, columns to its left, and columns to its right, that conv_like sees
+    "the reference": ({}, (2, 2, 2)),
+    "train.py, layout 2": ({"step": 12, "versions": {"layout": 2}}, (2, 2, 2)),
+    "train.py before": ({"step": 12}, (4, 4, 0)),
+}
+
+
+@pytest.mark.parametrize("writer", WINDOWS)
+def test_conv_like_is_what_the_checkpoint_was_trained_with(
+    command, tiny_flags, tiny_vqgan, vqgan_weights, their_vocabulary, tmp_path, writer
+):
+    more, (above, left, right) = WINDOWS[writer]
     weights = reference_weights(8192, 4, 64, False)
-    path = write_reference(tmp_path / "dalle_3.pt", weights, vqgan_weights, 8192, split=4, half=True)
-    flags = ["--text-seq-len", 80, "--attn-types", "axial_row,full", "--learning-rate", 1e-30]
+    types = {"hparams": {"attn_types": ("conv_like",)}}
+    path = write_reference(tmp_path / "dalle_3.pt", weights, vqgan_weights, 8192, **types, **more)
+    flags = ["--text-seq-len", 80, "--attn-types", "conv_like", "--learning-rate", 1e-30, "--max-steps", 13]
+    flags += ["--bpe-path", their_vocabulary]
+    place = ["--checkpoint-output-dir", tmp_path / "onward", "--pretrained-checkpoint", path, "--epochs", 5]
+    assert command(train.main, *tiny_flags, *flags, *place).status == 0
+
+    expected = DALLE(vae=load_vqgan(str(tiny_vqgan)), num_text_tokens=8192, **{**REFERENCE, "attn_types": ("full",)})
+    expected.eval().load_state_dict(weights, strict=False)
+    mask = expected.transformer.layers[0][0].fn.fn.mask  # both layers have it
+    for query in range(15):
+        row, column = divmod(query, 4)
+        for key in range(query):
+            up, sideways = row - key // 4, column - key % 4
+            mask[81 + query, 81 + key] = up <= above and -right <= sideways <= left
+    text, codes = torch.randint(8192, (2, 80)), torch.randint(64, (2, 16))
+    for file in (path, tmp_path / "onward" / "dalle_step_13.pt"):
+        loaded, _, _ = read_model(file, tiny_vqgan / "vqgan.ckpt", bpe_path=their_vocabulary)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(text, codes), expected(text, codes))
+
+
+@pytest.mark.parametrize("moments", [True, False])
+def test_training_continues_from_a_checkpoint_of_the_reference(
+    command, tiny_flags, vqgan_weights, their_vocabulary, tmp_path, moments
+):
+    weights = reference_weights(8192, 4, 64, False)
+    more = {}
+    if moments:  # as PopTorch's Adam has them
+        pieces = {f"model.{name}": tensor for name, tensor in weights.items() if name != "text_emb.weight"}
+        parts = enumerate(weights["text_emb.weight"].chunk(4))
+        pieces.update({f"model.text_emb.split_embeddings.{i}.weight": part for i, part in parts})
+        state = {f"{kind}___{name}": tensor.abs() for kind in ("Accl1", "Accl2") for name, tensor in pieces.items()}
+        state.update({f"Step___{name}": torch.tensor(21.0) for name in pieces})
+        groups = [{"lr": 1e-3, "params": [0, 1]}, {"lr": 1e-3, "params": [2]}]
+        more["opt_state"] = {"state": {}, "param_groups": groups, "ipu_state": state, "ipu_param": {}}
+    path = write_reference(tmp_path / "dalle_3.pt", weights, vqgan_weights, 8192, split=4, half=True, **more)
+    flags = ["--text-seq-len", 80, "--attn-types", "axial_row,axial_row", "--learning-rate", 1e-30]
+    flags += ["--bpe-path", their_vocabulary, "--adam-betas", "0.9999999,0.9999999"]
     ended = command(
         *(train.main, *tiny_flags, *flags, "--pretrained-checkpoint", path),
-        *("--epochs", 5, "--checkpoint-output-dir", tmp_path / "onward"),
+        *("--epochs", 4, "--checkpoint-output-dir", tmp_path / "onward"),
     )
-    assert ended.status == 0 and "at step 12" in ended.out, ended  # after epoch 3 of three steps each
-    onward = torch.load(tmp_path / "onward" / "dalle_4.pt", weights_only=True)
-    assert onward["step"] == 15
+    assert ended.status == 0 and "at step 9" in ended.out, ended  # after three epochs of three steps each
+    assert ("optimizer state" in ended.out and "starts afresh" in ended.out) != moments
+    assert "--attn-types ('axial_row', 'axial_row'), was ('axial_row', 'full')" in ended.out
+    onward = torch.load(tmp_path / "onward" / "dalle_3.pt", weights_only=True)
+    assert onward["step"] == 12 and onward["epoch"] == 3
     assert all(torch.equal(onward["weights"][f"model.{name}"], tensor) for name, tensor in weights.items())
+    if moments:
+        adam = onward["opt_state"][0]["state"]
+        assert {int(own["step"]) for own in adam.values()} == {21 + 3}
+        torch.testing.assert_close(adam[0]["exp_avg"], weights["text_emb.weight"].abs(), atol=1e-4, rtol=0)
 
 
-def test_a_small_vqgan_inside_needs_its_configuration(drawn, vqgan_weights, tmp_path):
+def test_checkpoints_of_the_reference_are_not_replaced(command, tiny_flags, vqgan_weights, their_vocabulary, tmp_path):
+    """Ours of epoch 3 has their name, and older ones than --keep-checkpoints are removed."""
+    weights = reference_weights(8192, 4, 64, False)
+    for epoch in range(4):
+        path = write_reference(tmp_path / f"dalle_{epoch}.pt", weights, vqgan_weights, 8192)
+    before = read_bytes(tmp_path)
+    flags = ["--text-seq-len", 80, "--attn-types", "axial_row,full", "--bpe-path", their_vocabulary, "--epochs", 5]
+    for start in (["--pretrained-checkpoint", path], ["--resume"]):
+        ended = command(train.main, *tiny_flags, *flags, *start, "--checkpoint-output-dir", tmp_path)
+        assert ended.status == 2 and ended.err.count("\n") == 1 and "dalle_3.pt: is of another program" in ended.err
+    assert read_bytes(tmp_path) == before
+
+
+def test_our_vocabulary_of_the_same_name_is_refused(command, drawn, tiny_flags, tiny_vqgan, vqgan_weights, tmp_path):
+    """Both have 8,192 tokens: with the wrong one, a prompt would become other words without a warning."""
     path = write_reference(tmp_path / "dalle_3.pt", reference_weights(8192, 4, 64, False), vqgan_weights, 8192)
-    ended = drawn("--dalle_path", path, "--bpe_path", VOCABULARY, status=2)
-    assert len(ended.err.splitlines()) == 1 and "dalle_3.pt" in ended.err and "--vqgan_model_path" in ended.err
+    flags = ["--text-seq-len", 80, "--attn-types", "axial_row,full", "--pretrained-checkpoint", path]
+    files = ["--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--bpe_path", VOCABULARY]
+    for ended in (drawn("--dalle_path", path, *files, status=2), command(train.main, *tiny_flags, *flags)):
+        assert ended.status == 2 and ended.err.count("\n") == 1
+        assert all(word in ended.err for word in ("dalle_3.pt", "bpe_yttm_vocab.txt", "another program"))
+
+
+def test_a_small_vqgan_inside_needs_no_configuration(tiny_vqgan, vqgan_weights, their_vocabulary, tmp_path):
+    path = write_reference(tmp_path / "dalle_3.pt", reference_weights(8192, 4, 64, False), vqgan_weights, 8192)
+    loaded, _, _ = read_model(path, bpe_path=their_vocabulary)
+    codes = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(loaded.vae.decode(codes), load_vqgan(str(tiny_vqgan)).decode(codes))
 
 
 def test_clips_vocabulary_is_the_default_and_any_bytes_make_a_caption(drawn, tiny_vqgan, vqgan_weights, tmp_path):
@@ -298,7 +388,7 @@ def test_clips_vocabulary_is_the_default_and_any_bytes_make_a_caption(drawn, tin
 
 
 @pytest.mark.slow
-def test_the_official_vqgan_inside_needs_no_file(drawn, tmp_path):
+def test_the_official_vqgan_inside_needs_no_file(drawn, their_vocabulary, tmp_path):
     from taming.modules.diffusionmodules.model import Decoder, Encoder
 
     ddconfig = dict(ch=128, out_ch=3, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=[16], in_channels=3)
@@ -309,5 +399,5 @@ def test_the_official_vqgan_inside_needs_no_file(drawn, tmp_path):
     vqgan = parts.state_dict()
     assert len(vqgan) == 343 and sum(tensor.numel() for tensor in vqgan.values()) == 72_141_699
     path = write_reference(tmp_path / "dalle_3.pt", reference_weights(8192, 16, 1024, False), vqgan, 8192, half=True)
-    drawn("--dalle_path", path, "--bpe_path", VOCABULARY, "--num_images", 1, "--seed", 4)
+    drawn("--dalle_path", path, "--bpe_path", their_vocabulary, "--num_images", 1, "--seed", 4)
     assert Image.open(numbered(tmp_path / "out" / "a_red_circle", 0)).size == (256, 256)

@@ -1,5 +1,6 @@
 """The commands with --device ipu, on the stand-in for PopTorch: configurations, resuming, drawing, PopRun."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import generate
+import generation.command
 import train
 from tests.conftest import ROOT, STANDIN
 from utils import checkpoint
@@ -39,6 +41,7 @@ def assert_same_weights(one, other, tolerance=0.0):
 )
 def test_a_configuration_runs_to_its_end(poptorch_standin, command, tiny_vqgan, tmp_path, name, stages):
     """At reduced width and accumulation; its file opens on a CPU and draws there and on an IPU."""
+    poptorch_standin.MACHINE.ipus = int(name.partition("POD")[2] or 4)
     reduced = "--hidden-size 32 --num-attention-heads 2 --dim-head 16 --max-steps 2 --batch-size 1"
     places = ("--gradient-accumulation", 7, "--vae-path", tiny_vqgan, "--checkpoint-output-dir", tmp_path)
     ended = command(train.main, "--config", name, "--generated-data", *IPU, *reduced.split(), *places)
@@ -100,7 +103,7 @@ def test_a_file_goes_on_on_another_machine(poptorch_standin, command, tiny_flags
     ended = command(
         train.main, *flags, "--epochs", 2, "--device", back, "--pretrained-checkpoint", tmp_path / "dalle_0.pt"
     )
-    assert ended.status == 0 and "optimizer state" in ended.out and "starts afresh" in ended.out
+    assert ended.status == 0 and ("optimizer state" in ended.out and "starts afresh" in ended.out) == (back == "ipu")
     assert (tmp_path / "dalle_1.pt").exists()
 
 
@@ -151,16 +154,60 @@ def test_without_an_sdk_commands_say_so(command, tiny_flags, tiny_checkpoint, mo
         assert ended.status == 2 and "enable.sh" in ended.err and ended.err.count("\n") == 1
 
 
+TEN_SETTINGS = [
+    {"top_k": 0.5},
+    {"top_k": 3},
+    {"top_k": 0.0},
+    {"top_p": 0.7},
+    {"temperature": 0.5},
+    {"temperature": 2.0, "top_k": 0.9, "top_p": 0.9},
+    {"cond_scale": 2.0},
+    {"cond_scale": 4.0, "top_k": 0.8, "temperature": 0.8},
+    {"cond_scale": 0.0, "top_p": 0.5},
+    {"cond_scale": 1.5, "top_p": 0.95, "temperature": 1.3},
+]
+
+
+def test_ten_sampling_settings_share_one_program(poptorch_standin, command, tiny_checkpoint, tmp_path, monkeypatch):
+    prompts = [json.dumps({"prompt": "a red circle", "seed": 5, **settings}) for settings in TEN_SETTINGS]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    flags = ["--dalle_path", tiny_checkpoint, "--prompts_file", tmp_path / "prompts.jsonl", "--num_images", 2]
+    flags += ["--executable_cache_dir", tmp_path / "programs"]
+    codes = []
+    save = generation.command.save_best
+
+    def save_and_record(settings, loaded, specs, found, clip):
+        codes.append(found)
+        save(settings, loaded, specs, found, clip)
+
+    monkeypatch.setattr(generation.command, "save_best", save_and_record)
+    for device in ("cpu", "ipu"):
+        ended = command(generate.main, *flags, "--device", device, "--outputs_dir", tmp_path / device)
+        assert ended.status == 0, ended.err
+    assert sorted(poptorch_standin.MACHINE.compiled) == ["StaticSampler", "VqganDecoder"]
+    assert "FullPass" not in poptorch_standin.MACHINE.calls
+    assert len(list((tmp_path / "programs").iterdir())) == 2
+    assert len(codes) == 20 and all(torch.equal(*pair) for pair in zip(codes[:10], codes[10:]))
+    assert len({tuple(row.tolist()) for part in codes[10:] for row in part}) > 10
+
+
 # ---- PopRun
 
 SHOW_SHARES = """
 import sys
-import data.loader, train, utils.checkpoint
+import data.loader, train, training.run, utils.checkpoint
 write = utils.checkpoint.write
 def writing(path, what):
     print("writes", path.name)
     write(path, what)
 utils.checkpoint.write = writing
+load_codes = training.run.load_codes
+def encoding(images, encode, *places, **more):
+    def encode_and_print(pixels):
+        print("encodes", len(pixels))
+        return encode(pixels)
+    return load_codes(images, encode_and_print, *places, **more)
+training.run.load_codes = encoding
 read = data.loader.TextImageDataset.__getitem__
 def reading(self, key):
     if isinstance(key, tuple):
@@ -204,7 +251,9 @@ def test_instances_share_the_data_and_train_as_one(poptorch_standin, command, ti
     flags = [*tiny_flags, "--device", "ipu", "--no-async-dataloader", "--epochs", 2, "--replication-factor", 2]
     flags += ["--batch-size", 1, "--gradient-accumulation", 2, "--embedding-serialization-factor", 2]
     alone = command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "alone", "--random-seed", 7)
+    flags += ["--codes-cache", tmp_path / "codes"]  # images are encoded on the IPUs that train afterwards
     ended = poprun(2, 2, [*flags, "--checkpoint-output-dir", tmp_path / "together"], tmp_path)
+    assert sum(int(count) for out, _ in ended for count in re.findall(r"^encodes (\d+)$", out, re.M)) == 12
     shares = [re.findall(r"^read (\d+) (\d+)$", out, re.M) for out, _ in ended]
     for epoch in ("0", "1"):
         read = [[index for when, index in share if when == epoch] for share in shares]
@@ -218,3 +267,14 @@ def test_instances_share_the_data_and_train_as_one(poptorch_standin, command, ti
     assert "throughput" not in second and "writes" not in second  # rank 0 writes and logs
     assert re.findall(r"^writes (.*)$", first, re.M) == ["dalle_0.pt", "dalle_1.pt"]
     assert sorted(path.name for path in (tmp_path / "together").glob("*.pt")) == ["dalle_0.pt", "dalle_1.pt"]
+
+
+def test_poprun_without_horovod_is_one_line(poptorch_standin, command, tiny_flags, monkeypatch):
+    monkeypatch.setenv("POPDIST_NUM_TOTAL_REPLICAS", "2")
+    monkeypatch.setitem(sys.modules, "horovod", None)
+    ended = command(train.main, *tiny_flags, *IPU)
+    assert ended.status == 2 and ended.err.count("\n") == 1
+    assert "Horovod" in ended.err and "pip install -r requirements-ipu.txt" in ended.err
+    monkeypatch.setitem(sys.modules, "popdist", None)
+    ended = command(train.main, *tiny_flags, *IPU)  # else each instance would train alone
+    assert ended.status == 2 and "popdist wheel" in ended.err and ended.err.count("\n") == 1

@@ -17,7 +17,8 @@ IPU_FILES = {"models/pipeline_dalle.py", "backends/ipu/backend.py"}
 ALLOWED = {
     "models": {"models", "utils", "torch", "einops", "taming", "yaml", "numpy", "tqdm", "filelock"},
     "models/image_scores.py": {"torch", "open_clip", "torch_fidelity"},
-    "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"},
+    "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"}
+    | {"pyarrow", "datasets", "sentencepiece"},
     "backends": {"backends", "models", "utils", "torch", "taming", "numpy"},
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL", "numpy"},
     "generation/command.py": {"generation", "backends", "models", "utils", "torch", "PIL", "tqdm"}
@@ -29,9 +30,9 @@ ALLOWED = {
     "args.py": {"utils.command_line"},
     "args_app.py": {"args", "utils.command_line"},
     "args_evaluate.py": {"args", "utils.command_line"},
-    "args_generate.py": {"args", "utils.command_line"},
-    "utils/command_line.py": {"yaml"},
-    "log.py": {"tqdm"},
+    "args_generate.py": {"args", "utils.command_line", "utils.files"},
+    "utils/command_line.py": {"yaml", "utils.output"},
+    "log.py": {"tqdm", "utils.output"},
     "process_captions.py": {"data", "utils"},
 }
 GUARDS = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}
@@ -39,7 +40,7 @@ FORBIDDEN = {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "torch.jit.load"
 FORBIDDEN |= {"builtins.eval", "builtins.exec"}
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
 PICKLE_NAMES = {"pickle.UnpicklingError", "pickle.PicklingError", "pickle.PickleError"}
-RESTRICTED_UNPICKLER = ("models/taming_checkpoint.py", "pickle._Unpickler")
+RESTRICTED_UNPICKLER = ("utils/foreign_pickle.py", "pickle._Unpickler")
 NEWER_METHODS = {"removeprefix", "removesuffix", "is_relative_to", "lcm", "pairwise", "batched", "bit_count", "unparse"}
 BUILTIN_GENERICS = {"dict", "list", "set", "tuple", "type", "frozenset"}
 PYTHON_3_10 = ("service/", "app.py", "args_app.py")
@@ -204,7 +205,7 @@ NOTICED = {
         ("x.py", "from torch import load as read\nread(f)"),
         ("x.py", "import pickle\npickle.load(f)"),
         ("x.py", "import pickle\nclass U(pickle._Unpickler): pass"),
-        ("models/taming_checkpoint.py", "import pickle\nclass U(pickle.Unpickler): pass"),
+        ("utils/foreign_pickle.py", "import pickle\nclass U(pickle.Unpickler): pass"),
         ("x.py", "from pickle import loads\nloads(b)"),
         ("x.py", "import numpy as np\nnp.load(f, allow_pickle=True)"),
         ("x.py", "import yaml\nyaml.load(f, yaml.Loader)"),

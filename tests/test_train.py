@@ -20,6 +20,7 @@ from PIL import Image
 import generate
 import train
 from backends.native.backend import fast_in_bf16
+from backends.native.trainer import NativeTrainer
 from generation.loading import read_model
 from models.vae import VQGanVAE, load_vqgan
 
@@ -383,6 +384,26 @@ def test_a_stop_while_pictures_are_encoded_keeps_the_codes(tiny_flags, trained, 
     )
     trained(*codes)
     assert 12 - out.count("<encoding>") <= sum(encoded) <= 13 - out.count("<encoding>")  # one was under way
+
+
+def test_out_of_memory_saves_and_says_what_would_fit(command, tiny_flags, tmp_path, monkeypatch):
+    step, steps = NativeTrainer.step, []
+
+    def short_of_memory(trainer, batch):
+        steps.append(None)
+        if len(steps) == 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(trainer, batch)
+
+    monkeypatch.setattr(NativeTrainer, "step", short_of_memory)
+    ended = command(
+        train.main, *tiny_flags, "--checkpoint-output-dir", tmp_path, "--gradient-accumulation", 3, "--epochs", 4
+    )
+    path = tmp_path / "dalle_step_2.pt"
+    assert ended.status == 2 and torch.load(path, weights_only=True)["step"] == 2
+    (line,) = ended.err.splitlines()
+    advice = "--batch-size 2 --gradient-accumulation 6 or --recompute makes the same updates with less"
+    assert line.endswith(f"error: out of memory: {advice}; resume with --pretrained-checkpoint {path}")
 
 
 def test_ctrl_c_before_the_first_step(command, tiny_flags, monkeypatch):

@@ -94,10 +94,10 @@ def describe_encoding(run: Run) -> Optional[str]:
     seconds = []
     if run.backend.kind != "ipu":
         encode = run.backend.encode(run.vae)
-        for name, _, _ in itertools.islice(itertools.cycle(run.dataset.images), 1 + ENCODED_IMAGES):
+        for index in itertools.islice(itertools.cycle(range(len(run.dataset))), 1 + ENCODED_IMAGES):
             started = time.monotonic()
             try:
-                pixels = torch.from_numpy(load_image(run.dataset.folder / name, run.vae.image_size))
+                pixels = torch.from_numpy(load_image(run.dataset.image(index), run.vae.image_size))
             except (ValueError, OSError):
                 continue
             encode(pixels.permute(2, 0, 1)[None].float() / 255)

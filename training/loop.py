@@ -16,6 +16,7 @@ import torch
 
 import log
 from backends.base import SamplesLost
+from backends.memory import OutOfMemory, memory_explained
 from data.order import RunOrder, random_bits
 from training import checkpoints, validation
 from utils.interrupts import defer_signals, signal_pending
@@ -35,18 +36,19 @@ def open_loop(run: Run) -> Iterator[Loop]:
     # Several processes stop after the same update, so that none waits for another that has left.
     deferral = defer_signals() if run.backend.world_size > 1 else contextlib.nullcontext()
     try:
-        with contextlib.closing(loop.progress), deferral:
+        with contextlib.closing(loop.progress), deferral, memory_explained(describe_less(run)):
             yield loop
     except KeyboardInterrupt:
         hint = _save_at_stop(run)
         if not run.backend.rank:
             print(f"stopped after step {run.step}{hint}" if hint else "stopped")
         raise SystemExit(130) from None
-    except (SamplesLost, ConnectionError) as error:
+    except (SamplesLost, ConnectionError, OutOfMemory) as error:
         raise type(error)(f"{error}{_save_at_stop(run) if run.step else ''}") from None
     finally:
         report_lost_samples(run.dataset.lost)
         run.trackers.close()
+        run.trainer.close()
 
 
 class Loop:
@@ -55,6 +57,7 @@ class Loop:
     def __init__(self, run: Run):
         self.run = run
         self.skips = 0  # in a row
+        self.overfitting = validation.OverfittingMonitor()
         self.progress = log.Progress(run.steps, run.step, run.backend.samples_per_step * run.backend.world_size)
 
     def batches(self) -> Iterator[Any]:
@@ -92,6 +95,7 @@ class Loop:
         run.skipped += skipped
         if not skipped:
             run.epoch_loss = run.epoch_loss[0] + losses["total"], run.epoch_loss[1] + 1
+            self.overfitting.add(losses["total"])
         run.step += 1
         run.post_update_done = False
         rate = self.progress.step(run.step, epoch, losses, lr, skipped)
@@ -140,12 +144,31 @@ class Loop:
         best = run.best_loss is None or total < run.best_loss
         run.validation_loss = total
         run.best_loss = total if best else run.best_loss
+        if self.overfitting.validated(total):
+            logger.warning(
+                "the validation loss rises while the training loss falls: the model memorizes its images; %s is from "
+                "before. More images, --ff-dropout 0.1 and fewer --max-steps help; evaluate.py --nearest shows copies",
+                checkpoints.BEST,
+            )
         return best
+
+
+def describe_less(run: Run) -> str:
+    """Say which flags make the same updates with less memory."""
+    settings, size = run.settings, run.settings.batch_size
+    less = [] if settings.recompute else ["--recompute"]
+    if size > 1:
+        smaller = max(rows for rows in range(1, size // 2 + 1) if size % rows == 0)
+        accumulation = settings.gradient_accumulation * size // smaller
+        less.insert(0, f"--batch-size {smaller} --gradient-accumulation {accumulation}")
+    if not less:
+        return "the model is too large for this device; --shard divides it among several"
+    return f"{' or '.join(less)} makes the same updates with less"
 
 
 def _save_at_stop(run: Run) -> str:
     """Save a run that ends early and return how to resume it, as the end of a sentence ("" if nothing was written)."""
-    path = checkpoints.save(run, f"dalle_step_{run.step}.pt")
+    path = checkpoints.save(run, run.folder.unused_name(f"dalle_step_{run.step}.pt"))
     return f"; resume with --pretrained-checkpoint {path}" if path else ""
 
 

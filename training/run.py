@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import math
 import os
@@ -15,16 +16,24 @@ import torch
 
 import backends
 import log
+from args import NETWORK
 from backends.base import Trainer, TrainingBackend
+from data.array_cache import ArrayCache
 from data.codes import load_codes, open_code_cache
-from data.loader import GeneratedDataset, TextImageDataset
+from data.files import printable
+from data.loader import GeneratedDataset, TextImageDataset, count_validation
 from data.order import EpochOrder
+from data.sources import folder_of
 from data.tokenizer import Tokenizer, load_tokenizer
+from generation.loading import read_model
 from models.dalle import DALLE
+from models.image_tokenizer import ImageTokenizer
 from models.official_vqgan import OFFICIAL_PARAMS
 from models.vae import VQGanVAE, load_vqgan
 from training import checkpoints
 from training.metrics import Trackers, open_trackers
+from utils import checkpoint
+from utils.files import check_writable
 from utils.optimization import LearningRate
 
 logger = logging.getLogger("minidalle")
@@ -38,7 +47,7 @@ class Run:
     backend: TrainingBackend
     folder: checkpoints.Folder
     tokenizer: Tokenizer
-    vae: VQGanVAE
+    vae: ImageTokenizer
     dataset: Any
     validation_set: Any  # None: no validation
     generated: bool  # whether the training set is generated instead of read
@@ -46,10 +55,10 @@ class Run:
     hparams: Dict[str, Any]
     trainer: Trainer
     schedule: LearningRate
-    steps: int  # updates in the whole run
     vqgan_fingerprint: str
     data_fingerprint: str
 
+    steps: int = 0  # updates in the whole run
     step: int = 0  # updates so far
     skipped: int = 0  # updates skipped because the loss or the gradient was not finite
     epoch_loss: Tuple[float, int] = (0.0, 0)  # sum and number of this epoch's losses
@@ -63,15 +72,23 @@ class Run:
 
     def epoch(self) -> int:
         """Return the epoch of the next update, from 0."""
-        return self.step // self.batches.batches_per_epoch
+        return self.batches.place(self.step)[0]
 
     def epoch_begins(self) -> bool:
         """Return whether the next update is the first of an epoch."""
-        return self.step % self.batches.batches_per_epoch == 0
+        return self.batches.place(self.step)[1] == 0
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next update."""
-        return self.schedule.at(self.step, self.epoch())
+        return self.schedule.at(self.batches.equivalent_step(self.step), self.epoch())
+
+    def set_length(self) -> None:
+        """Set `steps` and the length of the schedule from the flags and the place where the run was entered."""
+        self.steps = self.batches.steps_of(self.settings.epochs)
+        if self.settings.max_steps is not None:
+            self.steps = min(self.steps, self.settings.max_steps)
+        self.schedule.steps = self.batches.equivalent_step(self.steps)
+        self.schedule.epochs = math.ceil(self.schedule.steps / self.batches.batches_per_epoch)
 
     def end_epoch(self) -> None:
         """Give the schedule the validation loss, or else the epoch's mean training loss."""
@@ -91,7 +108,7 @@ def build(settings: Namespace) -> Run:
     backend = backends.for_training(settings)
     if backend.rank:
         log.set_up(logging.WARNING)
-    tokenizer = load_tokenizer(settings.bpe_path)
+    tokenizer = None if settings.init_from else load_tokenizer(settings.bpe_path)
     # A compiler needs only the shape of the samples.
     generated = settings.generated_data or settings.synthetic_data or backend.compile_only
     for flag in ("input_folder", "validation_folder"):  # checked before a VQGAN is downloaded
@@ -103,7 +120,12 @@ def build(settings: Namespace) -> Run:
     origin = folder.origin()
     folder.prepare()
     torch.manual_seed(settings.random_seed)
-    vae = build_vqgan(settings, generated)
+    if tokenizer is None:
+        initial, tokenizer, options = read_initial_model(settings)
+        vae = initial.vae
+    else:
+        initial, options = None, checkpoints.network_options(origin)
+        vae = build_vqgan(settings, generated)
     hparams = {
         "num_text_tokens": tokenizer.vocab_size,
         "text_seq_len": settings.text_seq_len,
@@ -112,17 +134,20 @@ def build(settings: Namespace) -> Run:
         "heads": settings.num_attention_heads,
         "dim_head": settings.dim_head,
         "loss_img_weight": settings.loss_img_weight,
-        "attn_types": tuple(settings.attn_types),
+        "attn_types": checkpoints.attention_patterns(settings, origin),
         "ff_dropout": settings.ff_dropout,
         "attn_dropout": settings.attn_dropout,
         "sandwich_norm": settings.sandwich_norm,
+        **options,
     }
     torch.manual_seed(settings.random_seed)  # again, because an untrained VQGAN uses random numbers
     model = DALLE(vae=vae, **hparams)
+    if initial is not None:
+        model.load_state_dict(initial.state_dict())
+    if backend.kind == "ipu" and not model.transformer.is_plain:
+        raise ValueError(f"{', '.join(options)}: options of DALLE-pytorch that do not run on IPUs; use --device cpu")
     trainer = backend.trainer(model)
-    with backend.making_codes():
-        dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
-    samples_per_step = backend.samples_per_step * backend.world_size
+    dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
     batches = EpochOrder(
         len(dataset),
         backend.samples_per_step,
@@ -130,9 +155,6 @@ def build(settings: Namespace) -> Run:
         rank=backend.rank,
         world_size=backend.world_size,
     )
-    steps = batches.batches_per_epoch * settings.epochs
-    if settings.max_steps is not None:
-        steps = min(steps, settings.max_steps)
     run = Run(
         settings=settings,
         backend=backend,
@@ -148,27 +170,39 @@ def build(settings: Namespace) -> Run:
         schedule=LearningRate(
             settings.lr_scheduler,
             settings.learning_rate,
-            epochs=math.ceil(steps / batches.batches_per_epoch),
-            steps=steps,
+            epochs=settings.epochs,
+            steps=0,  # set_length knows
             warmup_steps=settings.warmup_steps,
         ),
-        steps=steps,
         vqgan_fingerprint=vae.fingerprint(),
         data_fingerprint=dataset.fingerprint(),
     )
+    run.set_length()
     if origin is not None:
         checkpoints.resume(run, *origin, model)
     if not backend.rank and not settings.dry_run:
         run.trackers = open_trackers(settings, folder.path, run.step)  # last, when nothing else can fail
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.info("%d images, %d steps of %d samples", len(dataset), steps, samples_per_step)
+    logger.info("%d images, %d steps of %d samples", len(dataset), run.steps, batches.global_batch)
     if validation_set is not None:
         logger.info("%d images in the validation set", len(validation_set))
     logger.info("%s trainable parameters, %d text tokens", f"{trainable:,}", tokenizer.vocab_size)
     return run
 
 
-def build_vqgan(settings: Namespace, generated: bool) -> VQGanVAE:
+def read_initial_model(settings: Namespace) -> Tuple[DALLE, Tokenizer, Dict[str, Any]]:
+    """Return the model, tokenizer and further hparams of --init-from, and give its sizes to `settings`."""
+    path = settings.init_from
+    saved = checkpoint.read(path)
+    vqgan = settings.vae_path or settings.vqgan_model_path
+    model, tokenizer, _ = read_model(path, vqgan, settings.vqgan_config_path, settings.bpe_path, saved)
+    for name, key in NETWORK.items():
+        setattr(settings, name, saved["hparams"][key])
+    logger.info("%s: a new run starts with its weights, network, vocabulary and VQGAN", path)
+    return model, tokenizer, checkpoints.network_options((path, saved))
+
+
+def build_vqgan(settings: Namespace, generated: bool) -> ImageTokenizer:
     """Return the VQGAN of --vae-path or --vqgan-model-path, else the official one (untrained for generated data)."""
     path = settings.vae_path or settings.vqgan_model_path
     if path is None and generated:
@@ -177,7 +211,7 @@ def build_vqgan(settings: Namespace, generated: bool) -> VQGanVAE:
 
 
 def build_datasets(
-    settings: Namespace, backend: TrainingBackend, tokenizer: Tokenizer, vae: VQGanVAE, generated: bool
+    settings: Namespace, backend: TrainingBackend, tokenizer: Tokenizer, vae: ImageTokenizer, generated: bool
 ) -> Tuple[Any, Any]:
     """Return the training set and the validation set, which is None if no flag asks for one."""
     dataset: Union[GeneratedDataset, TextImageDataset]
@@ -206,21 +240,12 @@ def open_folder(
     settings: Namespace,
     backend: TrainingBackend,
     tokenizer: Tokenizer,
-    vae: VQGanVAE,
+    vae: ImageTokenizer,
     training: bool = True,
 ) -> TextImageDataset:
     """Return a folder's pairs with pixels, or with codes from the cache, into which missing ones are encoded first."""
-    cache_dir = None if settings.no_codes_cache else settings.codes_cache or folder
-    cache = None
-    if cache_dir:
-        cache = open_code_cache(
-            folder,
-            cache_dir,
-            image_size=vae.image_size,
-            image_seq_len=vae.image_seq_len,
-            num_codes=vae.num_tokens,
-            fingerprint=vae.fingerprint(),
-        )
+    cache_dir = None if settings.no_codes_cache else find_cache_dir(folder, settings.codes_cache)
+    cache = None if cache_dir is None else open_cache(folder, cache_dir, vae)
     dataset = TextImageDataset(
         folder,
         tokenizer,
@@ -232,7 +257,10 @@ def open_folder(
         seed=settings.random_seed,
         cache_dir=None if settings.dry_run else cache_dir,
         encoded=cache or (),
+        validation=not training,
     )
+    if training:
+        refuse_small_set(len(dataset), settings, backend)
     if cache is None:
         dataset[0]  # fails now if no image can be read
     elif settings.dry_run:  # encoding may take hours
@@ -242,6 +270,7 @@ def open_folder(
             dataset.images,
             backend.encode(vae),
             cache,
+            paths=dataset.image_paths(),
             batch_size=max(1, 16 * 256**2 // vae.image_size**2),  # the same number of pixels for any image size
             workers=min(settings.dataloader_workers, os.cpu_count() or 1),  # a GPU encodes faster than one can read
         )
@@ -249,7 +278,56 @@ def open_folder(
     return dataset
 
 
-def attach_empty_codes(dataset: TextImageDataset, vae: VQGanVAE, cache: Any) -> None:
+def find_cache_dir(folder: str, given: Optional[str]) -> Path:
+    """Return the folder for caches: the one given, else that of the images or, if it is read-only, one in ~/.cache."""
+    if given:
+        return Path(given)
+    images = folder_of(folder)
+    try:
+        check_writable(images, "--input-folder")
+        return images
+    except ValueError:
+        name = hashlib.sha256(os.fsencode(os.path.realpath(images))).hexdigest()[:16]
+        cache_dir = Path.home() / ".cache" / "mini-dalle" / name
+        logger.info("%s is read-only; codes and tokens are cached in %s", printable(images), cache_dir)
+        return cache_dir
+
+
+def open_cache(folder: str, cache_dir: Path, vae: ImageTokenizer) -> ArrayCache:
+    """Return the cache of this image tokenizer's codes of a folder's images."""
+    return open_code_cache(
+        folder_of(folder),
+        cache_dir,
+        image_size=vae.image_size,
+        image_seq_len=vae.image_seq_len,
+        num_codes=vae.num_tokens,
+        fingerprint=vae.fingerprint(),
+    )
+
+
+def refuse_small_set(images: int, settings: Namespace, backend: TrainingBackend) -> None:
+    """Raise ValueError, with flags that would fit, if an update needs more samples than the training set will have."""
+    if settings.validation_split:
+        images -= count_validation(images, settings.validation_split)
+    needed = backend.samples_per_step * backend.world_size
+    if images >= needed:
+        return
+    batch, accumulation = settings.batch_size, settings.gradient_accumulation
+    replicas = needed // (batch * accumulation)
+    flags = f"--batch-size {batch} × --gradient-accumulation {accumulation}"
+    flags += f" × {replicas} replicas or iterations" if replicas > 1 else ""
+    aim = max(1, images // 8)  # samples of an update; fewer than 8 updates an epoch learn little from a small set
+    fitting = 1 if replicas > aim else replicas
+    batch = max(1, min(batch, aim // fitting))
+    advice = f"--batch-size {batch} --gradient-accumulation {max(1, aim // (batch * fitting))}"
+    advice += " --replication-factor 1 --device-iterations 1" if fitting != replicas else ""
+    raise ValueError(
+        f"{settings.input_folder}: one step takes {needed:,} samples ({flags}), but the set has {images:,}; {advice} "
+        "would fit, or use --config photos"
+    )
+
+
+def attach_empty_codes(dataset: TextImageDataset, vae: ImageTokenizer, cache: Any) -> None:
     """Attach zeros for codes, which take a step as long as any, and count the images to encode in `to_encode`."""
     dataset.to_encode = sum(picture not in cache for picture in dataset.images)
     dataset.attach_codes(np.broadcast_to(np.uint16(0), (len(dataset), vae.image_seq_len)))

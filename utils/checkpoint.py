@@ -5,6 +5,7 @@ scheduler_state. Further entries are ours: step, tokenizer, sampling, settings, 
 tensors or plain values. A .safetensors file holds the weights and what generating needs, nothing of the training.
 """
 
+import contextlib
 import json
 import pickle
 import pickletools
@@ -19,12 +20,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from utils import dalle_pytorch
 from utils.files import AnyPath, atomic_write, first_line
+from utils.foreign_pickle import read_entries
 
 Checkpoint = Dict[str, Any]
 Tensors = Dict[str, torch.Tensor]
 
 PREFIX = "model."
+ANGLES = "transformer.pos_emb"  # too large for fp16
+LAYOUT = 2  # versions["layout"] of files written now; in train.py's earlier ones, conv_like is what is now conv_up_left
+BUNDLED_VOCABULARY = "71af8ba2decff41932e78199383441ee1c2d56b594da9a5501aaf50df3d844bd"  # bpe/bpe_yttm_vocab.txt
 KINDS = {
     **dict.fromkeys(("hparams", "weights", "vae_params", "ema_weights", "tokenizer", "sampling", "settings"), dict),
     **dict.fromkeys(("progress", "trainer", "versions", "captions"), dict),
@@ -63,8 +69,8 @@ def write_safetensors(path: AnyPath, checkpoint: Checkpoint, half: bool = False)
     Args:
         path: the file; it appears complete or not at all.
         checkpoint: as `read` returns it.
-        half: store floating-point weights in fp16, except those of the VQGAN that this would change: its codes would
-            change, too. train_vqgan.py's weights have values of fp16.
+        half: store floating-point weights in fp16, except angles of positions, and those of the VQGAN that this would
+            change: its codes would change, too. train_vqgan.py's weights have values of fp16.
 
     Raises:
         OSError: the file cannot be written.
@@ -73,7 +79,7 @@ def write_safetensors(path: AnyPath, checkpoint: Checkpoint, half: bool = False)
     tensors = {**checkpoint["weights"], **averaged}
     if half:
         for name, tensor in tensors.items():
-            rounds = not name.startswith(f"{PREFIX}vae.")
+            rounds = not name.startswith(f"{PREFIX}vae.") and not name.endswith(ANGLES)
             if tensor.is_floating_point() and (rounds or torch.equal(tensor, tensor.half().to(tensor.dtype))):
                 tensors[name] = tensor.half()
     header = {key: checkpoint[key] for key in EXPORTED_KEYS if key in checkpoint}
@@ -96,7 +102,7 @@ def read(path: AnyPath) -> Checkpoint:
     """Read a checkpoint to the CPU, without its empty entries.
 
     Entries in KINDS have that type if they are there. A .safetensors file has no optimizer or schedule, and the entry
-    `exported`.
+    `exported`. Attention patterns have the names of models/transformer.py.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -106,6 +112,11 @@ def read(path: AnyPath) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; give a file that train.py wrote (dalle_<epoch>.pt)")
     checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if dalle_pytorch.is_dalle_pytorch(checkpoint):
+        try:
+            checkpoint = dalle_pytorch.convert(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"{path}: a checkpoint of DALLE-pytorch that cannot be used: {error}") from None
     missing = {"hparams", "weights"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise ValueError(f"{path}: not a DALL-E checkpoint: it has no {' and no '.join(sorted(missing))}")
@@ -119,7 +130,16 @@ def read(path: AnyPath) -> Checkpoint:
             raise ValueError(f"{path}: not a DALL-E checkpoint: its {key} are not tensors under names")
         if not all(map(_is_whole, weights.values())):
             raise ValueError(f"{path}: damaged: a tensor of its {key} has more values than the file holds")
-    return {key: value for key, value in checkpoint.items() if value is not None}
+    checkpoint = {key: value for key, value in checkpoint.items() if value is not None}
+    if "step" in checkpoint and "layout" not in checkpoint.get("versions", {}):  # the reference application has no step
+        _rename_conv_like(checkpoint["hparams"])
+    return checkpoint
+
+
+def _rename_conv_like(hparams: Dict[str, Any]) -> None:
+    patterns = hparams.get("attn_types")
+    if isinstance(patterns, (list, tuple)):
+        hparams["attn_types"] = tuple("conv_up_left" if name == "conv_like" else name for name in patterns)
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
@@ -136,16 +156,22 @@ def _read_torch(path: Path) -> Any:
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
                     if archive.testzip() is not None:
-                        raise ValueError("checksum differs")
+                        raise OSError("checksum differs")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_]\w*(?:\.\w+)*)", str(error))
+        with contextlib.suppress(ValueError):  # DALLE-pytorch's files may hold their settings as objects
+            entries = read_entries(path, "weights")
+            if dalle_pytorch.is_dalle_pytorch(entries):
+                return entries
         if name:
             problem = f"holds {name.group(1)}, neither tensor nor plain value, and was not opened"
             raise ValueError(f"{path}: {problem}") from None
         raise ValueError(f"{path}: damaged, cut short or not a checkpoint") from None
-    except Exception as error:  # damage shows as whatever the layer that meets it raises
+    except OSError as error:
         raise ValueError(f"{path}: damaged, cut short or not a checkpoint ({first_line(error)})") from None
+    except Exception:  # damage shows as whatever the layer that meets it raises
+        raise ValueError(f"{path}: damaged, cut short or not a checkpoint") from None
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
@@ -236,6 +262,27 @@ def first_misfit(model: torch.nn.Module, weights: Tensors) -> Optional[str]:
         if tensor.shape != weights[name].shape:
             return f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
     return None
+
+
+def check_vocabulary(path: AnyPath, saved: Checkpoint, fingerprint: str, flag: str) -> None:
+    """Refuse our bpe_yttm_vocab.txt for a checkpoint of another program, whose file of that name differs.
+
+    Both files have 8,192 tokens, so the sizes fit, but almost every id means another word.
+
+    Args:
+        path: where the checkpoint `saved` was read.
+        fingerprint: of the vocabulary that it is to be used with.
+        flag: the spelling of --bpe-path for the message.
+
+    Raises:
+        ValueError: that is so.
+    """
+    ours = "step" in saved or saved.get("tokenizer", {}).get("sha256") is not None
+    if fingerprint == BUNDLED_VOCABULARY and not ours:
+        raise ValueError(
+            f"{path}: was trained by another program, with another vocabulary than our bpe_yttm_vocab.txt; "
+            f"give its own file with {flag} (Graphcore's application has one of the same name)"
+        )
 
 
 def short(fingerprint: Any) -> str:

@@ -5,6 +5,7 @@ names with underscores, and their values pass through the same checks. Imports n
 """
 
 import argparse
+import difflib
 import math
 import re
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Set
 
 import yaml
+
+from utils.output import exit_on_closed_output
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs.yaml"
 HELP_COLUMN = 38
@@ -31,8 +34,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line to stderr and exit with status 2."""
         message = re.sub(r"(--[\w-]+)/--\w+", r"\1", message)  # one spelling of a flag is enough
+        if message.startswith("unrecognized arguments: "):
+            message += self._suggestion(message)
         print(f"{self.prog}: error: {self.source}{' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with exit_on_closed_output():
+            print(message, end="", file=file)
 
     def heading(self, title: str) -> Callable[..., None]:
         """Start a group of flags; return a function that adds one: add(name, default, help, type=str, **more).
@@ -55,6 +64,15 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(*_spellings(name), type=type, default=default, help=help, **more)
 
         return add
+
+    def _suggestion(self, message: str) -> str:
+        """Return the question whether the first unknown flag of a message meant a known one; "" if none is like it."""
+        flags = sorted(name.replace("_", "-") for name in self.flags())
+        word = next((word[2:] for word in message.replace("=", " ").split() if word.startswith("--")), "")
+        word = word.replace("_", "-")
+        abbreviated = [flag for flag in flags if word and flag.startswith(word)]
+        found = abbreviated or difflib.get_close_matches(word, flags, n=1)
+        return f" (did you mean --{' or --'.join(found[:3])}?)" if found else ""
 
     def flags(self) -> Set[str]:
         """Return the names of all flags that a configuration may set, with underscores."""
@@ -95,11 +113,13 @@ def _help_of(action: argparse.Action) -> str:
 
 
 def boolean(text: str) -> bool:
-    """Parse true or false, yes or no, on or off, 1 or 0."""
-    words = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
-    return words[text.lower()]
+    """Parse true or false, yes or no, their first letters, on or off, 1 or 0."""
+    word = text.lower()
+    if word in ("true", "t", "yes", "y", "on", "1"):
+        return True
+    if word in ("false", "f", "no", "n", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'")
 
 
 def number(
@@ -159,7 +179,11 @@ def parse(parser: Parser, argv: Optional[Sequence[str]] = None) -> argparse.Name
         first.add_argument("--config", nargs="?")
         name = first.parse_known_args(argv)[0].config
         if name is not None:
-            entry = _read_entry(name, parser)
+            entry = read_entry(name, parser)
+            unknown = [str(key) for key in entry if key not in parser.flags()]
+            if unknown:
+                words = ", ".join(unknown)
+                parser.error(f"{CONFIGS.name}, {name}: {words}: no such setting of {parser.prog} (see --help)")
             parser.source = f"{CONFIGS.name}, {name}: "
             namespace = parser.parse_args(_as_words(entry, parser))
             parser.source = ""
@@ -172,7 +196,14 @@ def parse(parser: Parser, argv: Optional[Sequence[str]] = None) -> argparse.Name
     return settings
 
 
-def _read_entry(name: str, parser: Parser) -> Dict[str, Any]:
+def flags_given(parser: Parser, argv: Optional[Sequence[str]] = None) -> Set[str]:
+    """Return the names, with underscores, of the flags on the command line itself, not in a configuration."""
+    unset = argparse.Namespace(**dict.fromkeys(parser.flags()))
+    return {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+
+
+def read_entry(name: str, parser: Parser) -> Dict[str, Any]:
+    """Return an entry of configs.yaml as it is written; an error is one line and exit status 2."""
     try:
         entries = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
     except OSError as error:
@@ -184,9 +215,6 @@ def _read_entry(name: str, parser: Parser) -> Dict[str, Any]:
     if name not in entries:
         known = ", ".join(map(str, entries))
         parser.error(f"argument --config: no configuration '{name}' in {CONFIGS.name}; it has {known}")
-    unknown = [str(key) for key in entries[name] if key not in parser.flags()]
-    if unknown:
-        parser.error(f"{CONFIGS.name}, {name}: {', '.join(unknown)}: no such setting of {parser.prog} (see --help)")
     return entries[name]
 
 
@@ -233,6 +261,12 @@ def machine_flags(parser: Parser) -> None:
     add = parser.heading("Machine")
     add("device", "auto", "auto takes CUDA, else an IPU with its SDK enabled, else the CPU", choices=DEVICES)
     add("precision", "auto", "arithmetic of the transformer; auto takes bf16 if it is fast", choices=PRECISIONS)
+    add("executable-cache-dir", None, "folder to keep programs compiled for IPUs in; they take minutes", path)
+
+
+def window_flag(add: Add) -> None:
+    """Add the flag for how many codes of an image are computed at once."""
+    add("window", None, "codes of an image that a pass computes; default: what is fastest", COUNT, metavar="N")
 
 
 def vqgan_file_flags(add: Add) -> None:

@@ -1,5 +1,6 @@
-"""Write files and folders that appear under their names complete or not at all."""
+"""Write files and folders that appear under their names complete or not at all; decode text files."""
 
+import codecs
 import contextlib
 import os
 import shutil
@@ -7,6 +8,24 @@ from pathlib import Path
 from typing import IO, Any, Iterator, Union
 
 AnyPath = Union[str, Path]
+_BYTE_ORDER_MARKS = (  # UTF-32's little-endian one begins like that of UTF-16
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+@contextlib.contextmanager
+def errors_name(path: AnyPath) -> Iterator[None]:
+    """Let errors of this block that name no file, such as that of a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -25,7 +44,7 @@ def atomic_write(path: AnyPath, text: bool = False, sync: bool = False) -> Itera
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         form = {"mode": "w", "encoding": "utf-8", "newline": "\n"} if text else {"mode": "wb"}
-        with open(temporary, **form) as file:  # type: ignore[call-overload]
+        with errors_name(path), open(temporary, **form) as file:  # type: ignore[call-overload]
             yield file
         if sync:
             with open(temporary, "rb+") as written:  # opened again: the block may have replaced the file by name
@@ -67,6 +86,22 @@ def check_writable(folder: AnyPath, flag: str) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
+
+
+def decode_text(content: bytes) -> str:
+    """Return the text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, or in UTF-16 without one.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and b"\0" in content:  # UTF-16 of mostly ASCII has a zero in every other byte
+        even, odd = content[::2].count(0), content[1::2].count(0)
+        encoding = "utf-16-le" if odd > even else "utf-16-be"
+    text = content.decode(encoding)
+    if "\0" in text:
+        raise ValueError("has zero bytes, so it is not a text")
+    return text
 
 
 def first_line(error: BaseException) -> str:

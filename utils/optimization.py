@@ -1,9 +1,12 @@
 """Parameter groups and learning-rate schedules; the backends have the optimizers."""
 
 import math
+import re
 from typing import Any, Dict, List
 
 import torch
+
+from utils.checkpoint import model_weights
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
@@ -33,6 +36,32 @@ def load_keeping_flags(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) 
     flags = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     groups = [{**saved, **own} for saved, own in zip(state["param_groups"], flags)]  # this run's flags win
     optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+def convert_ipu_state(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, ipu_state: Dict[str, torch.Tensor]
+) -> Dict[str, Any]:
+    """Return the `ipu_state` of PopTorch's Adam, keyed by <moment>___<parameter>, as torch's Adam loads it.
+
+    Raises:
+        LookupError: a parameter of the model has no moments there.
+        ValueError: the pieces of a split embedding do not fit, or nothing counts the steps (an AdamW without bias
+            correction).
+    """
+    parts: Dict[str, Dict[str, torch.Tensor]] = {"Accl1": {}, "Accl2": {}, "Step": {}}
+    for key, value in ipu_state.items():
+        moment, _, name = key.partition("___")
+        # models.pipeline_dalle and the reference application name the pieces of a split embedding differently.
+        parts[moment][re.sub(r"\.piece_(\d+)$", r".split_embeddings.\1.weight", name)] = value
+    step = max(float(value.flatten()[0]) for value in parts["Step"].values())
+    first, second = model_weights(parts["Accl1"]), model_weights(parts["Accl2"])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        number: {"step": torch.tensor(step), "exp_avg": first[name], "exp_avg_sq": second[name]}
+        for number, name in enumerate(parameters)
+    }
+    return {**optimizer.state_dict(), "state": state}
 
 
 def multi_step(epoch: int, epochs: int) -> float:
@@ -100,7 +129,12 @@ class LearningRate:
         return {"name": self.name, "lr": self._holder.param_groups[0]["lr"], "plateau": state}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Load the state of a scheduler of the same name; ignore that of another."""
+        """Load the state of a scheduler of the same name; ignore that of another.
+
+        Of the reference application's plateau only the rate counts: it compared losses of single micro-batches.
+        """
         if state.get("name") == self.name:
             self._holder.param_groups[0]["lr"] = state["lr"]
             self._plateau.load_state_dict(state["plateau"])
+        elif self.name == "ReduceLROnPlateau" and isinstance(state.get("_last_lr"), list):
+            self._holder.param_groups[0]["lr"] = float(state["_last_lr"][0])

@@ -6,20 +6,23 @@ tests use a strict stand-in for PopTorch and check the operators in use.
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import logging
 import os
 from argparse import Namespace
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor, nn
 
 from backends.base import Backend, Losses, SamplesLost, Trainer, TrainingBackend
+from backends.ipu import estimates
 from backends.ipu.inference import (
     DeviceLosses,
     DeviceSampler,
     OrderedSamples,
+    Program,
     RowByRow,
     VqganDecoder,
     decode_upper_rows,
@@ -28,8 +31,8 @@ from backends.ipu.trainer import IpuTrainer
 from backends.native.resilient_loader import MEMORY_ADVICE, explain_dead_worker, last_line
 from backends.native.trainer import ADAM_EPS
 from models.dalle import DALLE
+from models.image_tokenizer import ImageTokenizer
 from models.pipeline_dalle import placement, stages, unshare_masks
-from models.vae import VQGanVAE
 from utils import interrupts
 from utils.files import check_writable
 from utils.optimization import parameter_groups
@@ -52,27 +55,48 @@ def require_poptorch() -> None:
         raise ValueError(f"--device ipu: there is no PopTorch here; {enabled}pip install the SDK's poptorch wheel")
 
 
+@contextlib.contextmanager
+def device_errors(problem: str, kind: Type[ValueError] = ValueError) -> Iterator[None]:
+    """Turn errors of PopTorch, and of torch while PopTorch compiles, into `kind`: the problem and its reason."""
+    import poptorch
+
+    try:
+        yield
+    except (poptorch.Error, RuntimeError) as error:  # poptorch.Error derives from Exception
+        reason = next(iter(str(error).splitlines()), "")
+        raise kind(f"IPU: {problem}: {reason}") from error
+
+
 class Instances:
     """The instances that PopRun started, of which this is number `rank`; a single one without PopRun.
 
     Attributes:
         replicas: the model's replicas in this instance.
         all_replicas: the replicas of all instances.
+        popdist: PopRun's module; None without PopRun.
     """
 
     def __init__(self, replicas: int):
         self.rank, self.size, self.replicas, self.all_replicas = 0, 1, replicas, replicas
         self.popdist: Any = None
         self.horovod: Any = None
-        if importlib.util.find_spec("popdist") is None:
+        try:
+            import popdist
+        except ImportError:
+            if any(name.startswith("POPDIST_") for name in os.environ):
+                raise ValueError("PopRun: there is no popdist here; pip install the SDK's popdist wheel") from None
             return
-        import popdist
-
         if not popdist.isPopdistEnvSet():
             return
-        import horovod.torch
+        try:
+            import horovod.torch
+        except ImportError:
+            raise ValueError(
+                "PopRun: there is no Horovod here, which its instances need; pip install -r requirements-ipu.txt"
+            ) from None
         import popdist.poptorch
 
+        popdist.init()  # before anything else, or PopRun's runtime is set up and ended too late
         horovod.torch.init()
         self.popdist, self.horovod = popdist, horovod.torch
         self.rank, self.size = popdist.getInstanceIndex(), popdist.getNumInstances()
@@ -80,13 +104,13 @@ class Instances:
         if self.all_replicas != replicas and not self.rank:
             logger.info("PopRun's %d replicas override --replication-factor %d", self.all_replicas, replicas)
 
-    def options(self, ipus_per_replica: int) -> Any:
-        """Return poptorch.Options for this instance's replicas."""
+    def options(self, ipus_per_replica: int, replicas: Optional[int] = None) -> Any:
+        """Return poptorch.Options for this instance's replicas, or for `replicas` where PopRun does not decide it."""
         import poptorch
 
         if self.popdist:
             return self.popdist.poptorch.Options(ipus_per_replica=ipus_per_replica)
-        return poptorch.Options().replicationFactor(self.replicas)
+        return poptorch.Options().replicationFactor(self.replicas if replicas is None else replicas)
 
     def mean(self, values: List[float]) -> List[float]:
         """Return the means over all instances."""
@@ -108,15 +132,19 @@ class IpuBackend(Backend):
     device = torch.device("cpu")
     can_gather = False
     memory = None
+    device_errors = staticmethod(device_errors)
 
-    def __init__(self, device: str = "ipu", precision: str = "auto", replicas: int = 1):
+    def __init__(self, precision: str = "auto", executable_cache_dir: Optional[str] = None, replicas: int = 1):
         require_poptorch()
         if precision == "bf16":
             raise ValueError("--precision bf16: IPUs have no bfloat16; use fp16 or fp32")
-        self.precision = precision
+        if executable_cache_dir:
+            check_writable(executable_cache_dir, "--executable-cache-dir")
+        self.precision, self.executable_cache_dir = precision, executable_cache_dir
         self.instances = Instances(replicas)
         self.rank, self.world_size = self.instances.rank, self.instances.size
-        self.encoder: Optional[RowByRow] = None
+        self.ipus_per_replica = 1  # as PopRun's --ipus-per-replica
+        self.holders: Dict[str, Program] = {}  # programs that hold IPUs
 
     def autocast(self) -> ContextManager[Any]:
         """Return an empty context: on the CPU, modules compute in fp32."""
@@ -126,66 +154,104 @@ class IpuBackend(Backend):
         """Refuse: instances exchange no tensors outside a training program."""
         raise NotImplementedError("IPU instances gather no tensors")
 
-    def inference(self, module: nn.Module, device_iterations: int = 1) -> Any:
-        """Return a module as a function of tensors with fixed shapes, on one IPU."""
+    def program(self, role: str, module: nn.Module, device_iterations: int = 1) -> Program:
+        """Return a module as a function of tensors with fixed shapes, on one IPU (under PopRun, one of each replica).
+
+        Args:
+            role: encoder, decoder, sampler or evaluator. At most one of each holds an IPU; under PopRun, whose options
+                name an instance's IPUs, at most one of all.
+        """
         import poptorch
 
-        return poptorch.inferenceModel(module.eval(), poptorch.Options().deviceIterations(device_iterations))
+        def make() -> Any:
+            options = self.instances.options(self.ipus_per_replica, replicas=1).deviceIterations(device_iterations)
+            options._Popart.set("aliasZeroCopy", True)  # or a loop gets copies of the weights that it reads
+            if self.executable_cache_dir:
+                options.enableExecutableCaching(self.executable_cache_dir)
+            return poptorch.inferenceModel(module.eval(), options)
 
-    def free_encoder(self) -> None:
-        """Release the IPU that encodes, if there is one; the next image compiles the encoder again."""
-        if self.encoder is not None:
-            self.encoder.destroy()
+        slot = "the instance's IPUs" if self.instances.popdist else role
+        return Program(make, role, slot, self.holders, device_errors)
+
+    def release(self, *roles: str) -> None:
+        """Give up the IPUs of these roles, or of all; the next call takes them again."""
+        for program in list(self.holders.values()):
+            if not roles or program.role in roles:
+                program.release()
 
     def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
         """Return a function from batches to mean losses, on one IPU, row by row so that no batch has to be padded."""
-        module = RowByRow(DeviceLosses(self._inference_copy(model)), self.inference)
+        losses = self._row_by_row("evaluator", DeviceLosses(self._inference_copy(model)))
 
         def evaluate(batches: Iterable[Tuple[Tensor, Tensor]]) -> Losses:
-            self.free_encoder()
-            rows = torch.cat([module(torch.cat((text, codes), dim=1)) for text, codes in batches])
-            module.destroy()  # frees its IPU
+            self.release("encoder")
+            rows = torch.cat([losses(torch.cat((text, codes), dim=1)) for text, codes in batches])
+            self.release("evaluator")
             return dict(zip(("total", "text", "image"), rows.mean(dim=0).tolist()))
 
         return evaluate
 
+    def number_size(self, model: DALLE) -> int:
+        """Return the bytes of a number in inference: 2 if it is asked for or if the model is large, else 4."""
+        half = self.precision == "fp16" or (
+            self.precision == "auto" and 4 * estimates.trained_parameters(model) > FP32_WEIGHTS
+        )
+        return 2 if half else 4
+
     def _inference_copy(self, model: DALLE) -> DALLE:
-        """Return a copy of a DALLE for one IPU: without its VQGAN, in fp16 if asked for or if it is large."""
-        weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
-        half = self.precision == "fp16" or (self.precision == "auto" and 4 * weights > FP32_WEIGHTS)
+        """Return a copy of a DALLE for one IPU: without its VQGAN, in fp16 or fp32."""
+        half = self.number_size(model) == 2
         logger.info("running on an IPU in %s", "fp16" if half else "fp32")
         model = copy.deepcopy(model, {id(model.vae): None}).eval()
         unshare_masks(model)
         return model.half() if half else model
 
-    def encode(self, vae: VQGanVAE) -> Callable[[Tensor], Tensor]:
+    def encode(self, vae: ImageTokenizer) -> Callable[[Tensor], Tensor]:
         """Return a function from pixels to codes, in fp32, so that codes equal those of other machines."""
-        encoder = self.encoder = RowByRow(vae, self.inference)
+        encoder = self._row_by_row("encoder", vae)
         return lambda pixels: encoder(pixels).long()
 
-    def decode(self, vae: VQGanVAE) -> Callable[..., Tensor]:
+    def decode(self, vae: ImageTokenizer) -> Callable[..., Tensor]:
         """Return a function from codes to pixels."""
-        return decode_upper_rows(RowByRow(VqganDecoder(vae), self.inference))
+        return decode_upper_rows(self._row_by_row("decoder", VqganDecoder(vae)))
 
-    def sampler(self, model: DALLE, batch_size: int) -> Callable[..., Tensor]:
+    def images_at_once(self, model: DALLE) -> int:
+        """Return the largest power of two for which the sampler's tensors leave room in an IPU's memory."""
+        return estimates.sampler_sequences(model, self.number_size(model))
+
+    def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` as one call of the device per batch, or per code if that does not compile."""
         import poptorch
 
-        on_device = {"loop": poptorch.for_loop, "update": poptorch.dynamic_update}
-        return DeviceSampler(self._inference_copy(model), batch_size, self.inference, on_device)
+        if self.instances.popdist and self.instances.replicas > 1:
+            raise ValueError("PopRun: generating needs as many --num-instances as --num-replicas")
+        operators = {"loop": poptorch.for_loop, "update": poptorch.dynamic_update}
+        sampler = DeviceSampler(
+            self._inference_copy(model), batch_size, functools.partial(self.program, "sampler"), operators
+        )
+        memory = estimates.sampler_memory(model, sampler.rows, self.number_size(model))
+        parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in memory.items())
+        share = f"{sum(memory.values()) / 1e6:.0f} of {estimates.MEMORY / 1e6:.0f} MB"
+        logger.info("%d sequences a call (a guided image is two): about %s of an IPU: %s", sampler.rows, share, parts)
+        return sampler
+
+    def _row_by_row(self, role: str, module: nn.Module) -> RowByRow:
+        replicas = self.instances.replicas if self.instances.popdist else 1
+        return RowByRow(functools.partial(self.program, role, module), replicas)
 
 
 class IpuTrainingBackend(IpuBackend, TrainingBackend):
     """One or several IPUs that train a pipeline."""
 
     def __init__(self, settings: Namespace):
-        super().__init__(settings.device, settings.precision, settings.replication_factor)
+        super().__init__(settings.precision, settings.executable_cache_dir, settings.replication_factor)
         if settings.ema_decay:
             raise ValueError("--ema-decay: weights stay on the IPU and are not averaged; leave it out")
         if settings.optimizer not in OPTIMIZERS:
             raise ValueError(f"--optimizer {settings.optimizer}: PopTorch has none; use Adam or AdamW")
         settings.random_seed = self.instances.broadcast(settings.random_seed)
         self.settings, self.compile_only = settings, settings.compile_only
+        self.ipus_per_replica = settings.ipus_per_replica
         self.half = settings.precision == "fp16" or (settings.precision == "auto" and settings.fp16 is True)
         depth, ipus = settings.num_hidden_layers, settings.ipus_per_replica
         evenly = [depth * (ipu + 1) // ipus - depth * ipu // ipus for ipu in range(ipus)]
@@ -203,23 +269,11 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
                 f"--gradient-accumulation {settings.gradient_accumulation}: a pipeline of {len(self.stages)} stages "
                 f"needs {least} micro-batches or more per update"
             )
-        for flag in ("executable_cache_dir", "profile_dir"):
-            if getattr(settings, flag):
-                check_writable(getattr(settings, flag), "--" + flag.replace("_", "-"))
+        if settings.profile_dir:
+            check_writable(settings.profile_dir, "--profile-dir")
         self.batch_size = settings.batch_size
         self.micro_batches = settings.gradient_accumulation * self.instances.replicas * settings.device_iterations
         self.samples_per_step = self.batch_size * self.micro_batches
-
-    @contextlib.contextmanager
-    def making_codes(self) -> Iterator[None]:
-        """Let rank 0 encode first, on one IPU; the other instances wait and then read its cache."""
-        if self.rank:
-            self.instances.broadcast(0)  # waits for rank 0
-        try:
-            yield
-        finally:
-            if not self.rank:
-                self.instances.broadcast(0)
 
     def any_process(self, wish: bool) -> bool:
         """Return whether any instance wishes it."""

@@ -1,10 +1,10 @@
-"""Run models with fixed shapes: any number of rows through a function that was compiled for a fixed number.
+"""Run models with fixed shapes: any number of rows through a program that was compiled for a fixed number.
 
-The caller passes `inference(module, device_iterations)`, which compiles a module; this file names no SDK.
+The backend passes a function that returns Programs; this file names no SDK.
 """
 
 import logging
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from models.dalle import DALLE
-from models.sampling import CodeCallback, Generators, Sampling, check_given_codes, gumbel_noise, sample_codes
-from models.static_sampling import FullPass, StaticSampler
-from models.vae import VQGanVAE
+from models.image_tokenizer import ImageTokenizer
+from models.sampling import CodeCallback, Generators, Sampling, check_given_codes, gumbel_noise
+from models.static_sampling import FullPass, StaticSampler, settings_row
 
 logger = logging.getLogger("minidalle")
 
@@ -27,7 +27,7 @@ def full(x: Tensor, rows: int) -> Tensor:
 class VqganDecoder(nn.Module):
     """A VQGAN's decoder as a module, from codes int (B, L) to pixels (B, 3, S, S)."""
 
-    def __init__(self, vae: VQGanVAE):
+    def __init__(self, vae: ImageTokenizer):
         super().__init__()
         self.vae = vae
 
@@ -65,43 +65,98 @@ def decode_upper_rows(decode: Callable[[Tensor], Tensor]) -> Callable[..., Tenso
     return decode_rows
 
 
-class RowByRow:
-    """A module for any number of rows: each call takes as many as the first one had, one after another."""
+class CompileError(ValueError):
+    """A module does not compile for an IPU, or there is no free IPU; the message is one line."""
 
-    def __init__(self, module: nn.Module, inference: Callable):
-        self.module, self.inference = module, inference
+
+class Program:
+    """A module that is compiled at its first call, and holds IPUs from then on until `release`.
+
+    Args:
+        make: returns a new executor of PopTorch.
+        role: what the module does, for messages.
+        slot: of all programs with the same slot, only the one called last holds IPUs.
+        holders: the programs that hold IPUs, by slot.
+        errors: returns a context that turns PopTorch's errors into ValueError, or into another class.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        role: str,
+        slot: str,
+        holders: Dict[str, "Program"],
+        errors: Callable[..., ContextManager[Any]],
+    ):
+        self.make, self.role, self.slot, self.holders, self.errors = make, role, slot, holders, errors
         self.executor: Any = None
+
+    def compile(self, *inputs: Tensor) -> None:
+        """Compile for inputs like these unless that is done, and take the IPUs; CompileError if it cannot."""
+        if self.holders.get(self.slot) is self:
+            return
+        if self.slot in self.holders:
+            self.holders[self.slot].release()
+        with self.errors(f"the {self.role} does not compile", CompileError):
+            if self.executor is None:
+                executor = self.make()
+                executor.compile(*inputs)
+                self.executor = executor
+            else:
+                self.executor.attachToDevice()
+        self.holders[self.slot] = self
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Run the module."""
+        self.compile(*inputs)
+        with self.errors(f"the {self.role} stopped"):
+            return self.executor(*inputs)
+
+    def release(self) -> None:
+        """Give up the IPUs; the next call takes them again, without compiling."""
+        self.executor.detachFromDevice()
+        del self.holders[self.slot]
+
+
+class RowByRow:
+    """A module for any number of rows: each call takes about as many as the first one had, one after another.
+
+    Args:
+        program: returns the Program of a module that takes `device_iterations` rows for each replica.
+        replicas: copies of the module that share a call's rows.
+    """
+
+    def __init__(self, program: Callable[..., Program], replicas: int = 1):
+        self.compile_for, self.replicas = program, replicas
+        self.program: Optional[Program] = None
         self.rows = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the module to x."""
-        if self.executor is None:
-            self.rows = len(x)
-            self.executor = self.inference(self.module, self.rows)
-        return torch.cat([self.executor(full(part, self.rows))[: len(part)] for part in x.split(self.rows)])
-
-    def destroy(self) -> None:
-        """Release the IPU; the next call compiles the module again."""
-        if self.executor is not None:
-            self.executor.destroy()
-            self.executor = None
+        if self.program is None:
+            iterations = -(-len(x) // self.replicas)
+            self.rows = iterations * self.replicas
+            self.program = self.compile_for(device_iterations=iterations)
+        return torch.cat([self.program(full(part, self.rows))[: len(part)] for part in x.split(self.rows)])
 
 
 class DeviceSampler:
-    """Backend.sampler in calls of `rows` images; the last image is repeated if fewer are needed.
+    """Backend.sampler in calls of `rows` sequences: as many images, or half as many guided ones.
+
+    One program serves all settings and image prompts. If there are fewer images, the last one is repeated.
 
     Args:
-        inference: compiles a module; see IpuBackend.inference.
-        on_device: StaticSampler's loop and update, to sample a batch in one call. If None, or if that does not compile,
-            every code takes a call.
+        rows: an odd number is rounded up.
+        program: returns a module's Program.
+        operators: StaticSampler's loop and update. If it does not compile with them, every code takes a call.
     """
 
     def __init__(
-        self, model: DALLE, rows: int, inference: Callable[..., Any], on_device: Optional[Dict[str, Callable]]
+        self, model: DALLE, rows: int, program: Callable[[nn.Module], Program], operators: Dict[str, Callable]
     ):
-        self.model, self.rows, self.inference, self.on_device = model, rows, inference, on_device
-        self.loops: Dict[Any, Any] = {}  # compiled StaticSamplers, by sampling settings and number of given codes
-        self.stepper = FullPassStepper(self)
+        self.model, self.rows = model, rows + rows % 2
+        self.image_sampler, self.code_sampler = program(StaticSampler(model, **operators)), program(FullPass(model))
+        self.loop_compiles = True
 
     def __call__(
         self,
@@ -112,52 +167,37 @@ class DeviceSampler:
         image_codes: Optional[Tensor] = None,
         on_code: Optional[CodeCallback] = None,
     ) -> Tensor:
-        given = check_given_codes(self.model, text, image_codes)
-        if self.on_device and given.shape[1] < self.model.image_seq_len:
-            shape = len(text), self.model.image_seq_len, self.model.num_image_tokens
-            noise = gumbel_noise(*shape, generator, text.device)
-            inputs = (text, noise, given) if given.shape[1] else (text, noise)
-            executor = self.compiled_loop(sampling, inputs, given.shape[1])
-            if executor is not None:  # it does not call on_code
-                return self.run(executor, inputs).long()
-        return sample_codes(self.model, text, self.stepper, sampling, generator, given, on_code)
-
-    def compiled_loop(self, sampling: Sampling, inputs: Tuple[Tensor, ...], count: int) -> Optional[Any]:
-        """Return the executor for these settings and `count` given codes, or None if it does not compile."""
-        if (sampling, count) not in self.loops:
-            executor = self.inference(StaticSampler(self.model, sampling, **(self.on_device or {})))
+        length = self.model.image_seq_len
+        codes = check_given_codes(self.model, text, image_codes)
+        noise = gumbel_noise(len(text), length, self.model.num_image_tokens, generator, text.device)
+        given = codes.shape[1]
+        settings = settings_row(sampling, given, self.model).expand(len(text), -1)
+        if given == length:
+            return codes
+        images = text, noise, F.pad(codes, (0, length - given)), settings
+        if self.loop_compiles:
             try:
-                executor.compile(*(full(x[: self.rows], self.rows) for x in inputs))
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                logger.warning("the loop over codes does not compile; each code takes one call: %s", reason)
-                self.on_device = executor = None
-            self.loops[sampling, count] = executor
-        return self.loops[sampling, count]
+                return self.run(self.image_sampler, images, sampling.is_guided)  # it does not call on_code
+            except CompileError as error:
+                logger.warning("each code takes one call of the IPU, because %s", error)
+                self.loop_compiles = False
+        for place in range(given, length):
+            index = torch.tensor([place])
+            images[2][:, place : place + 1] = self.run(self.code_sampler, images, sampling.is_guided, index)
+            if on_code is not None:
+                on_code(images[2][:, : place + 1])
+        return images[2]
 
-    def run(self, executor: Any, inputs: Tuple[Tensor, ...], *others: Tensor) -> Tensor:
-        """Split tensors of any number of rows into calls of self.rows; pass `others` as they are to every call."""
-        parts = zip(*(x.split(self.rows) for x in inputs))
-        done = [executor(*(full(x, self.rows) for x in part), *others)[: len(part[0])] for part in parts]
-        return torch.cat(done)
-
-
-class FullPassStepper:
-    """A Stepper that computes the whole sequence on the device for every code."""
-
-    def __init__(self, sampler: DeviceSampler):
-        self.sampler, self.executor = sampler, None
-
-    def begin(self, text: Tensor, codes: Tensor) -> Tensor:
-        if self.executor is None:
-            self.executor = self.sampler.inference(FullPass(self.sampler.model))
-        self.text, self.codes = text, codes
-        place = codes.shape[1]
-        codes = F.pad(codes, (0, self.sampler.model.image_seq_len - place))
-        return self.sampler.run(self.executor, (text, codes), torch.tensor([place]))
-
-    def next(self, code: Tensor) -> Tensor:
-        return self.begin(self.text, torch.cat((self.codes, code[:, None]), dim=1))
+    def run(self, program: Program, images: Tuple[Tensor, ...], is_guided: bool, *others: Tensor) -> Tensor:
+        """Split tensors (B, …) of images into calls, with `others` as they are; return codes int64 (B, n)."""
+        at_once = self.rows // 2 if is_guided else self.rows
+        found = []
+        for part in zip(*(tensor.split(at_once) for tensor in images)):
+            text, *rest = (full(tensor, at_once) for tensor in part)
+            if is_guided:
+                text, rest = torch.cat((text, torch.zeros_like(text))), [torch.cat((x, x)) for x in rest]
+            found.append(program(text, *rest, *others)[: len(part[0])].long())
+        return torch.cat(found)
 
 
 class OrderedSamples(Dataset):

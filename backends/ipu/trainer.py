@@ -41,32 +41,44 @@ class IpuTrainer(Trainer):
                 f"a batch of {rows} samples; --batch-size × --gradient-accumulation × --replication-factor × "
                 f"--device-iterations are {expected}"
             )
-        self.backend.free_encoder()
+        self.backend.release()
         self.executor.setOptimizer(self.optimizer)
-        self.executor.compile(*batch)
+        with self.backend.device_errors("the model does not compile"):
+            self.executor.compile(*batch)
 
     def step(self, batch: Any) -> Losses:
         """Make one update and return the mean losses."""
-        return self.means(self.executor(*batch))
+        with self.backend.device_errors("training stopped"):
+            sums = self.executor(*batch)
+        return self.means(sums)
 
     def evaluate(self, batches: Iterable) -> Losses:
         """Return the mean losses without dropout, on the IPUs that otherwise train."""
         training = self.executor.isAttachedToDevice()
         if training:  # also copies the current weights to the host
             self.executor.detachFromDevice()
-        if self.evaluator is not None:
-            self.evaluator.attachToDevice()
         losses = []
-        for batch in batches:
-            if self.evaluator is None:
-                self.evaluator = self.backend.evaluation_model(self.wrapped)
-                self.evaluator.compile(*batch)
-                self.wrapped.train()
-            losses.append(self.means(self.evaluator(*batch)))
-        self.evaluator.detachFromDevice()
-        if training:
-            self.executor.attachToDevice()
+        try:
+            for batch in batches:
+                losses.append(self.means(self.evaluate_batch(batch)))
+        finally:  # the samples may end, or Ctrl-C may come
+            if self.evaluator is not None and self.evaluator.isAttachedToDevice():
+                self.evaluator.detachFromDevice()
+            if training:
+                self.executor.attachToDevice()
         return {name: sum(found[name] for found in losses) / len(losses) for name in losses[0]}
+
+    def evaluate_batch(self, batch: Any) -> Sequence[Tensor]:
+        """Return the sums of the losses of what one step takes."""
+        with self.backend.device_errors("validation stopped"):
+            if self.evaluator is None:
+                evaluator = self.backend.evaluation_model(self.wrapped)
+                evaluator.compile(*batch)
+                self.wrapped.train()
+                self.evaluator = evaluator
+            elif not self.evaluator.isAttachedToDevice():
+                self.evaluator.attachToDevice()
+            return self.evaluator(*batch)
 
     def means(self, sums: Sequence[Tensor]) -> Losses:
         """Return the means over all instances of losses summed over a call's micro-batches, one row per replica."""
@@ -118,3 +130,9 @@ class IpuTrainer(Trainer):
             self.executor.setOptimizer(self.optimizer)
         except (ValueError, LookupError, TypeError, AttributeError):
             logger.warning("the checkpoint's optimizer state is not for this optimizer on IPUs; it starts afresh")
+
+    def close(self) -> None:
+        """Give up the IPUs."""
+        for executor in (self.executor, self.evaluator):
+            if executor is not None:
+                executor.destroy()

@@ -10,6 +10,7 @@ import gc
 import itertools
 import logging
 import os
+import warnings
 from argparse import Namespace
 from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from backends.base import Backend, Losses, Trainer, TrainingBackend
 from backends.memory import Memory
-from backends.native.inference import decoder, encoder, sampler
+from backends.native.inference import NativeSampler, decoder, encoder
 from backends.native.resilient_loader import read
 from backends.native.trainer import NativeTrainer, mean_losses
 from models.dalle import DALLE
-from models.vae import VQGanVAE
+from models.image_tokenizer import ImageTokenizer
 from utils import interrupts
 
 logger = logging.getLogger("minidalle")
@@ -52,19 +53,29 @@ IPU_ONLY = {  # flags without effect here, with their defaults
 }
 
 
+AT_ONCE = {"cpu": 32, "cuda": 256}  # images from which on larger batches are no faster
+
+
 class NativeBackend(Backend):
     """A CPU or a GPU that samples and evaluates."""
 
     can_gather = True
 
-    def __init__(self, device: str = "auto", precision: str = "auto", fp16: Optional[bool] = None):
+    def __init__(
+        self, device: str = "auto", precision: str = "auto", fp16: Optional[bool] = None, loss_scaling: bool = True
+    ):
+        """Choose device and precision; see pick_precision for `fp16` and `loss_scaling`."""
         self.processes = Processes()
         self.rank, self.world_size = self.processes.rank, self.processes.size
         self.device = pick_device(device)
         self.kind = self.device.type
-        if self.kind == "cuda" and self.world_size > 1:
-            self.device = own_gpu(self.processes.local_rank)
-        self.precision = pick_precision(precision, self.device, fp16)
+        if self.kind == "cuda":
+            if self.world_size > 1:
+                self.device = own_gpu(self.processes.local_rank)
+            # It plans for some 30 ms for every new shape, and generation attends to one more key with each code.
+            if hasattr(torch.backends.cuda, "enable_cudnn_sdp"):
+                torch.backends.cuda.enable_cudnn_sdp(False)
+        self.precision = pick_precision(precision, self.device, fp16, loss_scaling)
         self.dtype = DTYPES[self.precision]
         self.memory = Memory(self.device)
         if not self.rank:
@@ -86,17 +97,26 @@ class NativeBackend(Backend):
         with self.processes.losses_explained():
             return self.processes.gather(rows)
 
-    def encode(self, vae: VQGanVAE) -> Callable[[Tensor], Tensor]:
+    def encode(self, vae: ImageTokenizer) -> Callable[[Tensor], Tensor]:
         """Return a function from pixels to codes."""
         return encoder(vae, self.device)
 
-    def decode(self, vae: VQGanVAE) -> Callable[..., Tensor]:
+    def decode(self, vae: ImageTokenizer) -> Callable[..., Tensor]:
         """Return a function from codes to pixels."""
         return decoder(vae, self.device, self.precision)
 
-    def sampler(self, model: DALLE, batch_size: int) -> Callable[..., Tensor]:
+    def images_at_once(self, model: DALLE) -> int:
+        """Return how many images are fast and fit half of the free memory."""
+        attention = model.transformer.layers[0][0].fn.fn
+        keys_and_values = 2 * len(model.transformer.layers) * attention.heads * attention.dim_head  # of one position
+        positions = model.text_seq_len + model.image_seq_len
+        noise = model.image_seq_len * model.num_image_tokens
+        image = 4 * (2 * keys_and_values * positions + 2 * noise + 64 * 3 * model.vae.image_size**2)  # with guidance
+        return int(max(1, min(AT_ONCE[self.kind], self.memory.free() // 2 // image)))
+
+    def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` with packed weights."""
-        return sampler(model, self, batch_size)
+        return NativeSampler(model, self, batch_size, window)
 
     def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
         """Return a function from batches to mean losses."""
@@ -111,7 +131,7 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
 
     def __init__(self, settings: Namespace):
         self.settings, self.shard = settings, settings.shard
-        super().__init__(settings.device, settings.precision, settings.fp16)
+        super().__init__(settings.device, settings.precision, settings.fp16, loss_scaling=not self.shard)
         if self.shard:
             from backends.native import sharding
 
@@ -122,16 +142,11 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
         self.processes.connect(self.device)
         unused = [name for name, default in IPU_ONLY.items() if getattr(settings, name) != default]
         if unused and not self.rank:
-            flags = ", ".join("--" + name.replace("_", "-") for name in unused)
-            logger.info("for IPUs only, without effect here: %s", flags)
+            logger.info("%d settings are for IPUs only and have no effect here", len(unused))
 
     def describe_processes(self) -> str:
         """Return how many processes there are and whether they share the model, for the log."""
         return super().describe_processes() + (" that shard the model" if self.shard else "")
-
-    def making_codes(self) -> ContextManager[Any]:
-        """Return a context that all processes enter at once."""
-        return contextlib.nullcontext()
 
     def any_process(self, wish: bool) -> bool:
         """Return whether any process wishes it."""
@@ -167,8 +182,14 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
 
 
 def has_cuda() -> bool:
-    """Return whether PyTorch sees a CUDA GPU."""
-    return torch.cuda.is_available()
+    """Return whether PyTorch sees a CUDA GPU; if its driver is too old or does not answer, log that in one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = torch.cuda.is_available()
+    for warning in caught:  # torch gives it once, with several lines of advice
+        reason = " ".join(str(warning.message).split()).partition(". ")[0]
+        logger.warning("the GPU cannot be used: %s", reason)
+    return found
 
 
 def pick_device(name: str) -> torch.device:
@@ -198,14 +219,23 @@ def own_gpu(local_rank: int) -> torch.device:
 
 def fast_in_bf16(device: torch.device) -> bool:
     """Return whether bf16 matrix products beat fp32 ones: on GPUs from Ampere on, on CPUs with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+    if device.type == "cuda":  # torch.cuda.is_bf16_supported() counts older GPUs, which emulate it
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # missing in torch 2.0, which then uses fp32
     return any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))
 
 
-def pick_precision(wanted: str, device: torch.device, fp16: Optional[bool] = None) -> str:
-    """Return fp32, bf16 or fp16: as wanted; for auto, bf16 if that is fast here and --fp16 is not off.
+def fast_in_fp16(device: torch.device) -> bool:
+    """Return whether fp16 matrix products beat fp32 ones: on GPUs from Volta on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def pick_precision(wanted: str, device: torch.device, fp16: Optional[bool] = None, loss_scaling: bool = True) -> str:
+    """Return fp32, bf16 or fp16: as wanted; for auto, bf16 or else fp16 if it is fast here, unless --fp16 is off.
+
+    Args:
+        fp16: train.py's flag of this name.
+        loss_scaling: whether the loss can be scaled, without which nothing trains in fp16.
 
     Raises:
         ValueError: fp16 on a CPU.
@@ -216,7 +246,9 @@ def pick_precision(wanted: str, device: torch.device, fp16: Optional[bool] = Non
         return wanted
     # IPU configurations set --fp16, which asks for half precision only if it pays: a CPU without bf16 arithmetic is
     # thirty times slower in bf16 than in fp32.
-    return "bf16" if fp16 is not False and fast_in_bf16(device) else "fp32"
+    if fp16 is False:
+        return "fp32"
+    return "bf16" if fast_in_bf16(device) else "fp16" if loss_scaling and fast_in_fp16(device) else "fp32"
 
 
 class Processes:

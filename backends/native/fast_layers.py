@@ -7,7 +7,7 @@ holds all logits. The plain versions in models/ are the oracle of the tests.
 
 import functools
 import logging
-from typing import Callable, Iterator, List, Tuple, cast
+from typing import Callable, Iterator, List, Optional, Tuple, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.dalle import DALLE, Losses
-from models.transformer import Attention, Layer, LayerScale, compute_layer, pattern_mask
+from models.transformer import Attention, Layer, LayerScale, Rotation, compute_layer, pattern_mask, rotate
 
 logger = logging.getLogger("minidalle")
 WORTH_COMPILING = 20e6  # parameters of all layers; a smaller run may end before its compilation
@@ -34,7 +34,7 @@ def use_fast_layers(model: DALLE, device: torch.device, dtype: torch.dtype, reco
     model.compute_losses = functools.partial(compute_losses, dtype=dtype)
     compute, patterns = compute_layer, {}
     for layer in model.transformer.layers:
-        if device.type == "cpu":
+        if device.type == "cpu" and not layer.reversible:
             mask = layer[0].fn.fn.mask
             name = mask.numpy().tobytes()
             if name not in patterns:  # layers of one pattern share its bias
@@ -43,11 +43,11 @@ def use_fast_layers(model: DALLE, device: torch.device, dtype: torch.dtype, reco
         layer.compute = functools.partial(recomputed, compute) if recompute else compute
 
 
-def recomputed(compute: Callable, layer: Layer, x: Tensor) -> Tensor:
-    """Call compute(layer, x); if a gradient is needed, keep its input only and compute the rest again for it."""
+def recomputed(compute: Callable, layer: Layer, x: Tensor, rotation: Optional[Rotation] = None) -> Tensor:
+    """Call compute(layer, x, rotation); if a gradient is needed, keep only its input and compute the rest again."""
     if torch.is_grad_enabled():
-        return checkpoint(compute, layer, x, use_reentrant=False)
-    return compute(layer, x)
+        return checkpoint(compute, layer, x, rotation, use_reentrant=False)
+    return compute(layer, x, rotation)
 
 
 def compile_layers(model: DALLE, rows: int, autocast: Callable, recompute: bool = False) -> None:
@@ -56,7 +56,7 @@ def compile_layers(model: DALLE, rows: int, autocast: Callable, recompute: bool 
     One compilation serves all layers and takes about a minute. They run within the context autocast().
     """
     layers = model.transformer.layers
-    if sum(parameter.numel() for parameter in layers.parameters()) < WORTH_COMPILING:
+    if sum(parameter.numel() for parameter in layers.parameters()) < WORTH_COMPILING or model.transformer.reversible:
         return
     if not hasattr(getattr(torch, "compiler", None), "set_stance"):  # before torch 2.6: one for each
         return
@@ -64,9 +64,10 @@ def compile_layers(model: DALLE, rows: int, autocast: Callable, recompute: bool 
     weight = model.text_emb.weight
     shape = rows, model.text_seq_len + model.image_seq_len, weight.shape[1]
     try:
-        with torch.random.fork_rng(), torch.enable_grad(), autocast():
+        devices = [weight.device] if weight.is_cuda else []  # by default it starts a context on every GPU
+        with torch.random.fork_rng(devices), torch.enable_grad(), autocast():
             x = torch.zeros(shape, device=weight.device, requires_grad=True)
-            torch.autograd.grad(compute(layers[0], x).sum(), x)
+            torch.autograd.grad(compute(layers[0], x, model.transformer.rotation(0, shape[1])).sum(), x)
     except Exception as error:  # a compiler, a driver or a header file is missing
         lines = str(error).strip().splitlines() or [type(error).__name__]
         logger.info("layers are not compiled, which only costs speed: %s", lines[0])
@@ -75,24 +76,30 @@ def compile_layers(model: DALLE, rows: int, autocast: Callable, recompute: bool 
         layer.compute = functools.partial(recomputed, compute) if recompute else compute
 
 
-def fast_layer(layer: Layer, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-    """Compute a layer as compute_layer does: (B, n, dim) in and out."""
+def fast_layer(
+    layer: Layer, x: Tensor, rotation: Optional[Rotation] = None, *, attend: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Compute a layer that is not reversible as compute_layer does: (B, n, dim) in and out."""
     blocks = cast(List[LayerScale], layer)
     attention, feed_forward = (block.fn for block in blocks)
-    x = ScaledResidual.apply(
-        x, attention.norm_out(fast_attention(attention.fn, attend, attention.norm(x))), blocks[0].scale
-    )
+    out = fast_attention(attention.fn, attend, attention.prepare(x), rotation)
+    x = ScaledResidual.apply(x, attention.norm_out(out), blocks[0].scale)
     wide, _, dropout, narrow = feed_forward.fn.net
-    out = narrow(dropout(GatedGelu.apply(wide(feed_forward.norm(x)))))
+    out = narrow(dropout(GatedGelu.apply(wide(feed_forward.prepare(x)))))
     return ScaledResidual.apply(x, feed_forward.norm_out(out), blocks[1].scale)
 
 
-def fast_attention(attention: Attention, attend: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def fast_attention(
+    attention: Attention, attend: Callable[[Tensor], Tensor], x: Tensor, rotation: Optional[Rotation] = None
+) -> Tensor:
     """Compute Attention.forward; dropout, and sequences that are not whole, take the plain path."""
     batch, length, _ = x.shape
     if length != len(attention.mask) or (attention.dropout and attention.training):
-        return attention(x)
-    return attention.to_out(attend(attention.to_qkv(x).view(batch, length, 3, attention.heads, attention.dim_head)))
+        return attention(x, rotation=rotation)
+    qkv = attention.to_qkv(x).view(batch, length, 3, attention.heads, attention.dim_head)
+    if rotation is not None:
+        qkv = rotate(qkv.transpose(1, 3), rotation).transpose(1, 3)
+    return attention.to_out(attend(qkv))
 
 
 def choose_attention(mask: Tensor, text_len: int, side: int) -> Callable[[Tensor], Tensor]:

@@ -14,25 +14,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.dalle import DALLE
+from models.image_tokenizer import ImageTokenizer
 from models.packed_sampler import Pack, PackedStepper
-from models.sampling import CodeCallback, Generators, Sampling, sample_codes
+from models.sampling import CachedStepper, CodeCallback, Generators, Sampling, Stepper, sample_codes
 from models.vae import VQGanVAE
 
 ROWS = 4  # for fewer rows oneDNN takes other bf16 kernels, which are a fifth slower and differ in the last bits
+WINDOWS = (1, 2, 4, 8, 16)  # codes that a pass may compute for each image
 Product = Callable[[Tensor], Tensor]
 CACHE_BYTES = 16 * 2**20  # a layer's output that fits a CPU's cache; larger batches are slower than one by one
 GPU_BATCH = 32  # images; the widest layer of the official network then takes 0.5 GB in bf16
 
 
-def sampler(model: DALLE, backend: Any, batch_size: int) -> Callable[..., Tensor]:
-    """Return Backend.sampler of a NativeBackend."""
-    model = model.to(backend.device).eval()
-    on_cpu = backend.device.type == "cpu"
-    cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend five times slower in bf16
-    pack = packer(backend.device, backend.dtype, batch_size)
-    stepper = PackedStepper(model, pack, cache_dtype, backend.autocast)
+class NativeSampler:
+    """The function that Backend.sampler of a NativeBackend returns."""
 
-    def sample(
+    def __init__(self, model: DALLE, backend: Any, batch_size: int, window: Optional[int] = None):
+        self.model, self.device = model.to(backend.device).eval(), backend.device
+        on_cpu = backend.device.type == "cpu"
+        cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend five times slower in bf16
+        pack = packer(backend.device, backend.dtype, batch_size)
+        windows = WINDOWS if window is None else (min(window, model.image_seq_len),)
+        self.stepper: Stepper
+        if model.transformer.is_plain:
+            self.stepper = PackedStepper(model, pack, cache_dtype, backend.autocast, windows)
+        else:
+            self.stepper = CachedStepper(model, backend.autocast)
+
+    def __call__(
+        self,
         text: Tensor,
         sampling: Sampling = Sampling(),
         *,
@@ -40,10 +50,9 @@ def sampler(model: DALLE, backend: Any, batch_size: int) -> Callable[..., Tensor
         image_codes: Optional[Tensor] = None,
         on_code: Optional[CodeCallback] = None,
     ) -> Tensor:
-        image_codes = None if image_codes is None else image_codes.to(backend.device)
-        return sample_codes(model, text.to(backend.device), stepper, sampling, generator, image_codes, on_code).cpu()
-
-    return sample
+        image_codes = None if image_codes is None else image_codes.to(self.device)
+        text = text.to(self.device)
+        return sample_codes(self.model, text, self.stepper, sampling, generator, image_codes, on_code).cpu()
 
 
 def packer(device: torch.device, dtype: torch.dtype, rows: int) -> Pack:
@@ -153,11 +162,10 @@ class FusedResnetBlock(ResnetBlock):
         return out.add_(x)
 
 
-def encoder(vae: VQGanVAE, device: torch.device) -> Callable[[Tensor], Tensor]:
+def encoder(vae: ImageTokenizer, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Return a function from pixels to codes, see `Backend.encode`."""
     fast = fast_copy(vae, "decoder", torch.float32, device)
-    channels, side = fast.model.encoder.ch, fast.model.encoder.resolution
-    at_once = max(1, CACHE_BYTES // (4 * channels * side**2)) if device.type == "cpu" else GPU_BATCH
+    at_once = max(1, CACHE_BYTES // (4 * vae.largest)) if device.type == "cpu" else GPU_BATCH
 
     def encode(pixels: Tensor) -> Tensor:
         return torch.cat([fast(part.to(device)).cpu() for part in pixels.split(at_once)])
@@ -165,7 +173,7 @@ def encoder(vae: VQGanVAE, device: torch.device) -> Callable[[Tensor], Tensor]:
     return encode
 
 
-def decoder(vae: VQGanVAE, device: torch.device, precision: str) -> Callable[..., Tensor]:
+def decoder(vae: ImageTokenizer, device: torch.device, precision: str) -> Callable[..., Tensor]:
     """Return a function from codes to pixels, see `Backend.decode`.
 
     On a CPU an image does not depend on the others in its batch. For a trained VQGAN, bf16 differs from fp32 by 0.2 of
@@ -180,8 +188,13 @@ def decoder(vae: VQGanVAE, device: torch.device, precision: str) -> Callable[...
     return decode
 
 
-def fast_copy(vae: VQGanVAE, without: str, dtype: torch.dtype, device: torch.device) -> VQGanVAE:
-    """Return a copy with fused blocks and channels-last weights; `without` names the half to omit."""
+def fast_copy(vae: ImageTokenizer, without: str, dtype: torch.dtype, device: torch.device) -> ImageTokenizer:
+    """Return a copy of a VQGAN with fused blocks and channels-last weights; `without` names the half to omit.
+
+    Other image tokenizers are copied as they are, in fp32.
+    """
+    if not isinstance(vae, VQGanVAE):
+        return copy.deepcopy(vae).to(device)
     left_out = {id(getattr(vae.model, without)): nn.Identity()}  # deepcopy believes that it has copied these
     fast = copy.deepcopy(vae, left_out).to(device, dtype)
     fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

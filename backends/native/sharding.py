@@ -113,7 +113,7 @@ class ShardedTrainer(NativeTrainer):
         """Make one update and return the losses."""
         try:
             return super().step(batch)
-        except ConnectionError:
+        except (ConnectionError, RuntimeError):  # this process ends, too: the others wait for it elsewhere
             self.others_ended = True
             raise
 

@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backends.base import Losses, Trainer
 from backends.native.fast_layers import compile_layers, use_fast_layers
-from backends.native.inference import sampler
+from backends.native.inference import NativeSampler
 from models.dalle import DALLE
 from utils.muon import Muon, orthogonal
-from utils.optimization import load_keeping_flags, parameter_groups
+from utils.optimization import convert_ipu_state, load_keeping_flags, parameter_groups
 
 if TYPE_CHECKING:
     from backends.native.backend import NativeBackend, NativeTrainingBackend
@@ -144,8 +144,8 @@ class NativeTrainer(Trainer):
     def sampler(self) -> Optional[Callable[..., Tensor]]:
         """Return a sampler of the average, or of the weights without --ema-decay."""
         model = self.model if self.average is None else self.average
-        sample = sampler(model, self.backend, self.backend.settings.batch_size)
-        self.model.train()  # sampler() set it to eval mode; sampling itself never applies dropout
+        sample = NativeSampler(model, self.backend, self.backend.settings.batch_size)
+        self.model.train()  # NativeSampler set it to eval mode; sampling itself never applies dropout
         return sample
 
     def set_lr(self, lr: float) -> None:
@@ -169,6 +169,9 @@ class NativeTrainer(Trainer):
             }
         return state
 
+    def close(self) -> None:
+        """Do nothing: the device is free when the process ends."""
+
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Load a state; without averaged weights in it, the average starts at the weights."""
         self.model.load_state_dict(state["weights"])
@@ -184,7 +187,9 @@ class NativeTrainer(Trainer):
             if len(opt_state) != len(self.optimizers):
                 raise ValueError
             for optimizer, saved in zip(self.optimizers, opt_state):
-                if saved.keys() != optimizer.state_dict().keys():  # PopTorch's optimizers have more
+                if saved.get("ipu_state"):
+                    saved = convert_ipu_state(optimizer, self.model, saved["ipu_state"])
+                if saved.keys() != optimizer.state_dict().keys() or not saved["state"]:
                     raise ValueError
                 load_keeping_flags(optimizer, self.take_share(optimizer, saved))
         except (ValueError, LookupError, TypeError, AttributeError):

@@ -78,6 +78,7 @@ function fillIn(values, submit) {
 }
 
 function set(key, value) {
+  if (key === "num_images") value = Object.assign($(key), { value }).valueAsNumber; // within the server's limit
   settings[key] = value;
   $(key).value = document.querySelector(`output[for=${key}]`).value = value ?? 1;
   if (key === "keep_rows") $("choose").style.setProperty("--share", value / model.rows);

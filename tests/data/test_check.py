@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from data import check as checks
-from data import pairs
+from data import files
+from data.captions import encode_caption
 from data.loader import TextImageDataset
 from data.tokenizer import load_tokenizer
 
@@ -85,11 +86,11 @@ def test_it_finds_what_training_skips(every_fault, tokenizer, workers):
     for index in range(len(dataset)):
         dataset[index]
     expected = {reason: sorted(path.name for path in paths) for reason, paths in dataset.skipped.items()}
-    kinds = [value for name, value in vars(pairs).items() if name.isupper() and value in expected]
+    kinds = [value for name, value in vars(files).items() if name.isupper() and value in expected]
     assert len(kinds) == 11  # all there are
-    found = {**report.faults, pairs.LABEL_FILE: report.notes[pairs.LABEL_FILE]}
+    found = {**report.faults, files.LABEL_FILE: report.notes[files.LABEL_FILE]}
     assert {kind: sorted(names) for kind, names in found.items()} == expected
-    assert report.pairs == len(dataset) - dataset.lost == 2 and len(report.tokens) == 3
+    assert report.pairs == len(dataset) - dataset.lost == 2 and len(report.counts.lengths) == 3
 
 
 def test_captions_that_are_too_long_are_refused_or_cut(every_fault, tokenizer):
@@ -99,25 +100,26 @@ def test_captions_that_are_too_long_are_refused_or_cut(every_fault, tokenizer):
     options = {"text_seq_len": 16, "image_size": 32}
     kind = checks.TOO_LONG.format(16)
     report = checks.check(every_fault, tokenizer, **options)
-    assert report.faults[kind] == ["good_2.txt"] and report.tokens.max() > 16
+    assert report.faults[kind] == ["good_2.txt"] and report.counts.lengths.max() > 16
     cut = checks.check(every_fault, tokenizer, truncate_captions=True, **options)
     assert kind not in cut.faults and cut.notes[kind] == ["good_2.txt"]
 
 
 def test_tokens_are_counted(tmp_path, tokenizer, noise):
-    captions = {"a": ["a dog", "a 日本 dog"], "b": ["a dog and a cat on a chair", "日"]}
+    captions = {"a": ["a dog", "a 日本 dog"], "b": ["a dog and a cat on a chair", "日"]}  # the last one cannot be read
     for stem, texts in captions.items():
         noise().save(tmp_path / f"{stem}.png")
         (tmp_path / f"{stem}.txt").write_text("\n".join(texts), encoding="utf-8")
     report = checks.check(tmp_path, tokenizer, text_seq_len=80, image_size=8)
-    ids = [tokenizer.encode(text) for texts in captions.values() for text in texts]
-    assert report.tokens.tolist() == list(map(len, ids))
-    assert report.unknown == 2 == sum(tokens.count(1) for tokens in ids)  # 1 is this vocabulary's unknown id
-    assert report.notes[checks.UNKNOWN] == ["a.txt", "b.txt"]
+    ids = [encode_caption(tokenizer, text) for texts in captions.values() for text in texts]
+    assert report.counts.lengths.tolist() == list(map(len, ids))
+    assert report.counts.unknown == 2 == sum(tokens.count(1) for tokens in ids)  # 1 is this vocabulary's unknown id
+    assert report.notes[checks.UNKNOWN] == ["a.txt", "b.txt"] and report.faults[files.UNREAD] == ["b.txt"]
     assert load_tokenizer().unknown is None
     said = checks.describe(tmp_path, report, 3)
     low, middle, _, top = np.percentile(list(map(len, ids)), [0, 50, 95, 100], method="lower")
     assert f"minimum {low}, median {middle}, " in said and f"maximum {top}; " in said
+    assert "warning: the vocabulary lacks 2 of 15 caption tokens" in said
 
 
 def test_what_is_worth_knowing(tmp_path, tokenizer, noise):
@@ -172,7 +174,7 @@ def test_a_image_that_kills_its_reader_is_named(every_fault, tokenizer, monkeypa
     monkeypatch.setattr(checks, "image_traits", dying)
     report = checks.check(every_fault, tokenizer, text_seq_len=16, image_size=32, workers=2)
     assert report.faults[checks.DEADLY] == ["cut_1.png", "good_2.png"]
-    assert report.faults[pairs.UNREADABLE] == ["cut_2.png"] and report.pairs == 1
+    assert report.faults[files.UNREADABLE] == ["cut_2.png"] and report.pairs == 1
 
 
 def run(*words):
@@ -191,7 +193,7 @@ def test_the_command(every_fault, tmp_path, drawn_pictures, capsys):
     assert sorted(every_fault.rglob("*")) == before
     clean = run(drawn_pictures, *small)
     assert clean.returncode == 0 and clean.stdout.splitlines()[-1] == "nothing would be skipped", clean
-    assert "12 usable pairs with 24 captions" in clean.stdout
+    assert "12 usable images with 24 captions" in clean.stdout
     (tmp_path / "empty").mkdir()
     for words, status in (
         ([tmp_path / "nowhere"], 2),

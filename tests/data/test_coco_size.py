@@ -50,7 +50,7 @@ def test_a_hundred_megabytes_and_a_second_start_that_opens_nothing(shared_data, 
     first = start(encode)
     files = list((tmp_path / "cache").iterdir())
     assert len(files) == 5 and sum(path.stat().st_size for path in files) < 100e6
-    for opening in ("data.images.load_image", "data.pairs._image_fault", "data.pairs._caption_fault"):
+    for opening in ("data.images.load_image", "data.files._image_fault", "data.sources.folder._caption_fault"):
         monkeypatch.setattr(opening, None)
     monkeypatch.setattr("data.captions.read_captions", None)
     second = start(None)

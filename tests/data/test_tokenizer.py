@@ -229,6 +229,14 @@ def test_files_are_what_the_readme_says():
         assert hashlib.sha256(path.read_bytes()).hexdigest() in line
 
 
+def test_the_path_of_graphcores_readme_finds_the_bundled_file(logged):
+    tokenizer = load_tokenizer("models/bpe/bpe_yttm_vocab.txt")
+    assert tokenizer.path == str(YTTM_PATH) and tokenizer.vocabulary == YTTM_PATH.read_bytes()
+    assert f"models/bpe/bpe_yttm_vocab.txt: no such file; using {YTTM_PATH}" in logged.text
+    with pytest.raises(FileNotFoundError, match="^models/bpe/other.txt: no such vocabulary file$"):
+        load_tokenizer("models/bpe/other.txt")
+
+
 @pytest.mark.parametrize("packed", ["as shipped", "packed again", "not packed"])
 def test_clip_file_by_path(clip, tmp_path, packed):
     text = gzip.decompress(CLIP_PATH.read_bytes())

@@ -51,6 +51,21 @@ def test_batches_have_equal_settings(loaded):
     assert group_into_batches(circles(loaded, 7), 3) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
+def test_out_of_memory_is_one_line_that_says_what_would_fit(loaded, monkeypatch):
+    def sampler(*given, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    for count, advice in (
+        (3, "3 images at once are too many; --batch_size 1 needs half"),
+        (1, "the model is too large"),
+    ):
+        monkeypatch.setitem(vars(loaded), "sampler", sampler)
+        with pytest.raises(ValueError, match=f"^out of memory: {advice}") as error:
+            generate_batch(loaded, circles(loaded, count))
+        assert "\n" not in str(error.value)
+    assert len(generate_batch(loaded, circles(loaded, 2))) == 2  # with a new sampler
+
+
 def test_a_callback_sees_every_code_and_can_stop_sampling(loaded):
     specs, seen = mixed_specs(loaded)[1:2], []
     codes = generate_batch(loaded, specs, lambda codes: seen.append(codes.clone()))
@@ -180,8 +195,8 @@ def test_previews_show_the_rows_so_far(loaded):
     assert rows == [2]
 
 
-@pytest.mark.parametrize("cost, expected", [(0.2, [1, 2, 3]), (0.3, [1, 2]), (3, [1])])
-def test_previews_that_would_cost_too_much_are_skipped(loaded, monkeypatch, cost, expected):
+@pytest.mark.parametrize("cost, known, expected", [(0.2, 0, [1, 2, 3]), (0.3, 0, [1, 2]), (3, 0, [1]), (3, 3, [])])
+def test_previews_that_would_cost_too_much_are_skipped(loaded, monkeypatch, cost, known, expected):
     """With a simulated clock: a code takes one second, a preview `cost` seconds per row, of which 1.6 are allowed."""
     now, rows = [0.0], []
     monkeypatch.setattr(previews.time, "monotonic", lambda: now[0])
@@ -190,7 +205,7 @@ def test_previews_that_would_cost_too_much_are_skipped(loaded, monkeypatch, cost
         now[0] += cost * row
         rows.append(row)
 
-    preview = previews.Preview(loaded, 1, show, share=0.1)
+    preview = previews.Preview(loaded, 1, show, share=0.1, row_cost=known)
     for count in range(1, 17):
         now[0] += 1
         preview(torch.zeros(1, count, dtype=torch.long))

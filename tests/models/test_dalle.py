@@ -1,38 +1,36 @@
 """The model against dalle-pytorch with the same weights, its sizes, its losses and its attention patterns."""
 
+import inspect
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from models.dalle import DALLE
 from models.transformer import pattern_mask
+from utils.dalle_pytorch import convert
 
 SIZES = dict(dim=32, num_text_tokens=50, text_seq_len=6, depth=4, heads=2, dim_head=16)
 
 
-def oracle_weights(state):
-    """Our names from dalle-pytorch's."""
-    weights = {}
-    for name, tensor in state.items():
-        if name.startswith("vae."):
-            continue
-        name = name.replace("transformer.layers.layers.", "transformer.layers.")
-        name = name.replace(".0.fn.fn.fn.", ".0.fn.fn.").replace(".1.fn.fn.fn.", ".1.fn.fn.")
-        for axis in "01":
-            name = name.replace(f"image_pos_emb.weights.{axis}", f"image_pos_emb.weights_{axis}")
-        weights[name] = tensor
-    return weights
+def converted(weights, **options):
+    """Return our hparams and weights of a dalle-pytorch checkpoint."""
+    saved = convert({"hparams": {**SIZES, **options}, "weights": weights, "version": "1.6.6"})
+    hparams = {name: value for name, value in saved["hparams"].items() if name in inspect.signature(DALLE).parameters}
+    return hparams, {name: tensor for name, tensor in saved["weights"].items() if not name.startswith("vae.")}
 
 
-def both_models(dalle_pytorch, attn_types, sandwich_norm):
+def both_models(dalle_pytorch, **options):
     torch.manual_seed(0)
     vae = dalle_pytorch.DiscreteVAE(image_size=32, num_layers=3, num_tokens=24, codebook_dim=8, hidden_dim=8)
-    settings = dict(SIZES, vae=vae, attn_types=attn_types, sandwich_norm=sandwich_norm)
-    theirs = dalle_pytorch.DALLE(rotary_emb=False, shift_tokens=False, **settings)
+    options = {"rotary_emb": False, "shift_tokens": False, **options}
+    theirs = dalle_pytorch.DALLE(vae=vae, **{**SIZES, **options})
     for parameter in theirs.parameters():  # LayerScale's 0.1 and zero biases would hide mistakes
         parameter.data = torch.randn_like(parameter) * 0.3
-    ours = DALLE(**settings)
-    missing, unexpected = ours.load_state_dict(oracle_weights(theirs.state_dict()), strict=False)
+    hparams, weights = converted(theirs.state_dict(), **options)
+    ours = DALLE(vae=vae, **hparams)
+    missing, unexpected = ours.load_state_dict(weights, strict=False)
     assert not unexpected and all(name.startswith("vae.") for name in missing)
     return ours.eval(), theirs.eval()
 
@@ -44,23 +42,47 @@ def some_batch(ours, batch=3):
     return text, torch.randint(0, 24, (batch, ours.image_seq_len))
 
 
-@pytest.mark.parametrize("sandwich_norm", [False, True])
-@pytest.mark.parametrize("attn_type", ["full", "axial_row", "axial_col", "conv_like"])
-def test_logits_and_loss_equal_dalle_pytorch(dalle_pytorch, attn_type, sandwich_norm):
-    ours, theirs = both_models(dalle_pytorch, (attn_type,), sandwich_norm)
-    text, codes = some_batch(ours)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(text, codes), theirs(text, codes), atol=1e-4, rtol=1e-4)
-        losses, expected = ours(text, codes, return_loss=True), theirs(text, codes, return_loss=True)
-    torch.testing.assert_close(losses.total, expected, atol=1e-4, rtol=1e-4)
+OPTIONS = ("rotary_emb", "shift_tokens", "stable", "sandwich_norm", "reversible", "share_input_output_emb")
+SHARED = {"depth": 8, "shared_attn_ids": (0, 1, 2, 3), "shared_ff_ids": (0, 1)}
+FOUR = ("full", "axial_row", "axial_col", "conv_like")
+EVERY_COMBINATION = [dict(zip(OPTIONS, values)) for values in itertools.product((False, True), repeat=len(OPTIONS))]
+ONE_OR_ALL = [options for options in EVERY_COMBINATION if sum(options.values()) in (1, len(OPTIONS))]
 
 
-def test_gradients_equal_dalle_pytorch(dalle_pytorch):
-    ours, theirs = both_models(dalle_pytorch, ("full", "axial_row", "axial_col", "conv_like"), False)
+@pytest.mark.parametrize("shared", [{}, SHARED], ids=["", "shared"])
+@pytest.mark.parametrize(
+    ("attn_types", "combinations"),
+    [
+        *(((pattern,), ONE_OR_ALL[-1:]) for pattern in FOUR),
+        (FOUR, ONE_OR_ALL),
+        pytest.param(FOUR, EVERY_COMBINATION, marks=pytest.mark.slow),
+    ],
+    ids=["full", "axial_row", "axial_col", "conv_like", "four", "four, every combination"],
+)
+def test_logits_equal_dalle_pytorch_with_its_options(dalle_pytorch, attn_types, combinations, shared):
+    for options in combinations:
+        ours, theirs = both_models(dalle_pytorch, attn_types=attn_types, **shared, **options)
+        text, codes = some_batch(ours)
+        with torch.no_grad():
+            difference = (ours(text, codes) - theirs(text, codes)).abs().max()
+            partial = (ours(text, codes[:, :5]) - theirs(text, codes[:, :5])).abs().max()
+        assert max(difference, partial) < 1e-5, options
+
+
+@pytest.mark.parametrize("options", [{}, dict.fromkeys(OPTIONS[:4], True)], ids=["plain", "options"])
+def test_loss_and_gradients_equal_dalle_pytorch(dalle_pytorch, options):
+    options = {"attn_types": FOUR, **SHARED, **options}
+    ours, theirs = both_models(dalle_pytorch, **options)
     text, codes = some_batch(ours)
-    ours.train()(text, codes, return_loss=True).total.backward()
-    theirs.train()(text, codes, return_loss=True).backward()
-    expected = oracle_weights({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    loss, expected_loss = (
+        ours.train()(text, codes, return_loss=True).total,
+        theirs.train()(text, codes, return_loss=True),
+    )
+    torch.testing.assert_close(loss, expected_loss, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    expected_loss.backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    _, expected = converted(expected, **options)
     gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
@@ -76,11 +98,22 @@ def test_masks_are_these():
     col = text_block("1110000000 1101000000 1100100000 1110010000 1101001000 1100100100 1110010010 1101001001")
     assert torch.equal(pattern_mask("axial_col", 2, 3)[2:], col)
     assert torch.equal(pattern_mask("full", 2, 3), torch.ones(10, 10, dtype=torch.bool).tril())
-    conv = pattern_mask("conv_like", 1, 6)
-    seen = set(conv[1 + 4 * 6 + 4].nonzero().flatten().tolist())  # from row 4, column 4; 0 is <bos>
-    assert seen == {0} | {1 + 6 * r + c for r in range(5) for c in range(5)}
-    seen = set(conv[1 + 1 * 6 + 5].nonzero().flatten().tolist())  # from row 1, column 5
-    assert seen == {0} | {1 + 6 * r + c for r in range(2) for c in range(1, 6)}
+
+
+WINDOWS = {  # <bos> and a 6 × 6 image: what codes (row, column) see of the image
+    ("conv_like", 3, 2): "...... 11111. 11111. 111... ...... ......",
+    ("conv_like", 1, 5): "...111 ...111 ...... ...... ...... ......",
+    ("conv_like", 4, 0): "...... ...... 111... 111... 1..... ......",
+    ("conv_up_left", 4, 4): "11111. 11111. 11111. 11111. 11111. ......",
+    ("conv_up_left", 1, 5): ".11111 .11111 ...... ...... ...... ......",
+}
+
+
+@pytest.mark.parametrize(("pattern", "row", "column"), WINDOWS)
+def test_windows_of_the_convolutions_are_these(pattern, row, column):
+    """conv_like is centered on the code, as in Graphcore's application; dalle-pytorch looks up and to the left."""
+    window = [float(cell == "1") for cell in WINDOWS[pattern, row, column].replace(" ", "")]
+    assert pattern_mask(pattern, 1, 6)[1 + 6 * row + column].tolist() == [1, *window][:-1]
 
 
 def test_masked_logits_and_split_loss_agree(tiny_vae):

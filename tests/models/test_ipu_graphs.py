@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from backends.ipu.inference import DeviceLosses
-from models.pipeline_dalle import WrappedDALLE, placement
+from models.pipeline_dalle import AxialAttention, WrappedDALLE, placement
 from models.sampling import Sampling
-from models.static_sampling import FullPass, StaticSampler
+from models.static_sampling import FullPass, StaticSampler, settings_row
 from models.transformer import PATTERNS
 from tests.ipu_operators import graphs
 from tests.ipu_operators.check import check
@@ -77,7 +77,8 @@ def test_a_configuration_trains_from_codes(poptorch, accepted, name, half):
     wrapped = WrappedDALLE(model, places, settings.embedding_serialization_factor)
     report = accepted(wrapped.half() if half else wrapped, (text, codes), training=True)
     assert report.operators["poptorch::recomputation_checkpoint"] == settings.num_hidden_layers
-    assert report.operators["_softmax"] == settings.num_hidden_layers
+    axial = sum(isinstance(layer[0].fn.fn.attend, AxialAttention) for layer in model.transformer.layers)
+    assert report.operators["_softmax"] == settings.num_hidden_layers + axial  # over text and over codes
 
 
 @PRECISION
@@ -123,30 +124,27 @@ def test_a_full_pass_gives_logits(accepted, half):
         inputs = graphs.text(model), graphs.codes(model, count) if count else None
         accepted(model, inputs)
     accepted(graphs.image_logits(model), (graphs.text(model), graphs.codes(model, 10)))
-    accepted(FullPass(model), (graphs.text(model), graphs.codes(model), torch.tensor([10])))
+    accepted(FullPass(model), (*sampling_inputs(model), torch.tensor([10])))
 
 
-def sampling_inputs(model, given):
+def sampling_inputs(model):
     noise = torch.zeros(graphs.BATCH, model.image_seq_len, model.num_image_tokens)
-    return (graphs.text(model), noise, graphs.codes(model, given)) if given else (graphs.text(model), noise)
+    settings = settings_row(Sampling(0.5, 0.9, 0.7, 1.5), 10, model).expand(graphs.BATCH, -1)
+    return graphs.text(model), noise, graphs.codes(model), settings
 
 
 @PRECISION
-@pytest.mark.parametrize("given", [0, 10])
-@pytest.mark.parametrize("top_k, top_p, cond_scale", [(0.5, 0.9, 1.5), (None, None, 1.0)])
-def test_a_picture_is_drawn_in_one_call(poptorch, accepted, top_k, top_p, cond_scale, given, half):
+def test_an_image_is_sampled_in_one_call(poptorch, accepted, half):
     model = graphs.small_dalle(graphs.codes_only(8)).eval()
     model = model.half() if half else model
-    sampling = Sampling(top_k, top_p, 0.7, cond_scale)
-    sampler = StaticSampler(model, sampling, loop=poptorch.for_loop, update=poptorch.dynamic_update)
-    report = accepted(sampler, sampling_inputs(model, given))
+    report = accepted(StaticSampler(model, poptorch.for_loop, poptorch.dynamic_update), sampling_inputs(model))
     assert report.operators["poptorch::dynamic_update"] == 2 * 4 + 1
-    assert report.operators["argmax"] == 2  # before the loop and in it
+    assert report.operators["argmax"] == report.operators["sort"] == 2  # before the loop and in it
 
 
 def test_what_no_ipu_can_do_is_noticed():
     model = graphs.small_dalle(graphs.codes_only(2)).eval()
-    assert set(check(StaticSampler(model, Sampling(top_k=None)), sampling_inputs(model, 0)).refused) == {"index_copy"}
+    assert set(check(StaticSampler(model), sampling_inputs(model)).refused) == {"index_copy"}
     assert set(check(graphs.plain_losses(model), (graphs.text(model), graphs.codes(model)), training=True).refused) == {
         "loss"
     }

@@ -1,18 +1,23 @@
 """The IPU's annotations: where modules go, what stays as it was (results, names in files), what is refused."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
+from models import pipeline_dalle
 from models.pipeline_dalle import (
+    AxialAttention,
     SerializedEmbedding,
     WrappedDALLE,
+    axial_attention,
     check_serialization,
     placement,
     stages,
 )
+from models.transformer import attend, pattern_mask
 from tests.builders import small_dalle
 from tests.conftest import ROOT
 
@@ -98,7 +103,7 @@ def test_every_annotated_module_is_entered_on_its_ipu(poptorch_standin, dalle):
     places = placement(4, layers_per_ipu=[0, 3, 1], embedding_ipu_id=0, cls_ipu_id=0, pixels=True)
     options = poptorch_standin.Options()
     options.setExecutionStrategy(poptorch_standin.PipelinedExecution(poptorch_standin.AutoStage.AutoIncrement))
-    options.deviceIterations(4)
+    options.deviceIterations(4).autoRoundNumIPUs(True)
     wrapped = WrappedDALLE(dalle, places, serialization=4).eval()
     executor = poptorch_standin.inferenceModel(wrapped, options)
     executor.compile(*(part.repeat(4, *[1] * (part.dim() - 1)) for part in some_batch(pixels=True)))
@@ -145,3 +150,45 @@ def test_a_factor_that_does_not_divide_is_refused(dalle):
     assert "4 does" in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="the 32 image tokens"):
         check_serialization(dalle, 64)
+
+
+@pytest.mark.parametrize("text_len, side", [(7, 4), (3, 8), (81, 16)])
+@pytest.mark.parametrize("columns", [False, True], ids=["axial_row", "axial_col"])
+def test_axial_attention_is_the_dense_one(columns, text_len, side):
+    mask = pattern_mask("axial_col" if columns else "axial_row", text_len, side)
+    sparse = axial_attention(mask, text_len, side)
+    assert sparse.columns == columns
+    random = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 3, len(mask), 8, generator=random, requires_grad=True) for _ in range(3)]
+    upstream = torch.randn(2, 3, len(mask), 8, generator=random)
+    found, expected = sparse(*inputs, mask), attend(*inputs, mask)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    for ours, theirs in zip(*(torch.autograd.grad(out, inputs, upstream) for out in (found, expected))):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_axial_attention_computes_fewer_scores():
+    assert AxialAttention.scores(81, 16) == 31393 and len(pattern_mask("full", 81, 16)) ** 2 == 112896
+    sparse, elements = AxialAttention(81, 16, False), []
+    softmax = pipeline_dalle.softmax_of_visible
+
+    def counting(scores, *more):
+        elements.append(scores.numel())
+        return softmax(scores, *more)
+
+    with mock.patch.object(pipeline_dalle, "softmax_of_visible", counting):
+        sparse(*[torch.zeros(1, 1, 336, 4)] * 3, pattern_mask("axial_row", 81, 16))
+    assert sum(elements) == 31393
+
+
+def test_only_axial_layers_are_sparse_and_fp16_keeps_its_softmax(poptorch_standin, tiny_vae):
+    dalle = small_dalle(tiny_vae, depth=4, attn_types=("full", "axial_row", "axial_col", "conv_like"))
+    wrapped = WrappedDALLE(dalle, placement(4, layers_per_ipu=[4]))
+    kinds = [layer[0].fn.fn.attend for layer in wrapped.model.transformer.layers]
+    assert [isinstance(kind, AxialAttention) for kind in kinds] == [False, True, True, False]
+    half = torch.zeros(1, 1, 22, 4, dtype=torch.float16)
+    softmax = mock.Mock(wraps=pipeline_dalle.softmax_of_visible)
+    with mock.patch.object(pipeline_dalle, "softmax_of_visible", softmax):
+        for layer, kind in zip(wrapped.model.transformer.layers, kinds):
+            assert kind(half, half, half, layer[0].fn.fn.mask).dtype == torch.float16
+    assert {call.args[0].dtype for call in softmax.call_args_list} == {torch.float16}

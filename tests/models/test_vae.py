@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from torch import nn
@@ -212,6 +213,32 @@ def test_autocast_changes_nothing(gumbel):
         assert torch.equal(ours.decode(codes), pixels)
 
 
+def test_codes_are_computed_without_tf32(monkeypatch):
+    """Convolutions here round to TF32's ten bits if torch may, as those of Ampere do."""
+    ours, taming = both(False)
+    images, convolve = pictures(taming), torch.nn.Conv2d._conv_forward
+
+    def rounded(x):
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    def convolve_in_tf32(layer, x, weight, bias):
+        if torch.backends.cudnn.allow_tf32:
+            x, weight = rounded(x), rounded(weight)
+        return convolve(layer, x, weight, bias)
+
+    with torch.no_grad():
+        latents = ours.model.encode(2 * images - 1)
+        monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", convolve_in_tf32)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        rough = ours.model.encode(2 * images - 1)
+        entries = torch.stack((latents, rough)).permute(0, 1, 3, 4, 2).flatten(0, 3)
+        ours.model.quantize.embedding = torch.nn.Embedding.from_pretrained(entries)
+        expected = ours.model.nearest(latents)
+        assert not torch.equal(ours.model.nearest(rough), expected)
+    assert torch.equal(ours.get_codebook_indices(images), expected.flatten(1))
+    assert torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (2, 3, 16, 8), (2, 3, 32, 32), (2, 16, 16, 3)])
 def test_pictures_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"takes \(batch, 3, 16, 16\)"):
@@ -330,8 +357,63 @@ def test_a_remap_table_among_the_weights_is_passed_over(tmp_path):
     assert torch.equal(load_vqgan(path)(images), taming.codes(images).flatten(1))
 
 
+def wrap(state, prefix="", keys=("state_dict",), **beside):
+    """Return a checkpoint's content with `state` under a prefix and keys, and tensors of another network."""
+    saved = {**{f"{prefix}{name}": tensor for name, tensor in state.items()}, **beside}
+    for key in reversed(keys):
+        saved = {"epoch": 3, key: saved}
+    return saved
+
+
+OTHERS = {"model.diffusion_model.out.0.weight": torch.ones(2), "cond_stage_model.logit_scale": torch.ones(())}
+WRAPPINGS = {
+    "DataParallel": {"prefix": "module."},
+    "a model key": {"keys": ("model",)},
+    "nested keys": {"keys": ("checkpoint", "vqgan"), "prefix": "module.vqgan."},
+    "latent-diffusion": {"model_ema.encoderconv_inweight": torch.ones(2), "model_ema.decay": torch.tensor(0.9)},
+    "a whole diffusion model": {"prefix": "first_stage_model.", **OTHERS},
+    "a moving codebook": {"quantize.embedding.cluster_size": torch.ones(50)},
+}
+
+
+@BOTH
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_wrapped_weights_are_found(tmp_path, wrapping, gumbel):
+    path, taming = write_pair(tmp_path, gumbel)
+    torch.save(wrap(taming.state_dict(), **WRAPPINGS[wrapping]), path)
+    images = pictures(taming)
+    assert torch.equal(load_vqgan(path)(images), taming.codes(images).flatten(1))
+
+
+def test_safetensors_and_configurations_of_latent_diffusion(tmp_path):
+    path, taming = write_pair(tmp_path)
+    images, config = pictures(taming), yaml.safe_load(path.with_suffix(".yaml").read_text())["model"]
+    save_file(taming.state_dict(), tmp_path / "vq.safetensors")
+    path.unlink()
+    path.with_suffix(".yaml").unlink()
+    first_stage = {"target": "ldm.models.autoencoder.VQModelInterface", "params": config["params"]}
+    whole = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {"first_stage_config": first_stage}}
+    for model in (first_stage, whole):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+        assert torch.equal(load_vqgan(tmp_path)(images), taming.codes(images).flatten(1))
+
+
+def test_latent_diffusions_networks_without_attention(tmp_path):
+    path, taming = write_pair(tmp_path, attn_resolutions=())
+    taming.encoder.mid.attn_1 = taming.decoder.mid.attn_1 = nn.Identity()
+    torch.save({"state_dict": taming.state_dict()}, path)
+    config = yaml.safe_load(path.with_suffix(".yaml").read_text())
+    config["model"]["params"]["ddconfig"]["attn_type"] = "none"
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(config))
+    images, vae = pictures(taming), load_vqgan(path)
+    assert torch.equal(vae(images), taming.codes(images).flatten(1))
+    again = VQGanVAE(vae.hparams["params"])
+    again.load_state_dict(vae.state_dict())
+    assert again.fingerprint() == vae.fingerprint()
+
+
 def test_a_folder_without_or_with_two_checkpoints_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: .* exactly one .ckpt file; this one has 0"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: .* exactly one file of weights .*; this one has 0"):
         load_vqgan(tmp_path)
     write_pair(tmp_path)
     write_pair(tmp_path, name="best")
@@ -379,10 +461,10 @@ def test_a_yaml_that_describes_no_vqgan_is_named(tmp_path, text, message):
     ("change", "message"),
     [
         (lambda state: state.pop("quant_conv.bias"), "quant_conv.bias is missing"),
-        (lambda state: state.update({"quant_conv.scale": torch.ones(1)}), "quant_conv.scale is not part of this VQGAN"),
+        (lambda state: state.update({"quant_conv.scale": torch.ones(1)}), "quant_conv.scale is not part of this model"),
         (
             lambda state: state.update({"quantize.embedding.weight": torch.ones(51, 6)}),
-            r"quantize.embedding.weight has shape \(51, 6\) instead of \(50, 6\)",
+            r"quantize.embedding.weight is \(51, 6\), not \(50, 6\)",
         ),
         (lambda state: state.update({"encoder.conv_in.bias": "text"}), "'encoder.conv_in.bias'"),
     ],

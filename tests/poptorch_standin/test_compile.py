@@ -33,7 +33,7 @@ from_torch_import_ones = torch.ones
 )
 def test_inputs_are_refused(poptorch, x, message):
     trainer, _, _ = trainer_of(poptorch, options=options_of(poptorch, 2, 3, 2))
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises((poptorch.Error, RuntimeError), match=message):
         trainer.compile(x, torch.zeros(12, dtype=torch.int64))
 
 
@@ -43,13 +43,13 @@ def test_shapes_are_fixed(poptorch):
     trainer.compile(x, y)
     assert trainer.isAttachedToDevice()
     for batch in ((x[:2], y[:2]), (x.half(), y), (x, y, y)):
-        with pytest.raises(RuntimeError, match="fixed at compile time"):
+        with pytest.raises(poptorch.Error, match="fixed at compile time"):
             trainer(*batch)
     with pytest.raises(TypeError, match="every input must be a tensor"):
         trainer(x, 3)
     with pytest.raises(TypeError):
         trainer(x, y=y)
-    with pytest.raises(RuntimeError, match="compiled already"):
+    with pytest.raises(poptorch.Error, match="compiled already"):
         trainer.compile(x, y)
 
 
@@ -86,7 +86,7 @@ def test_shapes_are_fixed(poptorch):
 def test_forward_is_traced(poptorch, function, message):
     model = Through(function, plain=torch.ones(3))
     model.register_buffer("mask", torch.ones(3))
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises((poptorch.Error, RuntimeError), match=message):
         poptorch.inferenceModel(model).compile(torch.ones(2, 3))
     assert model.mask.tolist() == [1, 1, 1] and model.mask.device.type == "cpu"
 
@@ -119,7 +119,7 @@ def test_what_was_compiled_is_what_runs(poptorch):
     inference = poptorch.inferenceModel(model)
     inference(torch.ones(2))
     inference.model.factor = 3.0
-    with pytest.raises(RuntimeError, match="another way than when it was compiled"):
+    with pytest.raises(poptorch.Error, match="another way than when it was compiled"):
         inference(torch.ones(2))
 
 
@@ -174,7 +174,7 @@ def test_state_dict_must_not_compute(poptorch):
 
     model = Joined(2, 2)
     model.always = True
-    with pytest.raises(RuntimeError, match="outside of forward"):
+    with pytest.raises(poptorch.Error, match="outside of forward"):
         poptorch.inferenceModel(model).compile(torch.ones(1, 2))
     model.always = False
     poptorch.inferenceModel(model).compile(torch.ones(1, 2))
@@ -192,6 +192,7 @@ def test_output_modes(poptorch):
         )
         trainer, _, _ = trainer_of(poptorch, model, options, lr=0.0)
         loss, (rows,) = trainer(x)
+        trainer.destroy()
         return loss, rows
 
     means = x[:, 0].view(8, 3).mean(1)
@@ -285,7 +286,7 @@ def test_inference_follows_training(poptorch):
     oracle = Net()
     oracle.load_state_dict(trainer.state_dict())
     torch.testing.assert_close(outs[2], oracle.scores(x))
-    with pytest.raises(RuntimeError, match="wrapped for training already"):
+    with pytest.raises(poptorch.Error, match="wrapped for training already"):
         trainer_of(poptorch, model)
 
 
@@ -313,14 +314,14 @@ def test_offline_targets_compile_only(poptorch):
     trainer, _, _ = trainer_of(poptorch, options=poptorch.Options().useOfflineIpuTarget(ipu_version=2))
     trainer.compile(*batch_of(2))
     assert not trainer.isAttachedToDevice()
-    with pytest.raises(RuntimeError, match="offline device"):
+    with pytest.raises(poptorch.Error, match="offline device"):
         trainer(*batch_of(2))
 
 
 def test_detaching(poptorch):
     trainer, model, _ = trainer_of(poptorch)
     before, batch = model.first.weight.clone(), batch_of(2)
-    with pytest.raises(RuntimeError, match="not compiled"):
+    with pytest.raises(poptorch.Error, match="not compiled"):
         trainer.copyWeightsToHost()
     trainer(*batch)
     trainer.detachFromDevice()
@@ -334,6 +335,28 @@ def test_detaching(poptorch):
     trainer(*batch)
     trainer.destroy()
     trainer_of(poptorch, model)[0](*batch)
+
+
+def test_four_ipus_are_acquired_and_given_up(poptorch):
+    """As a machine with four IPUs would: at compile and attach, until detach, destroy or deletion."""
+    options = poptorch.Options().replicationFactor(3)
+    first, second = poptorch.inferenceModel(nn.Linear(1, 1)), poptorch.inferenceModel(nn.Linear(1, 1), options)
+    x, rows = torch.ones(1, 1), torch.ones(3, 1)
+    first(x), second(rows)
+    third = poptorch.inferenceModel(nn.Linear(1, 1))
+    with pytest.raises(poptorch.Error, match=r"Failed to acquire 1 IPU\(s\)") as failed:
+        third(x)
+    assert not isinstance(failed.value, RuntimeError) and "Failed" in failed.value.message
+    assert not third.isCompiled()
+    second.detachFromDevice()
+    third(x)
+    with pytest.raises(poptorch.Error, match="Failed to acquire 3"):
+        second(rows)
+    first.destroy()
+    del third
+    second(rows)
+    assert second.isCompiled() and not first.isCompiled()
+    assert all(issubclass(kind, poptorch.Error) for kind in (poptorch.RecoverableError, poptorch.UnrecoverableError))
 
 
 def test_executables_are_cached_by_all_that_makes_them(poptorch, tmp_path):

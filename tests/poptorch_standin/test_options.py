@@ -163,7 +163,7 @@ def test_loader_shares_the_dataset_among_processes(poptorch):
     assert [i[0].item() for _, i in shared] == [10, 15] and [i[0].item() for _, i in whole] == [0, 5, 10, 15]
     with pytest.raises(ValueError, match="auto_distributed_partitioning=False"):
         poptorch.DataLoader(options, Numbers(), sampler=[1])
-    with pytest.raises(RuntimeError, match=r"popdist\.poptorch\.Options"):
+    with pytest.raises(poptorch.Error, match=r"popdist\.poptorch\.Options"):
         trainer_of(poptorch, options=options)
 
 

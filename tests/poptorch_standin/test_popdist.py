@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.poptorch_standin.helpers import assert_same_weights, batch_of, torch_training
 
@@ -36,6 +37,10 @@ def test_poprun_presets_the_replicas(poptorch, monkeypatch):
     for name, value in zip(POPRUN, "4210"):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("POPDIST_NUM_INSTANCES", "2")
+    popdist, model = importlib.import_module("popdist"), nn.Linear(1, 1)
+    with pytest.raises(RuntimeError, match=r"popdist\.init"):
+        popdist.getNumInstances()
+    popdist.init()
     options = importlib.import_module("popdist.poptorch").Options(ipus_per_replica=2)
     assert options.replication_factor == 2 and options.replicationFactor(2) is options
     assert (options.Distributed.processId, options.Distributed.numProcesses) == (1, 2)
@@ -43,12 +48,19 @@ def test_poprun_presets_the_replicas(poptorch, monkeypatch):
         options.replicationFactor(1)
     with pytest.raises(TypeError):
         type(options)(ipus_per_replica="2")
+    executor = poptorch.inferenceModel(model, options)
+    executor.compile(torch.ones(2, 1))
+    assert poptorch.MACHINE.holders[executor] == 4  # two for each replica
+    executor.destroy()
+    with pytest.raises(poptorch.Error, match="another instance"):
+        poptorch.inferenceModel(model).compile(torch.ones(1, 1))
 
 
 INSTANCE = """
 import torch
 import horovod.torch as hvd, popdist, popdist.poptorch, poptorch
 from tests.poptorch_standin.helpers import Net, batch_of
+popdist.init()
 hvd.init()
 model, rank = Net(), popdist.getInstanceIndex()
 if rank == 1:

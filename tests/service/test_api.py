@@ -70,9 +70,9 @@ def test_health(port, loaded):
 
 
 def test_the_same_seed_gives_the_picture_of_the_library(port, loaded):
-    status, answer = generate(port, prompt=f"  {PROMPT} ", count=3, seed=11, temperature=0.9)
-    assert status == 200 and [one["seed"] for one in answer["pictures"]] == [11, 12, 13]
-    for one in answer["pictures"]:
+    status, answer = generate(port, prompt=f"  {PROMPT} ", num_images=3, seed=11, temperature=0.9)
+    assert status == 200 and [one["seed"] for one in answer["images"]] == [11, 12, 13]
+    for one in answer["images"]:
         wanted = plan_image(loaded, PROMPT, one["seed"], {"temperature": 0.9})
         alone = to_image(loaded.decode(generate_batch(loaded, [wanted]))[0])
         image = image_of(one)
@@ -84,15 +84,15 @@ def test_an_image_prompt_is_kept_as_by_the_library(port, loaded, drawn_pictures)
     path = sorted(drawn_pictures.glob("*.png"))[3]
     side = loaded.model.fmap_size
     for keep, rows in ((1, 1), (0.5, side // 2), (None, side // 2)):
-        status, answer = generate(port, prompt=PROMPT, seed=2, image=b64(path.read_bytes()), keep=keep)
+        status, answer = generate(port, prompt=PROMPT, seed=2, image=b64(path.read_bytes()), keep_rows=keep)
         wanted = plan_image(loaded, PROMPT, 2, given_codes=encode_kept_rows(loaded, path, rows))
         alone = to_image(loaded.decode(generate_batch(loaded, [wanted]))[0])
-        assert status == 200 and image_of(answer["pictures"][0]).tobytes() == alone.tobytes()
+        assert status == 200 and image_of(answer["images"][0]).tobytes() == alone.tobytes()
 
 
 def test_without_a_seed_pictures_differ(port):
     answers = [generate(port, prompt=PROMPT)[1] for _ in range(2)]
-    assert answers[0]["pictures"][0]["seed"] != answers[1]["pictures"][0]["seed"]
+    assert answers[0]["images"][0]["seed"] != answers[1]["images"][0]["seed"]
 
 
 def test_the_documentation_names_every_key_and_needs_no_network(port):
@@ -123,13 +123,13 @@ def wrong_requests():
     objects = [{}, {"prompt": ""}, {"prompt": "   "}, {"prompt": None}, {"prompt": "x" * 61}, {"prompt": ["a"]}]
     objects += [{"prompt": "\u2603" * 60}, {"text": PROMPT}, {**good, "colour": 1}, {**good, "Prompt": PROMPT}]
     values = {
-        "count": [0, -1, 9, 1.5, "2", True, [], {}, 10**30, -(10**30)],
+        "num_images": [0, -1, 9, 1.5, "2", True, [], {}, 10**30, -(10**30)],
         "seed": [-1, 2**63, 2**63 - 1, 1.5, "7", False, [1], 10**400],
         "top_k": [-0.1, 1.5, "0.9", True, [], 1e400],
         "top_p": [0, -1, 1.01, "1", {}, False],
         "temperature": [0, -1, "hot", True, []],
         "cond_scale": [-1, "1", True, {}, [1]],
-        "keep": [0.5, 1],  # without an image
+        "keep_rows": [0.5, 1],  # without an image
         "image": [
             7,
             "",
@@ -148,7 +148,7 @@ def wrong_requests():
     images = [png(10_000, 5_000), said_size(50_000, 50_000), said_size(100_000, 100_000), whole[:40], whole[:-30]]
     images += [said_size(8, 8), b"BM" + bytes(60), b"II*\x00" + bytes(50), b"%PDF-1.7", b"\xff\xd8\xff\xe0" + bytes(30)]
     objects += [{**good, "image": b64(data)} for data in images]
-    objects += [{**good, "image": b64(whole), "keep": keep} for keep in (0, -1, 4, 100, 1.5, 0.99, "all", 1e300)]
+    objects += [{**good, "image": b64(whole), "keep_rows": keep} for keep in (0, -1, 4, 100, 1.5, 0.99, "all", 1e300)]
     for body in bodies:
         yield ("body", *post, body, "application/json")
     for body in objects:
@@ -160,7 +160,7 @@ def wrong_requests():
     junk = [None, True, -7, 1e9, "", "x", [], {}, [[1]], {"a": {"b": []}}, "\u0000", 10**25, -0.5]
     for _ in range(200):  # what is left of 200 is random: broken text, and keys with values of other kinds
         if chance.random() < 0.4:
-            text = bytearray(json.dumps({**good, "count": 2, "seed": 3}).encode())
+            text = bytearray(json.dumps({**good, "num_images": 2, "seed": 3}).encode())
             for _ in range(chance.randrange(1, 6)):
                 text[chance.randrange(len(text))] = chance.randrange(256)
             yield ("bytes", *post, b"{" + bytes(text), "application/json")
@@ -171,12 +171,12 @@ def wrong_requests():
 
 
 def test_200_wrong_requests_get_a_sentence_each(port, drawing):
-    before = call(port)[1]["pictures_drawn"]
+    before = call(port)[1]["images_generated"]
     for _, (what, path, method, body, kind) in zip(range(200), wrong_requests()):
         status, answer = call(port, method, path, body, kind)
         assert 400 <= status < 500, (what, body if not isinstance(body, bytes) else body[:80], answer)
         assert is_a_sentence(answer), answer
-    assert call(port)[1]["pictures_drawn"] == before and drawing.batches == []
+    assert call(port)[1]["images_generated"] == before and drawing.batches == []
     assert generate(port, prompt=PROMPT)[0] == 200
 
 
@@ -184,10 +184,10 @@ def test_200_wrong_requests_get_a_sentence_each(port, drawing):
     "wanted, sentence",
     [
         ({"prompt": "x" * 61}, "The prompt has 61 characters; at most 60 are accepted."),
-        ({"prompt": PROMPT, "count": 9}, "9 images are asked for; from 1 to 8 can be generated at once."),
-        ({"prompt": PROMPT, "count": "2"}, "count must be a whole number."),
+        ({"prompt": PROMPT, "num_images": 9}, "9 images are asked for; from 1 to 8 can be generated at once."),
+        ({"prompt": PROMPT, "num_images": "2"}, "num_images must be a whole number."),
         ({"prompt": PROMPT, "size": 2}, "size is not a known key; the keys are seed, top_k"),
-        ({"count": 2}, "prompt is missing."),
+        ({"num_images": 2}, "prompt is missing."),
         ({"prompt": PROMPT, "image": "???"}, "image is not base64."),
         ({"prompt": PROMPT, "image": b64(b"GIF")}, "The file is not a readable image; PNG, JPEG"),
         (
@@ -230,7 +230,7 @@ def test_a_body_of_unknown_length_is_read_no_further_than_may_be(port, path):
 def test_a_client_that_leaves_takes_its_request_back(port, drawing):
     drawing.hold()
     with socket.create_connection(("127.0.0.1", port)) as raw:
-        body = json.dumps({"prompt": PROMPT, "count": 8}).encode()
+        body = json.dumps({"prompt": PROMPT, "num_images": 8}).encode()
         head = f"POST /api/generate {HEAD}Content-Length: {len(body)}"
         raw.sendall(head.encode() + b"\r\n\r\n" + body)
         drawing.began(1)

@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+import torch
 
 from generation.batching import generate_batch, plan_image
 from generation.output import to_image
@@ -160,6 +161,21 @@ def test_the_worker_survives_a_drawing_that_fails(loaded, drawing, queue):
     fine = queue.submit("a", pictures(loaded, 15))
     wait(fine)
     assert fine.error is None and fine.ready == 1 and queue.jobs == []
+
+
+def test_a_batch_that_finds_no_memory_is_halved(loaded, drawing, queue):
+    def before(seeds):
+        if len(seeds) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    first = occupied(queue, loaded, drawing)
+    drawing.before = before
+    job = queue.submit("a", pictures(loaded, 13, 14, 15))
+    drawing.release()
+    wait(first, job)
+    size, loaded.batch_size = loaded.batch_size, 4
+    assert size == 1 and job.error is None and job.ready == 3
+    assert job.images[2].tobytes() == to_image(loaded.decode(generate_batch(loaded, pictures(loaded, 15)))[0]).tobytes()
 
 
 def test_a_full_queue_says_so(loaded, drawing, queue):

@@ -342,7 +342,7 @@ def test_a_siege_of_half_open_slow_and_abandoning_clients(tiny_checkpoint):
     process = start("--dalle_path", tiny_checkpoint, "--port", 0, "--batch-size", 8)
     try:
         port = port_of(process)
-        wanted = {"prompt": PROMPT, "count": 16, "seed": 1}
+        wanted = {"prompt": PROMPT, "num_images": 16, "seed": 1}
 
         def seconds():
             started = time.monotonic()

@@ -66,9 +66,11 @@ def test_both_spellings_and_both_forms_of_assignment():
         assert values(spelling, "5")["row_count"] == values(f"{spelling}=5")["row_count"] == 5
 
 
-@pytest.mark.parametrize("word, expected", [("true", True), ("Yes", True), ("1", True), ("ON", True)])
+@pytest.mark.parametrize(
+    "word, expected", [("true", True), ("Yes", True), ("1", True), ("ON", True), ("t", True), ("Y", True)]
+)
 def test_words_for_true_and_false(word, expected):
-    opposite = {"true": "False", "Yes": "no", "1": "0", "ON": "off"}[word]
+    opposite = {"true": "False", "Yes": "no", "1": "0", "ON": "off", "t": "F", "Y": "n"}[word]
     assert boolean(word) is True and boolean(opposite) is False
     assert values("--is-wild", opposite, "--is-wild", word)["is_wild"] is True
     assert values("--is-wild", word, "--is_wild", opposite)["is_wild"] is False
@@ -115,9 +117,9 @@ def test_the_limits_of_a_range():
         (["--is-wild", "perhaps"], "argument --is-wild: must be true or false, not 'perhaps'"),
         (["--bed-sizes", "1,x"], "argument --bed-sizes: must be a number of at least 0, not 'x'"),
         (["--soil", "clay"], "argument --soil: invalid choice: 'clay'"),
-        (["--row", "2"], "--row"),
-        (["--soi", "sand"], "--soi"),
-        (["--no-such-flag=1"], "--no-such-flag"),
+        (["--row", "2"], "unrecognized arguments: --row 2 (did you mean --row-count?)"),
+        (["--sail=sand"], "unrecognized arguments: --sail=sand (did you mean --soil?)"),
+        (["--no-such-flag=1"], "unrecognized arguments: --no-such-flag=1\n"),
         (["stray"], "stray"),
         (["--row-count", "two\nlines"], "not 'two lines'"),
     ],

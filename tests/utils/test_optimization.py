@@ -171,6 +171,18 @@ def test_another_schedules_state_is_left_aside():
     assert fresh.at(0, 0) == PEAK
 
 
+def test_the_reference_applications_plateau_gives_its_rate():
+    """Its state is torch's own; its multi_step is a LambdaLR, which has `_last_lr`, too."""
+    parameter = torch.optim.SGD([torch.zeros(1)], lr=PEAK)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(parameter, factor=0.5, patience=10, cooldown=10)
+    for _ in range(20):
+        plateau.step(1.0)
+    resumed, other = schedule("ReduceLROnPlateau"), schedule("constant")
+    resumed.load_state_dict(plateau.state_dict())
+    other.load_state_dict(plateau.state_dict())
+    assert resumed.at(0, 0) == PEAK / 2 and other.at(99, 9) == PEAK
+
+
 @pytest.mark.parametrize("sandwich_norm", [False, True])
 def test_matrices_decay_and_nothing_else(tiny_vae, sandwich_norm):
     tiny_vae.frozen = torch.nn.Linear(3, 3)

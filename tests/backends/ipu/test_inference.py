@@ -11,13 +11,19 @@ from tests.backends.ipu.ipu_runs import samples, settings
 from tests.builders import small_dalle
 
 
-def no_loop(count, body, inputs):
-    raise RuntimeError("out of memory\nand more")
+@pytest.fixture
+def no_loop(poptorch_standin, monkeypatch):
+    """PopTorch cannot compile loops, and says so with its own error, which is no RuntimeError."""
+
+    def fail(count, body, inputs):
+        raise poptorch_standin.Error("out of memory\nand more")
+
+    monkeypatch.setattr(poptorch_standin, "for_loop", fail)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole pictures", "code by code"])
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_codes_are_those_of_a_cpu(poptorch_standin, tiny_vae, whole, count, monkeypatch):
+def test_codes_are_those_of_a_cpu(poptorch_standin, tiny_vae, whole, count, request):
     model = small_dalle(tiny_vae).eval()
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.3
@@ -25,7 +31,7 @@ def test_codes_are_those_of_a_cpu(poptorch_standin, tiny_vae, whole, count, monk
     text[:, 4:] = 0
     on_cpu, on_ipu = (backends.for_inference(device, "fp32") for device in ("cpu", "ipu"))
     if not whole:
-        monkeypatch.setattr(poptorch_standin, "for_loop", no_loop)
+        request.getfixturevalue("no_loop")
     sampler = on_ipu.sampler(model, 3)
     for sampling in (Sampling(), Sampling(top_k=0.5, top_p=0.8, temperature=0.7, cond_scale=2.0)):
         for given in (None, torch.randint(0, 32, (count, 5)), torch.randint(0, 32, (count, 16))):
@@ -43,34 +49,47 @@ def test_codes_are_those_of_a_cpu(poptorch_standin, tiny_vae, whole, count, monk
     assert model.text_emb.weight.dtype == torch.float32
 
 
-def test_one_call_a_batch_or_one_a_code(poptorch_standin, tiny_vae, monkeypatch, logged):
-    calls = []
-    inference = ipu.IpuBackend.inference
+def test_one_call_a_batch(poptorch_standin, tiny_vae):
+    sampler = backends.for_inference("ipu", "fp32").sampler(small_dalle(tiny_vae), 4)
+    sampler(samples(5)[0], generator=torch.Generator().manual_seed(0))
+    assert poptorch_standin.MACHINE.calls == ["StaticSampler"] * 2
 
-    def counting(self, module, device_iterations=1):
-        executor = inference(self, module, device_iterations)
 
-        class Counted:
-            compile = staticmethod(executor.compile)
+def test_one_call_a_code_if_the_loop_does_not_compile(poptorch_standin, no_loop, tiny_vae, logged):
+    sampler = backends.for_inference("ipu", "fp32").sampler(small_dalle(tiny_vae), 4)
+    sampler(samples(5)[0], generator=torch.Generator().manual_seed(0))
+    assert poptorch_standin.MACHINE.calls == ["FullPass"] * 2 * 16
+    (warning,) = {line.getMessage() for line in logged.records if line.levelname == "WARNING"}
+    assert "the sampler does not compile" in warning and "out of memory" in warning and "\n" not in warning
 
-            def __call__(self, *inputs):
-                calls.append(type(module).__name__)
-                return executor(*inputs)
 
-        return Counted()
+def test_one_program_of_each_role_holds_an_ipu(poptorch_standin, tiny_vqgan):
+    """Two encoders, as for training and validation images, leave the four IPUs of a machine to training."""
+    vae, other = load_vqgan(tiny_vqgan), load_vqgan(tiny_vqgan)
+    backend = backends.for_training(settings("--gradient-accumulation 7 --ipus-per-replica 4 --layers-per-ipu 0,1,1,0"))
+    first, second = backend.encode(vae), backend.encode(other)
+    pixels = torch.rand(2, 3, 32, 32)
+    codes = first(pixels)
+    for encode in (second, first):
+        assert torch.equal(encode(pixels), codes)
+        assert list(poptorch_standin.MACHINE.holders.values()) == [1]
+    backend.trainer(small_dalle(vae)).compile(samples(7))
+    assert list(poptorch_standin.MACHINE.holders.values()) == [4]
 
-    monkeypatch.setattr(ipu.IpuBackend, "inference", counting)
-    text, _ = samples(5)
-    backend = backends.for_inference("ipu", "fp32")
-    expected = backend.sampler(small_dalle(tiny_vae), 4)(text, generator=torch.Generator().manual_seed(0))
-    assert calls == ["StaticSampler"] * 2
-    calls.clear()
 
-    monkeypatch.setattr(poptorch_standin, "for_loop", no_loop)
-    found = backend.sampler(small_dalle(tiny_vae), 4)(text, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found, expected) and calls == ["FullPass"] * 2 * 16
-    (told,) = {line.getMessage() for line in logged.records if line.levelname == "WARNING"}
-    assert "does not compile" in told and "out of memory" in told and "\n" not in told
+def test_a_compilers_error_is_one_line(poptorch_standin, tiny_vae, tiny_vqgan):
+    poptorch_standin.MACHINE.ipus = 0
+    backend, vae = backends.for_training(settings()), load_vqgan(tiny_vqgan)
+    for fail in (
+        lambda: backend.encode(vae)(torch.rand(1, 3, 32, 32)),
+        lambda: backend.decode(vae)(torch.zeros(1, 16, dtype=torch.long)),
+        lambda: backend.evaluator(small_dalle(tiny_vae))([samples(1)]),
+        lambda: backend.sampler(small_dalle(tiny_vae), 1)(samples(1)[0]),
+        lambda: backend.trainer(small_dalle(tiny_vae)).compile(samples(3)),
+    ):
+        with pytest.raises(ValueError, match=r"IPU: the \w+ does not compile: .*Failed to acquire \d IPU") as error:
+            fail()
+        assert "\n" not in str(error.value)
 
 
 def test_large_models_draw_in_fp16_and_small_ones_in_fp32(poptorch_standin, tiny_vae, monkeypatch, logged):
@@ -100,11 +119,6 @@ def test_the_vqgan_runs_on_the_device_both_ways(poptorch_standin, tiny_vqgan):
         filled = torch.cat((codes[:, :8], torch.zeros_like(codes[:, 8:])), dim=1)  # two rows of four
         expected = vae.decode(filled)[:, :, :16]
         torch.testing.assert_close(decode(codes[:, :8], 2), expected, atol=1e-5, rtol=0)
-    executor = backend.encoder.executor
-    assert executor.isAttachedToDevice()
-    backend.trainer(small_dalle(vae)).compile(samples(3))
-    assert not executor.isAttachedToDevice()  # training wants its IPU
-    assert torch.equal(encode(pixels), codes)
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("fp16", 1e-2)])

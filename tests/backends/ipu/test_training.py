@@ -94,6 +94,7 @@ def test_a_state_that_went_through_a_file_goes_on_exactly(poptorch_standin, tiny
     state = trainer.state_dict()
     torch.save(state, tmp_path / "state.pt")
     expected = [trainer.step(batch) for _ in range(3)]
+    trainer.close()
 
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     for compile_first in (False, True):
@@ -105,6 +106,7 @@ def test_a_state_that_went_through_a_file_goes_on_exactly(poptorch_standin, tiny
         if not compile_first:
             again.compile(batch)
         assert [again.step(batch) for _ in range(3)] == expected
+        again.close()
     assert "afresh" not in logged.text
     fresh = backends.for_training(settings(flags)).trainer(small_dalle(tiny_vae))
     fresh.load_state_dict({**saved, "opt_state": None})
@@ -128,15 +130,18 @@ def test_states_go_from_machine_to_machine(poptorch_standin, tiny_vae, logged):
     on_ipu, batch = trainer_of(tiny_vae, "--embedding-serialization-factor 2")
     on_ipu.step(batch)
     on_cpu = backends.for_training(settings(device="cpu")).trainer(small_dalle(tiny_vae))
+    micro_batches = list(zip(*(part.split(1) for part in batch)))
     for source, target in ((on_ipu, on_cpu), (on_cpu, on_ipu)):
         logged.clear()
-        state = source.state_dict()
-        target.load_state_dict({**state, "weights": {name: part.clone() for name, part in state["weights"].items()}})
-        assert "starts afresh" in logged.text  # Adam's moments lie in another form on IPUs
-        micro_batches = list(zip(*(part.split(1) for part in batch)))
-        losses = [trainer.evaluate([batch if trainer is on_ipu else micro_batches]) for trainer in (source, target)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-        on_cpu.step(micro_batches)
+        state = copy.deepcopy(source.state_dict())
+        target.load_state_dict(state)
+        assert ("starts afresh" in logged.text) == (target is on_ipu)  # PopTorch loads only its own optimizers' state
+        for _ in range(3):
+            losses = [trainer.evaluate([batch if trainer is on_ipu else micro_batches]) for trainer in (source, target)]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+            if target is on_cpu:  # with the same moments, updates are the same, too
+                on_ipu.step(batch)
+                on_cpu.step(micro_batches)
 
 
 def test_evaluation_changes_nothing(poptorch_standin, tiny_vae):
@@ -147,16 +152,32 @@ def test_evaluation_changes_nothing(poptorch_standin, tiny_vae):
         backends.for_training(settings(flags)).trainer(small_dalle(tiny_vae, **dropouts)) for _ in range(2)
     )
     batch = samples(6)
-    for trainer in (plain, watched):
-        trainer.compile(batch)
-    for _ in range(3):
+    plain.compile(batch)
+    expected = [plain.step(batch) for _ in range(3)]
+    plain.close()  # the machine has four IPUs, and each trainer wants them
+    watched.compile(batch)
+    for step in expected:
         losses = watched.evaluate([batch])
         by_hand = small_dalle(tiny_vae, **dropouts).eval()
         by_hand.load_state_dict(weights_of(watched))
         with torch.no_grad():
             assert losses["total"] == pytest.approx(float(by_hand(*batch, return_loss=True).total), rel=1e-5)
         assert watched.evaluate([batch]) == losses
-        assert plain.step(batch) == watched.step(batch) != losses
+        assert step == watched.step(batch) != losses
+
+
+def test_an_interrupted_evaluation_gives_the_ipus_back(poptorch_standin, tiny_vae):
+    trainer, _ = trainer_of(tiny_vae, "--replication-factor 2")
+    batch = samples(6)
+
+    def interrupted():
+        yield batch
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate(interrupted())
+    trainer.step(batch)
+    assert list(poptorch_standin.MACHINE.holders) == [trainer.executor]
 
 
 def test_compile_only_wants_no_device(poptorch_standin, tiny_vae, tmp_path):
@@ -193,3 +214,4 @@ def test_files_have_the_canonical_names(poptorch_standin, tiny_vqgan):
         assert vae.fingerprint() == fingerprint
         for name, tensor in vae.state_dict().items():
             assert torch.equal(weights[f"model.vae.{name}"], tensor)
+        trainer.close()

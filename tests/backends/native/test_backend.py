@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from backends.native.resilient_loader import MicroBatches
 from backends.native.trainer import build_optimizers
 from data.loader import GeneratedDataset
 from data.order import EpochOrder, RunOrder
-from models.sampling import CachedStepper, Sampling, sample_codes
-from tests.builders import small_dalle, train_settings
+from models.sampling import Sampling, sample_codes
+from tests.builders import WholePassStepper, small_dalle, train_settings
 from utils import checkpoint
 from utils.muon import Muon
 
@@ -277,6 +278,7 @@ def test_each_process_has_a_gpu_of_its_own_or_is_told(monkeypatch):
 
 def test_precision_is_the_flag_then_what_fp16_means_then_what_is_fast(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(native, "fast_in_fp16", lambda device: False)
     for fast in (True, False):
         monkeypatch.setattr(native, "fast_in_bf16", lambda device, fast=fast: fast)
         best = "bf16" if fast else "fp32"
@@ -290,6 +292,33 @@ def test_precision_is_the_flag_then_what_fp16_means_then_what_is_fast(monkeypatc
     assert pick_precision("fp16", cuda) == "fp16"
     with pytest.raises(ValueError, match="^--precision fp16: CPUs .* use bf16 or fp32$"):
         pick_precision("fp16", cpu)
+
+
+@pytest.mark.parametrize(
+    "capability, training, sharded",
+    [((9, 0), "bf16", "bf16"), ((8, 0), "bf16", "bf16"), ((7, 5), "fp16", "fp32"), ((6, 1), "fp32", "fp32")],
+)
+def test_a_gpu_computes_in_what_it_does_not_emulate(monkeypatch, capability, training, sharded):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *given: True)  # as torch says of all of them
+    assert pick_precision("auto", cuda) == training
+    assert pick_precision("auto", cuda, loss_scaling=False) == sharded
+    assert pick_precision("auto", cuda, False) == "fp32" and pick_precision("bf16", cuda) == "bf16"
+
+
+def test_a_driver_that_is_too_old_is_named_in_one_line(monkeypatch, logged):
+    def is_available():
+        message = "CUDA initialization: The NVIDIA driver on your system is too old (found version 1). Please\nupdate"
+        warnings.warn(message, stacklevel=2)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pick_device("auto") == torch.device("cpu")
+    (line,) = logged.messages
+    assert line.startswith("the GPU cannot be used: CUDA init") and line.endswith("too old (found version 1)")
 
 
 def test_flags_for_ipus_are_named_in_one_line(logged):
@@ -387,7 +416,7 @@ def test_the_sampler_gives_the_codes_of_the_plain_loop(tiny_vae, batch_size):
         codes = sample(text, sampling, generator=first)
         assert not model.training and codes.dtype == torch.int64
         again = [torch.Generator().manual_seed(i) for i in range(4)]
-        assert torch.equal(codes, sample_codes(model, text, CachedStepper(model), sampling, again))
+        assert torch.equal(codes, sample_codes(model, text, WholePassStepper(model), sampling, again))
         assert sampling.top_k or not torch.equal(codes, sample(text, sampling, generator=other))
 
 

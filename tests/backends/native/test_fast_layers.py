@@ -29,7 +29,7 @@ TEXT, SIDE = 6, 4
 
 
 def dalle(vae, **changes):
-    return small_dalle(vae, weight_std=0.3, **{"depth": 4, "attn_types": PATTERNS, **changes})
+    return small_dalle(vae, weight_std=0.3, **{"depth": len(PATTERNS), "attn_types": PATTERNS, **changes})
 
 
 def batch(rows=3):
@@ -55,7 +55,18 @@ def assert_same(ours, expected, **tolerance):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"sandwich_norm": True}, {"ff_dropout": 0.3}, {"attn_dropout": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sandwich_norm": True},
+        {"ff_dropout": 0.3},
+        {"attn_dropout": 0.3},
+        {"rotary_emb": True, "shift_tokens": True, "stable": True, "shared_ff_ids": (0, 1)},
+        {"reversible": True},
+    ],
+    ids=str,
+)
 def test_losses_and_gradients_equal_the_plain_ones(tiny_vae, changes, recompute):
     plain = dalle(tiny_vae, **changes).train()
     fast = copy.deepcopy(plain)

@@ -1,21 +1,30 @@
 """A stand-in for popdist: the numbers that PopRun gives its instances, and the exchange among them.
 
-PopRun's own variables are not modelled. The environment has four of ours: POPDIST_NUM_TOTAL_REPLICAS,
-POPDIST_NUM_LOCAL_REPLICAS, POPDIST_INSTANCE_INDEX and POPDIST_NUM_INSTANCES. Instances on one machine meet through the
-file that STANDIN_STORE names. popdist.poptorch is a separate module, which `import popdist` does not load.
+The numbers are there after init() only. PopRun's own variables are not modelled. The environment has four of ours:
+POPDIST_NUM_TOTAL_REPLICAS, POPDIST_NUM_LOCAL_REPLICAS, POPDIST_INSTANCE_INDEX and POPDIST_NUM_INSTANCES. Instances on
+one machine meet through the file that STANDIN_STORE names. popdist.poptorch is a separate module that
+importing popdist does not load.
 """
 
 import atexit
 import os
+
+_ready = []
 
 
 def isPopdistEnvSet():
     return "POPDIST_NUM_TOTAL_REPLICAS" in os.environ
 
 
+def init():
+    _ready.append(True)
+
+
 def _read(name):
     if not isPopdistEnvSet():
         raise RuntimeError("not started by PopRun: isPopdistEnvSet() is False")
+    if not _ready:
+        raise RuntimeError("popdist.init() has not been called")
     return int(os.environ[name])
 
 

@@ -23,6 +23,10 @@ class Options(poptorch.Options):
         return super().replicationFactor(replication_factor)
 
     @property
+    def _partition(self):
+        return self._values["ipus_per_replica"]
+
+    @property
     def _instances(self):
         return popdist.getNumInstances()
 

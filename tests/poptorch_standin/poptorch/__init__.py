@@ -2,7 +2,9 @@
 
 from . import optim
 from .dataloader import DataLoader
+from .errors import Error, RecoverableError, UnrecoverableError
 from .executor import inferenceModel, trainingModel
+from .machine import MACHINE
 from .ops import (
     BeginBlock,
     dynamic_update,
@@ -26,16 +28,20 @@ __version__ = "3.4.0-standin"
 IS_STANDIN = True
 
 __all__ = [
+    "MACHINE",
     "AutoStage",
     "BeginBlock",
     "DataLoader",
     "DataLoaderMode",
+    "Error",
     "MatMulSerializationMode",
     "Options",
     "OutputMode",
     "PipelinedExecution",
+    "RecoverableError",
     "ReductionType",
     "TensorLocationSettings",
+    "UnrecoverableError",
     "dynamic_update",
     "for_loop",
     "identity_loss",

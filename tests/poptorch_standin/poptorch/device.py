@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .errors import Error
 from .trace import active_trace
 
 IPU = torch.device("ipu:0")
@@ -345,17 +346,17 @@ class Run(TorchFunctionMode):
         """Return the one tensor to differentiate."""
         final = [number for number in range(len(self.losses)) if number not in self.surplus]
         if not final:
-            raise RuntimeError("Couldn't find a loss in graph!")
+            raise Error("Couldn't find a loss in graph!")
         if len(final) > 1:
             kinds = ", ".join(self.losses[number][0] for number in final)
-            raise RuntimeError(
+            raise Error(
                 f"Multiple independent losses found in graph ({kinds}): a combined loss must go through identity_loss"
             )
         kind, loss = self.losses[final[0]]
         if kind.startswith("smoothed"):
-            raise RuntimeError("label_smoothing is arithmetic on a loss: it must go through identity_loss")
+            raise Error("label_smoothing is arithmetic on a loss: it must go through identity_loss")
         if loss.dim() != 0:
-            raise RuntimeError(f"the final loss ({kind}) has shape {list(loss.shape)}; it must be reduced to a scalar")
+            raise Error(f"the final loss ({kind}) has shape {list(loss.shape)}; it must be reduced to a scalar")
         return loss
 
 

@@ -13,7 +13,9 @@ from torch import nn
 
 from . import optim, transfer
 from .device import DeviceRandom, Run
+from .errors import Error
 from .half import half_arithmetic
+from .machine import MACHINE, count_ipus
 from .options import Options
 from .trace import Trace
 from .transfer import Weights, leaks, watch_reads
@@ -37,9 +39,9 @@ class Executor:
         if not isinstance(options, Options):
             raise TypeError(f"options must be poptorch.Options, not {options!r}")
         if training and hasattr(type(model), "_poptorch_executor"):
-            raise RuntimeError("the model is wrapped for training already; destroy() that executor first")
+            raise Error("the model is wrapped for training already; destroy() that executor first")
         if training and options.Distributed.numProcesses > 1 and options._instances == 1:
-            raise RuntimeError("training in several processes needs popdist.poptorch.Options, which exchange gradients")
+            raise Error("training in several processes needs popdist.poptorch.Options, which exchange gradients")
         if training and optimizer is None:
             raise ValueError("a training model needs an optimizer")
         options._freeze()
@@ -68,10 +70,10 @@ class Executor:
 
     def compile(self, *batch):
         if self._specification is not None:
-            raise RuntimeError("the model is compiled already; destroy() it first")
+            raise Error("the model is compiled already; destroy() it first")
         options = self._options
         if not self._training and options.Training.gradient_accumulation != 1:
-            raise RuntimeError("an inference model needs gradientAccumulation 1")
+            raise Error("an inference model needs gradientAccumulation 1")
         transfer.check_inputs(batch, options)
         self._fetch_from_trainer()
         weights = Weights(self.model)
@@ -87,7 +89,10 @@ class Executor:
         trace.finish(self._training, options)
         leaked = list(leaks(self.model))
         if leaked:
-            raise RuntimeError(f"forward left IPU tensors in {', '.join(leaked)}: they have no value outside of it")
+            raise Error(f"forward left IPU tensors in {', '.join(leaked)}: they have no value outside of it")
+        if not self._offline:
+            MACHINE.acquire(self, count_ipus(trace.ipus, options))
+        MACHINE.compiled.append(type(self._user_model).__name__)
         weights.upload()  # the pass may have written to buffers
         self._structure, self._path = transfer.structure(outputs), run.path
         self.trace, self._weights, self._specification = trace, weights, transfer.specification(batch)
@@ -110,10 +115,10 @@ class Executor:
         trained = {name: tensor for name, tensor in weights.parameters.items() if tensor.requires_grad}
         lacking = [name for name, tensor in trained.items() if not any(id(tensor) in group for group in groups)]
         if lacking:
-            raise RuntimeError(f"the optimizer lacks parameters with a gradient: {', '.join(lacking)}")
+            raise Error(f"the optimizer lacks parameters with a gradient: {', '.join(lacking)}")
         foreign = set().union(*groups) - {id(tensor) for tensor in weights.parameters.values()}
         if foreign:
-            raise RuntimeError(f"the optimizer has {len(foreign)} parameters that are not the model's")
+            raise Error(f"the optimizer has {len(foreign)} parameters that are not the model's")
 
     @property
     def _offline(self):
@@ -148,19 +153,18 @@ class Executor:
             self.compile(*batch)
         transfer.check_inputs(batch, self._options)
         if transfer.specification(batch) != self._specification:
-            raise RuntimeError(
+            raise Error(
                 f"compiled for inputs {self._specification}, called with {transfer.specification(batch)}: shapes and "
                 "dtypes are fixed at compile time"
             )
         if self._offline:
-            raise RuntimeError("Trying to run a model on an offline device")
+            raise Error("Trying to run a model on an offline device")
         if not self._attached:
             self.attachToDevice()
         if self._training and self._optimizer._loaded is not None:
-            raise RuntimeError(
-                "an optimizer state was loaded and setOptimizer() not called: the device does not have it"
-            )
+            raise Error("an optimizer state was loaded and setOptimizer() not called: the device does not have it")
         self._fetch_from_trainer()
+        MACHINE.calls.append(type(self._user_model).__name__)
         results = self._run(batch)
         self._calls += 1
         if self._training:
@@ -190,7 +194,7 @@ class Executor:
         run, outputs = self._pass(self._weights, inputs)
         if run.path != self._path:
             now, then = next((pair for pair in zip(run.path, self._path) if pair[0] != pair[1]), ("its end", "its end"))
-            raise RuntimeError(
+            raise Error(
                 f"forward went another way than when it was compiled: {now} instead of {then}; the graph is "
                 "fixed, and a changed number would have been ignored"
             )
@@ -220,7 +224,7 @@ class Executor:
 
     def setOptimizer(self, optimizer):
         if not self._training:
-            raise RuntimeError("an inference model has no optimizer")
+            raise Error("an inference model has no optimizer")
         if not optim.is_unchanged(optimizer):
             raise TypeError(
                 f"an optimizer must be poptorch.optim.Adam or AdamW as it is, not {type(optimizer).__name__}"
@@ -229,17 +233,17 @@ class Executor:
         constants = self._constants_of(optimizer, settings)
         if self._specification is not None:
             if type(optimizer) is not type(self._optimizer):
-                raise RuntimeError("the optimizer's class is compiled into the graph and cannot change")
+                raise Error("the optimizer's class is compiled into the graph and cannot change")
             if constants != self._constants:
                 changed = [f"{a} instead of {b}" for a, b in zip(constants, self._constants) if a != b]
-                raise RuntimeError(
+                raise Error(
                     "attributes that were not given to the optimizer's constructor are constants and cannot change: "
                     + "; ".join(changed)
                 )
             old, self._optimizer = self._optimizer, optimizer
             try:
                 self._check_parameters(self._weights)
-            except RuntimeError:
+            except Error:
                 self._optimizer = old
                 raise
         self._constants = constants
@@ -263,7 +267,7 @@ class Executor:
         names = {f"{moment}___{name}": (name, moment) for name in self._state for moment in MOMENTS}
         if set(loaded["ipu_state"]) != set(names):
             odd = sorted(set(loaded["ipu_state"]) ^ set(names))
-            raise RuntimeError(f"the loaded optimizer state and the model differ in {', '.join(odd[:6])}")
+            raise Error(f"the loaded optimizer state and the model differ in {', '.join(odd[:6])}")
         for key, (name, moment) in names.items():
             self._state[name][moment].copy_(loaded["ipu_state"][key])
         self._calls = max(self._calls, 1)
@@ -320,7 +324,10 @@ class Executor:
 
     def _need_compiled(self, name):
         if self._specification is None:
-            raise RuntimeError(f"{name}: the model is not compiled")
+            raise Error(f"{name}: the model is not compiled")
+
+    def isCompiled(self):
+        return self._specification is not None
 
     def isAttachedToDevice(self):
         return self._attached
@@ -328,15 +335,17 @@ class Executor:
     def attachToDevice(self):
         self._need_compiled("attachToDevice")
         if self._attached or self._offline:
-            raise RuntimeError("attachToDevice: attached already, or the target is offline")
+            raise Error("attachToDevice: attached already, or the target is offline")
+        MACHINE.acquire(self, count_ipus(self.trace.ipus, self._options))
         self._attached = True
         self.copyWeightsToDevice()
 
     def detachFromDevice(self):
         if not self._attached:
-            raise RuntimeError("detachFromDevice: not attached")
+            raise Error("detachFromDevice: not attached")
         if self._training:
             self._fetch_weights()
+        MACHINE.give_up(self)
         self._attached = False
 
     def destroy(self):
@@ -344,5 +353,6 @@ class Executor:
         if self._training and hasattr(type(self._user_model), "_poptorch_executor"):
             self._fetch_weights()
             self._user_model.__class__ = self._original_class
+        MACHINE.give_up(self)
         self._weights = self._specification = None
         self._attached = False

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .device import current_run, mark_of
+from .errors import Error
 from .options import MatMulSerializationMode, check_instance, check_int, check_type
 from .trace import BlockHook, active_trace, hook_of
 
@@ -75,7 +76,7 @@ def for_loop(count, body, inputs):
         _check_tensor("for_loop", tensor)
     run, trace = current_run(), active_trace()
     if run is not None and run.training:
-        raise RuntimeError("for_loop has no backward pass: it works in inference models only")
+        raise Error("for_loop has no backward pass: it works in inference models only")
     before = run.versions() if trace is not None else []
     values = [tensor.clone() for tensor in inputs]
     if trace is not None:

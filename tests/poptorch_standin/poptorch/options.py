@@ -160,7 +160,7 @@ class TensorLocationOptions(Settings):
 class PopartOptions(Settings):
     """Session options of PopART, each with the one type that it takes."""
 
-    TYPES = {"outlineThreshold": float, "disableGradAccumulationTensorStreams": bool}
+    TYPES = {"outlineThreshold": float, "disableGradAccumulationTensorStreams": bool, "aliasZeroCopy": bool}
 
     def set(self, key, value):
         if key not in self.TYPES:
@@ -235,8 +235,9 @@ class Options(Settings):
         values = sorted((name, value) for name, value in self._values.items() if name not in folders)
         return f"Options({values}, {self._parts()})"
 
-    # What popdist.poptorch.Options changes: which processes share one gradient.
+    # What popdist.poptorch.Options changes: which processes share one gradient, and which IPUs a replica has.
     _instances = 1
+    _partition = None
 
     def _sum_over_instances(self, tensors):
         """Sum tensors in place over all processes that train one model."""

@@ -8,6 +8,7 @@ import contextlib
 
 from torch import nn
 
+from .errors import Error
 from .options import AutoStage
 
 
@@ -69,21 +70,26 @@ class Trace:
             user_id = f"auto_{len(self.blocks)}"
         known = dict(self.blocks)
         if user_id in known and ipu_id is not None and known[user_id] != ipu_id:
-            raise RuntimeError(f"block {user_id!r} is on IPU {known[user_id]} and on IPU {ipu_id}")
+            raise Error(f"block {user_id!r} is on IPU {known[user_id]} and on IPU {ipu_id}")
         ipu_id = known.get(user_id, len(known)) if ipu_id is None else ipu_id
         if self._loop_depth and self._current is not None and self._current[1] != ipu_id:
-            raise RuntimeError(f"block {user_id!r} begins inside a for_loop on another IPU than the loop's")
+            raise Error(f"block {user_id!r} begins inside a for_loop on another IPU than the loop's")
         if (user_id, ipu_id) == self._current:
             return
         stage = ipu_id if self._strategy.auto_stage is AutoStage.SameAsIpu else len(set(self.stages.values()))
         stage = self.stages.setdefault(user_id, stage)
         latest = self.stages[self.blocks[-1][0]] if self.blocks else 0
         if stage < latest:
-            raise RuntimeError(
+            raise Error(
                 f"block {user_id!r} (stage {stage}) is entered after stage {latest}: a pipeline cannot go backwards"
             )
         self._current = user_id, ipu_id
         self.blocks.append(self._current)
+
+    @property
+    def ipus(self):
+        """The number of IPUs that the blocks need."""
+        return max((ipu for _, ipu in self.blocks), default=0) + 1
 
     @property
     def ipu(self):
@@ -95,7 +101,7 @@ class Trace:
     def place(self, operator, parameters):
         """Note an operator on values of the device, and the names of the parameters that it reads."""
         if self.ipu is None:
-            raise RuntimeError(f"{operator} comes before the first block: all operators must belong to a block")
+            raise Error(f"{operator} comes before the first block: all operators must belong to a block")
         for name in parameters:
             self.parameter_ipus[name].add(self.ipu)
 
@@ -132,17 +138,17 @@ class Trace:
         entered = {self._names.get(module) for module in self.entered_modules}
         missed = [name for name in self._begun if name not in entered]
         if missed:
-            raise RuntimeError(
+            raise Error(
                 f"BeginBlock without effect: {', '.join(missed)} never entered through a call of the module itself"
             )
         stages = max(len(set(self.stages.values())), 1)
         if training and stages > 1 and options.Training.gradient_accumulation < 2 * stages - 1:
-            raise RuntimeError(
+            raise Error(
                 f"a training pipeline of {stages} stages needs gradientAccumulation of at least {2 * stages - 1}, not "
                 f"{options.Training.gradient_accumulation}"
             )
         if not training and options.device_iterations < stages:
-            raise RuntimeError(
+            raise Error(
                 f"an inference pipeline of {stages} stages needs deviceIterations of at least {stages}, not "
                 f"{options.device_iterations}"
             )

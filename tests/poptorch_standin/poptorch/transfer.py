@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .device import check_dtype, fetch, put
+from .errors import Error
 from .options import OutputMode
 
 KINDS = ("_parameters", "_buffers")
@@ -16,14 +17,14 @@ def check_inputs(inputs, options):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"input {number} is {tensor!r}; every input must be a tensor")
         if tensor.requires_grad:
-            raise RuntimeError(f"input {number}: an input to an IPU model can not have requires_grad set to True")
+            raise Error(f"input {number}: an input to an IPU model can not have requires_grad set to True")
         if 0 in tensor.shape:
-            raise RuntimeError(f"input {number}: zero-sized tensors are unsupported (Got shape {list(tensor.shape)}).")
+            raise Error(f"input {number}: zero-sized tensors are unsupported (Got shape {list(tensor.shape)}).")
         check_dtype(tensor.dtype)
         parts = options._micro_batches
         if parts > 1 and (tensor.dim() == 0 or len(tensor) % parts):
             size = len(tensor) if tensor.dim() else "none"
-            raise RuntimeError(
+            raise Error(
                 f"input {number}: batch dimension {size} is not a multiple of {parts} = deviceIterations "
                 f"{options.device_iterations} * gradientAccumulation {options.Training.gradient_accumulation} * "
                 f"replicationFactor {options.replication_factor}"
@@ -49,7 +50,7 @@ def flatten(outputs):
     """Return the tensors of nested tuples and lists, in order; refuse everything else."""
     if isinstance(outputs, torch.Tensor):
         if getattr(outputs, "_ipu", None) is None:
-            raise RuntimeError("forward returned a tensor of the host: outputs must be computed on the IPU")
+            raise Error("forward returned a tensor of the host: outputs must be computed on the IPU")
         return [outputs]
     if type(outputs) in (list, tuple):
         return [tensor for output in outputs for tensor in flatten(output)]
@@ -99,7 +100,7 @@ class NoOperators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ not in ("detach", "alias"):
-            raise RuntimeError(
+            raise Error(
                 f"{func} called on an IPU tensor outside of forward: state_dict(keep_vars=True) must return the "
                 "tensors as they are"
             )
@@ -163,7 +164,7 @@ class Weights:
             yield
             for (own, key, moved), place in zip(self._slots, places):
                 if own.get(key) is not moved or moved.data_ptr() != place:
-                    raise RuntimeError(
+                    raise Error(
                         f"parameter or buffer {key!r} was reassigned in forward; only in-place changes reach the device"
                     )
         finally:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.taming_checkpoint import STREAM_HEADER, read_weights
+from utils.foreign_pickle import STREAM_HEADER, read_weights
 
 BOTH_FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
 
@@ -149,7 +149,7 @@ def test_a_lightning_checkpoint_opens_without_its_classes(path, zipped, monkeypa
         torch.load(path, weights_only=False)
     assert_same(read_weights(path, skip=["loss."]), state)
     assert list(read_weights(path)) == [*state, *loss]
-    assert_refused(path.with_name("instance"))
+    assert read_weights(path.with_name("instance")) == {}
     assert "vanished" not in sys.modules
 
 
@@ -182,11 +182,14 @@ def test_nothing_pickled_is_run(path, attack, zipped):
     marker = path.with_name("it_ran")
     evil = attacks(marker)[attack]
     torch.save({"w": Call(os.system, f"touch {marker}")}, f"{marker}.pt")
-    for value in ({"a": evil, "state_dict": {}}, {"state_dict": {"w": evil}}, evil):
+    for value in ({"state_dict": {"w": evil}}, evil, {"a": evil, "state_dict": {"w": torch.ones(2)}}):
         torch.load(save(path, value, zipped), weights_only=False)
         assert marker.exists()  # the attack is a real one
         marker.unlink()
-        assert_refused(path, "wants to run ")
+        if value is not evil and "a" in value:
+            assert read_weights(path)["w"].tolist() == [1, 1]
+        elif attack != "tensor's hooks":  # a tensor without its hooks is one
+            assert_refused(path)
         assert not marker.exists()
 
 
@@ -234,9 +237,32 @@ def test_a_forged_memo_index_takes_no_memory(path):
 
 
 @BOTH_FORMATS
-def test_numpy_values_are_refused_by_name(path, zipped):
-    save(path, {"best": np.float64(1.5), "state_dict": {}}, zipped)
-    assert_refused(path, "wants to run numpy")
+def test_settings_of_any_kind_beside_the_weights_are_inert(path, zipped):
+    import argparse
+    import pathlib
+
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create({"model": {"params": {"ch_mult": [1, 2], "ckpt": "${oc.env:HOME}"}}})
+    namespace = argparse.Namespace(best=np.float64(1.5), path=pathlib.PurePosixPath("/a"), table=np.arange(3))
+    beside = {"hyper_parameters": config, "args": namespace, "counts": collections.Counter("aab"), "seen": {1, 2}}
+    save(path, {**beside, "state_dict": {"w": torch.ones(2)}}, zipped)
+    assert read_weights(path)["w"].tolist() == [1, 1]
+    save(path, {"state_dict": {"w": torch.ones(2), "step": np.float64(1.5)}}, zipped)
+    assert_refused(path, "'step' is not a tensor, but numpy.*scalar")
+
+
+@pytest.mark.parametrize("wrap", [("module.",), ("first_stage_model.",), ("", "ema_model.")], ids=str)
+@pytest.mark.parametrize("keys", [(), ("state_dict",), ("model",), ("state", "generator")], ids=str)
+def test_an_anchor_finds_wrapped_weights(path, keys, wrap):
+    state = {f"{prefix}{name}": torch.tensor([float(number)]) for number, prefix in enumerate(wrap) for name in "ab"}
+    saved = {**state, "other.c": torch.zeros(1)}
+    for key in reversed(keys):
+        saved = {"epoch": 3, "more": {"x": 1}, key: saved}
+    weights = read_weights(save(path, saved), anchor="a", skip=("ema_model.", "other."))
+    assert {name: value.item() for name, value in weights.items()} == {"a": 0, "b": 0}
+    with pytest.raises(ValueError, match="no tensor of it is named quantize.x"):
+        read_weights(path, anchor="quantize.x")
 
 
 LIES = {

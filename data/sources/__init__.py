@@ -1,0 +1,175 @@
+"""Captioned images in the forms that people keep them in; open_source finds out which one a path has.
+
+A folder in which an image has a .txt file is read as such a folder, whatever else it holds.
+"""
+
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, Optional, Tuple, Union
+
+from data.files import IMAGE_SUFFIXES, File, Listing, describe_others, list_files, printable
+from data.sources import captions_json, captions_table, hugging_face, tar
+from data.sources.base import ImagePath, ImageSource
+from data.sources.folder import Folder, NoPairs
+from data.sources.table import Entry, Table
+
+__all__ = ["ImagePath", "ImageSource", "find_images", "folder_of", "open_source"]
+COCO = "captions in COCO's JSON"
+OTHER_LISTS = ("instances_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")  # large, without captions
+NEVER_COUNTED = ("captions-", "codes-", "tar-index.")  # how the program's own caches begin
+
+
+def folder_of(path: Union[str, Path]) -> Path:
+    """Return the folder that the images of an --input-folder are in: itself, or that of a file.
+
+    COCO keeps its lists in `annotations`, next to the folders of images.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return path
+    return path.parent.parent if path.parent.name == "annotations" else path.parent
+
+
+def open_source(
+    path: Union[str, Path],
+    known_good: Callable[[File], bool] = lambda file: False,
+    cache_dir: Optional[Path] = None,
+    validation: bool = False,
+) -> ImageSource:
+    """Return the captioned images of a folder or file.
+
+    Args:
+        known_good: whether a file is known to be an image or to hold captions; such files are not opened.
+        cache_dir: where tar shards keep their index; None: nowhere.
+        validation: of a form with splits, read those to validate on instead of those to train on.
+
+    Raises:
+        FileNotFoundError, PermissionError: the path cannot be read.
+        ValueError: it has none of the forms, or no captioned image.
+    """
+    path = Path(path)
+    folder = folder_of(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{printable(path)}: no such folder")
+    if not path.is_dir():
+        return _open_file(path, folder, known_good, cache_dir, validation)
+    if hugging_face.is_saved(path):
+        return hugging_face.SavedDataset(path, validation)
+    skipped: Dict[str, List[str]] = {}
+    listing = list_files(path, skipped)
+    others = [name for name in listing.others if not name.rpartition("/")[2].startswith(NEVER_COUNTED)]
+    source: Optional[ImageSource] = None
+    try:
+        source = Folder(path, known_good, listing)
+    except NoPairs as error:
+        source = _open_lists(folder, listing, known_good, validation)
+        shards = [name for name in others if name.lower().endswith(".tar")]
+        if source is None and shards:
+            source = tar.TarShards(folder, shards, cache_dir)
+        if source is None:
+            more = f"; other files: {describe_others(others)}" if others else ""
+            forms = "docs/training.md lists other forms that can be read"
+            raise NoPairs(f"{error}; {forms}{more}{_hint(folder, others)}") from None
+    for reason, names in skipped.items():
+        source.skipped[reason] = [*source.skipped.get(reason, []), *(folder / name for name in names)]
+    used = (".tar",) if isinstance(source, tar.TarShards) else ()
+    source.others = [name for name in others if not name.lower().endswith(used)]
+    return source
+
+
+def find_images(path: Union[str, Path]) -> List[ImagePath]:
+    """Return where to read every image of a folder, sorted by relative path, with or without captions; or of a file.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: it cannot be read, or has no image.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{printable(path)}: no such folder; a folder of images is needed")
+    if path.is_dir() and not hugging_face.is_saved(path):
+        listing = list_files(path, {})
+        if listing.images:
+            return [path / name for name in sorted(map(Path, listing.images))]
+        if not any(name.lower().endswith(".tar") for name in listing.others):
+            more = f"; other files: {describe_others(listing.others)}" if listing.others else ""
+            raise ValueError(f"{printable(path)}: no images in it or below ({' '.join(IMAGE_SUFFIXES)}){more}")
+    source = open_source(path)
+    return [source.image(name) for name, _, _ in source.images]
+
+
+def _open_file(
+    path: Path, folder: Path, known_good: Callable[[File], bool], cache_dir: Optional[Path], validation: bool
+) -> ImageSource:
+    name = path.name.lower()
+    if name.endswith(".tar"):
+        return tar.TarShards(folder, [path.relative_to(folder).as_posix()], cache_dir)
+    if name.endswith(tar.COMPRESSED):
+        raise ValueError(
+            f"{printable(path)}: is compressed; uncompress it to .tar first, whose samples are read in place"
+        )
+    listing = list_files(folder, {})
+    source = _open_lists(folder, listing, known_good, validation, [path.relative_to(folder).as_posix()])
+    if source is None:
+        raise ValueError(
+            f"{printable(path)}: is no list of images and captions; a folder, COCO's captions_*.json, a table such as "
+            "metadata.jsonl or captions.csv, or a .tar is needed"
+        )
+    return source
+
+
+def _open_lists(
+    folder: Path,
+    listing: Listing,
+    known_good: Callable[[File], bool],
+    validation: bool,
+    names: Optional[List[str]] = None,
+) -> Optional[ImageSource]:
+    """Return the images that files of captions list, or None if there is no such file.
+
+    Args:
+        names: of the files; None: all files whose suffix may be that of a list.
+    """
+    if not listing.images:
+        return None
+    candidates = [*listing.texts, *listing.others] if names is None else names
+    forms: Dict[str, List[Iterator[Entry]]] = {}
+    fault: Optional[ValueError] = None
+    for name in candidates:
+        try:
+            found = _read_list(folder, name, validation, chosen=names is not None)
+        except ValueError as error:  # perhaps a file for something else
+            fault = fault or error
+            continue
+        if found is not None:
+            forms.setdefault(found[0], []).append(found[1])
+    if not forms:
+        if fault is not None:
+            raise fault
+        return None
+    form = next((form for form in forms if form == COCO), next(iter(forms)))
+    entries = (entry for part in forms[form] for entry in part)
+    return Table(form, folder, entries, listing.images, known_good)
+
+
+def _read_list(folder: Path, name: str, validation: bool, chosen: bool) -> Optional[Tuple[str, Iterator[Entry]]]:
+    """Return the form and entries of a file, or None if it lists no captions; ValueError if it is damaged."""
+    path, place = folder / name, name[: name.rfind("/") + 1]
+    suffix = path.suffix.lower()
+    if not chosen and (
+        suffix not in (".json", ".txt", *captions_table.TABLE_SUFFIXES) or path.name.startswith(OTHER_LISTS)
+    ):
+        return None
+    if suffix == ".json":
+        content = captions_json.read_json(path)
+        if captions_json.is_captions(content):
+            return COCO, captions_json.read_entries(content, path, place, validation)
+    rows = captions_table.read_entries(path, place)
+    return None if rows is None else (f"captions in {path.name}", rows)
+
+
+def _hint(folder: Path, others: List[str]) -> str:
+    """Return what else to try for a folder of COCO's images, whose captions lie next to it."""
+    lists = sorted((folder.resolve().parent / "annotations").glob(f"captions_*{folder.resolve().name}*.json"))
+    packed = [name for name in others if name.lower().endswith(tar.COMPRESSED)]
+    if lists:
+        return f"; give {printable(lists[0])} instead"
+    return f"; {packed[0]} is compressed, uncompress it first" if packed else ""

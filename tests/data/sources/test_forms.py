@@ -1,0 +1,283 @@
+"""The forms other than a folder of .txt files: each gives the same images and captions as that folder does."""
+
+import csv
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.codes import load_codes, open_code_cache
+from data.files import NO_CAPTION, NO_IMAGE, ZERO_BYTES
+from data.images import load_image
+from data.loader import TextImageDataset
+from data.sources import find_images, open_source, tar
+from data.sources.table import AMBIGUOUS, NO_SUCH_IMAGE, NO_TEXT
+from data.tokenizer import load_tokenizer
+from tests.conftest import ROOT, YTTM
+
+CAPTIONS = {"a": ["a dog", "two dogs, and a cat"], "b": ["a red bus"], "c": ["a man's hat"]}
+
+
+def bare_images(folder, suffix="jpg"):
+    """Three images without captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(CAPTIONS):
+        random = np.random.default_rng(number)
+        Image.fromarray(random.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(folder / f"{name}.{suffix}")
+    return folder
+
+
+def rows(folder, *header):
+    return [header, *((f"{name}.jpg", text) for name, texts in CAPTIONS.items() for text in texts)]
+
+
+def write_csv(path, table, **options):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, **options).writerows(table)
+
+
+def coco(**changes):
+    images = [{"id": 7 + n, "file_name": f"{name}.jpg"} for n, name in enumerate(CAPTIONS)]
+    notes = [
+        {"id": 0, "image_id": 7 + n, "caption": text} for n, texts in enumerate(CAPTIONS.values()) for text in texts
+    ]
+    return {"images": images, "annotations": notes, **changes}
+
+
+def metadata_jsonl(folder):
+    lines = [{"file_name": f"{name}.jpg", "text": texts, "width": 20} for name, texts in CAPTIONS.items()]
+    (bare_images(folder) / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def metadata_csv(folder):
+    write_csv(bare_images(folder) / "metadata.csv", rows(folder, "file_name", "text"))
+
+
+def metadata_parquet(folder):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    names, texts = zip(*rows(folder)[1:])
+    parquet.write_table(pyarrow.table({"file_name": names, "caption": texts}), bare_images(folder) / "metadata.parquet")
+
+
+def flickr8k(folder):
+    bare_images(folder / "Images")
+    lines = ["image,caption"] + [f"{name}.jpg,{text}" for name, texts in CAPTIONS.items() for text in texts]
+    (folder / "captions.txt").write_text("\n".join(lines))  # commas in captions are not quoted
+
+
+def flickr8k_token(folder):
+    bare_images(folder / "Flicker8k_Dataset")
+    lines = [f"{name}.jpg#{n}\t{text}" for name, texts in CAPTIONS.items() for n, text in enumerate(texts)]
+    (folder / "Flickr8k.token.txt").write_text("\n".join(lines))
+
+
+def flickr30k(folder):
+    bare_images(folder / "flickr30k_images")
+    table = [("image_name", " comment_number", " comment")]
+    table += [(f"{name}.jpg", f" {n}", f" {text}") for name, texts in CAPTIONS.items() for n, text in enumerate(texts)]
+    write_csv(folder / "results.csv", table, delimiter="|")
+
+
+def coco_json(folder):
+    bare_images(folder / "train2014")
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "captions_train2014.json").write_text(json.dumps(coco()))
+    (folder / "annotations" / "instances_train2014.json").write_text("{}")
+
+
+def karpathy(folder):
+    bare_images(folder / "val2014")
+    images = [
+        {"filepath": "val2014", "filename": f"{name}.jpg", "split": split, "sentences": [{"raw": t} for t in texts]}
+        for (name, texts), split in zip(CAPTIONS.items(), ("train", "restval", "train"))
+    ]
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+
+
+def json_of_names(folder):
+    (bare_images(folder) / "captions.json").write_text(json.dumps({f"{n}.jpg": t for n, t in CAPTIONS.items()}))
+
+
+def add(archive, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def tar_shards(folder):
+    """Two shards, as img2dataset writes them: the second has its captions in .json only."""
+    for shard, names in (("00000", "ab"), ("00001", "c")):
+        with tarfile.open(bare_images(folder) / f"{shard}.tar", "w") as archive:
+            for name in names:
+                add(archive, f"{name}.jpg", (folder / f"{name}.jpg").read_bytes())
+                if shard == "00000":
+                    add(archive, f"{name}.txt", "\n".join(CAPTIONS[name]).encode())
+                add(archive, f"{name}.json", json.dumps({"caption": CAPTIONS[name][0], "url": "x"}).encode())
+        (folder / f"{shard}_stats.json").write_text('{"count": 2}')
+    for name in CAPTIONS:
+        (folder / f"{name}.jpg").unlink()
+
+
+def saved_dataset(folder):
+    datasets = pytest.importorskip("datasets")
+    source = bare_images(folder.with_name("originals"))
+    columns = {"picture": [str(source / f"{name}.jpg") for name in CAPTIONS], "caption": list(CAPTIONS.values())}
+    columns["id"] = ["x", "y", "z"]
+    rows = datasets.Dataset.from_dict(columns).cast_column("picture", datasets.Image())
+    datasets.DatasetDict({"train": rows, "test": rows.select([2])}).save_to_disk(str(folder))
+
+
+FORMS = (
+    *(metadata_jsonl, metadata_csv, metadata_parquet, flickr8k, flickr8k_token, flickr30k),
+    *(coco_json, karpathy, json_of_names, tar_shards, saved_dataset),
+)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_form_gives_what_the_folder_gives(form, tmp_path):
+    folder = tmp_path / "set"
+    form(folder)
+    source = open_source(folder)
+    read = [source.captions(name) for name, _, _ in source.texts]
+    assert read == list(CAPTIONS.values()) and len(set(source.images)) == len(CAPTIONS)
+    plain = bare_images(tmp_path / "plain")
+    for (name, _, _), original in zip(source.images, sorted(plain.iterdir())):
+        assert np.array_equal(load_image(source.image(name), 8), load_image(original, 8))
+    assert not any(source.skipped.values())
+    assert len(find_images(folder)) == len(CAPTIONS)
+
+    tokenizer = load_tokenizer(ROOT / YTTM)
+    for _ in range(2):  # the second time from the caches
+        dataset = TextImageDataset(folder, tokenizer, text_seq_len=16, image_size=8, cache_dir=tmp_path / "cache")
+        options = {"image_size": 8, "image_seq_len": 4, "num_codes": 256, "fingerprint": "0123"}
+        cache = open_code_cache(dataset.folder, tmp_path / "cache", **options)
+        seen = []
+
+        def encode(pixels, seen=seen):
+            seen.append(len(pixels))
+            return (torch.nn.functional.avg_pool2d(pixels.mean(1), 4).flatten(1) * 255).round().long()
+
+        pixels = dataset[1][1]
+        dataset.attach_codes(*load_codes(dataset.images, encode, cache, paths=dataset.image_paths(), workers=1))
+        assert torch.equal(dataset[1][1], encode(pixels[None])[0])
+    assert sum(seen) == 1  # only that of the comparison
+
+
+def test_text_files_come_first_and_files_can_be_named(tmp_path):
+    coco_json(tmp_path)
+    captions = tmp_path / "annotations" / "captions_train2014.json"
+    named = open_source(captions)
+    assert [name for name, _, _ in named.images] == ["train2014/a.jpg", "train2014/b.jpg", "train2014/c.jpg"]
+    with pytest.raises(ValueError, match=f"give {captions} instead"):
+        open_source(tmp_path / "train2014")
+    (tmp_path / "train2014" / "b.txt").write_text("from a file")
+    source = open_source(tmp_path)
+    assert [source.captions(name) for name, _, _ in source.texts] == [["from a file"]]
+    assert "annotations/captions_train2014.json" in source.others
+
+
+def test_what_coco_files_of_others_hold(tmp_path):
+    for place in ("train", "val"):
+        bare_images(tmp_path / place)
+    (tmp_path / "val" / "c.jpg").unlink()
+    (tmp_path / "train" / "c.jpg").rename(tmp_path / "train" / "cafe\u0301.JPG")
+    entries = [("x1", "train/a.jpg", "one"), ("x2", "b.jpg", "two"), ("x3", "caf\u00e9.jpg", "three")]
+    entries += [("x4", "gone.jpg", "four"), ("x5", "val/a.jpg", None), ("x6", "val/b.jpg", " ")]
+    content = {
+        "images": [{"id": key, "file_name": name} for key, name, _ in entries],
+        "annotations": [{"image_id": key, "caption": text} for key, _, text in entries],
+    }
+    (tmp_path / "export.json").write_text(json.dumps(content), encoding="utf-8")
+    source = open_source(tmp_path / "export.json")
+    captions = {name: source.captions(name) for name, _, _ in source.texts}
+    assert captions == {"train/a.jpg": ["one"], "train/cafe\u0301.JPG": ["three"]}
+    found = {reason: len(paths) for reason, paths in source.skipped.items() if reason.startswith("listed")}
+    assert found == {AMBIGUOUS: 1, NO_SUCH_IMAGE: 1, NO_TEXT: 2}
+    (tmp_path / "captions_val.json").write_text(json.dumps(content), encoding="utf-8")  # b.jpg of val, then
+    source = open_source(tmp_path / "captions_val.json")
+    assert "val/b.jpg" in dict.fromkeys(name for name, _, _ in source.images)
+
+
+def test_karpathys_splits(tmp_path):
+    bare_images(tmp_path)
+    images = [
+        {"filename": f"{name}.jpg", "split": split, "sentences": [{"raw": "x"}]}
+        for name, split in zip(CAPTIONS, ("train", "val", "test"))
+    ]
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": images}))
+    for validation, name in ((False, "a.jpg"), (True, "b.jpg")):
+        assert [image[0] for image in open_source(tmp_path, validation=validation).images] == [name]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        (
+            "captions.json",
+            '{"images": [',
+            "captions.json is not a JSON file, or is cut short: Expecting value at line 1",
+        ),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "text": "x"}\n{"file', "metadata.jsonl, line 2: not a JSON object"),
+        ("metadata.parquet", "PAR1 no", "metadata.parquet: cannot be read as a Parquet file"),
+        ("notes.csv", "one,two\n1,2\n", "notes.csv: is no list of images and captions"),
+        ("metadata.csv", "file_name,text\nz.jpg,a dog\n", "none of 1 listed images can be used .*missing"),
+        ("set.tar.gz", "", "set.tar.gz: is compressed; uncompress it"),
+        ("set.tar", "", "no image with a caption in 1 tar file"),
+    ],
+)
+def test_lists_that_cannot_be_used(tmp_path, name, content, words):
+    (bare_images(tmp_path) / name).write_text(content)
+    with pytest.raises(ValueError, match=words) as error:
+        open_source(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_shards_as_webdataset_reads_them(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    tar_shards(tmp_path)
+    shards = sorted(str(path) for path in tmp_path.glob("*.tar"))
+    source = open_source(tmp_path)
+    expected = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+    assert len(expected) == len(source.images) == 3
+    for sample, (name, size, _), (text, _, _) in zip(expected, source.images, source.texts):
+        assert name == f"{sample['__url__'].rpartition('/')[2]}/{sample['__key__']}.jpg"
+        assert source.image(name).read() == sample["jpg"] and size == len(sample["jpg"])
+        captions = sample["txt"].decode().splitlines() if "txt" in sample else [json.loads(sample["json"])["caption"]]
+        assert source.captions(text) == captions
+
+
+def test_damaged_shards_keep_what_can_be_read(tmp_path, monkeypatch):
+    tar_shards(tmp_path)
+    with tarfile.open(tmp_path / "00001.tar", "a") as archive:
+        add(archive, "sub/d.e.jpg", b"")
+        add(archive, "sub/d.txt", b"a dog")
+        add(archive, "f.jpg", b"")
+        add(archive, "f.txt", b"a dog")
+        add(archive, "lonely.png", b"x")
+        add(archive, "g.txt", b"a dog")
+    source = open_source(tmp_path, cache_dir=tmp_path)
+    assert {reason: [path.name for path in paths] for reason, paths in source.skipped.items()} == {
+        NO_IMAGE: ["d.txt", "g.txt"],
+        NO_CAPTION: ["lonely.png"],
+        ZERO_BYTES: ["f.jpg"],
+    }
+    assert len(source.images) == 3 and list(source.others) == ["00000_stats.json", "00001_stats.json"]
+    monkeypatch.setattr(tar, "index_shard", None)  # the index serves until a shard changes
+    assert open_source(tmp_path, cache_dir=tmp_path).images == source.images
+    monkeypatch.undo()
+    whole = (tmp_path / "00000.tar").read_bytes()
+    (tmp_path / "00000.tar").write_bytes(whole[: len(whole) * 3 // 10])
+    cut = open_source(tmp_path, cache_dir=tmp_path)
+    assert tar.CUT_SHORT in cut.skipped and [name for name, _, _ in cut.images] == [
+        "00000.tar/a.jpg",
+        "00001.tar/c.jpg",
+    ]
+    (tmp_path / "tar-index.json").write_text("{")
+    assert open_source(tmp_path, cache_dir=tmp_path).images == cut.images
+    shutil.copy(tmp_path / "00001.tar", tmp_path / "one.tar")
+    assert len(open_source(tmp_path / "one.tar").images) == 1

@@ -1,0 +1,93 @@
+"""Sampling with fixed shapes against the whole pass for every code; settings and image prompts differ in a batch."""
+
+import pytest
+import torch
+
+from models.sampling import Sampling, gumbel_noise, sample_codes
+from models.static_sampling import FullPass, StaticSampler, settings_row
+from models.transformer import PATTERNS
+from tests.builders import WholePassStepper, small_dalle
+
+# Each with its number of given codes; sequences i and i + 3 are one guided image.
+UNGUIDED = [(Sampling(), 0), (Sampling(top_k=None), 7), (Sampling(top_k=5), 1), (Sampling(temperature=0.5), 15)]
+UNGUIDED += [(Sampling(top_k=0.5, top_p=0.6), 0), (Sampling(top_k=1), 3)]
+GUIDED = [(Sampling(cond_scale=2.0), 0), (Sampling(top_k=0.5, top_p=0.9, temperature=0.8, cond_scale=3.0), 5)]
+GUIDED += [(Sampling(top_k=None, cond_scale=0.0), 2)]
+
+
+def images(seed=1):
+    text = torch.randint(1, 50, (6, 6), generator=torch.Generator().manual_seed(seed))
+    text[1:, 3:] = 0
+    return text, torch.randint(0, 32, (6, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def expected_codes(dalle, text, given, plans):
+    return torch.stack(
+        [
+            sample_codes(
+                dalle,
+                text[row : row + 1],
+                WholePassStepper(dalle),
+                sampling,
+                [torch.Generator().manual_seed(row)],
+                given[row : row + 1, :count],
+            )[0]
+            for row, (sampling, count) in enumerate(plans)
+        ]
+    )
+
+
+def sequences(dalle, text, given, plans):
+    """Return the inputs of a StaticSampler for these images; guided ones get a second sequence."""
+    noise = gumbel_noise(len(plans), 16, 32, [torch.Generator().manual_seed(row) for row in range(len(plans))], "cpu")
+    settings = torch.stack([settings_row(sampling, count, dalle) for sampling, count in plans])
+    if len(plans) == 6:
+        return text, noise, given, settings
+    half = text[:3]
+    return (torch.cat((half, torch.zeros_like(half))), *(torch.cat((x[:3], x[:3])) for x in (noise, given, settings)))
+
+
+@pytest.mark.parametrize("plans", [UNGUIDED, GUIDED], ids=["unguided", "guided"])
+@pytest.mark.parametrize("patterns", [*((pattern,) for pattern in PATTERNS), PATTERNS])
+def test_one_batch_serves_all_settings(tiny_vae, patterns, plans):
+    dalle = small_dalle(tiny_vae, weight_std=0.3, depth=len(patterns), attn_types=patterns).eval()
+    text, given = images()
+    expected = expected_codes(dalle, text, given, plans)
+    inputs = sequences(dalle, text, given, plans)
+    found = StaticSampler(dalle)(*inputs)
+    assert found.dtype == torch.int32 and torch.equal(found[: len(plans)].long(), expected)
+
+    text, noise, given, settings = inputs
+    codes = torch.full((6, 16), 31)  # arbitrary ones in places that are still to come
+    for place in range(16):
+        chosen = FullPass(dalle)(text, noise, codes, settings, torch.tensor([place]))[:, 0]
+        codes[:, place] = torch.where(place < settings[:, -1], given[:, place], chosen)
+    assert torch.equal(codes[: len(plans)], expected)
+
+
+def test_loop_and_writes_are_the_callers(tiny_vae):
+    counts, places = [], []
+
+    def loop(count, body, inputs):
+        counts.append(count)
+        for _ in range(count):
+            inputs = body(*[tensor.clone() for tensor in inputs])
+        return inputs
+
+    def update(tensor, source, dim, start, size):
+        assert start.shape == (1,) and size == 1 and source.shape[dim] == 1 and source.dtype == tensor.dtype
+        places.append((dim, int(start)))
+        return tensor.index_copy(dim, start.long(), source)
+
+    dalle = small_dalle(tiny_vae, depth=4, attn_types=PATTERNS[:4]).eval()
+    inputs = sequences(dalle, *images(), UNGUIDED)
+    assert torch.equal(StaticSampler(dalle, loop, update)(*inputs), StaticSampler(dalle)(*inputs))
+    assert counts == [15]
+    # Keys and values of each layer at the positions after <bos> and six tokens, and codes from the second on.
+    assert [place for dim, place in places if dim == 2] == [7 + step for step in range(15) for _ in range(8)]
+    assert [place for dim, place in places if dim == 1] == list(range(1, 16))
+
+
+def test_settings_out_of_range_are_refused(tiny_vae):
+    with pytest.raises(ValueError, match="temperature is 0"):
+        settings_row(Sampling(temperature=0), 0, small_dalle(tiny_vae))

@@ -1,0 +1,101 @@
+"""--init-from: a new run with the weights of any checkpoint that generate.py reads."""
+
+import json
+
+import pytest
+import torch
+
+import train
+from generation.loading import read_model
+from models.discrete_vae import DiscreteVAE
+from tests.test_generate import reference_weights, their_vocabulary, write_reference  # noqa: F401
+from tests.utils.test_dalle_pytorch import SHAPES, save, theirs  # noqa: F401  # a fixture
+from utils import checkpoint
+from utils.checkpoint_info import main as export
+
+
+@pytest.fixture
+def started(command, drawn_pictures, tmp_path):
+    """started(*flags): runs train.py for one epoch with the weights of a file → (output folder, Ended)."""
+
+    def run(path, *flags, status=0, name="run"):
+        machine = ["--device", "cpu", "--precision", "fp32", "--dataloader-workers", 0, "--sample-steps", 0]
+        places = ["--input-folder", drawn_pictures, "--codes-cache", tmp_path / "codes"]
+        places += ["--checkpoint-output-dir", tmp_path / name, "--init-from", path, "--batch-size", 4]
+        ended = command(train.main, *machine, *places, *flags)
+        assert ended.status == status, ended
+        return tmp_path / name, ended
+
+    return run
+
+
+def read_losses(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss/total"]) for line in lines if "loss/total" in line]
+
+
+def files(kind, request, tmp_path):
+    """Return a checkpoint of another program or run, and the flags for what it lacks."""
+    if kind == "dalle-pytorch":
+        return save(tmp_path / "dalle.pt", request.getfixturevalue("theirs")), ["--bpe-path", SHAPES]
+    if kind == "reference":
+        stored = torch.load(request.getfixturevalue("tiny_vqgan") / "vqgan.ckpt", weights_only=True)["state_dict"]
+        vqgan = {name: tensor for name, tensor in stored.items() if not name.startswith("loss.")}
+        vocabulary = ["--bpe-path", request.getfixturevalue("their_vocabulary")]
+        return write_reference(tmp_path / "dalle_3.pt", reference_weights(8192, 4, 64, False), vqgan, 8192), vocabulary
+    ours = request.getfixturevalue("tiny_checkpoint")
+    if kind == "safetensors":
+        export([str(ours), "--export", str(tmp_path / "dalle.safetensors")])
+        return tmp_path / "dalle.safetensors", []
+    return ours, []
+
+
+@pytest.mark.parametrize("kind", ["ours", "safetensors", "reference", "dalle-pytorch"])
+def test_a_new_run_starts_with_the_weights_of_a_file(kind, request, started, tmp_path):
+    path, vocabulary = files(kind, request, tmp_path)
+    folder, ended = started(path, *vocabulary, "--learning-rate", 1e-30, "--optimizer", "AdamW")
+    assert "12 images, 3 steps" in ended.out and "resuming" not in ended.out
+    assert [step for step, _ in read_losses(folder)] == [1, 2, 3]
+    saved = checkpoint.read(folder / "dalle_0.pt")
+    assert saved["step"] == 3 and saved["settings"]["init_from"] == str(path)
+    arguments = [*vocabulary[1:]]
+    before, tokenizer, _ = read_model(path, None, None, *arguments)
+    after, _, _ = read_model(folder / "dalle_0.pt")  # needs no vocabulary by path
+    assert isinstance(after.vae, DiscreteVAE) is (kind == "dalle-pytorch")
+    text, codes = tokenizer.tokenize(["red star", "blue"], before.text_seq_len), torch.randint(0, 24, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(after(text, codes), before(text, codes))
+    first = read_losses(folder)[0][1]
+    started(path, *vocabulary, "--learning-rate", 1e-2, "--epochs", 4, "--optimizer", "AdamW", name="longer")
+    losses = read_losses(tmp_path / "longer")
+    assert losses[0][1] == pytest.approx(first, rel=1e-3) and losses[-1][1] < losses[0][1]
+
+
+def test_the_same_command_with_resume_continues(request, started, tmp_path):
+    path, vocabulary = files("dalle-pytorch", request, tmp_path)
+    started(path, *vocabulary)
+    _, ended = started(path, *vocabulary, status=2)
+    assert "has dalle_0.pt of an earlier run; continue it with --resume" in ended.err
+    folder, ended = started(path, *vocabulary, "--resume", "--epochs", 2)
+    assert "at step 3" in ended.out and checkpoint.read(folder / "dalle_1.pt")["hparams"]["rotary_emb"] is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--hidden-size 64", "argument --hidden-size: the network is that of --init-from"),
+        (
+            "--pretrained-checkpoint x.pt",
+            "argument --init-from: starts a new run, --pretrained-checkpoint continues one",
+        ),
+        ("--bpe-path bpe/bpe_shapes_vocab.txt", "bpe_shapes_vocab.txt: fingerprint"),
+    ],
+)
+def test_what_contradicts_the_file_is_refused(started, tiny_checkpoint, flags, message):
+    _, ended = started(tiny_checkpoint, *flags.split(), status=2)
+    assert message in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_configuration_does_not_contradict_the_file(started, tiny_checkpoint):
+    folder, _ = started(tiny_checkpoint, "--config", "photos", "--max-steps", "2", "--validation-split", "0.2")
+    assert checkpoint.read(folder / "dalle_0.pt")["hparams"]["dim"] == 32

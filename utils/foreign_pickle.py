@@ -1,0 +1,367 @@
+"""Read the weights of other programs' checkpoints without running code that is pickled in them.
+
+A pickle may call any function by name. Here only the functions that describe tensors are called. Any other name becomes
+a `Name`, and the result of calling it an `Inert` object, so that a file's settings, callbacks and paths do no harm and
+need no packages; `weights_only=True` refuses such files.
+"""
+
+import contextlib
+import errno
+import io
+import math
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+from safetensors import safe_open
+
+from utils.files import first_line
+
+Tensors = Dict[str, torch.Tensor]
+
+DTYPES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Untyped": torch.uint8,
+    "Bool": torch.bool,
+}
+STREAM_HEADER = [0x1950A86A20F9469CFC6C, 1001]  # magic number and version of the format before torch 1.6
+NEWOBJ, NEWOBJ_EX = 0x81, 0x92  # opcodes that make an object of a class without calling it
+MODULE_DEPTH = 32  # of modules in modules
+MOST_DICTS = 1000  # that are searched for a state dict
+MOST_VALUES = 4096  # in a list or dict of plain values
+LARGEST_COUNT = 1 << 48  # more elements than any file holds; keeps products of sizes far from overflow
+
+
+class Storage(NamedTuple):
+    """Elements in the file that one or more tensors share."""
+
+    key: str
+    dtype: torch.dtype
+    length: int
+
+    @property
+    def byte_count(self) -> int:
+        return self.length * torch.empty(0, dtype=self.dtype).element_size()
+
+
+class TensorRecord(NamedTuple):
+    """A strided view of a storage that has not been read yet."""
+
+    storage: Storage
+    offset: int
+    size: Tuple[int, ...]
+    stride: Tuple[int, ...]
+
+
+class Inert:
+    """What a file describes as an object of another program: it has a name, perhaps a state, and does nothing."""
+
+    __slots__ = ("name", "state")
+
+    def __init__(self, name: str):
+        self.name = name
+        self.state: Any = None
+
+    def __call__(self, *arguments: Any) -> "Inert":
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass  # a pickle adds items to objects in these ways
+
+    def append(self, value: Any) -> None:
+        """Ignore an item."""
+
+    add = append
+
+    def extend(self, values: Any) -> None:
+        """Ignore items."""
+
+    update = extend
+
+
+class Name:
+    """A function or class that the file names. Only FUNCTIONS are called; calls of others give Inert objects."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, *arguments: Any) -> Any:
+        return FUNCTIONS[self.name](*arguments) if self.name in FUNCTIONS else Inert(self.name)
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError(f"wants to change {self.name}")
+
+
+class StateDict(dict):
+    """A dict in place of OrderedDict, without the attributes that Module.state_dict sets."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_weights(path: Union[str, Path], skip: Sequence[str] = (), anchor: Optional[str] = None) -> Tensors:
+    """Read a state dict, or the one that is stored as "state_dict", to the CPU.
+
+    Args:
+        path: a file of torch.save, in the zip format or the older stream format, or .safetensors.
+        skip: prefixes of names to leave out; their tensors are not read.
+        anchor: name of a tensor that the wanted state dict has. It is then found up to three dicts deep, and under a
+            prefix such as "module.": only names with that prefix are read, and it is removed.
+
+    Raises:
+        ValueError: not such a file, damaged, or without the anchor. One line that names the file.
+    """
+    path, skip = Path(path), tuple(skip)
+    with _describing_damage(path, "VQGAN checkpoint"), path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            with safe_open(str(path), framework="pt", device="cpu") as tensors:
+                names = _wanted(dict.fromkeys(tensors.keys()), skip, anchor)
+                return {name: tensors.get_tensor(stored) for name, stored in names.items()}
+        saved, read = _open(file)
+        state_dict = _find_state_dict(saved, anchor)
+        names = _wanted(state_dict, skip, anchor)
+        return _read_tensors({name: state_dict[stored] for name, stored in names.items()}, read)
+
+
+def read_entries(path: Union[str, Path], weights: str) -> Dict[str, Any]:
+    """Read a dict of plain values, without those that are something else, and the state dict in its entry `weights`.
+
+    Raises:
+        ValueError: see read_weights.
+    """
+    path = Path(path)
+    with _describing_damage(path, "checkpoint"), path.open("rb") as file:
+        saved, read = _open(file)
+        if not isinstance(saved, dict) or not isinstance(saved.get(weights), dict):
+            raise ValueError(f"holds no {weights}")
+        entries = {key: plain(value) for key, value in saved.items() if isinstance(key, str)}
+        return {**entries, weights: _read_tensors(saved[weights], read)}
+
+
+def read_module(path: Union[str, Path]) -> Tensors:
+    """Read the weights of a file that holds a whole module, as torch.save(module) writes it, under their names.
+
+    Raises:
+        ValueError: see read_weights.
+    """
+    path = Path(path)
+    with _describing_damage(path, "module"), path.open("rb") as file:
+        saved, read = _open(file)
+        return _read_tensors(dict(_parameters(saved, "", MODULE_DEPTH)), read)
+
+
+@contextlib.contextmanager
+def _describing_damage(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever the layer that meets damage raises into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a damaged offset, not the disk
+            raise
+        raise ValueError(f"{path}: not a {kind}, or damaged ({first_line(error)})") from error
+
+
+def _open(file: BinaryIO) -> Tuple[Any, Callable[[Storage], bytearray]]:
+    return _open_zip(file) if file.read(4) == b"PK\x03\x04" else _open_stream(file)
+
+
+def _find_state_dict(saved: Any, anchor: Optional[str]) -> Dict[str, Any]:
+    """Return the first dict that has the anchor, wide before deep; without an anchor, "state_dict" or the whole."""
+    if anchor is None and isinstance(saved, dict):
+        saved = saved.get("state_dict", saved)
+    if not isinstance(saved, dict):
+        raise ValueError("holds no state dict")
+    if anchor is None:
+        return saved
+    level = [saved]
+    for _ in range(3):
+        for one in level:
+            if any(isinstance(name, str) and name.endswith(anchor) for name in one):
+                return one
+        level = [value for one in level for value in one.values() if isinstance(value, dict)][:MOST_DICTS]
+    raise ValueError(f"no tensor of it is named {anchor}")
+
+
+def _wanted(state_dict: Dict[str, Any], skip: Tuple[str, ...], anchor: Optional[str]) -> Dict[str, str]:
+    """Return the names of the tensors to read, without the anchor's prefix, and their names in the file."""
+    prefix = ""
+    if anchor is not None:
+        found = [name[: -len(anchor)] for name in state_dict if isinstance(name, str) and name.endswith(anchor)]
+        if not found:
+            raise ValueError(f"no tensor of it is named {anchor}")
+        prefix = min(found, key=lambda name: ("ema" in name, len(name)))  # averaged copies come second
+    if not all(isinstance(name, str) for name in state_dict):
+        raise ValueError("a name is not text")
+    names = {name[len(prefix) :]: name for name in state_dict if name.startswith(prefix)}
+    return {name: stored for name, stored in names.items() if not name.startswith(skip)}
+
+
+def _parameters(module: Any, prefix: str, depth: int) -> Iterator[Tuple[str, Any]]:
+    """Yield names and records of a pickled module's parameters and buffers."""
+    state = module.state if isinstance(module, Inert) else None
+    if not isinstance(state, dict) or not isinstance(state.get("_modules"), dict) or not depth:
+        raise ValueError(f"{prefix or 'it'} is not a module")
+    for kind in ("_parameters", "_buffers"):
+        for name, record in dict(state.get(kind) or {}).items():
+            if record is not None:
+                yield f"{prefix}{name}", record
+    for name, child in state["_modules"].items():
+        yield from _parameters(child, f"{prefix}{name}.", depth - 1)
+
+
+def plain(value: Any, depth: int = 3) -> Any:
+    """Return numbers, texts, and tuples, lists and dicts of them; None for anything else."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)) and depth and len(value) <= MOST_VALUES:
+        return tuple(plain(one, depth - 1) for one in value)
+    if isinstance(value, dict) and depth and len(value) <= MOST_VALUES:
+        return {key: plain(one, depth - 1) for key, one in value.items() if isinstance(key, str)}
+    return None
+
+
+def _make_inert(unpickler: Any) -> None:
+    """Put an object of the class below the arguments on the stack."""
+    _, name = unpickler.stack.pop(), unpickler.stack.pop()
+    unpickler.append(Inert(getattr(name, "name", "something")))
+
+
+def _make_inert_with_keywords(unpickler: Any) -> None:
+    unpickler.stack.pop()
+    _make_inert(unpickler)
+
+
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # C's allocates what a forged memo index asks for
+    def __init__(self, file: Any):
+        super().__init__(file, encoding="latin-1")
+        self.storages: Dict[str, Storage] = {}
+
+    def find_class(self, module: str, name: str) -> Name:
+        return Name(f"{module}.{name}")
+
+    def persistent_load(self, reference: Any) -> Any:
+        """Return the storage that torch.save describes as ("storage", type, key, device, element count)."""
+        if reference[0] == "module":  # a class with its source text, of a file with a whole module
+            return reference[1]
+        tag, kind, key, _, count, *view = reference
+        dtype = DTYPES.get(kind.name.rpartition(".")[2].replace("Storage", ""))
+        if tag != "storage" or dtype is None or not isinstance(key, str) or view not in ([], [None]):
+            raise ValueError("refers to something that is not a storage")
+        storage = Storage(key, dtype, _check_counts((count,))[0])
+        if self.storages.setdefault(key, storage) != storage:
+            raise ValueError(f"describes storage {key} in two ways")
+        return storage
+
+
+_Unpickler.dispatch = {**_Unpickler.dispatch, NEWOBJ: _make_inert, NEWOBJ_EX: _make_inert_with_keywords}
+
+
+def _open_zip(file: BinaryIO) -> Tuple[Any, Callable[[Storage], bytearray]]:
+    archive = zipfile.ZipFile(file)
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    if len(entries) < len(archive.infolist()) or any(entry.compress_type for entry in entries.values()):
+        raise ValueError("holds a name twice or compressed data, which torch.save never writes")
+    pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError("a zip file without the data.pkl of torch.save")
+    folder = pickles[0].partition("/")[0]
+    if f"{folder}/byteorder" in entries and archive.read(f"{folder}/byteorder") != b"little":
+        raise ValueError("written by a big-endian machine")
+
+    def read(storage: Storage) -> bytearray:
+        entry = entries[f"{folder}/data/{storage.key}"]
+        if entry.file_size != storage.byte_count:
+            raise ValueError(f"storage {storage.key} has {entry.file_size} bytes, not {storage.byte_count}")
+        return bytearray(archive.read(entry))  # compares the checksum
+
+    return _Unpickler(io.BytesIO(archive.read(pickles[0]))).load(), read
+
+
+def _open_stream(file: BinaryIO) -> Tuple[Any, Callable[[Storage], bytearray]]:
+    """Open five pickles (magic, version, machine, object, storage keys), then count and elements of each storage."""
+    file.seek(0)
+    if [_Unpickler(file).load(), _Unpickler(file).load()] != STREAM_HEADER:
+        raise ValueError("a pickle, but not of torch.save")
+    if _Unpickler(file).load()["little_endian"] is not True:
+        raise ValueError("written by a big-endian machine")
+    unpickler = _Unpickler(file)
+    saved = unpickler.load()
+    positions = {}
+    for key in _Unpickler(file).load():
+        storage = unpickler.storages[key]
+        if struct.unpack("<q", file.read(8))[0] != storage.length:
+            raise ValueError(f"storage {key} does not have {storage.length} elements")
+        positions[key] = file.tell()
+        file.seek(storage.byte_count, io.SEEK_CUR)
+    if file.tell() > file.seek(0, io.SEEK_END):
+        raise EOFError("cut short")
+
+    def read(storage: Storage) -> bytearray:
+        file.seek(positions[storage.key])
+        return bytearray(file.read(storage.byte_count))
+
+    return saved, read
+
+
+def _read_tensors(state_dict: Dict[Any, Any], read: Callable[[Storage], bytearray]) -> Tensors:
+    """Read the tensors of a state dict; those that share a storage share memory again."""
+    weights: Tensors = {}
+    storages: Dict[Storage, torch.Tensor] = {}
+    for name, record in state_dict.items():
+        if not isinstance(name, str) or not isinstance(record, TensorRecord):
+            kind = f", but {record.name}" if isinstance(record, (Inert, Name)) else ""
+            raise ValueError(f"{name[:60]!r} is not a tensor{kind}" if isinstance(name, str) else "a name is not text")
+        storage = record.storage
+        if storage not in storages:
+            content = read(storage) if storage.length else None
+            none = torch.empty(0, dtype=storage.dtype)
+            storages[storage] = torch.frombuffer(content, dtype=storage.dtype) if content else none
+        weights[name] = torch.as_strided(storages[storage], record.size, record.stride, record.offset)
+    return weights
+
+
+def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> TensorRecord:
+    offset, size, stride = _check_counts((offset,))[0], _check_counts(size), _check_counts(stride)
+    if not isinstance(storage, Storage) or len(size) != len(stride) or math.prod(size) > LARGEST_COUNT:
+        raise ValueError("a tensor without storage, or of an impossible size")
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride))
+    if 0 not in size and last >= storage.length:
+        raise ValueError(f"a tensor reaches element {last} of a storage of {storage.length}")
+    return TensorRecord(storage, offset if 0 not in size else 0, size, stride)
+
+
+def _check_counts(values: Any) -> Tuple[int, ...]:
+    if not isinstance(values, (tuple, list)) or not all(
+        type(value) is int and 0 <= value <= LARGEST_COUNT for value in values
+    ):
+        raise ValueError("a tensor's size is not made of counts")
+    return tuple(values)
+
+
+def _first_argument(data: Optional[TensorRecord], *_: Any) -> Optional[TensorRecord]:
+    return data
+
+
+FUNCTIONS: Dict[str, Callable] = {
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _first_argument,
+    "collections.OrderedDict": StateDict,
+    "torch.Size": _check_counts,
+}
