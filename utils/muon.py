@@ -51,8 +51,11 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         gradients: List[Any] = [parameter.grad for parameter in parameters]
-        torch._foreach_lerp_(averages, gradients, 1 - momentum)
-        return [x.flatten(1) for x in torch._foreach_lerp(gradients, averages, momentum)]  # Nesterov's look ahead
+        torch._foreach_mul_(averages, momentum)
+        torch._foreach_add_(averages, gradients, alpha=1 - momentum)
+        ahead = torch._foreach_mul(gradients, 1 - momentum)  # Nesterov's
+        torch._foreach_add_(ahead, averages, alpha=momentum)
+        return [x.flatten(1) for x in ahead]
 
 
 def _fastest_dtype(device: torch.device) -> torch.dtype:

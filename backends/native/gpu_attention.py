@@ -176,7 +176,9 @@ def flash_works(device: torch.device, dtype: torch.dtype) -> bool:
             qkv = [x.clone().requires_grad_() for x in inputs]
             with torch.enable_grad():
                 out = compute(*qkv)
-                results.append(torch.stack((out, *torch.autograd.grad(out.float().square().sum(), qkv))).float())
+                results.append(
+                    torch.stack((out, *torch.autograd.grad(out.float().square().sum(), qkv))).detach().float()
+                )
         error = float((results[0] - results[1]).abs().max() / results[0].abs().max())
     except (RuntimeError, TypeError, AttributeError) as reason:
         logger.info("attention takes the masked path, which only costs speed: %s", str(reason).splitlines()[0])

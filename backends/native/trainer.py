@@ -186,7 +186,8 @@ class NativeTrainer(Trainer):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         pairs = zip(average.parameters(), self.model.parameters())
         averaged, current = zip(*(pair for pair in pairs if pair[1].requires_grad))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        torch._foreach_mul_(averaged, decay)
+        torch._foreach_add_(averaged, current, alpha=1 - decay)
 
     def evaluate(self, batches: Iterable) -> Losses:
         """Return the mean losses of the average, or of the weights without --ema-decay."""
