@@ -370,6 +370,7 @@ def contents(run: Run, state: Dict[str, Any]) -> Dict[str, Any]:
         "tokenizer": {
             "kind": run.tokenizer.kind,
             "sha256": run.tokenizer.fingerprint,
+            "keeps_ids": run.tokenizer.keeps_ids,
             "vocabulary": None if vocabulary is None else torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8),
         },
         "vqgan": run.vqgan_fingerprint,

@@ -12,11 +12,13 @@ import torch
 from utils import checkpoint
 from utils.command_line import Parser, parse
 from utils.files import AnyPath
+from utils.output import exit_on_closed_output
 
 WIDTH = 118
 LABEL = 12
 
 
+@exit_on_closed_output()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Print the description of a checkpoint, or write its weights alone."""
     parser = Parser("Describe a checkpoint; with --export, write its weights alone.", usage="FILE [flags]")
@@ -43,7 +45,7 @@ def describe(path: AnyPath, saved: checkpoint.Checkpoint) -> List[str]:
     """Return the lines that describe a file and its dict; a line without content is left out."""
     versions, captions = _dict(saved, "versions"), _dict(saved, "captions")
     rows = {
-        "made by": f"train.py with {_list(versions)}" if versions else "unknown, as in the reference's files",
+        "made by": _maker(versions),
         "progress": _progress(saved),
         "parameters": _parameters(saved),
         "hparams": _list(_dict(saved, "hparams")),
@@ -61,6 +63,12 @@ def describe(path: AnyPath, saved: checkpoint.Checkpoint) -> List[str]:
         wrapped = textwrap.wrap(text, WIDTH - LABEL, break_on_hyphens=False)  # names are copied from here
         lines += [f"{name:<{LABEL}}{line}" for name, line in zip([label] + [""] * len(wrapped), wrapped)]
     return lines
+
+
+def _maker(versions: Dict[str, Any]) -> str:
+    if "dalle-pytorch" in versions:
+        return f"DALLE-pytorch {versions['dalle-pytorch']}"
+    return f"train.py with {_list(versions)}" if versions else "unknown, as in the reference's files"
 
 
 def _dict(saved: Dict[str, Any], key: str) -> Dict[str, Any]:
