@@ -16,7 +16,7 @@ from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List
 import torch
 from torch import Tensor, nn
 
-from backends.base import Backend, Losses, SamplesLost, Trainer, TrainingBackend
+from backends.base import Backend, Losses, SamplesLost, StageEstimate, Trainer, TrainingBackend
 from backends.ipu import estimates
 from backends.ipu.inference import (
     DeviceLosses,
@@ -32,7 +32,7 @@ from backends.native.resilient_loader import MEMORY_ADVICE, explain_dead_worker,
 from backends.native.trainer import ADAM_EPS
 from models.dalle import DALLE
 from models.image_tokenizer import ImageTokenizer
-from models.pipeline_dalle import placement, stages, unshare_masks
+from models.pipeline_dalle import Placement, placement, stages, unshare_masks
 from utils import interrupts
 from utils.files import check_writable
 from utils.optimization import parameter_groups
@@ -253,27 +253,37 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
         self.settings, self.compile_only = settings, settings.compile_only
         self.ipus_per_replica = settings.ipus_per_replica
         self.half = settings.precision == "fp16" or (settings.precision == "auto" and settings.fp16 is True)
-        depth, ipus = settings.num_hidden_layers, settings.ipus_per_replica
-        evenly = [depth * (ipu + 1) // ipus - depth * ipu // ipus for ipu in range(ipus)]
-        self.places = placement(
-            depth,
-            layers_per_ipu=settings.layers_per_ipu or evenly,
-            embedding_ipu_id=settings.embedding_ipu_id,
-            cls_ipu_id=settings.cls_ipu_id,
-            pixels=settings.no_codes_cache,
-        )
-        self.stages = stages(self.places)
-        least = 2 * len(self.stages) - 1
-        if settings.gradient_accumulation < least:
-            raise ValueError(
-                f"--gradient-accumulation {settings.gradient_accumulation}: a pipeline of {len(self.stages)} stages "
-                f"needs {least} micro-batches or more per update"
-            )
+        moments = 0.0 if settings.optimizer_state_offchip else 6 if settings.enable_half_first_order_momentum else 8
+        moments = moments / self.instances.all_replicas if settings.enable_rts else moments
+        self.training = estimates.Training(2 if self.half else 4, moments, settings.batch_size)
+        self.places: Placement = []
+        self.costs: Dict[str, estimates.Cost] = {}
+        if settings.layers_per_ipu != "auto":
+            depth, ipus = settings.num_hidden_layers, settings.ipus_per_replica
+            evenly = [depth * (ipu + 1) // ipus - depth * ipu // ipus for ipu in range(ipus)]
+            self.place(settings.layers_per_ipu or evenly)
         if settings.profile_dir:
             check_writable(settings.profile_dir, "--profile-dir")
         self.batch_size = settings.batch_size
         self.micro_batches = settings.gradient_accumulation * self.instances.replicas * settings.device_iterations
         self.samples_per_step = self.batch_size * self.micro_batches
+
+    def place(self, layers_per_ipu: Sequence[int]) -> None:
+        """Place the modules on IPUs; ValueError if the pipeline gets too few micro-batches."""
+        settings = self.settings
+        self.places = placement(
+            settings.num_hidden_layers,
+            layers_per_ipu=layers_per_ipu,
+            embedding_ipu_id=settings.embedding_ipu_id,
+            cls_ipu_id=settings.cls_ipu_id,
+            pixels=settings.no_codes_cache,
+        )
+        count = len(stages(self.places))
+        if settings.gradient_accumulation < 2 * count - 1:
+            raise ValueError(
+                f"--gradient-accumulation {settings.gradient_accumulation}: a pipeline of {count} stages needs "
+                f"{2 * count - 1} micro-batches or more per update"
+            )
 
     def any_process(self, wish: bool) -> bool:
         """Return whether any instance wishes it."""
@@ -356,29 +366,23 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
     def trainer(self, model: DALLE) -> Trainer:
         """Return a trainer for this model, which stays as it is."""
         logger.info("training on IPUs in %s", "fp16" if self.half else "fp32")
-        for number, (ipu, modules) in enumerate(self.stages):
-            names = [modules[0], "…", modules[-1]] if len(modules) > 3 else modules
-            logger.info("stage %d on IPU %d: %s", number, ipu, " ".join(names))
+        settings, depth, ipus = self.settings, self.settings.num_hidden_layers, self.settings.ipus_per_replica
+        self.costs = estimates.module_costs(model, self.training, pixels=settings.no_codes_cache)
+        if settings.layers_per_ipu == "auto":
+            head = ipus - 1 if settings.cls_ipu_id is None else settings.cls_ipu_id
+            settings.layers_per_ipu = estimates.balanced_layers(
+                self.costs, depth, ipus, self.training, settings.embedding_ipu_id, head
+            )
+            self.place(settings.layers_per_ipu)
+            logger.info("--layers-per-ipu auto: %s", ",".join(map(str, settings.layers_per_ipu)))
+        for number, (ipu, modules) in enumerate(stages(self.places)):
+            shown = [modules[0], "…", modules[-1]] if len(modules) > 3 else modules
+            logger.info("stage %d on IPU %d: %s", number, ipu, " ".join(shown))
         return IpuTrainer(model, self)
 
-    def stage_memory(self, weights: Dict[str, Tensor]) -> List[Tuple[int, Dict[str, float]]]:
-        """Estimate each stage's memory from the settings: (IPU number, {part: bytes}), without activations."""
-        settings = self.settings
-        weight = 2 if self.half else 4
-        moments = 0.0 if settings.optimizer_state_offchip else 6 if settings.enable_half_first_order_momentum else 8
-        moments = moments / self.instances.all_replicas if settings.enable_rts else moments
-        stage_of = {module: number for number, (_, modules) in enumerate(self.stages) for module in modules}
-        trained, frozen = [0] * len(self.stages), [0] * len(self.stages)
-        for name, tensor in weights.items():
-            stage = next((stage for module, stage in stage_of.items() if name.startswith(f"{module}.")), 0)
-            if not name.startswith("vae."):
-                trained[stage] += tensor.numel()
-            elif settings.no_codes_cache:
-                frozen[stage] += tensor.numel()
-        return [
-            (ipu, {"weights": (count + more) * weight, "gradients": count * weight, "optimizer": count * moments})
-            for (ipu, _), count, more in zip(self.stages, trained, frozen)
-        ]
+    def stage_estimates(self) -> List[StageEstimate]:
+        """Return what each stage of the last trainer needs."""
+        return estimates.estimate_stages(self.places, self.costs, self.training)
 
     def optimizer(self, model: nn.Module) -> Any:
         """Return PopTorch's Adam or AdamW; flags not passed to it become constants of the compiled program."""
