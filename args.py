@@ -106,7 +106,7 @@ def train_parser() -> Parser:
     add("ema-decay", None, "also average the weights, and generate with the average; 0.999 is usual", DROPOUT)
 
     add = parser.heading("Data and tokenizers")
-    add("bpe-path", None, "YouTokenToMe vocabulary; none: CLIP's", path)
+    add("bpe-path", None, "vocabulary: tokenizer.json, sentencepiece's or YouTokenToMe's model; none: CLIP's", path)
     add("truncate-captions", False, "cut captions longer than --text-seq-len tokens instead of refusing them", bool)
     add("caption-dropout", 0.0, "share of captions to empty, which guidance (--cond-scale) needs", SHARE)
     add("codes-cache", None, "folder for VQGAN codes and caption tokens; none: next to the images", path)

@@ -39,7 +39,7 @@ def app_parser() -> Parser:
     add("batch-size", None, "images generated at once; default: chosen for the machine", COUNT)
     window_flag(add)
     add = parser.heading("Files that the checkpoint lacks")
-    add("bpe-path", None, "YouTokenToMe vocabulary; default: the checkpoint's, else CLIP's")
+    add("bpe-path", None, "vocabulary file; default: the checkpoint's, else CLIP's")
     vqgan_file_flags(add)
     return parser
 

@@ -54,7 +54,7 @@ def evaluate_parser():
     add("clip-model", "ViT-B-32", "open_clip model of the weights; ViT-B-32-quickgelu for OpenAI's")
     add("fid-weights", None, "compute FID against the folder's images with these InceptionV3 weights of torch-fidelity")
     add = parser.heading("Files that the checkpoint does not contain")
-    add("bpe-path", None, "YouTokenToMe vocabulary; none: the checkpoint's, else CLIP's")
+    add("bpe-path", None, "vocabulary file; none: the checkpoint's, else CLIP's")
     vqgan_file_flags(add)
     return parser
 

@@ -6,6 +6,7 @@ A prompt file has one prompt on each line, or one JSON object with settings; res
 import argparse
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
@@ -24,12 +25,14 @@ from utils.command_line import (
     vqgan_file_flags,
     window_flag,
 )
+from utils.files import decode_text
 
 SAMPLING = ("top_k", "top_p", "temperature", "cond_scale")
 KEYS = {"prompt": str, "num_images": int, "seed": int, **dict.fromkeys(SAMPLING, float)}
 KEYS.update(image_prompt=str, keep_rows=float)
+LINE_BREAK = re.compile(r"\r\n|\r|\n")  # str.splitlines would also cut at U+2028 inside a prompt
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number"}
-RESULT_KEYS = {"file", "checkpoint", "fingerprint", "scores", "kept_rows"}  # of results.jsonl, ignored in a prompt file
+RESULT_KEYS = {"file", "checkpoint", "fingerprint", "scores"}  # of results.jsonl, whose lines are one image each
 
 
 class Request(NamedTuple):
@@ -57,11 +60,13 @@ def read_requests(text: Optional[str] = None, file: Optional[str] = None) -> Lis
             raise ValueError("--text: an empty prompt; write what the image should show, prompts separated by |")
         return [Request(part) for part in parts]
     name = "standard input" if file == "-" else file
+    stream = getattr(sys.stdin, "buffer", sys.stdin)  # a text stream would keep the byte order mark
+    content = stream.read() if file == "-" else Path(file or "").read_bytes()
     try:
-        lines = sys.stdin.read() if file == "-" else Path(file or "").read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
+        text = content if isinstance(content, str) else decode_text(content)
+    except ValueError:
         raise ValueError(f"{name}: not UTF-8 text; write one prompt on each line") from None
-    numbered = [(number, line) for number, line in enumerate(lines.splitlines(), 1) if line.strip()]
+    numbered = [(number, line) for number, line in enumerate(LINE_BREAK.split(text), 1) if line.strip()]
     if not numbered:
         raise ValueError(f"{name}: no prompts in it; write one on each line")
     return [parse_line(line, f"{name}, line {number}") for number, line in numbered]
@@ -75,6 +80,9 @@ def parse_line(line: str, source: str) -> Request:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         raise ValueError(f"{source}: not a JSON object") from None
+    if "file" in entry:
+        entry.setdefault("num_images", 1)
+        entry.setdefault("keep_rows", entry.pop("kept_rows", None))
     entry = {key: value for key, value in entry.items() if value is not None and key not in RESULT_KEYS}
     if "text" in entry and "prompt" not in entry:
         entry["prompt"] = entry.pop("text")
@@ -82,16 +90,24 @@ def parse_line(line: str, source: str) -> Request:
         if key not in KEYS:
             raise ValueError(f"{source}: {key}: unknown key; choose from {', '.join(KEYS)}")
         fits = isinstance(value, (int, float) if KEYS[key] is float else KEYS[key]) and not isinstance(value, bool)
-        if not fits or (KEYS[key] is float and not math.isfinite(value)):
-            raise ValueError(f"{source}: {key} is {json.dumps(value)}, not {TYPE_NAMES[KEYS[key]]}")
+        if not fits or (KEYS[key] is float and not _is_finite(value)):
+            raise ValueError(f"{source}: {key} is {json.dumps(value)[:40]}, not {TYPE_NAMES[KEYS[key]]}")
     prompt = " ".join(entry.pop("prompt", "").split())
     if not prompt:
         raise ValueError(f'{source}: no prompt; write {{"prompt": "…"}}')
     for key, least in (("num_images", 1), ("seed", 0)):
         if not least <= entry.get(key, least) < 2**63:
-            raise ValueError(f"{source}: {key} is {entry[key]}; it must be {least} or more")
+            problem = f"{least} or more" if entry[key] < least else "below 2^63"
+            raise ValueError(f"{source}: {key} is {str(entry[key])[:40]}; it must be {problem}")
     sampling = {key: entry.pop(key) for key in SAMPLING if key in entry}
     return Request(prompt, sampling=sampling, source=source, **entry)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def auto_or_count(text: str) -> Optional[int]:
@@ -120,7 +136,7 @@ def generate_parser() -> Parser:
         "standard input",
         path,
     )
-    add("num-images", 128, "images per prompt", COUNT)
+    add("num-images", 4, "images per prompt; a line of results.jsonl is one image", COUNT)
     add("outputs-dir", "./outputs", "folder for the images; each prompt gets a folder in it", path)
     add("format", "jpg", "file format of the images", choices=("jpg", "png"))
     add("gentxt", False, "let the model complete each prompt first", bool)
@@ -146,7 +162,7 @@ def generate_parser() -> Parser:
     sampling_flags(parser.heading("Sampling (default: what the checkpoint recommends)"))
     machine_flags(parser)
     add = parser.heading("Files that a checkpoint may lack")
-    add("bpe-path", None, "YouTokenToMe vocabulary; default: the checkpoint's, else CLIP's", path)
+    add("bpe-path", None, "vocabulary file; default: the checkpoint's, else CLIP's", path)
     vqgan_file_flags(add)
     return parser
 

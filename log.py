@@ -13,6 +13,8 @@ from typing import Dict, Iterator
 
 from tqdm import tqdm
 
+from utils.output import discard_output, exit_on_closed_output
+
 LINE_SECONDS = 10  # between log lines of losses, at least; the bar moves with every update
 EXIT_INTERRUPTED = 130
 
@@ -23,8 +25,12 @@ class _AboveTheBar(logging.StreamHandler):
     """Write log lines above a progress bar, not into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            discard_output()  # so that what is logged while the program ends raises no further error
+            raise
 
 
 def set_up(level: int = logging.INFO) -> None:
@@ -41,7 +47,8 @@ def set_up(level: int = logging.INFO) -> None:
 def exit_on_bad_input() -> Iterator[None]:
     """End the program with one line and status 2 if the block raises ValueError or OSError."""
     try:
-        yield
+        with exit_on_closed_output():
+            yield
     except (ValueError, OSError) as error:
         logger.debug("raised here:", exc_info=True)
         program = sys.argv[0].rpartition("/")[2]

@@ -5,8 +5,10 @@ from typing import Optional, Sequence
 
 from data.process_trainset import write_caption_files
 from utils.command_line import Parser
+from utils.output import exit_on_closed_output
 
 
+@exit_on_closed_output()
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command; return the exit status, 2 for bad arguments or files."""
     parser = Parser("Write COCO's captions as one .txt per image, one caption per line, named like the image.")

@@ -2,7 +2,7 @@
 
     python -m benchmarks                                minutes on two cores
     python -m benchmarks --peer                         with dalle-pytorch, which takes minutes per image
-    python -m benchmarks --only 'draw-*' encode         some rows; --list names them all
+    python -m benchmarks --only 'generate-*' encode         some rows; --list names them all
     python -m benchmarks --quick --peer                 small networks, to see that everything runs
 
 Prints a table and writes results.json and results.png. The figures are medians, followed by the least and the greatest
@@ -28,7 +28,8 @@ from benchmarks.rows import ROWS, measure_row
 from utils.command_line import Parser
 from utils.files import atomic_write, check_writable
 
-HEAD = f"{'':34}{'here':>9} {'':10} {'(min - max)':>17} {'of limit':>8} {'MB':>7} {'peer':>9} {'ratio':>7} {'MB':>7}"
+HEAD = f"{'':34}{'here':>9} {'':10} {'(min - max)':>17} {'passes':>6} {'of limit':>8} {'MB':>7}"
+HEAD += f" {'peer':>9} {'ratio':>7} {'MB':>7}"
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -65,7 +66,7 @@ def parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Parse the command line; `rows` becomes the names of the rows to measure."""
     parser = Parser((__doc__ or "").splitlines()[0])
     add = parser.heading("what is measured")
-    add("only", None, "rows to measure, by name or pattern such as draw-*; none: all", nargs="+", metavar="PATTERN")
+    add("only", None, "rows to measure, by name or pattern such as generate-*; none: all", nargs="+", metavar="PATTERN")
     add("peer", False, "measure dalle-pytorch 1.6.6, its loader and taming's VQGAN as well", type=bool)
     add("quick", False, "small networks and few samples", type=bool)
     add("list", False, "name the rows and measure nothing", type=bool)
@@ -94,7 +95,8 @@ def format_row(row: Dict[str, Any]) -> str:
     ours, theirs = row["ours"], row["peer"]
     spread = f"({format_number(ours['min'])} - {format_number(ours['max'])})"
     of_limit = f"{100 * row['of_limit']:.0f} %" if row["of_limit"] else ""
-    text = f"{row['what']:34}{format_number(ours['median']):>9} {row['unit']:10} {spread:>17} {of_limit:>8}"
+    passes = f"{row['passes']:.0f}" if row["passes"] else ""
+    text = f"{row['what']:34}{format_number(ours['median']):>9} {row['unit']:10} {spread:>17} {passes:>6} {of_limit:>8}"
     text += f" {ours['peak_memory_mb']:7.0f}"
     if theirs:
         text += f" {format_number(theirs['median']):>9} {format_number(row['ratio']):>7}"

@@ -58,12 +58,27 @@ def time_calls(
 
 
 def measure_matrix_rate(precision: str, device: torch.device, quick: bool = False) -> float:
-    """Return operations per second of the best of a few square matrix products."""
-    best = 0.0
+    """Return operations per second of the best of a few square matrix products and a convolution.
+
+    A convolution is a matrix product, too, and may use a faster kernel: in fp32, oneDNN's is faster than MKL's product.
+    """
+    dtype, best = DTYPES[precision], 0.0
+
+    def measure(operations: float, function: Callable[..., Tensor], *operands: Tensor) -> None:
+        nonlocal best
+        seconds = time_calls(partial(function, *operands), device, at_least=5, enough_seconds=0.5)
+        best = max(best, operations / min(seconds))
+
     for side in (512,) if quick else (512, 1024, 2048) if device.type == "cpu" else (4096, 8192):
-        one, other = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
-        seconds = time_calls(partial(nn.functional.linear, one, other), device, at_least=5, enough_seconds=0.5)
-        best = max(best, 2 * side**3 / min(seconds))
+        one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        measure(2 * side**3, nn.functional.linear, one, other)
+    channels, side = (128, 32) if quick else (256, 64)
+    x, weight = (
+        torch.randn(1, channels, side, side, device=device),
+        torch.randn(channels, channels, 3, 3, device=device),
+    )
+    x, weight = (tensor.to(dtype, memory_format=torch.channels_last) for tensor in (x, weight))
+    measure(2 * weight.numel() * side**2, partial(nn.functional.conv2d, padding=1), x, weight)
     return best
 
 

@@ -1,4 +1,4 @@
-"""Rows about networks: L16 on image codes and the official VQGAN, untrained, and their peers with the same sizes.
+"""Rows about networks: L16 on codes and the official VQGAN, untrained, their peers of the same sizes, and the demo.
 
 A function of a row returns the seconds per sample of each repetition and the work of one sample (limits.Work). With
 `quick`, the networks are small. A process builds either our network or the peer's.
@@ -6,6 +6,12 @@ A function of a row returns the seconds per sample of each repetition and the wo
 
 import argparse
 import copy
+import statistics
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import torch
@@ -13,6 +19,7 @@ from torch import Tensor
 
 import args
 from backends.native.backend import NativeBackend, NativeTrainingBackend
+from backends.native.inference import NativeSampler
 from benchmarks import peer
 from benchmarks.limits import (
     DTYPES,
@@ -24,10 +31,14 @@ from benchmarks.limits import (
     time_call,
     time_calls,
 )
+from generation.batching import encode_prompt
+from generation.loading import load
 from models.dalle import DALLE
 from models.official_vqgan import OFFICIAL_PARAMS
+from models.sampling import Sampling
 from models.vae import VQGanVAE
 
+ROOT = Path(__file__).resolve().parent.parent
 TEXT_TOKENS = 8192  # of bpe/bpe_yttm_vocab.txt
 L16 = "--config L16 --device auto --generated-data --learning-rate 1e-5 "
 L16 += "--gradient-accumulation 1 --replication-factor 1 --loss-scaling 1"
@@ -103,18 +114,55 @@ def train_peer(rows: int, quick: bool) -> List[float]:
 
 
 def generate(images: int, quick: bool) -> Measurement:
-    """Measure sampling the codes of `images` images of one caption, top-k 0.99.
+    """Measure sampling the codes of `images` images of one caption, top-k 0.99, with random weights.
 
-    The caption is read once for all images, and the weights once per code.
+    The caption is read once for all images, and the weights once per pass. Guesses of random codes are wrong, so each
+    code takes a pass.
     """
     backend, model = build_ours(quick, images)
-    sampler, text = backend.sampler(model, images), random_batch(model, 1)[0].repeat(images, 1)
-    seconds = time_calls(
-        lambda: sampler(text, generator=torch.Generator().manual_seed(0)), backend.device, images, quick
-    )
-    products = model.image_seq_len * (count_layer_weights(model) + count_head_weights(model))
-    weight_bytes = torch.finfo(DTYPES[backend.precision]).bits // 8 * products / images
-    return seconds, {"operations": 2 * products, "precision": backend.precision, "bytes": weight_bytes}
+    return time_sampling(backend, model, random_batch(model, 1)[0], Sampling(), images, quick)
+
+
+def generate_with_demo(images: int, quick: bool) -> Measurement:
+    """Measure sampling the codes of `images` images of one caption with the demo model and its settings."""
+    loaded = load(batch_size=images)
+    text = encode_prompt(loaded, loaded.examples[0])[None]
+    return time_sampling(loaded.backend, loaded.model, text, loaded.recommended, images, quick)
+
+
+def time_sampling(
+    backend: Any, model: DALLE, text: Tensor, sampling: Sampling, images: int, quick: bool
+) -> Measurement:
+    """Measure a sampler with one caption int64 (1, T)."""
+    sampler, text = NativeSampler(model, backend, images), text.repeat(images, 1)
+    stepper: Any = sampler.stepper
+    passes: List[int] = []
+
+    def sample() -> None:
+        generators = [torch.Generator().manual_seed(len(passes) * images + image) for image in range(images)]
+        before = stepper.passes
+        sampler(text, sampling, generator=generators)
+        passes.append(stepper.passes - before)
+
+    seconds = time_calls(sample, backend.device, images, quick)
+    per_image = statistics.mean(passes[1:]) + 1  # and the pass over the caption, which gives the first code
+    weights = count_layer_weights(model) + count_head_weights(model)
+    rows = (2 if sampling.is_guided else 1) * model.image_seq_len
+    return seconds, {
+        "operations": 2 * rows * weights,
+        "precision": backend.precision,
+        "bytes": torch.finfo(DTYPES[backend.precision]).bits // 8 * weights * per_image / images,
+        "passes": per_image,
+    }
+
+
+def first_image(quick: bool) -> Measurement:
+    """Measure `generate.py` from its start to the end, for one image of the demo model."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--text", "a small red circle", "--num_images", "1", "--outputs_dir", folder]
+        command = [sys.executable, "generate.py", *flags]
+        run = partial(subprocess.run, command, cwd=ROOT, check=True, capture_output=True)
+        return time_calls(run, torch.device("cpu"), quick=quick, enough_seconds=0), None
 
 
 def generate_peer(images: int, quick: bool) -> List[float]:

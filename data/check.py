@@ -25,6 +25,7 @@ from data.sources import ImageSource, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
 from utils.command_line import COUNT, NATURAL, Parser, read_entry
 from utils.interrupts import ignore_interrupts_in_worker
+from utils.output import exit_on_closed_output
 
 DEADLY = "image whose reading kills the process"
 TOO_LONG = "caption file with more than {} tokens per caption"
@@ -229,6 +230,7 @@ def describe(folder: Path, report: Report, examples: Optional[int]) -> str:
     return "\n".join(lines)
 
 
+@exit_on_closed_output()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command; exit with 0: clean, 1: training would skip or refuse something, 2: bad arguments."""
     parser = Parser("Check images and captions before a long run.")

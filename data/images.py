@@ -152,9 +152,7 @@ def endless_batches(
         ValueError: no path of a whole epoch can be read.
     """
     order = EpochOrder(len(images), min(batch_size, len(images)), seed=seed)
-    batches = (
-        [index for _, index in order.batch(*divmod(number, order.batches_per_epoch))] for number in itertools.count()
-    )
+    batches = ([index for _, index in order.batch(*order.place(number))] for number in itertools.count())
     if isinstance(images, torch.Tensor):
         for indices in batches:
             yield images[indices]

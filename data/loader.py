@@ -205,7 +205,7 @@ class TextImageDataset(Dataset):
         """
         names = [os.fsencode(name) for name, _, _ in self.images]
         order = sorted(range(len(names)), key=lambda index: hashlib.sha256(names[index]).digest())
-        count = max(1, round(share * len(order)))
+        count = count_validation(len(order), share)
         if count >= len(order):
             raise ValueError(f"{printable(self.folder)}: {len(order)} pairs are too few to split off {share:g} of them")
         validation_set = copy.copy(self)
@@ -301,6 +301,11 @@ class TextImageDataset(Dataset):
         if self.lost <= _LOGGED_UNREADABLE:
             more = "; further ones are only counted" if self.lost == _LOGGED_UNREADABLE else ""
             logger.warning("%s; using another image instead%s", error, more)
+
+
+def count_validation(images: int, share: float) -> int:
+    """Return how many of a set's images a share to validate on has."""
+    return max(1, round(share * images))
 
 
 def describe_set(path: Union[str, Path], form: str, images: int, counts: TokenCounts) -> str:

@@ -28,24 +28,53 @@ class EpochOrder:
             raise ValueError(
                 f"batch_size {batch_size}, rank {rank} of {world_size}: need batch_size >= 1 and rank < world_size"
             )
-        global_batch = batch_size * world_size
-        if num_samples < global_batch:
+        self.global_batch = batch_size * world_size
+        if num_samples < self.global_batch:
             split = f" = {batch_size} × {world_size} processes" if world_size > 1 else ""
-            flags = "--batch-size × --gradient-accumulation × --replication-factor"
-            raise ValueError(
-                f"one step takes {global_batch} samples{split}, but the set has {num_samples}; "
-                f"lower {flags} to at most {num_samples}, or use --config photos"
-            )
+            raise ValueError(f"one step takes {self.global_batch} samples{split}, but the set has {num_samples}")
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.batches_per_epoch = num_samples // global_batch
+        self.batches_per_epoch = num_samples // self.global_batch
         self._latest: Optional[Tuple[int, np.ndarray]] = None  # epoch and order used last
+        self._entered = 0, 0, 0  # an update, its epoch, and the samples before it in the epoch
 
-    def batch(self, epoch: int, number: int) -> List[Tuple[int, int]]:
-        """Return the keys (epoch, index) of this process in batch `number` of an epoch."""
+    def enter(self, step: int, samples_seen: int) -> None:
+        """Let update `step` continue after the first `samples_seen` of the run, as `samples_seen` counts them."""
+        epoch, taken = divmod(samples_seen, self.num_samples)
+        if self.num_samples - taken < self.global_batch:  # too few are left in this epoch
+            epoch, taken = epoch + 1, 0
+        self._entered = step, epoch, taken
+
+    def place(self, step: int) -> Tuple[int, int]:
+        """Return the epoch of update `step`, and how many samples of the epoch come before it."""
+        first, epoch, taken = self._entered
+        left = (self.num_samples - taken) // self.global_batch  # batches in the epoch that was entered
+        if step - first < left:
+            return epoch, taken + (step - first) * self.global_batch
+        epochs, number = divmod(step - first - left, self.batches_per_epoch)
+        return epoch + 1 + epochs, number * self.global_batch
+
+    def samples_seen(self, step: int) -> int:
+        """Return how many samples come before update `step`, with those that were dropped at the ends of epochs."""
+        epoch, taken = self.place(step)
+        return epoch * self.num_samples + taken
+
+    def equivalent_step(self, step: int) -> int:
+        """Return the number that update `step` would have if the whole run had had batches of this size."""
+        epoch, taken = self.place(step)
+        return epoch * self.batches_per_epoch + taken // self.global_batch
+
+    def steps_of(self, epochs: int) -> int:
+        """Return the number of updates until `epochs` epochs have ended."""
+        first, epoch, taken = self._entered
+        left = (self.num_samples - taken) // self.global_batch
+        return first + left + (epochs - epoch - 1) * self.batches_per_epoch if epochs > epoch else first
+
+    def batch(self, epoch: int, taken: int) -> List[Tuple[int, int]]:
+        """Return this process's keys (epoch, index) of the global batch after the first `taken` samples of an epoch."""
         if self._latest is None or self._latest[0] != epoch:
             self._latest = epoch, epoch_order(self.num_samples, self.seed, epoch)
-        start = (number * self.world_size + self.rank) * self.batch_size
+        start = taken + self.rank * self.batch_size
         return [(epoch, index) for index in self._latest[1][start : start + self.batch_size].tolist()]
 
 
@@ -64,7 +93,7 @@ class RunOrder(Sequence):
     def __getitem__(self, place: Any) -> List[Tuple[int, int]]:
         if not 0 <= place < len(self):
             raise IndexError(place)
-        return self.batches.batch(*divmod(self.first + place, self.batches.batches_per_epoch))
+        return self.batches.batch(*self.batches.place(self.first + place))
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:

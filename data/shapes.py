@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from utils.command_line import Parser
 from utils.files import replace_folder
+from utils.output import exit_on_closed_output
 
 VERSION = 1  # of the drawings and captions: raised when the same settings would give other files
 
@@ -347,6 +348,7 @@ def _read_settings(folder: Path) -> Optional[dict]:
     return settings if isinstance(settings, dict) and settings.get("drawn_by") == "data/shapes.py" else None
 
 
+@exit_on_closed_output()
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command; return the exit status, 2 for bad arguments."""
     parser = Parser("Draw the demo set of colored shapes.")

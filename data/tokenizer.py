@@ -1,24 +1,29 @@
-"""Convert text to token ids and back, with one of two kinds of vocabulary files.
+"""Convert text to token ids and back, with one of four kinds of vocabulary files.
 
 - CLIP's byte-level BPE with 49,408 tokens (Radford et al., 2021), the default, in bpe/. As in CLIP, text is first
   repaired, unescaped and lower-cased.
 - YouTokenToMe models (text files of numbers). Only white space in a text is changed.
+- tokenizer.json of Hugging Face tokenizers, such as `python -m data.vocabulary train` writes.
+- sentencepiece's .model, if its package is installed.
 
-Hugging Face `tokenizers` runs both; the ids equal those of the original programs. Id 0 is the model's padding,
-whatever the vocabulary says. So CLIP's token 0, an exclamation mark that does not end its run of signs ("!€"), is not
-decoded.
+Hugging Face `tokenizers` runs the first three; the ids equal those of the original programs. Id 0 is the model's
+padding, whatever the vocabulary says. If text may contain token 0 of a .json or .model file, that token gets the id of
+the file's padding or, if it has none, a new id at the end. CLIP's token 0, an exclamation mark that does not end its
+run of signs ("!€"), keeps its id and is not decoded.
 """
 
+import functools
 import gzip
 import hashlib
 import html
 import io
+import json
 import logging
 import os
 import re
 import zlib
 from pathlib import Path
-from typing import Any, Callable, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import Any, Callable, Container, Dict, List, NamedTuple, Optional, Set, Tuple, Union
 
 import ftfy
 import torch
@@ -42,39 +47,50 @@ YTTM_SPACES = re.compile("[\t-\r " + WORD_START + "]+")
 # No subword contains a space, so this name is in no vocabulary.
 YTTM_UNKNOWN = " unknown"
 
+SENTENCEPIECE_START = b"\n"  # of its protocol buffer: the tag of the first token
+MOST_TOKENS = 1 << 20
 LARGEST_FILE = 64 << 20  # bytes; a model of a million tokens is a third of this
 
 
 class Vocabulary(NamedTuple):
-    """The content of a vocabulary file, ready for use."""
+    """The content of a vocabulary file, ready for use.
 
-    kind: str  # "clip" or "yttm"
-    model: BPEModel
+    kind     "clip", "yttm", "json" or "sentencepiece"
+    size     number of ids
+    unknown  see Tokenizer
+    clean    prepares a text
+    encode   returns the ids of a prepared text
+    decode   returns the text of ids without padding
+    """
+
+    kind: str
+    size: int
+    unknown: Optional[int]
     clean: Callable[[str], str]
-    pieces: List[bytes]  # UTF-8 of each id; empty for special tokens
+    encode: Callable[[str], List[int]]
+    decode: Callable[[List[int]], str]
 
 
 class Tokenizer:
-    """A vocabulary of either kind, as returned by load_tokenizer.
+    """A vocabulary of any kind, as returned by load_tokenizer.
 
-    kind         "clip" or "yttm"
+    kind         see Vocabulary
     vocab_size   number of ids, including special tokens
-    unknown      id of characters that the vocabulary lacks; None for CLIP's, which lacks none
+    unknown      id of characters that the vocabulary lacks; None if it lacks none, as CLIP's
     fingerprint  SHA-256 (hex) of the vocabulary file; equal if two runs use the same ids
-    vocabulary   bytes of a YouTokenToMe file, for the checkpoint; None for CLIP's, which is part of this program
+    vocabulary   bytes of the file, for the checkpoint; None for CLIP's, which is part of this program
     path         of the file; None if it was given as bytes
+    keeps_ids    see load_tokenizer
     """
 
-    def __init__(self, entries: Vocabulary, data: bytes, path: Optional[str]) -> None:
-        self.kind = entries.kind
-        self.vocab_size = len(entries.pieces)
-        self.unknown = entries.model.token_to_id(YTTM_UNKNOWN)
-        self.fingerprint = CLIP_FINGERPRINT if self.kind == "clip" else hashlib.sha256(data).hexdigest()
+    def __init__(self, entries: Vocabulary, data: bytes, path: Optional[str], keeps_ids: bool = False) -> None:
+        self.kind, self.vocab_size, self.unknown = entries.kind, entries.size, entries.unknown
+        self.keeps_ids = keeps_ids and entries.kind in ("json", "sentencepiece")
+        digest = hashlib.sha256(data + b"ids as in the file" * self.keeps_ids).hexdigest()
+        self.fingerprint = CLIP_FINGERPRINT if self.kind == "clip" else digest
         self.vocabulary = None if self.kind == "clip" else data
         self.path = path
-        self._model = entries.model
-        self._clean = entries.clean
-        self._pieces = entries.pieces
+        self._entries = entries
 
     def encode(self, text: str) -> List[int]:
         """Return the ids of a text without special tokens; [] for white space.
@@ -82,12 +98,12 @@ class Tokenizer:
         Raises:
             ValueError: the text is not valid Unicode.
         """
-        text = self._clean(text)
+        text = self._entries.clean(text)
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:  # half a surrogate pair, of which `tokenizers` would say that it is not a string
             raise ValueError(f"{ascii(_shorten(text))} is not valid Unicode text") from None
-        return self._model.encode(text, add_special_tokens=False).ids
+        return self._entries.encode(text)
 
     def decode(self, ids: Any) -> str:
         """Return the text of one sequence of ids: a list, or a tensor or array with one dimension.
@@ -98,8 +114,7 @@ class Tokenizer:
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         if any(isinstance(i, list) for i in ids):
             raise ValueError("decode takes one sequence of ids at a time, not a batch")
-        text = b"".join(self._pieces[i] for i in ids if 0 < i < self.vocab_size)
-        return text.decode("utf-8", errors="replace").strip(" ")
+        return self._entries.decode([i for i in ids if 0 < i < self.vocab_size]).strip(" ")
 
     def tokenize(
         self, texts: Union[str, List[str]], context_length: int = 256, truncate_text: bool = False
@@ -124,16 +139,19 @@ class Tokenizer:
 
 
 def load_tokenizer(
-    bpe_path: Union[str, "os.PathLike[str]", None] = None, vocabulary: Optional[bytes] = None
+    bpe_path: Union[str, "os.PathLike[str]", None] = None, vocabulary: Optional[bytes] = None, keep_ids: bool = False
 ) -> Tokenizer:
     """Return the tokenizer of the file `bpe_path` or of its content `vocabulary`; CLIP's by default.
 
     If there is no such file, but one of its name in bpe/, that one is used: Graphcore's application, whose commands
     people paste, has the vocabularies in models/bpe/.
 
+    Args:
+        keep_ids: leave all ids as the file has them, as DALLE-pytorch does, though one of text may be the padding's.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is neither a YouTokenToMe model nor CLIP's vocabulary.
+        ValueError: it is no vocabulary of a kind above, or sentencepiece is needed and not installed.
     """
     if vocabulary is not None and bpe_path is not None:
         raise ValueError("give a vocabulary file or its bytes, not both")
@@ -143,9 +161,9 @@ def load_tokenizer(
         path = _find_file(os.fspath(CLIP_PATH if bpe_path is None else bpe_path))
         name, data = path, _read_file(path)
     try:
-        return Tokenizer(_parse(data), data, path)
+        return Tokenizer(_parse(data, keep_ids), data, path, keep_ids)
     except ValueError as error:
-        raise ValueError(f"{name} is neither a YouTokenToMe model nor CLIP's vocabulary: {error}") from None
+        raise ValueError(f"{name} is not a vocabulary that can be used: {error}") from None
 
 
 def _find_file(path: str) -> str:
@@ -160,15 +178,15 @@ def _read_file(path: str) -> bytes:
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such vocabulary file")
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is not a file; a YouTokenToMe model or CLIP's vocabulary is needed")
+        raise ValueError(f"{path} is not a file; a vocabulary file is needed")
     if os.path.getsize(path) > LARGEST_FILE:  # perhaps a checkpoint of some gigabytes
         raise ValueError(f"{path} is too large for a vocabulary file ({os.path.getsize(path):,} bytes)")
     with open(path, "rb") as file:
         return file.read()
 
 
-def _parse(data: bytes) -> Vocabulary:
-    """Return the vocabulary in a file of either kind; errors do not name the file."""
+def _parse(data: bytes, keep_ids: bool) -> Vocabulary:
+    """Return the vocabulary in a file of any kind; errors do not name the file."""
     if not data:
         raise ValueError("it is empty")
     text = data
@@ -182,7 +200,84 @@ def _parse(data: bytes) -> Vocabulary:
         return _parse_clip(text)
     if text is not data:
         raise ValueError("it is a gzip file of something else")
+    if data.lstrip()[:1] == b"{":
+        return _parse_json(data, keep_ids)
+    if data[:1] == SENTENCEPIECE_START:
+        return _parse_sentencepiece(data, keep_ids)
     return _parse_yttm(data)
+
+
+def _parse_json(data: bytes, keep_ids: bool) -> Vocabulary:
+    """Parse a tokenizer.json of Hugging Face tokenizers."""
+    try:
+        model = BPEModel.from_str(data.decode("utf-8"))
+    except Exception as error:  # the package's own, without a class
+        raise ValueError(f"it is not a tokenizer.json ({error})") from None
+    model.no_truncation()
+    padding = model.padding["pad_id"] if model.padding else None
+    for name in ("<pad>", "[PAD]", "<|pad|>", "<PAD>"):
+        padding = model.token_to_id(name) if padding is None else padding
+    model.no_padding()
+    settings = json.loads(data)
+    tokens = model.get_vocab(with_added_tokens=True)
+    if not tokens or max(tokens.values()) >= MOST_TOKENS:
+        raise ValueError(f"it has no tokens, or ids of more than {MOST_TOKENS:,}")
+    unknown = settings["model"].get("unk_id")
+    if settings["model"].get("unk_token") is not None:
+        unknown = tokens.get(settings["model"]["unk_token"])
+    special = {token["id"] for token in settings.get("added_tokens") or [] if token["special"]} - {unknown}
+    ids = _renumber(max(tokens.values()) + 1, padding, 0 in special or keep_ids)
+    encode = functools.partial(_encode, model, ids)
+    decode = functools.partial(_decode, model, ids, special | {unknown})
+    return Vocabulary("json", ids.size, ids.to_ours.get(unknown, unknown), str.strip, encode, decode)
+
+
+def _parse_sentencepiece(data: bytes, keep_ids: bool) -> Vocabulary:
+    """Parse a .model of sentencepiece."""
+    try:
+        import sentencepiece
+    except ImportError:
+        raise ValueError("it is a model of sentencepiece, which is not installed: pip install sentencepiece") from None
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError:
+        raise ValueError("it is not a sentencepiece model") from None
+    padding = model.pad_id() if model.pad_id() >= 0 else None
+    unknown = model.unk_id()
+    ids = _renumber(model.vocab_size(), padding, model.is_control(0) or keep_ids)
+    dropped = {i for i in range(model.vocab_size()) if model.is_control(i) or model.is_unused(i) or i == unknown}
+    encode = functools.partial(_encode, model, ids)
+    decode = functools.partial(_decode, model, ids, dropped)
+    return Vocabulary("sentencepiece", ids.size, ids.to_ours.get(unknown, unknown), str.strip, encode, decode)
+
+
+class Numbers(NamedTuple):
+    """Ids that differ from a file's, from the file's to ours and back, and the number of ours."""
+
+    to_ours: Dict[Optional[int], int]
+    to_theirs: Dict[int, int]
+    size: int
+
+
+def _encode(model: Any, numbers: Numbers, text: str) -> List[int]:
+    """Return the ids of a text by a model of `tokenizers` or sentencepiece."""
+    ids = model.encode(text, add_special_tokens=False).ids if isinstance(model, BPEModel) else model.encode(text)
+    return [numbers.to_ours.get(i, i) for i in ids]
+
+
+def _decode(model: Any, numbers: Numbers, dropped: Container[Optional[int]], ids: List[int]) -> str:
+    """Return the text of ids without those that are `dropped` in the model's numbers."""
+    theirs = (numbers.to_theirs.get(i, i) for i in ids)
+    return model.decode([i for i in theirs if i not in dropped])
+
+
+def _renumber(size: int, padding: Optional[int], zero_is_free: bool) -> Numbers:
+    """Give id 0 to the padding, and its token the id of the file's padding or a new one."""
+    if padding == 0 or zero_is_free:
+        return Numbers({}, {}, size)
+    if padding is None:
+        return Numbers({0: size}, {size: 0}, size + 1)
+    return Numbers({0: padding, padding: 0}, {padding: 0}, size)
 
 
 def _parse_clip(text: bytes) -> Vocabulary:
@@ -210,7 +305,20 @@ def _parse_clip(text: bytes) -> Vocabulary:
             ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    return Vocabulary("clip", model, _clean_clip, pieces + [b""] * CLIP_SPECIAL_TOKENS)
+    return _vocabulary_of("clip", model, _clean_clip, pieces + [b""] * CLIP_SPECIAL_TOKENS, None)
+
+
+def _vocabulary_of(
+    kind: str, model: BPEModel, clean: Callable[[str], str], pieces: List[bytes], unknown: Optional[int]
+) -> Vocabulary:
+    """Return the vocabulary of a model; `pieces` has the UTF-8 of each id, empty for special tokens."""
+
+    encode = functools.partial(_encode, model, Numbers({}, {}, len(pieces)))
+    return Vocabulary(kind, len(pieces), unknown, clean, encode, functools.partial(_join, pieces))
+
+
+def _join(pieces: List[bytes], ids: List[int]) -> str:
+    return b"".join(pieces[i] for i in ids).decode("utf-8", errors="replace")
 
 
 def _parse_yttm(data: bytes) -> Vocabulary:
@@ -268,7 +376,7 @@ def _parse_yttm(data: bytes) -> Vocabulary:
     model = BPEModel(BPE(ids, merges, unk_token=YTTM_UNKNOWN, fuse_unk=True))
     model.pre_tokenizer = Metaspace(replacement=WORD_START, prepend_scheme="always")
     pieces = [subword.replace(WORD_START, " ").encode("utf-8") for subword in subwords]
-    return Vocabulary("yttm", model, _clean_yttm, pieces)
+    return _vocabulary_of("yttm", model, _clean_yttm, pieces, unknown)
 
 
 def _clean_clip(text: str) -> str:

@@ -103,6 +103,8 @@ def plan_request(
 ) -> List[ImageSpec]:
     """Return all images to generate for a request, in the order of their seeds."""
     image, given_codes = request.image_prompt or settings.image_prompt or settings.variations, None
+    if not image and request.keep_rows is not None:
+        raise ValueError(f"{request.source}: keeps rows of an image; name it as image_prompt, or with --image_prompt")
     if image:
         given_codes = encode_rows(image, settings.keep_rows if request.keep_rows is None else request.keep_rows)
     sampling = loaded.recommended.override(vars(settings)).override(request.sampling)

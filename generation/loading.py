@@ -257,10 +257,10 @@ def check_sizes(path: AnyPath, build: Callable[[], DALLE], weights: Dict[str, Te
 
 def read_tokenizer(path: AnyPath, bpe_path: Optional[str], entry: Dict[str, Any]) -> Any:
     """Return the tokenizer of a file's `tokenizer` entry, or the one at bpe_path if its fingerprint is the same."""
-    vocabulary = entry.get("vocabulary")
+    vocabulary, keep_ids = entry.get("vocabulary"), bool(entry.get("keeps_ids"))
     if bpe_path is None and vocabulary is not None:
-        return load_tokenizer(vocabulary=bytes(vocabulary.tolist()))
-    tokenizer = load_tokenizer(bpe_path)
+        return load_tokenizer(vocabulary=bytes(vocabulary.tolist()), keep_ids=keep_ids)
+    tokenizer = load_tokenizer(bpe_path, keep_ids=keep_ids)
     check_fingerprint(bpe_path or "CLIP's vocabulary", tokenizer.fingerprint, path, entry.get("sha256"), "--bpe_path")
     return tokenizer
 

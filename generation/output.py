@@ -13,7 +13,7 @@ from torch import Tensor
 from generation.batching import ImageSpec
 from generation.loading import LoadedModel
 from utils.checkpoint import short
-from utils.files import atomic_write
+from utils.files import atomic_write, errors_name
 
 NAME_BYTES = 200  # of a folder's name; file systems allow 255
 SUFFIXES = {"png": ".png", "jpg": ".jpg"}
@@ -124,7 +124,8 @@ def save_images(
     save_grid(images, folder / f"grid{suffix}.png")
     if frames:
         save_animation([make_grid(frame) for frame in frames], folder / f"forming{suffix}.webp")
-    with open(Path(outputs_dir) / RESULTS, "a", encoding="utf-8") as results:
+    path = Path(outputs_dir) / RESULTS
+    with errors_name(path), open(path, "a", encoding="utf-8") as results:
         results.write("".join(lines))  # one write, because other processes append to the file, too
     return folder
 

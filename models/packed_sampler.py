@@ -99,7 +99,8 @@ class Cache:
     """
 
     def __init__(self, mask: Tensor, text_len: int, window: int, device: torch.device, dtype: torch.dtype):
-        (slots, self.reads), places = plan_cache(mask, window), len(mask)
+        (slots, reads), places = plan_cache(mask, window), len(mask)
+        self.reads = [read if isinstance(read, slice) else read.to(device) for read in reads]
         self.num_slots = max(slots) + 2
         self.ends = torch.tensor(slots).cummax(0).values.tolist()  # slots in use
         self.slots = torch.tensor([*slots, self.num_slots - 1], device=device)
@@ -177,7 +178,7 @@ class PackedLayer:
         """Return keys and values, (2, B, H, m, D)."""
         if isinstance(read, slice):
             return self.codes[:, :, :, read]
-        return self.codes.index_select(3, read.to(self.codes.device))
+        return self.codes.index_select(3, read)
 
     def attend(self, query: Tensor, window: Window) -> Tensor:
         """Attend with keys of the text for each image; (B, H, w, D) in and out."""

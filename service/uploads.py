@@ -3,15 +3,13 @@
 import base64
 import io
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from data.images import crop_square
 
 MAX_BYTES = 10 * 2**20
 MAX_PIXELS = 24_000_000  # what phones photograph
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-PngImagePlugin.MAX_TEXT_CHUNK = 2**16  # bytes that a compressed text or color profile may unpack to
-PngImagePlugin.MAX_TEXT_MEMORY = 2**18
 
 
 def decode(text: str, size: int) -> Image.Image:

@@ -248,7 +248,7 @@ def test_the_defaults_are_those_of_the_reference():
     settings = args.train_arguments(["--generated-data"])
     assert {name: getattr(settings, name) for name in TRAIN_DEFAULTS} == TRAIN_DEFAULTS
     settings = args_generate.generate_arguments(["--dalle_path", "c.pt", "--text", "a cat"])
-    assert (settings.num_images, settings.batch_size, settings.outputs_dir) == (128, None, "./outputs")
+    assert (settings.num_images, settings.batch_size, settings.outputs_dir) == (4, None, "./outputs")
     assert settings.gentxt is False and settings.bpe_path is None
     assert settings.top_k is None and Sampling().top_k == 0.99  # where the checkpoint says nothing
 

@@ -346,6 +346,19 @@ def test_training_continues_from_a_checkpoint_of_the_reference(
         torch.testing.assert_close(adam[0]["exp_avg"], weights["text_emb.weight"].abs(), atol=1e-4, rtol=0)
 
 
+def test_checkpoints_of_the_reference_are_not_replaced(command, tiny_flags, vqgan_weights, their_vocabulary, tmp_path):
+    """Ours of epoch 3 has their name, and older ones than --keep-checkpoints are removed."""
+    weights = reference_weights(8192, 4, 64, False)
+    for epoch in range(4):
+        path = write_reference(tmp_path / f"dalle_{epoch}.pt", weights, vqgan_weights, 8192)
+    before = read_bytes(tmp_path)
+    flags = ["--text-seq-len", 80, "--attn-types", "axial_row,full", "--bpe-path", their_vocabulary, "--epochs", 5]
+    for start in (["--pretrained-checkpoint", path], ["--resume"]):
+        ended = command(train.main, *tiny_flags, *flags, *start, "--checkpoint-output-dir", tmp_path)
+        assert ended.status == 2 and ended.err.count("\n") == 1 and "dalle_3.pt: is of another program" in ended.err
+    assert read_bytes(tmp_path) == before
+
+
 def test_our_vocabulary_of_the_same_name_is_refused(command, drawn, tiny_flags, tiny_vqgan, vqgan_weights, tmp_path):
     """Both have 8,192 tokens: with the wrong one, a prompt would become other words without a warning."""
     path = write_reference(tmp_path / "dalle_3.pt", reference_weights(8192, 4, 64, False), vqgan_weights, 8192)
@@ -356,10 +369,12 @@ def test_our_vocabulary_of_the_same_name_is_refused(command, drawn, tiny_flags, 
         assert all(word in ended.err for word in ("dalle_3.pt", "bpe_yttm_vocab.txt", "another program"))
 
 
-def test_a_small_vqgan_inside_needs_its_configuration(drawn, vqgan_weights, their_vocabulary, tmp_path):
+def test_a_small_vqgan_inside_needs_no_configuration(tiny_vqgan, vqgan_weights, their_vocabulary, tmp_path):
     path = write_reference(tmp_path / "dalle_3.pt", reference_weights(8192, 4, 64, False), vqgan_weights, 8192)
-    ended = drawn("--dalle_path", path, "--bpe_path", their_vocabulary, status=2)
-    assert len(ended.err.splitlines()) == 1 and "dalle_3.pt" in ended.err and "--vqgan_model_path" in ended.err
+    loaded, _, _ = read_model(path, bpe_path=their_vocabulary)
+    codes = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(loaded.vae.decode(codes), load_vqgan(str(tiny_vqgan)).decode(codes))
 
 
 def test_clips_vocabulary_is_the_default_and_any_bytes_make_a_caption(drawn, tiny_vqgan, vqgan_weights, tmp_path):

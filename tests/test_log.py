@@ -3,7 +3,9 @@
 import ast
 import io
 import logging
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -172,3 +174,15 @@ def test_nothing_happens_where_all_goes_well(capsys):
     with log.exit_on_bad_input():
         pass
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("words", ["train.py --help", "-m data.check {folder} --all", "train.py"])
+def test_a_program_whose_output_nobody_reads_ends_quietly(words, tmp_path, drawn_pictures, tiny_flags):
+    command = [sys.executable, *words.format(folder=drawn_pictures).split()]
+    if words == "train.py":
+        command += [*tiny_flags, "--checkpoint-output-dir", tmp_path, "--max-steps", "2"]
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, "")

@@ -18,7 +18,7 @@ ALLOWED = {
     "models": {"models", "utils", "torch", "einops", "taming", "yaml", "numpy", "tqdm", "filelock"},
     "models/image_scores.py": {"torch", "open_clip", "torch_fidelity"},
     "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"}
-    | {"pyarrow", "datasets"},
+    | {"pyarrow", "datasets", "sentencepiece"},
     "backends": {"backends", "models", "utils", "torch", "taming", "numpy"},
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL", "numpy"},
     "generation/command.py": {"generation", "backends", "models", "utils", "torch", "PIL", "tqdm"}
@@ -30,9 +30,9 @@ ALLOWED = {
     "args.py": {"utils.command_line"},
     "args_app.py": {"args", "utils.command_line"},
     "args_evaluate.py": {"args", "utils.command_line"},
-    "args_generate.py": {"args", "utils.command_line"},
-    "utils/command_line.py": {"yaml"},
-    "log.py": {"tqdm"},
+    "args_generate.py": {"args", "utils.command_line", "utils.files"},
+    "utils/command_line.py": {"yaml", "utils.output"},
+    "log.py": {"tqdm", "utils.output"},
     "process_captions.py": {"data", "utils"},
 }
 GUARDS = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import platform
 import re
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple
 
 import torch
 
 import log
+from data.order import EpochOrder
 from data.words import EXAMPLES, summarize_captions
 from generation.loading import OPTIONS
 from utils import checkpoint
@@ -60,6 +62,7 @@ class Folder:
         self.path = Path(settings.checkpoint_output_dir) if used else None
         self.written: List[Path] = []
         self.saved_at = time.monotonic()
+        self.reserved: Set[str] = set()  # names of files that this run must not replace
         if self.path is None:
             return
         found = sort_by_age(self.path)
@@ -87,8 +90,19 @@ class Folder:
 
         If the newest checkpoint is damaged, this is logged and the previous one is used.
         """
+        found = self.read_origin()
+        if found and self.written and "step" not in found[1]:
+            raise ValueError(
+                f"{found[0]}: is of another program, and this run would replace that program's checkpoints; "
+                "continue it with --pretrained-checkpoint and another --checkpoint-output-dir"
+            )
+        return found
+
+    def read_origin(self) -> Optional[Tuple[Path, Dict[str, Any]]]:
+        """Return what origin returns, whichever program wrote it."""
         if self.settings.pretrained_checkpoint:
-            return self.settings.pretrained_checkpoint, checkpoint.read(self.settings.pretrained_checkpoint)
+            start = Path(self.settings.pretrained_checkpoint)
+            return start, checkpoint.read(start)
         if not self.settings.resume or self.path is None:
             return None
         best = self.path / BEST
@@ -108,12 +122,22 @@ class Folder:
         settings, last = self.settings, run.step == run.steps
         epochs = run.epoch()
         if run.epoch_begins() and (epochs % settings.checkpoint_save_epochs == 0 or last):
-            return f"dalle_{epochs - 1}.pt"
+            return self.unused_name(f"dalle_{epochs - 1}.pt", f"dalle_step_{run.step}.pt")
         minutes = settings.checkpoint_save_minutes
         late = minutes is not None and run.backend.any_process(time.monotonic() - self.saved_at > 60 * minutes)
         if run.step % settings.checkpoint_save_steps == 0 or last or late:
-            return f"dalle_step_{run.step}.pt"
+            return self.unused_name(f"dalle_step_{run.step}.pt")
         return None
+
+    def reserve_names(self) -> None:
+        """Replace none of the checkpoints that the folder has now."""
+        self.reserved = set() if self.path is None else {path.name for path in self.path.glob("dalle_*.pt")} - {BEST}
+
+    def unused_name(self, *names: str) -> str:
+        """Return the first of these names that is not reserved, or the last one with a number."""
+        stem = names[-1][: -len(".pt")]
+        numbered = (f"{stem}_{number}.pt" for number in itertools.count(2))
+        return next(name for name in itertools.chain(names, numbered) if name not in self.reserved)
 
     def add(self, path: Path) -> None:
         """Record the newest checkpoint and remove the oldest beyond --keep-checkpoints."""
@@ -126,7 +150,7 @@ class Folder:
 
 def sort_by_age(folder: Path) -> List[Path]:
     """Return a folder's dalle_<epoch>.pt and dalle_step_<step>.pt by their steps; damaged ones by modification time."""
-    found = [path for path in folder.glob("dalle_*.pt") if re.fullmatch(r"dalle_(step_)?\d+\.pt", path.name)]
+    found = [path for path in folder.glob("dalle_*.pt") if re.fullmatch(r"dalle_(step_)?\d+(_\d+)?\.pt", path.name)]
     times = {path: path.stat().st_mtime_ns for path in found}
     steps = {path: checkpoint.step_of(path) for path in found}
 
@@ -188,22 +212,65 @@ def resume(run: Run, path: Any, saved: Dict[str, Any], model: DALLE) -> None:
             **saved.get("trainer", {}),
         }
     )
-    if isinstance(saved.get("scheduler_state"), dict):
-        run.schedule.load_state_dict(saved["scheduler_state"])
+    try:
+        run.schedule.load_state_dict(saved.get("scheduler_state") or {})
+    except (ValueError, LookupError, TypeError, AttributeError):
+        logger.warning("%s: the state of its learning rate schedule cannot be read; the schedule starts afresh", path)
     # The reference application counts finished epochs, and no steps.
     run.step = saved.get("step", saved.get("epoch", 0) * run.batches.batches_per_epoch)
     for name, key in PROGRESS.items():
         if key in saved.get("progress", {}):
             value = saved["progress"][key]
             setattr(run, name, tuple(value) if isinstance(value, list) else value)
+    changes = enter_order(run, saved)
     finished = run.step == run.steps and run.post_update_done and not run.settings.resume
     if run.step > run.steps or finished:
         raise ValueError(
             f"{path}: has {run.step} steps already, this run ends at {run.steps}; give more --epochs or --max-steps"
         )
     logger.info("resuming from %s at step %d", path, run.step)
+    if changes:
+        run.folder.reserve_names()
+        epoch, taken = run.batches.place(run.step)
+        logger.warning(
+            "%s: continuing in epoch %d after %d of %d samples, %d steps to go",
+            *(", ".join(changes), epoch, taken, run.batches.num_samples, run.steps - run.step),
+        )
     for difference in find_differences(saved, run):
         logger.warning("unlike the run that wrote it: %s", difference)
+
+
+def enter_order(run: Run, saved: Dict[str, Any]) -> List[str]:
+    """Let the run continue after the samples that a checkpoint has seen; describe what has changed in their number."""
+    batches, before = run.batches, saved.get("data_order")
+    if isinstance(before, dict):
+        images, size, seen = (before.get(key) for key in ("num_samples", "samples_per_step", "samples_seen"))
+    else:  # of an older version, which counted steps only
+        images, size = batches.num_samples, _samples_per_step(saved.get("settings", {}), run.backend.kind)
+        seen = EpochOrder(images, min(size or batches.global_batch, images)).samples_seen(run.step)
+    if not isinstance(seen, int) or seen < 0:
+        raise ValueError(f"the checkpoint's data_order has {seen!r} samples_seen, not a number of samples")
+    batches.enter(run.step, seen)
+    run.set_length()
+    return [
+        f"{now:,} {what}, was {then:,}"
+        for what, now, then in (
+            ("samples a step", batches.global_batch, size),
+            ("training images", batches.num_samples, images),
+        )
+        if isinstance(then, int) and now != then
+    ]
+
+
+def _samples_per_step(settings: Dict[str, Any], kind: str) -> Optional[int]:
+    """Return the samples of a step with a checkpoint's settings, or None if it has none."""
+    product = 1
+    for name in ["batch_size", "gradient_accumulation", "replication_factor"] + ["device_iterations"] * (kind == "ipu"):
+        factor = settings.get(name)
+        if not isinstance(factor, int):
+            return None
+        product *= factor
+    return product
 
 
 def find_differences(saved: Dict[str, Any], run: Run) -> List[str]:
@@ -289,15 +356,21 @@ def contents(run: Run, state: Dict[str, Any]) -> Dict[str, Any]:
     content = {
         "hparams": {**run.hparams, **{name: getattr(settings, name) for name in placement}},
         "vae_params": run.vae.hparams,
-        "epoch": (run.step - 1) // run.batches.batches_per_epoch,
+        "epoch": run.epoch() - run.epoch_begins(),
         "step": run.step,
         "weights": checkpoint.canonical_weights(state.pop("weights")),
         "opt_state": state.pop("opt_state"),
         "scheduler_state": run.schedule.state_dict(),
         "progress": {key: getattr(run, name) for name, key in PROGRESS.items()},
+        "data_order": {
+            "samples_seen": run.batches.samples_seen(run.step),
+            "num_samples": run.batches.num_samples,
+            "samples_per_step": run.batches.global_batch,
+        },
         "tokenizer": {
             "kind": run.tokenizer.kind,
             "sha256": run.tokenizer.fingerprint,
+            "keeps_ids": run.tokenizer.keeps_ids,
             "vocabulary": None if vocabulary is None else torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8),
         },
         "vqgan": run.vqgan_fingerprint,

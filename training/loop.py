@@ -160,7 +160,7 @@ def describe_less(run: Run) -> str:
 
 def _save_at_stop(run: Run) -> str:
     """Save a run that ends early and return how to resume it, as the end of a sentence ("" if nothing was written)."""
-    path = checkpoints.save(run, f"dalle_step_{run.step}.pt")
+    path = checkpoints.save(run, run.folder.unused_name(f"dalle_step_{run.step}.pt"))
     return f"; resume with --pretrained-checkpoint {path}" if path else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import math
 import os
@@ -17,9 +18,12 @@ import backends
 import log
 from args import NETWORK
 from backends.base import Trainer, TrainingBackend
+from data.array_cache import ArrayCache
 from data.codes import load_codes, open_code_cache
-from data.loader import GeneratedDataset, TextImageDataset
+from data.files import printable
+from data.loader import GeneratedDataset, TextImageDataset, count_validation
 from data.order import EpochOrder
+from data.sources import folder_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from generation.loading import read_model
 from models.dalle import DALLE
@@ -29,6 +33,7 @@ from models.vae import VQGanVAE, load_vqgan
 from training import checkpoints
 from training.metrics import Trackers, open_trackers
 from utils import checkpoint
+from utils.files import check_writable
 from utils.optimization import LearningRate
 
 logger = logging.getLogger("minidalle")
@@ -50,10 +55,10 @@ class Run:
     hparams: Dict[str, Any]
     trainer: Trainer
     schedule: LearningRate
-    steps: int  # updates in the whole run
     vqgan_fingerprint: str
     data_fingerprint: str
 
+    steps: int = 0  # updates in the whole run
     step: int = 0  # updates so far
     skipped: int = 0  # updates skipped because the loss or the gradient was not finite
     epoch_loss: Tuple[float, int] = (0.0, 0)  # sum and number of this epoch's losses
@@ -67,15 +72,23 @@ class Run:
 
     def epoch(self) -> int:
         """Return the epoch of the next update, from 0."""
-        return self.step // self.batches.batches_per_epoch
+        return self.batches.place(self.step)[0]
 
     def epoch_begins(self) -> bool:
         """Return whether the next update is the first of an epoch."""
-        return self.step % self.batches.batches_per_epoch == 0
+        return self.batches.place(self.step)[1] == 0
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next update."""
-        return self.schedule.at(self.step, self.epoch())
+        return self.schedule.at(self.batches.equivalent_step(self.step), self.epoch())
+
+    def set_length(self) -> None:
+        """Set `steps` and the length of the schedule from the flags and the place where the run was entered."""
+        self.steps = self.batches.steps_of(self.settings.epochs)
+        if self.settings.max_steps is not None:
+            self.steps = min(self.steps, self.settings.max_steps)
+        self.schedule.steps = self.batches.equivalent_step(self.steps)
+        self.schedule.epochs = math.ceil(self.schedule.steps / self.batches.batches_per_epoch)
 
     def end_epoch(self) -> None:
         """Give the schedule the validation loss, or else the epoch's mean training loss."""
@@ -135,7 +148,6 @@ def build(settings: Namespace) -> Run:
         raise ValueError(f"{', '.join(options)}: options of DALLE-pytorch that do not run on IPUs; use --device cpu")
     trainer = backend.trainer(model)
     dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
-    samples_per_step = backend.samples_per_step * backend.world_size
     batches = EpochOrder(
         len(dataset),
         backend.samples_per_step,
@@ -143,9 +155,6 @@ def build(settings: Namespace) -> Run:
         rank=backend.rank,
         world_size=backend.world_size,
     )
-    steps = batches.batches_per_epoch * settings.epochs
-    if settings.max_steps is not None:
-        steps = min(steps, settings.max_steps)
     run = Run(
         settings=settings,
         backend=backend,
@@ -161,20 +170,20 @@ def build(settings: Namespace) -> Run:
         schedule=LearningRate(
             settings.lr_scheduler,
             settings.learning_rate,
-            epochs=math.ceil(steps / batches.batches_per_epoch),
-            steps=steps,
+            epochs=settings.epochs,
+            steps=0,  # set_length knows
             warmup_steps=settings.warmup_steps,
         ),
-        steps=steps,
         vqgan_fingerprint=vae.fingerprint(),
         data_fingerprint=dataset.fingerprint(),
     )
+    run.set_length()
     if origin is not None:
         checkpoints.resume(run, *origin, model)
     if not backend.rank and not settings.dry_run:
         run.trackers = open_trackers(settings, folder.path, run.step)  # last, when nothing else can fail
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.info("%d images, %d steps of %d samples", len(dataset), steps, samples_per_step)
+    logger.info("%d images, %d steps of %d samples", len(dataset), run.steps, batches.global_batch)
     if validation_set is not None:
         logger.info("%d images in the validation set", len(validation_set))
     logger.info("%s trainable parameters, %d text tokens", f"{trainable:,}", tokenizer.vocab_size)
@@ -235,17 +244,8 @@ def open_folder(
     training: bool = True,
 ) -> TextImageDataset:
     """Return a folder's pairs with pixels, or with codes from the cache, into which missing ones are encoded first."""
-    cache_dir = None if settings.no_codes_cache else settings.codes_cache or folder
-    cache = None
-    if cache_dir:
-        cache = open_code_cache(
-            folder,
-            cache_dir,
-            image_size=vae.image_size,
-            image_seq_len=vae.image_seq_len,
-            num_codes=vae.num_tokens,
-            fingerprint=vae.fingerprint(),
-        )
+    cache_dir = None if settings.no_codes_cache else find_cache_dir(folder, settings.codes_cache)
+    cache = None if cache_dir is None else open_cache(folder, cache_dir, vae)
     dataset = TextImageDataset(
         folder,
         tokenizer,
@@ -257,7 +257,10 @@ def open_folder(
         seed=settings.random_seed,
         cache_dir=None if settings.dry_run else cache_dir,
         encoded=cache or (),
+        validation=not training,
     )
+    if training:
+        refuse_small_set(len(dataset), settings, backend)
     if cache is None:
         dataset[0]  # fails now if no image can be read
     elif settings.dry_run:  # encoding may take hours
@@ -273,6 +276,55 @@ def open_folder(
         )
         dataset.attach_codes(codes, rows)
     return dataset
+
+
+def find_cache_dir(folder: str, given: Optional[str]) -> Path:
+    """Return the folder for caches: the one given, else that of the images or, if it is read-only, one in ~/.cache."""
+    if given:
+        return Path(given)
+    images = folder_of(folder)
+    try:
+        check_writable(images, "--input-folder")
+        return images
+    except ValueError:
+        name = hashlib.sha256(os.fsencode(os.path.realpath(images))).hexdigest()[:16]
+        cache_dir = Path.home() / ".cache" / "mini-dalle" / name
+        logger.info("%s is read-only; codes and tokens are cached in %s", printable(images), cache_dir)
+        return cache_dir
+
+
+def open_cache(folder: str, cache_dir: Path, vae: ImageTokenizer) -> ArrayCache:
+    """Return the cache of this image tokenizer's codes of a folder's images."""
+    return open_code_cache(
+        folder_of(folder),
+        cache_dir,
+        image_size=vae.image_size,
+        image_seq_len=vae.image_seq_len,
+        num_codes=vae.num_tokens,
+        fingerprint=vae.fingerprint(),
+    )
+
+
+def refuse_small_set(images: int, settings: Namespace, backend: TrainingBackend) -> None:
+    """Raise ValueError, with flags that would fit, if an update needs more samples than the training set will have."""
+    if settings.validation_split:
+        images -= count_validation(images, settings.validation_split)
+    needed = backend.samples_per_step * backend.world_size
+    if images >= needed:
+        return
+    batch, accumulation = settings.batch_size, settings.gradient_accumulation
+    replicas = needed // (batch * accumulation)
+    flags = f"--batch-size {batch} × --gradient-accumulation {accumulation}"
+    flags += f" × {replicas} replicas or iterations" if replicas > 1 else ""
+    aim = max(1, images // 8)  # samples of an update; fewer than 8 updates an epoch learn little from a small set
+    fitting = 1 if replicas > aim else replicas
+    batch = max(1, min(batch, aim // fitting))
+    advice = f"--batch-size {batch} --gradient-accumulation {max(1, aim // (batch * fitting))}"
+    advice += " --replication-factor 1 --device-iterations 1" if fitting != replicas else ""
+    raise ValueError(
+        f"{settings.input_folder}: one step takes {needed:,} samples ({flags}), but the set has {images:,}; {advice} "
+        "would fit, or use --config photos"
+    )
 
 
 def attach_empty_codes(dataset: TextImageDataset, vae: ImageTokenizer, cache: Any) -> None:

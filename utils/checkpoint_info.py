@@ -12,11 +12,13 @@ import torch
 from utils import checkpoint
 from utils.command_line import Parser, parse
 from utils.files import AnyPath
+from utils.output import exit_on_closed_output
 
 WIDTH = 118
 LABEL = 12
 
 
+@exit_on_closed_output()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Print the description of a checkpoint, or write its weights alone."""
     parser = Parser("Describe a checkpoint; with --export, write its weights alone.", usage="FILE [flags]")

@@ -15,6 +15,8 @@ from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Set
 
 import yaml
 
+from utils.output import exit_on_closed_output
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs.yaml"
 HELP_COLUMN = 38
 HELP_WIDTH = 120
@@ -36,6 +38,10 @@ class Parser(argparse.ArgumentParser):
             message += self._suggestion(message)
         print(f"{self.prog}: error: {self.source}{' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with exit_on_closed_output():
+            print(message, end="", file=file)
 
     def heading(self, title: str) -> Callable[..., None]:
         """Start a group of flags; return a function that adds one: add(name, default, help, type=str, **more).

@@ -67,6 +67,7 @@ def convert(saved: Dict[str, Any]) -> Dict[str, Any]:
         "hparams": hparams,
         "vae_params": _vae_params(saved.get("vae_params"), weights),
         "weights": converted,
+        "tokenizer": {"keeps_ids": True},
         "versions": {"dalle-pytorch": str(saved.get("version", "unknown"))},
     }
 

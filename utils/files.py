@@ -18,6 +18,17 @@ _BYTE_ORDER_MARKS = (  # UTF-32's little-endian one begins like that of UTF-16
 
 
 @contextlib.contextmanager
+def errors_name(path: AnyPath) -> Iterator[None]:
+    """Let errors of this block that name no file, such as that of a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: AnyPath, text: bool = False, sync: bool = False) -> Iterator[IO[Any]]:
     """Yield a temporary file that is renamed to `path` when the block ends, or removed after an error.
 
@@ -33,16 +44,12 @@ def atomic_write(path: AnyPath, text: bool = False, sync: bool = False) -> Itera
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         form = {"mode": "w", "encoding": "utf-8", "newline": "\n"} if text else {"mode": "wb"}
-        with open(temporary, **form) as file:  # type: ignore[call-overload]
+        with errors_name(path), open(temporary, **form) as file:  # type: ignore[call-overload]
             yield file
         if sync:
             with open(temporary, "rb+") as written:  # opened again: the block may have replaced the file by name
                 os.fsync(written.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno and error.filename is None:  # such as a full disk, which names no file
-            error.filename = str(path)
-        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()

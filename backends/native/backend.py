@@ -142,8 +142,7 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
         self.processes.connect(self.device)
         unused = [name for name, default in IPU_ONLY.items() if getattr(settings, name) != default]
         if unused and not self.rank:
-            flags = ", ".join("--" + name.replace("_", "-") for name in unused)
-            logger.info("for IPUs only, without effect here: %s", flags)
+            logger.info("%d settings are for IPUs only and have no effect here", len(unused))
 
     def describe_processes(self) -> str:
         """Return how many processes there are and whether they share the model, for the log."""

@@ -1,15 +1,17 @@
 """One image to pixels: the crop, the filter, orientation, every kind of image, and files that are none."""
 
+import base64
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from data.images import crop_square, endless_batches, load_image, load_images
 from data.order import EpochOrder
 from data.sources import find_images
+from service import uploads
 
 
 def saved(path, array, **options):
@@ -153,6 +155,16 @@ def test_bmp_and_files_under_a_wrong_suffix(tmp_path):
     assert flat(tmp_path / "a.bmp") == (9, 8, 7)
     Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "a.jpg", "WEBP", lossless=True)
     assert flat(tmp_path / "a.jpg") == (9, 8, 7)
+
+
+def test_megabytes_of_text_and_color_profile_do_not_spoil_a_png(tmp_path):
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("Comment", "x" * 2 * 2**20, zip=True)
+    picture = Image.new("RGB", (8, 8), "teal")
+    picture.save(tmp_path / "1.png", pnginfo=notes, icc_profile=bytes(3 * 2**20))
+    assert np.array_equal(load_image(tmp_path / "1.png", 8), np.array(picture))
+    content = base64.b64encode((tmp_path / "1.png").read_bytes()).decode()
+    assert uploads.decode(content, 8).tobytes() == picture.tobytes()
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])

@@ -10,7 +10,7 @@ from data.order import EpochOrder, RunOrder, epoch_order
 
 def epoch(number, *arguments, **options):
     order = EpochOrder(*arguments, **options)
-    return [order.batch(number, place) for place in range(order.batches_per_epoch)]
+    return [order.batch(number, place * order.global_batch) for place in range(order.batches_per_epoch)]
 
 
 def test_an_epoch_is_a_permutation_and_each_epoch_another():
@@ -63,3 +63,25 @@ def test_a_set_smaller_than_a_step_is_refused():
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         EpochOrder(9, 1, rank=2, world_size=2)
+
+
+def test_another_batch_size_continues_at_the_same_place():
+    whole = EpochOrder(12, 1, seed=3)
+    for seen, size in ((36, 3), (38, 3), (41, 4), (46, 3), (47, 5)):
+        batches = EpochOrder(12, size, seed=3)
+        batches.enter(seen, seen)  # the run had batches of one sample
+        steps = batches.steps_of(6)
+        keys = [key for batch in RunOrder(batches, seen, steps) for key in batch]
+        rest = [key for (key,) in RunOrder(whole, seen, 72)]
+        used = [key for key in rest if key in set(keys)]
+        assert keys == used and batches.place(steps) == (6, 0)
+        dropped = {epoch: 12 - sum(key[0] == epoch for key in keys) for epoch in range(4, 6)}
+        assert set(dropped.values()) == {12 % size}
+        first_epoch = [index for epoch, index in keys if epoch == 3]
+        assert len(first_epoch) == (48 - seen) // size * size
+        for step in range(seen, steps):  # a run that stops there and continues takes the same batches
+            again = EpochOrder(12, size, seed=3)
+            again.enter(step, batches.samples_seen(step))
+            assert again.steps_of(6) == steps and again.equivalent_step(steps) == batches.equivalent_step(steps)
+            assert list(RunOrder(again, step, steps)) == list(RunOrder(batches, step, steps))
+    assert [whole.equivalent_step(step) for step in range(30)] == list(range(30))

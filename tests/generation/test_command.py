@@ -28,11 +28,15 @@ def test_lines_and_objects(tmp_path, monkeypatch):
     assert read_requests(file=path) == [
         Request("a red circle", source=source + "1"),
         Request("a dog", 3, 7, sampling={"top_p": 0.5}, source=source + "3"),
-        Request("a cat", sampling={"temperature": 2}, source=source + "4"),
+        Request("a cat", 1, sampling={"temperature": 2}, source=source + "4"),  # one image: a line of results.jsonl
     ]
     assert read_requests(text="a|b  c") == [Request("a"), Request("b c")]
     monkeypatch.setattr(sys, "stdin", io.StringIO("a red circle\na dog\n"))
     assert [request.prompt for request in read_requests(file="-")] == ["a red circle", "a dog"]
+    for encoding in ("utf-8-sig", "utf-16"):  # as editors and PowerShell write text
+        content = "a dog\u2028and a cat\na bus\n".encode(encoding)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+        assert [request.prompt for request in read_requests(file="-")] == ["a dog and a cat", "a bus"]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,8 @@ def test_lines_and_objects(tmp_path, monkeypatch):
         (b'{"prompt": "a", "num_images": 0}', "num_images is 0"),
         (b'{"prompt": "a", "top_p": "x"}', 'top_p is "x", not a number'),
         (b'{"prompt": "a", "top_p": NaN}', "top_p is NaN"),
+        (b'{"prompt": "a", "top_k": 1' + 400 * b"0" + b"}", "top_k is 10+, not a number$"),
+        (b'{"prompt": "a", "seed": 1' + 400 * b"0" + b"}", "seed is 10+; it must be below"),
         (b'{"prompt": "a", "sed": 1}', "sed: unknown key; choose from prompt, num_images, seed"),
     ],
 )
@@ -76,11 +82,21 @@ def test_results_can_be_generated_again(command, tiny_checkpoint, tmp_path):
             metadata = json.loads(image.info["Comment"])
         assert metadata == {key: value for key, value in line.items() if key != "file"}
         assert metadata["fingerprint"] and metadata["checkpoint"] == "dalle_0.pt"
-    run = [*flags, "--num_images", 1, "--prompts_file", first / "results.jsonl", "--outputs_dir", again]
+    run = [*flags, "--prompts_file", first / "results.jsonl", "--outputs_dir", again]
     assert command(generate.main, *run).status == 0
+    assert len(results(again)) == len(lines)
     for line in lines:
         (same,) = (again / Path(line["file"]).parent).glob(f"*-seed-{line['seed']}.png")
         assert Image.open(same).tobytes() == Image.open(first / line["file"]).tobytes()
+    path = first / lines[0]["file"]
+    run = [*flags, "--image_prompt", path, "--keep_rows", 2, "--text", "red", "--num_images", 1]
+    assert command(generate.main, *run, "--outputs_dir", tmp_path / "kept").status == 0
+    run = [*flags, "--prompts_file", tmp_path / "kept" / "results.jsonl", "--outputs_dir", again]
+    ended = command(generate.main, *run)
+    assert ended.status == 2 and "line 1: keeps rows of an image; name it as image_prompt" in ended.err
+    assert command(generate.main, *run, "--image_prompt", path).status == 0
+    kept = [Image.open(folder / results(folder)[-1]["file"]).tobytes() for folder in (tmp_path / "kept", again)]
+    assert kept[0] == kept[1]
 
 
 def test_prompts_from_standard_input(tiny_checkpoint, tmp_path):

@@ -1,5 +1,6 @@
 """A run's folder of checkpoints: which file is the newest, what a second run may do there, what is told apart."""
 
+import json
 import os
 import shutil
 
@@ -142,3 +143,50 @@ def test_the_best_by_validation_loss_is_kept(command, tiny_flags, tmp_path):
     last = checkpoint.read(tmp_path / "dalle_7.pt")
     assert last["progress"]["best_loss"] == best["progress"]["best_loss"]
     assert not torch.equal(last["weights"]["model.text_emb.weight"], best["weights"]["model.text_emb.weight"])
+
+
+def metrics_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["epoch"], line["lr"]) for line in lines if "lr" in line}
+
+
+@pytest.mark.parametrize("scheduler, older", [("multi_step", False), ("cosine", True)])
+def test_another_batch_size_continues_at_the_same_place(command, tiny_flags, tmp_path, scheduler, older):
+    folder = tmp_path / "run"
+    flags = [*tiny_flags, "--checkpoint-output-dir", folder, "--lr-scheduler", scheduler, "--keep-checkpoints", 9]
+    assert command(train.main, *flags, "--batch-size", 1, "--epochs", 3).status == 0
+    if older:  # a checkpoint from before samples were counted
+        path = folder / "dalle_2.pt"
+        saved = checkpoint.read(path)
+        del saved["data_order"]
+        torch.save(saved, path)
+    before = {path: path.read_bytes() for path in folder.glob("*.pt")}
+    ended = command(train.main, *flags, "--batch-size", 3, "--epochs", 6, "--resume")
+    assert ended.status == 0, ended.err
+    assert "3 samples a step, was 1: continuing in epoch 3 after 0 of 12 samples, 12 steps to go" in ended.out
+    found = metrics_of(folder)
+    assert [epoch for epoch, _ in found.values()] == [n // 12 for n in range(36)] + [3 + n // 4 for n in range(12)]
+    whole = tmp_path / "whole"  # what a run of this batch size has at the same place
+    assert command(train.main, *flags, "--batch-size", 3, "--epochs", 6, "--checkpoint-output-dir", whole).status == 0
+    assert [found[36 + n] for n in range(1, 13)] == [metrics_of(whole)[12 + n] for n in range(1, 13)]
+    assert {path: path.read_bytes() for path in before} == before
+    assert checkpoint.step_of(folder / "dalle_5.pt") == 48
+
+
+def test_a_folder_that_grew_continues_at_its_samples_and_replaces_no_file(
+    command, tiny_flags, picture_folder, drawn_pictures, tmp_path
+):
+    folder = tmp_path / "run"
+    flags = [*tiny_flags, "--input-folder", picture_folder, "--checkpoint-output-dir", folder, "--keep-checkpoints", 9]
+    assert command(train.main, *flags, "--epochs", 3).status == 0  # 36 samples
+    for path in sorted(drawn_pictures.iterdir()):
+        shutil.copy(path, picture_folder / f"more_{path.name}")
+    before = {path: path.read_bytes() for path in folder.glob("*.pt")}
+    ended = command(train.main, *flags, "--epochs", 3, "--resume")
+    assert ended.status == 0, ended.err
+    assert "24 training images, was 12: continuing in epoch 1 after 12 of 24 samples, 9 steps to go" in ended.out
+    assert {path: path.read_bytes() for path in before} == before  # the end of epoch 1 has another name
+    assert {path.name for path in folder.glob("*.pt")} - {path.name for path in before} == {
+        "dalle_step_12.pt",
+        "dalle_step_18.pt",
+    }

@@ -1,10 +1,11 @@
 """Files and folders that appear complete or not at all."""
 
+import errno
 import os
 
 import pytest
 
-from utils.files import atomic_write, check_writable, replace_folder
+from utils.files import atomic_write, check_writable, decode_text, errors_name, replace_folder
 
 
 def files_in(folder):
@@ -74,6 +75,23 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     with pytest.raises(OSError), replace_folder(tmp_path / "set") as draft:
         (draft / "new").touch()
     assert files_in(tmp_path) == ["set"] and files_in(tmp_path / "set") == ["old"]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "1.png"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "1.png")
+    with pytest.raises(OSError) as caught, errors_name("/dev/full"), open("/dev/full", "w") as file:
+        file.write("x")
+    assert caught.value.filename == "/dev/full"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_texts_in_unicode_encodings(encoding):
+    assert decode_text("two dogs, Café\n".encode(encoding)) == "two dogs, Café\n"
+    for damaged in (b"\xe9", b"\x89PNG\0\0\0", "ab".encode("utf-16")[:-1], b"a\0\0\0b"):
+        with pytest.raises(ValueError):
+            decode_text(damaged)
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path):

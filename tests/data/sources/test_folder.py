@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from data import files as files_module
-from data.files import open_image, read_captions, report_skipped
+from data.files import IMAGE_FORMATS, open_image, read_captions, report_skipped
+from data.images import load_image
+from data.sources import find_images, open_source
 from data.sources.folder import find_pairs, is_label_file
 
 BOX = "0 0.5 0.5 0.25 0.125\n17 1 0.0 0.3 0.4\n"
@@ -18,7 +20,9 @@ BOX = "0 0.5 0.5 0.25 0.125\n17 1 0.0 0.3 0.4\n"
 
 def picture(path, size=(8, 8)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, "teal").save(path, path.suffix[1:].lower().replace("jpg", "jpeg"))
+    kinds = {"jpg": "jpeg", "tif": "tiff"}
+    suffix = path.suffix[1:].lower()
+    Image.new("RGB", size, "teal").save(path, kinds.get(suffix, suffix))
     return path
 
 
@@ -36,13 +40,63 @@ def names(folder, pairs):
 
 
 def test_every_image_suffix_counts_in_any_case(tmp_path):
-    for suffix in ("png", "JPG", "jpeg", "BmP"):
+    suffixes = (
+        "png",
+        "JPG",
+        "jpeg",
+        "BmP",
+        "webp",
+        "gif",
+        "TIFF",
+        "tif",
+        *(["avif"] if "AVIF" in IMAGE_FORMATS else []),
+    )
+    for suffix in suffixes:
         picture(tmp_path / f"{suffix}.{suffix}")
         text(tmp_path / f"{suffix}.TXT")
     (tmp_path / "notes.md").write_text("neither")
     pairs, skipped = find_pairs(str(tmp_path))
-    assert {picture[0] for picture, _ in pairs} == {"png.png", "JPG.JPG", "jpeg.jpeg", "BmP.BmP"}
-    assert skipped == {}
+    assert {picture[0] for picture, _ in pairs} == {f"{suffix}.{suffix}" for suffix in suffixes}
+    assert skipped == {} and list(open_source(tmp_path).others) == ["notes.md"]
+    assert len({load_image(tmp_path / image[0], 8).shape for image, _ in pairs}) == 1
+
+
+def test_names_of_other_programs_pair(tmp_path):
+    for name in ("cafe\u0301.jpg", "b.jpg", "images/c.jpg", "d.jpg", "d.gif", "e.jpg", "e.png"):
+        picture(tmp_path / name)
+    for name in ("caf\u00e9.txt", "b.jpg.txt", "captions/c.jpg.txt", "d.txt", "e.png.txt", "e.jpg.txt", "e.txt"):
+        text(tmp_path / name)
+    pairs, skipped = find_pairs(tmp_path)
+    assert names(tmp_path, pairs) == [
+        ("b.jpg", "b.jpg.txt"),
+        ("cafe\u0301.jpg", "caf\u00e9.txt"),
+        ("d.jpg", "d.txt"),  # not d.gif, which was no image in earlier versions
+        ("e.jpg", "e.txt"),
+        ("e.png", "e.png.txt"),
+        ("images/c.jpg", "captions/c.jpg.txt"),
+    ]
+    assert {reason: [path.name for path in paths] for reason, paths in skipped.items()} == {
+        "image whose caption file belongs to another image": ["d.gif"],
+        "caption without image": ["e.jpg.txt"],
+    }
+
+
+def test_utf_16_is_read_with_and_without_a_byte_order_mark(tmp_path):
+    for number, encoding in enumerate(("utf-16", "utf-16-le", "utf-16-be", "utf-8-sig")):
+        picture(tmp_path / f"{number}.png")
+        text(tmp_path / f"{number}.txt", "a red bus\ntwo caf\u00e9s\n".encode(encoding))
+    picture(tmp_path / "zeros.png")
+    text(tmp_path / "zeros.txt", b"a dog\0\0\0\0\0\0\0")
+    pairs, skipped = find_pairs(tmp_path)
+    assert [read_captions(tmp_path / caption[0]) for _, caption in pairs] == [["a red bus", "two caf\u00e9s"]] * 4
+    assert skipped["neither UTF-8 nor UTF-16"] == [tmp_path / "zeros.txt"]
+
+
+def test_linked_folders_are_followed_without_captions_too(tmp_path):
+    picture(tmp_path / "far" / "1.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "far")
+    assert find_images(tmp_path / "set") == [tmp_path / "set" / "link" / "1.png"]
 
 
 def test_own_folder_comes_before_a_nearer_looking_one(tmp_path):

@@ -1,0 +1,172 @@
+"""Run small models on the stand-in and print what was found as JSON, for test_contract.py.
+
+python tests/cuda_contract/contract.py PART…, in the project's folder
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import standin
+
+gpu = standin.install("h100")
+sys.path[0] = os.getcwd()
+
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from backends.native.backend import NativeBackend, NativeTrainingBackend  # noqa: E402
+from generation.batching import complete_caption, generate_batch, plan_image  # noqa: E402
+from generation.loading import load  # noqa: E402
+from models.sampling import Sampling  # noqa: E402
+from tests.builders import small_dalle, train_settings  # noqa: E402
+from tests.conftest import TinyTokenizer  # noqa: E402
+
+PATTERNS = ("full", "axial_row", "axial_col", "conv_like")
+SETTINGS = {
+    "plain": Sampling(),
+    "nucleus, guided": Sampling(top_k=None, top_p=0.9, temperature=0.9, cond_scale=1.5),
+    "given codes": Sampling(top_k=8.0),
+}
+
+
+def samples(count, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, 50, (count, 6), generator=random)
+    text[::2, 4:] = 0
+    return text, torch.randint(0, 32, (count, 16), generator=random)
+
+
+def sampling():
+    """What a code costs in bf16, one at a time."""
+    text, codes = samples(2)
+    model = small_dalle(TinyTokenizer(), attn_types=PATTERNS, depth=4, dim_head=32)
+    sample = NativeBackend("cuda", "bf16").sampler(model, 2, 1)
+    costs = []
+    for count in (0, 12):  # codes that are given, so that the difference is the cost of twelve codes
+        gpu.reset()
+        sample(text, image_codes=codes[:, :count])
+        costs.append(gpu.counts())
+    per_code = {name: (costs[0][name] - costs[1][name]) / 12 for name in costs[0]}
+    return {**codes_of((",".join(PATTERNS),)), "per_code": per_code, "attention": sorted(gpu.attention)}
+
+
+def patterns():
+    """Codes of each pattern alone on both devices."""
+    return codes_of(PATTERNS)
+
+
+def codes_of(all_types):
+    """Sample with each setting on both devices, in fp32; return which codes are equal, and cuDNN's plans."""
+    text, codes = samples(5)
+    text = text[[0, 0, 1, 1, 2]]
+    equal = {}
+    for types in all_types:
+        model = small_dalle(TinyTokenizer(), weight_std=0.3, attn_types=tuple(types.split(",")), depth=4)
+        for name, settings in SETTINGS.items():
+            given = codes[:, : 5 if name == "given codes" else 0]
+            found = []
+            for device in ("cpu", "cuda"):
+                noise = [torch.Generator().manual_seed(seed) for seed in range(5)]
+                sample = NativeBackend(device, "fp32").sampler(model, 5, 1 if name == "plain" else 4)
+                found.append(sample(text, settings, generator=noise, image_codes=given))
+            equal[f"{types} {name}"] = torch.equal(*found)
+    return {"equal": equal, "plans": len(gpu.plans)}
+
+
+def training():
+    """Losses on both devices, and what a step costs in bf16."""
+    losses, costs, attention = {}, {}, set()
+    flags = "--batch-size 2 --gradient-accumulation 3 --max-grad-norm 1 --optimizer "
+    for device in ("cpu", "cuda"):
+        backend = NativeTrainingBackend(train_settings(flags + "AdamW", device=device))
+        trainer = backend.trainer(small_dalle(TinyTokenizer(), attn_types=PATTERNS, depth=4))
+        trainer.set_lr(1e-3)
+        text, codes = samples(6)
+        losses[device] = [trainer.step(zip(text.split(2), codes.split(2))) for _ in range(3)]
+        losses[device].append(trainer.evaluate([zip(text.split(4), codes.split(4))]))
+    for rest in ("AdamW", "Muon --ema-decay 0.9"):
+        backend = NativeTrainingBackend(train_settings(flags + rest, device="cuda", precision="bf16"))
+        trainer = backend.trainer(small_dalle(TinyTokenizer(), attn_types=PATTERNS, depth=4, dim_head=32))
+        batch = [[part.pin_memory() for part in pair] for pair in zip(text.split(2), codes.split(2))]
+        trainer.compile(iter(batch))
+        trainer.step(batch)
+        gpu.reset()
+        trainer.step(batch)
+        costs[rest], attention = gpu.counts(), attention | set(gpu.attention)
+    return {"losses": losses, "costs": costs, "attention": sorted(attention)}
+
+
+def demo():
+    """The bundled model: codes, a completed caption, encoding, and what happens without memory."""
+    loads = {device: load(device=device) for device in ("cpu", "cuda")}
+    codes, captions, encoded = {}, {}, {}
+    for device, loaded in loads.items():
+        specs = [plan_image(loaded, "a small red circle above a large blue square", seed) for seed in range(2)]
+        codes[device] = generate_batch(loaded, specs)
+        captions[device] = complete_caption(loaded, "a small red", 1)[1]  # the sampler has moved the model
+        pixels = loads["cpu"].decode(codes["cpu"])
+        gpu.reset()
+        encoded[device] = loaded.encode(pixels)
+    found = {"codes": torch.equal(*codes.values()), "encoded": torch.equal(*encoded.values()), "tf32": dict(gpu.tf32)}
+    gpu.limit = gpu.allocated + 2**19
+    with contextlib.suppress(ValueError):
+        generate_batch(loads["cuda"], specs)
+        found["out_of_memory"] = ""
+    try:
+        generate_batch(loads["cuda"], specs)
+    except ValueError as error:
+        found["out_of_memory"] = str(error)
+    gpu.limit = float("inf")
+    found["afterwards"] = torch.equal(generate_batch(loads["cuda"], specs), codes["cpu"])
+    return {**found, "captions": captions}
+
+
+def memory():
+    """A run of train.py that finds no memory in its third update."""
+    with tempfile.TemporaryDirectory() as folder:
+        step = train_step_that_leaves_no_memory()
+        words = "--config unit_test --device cuda --precision fp32 --batch-size 4 --max-steps 5 --dataloader-workers 0"
+        words += f" --generated-data --checkpoint-output-dir {folder}"
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                train.main(words.split())
+                status = 0
+            except SystemExit as end:
+                status = end.code
+        step()
+        return {
+            "status": status,
+            "err": err.getvalue(),
+            "files": sorted(path.name for path in Path(folder).glob("*.pt")),
+        }
+
+
+def train_step_that_leaves_no_memory():
+    from backends.native.trainer import NativeTrainer
+
+    plain, steps = NativeTrainer.step, []
+
+    def step(trainer, batch):
+        steps.append(None)
+        if len(steps) == 3:
+            gpu.limit = gpu.allocated
+        return plain(trainer, batch)
+
+    def restore():
+        NativeTrainer.step, gpu.limit = plain, float("inf")
+
+    NativeTrainer.step = step
+    return restore
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(sys.stderr):
+        found = {part: globals()[part]() for part in sys.argv[1:]}
+    print(json.dumps(found))

@@ -1,0 +1,524 @@
+"""A stand-in for one CUDA GPU on a CPU-only torch; the README says what it refuses, counts and cannot see.
+
+    gpu = standin.install("h100")  # before torch is imported
+    …                              # the program runs, with --device cuda
+    print(gpu.report())
+
+Each operation on a CudaTensor is computed by the CPU on the plain tensor that it holds.
+"""
+
+import collections
+import ctypes
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+import types
+import weakref
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+GPUS = {  # compute capability, name, memory in bytes
+    "h100": ((9, 0), "NVIDIA H100 80GB HBM3", 80 << 30),
+    "a100": ((8, 0), "NVIDIA A100-SXM4-40GB", 40 << 30),
+    "4090": ((8, 9), "NVIDIA GeForce RTX 4090", 24 << 30),
+    "t4": ((7, 5), "Tesla T4", 16 << 30),
+}
+
+
+def build():
+    """Compile guard.cpp for this torch, once, and return the library's path."""
+    torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+    source, built = HERE / "guard.cpp", HERE / f"guard-{(torch / 'version.py').stat().st_mtime_ns}.so"
+    if not built.exists() or built.stat().st_mtime < source.stat().st_mtime:
+        partial = built.with_suffix(f".{os.getpid()}")
+        words = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{torch / 'include'}", str(source)]
+        words += [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu", "-o", str(partial)]
+        subprocess.run(words, check=True)
+        partial.replace(built)
+    return built
+
+
+def preload():
+    """Load torch's C++ libraries and the guard before torch asks for its CUDA hooks, which it does once."""
+    if "torch" in sys.modules:
+        raise RuntimeError("import standin before torch")
+    lib = Path(importlib.util.find_spec("torch").submodule_search_locations[0]) / "lib"
+    for start in ("libgomp", "libc10.so", "libtorch_cpu.so"):
+        for path in lib.glob(f"{start}*"):
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(build()), mode=ctypes.RTLD_GLOBAL)
+
+
+preload()
+
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402  before torch.cuda is changed
+from torch.utils import _pytree as pytree  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
+
+aten = torch.ops.aten
+CUDA = torch.device("cuda", 0)
+# Operations that launch nothing: views and metadata.
+FREE = {
+    *("detach", "alias", "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze"),
+    *("squeeze", "split", "split_with_sizes", "chunk", "as_strided", "unbind", "empty", "empty_like", "empty_strided"),
+    *("new_empty", "new_empty_strided", "lift_fresh", "_reshape_alias", "diagonal", "is_pinned", "_pin_memory"),
+    *("unfold", "resize_", "set_", "sym_size", "sym_numel", "sym_stride", "is_same_size", "_fused_sdp_choice"),
+    *("view_as_real", "_local_scalar_dense", "movedim", "record_stream", "unflatten"),
+}
+# Operations for whose result the host waits.
+WAITS = {
+    *("_local_scalar_dense", "nonzero", "unique_dim", "_unique2", "unique_consecutive", "masked_select", "bincount"),
+    *("equal", "is_nonzero", "multinomial", "unique_dim_consecutive"),
+}
+# CPU tensors of 0 dimensions may be operands together with CUDA tensors, but not of these.
+STRICT = {
+    *("cat", "stack", "mm", "addmm", "bmm", "baddbmm", "embedding", "index_select", "gather", "scatter", "scatter_"),
+    *("scatter_add_", "scatter_add", "convolution", "native_layer_norm", "native_group_norm", "index_add_", "topk"),
+}
+# Operands of these may come from the CPU.
+CROSSING = {
+    *("copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_impl_", "_unsafe_index", "set_"),
+    *("_has_compatible_shallow_copy_type", "is_pinned", "_copy_from"),
+}
+
+
+class CudaTensor(torch.Tensor):
+    """A tensor of cuda:0; `inner` is the plain tensor that holds its values."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(
+            *(cls, inner.shape),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            layout=inner.layout,
+            device=CUDA,
+        )
+        made.inner = inner
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return GPU.run(func, args, kwargs or {})
+
+    def __repr__(self, **_):
+        return f"{self.inner!r} [cuda:0]"
+
+    def numpy(self, *_, **__):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+
+    __array__ = numpy
+
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            with torch.no_grad():
+                copied = CudaTensor(self.inner.clone())
+            GPU.account(copied)
+            if isinstance(self, torch.nn.Parameter):
+                copied = torch.nn.Parameter(copied, self.requires_grad)
+            else:
+                copied.requires_grad_(self.requires_grad)
+            memo[id(self)] = copied
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol):  # for torch.save; the file is read with map_location="cpu"
+        return self.detach().inner.clone().__reduce_ex__(protocol)
+
+    @property
+    def data(self):
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, new):  # Module.to() of a module that is on the GPU already
+        assert same_form(self, new), "tensor.data = one of another form"
+        self.inner = new.inner
+
+    def tolist(self):
+        GPU.waits["tolist"] += 1
+        return self.inner.tolist()
+
+    def data_ptr(self):
+        return self.inner.data_ptr()
+
+    def untyped_storage(self):
+        return self.inner.untyped_storage()
+
+    def is_pinned(self, *_):
+        return False
+
+
+def same_form(one, other):
+    """Whether Module.to() may put `other` into the parameter `one`, as on a real GPU; else it makes a new one."""
+    if not (isinstance(one, CudaTensor) or isinstance(other, CudaTensor)):
+        return PLAIN["compatible"](one, other)
+    if type(one) is not type(other):
+        return False
+    return (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+
+
+class Mode(TorchDispatchMode):
+    """Catches operations without a CudaTensor among their arguments: factories, and copies to the GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return GPU.run(func, args, kwargs or {})
+
+
+class Refused(RuntimeError):
+    """CUDA would refuse this."""
+
+
+class Gpu:
+    """The one GPU, and what it was asked for since the last reset().
+
+    Attributes:
+        launches, waits, copies: counts by name.
+        attention: calls of scaled_dot_product_attention by kernel, mask and dtype.
+        plans: forms of inputs for which cuDNN's attention has built a plan.
+        tf32: fp32 convolutions that torch may compute in TF32.
+        allocated, peak: bytes; above `limit`, memory runs out.
+        tape: what a graph that is being captured has recorded.
+    """
+
+    def __init__(self):
+        self.listening, self.limit, self.tape = True, float("inf"), None
+        self.allocated = self.peak = 0
+        self.sizes, self.plans = {}, set()
+        self.reset()
+
+    def reset(self):
+        self.launches, self.waits, self.copies = (collections.Counter() for _ in range(3))
+        self.attention, self.tf32 = collections.Counter(), collections.Counter()
+
+    def account(self, tensor):
+        storage = tensor.inner.untyped_storage()
+        key = storage._cdata
+        if key in self.sizes:
+            return
+        size = -(-storage.nbytes() // 512) * 512
+        if self.allocated + size > self.limit:
+            raise torch.OutOfMemoryError(
+                f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB. GPU 0 has a total capacity of "
+                f"{self.limit / 2**20:.2f} MiB (stand-in)"
+            )
+        self.sizes[key] = size
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+        weakref.finalize(storage, self.free, key)
+        tensor.inner._storage_kept = storage  # so that the Python object lives as long as a tensor of it
+
+    def free(self, key):
+        self.allocated -= self.sizes.pop(key, 0)
+
+    def run(self, func, args, kwargs):
+        """Compute one operation, or raise what CUDA would."""
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        name = func._schema.name.partition("::")[2]
+        ours = [x for x in flat if isinstance(x, CudaTensor)]
+        cpu = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, CudaTensor)]
+        device = kwargs.get("device")
+        to_cuda = device is not None and torch.device(device).type == "cuda"
+        to_cpu = name == "_to_copy" and device is not None and torch.device(device).type == "cpu"
+        if not ours and not to_cuda:
+            return func(*args, **kwargs)
+        self.check(func, name, ours, cpu, kwargs, to_cuda)
+        if self.tape is not None and (
+            name in WAITS or to_cpu or any(x.dim() for x in cpu) or (name == "copy_" and cpu)
+        ):
+            raise Refused(f"CUDA error: operation not permitted when stream is capturing ({func})")
+        if name == "_local_scalar_dense":
+            self.waits[name] += 1
+            return func(ours[0].inner)
+        if name == "is_pinned":
+            return False
+        if to_cpu or (name == "copy_" and cpu and not isinstance(args[0], CudaTensor)):
+            self.copies["to the host"] += 1
+            if name == "copy_":
+                return args[0].copy_(args[1].inner)
+            out = func(ours[0].inner, **{**kwargs, "device": "cpu"})
+            return out.clone() if out is ours[0].inner else out
+        if name in ("_to_copy", "copy_") and cpu:
+            self.copies["to the GPU, " + ("pinned" if cpu[0].is_pinned() else "pageable")] += 1
+        elif name in CROSSING:
+            self.copies["index to the GPU, pageable"] += sum(x.dim() > 0 for x in cpu)
+        if name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in ours if x is not args[0]):
+            self.waits["bool index"] += 1
+        given = [unwrapped(x) for x in flat]
+        new_args, new_kwargs = pytree.tree_unflatten(given, spec)
+        if to_cuda:
+            new_kwargs.update(device=torch.device("cpu"), **({"pin_memory": False} if "pin_memory" in kwargs else {}))
+        found = AS_ON_CPU.get(name, func)(*new_args, **new_kwargs)
+        if self.tape is not None and not func.is_view and name not in FREE:
+            self.tape.append((func, new_args, new_kwargs, found))
+        back = {id(value): x for x, value in zip(flat, given) if isinstance(x, CudaTensor)}
+        out = pytree.tree_map(lambda x: back[id(x)] if id(x) in back else self.wrapped(x), found)
+        self.note(func, name, ours, cpu)
+        return out
+
+    def wrapped(self, x):
+        if not isinstance(x, torch.Tensor) or isinstance(x, CudaTensor):
+            return x
+        made = CudaTensor(x)
+        self.account(made)
+        return made
+
+    def check(self, func, name, ours, cpu, kwargs, to_cuda):
+        generator = kwargs.get("generator")
+        if generator is not None and generator.device.type != "cuda" and (ours or to_cuda):
+            raise Refused(f"Expected a 'cuda' device type for generator but found 'cpu' (in {func})")
+        for tensor in cpu if ours and name not in CROSSING else ():
+            if tensor.dim() or name in STRICT:
+                raise Refused(
+                    "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                    f"(in {func}; the CPU's is {tuple(tensor.shape)} of {tensor.dtype})"
+                )
+
+    def note(self, func, name, ours, cpu):
+        if not self.listening:
+            return
+        if name in WAITS:
+            self.waits[name] += 1
+        if name in FREE or func.is_view or (name == "_to_copy" and cpu):
+            return
+        self.launches[name] += 1
+        if "convolution" in name and torch.backends.cudnn.allow_tf32 and any(x.dtype == torch.float32 for x in ours):
+            self.tf32[name] += 1
+
+    def counts(self):
+        """Return launches, copies and waits since the last reset."""
+        return {name: sum(getattr(self, name).values()) for name in ("launches", "copies", "waits")}
+
+    def report(self):
+        lines = [
+            f"{name} {sum(getattr(self, name).values())}: {counted(getattr(self, name), 14)}" for name in self.counts()
+        ]
+        lines.append(f"attention: {counted(self.attention)}; {len(self.plans)} cuDNN plans")
+        lines.append(f"memory {self.allocated / 1e6:.1f} MB, peak {self.peak / 1e6:.1f} MB")
+        return "\n".join(lines)
+
+
+def unwrapped(x):
+    if isinstance(x, CudaTensor):
+        return x.inner
+    return torch.device("cpu") if isinstance(x, torch.device) and x.type == "cuda" else x
+
+
+def counted(counter, most=None):
+    return ", ".join(f"{name} {count}" for name, count in counter.most_common(most)) or "none"
+
+
+# Attention: which kernel torch would take, and its result.
+
+
+def kernel_of(query, keys, values, mask, dropout):
+    """Return the kernel that torch takes on a GPU, by sdp_utils.cpp of torch 2.11 to 2.14."""
+    major, half = torch.cuda.get_device_capability()[0], query.dtype in (torch.float16, torch.bfloat16)
+    adjacent = all(x.stride(-1) == 1 for x in (query, keys, values))
+    width = query.shape[-1]
+    fits = half and adjacent and width % 8 == 0 and width <= 128 and keys.shape[-2] != 1
+    fits = fits and (dropout == 0 or query.shape[-2] == 1)
+    if major in (9, 10) and torch.backends.cuda.cudnn_sdp_enabled() and fits:
+        return "cudnn"
+    if half and major >= 8 and mask is None and adjacent and width <= 256:
+        return "flash"
+    if query.dtype == torch.bfloat16 and major < 8:
+        return "math"
+    return "efficient" if width % (8 if half else 4) == 0 and adjacent else "math"
+
+
+def sdpa(query, keys, values, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """torch.nn.functional.scaled_dot_product_attention of CudaTensors."""
+    if not isinstance(query, CudaTensor):
+        return PLAIN["sdpa"](query, keys, values, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if any(x is not None and not isinstance(x, CudaTensor) for x in (keys, values, attn_mask)):
+        raise Refused("Expected all tensors to be on the same device (scaled_dot_product_attention)")
+    if torch.is_autocast_enabled("cuda"):
+        query, keys, values = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, keys, values))
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
+        raise Refused(f"Expected attn_mask dtype to be bool or to match query dtype, but got {attn_mask.dtype}")
+    if not query.dtype == keys.dtype == values.dtype:
+        raise Refused("Expected query, key, and value to have the same dtype")
+    name = kernel_of(query, keys, values, attn_mask, dropout_p)
+    kind = "" if attn_mask is None else " bool mask" if attn_mask.dtype == torch.bool else " bias"
+    GPU.attention[f"{name}{kind} {str(query.dtype)[6:]}"] += 1
+    if name == "cudnn":
+        forms = tuple(
+            (tuple(x.shape), x.stride()) for x in (query, keys, values) + (attn_mask,) * (attn_mask is not None)
+        )
+        GPU.plans.add((forms, query.dtype, dropout_p, is_causal, torch.is_grad_enabled()))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        minus = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
+        attn_mask = torch.where(attn_mask, torch.zeros((), dtype=query.dtype, device=query.device), minus)
+    if name == "math":
+        return math_sdpa(query, keys, values, attn_mask, scale, is_causal)
+    return FusedAttention.apply(query, keys, values, attn_mask, scale, is_causal, name)
+
+
+def math_sdpa(query, keys, values, bias, scale, is_causal):
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query * scale) @ keys.transpose(-1, -2)
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    scores = scores if bias is None else scores + bias
+    return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
+
+
+class FusedAttention(torch.autograd.Function):
+    """One launch for the forward pass and one for the backward pass, computed in fp32."""
+
+    @staticmethod
+    def forward(ctx, query, keys, values, bias, scale, is_causal, name):
+        ctx.save_for_backward(query, keys, values, bias)
+        ctx.rest, ctx.name = (scale, is_causal), name
+        return one_launch(f"{name} attention", fused_forward, query, keys, values, bias, *ctx.rest)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs = ctx.saved_tensors
+        grads = one_launch(f"{ctx.name} attention backward", fused_backward, grad, *inputs, *ctx.rest)
+        return (*grads, None, None, None, None)
+
+
+def fused_forward(query, keys, values, bias, *rest):
+    floats = (None if x is None else x.float() for x in (query, keys, values, bias))
+    out = math_sdpa(*floats, *rest).to(query.dtype)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)  # as the kernels lay it out
+
+
+def fused_backward(grad, query, keys, values, bias, *rest):
+    with torch.enable_grad():
+        leaves = [x.detach().float().requires_grad_() for x in (query, keys, values)]
+        out = math_sdpa(*leaves, None if bias is None else bias.float(), *rest)
+        grads = torch.autograd.grad(out, leaves, grad.float())
+    return tuple(x.to(query.dtype) for x in grads)
+
+
+def one_launch(name, function, *args):
+    """Apply a function to the plain tensors of its arguments and return CudaTensors."""
+    GPU.launches[name] += 1
+    inner = tuple(x.inner if isinstance(x, CudaTensor) else x for x in args)
+    with _disable_current_modes():
+        found = function(*inner)
+    if GPU.tape is not None:
+        GPU.tape.append((function, inner, {}, found))
+    return pytree.tree_map(GPU.wrapped, found)
+
+
+def flash(query, keys, values, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    """aten::_scaled_dot_product_flash_attention by the CPU's kernel."""
+    floats = (x.float() for x in (query, keys, values))
+    out, sums = aten._scaled_dot_product_flash_attention_for_cpu(*floats, dropout_p, is_causal, scale=scale)
+    nothing = query.new_zeros((), dtype=torch.long)
+    out = out.to(query.dtype)
+    return out, sums, None, None, query.shape[2], keys.shape[2], nothing, nothing.clone(), query.new_zeros(0)
+
+
+def flash_backward(
+    grad, query, keys, values, out, sums, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset, *, scale=None
+):
+    """aten::_scaled_dot_product_flash_attention_backward by the CPU's kernel."""
+    floats = (x.float() for x in (grad, query, keys, values, out))
+    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*floats, sums, dropout_p, is_causal, scale=scale)
+    return tuple(x.to(query.dtype) for x in grads)
+
+
+AS_ON_CPU = {
+    "_scaled_dot_product_flash_attention": flash,
+    "_scaled_dot_product_flash_attention_backward": flash_backward,
+}
+
+
+class Graph:
+    """A CUDA graph: what was captured is computed again at each replay, in the same memory."""
+
+    def __init__(self, keep_graph=False):
+        self.tape = []
+
+    def replay(self):
+        GPU.launches["graph"] += 1
+        with _disable_current_modes(), torch.no_grad():
+            for function, args, kwargs, found in self.tape:
+                again = function(*args, **kwargs)
+                for old, new in zip(pytree.tree_leaves(found), pytree.tree_leaves(again)):
+                    if isinstance(old, torch.Tensor) and old is not new:
+                        old.copy_(new)
+
+    def pool(self):
+        return (0, 0)
+
+
+class capturing:
+    """torch.cuda.graph."""
+
+    def __init__(self, graph, pool=None, stream=None, capture_error_mode="global"):
+        self.graph = graph
+
+    def __enter__(self):
+        GPU.tape = self.graph.tape
+
+    def __exit__(self, *_):
+        GPU.tape = None
+
+
+GPU = Gpu()
+PLAIN = {
+    "compatible": torch._has_compatible_shallow_copy_type,
+    "sdpa": torch.nn.functional.scaled_dot_product_attention,
+    "run": threading.Thread.run,
+}
+
+
+def install(gpu="h100"):
+    """Give torch one CUDA GPU with $STANDIN_MB megabytes, and return it."""
+    capability, name, memory = GPUS[gpu]
+    GPU.limit = memory = int(float(os.environ.get("STANDIN_MB", memory / 1e6)) * 1e6)
+    properties = types.SimpleNamespace(
+        **dict(major=capability[0], minor=capability[1], name=name, total_memory=memory, multi_processor_count=132),
+        **dict(gcnArchName="", L2_cache_size=50 << 20, warp_size=32, regs_per_multiprocessor=65536),
+    )
+    state = torch.zeros(16, dtype=torch.uint8)
+    for target, made in {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "_lazy_init": lambda: None,
+        "is_initialized": lambda: True,
+        "init": lambda: None,
+        "synchronize": lambda device=None: GPU.waits.update(["synchronize"]),
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: capability,
+        "get_device_name": lambda device=None: name,
+        "mem_get_info": lambda device=None: (memory - GPU.allocated, memory),
+        "memory_allocated": lambda device=None: GPU.allocated,
+        "max_memory_allocated": lambda device=None: GPU.peak,
+        "reset_peak_memory_stats": lambda device=None: setattr(GPU, "peak", GPU.allocated),
+        "manual_seed_all": lambda seed: None,
+        "manual_seed": lambda seed: None,
+        "get_rng_state": lambda device="cuda": state.clone(),
+        "set_rng_state": lambda new, device="cuda": None,
+        "empty_cache": lambda: None,
+        "is_current_stream_capturing": lambda: GPU.tape is not None,
+        "CUDAGraph": Graph,
+        "graph": capturing,
+    }.items():
+        setattr(torch.cuda, target, made)
+    torch.accelerator.is_available = lambda: True
+    torch.nn.functional.scaled_dot_product_attention = sdpa
+    torch._has_compatible_shallow_copy_type = same_form
+
+    def run(thread):  # both settings belong to a thread
+        torch._C._set_only_lift_cpu_tensors(True)
+        Mode().__enter__()
+        PLAIN["run"](thread)
+
+    threading.Thread.run = run
+    torch._C._set_only_lift_cpu_tensors(True)
+    Mode().__enter__()
+    return GPU

@@ -1,0 +1,114 @@
+"""What the program promises of a CUDA GPU, checked on the stand-in in a process of its own."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+HERE = ROOT / "tests" / "cuda_contract"
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the stand-in"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="the stand-in needs a torch without CUDA"),
+    pytest.mark.skipif(not hasattr(torch, "OutOfMemoryError"), reason="the stand-in needs torch 2.5"),
+]
+
+
+def run(script, *words, **environment):
+    """Run a Python script in the project's folder on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **environment}
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def contract(*parts):
+    ended = run(HERE / "contract.py", *parts)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return contract("sampling", "training", "demo")
+
+
+def test_codes_in_fp32_are_the_cpus(found):
+    equal = found["sampling"]["equal"]
+    assert len(equal) == 3 and all(equal.values()), equal
+    assert found["demo"]["codes"] and found["demo"]["afterwards"]
+
+
+def test_no_cudnn_plan_is_built_while_sampling(found):
+    assert found["sampling"]["plans"] == 0
+
+
+def test_a_code_costs_few_launches_and_waits(found):
+    """One code at a time, with four layers."""
+    per_code = found["sampling"]["per_code"]
+    assert per_code["launches"] <= 115 and per_code["copies"] == 0 and per_code["waits"] <= 15, per_code
+
+
+def test_training_equals_the_cpus_and_costs_few_launches_and_waits(found):
+    losses = found["training"]["losses"]
+    for ours, expected in zip(losses["cuda"], losses["cpu"]):
+        assert ours == pytest.approx(expected, rel=1e-5)
+    for rest, most in (("AdamW", 1300), ("Muon --ema-decay 0.9", 1600)):
+        costs = found["training"]["costs"][rest]
+        assert costs["launches"] <= most and costs["copies"] <= 7 and costs["waits"] <= 2, (rest, costs)
+
+
+def test_images_are_encoded_in_fp32(found):
+    assert found["demo"]["encoded"] and found["demo"]["tf32"] == {}
+
+
+def test_a_caption_is_completed_after_sampling(found):
+    captions = found["demo"]["captions"]
+    assert captions["cuda"] == captions["cpu"] and captions["cpu"].startswith("a small red ")
+
+
+def test_out_of_memory_is_one_line(found):
+    assert found["demo"]["out_of_memory"] == "out of memory: 2 images at once are too many; --batch_size 1 needs half"
+
+
+@pytest.mark.slow
+def test_each_pattern_and_a_run_without_memory():
+    found = contract("patterns", "memory")
+    assert len(found["patterns"]["equal"]) == 12 and all(found["patterns"]["equal"].values())
+    assert found["patterns"]["plans"] == 0
+    memory = found["memory"]
+    assert memory["status"] == 2 and memory["err"].count("\n") == 1 and memory["files"] == ["dalle_step_2.pt"]
+    assert "out of memory: --batch-size 2 --gradient-accumulation 4 or --recompute makes the same" in memory["err"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["h100", "t4"])
+def test_every_command_runs(gpu, tiny_flags, tiny_checkpoint, drawn_pictures, tmp_path):
+    folder, machine = tmp_path / "run", ["--device", "cuda", "--precision", "auto"]
+    train = [*tiny_flags, *machine, "--checkpoint-output-dir", folder, "--validation-split", 0.2, "--ema-decay", 0.9]
+    prompt = ["--text", "a red circle", "--dalle_path", tiny_checkpoint, "--outputs_dir", tmp_path, *machine]
+    vqgan = ["--input-folder", drawn_pictures, "--image-size", 32, "--max-steps", 6, "--continuous-steps", 2]
+    for words in (
+        ["train.py", *train, "--sample-steps", 2, "--attn-types", "axial_row,conv_like", "--recompute"],
+        ["train.py", *train, "--no-codes-cache", "--optimizer", "Muon", "--checkpoint-output-dir", tmp_path / "pixels"],
+        ["generate.py", *prompt, "--rank", 2, "--num_images", 2, "--animate", "--preview", 2],
+        ["generate.py", *prompt, "--gentxt", "--top_p", 0.9],
+        ["evaluate.py", "--dalle_path", tiny_checkpoint, "--input-folder", drawn_pictures, "--outputs-dir", tmp_path]
+        + ["--prompts", 8, *machine],
+        ["train_vqgan.py", "--config", "vqgan_demo", *vqgan, "--output-dir", tmp_path / "vqgan", *machine],
+    ):
+        ended = run(HERE / "run.py", "--gpu", gpu, *words)
+        assert ended.returncode == 0, (words, ended.stderr)
+        assert f"on a stand-in for {gpu}" in ended.stderr
+
+
+def test_the_stand_in_refuses_to_come_after_torch():
+    spec = importlib.util.spec_from_file_location("standin", HERE / "standin.py")
+    with pytest.raises(RuntimeError, match="import standin before torch"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -1,0 +1,173 @@
+"""tokenizer.json and sentencepiece files as vocabularies, against their own libraries; training of a vocabulary."""
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from data import vocabulary
+from data.tokenizer import load_tokenizer
+from tests.conftest import ROOT
+
+CAPTIONS = [
+    "a dog runs along a beach",
+    "two dogs play! on the beach",
+    "an old red bus",
+    "a bus stops",
+    "dogs; a cat",
+] * 3
+TEXTS = [*CAPTIONS[:5], "A Dog! on  the\tbus", "猫 beach", "", "  "]
+KINDS = {  # model, trainer, padding token, unknown token, first of its special tokens
+    "byte-level BPE without padding": ("bpe", None, None, []),
+    "BPE with padding": ("bpe", "<pad>", None, ["<s>", "<pad>"]),
+    "WordPiece as BERT's": ("wordpiece", "[PAD]", "[UNK]", ["[PAD]", "[UNK]", "[CLS]"]),
+    "Unigram with unknown as 0": ("unigram", "<pad>", "<unk>", ["<unk>", "<s>", "<pad>"]),
+    "words without padding": ("words", None, "[UNK]", ["[UNK]"]),
+}
+
+
+def train_json(kind):
+    """Return a trained model of Hugging Face tokenizers, which pads and truncates as its file says."""
+    model, padding, unknown, special = KINDS[kind]
+    if model == "bpe":
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    elif model == "wordpiece":
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=unknown))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=80, special_tokens=special)
+    elif model == "unigram":
+        tokenizer = tokenizers.Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token=unknown)
+    else:
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token=unknown))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = trainers.WordLevelTrainer(special_tokens=special)
+    tokenizer.train_from_iterator(CAPTIONS, trainer)
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=9, **({"pad_id": tokenizer.token_to_id(padding)} if padding else {}))
+    if not padding:
+        tokenizer.no_padding()
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_tokenizer_json(kind, tmp_path):
+    theirs = train_json(kind)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path / "tokenizer.json")
+    plain = load_tokenizer(tmp_path / "tokenizer.json", keep_ids=True)
+    theirs.no_truncation()
+    theirs.no_padding()
+    _, padding, unknown, special = KINDS[kind]
+    size = theirs.get_vocab_size()
+    assert plain.vocab_size == size and ours.vocab_size == size + (padding is None)
+    assert (ours.unknown is None) is (unknown is None)
+    for text in TEXTS:
+        expected = theirs.encode(text.strip(), add_special_tokens=False).ids
+        ids = ours.encode(text)
+        assert plain.encode(text) == expected
+        assert len(ids) == len(expected) and 0 not in ids and all(i < ours.vocab_size for i in ids)
+        moved = {own: their for own, their in zip(ids, expected) if own != their}
+        assert set(moved.values()) <= {0, theirs.token_to_id(padding) if padding else 0}
+        known = [i for i in expected if i != theirs.token_to_id(unknown or "")]
+        assert ours.decode(ids) == theirs.decode(known).strip()
+        row = ours.tokenize(text, 32)
+        assert torch.equal(row, load_tokenizer(vocabulary=ours.vocabulary).tokenize(text, 32))
+        assert ours.decode(row[0]) == ours.decode(ids)
+    assert pickle.loads(pickle.dumps(ours)).encode(TEXTS[0]) == ours.encode(TEXTS[0])  # for workers that are spawned
+    assert ours.kind == "json" and ours.fingerprint != plain.fingerprint
+
+
+@pytest.mark.parametrize("ids", [{}, {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3}, {"pad_id": 3}], ids=str)
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_any_sentencepiece_model(tmp_path, model_type, ids):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS), model_writer=file, vocab_size=33, model_type=model_type, minloglevel=2, **ids
+    )
+    (tmp_path / "sp.model").write_bytes(file.getvalue())
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
+    ours = load_tokenizer(tmp_path / "sp.model")
+    assert ours.kind == "sentencepiece" and ours.vocab_size == 33 + (not ids)
+    for text in TEXTS:
+        expected = theirs.encode(text)
+        tokens = ours.encode(text)
+        assert load_tokenizer(tmp_path / "sp.model", keep_ids=True).encode(text) == expected
+        assert 0 not in tokens and [i == ours.unknown for i in tokens] == [i == theirs.unk_id() for i in expected]
+        assert ours.decode(tokens) == theirs.decode([i for i in expected if i != theirs.unk_id()]).strip()
+    assert load_tokenizer(vocabulary=ours.vocabulary).encode(TEXTS[0]) == ours.encode(TEXTS[0])
+
+
+def test_without_sentencepiece_the_error_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "sp.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match="sp.model .*: it is a model of sentencepiece, .* pip install sentencepiece"):
+        load_tokenizer(tmp_path / "sp.model")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b'{"a": 1}', "not a tokenizer.json"), (b"{", "not a tokenizer.json"), (b"\n\xff\xff", "sentencepiece")],
+)
+def test_other_files_are_refused(tmp_path, content, reason):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_tokenizer(tmp_path / "tokenizer.json")
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_vocabulary_is_trained_on_the_captions_of_a_folder(command, picture_folder, tmp_path):
+    (picture_folder / "00.txt").write_text("a wee yellow star\n一只猫坐在海滩上\n", encoding="utf-8")
+    flags = ["train", "--input-folder", picture_folder, "--size", 400]
+    ended = command(vocabulary.main, *flags, "--out", tmp_path / "vocab.json")
+    assert ended.status == 0 and "tokens from 24 captions" in ended.out, ended
+    command(vocabulary.main, *flags, "--out", tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "vocab.json").read_bytes()
+    tokenizer = load_tokenizer(tmp_path / "vocab.json")
+    assert tokenizer.vocab_size == len(json.loads((tmp_path / "vocab.json").read_text())["model"]["vocab"]) <= 400
+    for text in ("a wee yellow star", "一只猫坐在海滩上", "Ünseen ☂ characters!", ""):
+        assert tokenizer.decode(tokenizer.encode(text)) == text and 0 not in tokenizer.encode(text)
+    assert len(tokenizer.encode("a wee yellow star")) < len(b"a wee yellow star") / 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("train --out x.json", "give --input-folder FOLDER and --out FILE.json"),
+        ("train --input-folder . --out x.txt", "x.txt does not end in .json"),
+        ("train --input-folder {empty} --out x.json", "{empty}"),
+        ("train --input-folder . --out x.json --size 256", "must be a whole number of at least 257"),
+    ],
+)
+def test_bad_flags_are_one_line(command, tmp_path, flags, message):
+    words = flags.replace("{empty}", str(tmp_path)).split()
+    ended = command(vocabulary.main, *words)
+    assert ended.status == 2 and message.replace("{empty}", str(tmp_path)) in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_run_with_a_trained_vocabulary_generates_by_itself(command, picture_folder, tiny_flags, tmp_path):
+    import generate
+    import train
+
+    command(vocabulary.main, "train", "--input-folder", picture_folder, "--size", 300, "--out", tmp_path / "vocab.json")
+    flags = ["--input-folder", picture_folder, "--bpe-path", tmp_path / "vocab.json", "--text-seq-len", 40]
+    ended = command(train.main, *tiny_flags, *flags, "--checkpoint-output-dir", tmp_path / "run")
+    assert ended.status == 0, ended
+    place = ["--dalle_path", tmp_path / "run" / "dalle_0.pt", "--outputs_dir", tmp_path / "out"]
+    assert command(generate.main, *place, "--text", "a Blue star!", "--num_images", 1).status == 0
+
+
+def test_the_module_runs_as_documented(tmp_path):
+    run = [sys.executable, "-m", "data.vocabulary", "--help"]
+    assert b"train --input-folder FOLDER" in subprocess.run(run, cwd=ROOT, capture_output=True, check=True).stdout

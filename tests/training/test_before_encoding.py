@@ -1,0 +1,43 @@
+"""Building a run: what is refused before time is spent, and where caches go."""
+
+import pytest
+
+import train
+from training import run as run_module
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--batch-size 2 --gradient-accumulation 8192", "--batch-size 1 --gradient-accumulation 1 would fit"),
+        ("--batch-size 4 --gradient-accumulation 2 --replication-factor 2", "--replication-factor 1"),
+        ("--batch-size 12 --validation-split 0.1", "one step takes 12 samples"),
+    ],
+)
+def test_a_set_that_is_too_small_is_refused_before_it_is_encoded(
+    command, tiny_flags, monkeypatch, flags, words, tmp_path
+):
+    monkeypatch.setattr(run_module, "load_codes", None)
+    ended = command(train.main, *tiny_flags, "--codes-cache", tmp_path, *flags.split())
+    assert ended.status == 2 and words in ended.err and "--config photos" in ended.err, ended
+    monkeypatch.undo()
+    fitting = ended.err.rpartition("; ")[2].partition(" would fit")[0].split()
+    assert command(train.main, *tiny_flags, *flags.split(), *fitting, "--max-steps", 1).status == 0
+
+
+def test_a_read_only_folder_has_its_caches_elsewhere(command, tiny_flags, picture_folder, tmp_path, monkeypatch):
+    def refuse(folder, flag):
+        if str(folder) == str(picture_folder):  # root may write everywhere
+            raise ValueError("read-only")
+
+    monkeypatch.setattr(run_module, "check_writable", refuse)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    flags = [flag for flag in tiny_flags if flag != "--codes-cache" and "codes" not in flag]
+    before = sorted(picture_folder.iterdir())
+    for _ in range(2):
+        ended = command(train.main, *flags, "--input-folder", picture_folder, "--max-steps", 1)
+        assert ended.status == 0 and f"{picture_folder} is read-only; codes and tokens are cached in" in ended.out
+    assert "encoding images" not in ended.out
+    assert sorted(picture_folder.iterdir()) == before
+    (cache,) = (tmp_path / "home" / ".cache" / "mini-dalle").iterdir()
+    assert {path.name.partition("-")[0] for path in cache.iterdir()} >= {"captions", "codes"}
