@@ -1,6 +1,7 @@
 """Estimate memory and time of a model on IPUs by arithmetic, without code, constants and what a compiler adds."""
 
 import copy
+from argparse import Namespace
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
@@ -27,6 +28,16 @@ def sampler_memory(model: DALLE, sequences: int, size: int) -> Dict[str, int]:
         "keys and values": 2 * layers * positions * inner * size * sequences,
         "noise": 4 * model.image_seq_len * model.num_image_tokens * sequences,
     }
+
+
+def describe_sampler(model: DALLE, sequences: int, size: int) -> str:
+    """Return a line on what a sampler computes in a call and takes of an IPU's memory."""
+    memory = sampler_memory(model, sequences, size)
+    parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in memory.items())
+    return (
+        f"{sequences} sequences a call (a guided image is two): about {sum(memory.values()) / 1e6:.0f} of "
+        f"{MEMORY / 1e6:.0f} MB of an IPU: {parts}"
+    )
 
 
 def sampler_sequences(model: DALLE, size: int) -> int:
@@ -72,6 +83,12 @@ class Training(NamedTuple):
     size: int
     moments: float
     batch_size: int
+
+
+def training_of(settings: Namespace, half: bool, replicas: int) -> Training:
+    """Return what train.py's flags decide; `replicas` may share the optimizer's state."""
+    moments = 0.0 if settings.optimizer_state_offchip else 6 if settings.enable_half_first_order_momentum else 8
+    return Training(2 if half else 4, moments / replicas if settings.enable_rts else moments, settings.batch_size)
 
 
 # Forward, forward once more, because activations are recomputed, and twice as much for the gradients.
@@ -165,15 +182,15 @@ def estimate_stage(ipu: int, costs: Sequence[Cost], number: int, count: int, tra
     return StageEstimate(ipu, memory, MEMORY, sum(cost.operations for cost in costs) / PEAK[training.size])
 
 
-def balanced_layers(
-    costs: Dict[str, Cost], depth: int, ipus: int, training: Training, embedding_ipu: int, head_ipu: int
-) -> List[int]:
+def balanced_layers(costs: Dict[str, Cost], training: Training, settings: Namespace) -> List[int]:
     """Return the numbers of layers for which the slowest stage is about as fast as it can be and memory suffices."""
+    depth, ipus = settings.num_hidden_layers, settings.ipus_per_replica
+    head_ipu = ipus - 1 if settings.cls_ipu_id is None else settings.cls_ipu_id
 
     def load(ipu: int, first: int, last: int) -> float:
         """Return the seconds of an IPU with the layers from `first` up to `last`, more if it lacks memory."""
         names = [f"transformer.layers.{number}" for number in range(first, last)]
-        names += ["text_emb", "image_emb"] if ipu == embedding_ipu else []
+        names += ["text_emb", "image_emb"] if ipu == settings.embedding_ipu_id else []
         names += ["to_logits"] if ipu == head_ipu else []
         names += [name for name in ("vae", "") if ipu == 0 and name in costs]
         stage = estimate_stage(ipu, [costs[name] for name in names], ipu, ipus, training)
