@@ -174,7 +174,12 @@ def vqgan_parser() -> Parser:
     parser = Parser("Train a VQGAN, the image tokenizer, on a folder of images.", usage="--config NAME [flags]")
     add = parser.heading("Everyday flags")
     config_flag(add)
-    add("input-folder", None, "folder of images (png, jpg, jpeg, bmp), searched recursively", path)
+    add(
+        "input-folder",
+        None,
+        "folder of images, searched recursively, or any form of data that train.py takes",
+        path,
+    )
     add("output-dir", "./output/vqgan", "folder for vqgan.ckpt, vqgan.yaml and reconstructions.png", path)
     add("batch-size", 8, "images in one update", COUNT)
     add("max-steps", 100000, "updates", COUNT)
