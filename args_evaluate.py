@@ -25,12 +25,13 @@ def evaluate_parser():
     add(
         "input-folder", None, "images and .txt captions to measure losses and reconstructions on, paired as in train.py"
     )
+    add("nearest", None, "images that the model was trained on; shows which are nearest to generated ones")
     add("max-pairs", None, "use at most this many pairs, spread over the folder", COUNT)
     add("truncate-captions", None, "cut captions that are too long; none: as in training", bool)
     add(
         "prompts",
         None,
-        f"validation prompts of the demo set to generate; none: {DEMO_PROMPTS} without --input-folder, else 0",
+        f"validation prompts of the demo set to generate; none: {DEMO_PROMPTS}, or 0 with one of the above",
         number(int, low=1, high=1120),
     )
     add(
@@ -42,7 +43,7 @@ def evaluate_parser():
     add(
         "outputs-dir",
         None,
-        "folder for results.json and grids; none: ./output/evaluation with --input-folder, else ./output/demo",
+        "folder for results.json and grids; none: ./output/evaluation with one of the above, else ./output/demo",
     )
     add("seed", 0, "seed of prompts and images", SEED)
     add("batch-size", 64, "images or pairs at once", COUNT)
@@ -69,7 +70,7 @@ def evaluate_arguments(argv=None):
     if settings.fid_weights and not settings.input_folder:
         parser.error("argument --fid-weights: needs --input-folder with images to compare with")
     if settings.prompts is None:
-        settings.prompts = 0 if settings.input_folder else DEMO_PROMPTS
+        settings.prompts = 0 if settings.input_folder or settings.nearest else DEMO_PROMPTS
     if settings.outputs_dir is None:
-        settings.outputs_dir = "./output/evaluation" if settings.input_folder else "./output/demo"
+        settings.outputs_dir = "./output/evaluation" if settings.input_folder or settings.nearest else "./output/demo"
     return settings

@@ -35,6 +35,7 @@ logger = logging.getLogger("minidalle")
 
 GRID_IMAGES = 36
 GRID_PAIRS = 8
+NEAREST_IMAGES = 32
 MIN_SQUARED_ERROR = 1e-10  # of pixels in [0, 1]; 100 dB
 
 
@@ -54,6 +55,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         averaged = "ema_weights" in saved or exported.get("averaged", False)
         results = {"checkpoint": settings.dalle_path, "step": saved.get("step"), "averaged_weights": averaged}
         dataset = open_pairs(settings, saved, loaded) if settings.input_folder else None
+        training_set = open_pairs(settings, saved, loaded, settings.nearest) if settings.nearest else None
         check_writable(settings.outputs_dir, "--outputs-dir")
         folder = Path(settings.outputs_dir)
         if loaded.backend.world_size > 1:
@@ -64,6 +66,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             results.update(evaluate_pairs(loaded, dataset, settings, folder))
             if clip or distance:
                 results.update(score_captions(loaded, dataset, settings, sampling, clip, distance))
+        if training_set is not None:
+            results["nearest"] = evaluate_nearest(loaded, training_set, saved, settings, sampling)
         if settings.prompts:
             results.update(evaluate_prompts(loaded, settings, sampling, folder, clip))
         with atomic_write(folder / "results.json", text=True) as file:
@@ -85,20 +89,24 @@ def load_scorers(settings: Namespace, device: torch.device) -> Tuple[Any, Any]:
     return clip, distance
 
 
-def open_pairs(settings: Namespace, saved: Dict[str, Any], loaded: LoadedModel) -> TextImageDataset:
-    """Return the folder's pairs as train.py validates on them, with the same captions, truncated in the same way."""
+def open_pairs(
+    settings: Namespace, saved: Dict[str, Any], loaded: LoadedModel, folder: Optional[str] = None
+) -> TextImageDataset:
+    """Return the pairs of --input-folder, or of another, with the captions that train.py would use."""
     from data.loader import TextImageDataset
 
     trained = saved.get("settings", {})
     truncate = settings.truncate_captions
     dataset = TextImageDataset(
-        settings.input_folder,
+        folder or settings.input_folder,
         loaded.tokenizer,
         text_seq_len=loaded.model.text_seq_len,
         image_size=loaded.model.vae.image_size,
         truncate_captions=trained.get("truncate_captions", True) if truncate is None else truncate,
         seed=trained.get("random_seed", 42),
     )
+    if folder is not None:
+        return dataset
     if settings.max_pairs and settings.max_pairs < len(dataset):
         dataset = dataset.split_off(settings.max_pairs / len(dataset))
     if settings.fid_weights and len(dataset) < 2:
@@ -242,10 +250,41 @@ def evaluate_prompts(
     }
 
 
+def evaluate_nearest(
+    loaded: LoadedModel, training_set: TextImageDataset, saved: Dict[str, Any], settings: Namespace, sampling: Sampling
+) -> Dict[str, Any]:
+    """Generate images for captions and compare them with the training images.
+
+    The captions are those of the images that the run kept for validation if it split some off, else of training images.
+    """
+    import torch
+
+    from training import nearest
+
+    share = saved.get("settings", {}).get("validation_split")
+    source = training_set.split_off(share) if share else training_set
+    count = min(NEAREST_IMAGES, len(source))
+    text = [source.first_caption(number * len(source) // count) for number in range(count)]
+    captions = [" ".join(loaded.tokenizer.decode(tokens).split()) for tokens in text]
+    codes, used = generate_codes(loaded, captions, text, settings, sampling)
+    folder = Path(settings.outputs_dir)
+    with torch.no_grad():
+        found = nearest.compare(loaded, training_set, captions, codes, folder, settings.batch_size)
+    return {**found, "captions": captions, "sampling": used}
+
+
 def generate_prompts(
     loaded: LoadedModel, prompts: Sequence[str], text: Sequence[torch.Tensor], settings: Namespace, sampling: Sampling
 ) -> Tuple[torch.Tensor, Dict[str, Any]]:
     """Return an image for each prompt, float (N, 3, S, S) in [0, 1], and the sampling settings."""
+    codes, used = generate_codes(loaded, prompts, text, settings, sampling)
+    return loaded.decode(codes), used
+
+
+def generate_codes(
+    loaded: LoadedModel, prompts: Sequence[str], text: Sequence[torch.Tensor], settings: Namespace, sampling: Sampling
+) -> Tuple[torch.Tensor, Dict[str, Any]]:
+    """Return the codes of an image for each prompt, int64 (N, L), and the sampling settings."""
     from tqdm import tqdm
 
     from generation import batching
@@ -258,7 +297,7 @@ def generate_prompts(
     ]
     with tqdm(total=len(specs), desc="generating", unit="image", disable=None) as bar:
         (codes,) = batching.generate_lists(loaded, [specs], on_batch=bar.update)
-    return loaded.decode(codes), sampling._asdict()
+    return codes, sampling._asdict()
 
 
 def judge(prompts: Sequence[str], images: torch.Tensor) -> Tuple[float, Counter]:

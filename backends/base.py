@@ -4,7 +4,7 @@ Micro-batches, replicas, precision and the update differ between an IPU pod and 
 """
 
 from argparse import Namespace
-from typing import Any, Callable, ContextManager, Dict, Iterable, List, Optional, Protocol, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,22 @@ Losses = Dict[str, float]  # total, text and image loss, in nats
 
 class SamplesLost(OSError):
     """The loader can give no more samples; the message is one line."""
+
+
+class StageEstimate(NamedTuple):
+    """What a pipeline stage needs, by arithmetic.
+
+    Attributes:
+        ipu: number of its IPU.
+        memory: bytes by kind.
+        capacity: bytes of the IPU, which several stages may share.
+        seconds: of a micro-batch, forward and backward, at the IPU's peak.
+    """
+
+    ipu: int
+    memory: Dict[str, float]
+    capacity: float
+    seconds: float
 
 
 class Trainer(Protocol):
@@ -149,5 +165,5 @@ class TrainingBackend(Backend, Protocol):
     def trainer(self, model: DALLE) -> Trainer:
         """Return a trainer for this model."""
 
-    def stage_memory(self, weights: Dict[str, Tensor]) -> List[Tuple[int, Dict[str, float]]]:
-        """Estimate each pipeline stage's memory: (IPU number, {part: bytes}); empty without a pipeline."""
+    def stage_estimates(self) -> List[StageEstimate]:
+        """Return what each pipeline stage of the last trainer needs; empty without a pipeline."""

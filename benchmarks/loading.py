@@ -7,6 +7,7 @@ imported because torchvision is missing, a plain loop with PIL; the table says w
 import contextlib
 import itertools
 import os
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -72,16 +73,32 @@ def time_batches(batches: Iterable[Any], rows: int, steps: int) -> List[float]:
     return seconds[2:]
 
 
+def load_loose_files(quick: bool) -> List[float]:
+    """Measure what load-tar reads, from a file for each image and caption."""
+    return load(quick, codes=False)[0]
+
+
 def choose_sizes(quick: bool, codes: bool = False) -> Tuple[int, int, int]:
     """Return the number of images, rows of a batch and batches of a window."""
     return (16, 2, 4) if quick else (128, 16, 100 if codes else 8)
 
 
-def load(quick: bool, codes: bool) -> Measurement:
+def pack(folder: Path) -> None:
+    """Replace the files of a folder by a tar shard of them."""
+    with tarfile.open(folder / "00000.tar", "w") as archive:
+        for path in sorted(folder.glob("[0-9]*.*")):
+            if path.suffix != ".tar":
+                archive.add(path, path.name)
+                path.unlink()
+
+
+def load(quick: bool, codes: bool, in_tar: bool = False) -> Measurement:
     """Measure reading through the backend's loader, as training does."""
     count, rows, steps = choose_sizes(quick, codes)
     settings = parse_settings(quick, "--batch-size", rows, "--dataloader-workers", WORKERS)
     with image_folder(count) as folder:
+        if in_tar:
+            pack(folder)
         tokenizer = load_tokenizer(settings.bpe_path)
         dataset = TextImageDataset(folder, tokenizer, text_seq_len=settings.text_seq_len, image_size=SIDE)
         if codes:

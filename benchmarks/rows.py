@@ -83,6 +83,13 @@ ROWS = {
     "load-pixels": Row(
         "loading images", "samples/s", partial(loading.load, codes=False), loading.load_peer, "a loader"
     ),
+    "load-tar": Row(
+        "loading images from tar shards",
+        "samples/s",
+        partial(loading.load, codes=False, in_tar=True),
+        loading.load_loose_files,
+        "loose files",
+    ),
     "load-codes": Row("loading codes", "samples/s", partial(loading.load, codes=True)),
     "torchrun": Row("2 processes of 1 thread, batch 16", "samples/s", compare_processes),
 }

@@ -118,7 +118,7 @@ class TextImageDataset(Dataset):
         captions = load_captions(self.source.texts, self.folder, tokenizer, cache, self.source.captions)
         self.counts = captions.counts(tokenizer.unknown)
         self._captions = captions.without_unread(tokenizer.unknown)
-        good = self._captions.stops > self._captions.starts if captions is not self._captions else captions.stops > -1
+        good = self._captions.stops > self._captions.starts
         unread = (len(captions.tokens) - len(self._captions.tokens)) // 2  # each is one id and its end
         texts = [text for text, keep in zip(self.source.texts, good) if keep]
         if not good.all():

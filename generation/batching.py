@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from backends.memory import OutOfMemory, memory_explained
+from data.captions import encode_text
 from generation.loading import LoadedModel
 from models.sampling import CodeCallback, Sampling, complete_text
 
@@ -64,23 +65,18 @@ def plan_image(
 
 
 def encode_prompt(loaded: LoadedModel, prompt: str) -> Tensor:
-    """Return a prompt's tokens, int64 (text_seq_len,).
-
-    If the vocabulary lacks some of the characters, the prompt is encoded in lower case.
+    """Return a prompt's tokens, int64 (text_seq_len,), as those of a training caption.
 
     Raises:
         ValueError: the prompt has too many tokens, or no word that the vocabulary knows.
     """
-    tokens = loaded.tokenizer.encode(prompt)
-    if loaded.tokenizer.unknown in tokens:
-        prompt = prompt.lower()
-        tokens = loaded.tokenizer.encode(prompt)
+    tokens = encode_text(loaded.tokenizer, prompt)
     if not loaded.tokenizer.decode(tokens):  # no tokens, or unknown ones alone
         raise ValueError(f"'{prompt[:60]}' has no words that the vocabulary knows")
     most = loaded.model.text_seq_len
     if len(tokens) > most:
         raise ValueError(f"'{prompt[:60]}' is {len(tokens)} tokens long; the model reads at most {most}")
-    return loaded.tokenizer.tokenize([prompt], most)[0]
+    return torch.tensor(tokens + [0] * (most - len(tokens)))
 
 
 def complete_caption(loaded: LoadedModel, prompt: str, seed: int) -> Tuple[Tensor, str]:

@@ -309,6 +309,7 @@ def load_vqgan(model_path: Optional[str] = None, config_path: Optional[str] = No
 def _find_weights(path: Path) -> Path:
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
+        found = [file for file in found if file.suffix == WEIGHTS[0]] or found  # train_vqgan.py's state is a .pt
         if len(found) != 1:
             raise FileNotFoundError(
                 f"{path}: a VQGAN folder must have exactly one file of weights ({', '.join(WEIGHTS)}); this one has "

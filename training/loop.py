@@ -57,6 +57,7 @@ class Loop:
     def __init__(self, run: Run):
         self.run = run
         self.skips = 0  # in a row
+        self.overfitting = validation.OverfittingMonitor()
         self.progress = log.Progress(run.steps, run.step, run.backend.samples_per_step * run.backend.world_size)
 
     def batches(self) -> Iterator[Any]:
@@ -94,6 +95,7 @@ class Loop:
         run.skipped += skipped
         if not skipped:
             run.epoch_loss = run.epoch_loss[0] + losses["total"], run.epoch_loss[1] + 1
+            self.overfitting.add(losses["total"])
         run.step += 1
         run.post_update_done = False
         rate = self.progress.step(run.step, epoch, losses, lr, skipped)
@@ -142,6 +144,12 @@ class Loop:
         best = run.best_loss is None or total < run.best_loss
         run.validation_loss = total
         run.best_loss = total if best else run.best_loss
+        if self.overfitting.validated(total):
+            logger.warning(
+                "the validation loss rises while the training loss falls: the model memorizes its images; %s is from "
+                "before. More images, --ff-dropout 0.1 and fewer --max-steps help; evaluate.py --nearest shows copies",
+                checkpoints.BEST,
+            )
         return best
 
 

@@ -45,7 +45,7 @@ def describe(path: AnyPath, saved: checkpoint.Checkpoint) -> List[str]:
     """Return the lines that describe a file and its dict; a line without content is left out."""
     versions, captions = _dict(saved, "versions"), _dict(saved, "captions")
     rows = {
-        "made by": f"train.py with {_list(versions)}" if versions else "unknown, as in the reference's files",
+        "made by": _maker(versions),
         "progress": _progress(saved),
         "parameters": _parameters(saved),
         "hparams": _list(_dict(saved, "hparams")),
@@ -63,6 +63,12 @@ def describe(path: AnyPath, saved: checkpoint.Checkpoint) -> List[str]:
         wrapped = textwrap.wrap(text, WIDTH - LABEL, break_on_hyphens=False)  # names are copied from here
         lines += [f"{name:<{LABEL}}{line}" for name, line in zip([label] + [""] * len(wrapped), wrapped)]
     return lines
+
+
+def _maker(versions: Dict[str, Any]) -> str:
+    if "dalle-pytorch" in versions:
+        return f"DALLE-pytorch {versions['dalle-pytorch']}"
+    return f"train.py with {_list(versions)}" if versions else "unknown, as in the reference's files"
 
 
 def _dict(saved: Dict[str, Any], key: str) -> Dict[str, Any]:

@@ -12,13 +12,13 @@ import logging
 import os
 import warnings
 from argparse import Namespace
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from backends.base import Backend, Losses, Trainer, TrainingBackend
+from backends.base import Backend, Losses, StageEstimate, Trainer, TrainingBackend
 from backends.memory import Memory
 from backends.native.inference import NativeSampler, decoder, encoder
 from backends.native.resilient_loader import read
@@ -176,7 +176,7 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
             return ShardedTrainer(model, self)
         return NativeTrainer(model, self)
 
-    def stage_memory(self, weights: Dict[str, Tensor]) -> List[Tuple[int, Dict[str, float]]]:
+    def stage_estimates(self) -> List[StageEstimate]:
         """Return an empty list: there is no pipeline."""
         return []
 

@@ -59,11 +59,7 @@ def read_entries(content: Any, path: Path, place: str = "", validation: bool = F
 
 
 def _coco_entries(content: Dict[str, Any], path: Path, place: str) -> Iterator[Entry]:
-    images = content.get("images") if isinstance(content.get("images"), list) else []
-    names: Dict[str, str] = {}
-    for image in images or []:
-        if isinstance(image, dict) and isinstance(image.get("file_name"), str):
-            names[str(image.get("id"))] = image["file_name"]
+    names = image_names(content)
     captions: Dict[str, List[Any]] = {key: [] for key in names}
     for entry in content["annotations"]:
         if isinstance(entry, dict):
@@ -71,6 +67,13 @@ def _coco_entries(content: Dict[str, Any], path: Path, place: str) -> Iterator[E
     hint = re.sub(r"^captions_", "", path.stem)
     for key, texts in captions.items():
         yield Entry(names.get(key) or default_name(key), clean_captions(texts), place, hint)
+
+
+def image_names(content: Dict[str, Any]) -> Dict[str, str]:
+    """Return the file names of COCO's "images" by their ids as texts; empty if there are none."""
+    images = content.get("images")
+    entries = [image for image in (images if isinstance(images, list) else []) if isinstance(image, dict)]
+    return {str(image.get("id")): image["file_name"] for image in entries if isinstance(image.get("file_name"), str)}
 
 
 def default_name(image_id: str) -> str:

@@ -9,7 +9,7 @@ import logging
 import os
 import tarfile
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -159,39 +159,50 @@ def index_shards(folder: Path, shards: Sequence[str], cache_dir: Optional[Path])
 
 def index_shard(path: Path) -> Dict[str, Any]:
     """Return {"samples": [[image, text]], "skipped": {reason: [member name]}} of a shard, each place a Member."""
-    members: Dict[str, List[Member]] = {}
     skipped: Dict[str, List[str]] = {}
+    samples = []
+    with open(path, "rb") as content:
+        members, whole = list_members(content)
+        if not whole:
+            skipped[CUT_SHORT] = [""]
+        for group in members.values():
+            image = next((member for member in group if _suffix(member[0]) in IMAGE_SUFFIXES), None)
+            texts = {_suffix(member[0]): member for member in group}
+            text = next((texts[suffix] for suffix in TEXT_SUFFIXES if suffix in texts), None)
+            fault = None
+            if image is None or text is None:
+                fault = NO_CAPTION if image else NO_IMAGE
+            elif not image[2]:
+                fault = ZERO_BYTES
+            else:
+                content.seek(text[1])
+                try:
+                    fault = None if parse_captions(text[0], content.read(text[2])) else EMPTY_CAPTION
+                except ValueError:
+                    fault = NOT_UTF8
+            if fault is None:
+                samples.append([image, text])
+            elif image or text:
+                skipped.setdefault(fault, []).append((image or text or group[0])[0])
+    return {"samples": samples, "skipped": skipped}
+
+
+def list_members(content: BinaryIO) -> Tuple[Dict[str, List[Member]], bool]:
+    """Return the files of a tar archive by the key of their sample, and whether the archive is whole."""
+    members: Dict[str, List[Member]] = {}
+    end = content.seek(0, os.SEEK_END)
+    content.seek(0)
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(fileobj=content, mode="r:") as archive:
             for member in archive:
                 if member.isfile():
-                    place = member.name, member.offset_data, member.size
-                    if member.offset_data + member.size > os.path.getsize(path):
-                        raise tarfile.ReadError("unexpected end of data")
-                    members.setdefault(_key(member.name), []).append(place)
+                    if member.offset_data + member.size > end:
+                        return members, False
+                    members.setdefault(_key(member.name), []).append((member.name, member.offset_data, member.size))
+                archive.members.clear()  # which would keep them all in memory
     except (tarfile.TarError, OSError, EOFError):
-        skipped[CUT_SHORT] = [""]
-    samples = []
-    for group in members.values():
-        image = next((member for member in group if _suffix(member[0]) in IMAGE_SUFFIXES), None)
-        texts = {_suffix(member[0]): member for member in group}
-        text = next((texts[suffix] for suffix in TEXT_SUFFIXES if suffix in texts), None)
-        if image is None or text is None:
-            reason = NO_CAPTION if image else NO_IMAGE
-            if image or text:
-                skipped.setdefault(reason, []).append((image or text or ("", 0, 0))[0])
-            continue
-        fault = None if image[2] else ZERO_BYTES
-        try:
-            if not parse_captions(text[0], read_part(path, *text[1:])):
-                fault = EMPTY_CAPTION
-        except ValueError:
-            fault = NOT_UTF8
-        if fault:
-            skipped.setdefault(fault, []).append(image[0])
-        else:
-            samples.append([image, text])
-    return {"samples": samples, "skipped": skipped}
+        return members, False
+    return members, True
 
 
 def _key(name: str) -> str:

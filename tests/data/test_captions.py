@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import torch
 from PIL import Image
 
 from data.captions import CaptionCache, Captions, encode_caption, load_captions
+from data.files import UNREAD
 from data.loader import TextImageDataset
 from data.tokenizer import load_tokenizer
+from generation.batching import encode_prompt
 from tests.conftest import ROOT, YTTM
 
 KINDS = {"clip": None, "yttm": ROOT / YTTM}
@@ -194,3 +197,26 @@ def test_ids_of_16_bits_while_they_fit():
         captions = load_captions([("LICENSE", 0, 0)], ROOT, Wide(vocab_size))
         assert isinstance(captions, Captions) and captions.tokens.dtype == dtype
         assert captions[0][0].tolist() == [vocab_size - 1, 0, 1]
+
+
+def test_captions_are_read_as_prompts_are(tmp_path, logged):
+    """L16's vocabulary has no capitals; a prompt with some is encoded in lower case, and so is a caption."""
+    tokenizer = load_tokenizer(KINDS["yttm"])
+    texts = ["A Dog and a Cat", "\u4e00\u53ea\u72d7\u3002\na dog", "\u4e00\u53ea\u72d7 2", "a \u72d7"]
+    for number, text in enumerate(texts):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    for cache_dir in (None, tmp_path / "cache", tmp_path / "cache"):
+        dataset = TextImageDataset(tmp_path, tokenizer, text_seq_len=16, image_size=8, cache_dir=cache_dir)
+        assert [name for name, _, _ in dataset.images] == ["0.png", "1.png", "3.png"]
+        prompts = ["A Dog and a Cat", "a dog", "a \u72d7"]
+        loaded = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(text_seq_len=16))
+        for index, prompt in enumerate(prompts):
+            assert torch.equal(dataset[(3, index)][0], encode_prompt(loaded, prompt))
+        assert dataset.skipped == {UNREAD: [tmp_path / "2.png"]}
+        assert "skipped 2 captions (caption that the vocabulary cannot read)" in logged.text
+        assert "the vocabulary lacks 3 of 1" in logged.text
+    (tmp_path / "1.txt").write_text("\u72d7\n\u732b", encoding="utf-8")
+    with pytest.raises(ValueError, match="the vocabulary reads only 2 of 5 captions; use a --bpe-path"):
+        TextImageDataset(tmp_path, tokenizer, text_seq_len=16, image_size=8)
+    assert len(TextImageDataset(tmp_path, load_tokenizer(), text_seq_len=16, image_size=8)) == 4  # CLIP's reads all

@@ -40,9 +40,10 @@ def test_captions_stay_as_they_are_but_for_white_space(tmp_path):
             (123456789012345, "wide\u3000and\u2028odd\u00a0spaces\x0bhere"),
             (9, 'back\\slash | pipe, "quotes" & <b>'),
             (0, "\u2026"),
-            (7, ""),
+            (7, None),
+            ("x", "An id that is no number"),
         ],
-        images=[{"id": 139, "file_name": "elsewhere.jpg"}],
+        images=[{"id": 139, "file_name": "val2014/COCO_val2014_000000000139.jpg"}, {"id": "x", "file_name": "x.y.png"}],
     )
     source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())  # the byte order mark that some editors add
     # A machine whose own encoding is not UTF-8 must not make a difference.
@@ -53,11 +54,12 @@ def test_captions_stay_as_they_are_but_for_white_space(tmp_path):
         "000000000000.txt": "\u2026\n",
         "000000000009.txt": "bike . A dog\nCaf\u00e9 \u201cna\u00efve\u201d \u65e5\u672c\u8a9e \U0001f436 .\n"
         'back\\slash | pipe, "quotes" & <b>\n',
-        "000000000139.txt": "A man firing a .22 at 5 .\n",
         "123456789012345.txt": "wide and odd spaces here\n",
+        "COCO_val2014_000000000139.txt": "A man firing a .22 at 5 .\n",
+        "x.y.txt": "An id that is no number\n",
     }
     last_line = done.stdout.splitlines()[-1]
-    assert "6 captions of 4 images" in last_line and "2 empty" in last_line
+    assert "7 captions of 5 images" in last_line and "2 empty" in last_line
     assert done.stderr == ""  # no progress bar where nobody looks
 
 
@@ -109,7 +111,8 @@ GOOD = {"image_id": 1, "caption": "A dog."}
         (json.dumps({"annotations": [{**GOOD, "image_id": "000000000001"}]}).encode(), "000000000001"),
         (json.dumps({"annotations": [{**GOOD, "image_id": True}]}).encode(), "true"),
         (json.dumps({"annotations": [{**GOOD, "image_id": -1}]}).encode(), "-1"),
-        (json.dumps({"annotations": [{**GOOD, "caption": None}]}).encode(), "null"),
+        (json.dumps({"annotations": [{**GOOD, "caption": None}]}).encode(), "no caption"),
+        (json.dumps({"annotations": [{**GOOD, "caption": 5}]}).encode(), 'the "caption" 5, not a text'),
         (b'{"annotations": [{"image_id": 1, "caption": "half \\ud83d"}]}', "not valid Unicode"),
     ],
 )

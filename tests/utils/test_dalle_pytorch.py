@@ -72,7 +72,8 @@ def test_a_checkpoint_generates_with_a_vocabulary_given_by_path(theirs, command,
     pixels = (theirs.vae.decode(expected) * 0.5 + 0.5).clamp(0, 1)
     torch.testing.assert_close(loaded.decode(expected), pixels, atol=1e-5, rtol=0)
     ended = command(describe, path)
-    assert ended.status == 0 and "rotary_emb on" in ended.out and "dalle-pytorch 1.6.6" in ended.out, ended
+    assert ended.status == 0 and "rotary_emb on" in ended.out, ended
+    assert re.search("made by *DALLE-pytorch 1.6.6", ended.out)
 
 
 def test_angles_that_fp16_training_rounded_are_those_of_the_file(theirs, tmp_path):
