@@ -30,7 +30,7 @@ class NativeSampler:
     """The function that Backend.sampler of a NativeBackend returns."""
 
     def __init__(self, model: DALLE, backend: Any, window: Optional[int] = None):
-        self.model, self.device = model.to(backend.device).eval(), backend.device
+        self.model, self.device = backend.place(model).eval(), backend.device
         on_cpu = backend.device.type == "cpu"
         cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend five times slower in bf16
         pack = packer(backend.device, backend.dtype)
