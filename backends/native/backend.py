@@ -20,6 +20,7 @@ from torch import Tensor
 
 from backends.base import Backend, Losses, StageEstimate, Trainer, TrainingBackend
 from backends.memory import Memory
+from backends.native.gpu_attention import use_fused_attention
 from backends.native.inference import NativeSampler, decoder, encoder
 from backends.native.resilient_loader import read
 from backends.native.trainer import NativeTrainer, mean_losses
@@ -116,12 +117,19 @@ class NativeBackend(Backend):
 
     def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` with packed weights."""
-        return NativeSampler(model, self, batch_size, window)
+        return NativeSampler(model, self, window)
 
     def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
         """Return a function from batches to mean losses."""
-        model = model.to(self.device).eval()
+        model = self.place(model).eval()
         return lambda batches: mean_losses(model, batches, self)
+
+    def place(self, model: DALLE) -> DALLE:
+        """Move a model to the device and set how it attends there."""
+        model = model.to(self.device)
+        if self.kind == "cuda":
+            use_fused_attention(model, self.dtype)
+        return model
 
 
 class NativeTrainingBackend(NativeBackend, TrainingBackend):
