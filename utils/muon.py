@@ -55,16 +55,22 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(average, momentum).flatten(1)  # Nesterov's look ahead
 
 
+def has_amx() -> bool:
+    """Return whether this CPU has tile units for bf16 products; False with torch 2.0, which does not use them."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
 def _fastest_dtype(device: torch.device) -> torch.dtype:
     if device.type != "cuda":
-        return torch.float32
+        return torch.bfloat16 if has_amx() else torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """Bring all singular values of (B, n, m) matrices near 1 (between 0.7 and 1.2) by Newton–Schulz iteration.
 
-    Computes in bf16 on GPUs (fp16 before Ampere, which emulates bf16) and in fp32 elsewhere.
+    Computes in bf16 on GPUs (fp16 before Ampere, which emulates bf16) and on CPUs with AMX, where that takes a third of
+    the time, and in fp32 elsewhere.
     """
     x = matrices.to(_fastest_dtype(matrices.device))
     tall = x.shape[-2] > x.shape[-1]
