@@ -14,24 +14,26 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
-from args import vqgan_arguments
+from args import VQGAN_SIZES, vqgan_arguments
 from log import EXIT_INTERRUPTED, exit_on_bad_input, set_up
 from utils.files import atomic_write, check_writable, first_line
 
 if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
     import torch
 
-    from models.vae import VQGan
+    from models.vae import VQGan, VQGanVAE
     from models.vqgan_training import Evaluation, VQGanTrainer
 
 logger = logging.getLogger("minidalle")
 
 STATE_FILE = "vqgan_training.pt"  # in --output-dir, for --resume
+UNFINISHED = "unfinished"  # folder of a resumed run's VQGAN, until the run ends
 MEMORY_BYTES = 2 << 30  # a smaller training set is decoded once and kept in memory
 VALIDATION_PIXELS = 1 << 21  # 512 images of 64 × 64, 32 of 256 × 256
 GRID_IMAGES = 8
@@ -62,10 +64,15 @@ def train(settings: Namespace) -> None:
     settings.dataloader_workers = min(settings.dataloader_workers, os.cpu_count() or 1)
     device = pick_device(settings.device)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _fast_in_bf16(device))
-    params = vqgan_params(settings)
-    model = VQGan(params).to(device)
     output_dir = Path(settings.output_dir)
     check_writable(output_dir, "--output-dir")
+    finished = check_earlier_run(settings, output_dir)
+    if finished is not None and finished >= settings.max_steps:
+        logger.info("%s has a VQGAN of %d steps already, this run ends at %d", output_dir, finished, settings.max_steps)
+        return
+    initial = load_initial(settings) if settings.init_from else None
+    params = initial.hparams["params"] if initial is not None else vqgan_params(settings)
+    model = VQGan(params).to(device)
     images, validation_images, validation_name = read_folders(settings)
     logger.info(
         "VQGAN of %.1f million parameters: %d × %d pixels to %d × %d codes of %d; on %s in %s",
@@ -80,6 +87,9 @@ def train(settings: Namespace) -> None:
     trainer = VQGanTrainer(model, build_optimizers(model, settings), settings, device, autocast)
     if settings.decoder_of:
         load_codes(trainer, settings.decoder_of)
+    if initial is not None:
+        model.load_state_dict(initial.model.state_dict())
+        trainer.has_codebook = True
     if settings.resume and (output_dir / STATE_FILE).exists():
         resume(trainer, output_dir)
     seed_batches = math.ceil(SEED_CELLS / codes_per_side(settings) ** 2 / settings.batch_size)
@@ -92,8 +102,12 @@ def train(settings: Namespace) -> None:
         first=trainer.steps + (seed_batches if trainer.has_codebook and not settings.decoder_of else 0),
     )
 
-    def report():
-        figures = measure(model, validation_images, settings.batch_size, output_dir)
+    # A finished VQGAN keeps its place until a longer run ends.
+    place = output_dir if finished is None else output_dir / UNFINISHED
+
+    def report(place: Path) -> None:
+        place.mkdir(exist_ok=True)
+        figures = measure(model, validation_images, settings.batch_size, place)
         logger.info(
             "step %d: PSNR %.2f dB on %d %s, %d of %d codes used (perplexity %.0f)",
             trainer.steps,
@@ -104,7 +118,8 @@ def train(settings: Namespace) -> None:
             settings.n_embed,
             figures.perplexity,
         )
-        save(trainer, params, output_dir)
+        save(trainer, params, place)
+        save_state(trainer, output_dir)
 
     try:
         with tqdm(
@@ -124,13 +139,17 @@ def train(settings: Namespace) -> None:
                 if (step + 1) % SHOW_EVERY == 0 or step + 1 == settings.max_steps:
                     show(bar, losses, trainer, step)
                 if settings.eval_interval and (step + 1) % settings.eval_interval == 0 and trainer.has_codebook:
-                    report()
-        report()
+                    report(place)
+        if finished is not None:
+            move_earlier(output_dir, finished)
+        report(output_dir)
     except KeyboardInterrupt:
         if not trainer.has_codebook:
             logger.info("interrupted at step %d, before the codebook was started: nothing saved", trainer.steps)
         else:
-            save(trainer, params, output_dir)
+            place.mkdir(exist_ok=True)
+            save(trainer, params, place)
+            save_state(trainer, output_dir)
             logger.info(
                 "interrupted at step %d of %d; saved the VQGAN so far, --resume continues",
                 trainer.steps,
@@ -264,7 +283,7 @@ def measure(model: VQGan, validation: torch.Tensor, batch_size: int, output_dir:
 
 
 def save(trainer: VQGanTrainer, params: Dict[str, Any], output_dir: Path) -> None:
-    """Write vqgan.yaml and vqgan.ckpt in taming-transformers' format and STATE_FILE, each complete or not at all.
+    """Write vqgan.yaml and vqgan.ckpt in taming-transformers' format, each complete or not at all.
 
     The weights of vqgan.ckpt are rounded to values of fp16, so that a checkpoint in half precision has the same codes.
     """
@@ -280,8 +299,76 @@ def save(trainer: VQGanTrainer, params: Dict[str, Any], output_dir: Path) -> Non
         yaml.safe_dump(config, file, sort_keys=False)
     state_dict = {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
     rounded = {name: tensor.half().float() for name, tensor in state_dict.items()}
-    write(output_dir / "vqgan.ckpt", {"state_dict": rounded, "global_step": trainer.steps})
+    finished = trainer.steps >= trainer.settings.max_steps
+    write(output_dir / "vqgan.ckpt", {"state_dict": rounded, "global_step": trainer.steps, "finished": finished})
+
+
+def save_state(trainer: VQGanTrainer, output_dir: Path) -> None:
+    """Write STATE_FILE, with which --resume continues exactly."""
+    from utils.checkpoint import write
+
+    state_dict = {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
     write(output_dir / STATE_FILE, {"state_dict": state_dict, **trainer.state_dict()})
+
+
+def check_earlier_run(settings: Namespace, output_dir: Path) -> Optional[int]:
+    """Return the steps of a finished VQGAN in the folder that --resume continues; None if there is none.
+
+    Raises:
+        ValueError: the folder has a VQGAN that this run would replace.
+    """
+    import torch
+
+    path = output_dir / "vqgan.ckpt"
+    if not path.exists():
+        return None
+    if not settings.resume:
+        raise ValueError(
+            f"--output-dir {output_dir}: has the VQGAN of an earlier run; continue it with --resume, "
+            "or give another folder"
+        )
+    if not (output_dir / STATE_FILE).exists():
+        raise ValueError(
+            f"--output-dir {output_dir}: has a VQGAN without {STATE_FILE}, so it cannot be resumed; give another "
+            f"folder, and --init-from {output_dir} to fine-tune it"
+        )
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return int(saved["global_step"]) if saved.get("finished", True) else None
+    except (RuntimeError, ValueError, LookupError, UnpicklingError) as error:
+        raise ValueError(f"{path}: damaged ({first_line(error)}); remove it to resume from {STATE_FILE}") from error
+
+
+def move_earlier(output_dir: Path, steps: int) -> None:
+    """Move a finished VQGAN into a folder that is named for its steps, and remove the unfinished one."""
+    folder = output_dir / f"step_{steps}"
+    folder.mkdir(exist_ok=True)
+    for name in ("vqgan.ckpt", "vqgan.yaml", "reconstructions.png"):
+        if (output_dir / name).exists():
+            (output_dir / name).replace(folder / name)
+    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+
+
+def load_initial(settings: Namespace) -> VQGanVAE:
+    """Return the VQGAN of --init-from, and give its sizes to `settings`.
+
+    Raises:
+        ValueError: it is not a VQModel, the only kind that is trained here.
+        FileNotFoundError: there is no such file.
+    """
+    from models.vae import VQGanVAE, load_vqgan
+
+    vae = load_vqgan(settings.init_from)
+    if not isinstance(vae, VQGanVAE) or vae.hparams["target"] != "VQModel":
+        raise ValueError(
+            f"--init-from {settings.init_from}: is a {vae.hparams['target']}; only a VQModel can be trained"
+        )
+    params = vae.hparams["params"]
+    sizes = {**params["ddconfig"], **params, "image_size": vae.image_size}
+    for name in VQGAN_SIZES:
+        setattr(settings, name, sizes[name])
+    logger.info("%s: the run starts with its weights and sizes", settings.init_from)
+    return vae
 
 
 def load_codes(trainer: VQGanTrainer, folder: str) -> None:
