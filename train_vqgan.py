@@ -14,26 +14,22 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 from argparse import Namespace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
-from args import VQGAN_SIZES, vqgan_arguments
+from args import vqgan_arguments
 from log import EXIT_INTERRUPTED, exit_on_bad_input, set_up
-from utils.files import atomic_write, check_writable, first_line
+from utils.files import atomic_write, check_writable
 
 if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
     import torch
 
-    from models.vae import VQGan, VQGanVAE
+    from models.vae import VQGan
     from models.vqgan_training import Evaluation, VQGanTrainer
 
 logger = logging.getLogger("minidalle")
 
-STATE_FILE = "vqgan_training.pt"  # in --output-dir, for --resume
-UNFINISHED = "unfinished"  # folder of a resumed run's VQGAN, until the run ends
 MEMORY_BYTES = 2 << 30  # a smaller training set is decoded once and kept in memory
 VALIDATION_PIXELS = 1 << 21  # 512 images of 64 × 64, 32 of 256 × 256
 GRID_IMAGES = 8
@@ -58,6 +54,7 @@ def train(settings: Namespace) -> None:
     from data.images import endless_batches
     from models.vae import VQGan
     from models.vqgan_training import SEED_CELLS, VQGanTrainer
+    from training import vqgan_checkpoints as checkpoints
     from utils.optimization import cosine
 
     torch.manual_seed(settings.random_seed)
@@ -66,11 +63,11 @@ def train(settings: Namespace) -> None:
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _fast_in_bf16(device))
     output_dir = Path(settings.output_dir)
     check_writable(output_dir, "--output-dir")
-    finished = check_earlier_run(settings, output_dir)
+    finished = checkpoints.check_earlier_run(settings, output_dir)
     if finished is not None and finished >= settings.max_steps:
         logger.info("%s has a VQGAN of %d steps already, this run ends at %d", output_dir, finished, settings.max_steps)
         return
-    initial = load_initial(settings) if settings.init_from else None
+    initial = checkpoints.load_initial(settings) if settings.init_from else None
     params = initial.hparams["params"] if initial is not None else vqgan_params(settings)
     model = VQGan(params).to(device)
     images, validation_images, validation_name = read_folders(settings)
@@ -86,12 +83,12 @@ def train(settings: Namespace) -> None:
     autocast = torch.bfloat16 if bf16 else None
     trainer = VQGanTrainer(model, build_optimizers(model, settings), settings, device, autocast)
     if settings.decoder_of:
-        load_codes(trainer, settings.decoder_of)
+        checkpoints.load_codes(trainer, settings.decoder_of)
     if initial is not None:
         model.load_state_dict(initial.model.state_dict())
         trainer.has_codebook = True
-    if settings.resume and (output_dir / STATE_FILE).exists():
-        resume(trainer, output_dir)
+    if settings.resume and (output_dir / checkpoints.STATE_FILE).exists():
+        checkpoints.resume(trainer, output_dir)
     seed_batches = math.ceil(SEED_CELLS / codes_per_side(settings) ** 2 / settings.batch_size)
     batches = endless_batches(
         images,
@@ -103,7 +100,7 @@ def train(settings: Namespace) -> None:
     )
 
     # A finished VQGAN keeps its place until a longer run ends.
-    place = output_dir if finished is None else output_dir / UNFINISHED
+    place = output_dir if finished is None else output_dir / checkpoints.UNFINISHED
 
     def report(place: Path) -> None:
         place.mkdir(exist_ok=True)
@@ -118,8 +115,8 @@ def train(settings: Namespace) -> None:
             settings.n_embed,
             figures.perplexity,
         )
-        save(trainer, params, place)
-        save_state(trainer, output_dir)
+        checkpoints.save(trainer, params, place)
+        checkpoints.save_state(trainer, output_dir)
 
     try:
         with tqdm(
@@ -141,15 +138,15 @@ def train(settings: Namespace) -> None:
                 if settings.eval_interval and (step + 1) % settings.eval_interval == 0 and trainer.has_codebook:
                     report(place)
         if finished is not None:
-            move_earlier(output_dir, finished)
+            checkpoints.move_earlier(output_dir, finished)
         report(output_dir)
     except KeyboardInterrupt:
         if not trainer.has_codebook:
             logger.info("interrupted at step %d, before the codebook was started: nothing saved", trainer.steps)
         else:
             place.mkdir(exist_ok=True)
-            save(trainer, params, place)
-            save_state(trainer, output_dir)
+            checkpoints.save(trainer, params, place)
+            checkpoints.save_state(trainer, output_dir)
             logger.info(
                 "interrupted at step %d of %d; saved the VQGAN so far, --resume continues",
                 trainer.steps,
@@ -280,132 +277,6 @@ def measure(model: VQGan, validation: torch.Tensor, batch_size: int, output_dir:
     with atomic_write(output_dir / "reconstructions.png") as file:
         Image.fromarray(grid.numpy()).save(file, format="PNG")
     return figures
-
-
-def save(trainer: VQGanTrainer, params: Dict[str, Any], output_dir: Path) -> None:
-    """Write vqgan.yaml and vqgan.ckpt in taming-transformers' format, each complete or not at all.
-
-    The weights of vqgan.ckpt are rounded to values of fp16, so that a checkpoint in half precision has the same codes.
-    """
-    import yaml
-
-    from utils.checkpoint import write
-
-    params = dict(params, lossconfig={"target": "taming.modules.losses.DummyLoss"})
-    if params["patch_size"] == 1:
-        del params["patch_size"]  # taming's own VQModel knows no such setting
-    config = {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
-    with atomic_write(output_dir / "vqgan.yaml", text=True) as file:
-        yaml.safe_dump(config, file, sort_keys=False)
-    state_dict = {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
-    rounded = {name: tensor.half().float() for name, tensor in state_dict.items()}
-    finished = trainer.steps >= trainer.settings.max_steps
-    write(output_dir / "vqgan.ckpt", {"state_dict": rounded, "global_step": trainer.steps, "finished": finished})
-
-
-def save_state(trainer: VQGanTrainer, output_dir: Path) -> None:
-    """Write STATE_FILE, with which --resume continues exactly."""
-    from utils.checkpoint import write
-
-    state_dict = {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
-    write(output_dir / STATE_FILE, {"state_dict": state_dict, **trainer.state_dict()})
-
-
-def check_earlier_run(settings: Namespace, output_dir: Path) -> Optional[int]:
-    """Return the steps of a finished VQGAN in the folder that --resume continues; None if there is none.
-
-    Raises:
-        ValueError: the folder has a VQGAN that this run would replace.
-    """
-    import torch
-
-    path = output_dir / "vqgan.ckpt"
-    if not path.exists():
-        return None
-    if not settings.resume:
-        raise ValueError(
-            f"--output-dir {output_dir}: has the VQGAN of an earlier run; continue it with --resume, "
-            "or give another folder"
-        )
-    if not (output_dir / STATE_FILE).exists():
-        raise ValueError(
-            f"--output-dir {output_dir}: has a VQGAN without {STATE_FILE}, so it cannot be resumed; give another "
-            f"folder, and --init-from {output_dir} to fine-tune it"
-        )
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return int(saved["global_step"]) if saved.get("finished", True) else None
-    except (RuntimeError, ValueError, LookupError, UnpicklingError) as error:
-        raise ValueError(f"{path}: damaged ({first_line(error)}); remove it to resume from {STATE_FILE}") from error
-
-
-def move_earlier(output_dir: Path, steps: int) -> None:
-    """Move a finished VQGAN into a folder that is named for its steps, and remove the unfinished one."""
-    folder = output_dir / f"step_{steps}"
-    folder.mkdir(exist_ok=True)
-    for name in ("vqgan.ckpt", "vqgan.yaml", "reconstructions.png"):
-        if (output_dir / name).exists():
-            (output_dir / name).replace(folder / name)
-    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
-
-
-def load_initial(settings: Namespace) -> VQGanVAE:
-    """Return the VQGAN of --init-from, and give its sizes to `settings`.
-
-    Raises:
-        ValueError: it is not a VQModel, the only kind that is trained here.
-        FileNotFoundError: there is no such file.
-    """
-    from models.vae import VQGanVAE, load_vqgan
-
-    vae = load_vqgan(settings.init_from)
-    if not isinstance(vae, VQGanVAE) or vae.hparams["target"] != "VQModel":
-        raise ValueError(
-            f"--init-from {settings.init_from}: is a {vae.hparams['target']}; only a VQModel can be trained"
-        )
-    params = vae.hparams["params"]
-    sizes = {**params["ddconfig"], **params, "image_size": vae.image_size}
-    for name in VQGAN_SIZES:
-        setattr(settings, name, sizes[name])
-    logger.info("%s: the run starts with its weights and sizes", settings.init_from)
-    return vae
-
-
-def load_codes(trainer: VQGanTrainer, folder: str) -> None:
-    """Begin with the weights of a trained VQGAN of the same shape, whose codes are to stay.
-
-    Raises:
-        ValueError: it has another shape.
-        FileNotFoundError: the folder has no VQGAN.
-    """
-    from models.vae import load_vqgan
-
-    try:
-        trainer.model.load_state_dict(load_vqgan(folder).model.state_dict())
-    except RuntimeError as error:
-        raise ValueError(f"--decoder-of {folder}: its VQGAN has another shape ({first_line(error)})") from error
-    trainer.has_codebook = True
-
-
-def resume(trainer: VQGanTrainer, output_dir: Path) -> None:
-    """Load weights and training state of a stopped run.
-
-    Raises:
-        ValueError: the file is damaged, or of a VQGAN of another shape.
-    """
-    import torch
-
-    path = output_dir / STATE_FILE
-    try:
-        state = torch.load(path, map_location=trainer.device, weights_only=True)
-        trainer.model.load_state_dict(state["state_dict"])
-        trainer.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError, UnpicklingError) as error:
-        reason = first_line(error)
-        raise ValueError(
-            f"--resume: {path} is not of this VQGAN; use the flags it was begun with ({reason})"
-        ) from error
-    logger.info("resumed at step %d of %d", trainer.steps, trainer.settings.max_steps)
 
 
 if __name__ == "__main__":
