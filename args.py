@@ -5,7 +5,7 @@ or a checkpoint is checked when it is read.
 """
 
 import argparse
-from typing import Optional, Sequence, Set, Tuple
+from typing import List, Optional, Sequence, Set, Tuple, Union
 
 from utils.command_line import (
     COUNT,
@@ -52,6 +52,11 @@ def attention_types(text: str) -> Tuple[str, ...]:
         if name not in ATTENTION_TYPES:
             raise argparse.ArgumentTypeError(f"must be of {', '.join(ATTENTION_TYPES)}, not '{name}'")
     return names
+
+
+def layer_counts(text: str) -> List[Union[int, str]]:
+    """Parse numbers of layers, or "auto"."""
+    return ["auto"] if text == "auto" else list_of(NATURAL)(text)
 
 
 def train_parser() -> Parser:
@@ -144,7 +149,7 @@ def train_parser() -> Parser:
     add("optimizer-state-offchip", False, "keep optimizer state in streaming memory", bool)
     add("embedding-serialization-factor", 1, "pieces in which text embedding and head are computed", COUNT)
     add("ipus-per-replica", 1, "IPUs that hold one copy of the model", COUNT)
-    add("layers-per-ipu", None, "layers on each IPU, such as 0,6,6,4", list_of(NATURAL), nargs="+")
+    add("layers-per-ipu", None, "layers on each IPU, such as 0,6,6,4; auto: balanced", layer_counts, nargs="+")
     add("cls-ipu-id", None, "IPU of the head; none: the last", NATURAL)
     add("embedding-ipu-id", 0, "IPU of the image embedding", NATURAL)
     add(
@@ -171,7 +176,12 @@ def vqgan_parser() -> Parser:
     parser = Parser("Train a VQGAN, the image tokenizer, on a folder of images.", usage="--config NAME [flags]")
     add = parser.heading("Everyday flags")
     config_flag(add)
-    add("input-folder", None, "folder of images (png, jpg, jpeg, bmp), searched recursively", path)
+    add(
+        "input-folder",
+        None,
+        "folder of images, searched recursively, or any form of data that train.py takes",
+        path,
+    )
     add("output-dir", "./output/vqgan", "folder for vqgan.ckpt, vqgan.yaml and reconstructions.png", path)
     add("batch-size", 8, "images in one update", COUNT)
     add("max-steps", 100000, "updates", COUNT)
@@ -231,6 +241,10 @@ def train_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = train_parser()
     settings = parse(parser, argv)
     ipus, layers = settings.ipus_per_replica, settings.layers_per_ipu
+    if layers is not None and "auto" in layers:
+        if len(layers) > 1:
+            refuse(parser, "layers-per-ipu", "give auto alone, or a number for each IPU")
+        settings.layers_per_ipu, layers = "auto", None
     proportions = len(settings.matmul_proportion)
     if layers is not None and sum(layers) != settings.num_hidden_layers:
         refuse(

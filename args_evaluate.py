@@ -22,9 +22,7 @@ def evaluate_parser():
     )
     add = parser.heading("What to measure")
     add("dalle-path", None, "checkpoint of train.py", required=True)
-    add(
-        "input-folder", None, "images and .txt captions to measure losses and reconstructions on, paired as in train.py"
-    )
+    add("input-folder", None, "images and captions to measure losses and reconstructions on, as train.py takes them")
     add("nearest", None, "images that the model was trained on; shows which are nearest to generated ones")
     add("max-pairs", None, "use at most this many pairs, spread over the folder", COUNT)
     add("truncate-captions", None, "cut captions that are too long; none: as in training", bool)

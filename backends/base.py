@@ -4,7 +4,7 @@ Micro-batches, replicas, precision and the update differ between an IPU pod and 
 """
 
 from argparse import Namespace
-from typing import Any, Callable, ContextManager, Dict, Iterable, List, Optional, Protocol, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,22 @@ Losses = Dict[str, float]  # total, text and image loss, in nats
 
 class SamplesLost(OSError):
     """The loader can give no more samples; the message is one line."""
+
+
+class StageEstimate(NamedTuple):
+    """What a pipeline stage needs, by arithmetic.
+
+    Attributes:
+        ipu: number of its IPU.
+        memory: bytes by kind.
+        capacity: bytes of the IPU, which several stages may share.
+        seconds: of a micro-batch, forward and backward, at the IPU's peak.
+    """
+
+    ipu: int
+    memory: Dict[str, float]
+    capacity: float
+    seconds: float
 
 
 class Trainer(Protocol):
@@ -135,12 +151,16 @@ class TrainingBackend(Backend, Protocol):
     def any_process(self, wish: bool) -> bool:
         """Return whether any process wishes it; every process must call this."""
 
-    def loader(self, dataset: Any, order: Sequence[List[Any]]) -> Iterable:
-        """Yield batches; each has the samples of one step.
+    def evaluation_samples(self, count: int) -> int:
+        """Return how many samples of this process a batch should have to evaluate `count` samples."""
+
+    def loader(self, dataset: Any, order: Sequence[List[Any]], samples: Optional[int] = None) -> Iterable:
+        """Yield batches; each has the samples of one step, or of one evaluation.
 
         Args:
             dataset: key → (text, image).
-            order: lists of `samples_per_step` keys, one list per step.
+            order: lists of keys, one list for each batch.
+            samples: of a batch; None: samples_per_step. Machines with fixed shapes fill up batches that have fewer.
 
         Raises:
             SamplesLost: the next batch, or a part of it, cannot be read.
@@ -149,5 +169,5 @@ class TrainingBackend(Backend, Protocol):
     def trainer(self, model: DALLE) -> Trainer:
         """Return a trainer for this model."""
 
-    def stage_memory(self, weights: Dict[str, Tensor]) -> List[Tuple[int, Dict[str, float]]]:
-        """Estimate each pipeline stage's memory: (IPU number, {part: bytes}); empty without a pipeline."""
+    def stage_estimates(self) -> List[StageEstimate]:
+        """Return what each pipeline stage of the last trainer needs; empty without a pipeline."""

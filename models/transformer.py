@@ -137,7 +137,8 @@ class Attention(nn.Module):
     """Multi-head attention of one pattern.
 
     Attributes:
-        attend: the attention of a pass without a cache; models/pipeline_dalle.py sets equivalents that fit an IPU.
+        attend: the attention of a pass from the first position on. The default is attend; models/pipeline_dalle.py
+            sets equivalents that fit an IPU, backends/native/gpu_attention.py those with a GPU's fused kernels.
     """
 
     mask: Tensor  # bool (N, N)
@@ -162,11 +163,11 @@ class Attention(nn.Module):
         qkv = self.to_qkv(x).view(batch, length, 3, self.heads, self.dim_head).permute(2, 0, 3, 1, 4)
         query, keys, values = qkv if rotation is None else rotate(qkv, rotation)  # (B, H, n, D) each
         dropout = self.dropout if self.training else 0.0
-        if cache is None:
-            out = self.attend(query, keys, values, self.mask[:length, :length], dropout)
-        else:
+        mask = self.mask[:length, :length]
+        if cache is not None:
             keys, values, mask = cache.append(keys, values, self.mask, start)
-            out = attend(query, keys, values, mask, dropout)
+        compute = self.attend if cache is None or not start else attend
+        out = compute(query, keys, values, mask, dropout)
         return self.to_out(out.transpose(1, 2).reshape(batch, length, self.heads * self.dim_head))
 
 

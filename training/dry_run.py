@@ -7,7 +7,7 @@ import os
 import shutil
 import statistics
 import time
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import torch
 
@@ -16,6 +16,7 @@ from data.order import RunOrder
 from training import checkpoints
 
 if TYPE_CHECKING:
+    from backends.base import StageEstimate
     from backends.memory import Memory
     from training.run import Run
 
@@ -52,9 +53,9 @@ def measure(run: Run) -> Iterator[Tuple[str, str]]:
     encoding = describe_encoding(run)
     if encoding:
         yield "codes", encoding
-    for number, (ipu, parts) in enumerate(run.backend.stage_memory(weights)):
-        total = format_bytes(sum(parts.values()))
-        yield f"stage {number}", f"on IPU {ipu}, {total} without activations: {_list_sizes(parts)}"
+    estimates = run.backend.stage_estimates()
+    for number, stage in enumerate(estimates):
+        yield f"stage {number}", describe_stage(stage, [other for other in estimates if other.ipu == stage.ipu])
     if run.backend.compile_only:
         yield "time", "unknown without a device"
     else:
@@ -107,6 +108,18 @@ def describe_encoding(run: Run) -> Optional[str]:
         return text
     each = min(seconds[1:])  # the first is slower
     return f"{text}: about {format_seconds(missing * each)} ({each:.3g} s an image, measured)"
+
+
+def describe_stage(stage: StageEstimate, of_ipu: Sequence[StageEstimate]) -> str:
+    """Describe a pipeline stage, and the memory of its IPU with all its stages."""
+    needed = sum(sum(other.memory.values()) for other in of_ipu)
+    shared = f" MB with its {len(of_ipu)} stages" if len(of_ipu) > 1 else ""
+    enough = "" if needed < stage.capacity else "; NOT ENOUGH"
+    parts = ", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in stage.memory.items() if size)
+    return (
+        f"on IPU {stage.ipu}, {needed / 1e6:.3g}{shared} of {stage.capacity / 1e6:.3g} MB, calculated without code"
+        f"{enough}: {parts}; at least {1000 * stage.seconds:.3g} ms a micro-batch"
+    )
 
 
 def time_steps(run: Run, weights: Dict[str, torch.Tensor]) -> Tuple[float, Optional[str]]:

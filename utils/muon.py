@@ -31,28 +31,31 @@ class Muon(torch.optim.Optimizer):
         """Make one update; `closure` is not used."""
         for group in self.param_groups:
             # By shape: momenta of one shape are orthogonalized together.
-            shapes: Dict[Tuple[int, ...], List[Tuple[torch.Tensor, torch.Tensor]]] = {}
+            shapes: Dict[Tuple[int, ...], List[torch.Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    momentum = self._momentum(parameter, parameter.grad, group["momentum"])
-                    shapes.setdefault(momentum.shape, []).append((parameter, momentum))
-            for (rows, columns), pairs in shapes.items():
-                updates = self.orthogonal([momentum for _, momentum in pairs])
-                lr = group["lr"] * ADAM_RMS * max(rows, columns) ** 0.5
-                for (parameter, _), update in zip(pairs, updates):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.view_as(parameter), alpha=-lr)
+                    shapes.setdefault(parameter.flatten(1).shape, []).append(parameter)
+            for (rows, columns), parameters in shapes.items():
+                momenta = self._momenta(parameters, group["momentum"])
+                updates = [new.view_as(old) for new, old in zip(self.orthogonal(momenta), parameters)]
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, updates, alpha=-group["lr"] * ADAM_RMS * max(rows, columns) ** 0.5)
 
     def orthogonal(self, momenta: List[torch.Tensor]) -> Iterable[torch.Tensor]:
         """Orthogonalize matrices of one shape."""
         return orthogonal(torch.stack(momenta))
 
-    def _momentum(self, parameter: torch.Tensor, gradient: torch.Tensor, momentum: float) -> torch.Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(average, momentum).flatten(1)  # Nesterov's look ahead
+    def _momenta(self, parameters: List[torch.Tensor], momentum: float) -> List[torch.Tensor]:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        gradients: List[Any] = [parameter.grad for parameter in parameters]
+        torch._foreach_mul_(averages, momentum)
+        torch._foreach_add_(averages, gradients, alpha=1 - momentum)
+        ahead = torch._foreach_mul(gradients, 1 - momentum)  # Nesterov's
+        torch._foreach_add_(ahead, averages, alpha=momentum)
+        return [x.flatten(1) for x in ahead]
 
 
 def has_amx() -> bool:

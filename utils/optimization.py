@@ -45,15 +45,15 @@ def convert_ipu_state(
 
     Raises:
         LookupError: a parameter of the model has no moments there.
-        ValueError: the pieces of a split embedding do not fit, or nothing counts the steps (an AdamW without bias
-            correction).
+        ValueError: the pieces of a split embedding do not fit.
     """
     parts: Dict[str, Dict[str, torch.Tensor]] = {"Accl1": {}, "Accl2": {}, "Step": {}}
     for key, value in ipu_state.items():
         moment, _, name = key.partition("___")
         # models.pipeline_dalle and the reference application name the pieces of a split embedding differently.
-        parts[moment][re.sub(r"\.piece_(\d+)$", r".split_embeddings.\1.weight", name)] = value
-    step = max(float(value.flatten()[0]) for value in parts["Step"].values())
+        parts.setdefault(moment, {})[re.sub(r"\.piece_(\d+)$", r".split_embeddings.\1.weight", name)] = value
+    # Without bias correction, nothing counts the steps there; after so many, torch corrects nothing, either.
+    step = max((float(value.flatten()[0]) for value in parts["Step"].values()), default=1e6)
     first, second = model_weights(parts["Accl1"]), model_weights(parts["Accl2"])
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

@@ -5,10 +5,10 @@ tests use a strict stand-in for PopTorch and check the operators in use.
 """
 
 import contextlib
-import copy
 import functools
 import importlib.util
 import logging
+import math
 import os
 from argparse import Namespace
 from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type
@@ -16,7 +16,7 @@ from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List
 import torch
 from torch import Tensor, nn
 
-from backends.base import Backend, Losses, SamplesLost, Trainer, TrainingBackend
+from backends.base import Backend, Losses, StageEstimate, Trainer, TrainingBackend
 from backends.ipu import estimates
 from backends.ipu.inference import (
     DeviceLosses,
@@ -26,13 +26,14 @@ from backends.ipu.inference import (
     RowByRow,
     VqganDecoder,
     decode_upper_rows,
+    explain_loader_errors,
+    inference_copy,
 )
 from backends.ipu.trainer import IpuTrainer
-from backends.native.resilient_loader import MEMORY_ADVICE, explain_dead_worker, last_line
 from backends.native.trainer import ADAM_EPS
 from models.dalle import DALLE
 from models.image_tokenizer import ImageTokenizer
-from models.pipeline_dalle import placement, stages, unshare_masks
+from models.pipeline_dalle import Placement, check_micro_batches, placement, stages
 from utils import interrupts
 from utils.files import check_writable
 from utils.optimization import parameter_groups
@@ -181,7 +182,7 @@ class IpuBackend(Backend):
 
     def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
         """Return a function from batches to mean losses, on one IPU, row by row so that no batch has to be padded."""
-        losses = self._row_by_row("evaluator", DeviceLosses(self._inference_copy(model)))
+        losses = self._row_by_row("evaluator", DeviceLosses(inference_copy(model, self.number_size(model))))
 
         def evaluate(batches: Iterable[Tuple[Tensor, Tensor]]) -> Losses:
             self.release("encoder")
@@ -197,14 +198,6 @@ class IpuBackend(Backend):
             self.precision == "auto" and 4 * estimates.trained_parameters(model) > FP32_WEIGHTS
         )
         return 2 if half else 4
-
-    def _inference_copy(self, model: DALLE) -> DALLE:
-        """Return a copy of a DALLE for one IPU: without its VQGAN, in fp16 or fp32."""
-        half = self.number_size(model) == 2
-        logger.info("running on an IPU in %s", "fp16" if half else "fp32")
-        model = copy.deepcopy(model, {id(model.vae): None}).eval()
-        unshare_masks(model)
-        return model.half() if half else model
 
     def encode(self, vae: ImageTokenizer) -> Callable[[Tensor], Tensor]:
         """Return a function from pixels to codes, in fp32, so that codes equal those of other machines."""
@@ -227,12 +220,12 @@ class IpuBackend(Backend):
             raise ValueError("PopRun: generating needs as many --num-instances as --num-replicas")
         operators = {"loop": poptorch.for_loop, "update": poptorch.dynamic_update}
         sampler = DeviceSampler(
-            self._inference_copy(model), batch_size, functools.partial(self.program, "sampler"), operators
+            inference_copy(model, self.number_size(model)),
+            batch_size,
+            functools.partial(self.program, "sampler"),
+            operators,
         )
-        memory = estimates.sampler_memory(model, sampler.rows, self.number_size(model))
-        parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in memory.items())
-        share = f"{sum(memory.values()) / 1e6:.0f} of {estimates.MEMORY / 1e6:.0f} MB"
-        logger.info("%d sequences a call (a guided image is two): about %s of an IPU: %s", sampler.rows, share, parts)
+        logger.info(estimates.describe_sampler(model, sampler.rows, self.number_size(model)))
         return sampler
 
     def _row_by_row(self, role: str, module: nn.Module) -> RowByRow:
@@ -253,42 +246,52 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
         self.settings, self.compile_only = settings, settings.compile_only
         self.ipus_per_replica = settings.ipus_per_replica
         self.half = settings.precision == "fp16" or (settings.precision == "auto" and settings.fp16 is True)
-        depth, ipus = settings.num_hidden_layers, settings.ipus_per_replica
-        evenly = [depth * (ipu + 1) // ipus - depth * ipu // ipus for ipu in range(ipus)]
-        self.places = placement(
-            depth,
-            layers_per_ipu=settings.layers_per_ipu or evenly,
-            embedding_ipu_id=settings.embedding_ipu_id,
-            cls_ipu_id=settings.cls_ipu_id,
-            pixels=settings.no_codes_cache,
-        )
-        self.stages = stages(self.places)
-        least = 2 * len(self.stages) - 1
-        if settings.gradient_accumulation < least:
-            raise ValueError(
-                f"--gradient-accumulation {settings.gradient_accumulation}: a pipeline of {len(self.stages)} stages "
-                f"needs {least} micro-batches or more per update"
-            )
+        self.training = estimates.training_of(settings, self.half, self.instances.all_replicas)
+        self.places: Placement = []
+        self.costs: Dict[str, estimates.Cost] = {}
+        if settings.layers_per_ipu != "auto":
+            depth, ipus = settings.num_hidden_layers, settings.ipus_per_replica
+            evenly = [depth * (ipu + 1) // ipus - depth * ipu // ipus for ipu in range(ipus)]
+            self.place(settings.layers_per_ipu or evenly)
         if settings.profile_dir:
             check_writable(settings.profile_dir, "--profile-dir")
         self.batch_size = settings.batch_size
         self.micro_batches = settings.gradient_accumulation * self.instances.replicas * settings.device_iterations
         self.samples_per_step = self.batch_size * self.micro_batches
 
+    def place(self, layers_per_ipu: Sequence[int]) -> None:
+        """Place the modules on IPUs; ValueError if the pipeline gets too few micro-batches."""
+        settings = self.settings
+        self.places = placement(
+            settings.num_hidden_layers,
+            layers_per_ipu=layers_per_ipu,
+            embedding_ipu_id=settings.embedding_ipu_id,
+            cls_ipu_id=settings.cls_ipu_id,
+            pixels=settings.no_codes_cache,
+        )
+        check_micro_batches(self.places, settings.gradient_accumulation)
+
     def any_process(self, wish: bool) -> bool:
         """Return whether any instance wishes it."""
         return self.instances.mean([float(wish)])[0] > 0
 
-    def options(self, training: bool = True) -> Any:
-        """Return poptorch.Options of a model that trains, or of one that evaluates as many samples per call."""
+    def evaluation_samples(self, count: int) -> int:
+        """Return the samples of a call: as many micro-batches as the count fills, up to those of a step."""
+        at_once = self.batch_size * self.instances.replicas
+        needed = math.ceil(count / at_once)
+        calls = math.ceil(needed / (self.samples_per_step // at_once))
+        return at_once * max(math.ceil(needed / calls), len(stages(self.places)))  # a pipeline must be filled
+
+    def options(self, evaluated: int = 0) -> Any:
+        """Return poptorch.Options of a model that trains, or that evaluates this number of samples per call."""
         import poptorch
 
         settings = self.settings
         options = self.instances.options(settings.ipus_per_replica)
         options.autoRoundNumIPUs(True)
-        accumulation = settings.gradient_accumulation if training else 1
-        options.Training.gradientAccumulation(accumulation)
-        options.deviceIterations(settings.device_iterations * settings.gradient_accumulation // accumulation)
+        options.Training.gradientAccumulation(1 if evaluated else settings.gradient_accumulation)
+        iterations = evaluated // (self.batch_size * self.instances.replicas)
+        options.deviceIterations(iterations or settings.device_iterations)
         options.randomSeed(settings.random_seed)
         # The default, Final, would return the losses of the last micro-batch out of thousands.
         options.outputMode(poptorch.OutputMode.Sum)
@@ -298,7 +301,7 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
             proportions = proportions * settings.ipus_per_replica
         options.setAvailableMemoryProportion({f"IPU{ipu}": share for ipu, share in enumerate(proportions)})
         options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
-        if settings.enable_als and training:
+        if settings.enable_als and not evaluated:
             options.Training.setAutomaticLossScaling(True)
         options.Precision.enableStochasticRounding(settings.stochastic_rounding)
         options.Precision.setPartialsType(torch.float16 if settings.enable_half_partials else torch.float32)
@@ -319,66 +322,53 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
             options.useOfflineIpuTarget(ipu_version=2)
         return options
 
-    def loader(self, dataset: Any, order: Sequence[List[Any]]) -> Iterator[Any]:
-        """Yield batches of text and image, samples_per_step rows each; PopTorch overwrites a batch later."""
+    def loader(self, dataset: Any, order: Sequence[List[Any]], samples: Optional[int] = None) -> Iterator[Any]:
+        """Yield batches of text and image, of `samples` or samples_per_step; PopTorch overwrites a batch later."""
         import poptorch
 
+        rows = samples or self.samples_per_step
         workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would compete for cores
         modes = poptorch.DataLoaderMode
         mode, rebatching = modes.Async if self.settings.async_dataloader else modes.Sync, {}
-        if mode == modes.Async and self.samples_per_step > 1:  # workers share the thousands of samples of a step
-            mode, rebatching = modes.AsyncRebatched, {"rebatched_worker_size": min(SHARE, self.samples_per_step)}
-        batches = poptorch.DataLoader(
-            self.options(),
-            OrderedSamples(dataset, order, self.samples_per_step),
-            batch_size=self.batch_size,
-            shuffle=False,
-            num_workers=workers,
-            drop_last=True,
-            auto_distributed_partitioning=False,  # the order holds only this instance's samples
-            mode=mode,
-            worker_init_fn=interrupts.ignore_interrupts_in_worker,
-            **rebatching,
-        )
-        try:
-            for batch in batches:
-                with interrupts.defer_sigchld():
-                    yield batch
-        except (RuntimeError, ConnectionError) as error:
-            raise SamplesLost(explain_dead_worker(error, dataset)[0] + MEMORY_ADVICE) from None
-        except (ValueError, OSError) as error:
-            raise SamplesLost(last_line(error)) from None
-        except AssertionError as error:  # raised by PopTorch after its loader's process has logged the reason
-            raise SamplesLost(f"samples could not be read ({error})") from None
-        finally:
-            batches.terminate()
+        if mode == modes.Async and rows > 1:  # workers share the thousands of samples of a step
+            mode, rebatching = modes.AsyncRebatched, {"rebatched_worker_size": min(SHARE, rows)}
+        with explain_loader_errors(dataset, poptorch.Error):
+            batches = poptorch.DataLoader(
+                self.options(samples or 0),
+                OrderedSamples(dataset, order, rows),
+                batch_size=self.batch_size,
+                shuffle=False,
+                num_workers=workers,
+                drop_last=True,
+                auto_distributed_partitioning=False,  # the order holds only this instance's samples
+                mode=mode,
+                worker_init_fn=interrupts.ignore_interrupts_in_worker,
+                **rebatching,
+            )
+            try:
+                for batch in batches:
+                    with interrupts.defer_sigchld():
+                        yield batch
+            finally:
+                batches.terminate()
 
     def trainer(self, model: DALLE) -> Trainer:
         """Return a trainer for this model, which stays as it is."""
         logger.info("training on IPUs in %s", "fp16" if self.half else "fp32")
-        for number, (ipu, modules) in enumerate(self.stages):
-            names = [modules[0], "…", modules[-1]] if len(modules) > 3 else modules
-            logger.info("stage %d on IPU %d: %s", number, ipu, " ".join(names))
+        settings = self.settings
+        self.costs = estimates.module_costs(model, self.training, pixels=settings.no_codes_cache)
+        if settings.layers_per_ipu == "auto":
+            settings.layers_per_ipu = estimates.balanced_layers(self.costs, self.training, settings)
+            self.place(settings.layers_per_ipu)
+            logger.info("--layers-per-ipu auto: %s", ",".join(map(str, settings.layers_per_ipu)))
+        for number, (ipu, modules) in enumerate(stages(self.places)):
+            shown = [modules[0], "…", modules[-1]] if len(modules) > 3 else modules
+            logger.info("stage %d on IPU %d: %s", number, ipu, " ".join(shown))
         return IpuTrainer(model, self)
 
-    def stage_memory(self, weights: Dict[str, Tensor]) -> List[Tuple[int, Dict[str, float]]]:
-        """Estimate each stage's memory from the settings: (IPU number, {part: bytes}), without activations."""
-        settings = self.settings
-        weight = 2 if self.half else 4
-        moments = 0.0 if settings.optimizer_state_offchip else 6 if settings.enable_half_first_order_momentum else 8
-        moments = moments / self.instances.all_replicas if settings.enable_rts else moments
-        stage_of = {module: number for number, (_, modules) in enumerate(self.stages) for module in modules}
-        trained, frozen = [0] * len(self.stages), [0] * len(self.stages)
-        for name, tensor in weights.items():
-            stage = next((stage for module, stage in stage_of.items() if name.startswith(f"{module}.")), 0)
-            if not name.startswith("vae."):
-                trained[stage] += tensor.numel()
-            elif settings.no_codes_cache:
-                frozen[stage] += tensor.numel()
-        return [
-            (ipu, {"weights": (count + more) * weight, "gradients": count * weight, "optimizer": count * moments})
-            for (ipu, _), count, more in zip(self.stages, trained, frozen)
-        ]
+    def stage_estimates(self) -> List[StageEstimate]:
+        """Return what each stage of the last trainer needs."""
+        return estimates.estimate_stages(self.places, self.costs, self.training)
 
     def optimizer(self, model: nn.Module) -> Any:
         """Return PopTorch's Adam or AdamW; flags not passed to it become constants of the compiled program."""
@@ -403,8 +393,8 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
 
         return poptorch.trainingModel(model, options=self.options(), optimizer=optimizer)
 
-    def evaluation_model(self, model: nn.Module) -> Any:
-        """Return the program that computes the losses of as many samples per call, on the IPUs that train."""
+    def evaluation_model(self, model: nn.Module, samples: int) -> Any:
+        """Return the program that computes the losses of `samples` per call, on the IPUs that train."""
         import poptorch
 
-        return poptorch.inferenceModel(model.eval(), self.options(training=False))
+        return poptorch.inferenceModel(model.eval(), self.options(samples))

@@ -1,15 +1,20 @@
 """Estimate memory and time of a model on IPUs by arithmetic, without code, constants and what a compiler adds."""
 
-from typing import Dict, List, NamedTuple, Sequence
+import copy
+from argparse import Namespace
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
+import torch
 from torch import nn
 
+from backends.base import StageEstimate
 from models.dalle import DALLE
 from models.pipeline_dalle import AxialAttention, Placement, axial_attention, stages
 
 MEMORY = 1472 * 624 * 1024  # bytes of a Mk2 IPU
 PEAK = {2: 250e12, 4: 62.5e12}  # operations per second of a Mk2 IPU, by bytes of a number
 SAMPLER_SHARE = 0.6  # of the memory that a sampler's tensors may take; the rest is for code and temporary values
+LAYERS_SHARE = 0.9  # of the memory that a stage's tensors may take if --layers-per-ipu auto places layers
 MAX_SEQUENCES = 32  # of a sampler's call, from which on more are no faster
 
 
@@ -23,6 +28,16 @@ def sampler_memory(model: DALLE, sequences: int, size: int) -> Dict[str, int]:
         "keys and values": 2 * layers * positions * inner * size * sequences,
         "noise": 4 * model.image_seq_len * model.num_image_tokens * sequences,
     }
+
+
+def describe_sampler(model: DALLE, sequences: int, size: int) -> str:
+    """Return a line on what a sampler computes in a call and takes of an IPU's memory."""
+    memory = sampler_memory(model, sequences, size)
+    parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in memory.items())
+    return (
+        f"{sequences} sequences a call (a guided image is two): about {sum(memory.values()) / 1e6:.0f} of "
+        f"{MEMORY / 1e6:.0f} MB of an IPU: {parts}"
+    )
 
 
 def sampler_sequences(model: DALLE, size: int) -> int:
@@ -44,7 +59,7 @@ class Cost(NamedTuple):
     Attributes:
         parameters: trained ones.
         frozen: parameters that are not trained.
-        operations: multiplications and additions of a micro-batch's forward pass.
+        operations: multiplications and additions of a micro-batch, forward and backward.
         kept: bytes of a micro-batch that are kept for the backward pass.
         temporary: bytes that are alive at once in the backward pass.
     """
@@ -57,81 +72,105 @@ class Cost(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What decides a stage's memory in training: bytes of a number, of Adam's moments per parameter, and the batch."""
+    """What decides memory and time besides the model.
+
+    Attributes:
+        size: bytes of a number.
+        moments: bytes of the optimizer's state per parameter.
+        batch_size: samples of a micro-batch.
+    """
 
     size: int
     moments: float
     batch_size: int
 
 
-class Stage(NamedTuple):
-    """The estimate of one pipeline stage.
+def training_of(settings: Namespace, half: bool, replicas: int) -> Training:
+    """Return what train.py's flags decide; `replicas` may share the optimizer's state."""
+    moments = 0.0 if settings.optimizer_state_offchip else 6 if settings.enable_half_first_order_momentum else 8
+    return Training(2 if half else 4, moments / replicas if settings.enable_rts else moments, settings.batch_size)
 
-    Attributes:
-        memory: bytes by kind.
-        seconds: of a micro-batch, forward and backward, at the IPU's peak; without the VQGAN.
+
+# Forward, forward once more, because activations are recomputed, and twice as much for the gradients.
+PASSES = 4
+
+
+def module_costs(model: DALLE, training: Training, pixels: bool) -> Dict[str, Cost]:
+    """Return the costs of the modules that a placement names; the rest, such as positions, has the name "".
+
+    Args:
+        pixels: whether the VQGAN encodes in every step.
     """
-
-    ipu: int
-    memory: Dict[str, float]
-    seconds: float
-
-
-def module_costs(model: DALLE, modules: Sequence[str], training: Training) -> Dict[str, Cost]:
-    """Return the cost of each module of a placement, by its name."""
     batch, size = training.batch_size, training.size
     positions, dim = model.text_seq_len + model.image_seq_len, model.text_emb.embedding_dim
     activation = batch * positions * dim * size  # bytes
     logits = batch * (model.text_seq_len * model.num_text_tokens + model.image_seq_len * model.num_image_tokens)
     costs = {}
-    for name in modules:
+    layers = [f"transformer.layers.{number}" for number in range(len(model.transformer.layers))]
+    for name in [*(["vae"] if pixels else []), "text_emb", "image_emb", *layers, "to_logits"]:
         module = model.get_submodule(name)
         parameters = trained_parameters(module)
         if name == "vae":
-            costs[name] = Cost(0, sum(parameter.numel() for parameter in module.parameters()))
+            encoder = encoder_cost(module)
+            costs[name] = encoder._replace(operations=batch * encoder.operations)
         elif name == "to_logits":
             # Logits and their gradient, and both of their log-softmax in fp32.
-            costs[name] = Cost(parameters, 0, 2 * logits * dim, 0, logits * 2 * (size + 4))
+            costs[name] = Cost(parameters, 0, PASSES * 2 * logits * dim, 0, logits * 2 * (size + 4))
         elif name.startswith("transformer."):
             costs[name] = layer_cost(module, parameters, activation, model, training)
         else:
             costs[name] = Cost(parameters, 0, 0, activation, 2 * activation)
+    costs[""] = Cost(trained_parameters(model) - sum(cost.parameters for cost in costs.values()))
     return costs
 
 
-def layer_cost(layer: nn.Module, parameters: int, activation: int, model: DALLE, training: Training) -> Cost:
+def layer_cost(layer: Any, parameters: int, activation: int, model: DALLE, training: Training) -> Cost:
     """Return a layer's cost; `activation` is the bytes of its output."""
-    attention = layer[0].fn.fn  # type: ignore[index]
-    size, rows = training.size, activation // training.size // model.text_emb.embedding_dim
-    inner = attention.heads * attention.dim_head
-    axial = axial_attention(attention.mask, model.text_seq_len + 1, model.fmap_size)
-    visible = AxialAttention.scores(model.text_seq_len + 1, model.fmap_size) if axial else attention.mask.numel()
-    scores = training.batch_size * attention.heads * visible
-    # Three tensors of scores: before the softmax, after it, and a gradient.
-    attending = 3 * size * scores + 4 * rows * inner * size
-    feeding = 2 * 12 * activation  # 8·dim before and 4·dim after the gate, and their gradients
-    operations = 2 * rows * parameters + 4 * scores * attention.dim_head
+    attention = layer[0].fn.fn
+    text_len, size = model.text_seq_len + 1, training.size
+    rows = training.batch_size * (text_len - 1 + model.image_seq_len)
+    axial = axial_attention(attention.mask, text_len, model.fmap_size) is not None
+    scores = AxialAttention.scores(text_len, model.fmap_size) if axial else attention.mask.numel()
+    scores *= training.batch_size * attention.heads
+    # Scores, their softmax and a gradient; queries, keys, values and the result.
+    attending = 3 * scores * size + 4 * rows * attention.heads * attention.dim_head * size
+    feeding = 2 * 12 * activation  # 8·dim before the gate, 4·dim after it, and their gradients
+    operations = PASSES * (2 * rows * parameters + 4 * scores * attention.dim_head)
     return Cost(parameters, 0, operations, activation, max(attending, feeding))
 
 
-def estimate_stages(places: Placement, costs: Dict[str, Cost], training: Training, elsewhere: int) -> List[Stage]:
-    """Return the estimate of each stage.
+def encoder_cost(vae: Any) -> Cost:
+    """Return the cost of encoding one image: the modules that a pass enters, and its convolutions."""
+    tensors = [*vae.parameters(), *vae.buffers()]
+    vae = copy.deepcopy(vae, {id(tensor): tensor.to("meta") for tensor in tensors})  # on which nothing is computed
+    parameters = operations = 0
 
-    Args:
-        elsewhere: trained parameters of no placed module, which stage 0 holds.
-    """
+    def add(module: Any, inputs: Any, output: Any) -> None:
+        nonlocal parameters, operations
+        parameters += sum(tensor.numel() for tensor in module.parameters(recurse=False))
+        operations += 2 * output.numel() * module.weight[0].numel() if isinstance(module, nn.Conv2d) else 0
+
+    for module in vae.modules():
+        module.register_forward_hook(add)
+    with torch.no_grad():
+        vae(torch.zeros(1, 3, vae.image_size, vae.image_size, device="meta"))
+    return Cost(0, parameters, operations)
+
+
+def estimate_stages(places: Placement, costs: Dict[str, Cost], training: Training) -> List[StageEstimate]:
+    """Return the estimate of each stage; modules of no place are on the first one."""
     found = stages(places)
+    parts = [[costs[name] for name in names] for _, names in found]
+    parts[0].append(costs[""])
     return [
-        stage_estimate(ipu, [costs[name] for name in names], number, len(found), training, 0 if number else elsewhere)
-        for number, (ipu, names) in enumerate(found)
+        estimate_stage(ipu, part, number, len(found), training)
+        for number, ((ipu, _), part) in enumerate(zip(found, parts))
     ]
 
 
-def stage_estimate(
-    ipu: int, costs: Sequence[Cost], number: int, count: int, training: Training, more: int = 0
-) -> Stage:
+def estimate_stage(ipu: int, costs: Sequence[Cost], number: int, count: int, training: Training) -> StageEstimate:
     """Return the estimate of stage `number` of `count`, which consists of modules with these costs."""
-    parameters = more + sum(cost.parameters for cost in costs)
+    parameters = sum(cost.parameters for cost in costs)
     in_flight = 2 * (count - 1 - number) + 1  # micro-batches between their forward and their backward pass
     memory = {
         "weights": training.size * (parameters + sum(cost.frozen for cost in costs)),
@@ -140,5 +179,35 @@ def stage_estimate(
         "stash": in_flight * sum(cost.kept for cost in costs),
         "temporary": max((cost.temporary for cost in costs), default=0),
     }
-    # Forward, forward once more, because activations are recomputed, and twice as much for the gradients.
-    return Stage(ipu, memory, 4 * sum(cost.operations for cost in costs) / PEAK[training.size])
+    return StageEstimate(ipu, memory, MEMORY, sum(cost.operations for cost in costs) / PEAK[training.size])
+
+
+def balanced_layers(costs: Dict[str, Cost], training: Training, settings: Namespace) -> List[int]:
+    """Return the numbers of layers for which the slowest stage is about as fast as it can be and memory suffices."""
+    depth, ipus = settings.num_hidden_layers, settings.ipus_per_replica
+    head_ipu = ipus - 1 if settings.cls_ipu_id is None else settings.cls_ipu_id
+
+    def load(ipu: int, first: int, last: int) -> float:
+        """Return the seconds of an IPU with the layers from `first` up to `last`, more if it lacks memory."""
+        names = [f"transformer.layers.{number}" for number in range(first, last)]
+        names += ["text_emb", "image_emb"] if ipu == settings.embedding_ipu_id else []
+        names += ["to_logits"] if ipu == head_ipu else []
+        names += [name for name in ("vae", "") if ipu == 0 and name in costs]
+        stage = estimate_stage(ipu, [costs[name] for name in names], ipu, ipus, training)
+        lacking = sum(stage.memory.values()) - LAYERS_SHARE * MEMORY
+        return stage.seconds + max(lacking, 0)  # a byte too many is worse than any time
+
+    # best[i]: the cost of the IPUs so far if they have the first i layers, and their numbers of layers. The sum of
+    # eighth powers is nearly decided by the greatest load, and balances the others.
+    scale = load(0, 0, depth)
+    best: Dict[int, Tuple[float, List[int]]] = {0: (0.0, [])}
+    for ipu in range(ipus):
+        best = {
+            last: min(
+                (cost + (load(ipu, first, last) / scale) ** 8, [*counts, last - first])
+                for first, (cost, counts) in best.items()
+                if first <= last
+            )
+            for last in (range(depth + 1) if ipu < ipus - 1 else [depth])
+        }
+    return best[depth][1]

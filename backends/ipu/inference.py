@@ -3,16 +3,21 @@
 The backend passes a function that returns Programs; this file names no SDK.
 """
 
+import contextlib
+import copy
 import logging
-from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from backends.base import SamplesLost
+from backends.native.resilient_loader import MEMORY_ADVICE, explain_dead_worker, last_line
 from models.dalle import DALLE
 from models.image_tokenizer import ImageTokenizer
+from models.pipeline_dalle import unshare_masks
 from models.sampling import CodeCallback, Generators, Sampling, check_given_codes, gumbel_noise
 from models.static_sampling import FullPass, StaticSampler, settings_row
 
@@ -22,6 +27,14 @@ logger = logging.getLogger("minidalle")
 def full(x: Tensor, rows: int) -> Tensor:
     """Repeat the last row of x (n, …) so that there are `rows`."""
     return torch.cat((x, x[-1:].expand(rows - len(x), *x.shape[1:])))
+
+
+def inference_copy(model: DALLE, size: int) -> DALLE:
+    """Return a copy of a DALLE for one IPU: without its VQGAN, in numbers of 2 or 4 bytes."""
+    logger.info("running on an IPU in %s", "fp16" if size == 2 else "fp32")
+    model = copy.deepcopy(model, {id(model.vae): None}).eval()
+    unshare_masks(model)
+    return model.half() if size == 2 else model
 
 
 class VqganDecoder(nn.Module):
@@ -218,3 +231,16 @@ class OrderedSamples(Dataset):
         if step != self.step:
             self.step, self.keys = step, self.order[step] or self.order[0]
         return self.dataset[self.keys[place % len(self.keys)]]
+
+
+@contextlib.contextmanager
+def explain_loader_errors(dataset: Any, poptorch_error: Type[Exception]) -> Iterator[None]:
+    """Turn what PopTorch's loader raises into SamplesLost, one line."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError) as error:
+        raise SamplesLost(explain_dead_worker(error, dataset)[0] + MEMORY_ADVICE) from None
+    except (ValueError, OSError) as error:
+        raise SamplesLost(last_line(error)) from None
+    except (AssertionError, poptorch_error) as error:  # after the loader's process has logged the reason
+        raise SamplesLost(f"samples could not be read ({error})") from None

@@ -12,14 +12,15 @@ import logging
 import os
 import warnings
 from argparse import Namespace
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from backends.base import Backend, Losses, Trainer, TrainingBackend
+from backends.base import Backend, Losses, StageEstimate, Trainer, TrainingBackend
 from backends.memory import Memory
+from backends.native.gpu_attention import use_fused_attention
 from backends.native.inference import NativeSampler, decoder, encoder
 from backends.native.resilient_loader import read
 from backends.native.trainer import NativeTrainer, mean_losses
@@ -116,12 +117,19 @@ class NativeBackend(Backend):
 
     def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` with packed weights."""
-        return NativeSampler(model, self, batch_size, window)
+        return NativeSampler(model, self, window)
 
     def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
         """Return a function from batches to mean losses."""
-        model = model.to(self.device).eval()
+        model = self.place(model).eval()
         return lambda batches: mean_losses(model, batches, self)
+
+    def place(self, model: DALLE) -> DALLE:
+        """Move a model to the device and set how it attends there."""
+        model = model.to(self.device)
+        if self.kind == "cuda":
+            use_fused_attention(model, self.dtype)
+        return model
 
 
 class NativeTrainingBackend(NativeBackend, TrainingBackend):
@@ -154,7 +162,11 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
             return wish
         return bool(self.processes.mean(torch.tensor(float(wish), device=self.device)) > 0)
 
-    def loader(self, dataset: Any, order: Sequence[List[Any]]) -> Iterator[Iterable]:
+    def evaluation_samples(self, count: int) -> int:
+        """Return samples_per_step: evaluation takes the same time per sample."""
+        return self.samples_per_step
+
+    def loader(self, dataset: Any, order: Sequence[List[Any]], samples: Optional[int] = None) -> Iterator[Iterable]:
         """Yield for each step an iterator over its (text, image) micro-batches, which are read on demand."""
         workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would compete for cores
         stream = self._interruptible(read(dataset, order, self.batch_size, workers, self.kind == "cuda"))
@@ -176,7 +188,7 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
             return ShardedTrainer(model, self)
         return NativeTrainer(model, self)
 
-    def stage_memory(self, weights: Dict[str, Tensor]) -> List[Tuple[int, Dict[str, float]]]:
+    def stage_estimates(self) -> List[StageEstimate]:
         """Return an empty list: there is no pipeline."""
         return []
 

@@ -21,7 +21,8 @@ from models.transformer import Attention, Layer, LayerScale, Rotation, compute_l
 logger = logging.getLogger("minidalle")
 WORTH_COMPILING = 20e6  # parameters of all layers; a smaller run may end before its compilation
 QUERIES = 128  # that a dense pattern computes together, with the keys up to the last of them
-ROWS = 1024  # positions whose logits are in memory at once
+ROWS = 1024  # positions whose logits are in memory at once, on a CPU
+GPU_ROWS = 8192  # on a GPU
 
 
 def use_fast_layers(model: DALLE, device: torch.device, dtype: torch.dtype, recompute: bool = False) -> None:
@@ -349,8 +350,9 @@ class HeadLosses(Function):
         for x, labels, part in ((text_x, text, slice(0, first_code)), (codes_x, codes, slice(first_code, None))):
             matrix, offset = weight[part].to(x.dtype), bias[part].to(x.dtype)
             loss, d_x = 0, torch.empty_like(x)
-            for start in range(0, len(x), ROWS):
-                rows = slice(start, start + ROWS)
+            at_once = GPU_ROWS if x.is_cuda else ROWS
+            for start in range(0, len(x), at_once):
+                rows = slice(start, start + at_once)
                 logits = F.linear(x[rows], matrix, offset).float().log_softmax(-1)  # of probabilities
                 at = labels[rows, None]
                 loss = loss - logits.gather(1, at).sum()

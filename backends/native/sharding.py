@@ -105,9 +105,17 @@ class ShardedTrainer(NativeTrainer):
         """Return the model as `step` calls it."""
         return Exchange(self.model)
 
-    def split(self, text: Tensor, image: Tensor) -> List[Tuple[Tensor, Tensor]]:
-        """Return one part, since every process must call the network equally often."""
-        return [(text, image)]
+    def measure_rows(self) -> int:
+        """Return 0: micro-batches stay as they are."""
+        return 0
+
+    def rows(self) -> int:
+        """Return the rows of a micro-batch."""
+        return self.backend.batch_size
+
+    def regroup(self, batches: Iterable) -> Iterable[Tuple[Tensor, Tensor]]:
+        """Return the micro-batches as they are, since every process must call the network equally often."""
+        return batches
 
     def step(self, batch: Iterable) -> Losses:
         """Make one update and return the losses."""

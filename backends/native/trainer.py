@@ -3,11 +3,12 @@
 import contextlib
 import copy
 import ctypes
+import itertools
 import logging
 import math
 import sys
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Type
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("minidalle")
 ADAM_EPS = 1e-6
 WORKING_SET = 2800 * 512  # positions times width that a CPU computes at once
+GPU_POSITIONS = 2**16  # that a GPU computes at once; more would not be faster
+OPTIMIZER_BYTES = 16  # per weight: gradient, two moments, and what an update needs for a moment
 
 
 class SharedMuon(Muon):
@@ -53,6 +56,7 @@ class NativeTrainer(Trainer):
         self.decay = backend.settings.ema_decay
         self.average = self.place(copy_for_average(model)) if self.decay else None
         self.updates = 0
+        self.fitting = backend.batch_size  # rows that memory or the cache holds; compile() finds out on a GPU
         self.model = self.place(model).train()
         self.network: Any = self.model if backend.world_size == 1 else self.exchange_gradients()
         muon = Muon if backend.world_size == 1 else self.muon
@@ -64,7 +68,7 @@ class NativeTrainer(Trainer):
 
     def place(self, model: DALLE) -> DALLE:
         """Move a model to the device and give it fast layers."""
-        model = model.to(self.backend.device)
+        model = self.backend.place(model)
         use_fast_layers(model, self.backend.device, self.backend.dtype, self.backend.settings.recompute)
         return model
 
@@ -80,33 +84,85 @@ class NativeTrainer(Trainer):
         """Compile the layers on GPUs; elsewhere kernels are chosen when they are called."""
         if self.backend.kind == "cuda":
             settings = self.backend.settings
-            compile_layers(self.model, self.backend.batch_size, self.backend.autocast, settings.recompute)
+            if not settings.no_codes_cache:  # the VQGAN would need memory, too
+                self.fitting = max(self.fitting, self.measure_rows())
+            compile_layers(self.model, self.rows(), self.backend.autocast, settings.recompute)
+
+    def measure_rows(self) -> int:
+        """Return how many rows fit the GPU's free memory at once, by the memory that a few take."""
+        model, device = self.model, self.backend.device
+        sizes, most = (model.text_seq_len, model.image_seq_len), self.backend.samples_per_step
+        weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        taken = 0
+        try:
+            for rows in (1, min(2, most)):  # the first also allocates gradients and workspaces
+                text, codes = (torch.zeros(rows, size, dtype=torch.long, device=device) for size in sizes)
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+                with torch.random.fork_rng([device]):
+                    compute_losses(model, text, codes, self.backend).total.backward()
+                taken = (torch.cuda.max_memory_allocated(device) - before) // rows
+        except torch.cuda.OutOfMemoryError:
+            return 0
+        finally:
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0] - OPTIMIZER_BYTES * weights
+        return min(int(0.8 * free / max(taken, 1)), GPU_POSITIONS // sum(sizes))
+
+    def rows(self) -> int:
+        """Return how many rows of a step to compute at once: as many as fit, in equal parts."""
+        whole = self.backend.samples_per_step
+        if self.backend.kind == "cpu":
+            return rows_at_once(self.model, whole)
+        least = -(-whole // -(-whole // max(1, self.fitting)))  # in as few parts as possible
+        even = max(rows for rows in range(1, least + 1) if whole % rows == 0)
+        return even if 2 * even > least else least
 
     def step(self, batch: Iterable) -> Losses:
         """Make one update and return the losses and `grad_norm`; if that is not finite, the update was skipped."""
+        read: List[Tuple[Tensor, Tensor]] = []
+        stream = iter(batch)
         with self.backend.processes.losses_explained():
-            losses = self.backpropagate(batch)
+            try:
+                losses = self.backpropagate(remember(stream, read))
+            except torch.cuda.OutOfMemoryError:
+                if self.fitting <= self.backend.batch_size or self.backend.world_size > 1:
+                    raise
+                self.fitting = self.backend.batch_size
+                losses = None
+            if losses is None:  # outside of the handler, which keeps the failed pass in memory
+                logger.warning("out of memory; continuing with %d samples at once", self.fitting)
+                self.model.zero_grad(set_to_none=True)
+                losses = self.backpropagate(itertools.chain(read, stream))
             return {**losses, "grad_norm": self.update()}
 
     def backpropagate(self, batch: Iterable) -> Losses:
         """Accumulate the gradients of all micro-batches and return the losses, means over all processes."""
         sums = torch.zeros(3, device=self.backend.device)
-        for number, (text, image) in enumerate(batch, start=1):
-            parts = self.split(text, image)
-            for index, part in enumerate(parts, start=1):
-                share = len(part[0]) / len(text) / self.backend.micro_batches
-                last = number == self.backend.micro_batches and index == len(parts)
-                # Gradients are exchanged once per update.
-                with contextlib.nullcontext() if last or self.network is self.model else self.network.no_sync():
-                    losses = compute_losses(self.network, *part, self.backend)
-                    self.scaler.scale(losses.total * share).backward()
-                sums += torch.stack(losses).detach().float() * share
+        whole, left = self.backend.samples_per_step, self.backend.samples_per_step
+        for text, image in self.regroup(batch):
+            share, left = len(text) / whole, left - len(text)
+            # Gradients are exchanged once per update.
+            with contextlib.nullcontext() if left == 0 or self.network is self.model else self.network.no_sync():
+                losses = compute_losses(self.network, text, image, self.backend)
+                self.scaler.scale(losses.total * share).backward()
+            sums += torch.stack(losses).detach().float() * share
         return name_losses(self.backend.processes.mean(sums))
 
-    def split(self, text: Tensor, image: Tensor) -> List[Tuple[Tensor, Tensor]]:
-        """Split a micro-batch into parts of as many rows as the machine best computes at once."""
-        rows = rows_at_once(self.model, len(text), self.backend.device)
-        return list(zip(text.split(rows), image.split(rows)))
+    def regroup(self, batches: Iterable) -> Iterable[Tuple[Tensor, Tensor]]:
+        """Cut and join micro-batches into parts of as many rows as the machine best computes at once, on the device."""
+        rows, device = self.rows(), self.backend.device
+        waiting: List[Any] = []
+        for pair in batches:
+            waiting.append([part.to(device, non_blocking=True) for part in pair])
+            while sum(len(text) for text, _ in waiting) >= rows:
+                text, image = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*waiting))
+                yield text[:rows], image[:rows]
+                waiting = [(text[rows:], image[rows:])] if len(text) > rows else []
+        if waiting:
+            text, image = (torch.cat(parts) for parts in zip(*waiting))
+            yield text, image
 
     def update(self) -> float:
         """Update the weights, unless the gradient is not finite, and return the gradient's norm."""
@@ -128,15 +184,16 @@ class NativeTrainer(Trainer):
     def update_average(self, average: DALLE) -> None:
         """Move the average towards the weights, faster at first, to forget its start."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for averaged, current in zip(average.parameters(), self.model.parameters()):
-            if current.requires_grad:
-                averaged.lerp_(current, 1 - decay)
+        pairs = zip(average.parameters(), self.model.parameters())
+        averaged, current = zip(*(pair for pair in pairs if pair[1].requires_grad))
+        torch._foreach_mul_(averaged, decay)
+        torch._foreach_add_(averaged, current, alpha=1 - decay)
 
     def evaluate(self, batches: Iterable) -> Losses:
         """Return the mean losses of the average, or of the weights without --ema-decay."""
         network = self.model.eval() if self.average is None else self.average
         with self.backend.processes.losses_explained():
-            samples = (part for batch in batches for micro_batch in batch for part in self.split(*micro_batch))
+            samples = self.regroup(micro_batch for batch in batches for micro_batch in batch)
             losses = mean_losses(network, samples, self.backend)
         self.model.train()
         return losses
@@ -144,7 +201,7 @@ class NativeTrainer(Trainer):
     def sampler(self) -> Optional[Callable[..., Tensor]]:
         """Return a sampler of the average, or of the weights without --ema-decay."""
         model = self.model if self.average is None else self.average
-        sample = NativeSampler(model, self.backend, self.backend.settings.batch_size)
+        sample = NativeSampler(model, self.backend)
         self.model.train()  # NativeSampler set it to eval mode; sampling itself never applies dropout
         return sample
 
@@ -224,13 +281,18 @@ def name_losses(losses: Tensor) -> Losses:
     return dict(zip(("total", "text", "image"), losses.tolist()))
 
 
-def rows_at_once(model: DALLE, rows: int, device: torch.device) -> int:
-    """Return how many rows of a micro-batch of `rows` to compute at once.
+def remember(stream: Iterable, read: List[Any]) -> Iterator[Any]:
+    """Yield the items of a stream and add each to `read`."""
+    for item in stream:
+        read.append(item)
+        yield item
 
-    On a CPU, a few thousand positions are multiplied as fast as more, and take less memory.
+
+def rows_at_once(model: DALLE, rows: int) -> int:
+    """Return how many of `rows` rows to compute at once on a CPU.
+
+    A few thousand positions are multiplied as fast as more, and take less memory.
     """
-    if device.type != "cpu":
-        return rows
     fitting = WORKING_SET // ((model.text_seq_len + model.image_seq_len) * model.text_emb.weight.shape[1])
     pieces = -(-rows // max(1, fitting))
     return -(-rows // pieces)
@@ -255,10 +317,7 @@ def copy_for_average(model: DALLE) -> DALLE:
 
 def clip_gradient(parameters: Iterable[nn.Parameter], limit: Optional[float]) -> float:
     """Scale all gradients together down to a norm of at most `limit`, if any, and return the norm before that."""
-    if limit is not None:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    else:
-        norm = torch.stack([parameter.grad.norm() for parameter in parameters if parameter.grad is not None]).norm()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of all shards together
 
 

@@ -97,7 +97,9 @@ def training():
         trainer.step(batch)
         gpu.reset()
         trainer.step(batch)
-        costs[rest], attention = gpu.counts(), attention | set(gpu.attention)
+        costs[rest] = gpu.counts()
+        trainer.evaluate([batch])
+        attention |= set(gpu.attention)
     return {"losses": losses, "costs": costs, "attention": sorted(attention)}
 
 

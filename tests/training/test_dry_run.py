@@ -106,6 +106,8 @@ def test_stages_on_ipus(poptorch_standin, command, tiny_vqgan, tmp_path, monkeyp
     assert weights == pytest.approx(2 * total, rel=0.01)  # in fp16
     optimizer = sum(amount(re.search("optimizer (.*?B)", words)[1]) for words in stages)
     assert optimizer == pytest.approx(6 * total, rel=0.01)  # the first moment in fp16
+    assert all("of 941 MB" in words and "ms a micro-batch" in words for words in stages)
+    assert all(kind in stages[1] for kind in ("stash", "temporary", "gradients"))
     assert "samples/sec" in lines["time"] and "memory" not in lines
 
 

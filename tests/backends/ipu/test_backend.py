@@ -168,13 +168,16 @@ def test_a_folder_of_pictures_can_be_read_by_another_process(poptorch_standin, p
         assert torch.equal(text, torch.stack([dataset[key][0] for key in keys])) and image.shape == (3, 3, 32, 32)
 
 
-def test_a_fault_in_the_loaders_process_is_told_in_one_line(poptorch_standin, monkeypatch):
+@pytest.mark.parametrize("kind", ["AssertionError", "poptorch.Error"])
+def test_a_fault_in_the_loaders_process_is_told_in_one_line(poptorch_standin, monkeypatch, kind):
+    error = AssertionError if kind == "AssertionError" else poptorch_standin.Error
+
     def broken(*arguments, **keywords):
         class Broken:
             terminated = False
 
             def __iter__(self):
-                raise AssertionError("An error occurred in the data fetcher")
+                raise error("An error occurred in the data fetcher")
 
             def terminate(self):
                 Broken.terminated = True

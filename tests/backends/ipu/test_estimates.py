@@ -1,9 +1,15 @@
 """Estimates against the figures of L16 worked out by hand, and what is chosen by them."""
 
+from argparse import Namespace
+
 import pytest
 
 import backends
 from backends.ipu import estimates
+from models.official_vqgan import OFFICIAL_PARAMS
+from models.pipeline_dalle import placement
+from models.vae import VQGanVAE
+from tests.backends.ipu.ipu_runs import settings
 from tests.builders import small_dalle
 
 
@@ -36,3 +42,58 @@ def test_a_sampler_tells_its_estimate(poptorch_standin, tiny_vae, logged):
     assert backend.images_at_once(model) == estimates.MAX_SEQUENCES
     backend.sampler(model, 3)
     assert "4 sequences a call" in logged.text and "of 941 MB of an IPU: weights" in logged.text
+
+
+L16 = estimates.Training(size=2, moments=6, batch_size=2)
+
+
+def balanced(costs, ipus=4):
+    return estimates.balanced_layers(
+        costs, L16, Namespace(num_hidden_layers=16, ipus_per_replica=ipus, cls_ipu_id=None, embedding_ipu_id=0)
+    )
+
+
+def test_the_stages_of_l16(l16):
+    costs = estimates.module_costs(l16, L16, pixels=False)
+    stages = estimates.estimate_stages(placement(16, layers_per_ipu=[0, 6, 6, 4]), costs, L16)
+    assert [stage.memory["weights"] // 2 for stage in stages] == [4_817_408, 31_506_432, 31_506_432, 25_774_160]
+    assert [stage.memory["optimizer"] // 6 for stage in stages] == [4_817_408, 31_506_432, 31_506_432, 25_774_160]
+    layer = 2 * 336 * 512 * 2  # bytes of its output for two samples
+    assert [stage.memory["stash"] / layer for stage in stages] == [2 * 7, 6 * 5, 6 * 3, 4 * 1]
+    scores = 3 * 2 * 16 * 2 * 31393  # an axial layer's three tensors in fp16, two samples, 16 heads
+    assert scores == pytest.approx(6e6, rel=0.01)
+    axial, full = costs["transformer.layers.0"], costs["transformer.layers.15"]
+    assert full.operations - axial.operations == 4 * 4 * 2 * 16 * (112896 - 31393) * 64
+    assert all(sum(stage.memory.values()) < stage.capacity for stage in stages)
+
+
+@pytest.mark.parametrize("ipus, expected", [(1, [16]), (2, [8, 8]), (4, [4, 4, 4, 4])])
+def test_layers_are_balanced(l16, ipus, expected):
+    costs = estimates.module_costs(l16, L16, pixels=False)
+    assert balanced(costs, ipus) == expected
+
+
+def test_a_vqgan_and_a_full_ipu_get_fewer_layers(l16, monkeypatch):
+    monkeypatch.setattr(estimates, "encoder_cost", lambda vae: estimates.Cost(0, 29_600_000, 138e9))
+    costs = estimates.module_costs(l16, L16, pixels=True)
+    assert balanced(costs) == [0, 5, 6, 5]
+    costs = estimates.module_costs(l16, L16, pixels=False)
+    monkeypatch.setattr(estimates, "MEMORY", 330e6)
+    found = balanced(costs)
+    stages = estimates.estimate_stages(placement(16, layers_per_ipu=found), costs, L16)
+    assert all(sum(stage.memory.values()) < 0.9 * 330e6 for stage in stages) and found[0] < 4
+
+
+def test_the_encoder_of_the_official_vqgan():
+    cost = estimates.encoder_cost(VQGanVAE(OFFICIAL_PARAMS))
+    assert cost.frozen == pytest.approx(29.6e6, rel=0.01) and cost.operations == pytest.approx(138e9, rel=0.01)
+
+
+def test_auto_names_what_it_chose(poptorch_standin, tiny_vae, logged):
+    backend = backends.for_training(settings("--gradient-accumulation 3 --layers-per-ipu auto"))
+    backend.trainer(small_dalle(tiny_vae))
+    assert backend.settings.layers_per_ipu == [1, 1] and "--layers-per-ipu auto: 1,1" in logged.text
+    with pytest.raises(ValueError, match="pipeline of 2 stages needs 3 micro-batches"):
+        backends.for_training(settings("--gradient-accumulation 2 --layers-per-ipu auto")).trainer(
+            small_dalle(tiny_vae)
+        )

@@ -173,12 +173,11 @@ def test_a_micro_batch_in_parts_trains_as_one(tiny_vae, recompute, monkeypatch):
             torch.testing.assert_close(weight, found[2][1][name], atol=2e-5, rtol=0, msg=name)
 
 
-def test_rows_are_cut_evenly_and_on_cpus_only(monkeypatch):
+def test_rows_are_cut_evenly(monkeypatch):
     model = SimpleNamespace(text_seq_len=80, image_seq_len=256, text_emb=SimpleNamespace(weight=torch.empty(1, 512)))
-    assert [rows_at_once(model, rows, CPU) for rows in (1, 8, 9, 16, 18)] == [1, 8, 5, 8, 6]
-    assert rows_at_once(model, 64, torch.device("cuda")) == 64
+    assert [rows_at_once(model, rows) for rows in (1, 8, 9, 16, 18)] == [1, 8, 5, 8, 6]
     model.text_emb.weight = torch.empty(1, 10**6)
-    assert rows_at_once(model, 3, CPU) == 1
+    assert rows_at_once(model, 3) == 1
 
 
 def test_recomputation_keeps_less(tiny_vae):
