@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
 
 logger = logging.getLogger("minidalle")
 
+FindFaults = Callable[[int, Any], List[str]]  # of the image of prompt number N, uint8 (S, S, 3)
+
 GRID_IMAGES = 36
 GRID_PAIRS = 8
 NEAREST_IMAGES = 32
@@ -232,7 +234,7 @@ def evaluate_prompts(
     prompts, find_faults = load_prompts(kind, settings)
     text = list(loaded.tokenizer.tokenize(prompts, loaded.model.text_seq_len))
     images, used = generate_prompts(loaded, prompts, text, settings, sampling)
-    accuracy, wrong = judge(prompts, images, find_faults)
+    accuracy, wrong = judge(images, find_faults)
     make_grid([to_image(pixels) for pixels in images[:GRID_IMAGES]]).save(folder / "grid.png")
     (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_IMAGES]) + "\n", encoding="utf-8")
     if wrong:
@@ -314,30 +316,30 @@ def knows_scenes(words: Dict[str, int]) -> bool:
     return all(word in words for name in objects() for word in name.split())
 
 
-def load_prompts(kind: str, settings: Namespace) -> Tuple[List[str], Callable[[int, Any], List[str]]]:
-    """Return validation prompts and a function that finds what is wrong in the image of prompt number N.
-
-    The image is uint8 (S, S, 3).
-    """
+def load_prompts(kind: str, settings: Namespace) -> Tuple[List[str], FindFaults]:
+    """Return validation prompts and the function that finds what is wrong in their images."""
     if kind == "shapes":
         from data.shapes import validation_prompts
-        from data.shapes_reader import find_faults
 
         prompts = validation_prompts(settings.prompt_set, settings.prompts, settings.seed)
-        return prompts, lambda number, pixels: find_faults(prompts[number], pixels)
+        return prompts, shape_faults(prompts)
     from data.scenes import validation_scenes
-    from models import scenes_reader
+    from models.scenes_reader import load_reader
 
-    reader = scenes_reader.load_reader()
+    reader = load_reader()
     described = validation_scenes(settings.prompt_set, settings.prompts, settings.seed)
-    return [caption for caption, _ in described], lambda number, pixels: reader.find_faults(
-        described[number][1], pixels
-    )
+    prompts, scenes = [caption for caption, _ in described], [scene for _, scene in described]
+    return prompts, lambda number, pixels: reader.find_faults(scenes[number], pixels)
 
 
-def judge(
-    prompts: Sequence[str], images: torch.Tensor, find_faults: Callable[[int, Any], List[str]]
-) -> Tuple[float, Counter]:
+def shape_faults(prompts: Sequence[str]) -> FindFaults:
+    """Return the function that finds what is wrong in the images of prompts about shapes."""
+    from data.shapes_reader import find_faults
+
+    return lambda number, pixels: find_faults(prompts[number], pixels)
+
+
+def judge(images: torch.Tensor, find_faults: FindFaults) -> Tuple[float, Counter]:
     """Return the share of images that follow their prompts, and how often each kind of fault was found."""
     pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     seen = [find_faults(number, image) for number, image in enumerate(pixels)]

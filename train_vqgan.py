@@ -163,7 +163,9 @@ def _fast_in_bf16(device: torch.device) -> bool:
 
     from utils.muon import has_amx
 
-    return torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else has_amx()
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return has_amx()
 
 
 def build_optimizers(model: VQGan, settings: Namespace) -> List[torch.optim.Optimizer]:
