@@ -96,7 +96,12 @@ class Cache:
     """The plan of a pattern's caches as tables, with a row for each place of an input.
 
     Inputs are the codes but the last; what a window has past them goes to a slot that nobody reads.
+
+    Attributes:
+        static: whether every window reads all slots, so that its shapes depend on nothing.
     """
+
+    static = False
 
     def __init__(self, mask: Tensor, text_len: int, window: int, device: torch.device, dtype: torch.dtype):
         (slots, reads), places = plan_cache(mask, window), len(mask)
@@ -112,6 +117,8 @@ class Cache:
 
     def look(self, inputs: Tensor) -> Window:
         """Return the window of a pass over inputs at these places, int64 (B, w)."""
+        if self.static:
+            return Window(self.slots[inputs], slice(0, self.num_slots), self.hidden[inputs][:, None])
         first, last = int(inputs.min()), int(inputs.max())
         if first == last:
             return Window(self.slots[first], self.reads[first], None)
@@ -265,6 +272,7 @@ class PackedStepper:
                 self.caches[name] = Cache(mask, text_len, max(windows), device, cache_dtype)
             layer = PackedLayer(attention, feed_forward, self.caches[name].num_slots, pack, cache_dtype)
             self.layers.append((name, layer))
+        self.positions = dalle.image_pos_emb()[0]  # (L, dim)
         norm, projection = dalle.to_logits.norm_and_projection
         self.norm = norm.weight, norm.bias
         codes = slice(dalle.num_text_tokens, dalle.num_tokens)
@@ -274,7 +282,6 @@ class PackedStepper:
     def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         """See Stepper. Each different row of text and codes passes through the model once."""
         dalle = self.dalle
-        self.positions = dalle.image_pos_emb()[0]  # (L, dim)
         different, rows, counts = torch.cat((text, codes), dim=1).unique(dim=0, return_inverse=True, return_counts=True)
         text, codes = different.split((text.shape[1], codes.shape[1]), dim=1)
         prefixes = [PrefixCache() for _ in self.layers]
