@@ -134,7 +134,7 @@ def time_sampling(
     backend: Any, model: DALLE, text: Tensor, sampling: Sampling, images: int, quick: bool
 ) -> Measurement:
     """Measure a sampler with one caption int64 (1, T)."""
-    sampler, text = NativeSampler(model, backend, images), text.repeat(images, 1)
+    sampler, text = NativeSampler(model, backend), text.repeat(images, 1)
     stepper: Any = sampler.stepper
     passes: List[int] = []
 

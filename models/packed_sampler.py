@@ -3,14 +3,13 @@
 It computes what the model computes in a pass over everything, but reads less memory for each code:
 - keys and values of earlier positions stay in a cache, which keeps only those that a pattern may still see;
 - weights are in the form that the machine multiplies fastest (`pack`), with LayerScale folded in;
-- each different caption passes through the model once, and its images may share its keys.
+- each different caption passes through the model once.
 """
 
 import contextlib
-import functools
-import math
 import time
-from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from itertools import accumulate
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -20,120 +19,67 @@ from models.dalle import DALLE
 from models.transformer import LayerScale, PrefixCache
 
 MOST_ROWS = 256  # of a pass; the time of larger ones grows with their rows on any machine
-FEW = 4  # images up to which a CPU attends faster in one fused kernel
-Read = Union[slice, Tensor]
-Plan = Tuple[List[int], List[Read]]
 Norm = Tuple[Tensor, Tensor]  # weight, bias
 # pack(weight (out, in), bias (out,) or None, geglu=False) returns a function of x (B, in) that computes (B, out), or
 # (B, out / 2) if GEGLU follows.
 Pack = Callable[..., Callable[[Tensor], Tensor]]
 
 
-def plan_cache(mask: Tensor, window: int = 1) -> Plan:
-    """Plan the slot of each code's key in a layer's cache, and the slots that each code reads.
-
-    Codes that see one another, directly or through others, get neighboring slots, so that a column of axial_col is one
-    slice. A slot is used again once no later code sees its key: the cache of axial_row is one row if window is 1.
+def plan_slots(mask: Tensor, window: int = 1) -> List[int]:
+    """Return the slot of each code's key in a layer's cache; one is used again once no later code sees its key.
 
     Args:
         mask: bool (n, n), the part of transformer.pattern_mask for codes.
         window: the number of codes that a pass may write before the first of them reads.
-
-    Returns:
-        The slot of each code, and what each code reads: a slice of slots, or int64 indices if they are not adjacent.
     """
-    length, visible = len(mask), mask.tolist()
     last_needed = [int(column.nonzero().max()) + window - 1 for column in mask.T]
-    group_of = list(range(length))  # by its first code
-    for position in range(length):
-        joined = {group_of[key] for key in range(length) if visible[position][key]}
-        group_of = [min(joined) if group in joined else group for group in group_of]
-    slots: List[int] = [0] * length
-    reads: List[Read] = [slice(0)] * length
-    busy: List[Tuple[int, int, int]] = []  # first slot, end and last need of each group so far
-    for group in sorted(set(group_of)):
-        members = [position for position in range(length) if group_of[position] == group]
-        busy = [taken for taken in busy if taken[2] >= members[0]]
-        ends = sorted(end for _, end, _ in busy)
-        start = next(
-            place
-            for place in [0, *ends]
-            if all(end <= place or first >= place + len(members) for first, end, _ in busy)
-        )
-        free: List[int] = []
-        owner: Dict[int, int] = {}  # slot: the code whose key it has
-        for position in members:
-            for slot in [slot for slot, key in owner.items() if last_needed[key] < position]:
-                free.append(slot)
-                del owner[slot]
-            free.sort()
-            slot = free.pop(0) if free else start + len(owner)
-            owner[slot] = position
-            slots[position] = slot
-            seen = sorted(slot for slot, key in owner.items() if visible[position][key])
-            adjacent = seen[-1] + 1 - seen[0] == len(seen)
-            reads[position] = slice(seen[0], seen[-1] + 1) if adjacent else torch.tensor(seen)
-        end = start + len(owner) + len(free)
-        busy.append((start, end, max(last_needed[position] for position in members)))
-    return slots, reads
+    slots: List[int] = []
+    owners: List[int] = []  # the code whose key a slot has
+    for place in range(len(mask)):
+        free = [slot for slot, owner in enumerate(owners) if last_needed[owner] < place]
+        slots.append(min(free, default=len(owners)))
+        owners[slots[-1] : slots[-1] + 1] = [place]
+    return slots
 
 
-class Window(NamedTuple):
-    """What a pass writes and reads in the caches of a pattern's layers.
-
-    Attributes:
-        slots: of the new keys: one for all images, or int64 (B, w).
-        read: the slots to read.
-        mask: float (B, 1, w, T + m), added to the scores; None if each code sees all that is read.
-    """
-
-    slots: Any
-    read: Read
-    mask: Optional[Tensor]
-
-
-class Cache:
-    """The plan of a pattern's caches as tables, with a row for each place of an input.
+class SlotTable:
+    """The slots of a pattern's caches, with a row for each place of an input.
 
     Inputs are the codes but the last; what a window has past them goes to a slot that nobody reads.
 
     Attributes:
-        static: whether every window reads all slots, so that its shapes depend on nothing.
+        slots: int64 (L,).
+        hidden: (L, T + slots), 0 where an input sees the text or a key, else −inf.
+        ends: how many slots the inputs up to each place use.
     """
 
-    static = False
-
     def __init__(self, mask: Tensor, text_len: int, window: int, device: torch.device, dtype: torch.dtype):
-        (slots, reads), places = plan_cache(mask, window), len(mask)
-        self.reads = [read if isinstance(read, slice) else read.to(device) for read in reads]
-        self.num_slots = max(slots) + 2
-        self.ends = torch.tensor(slots).cummax(0).values.tolist()  # slots in use
+        slots = plan_slots(mask, window)
+        self.text_len, self.num_slots = text_len, max(slots) + 2
+        self.ends = [end + 1 for end in accumulate([*slots, 0], max)]
         self.slots = torch.tensor([*slots, self.num_slots - 1], device=device)
-        hidden = torch.full((places + 1, text_len + self.num_slots), float("-inf"))
+        hidden = torch.full((len(mask) + 1, text_len + self.num_slots), float("-inf"))
         hidden[:, :text_len] = 0
         query, key = mask.nonzero(as_tuple=True)
-        hidden[query, text_len + self.slots.cpu()[key]] = 0
-        self.hidden, self.text_len = hidden.to(device, dtype), text_len
+        hidden[query, text_len + torch.tensor(slots)[key]] = 0
+        self.hidden = hidden.to(device, dtype)
 
-    def look(self, inputs: Tensor) -> Window:
-        """Return the window of a pass over inputs at these places, int64 (B, w)."""
-        if self.static:
-            return Window(self.slots[inputs], slice(0, self.num_slots), self.hidden[inputs][:, None])
-        first, last = int(inputs.min()), int(inputs.max())
-        if first == last:
-            return Window(self.slots[first], self.reads[first], None)
-        end = 1 + self.ends[min(last, len(self.ends) - 1)]
-        mask = self.hidden[inputs, : self.text_len + end]
-        return Window(self.slots[inputs], slice(0, end), mask[:, None])
+    def look_up(self, inputs: Tensor, last: int) -> Tuple[Tensor, Tensor]:
+        """Return the slots (B, w) of inputs at these places and their scores' mask (B, 1, w, T + m), to be added.
+
+        Args:
+            last: the last of these places.
+        """
+        return self.slots[inputs], self.hidden[inputs, : self.text_len + self.ends[last]][:, None]
 
 
 class PackedLayer:
     """One layer at a few positions: x float32 (B·w, dim) in and out."""
 
     def __init__(
-        self, attention: LayerScale, feed_forward: LayerScale, num_slots: int, pack: Pack, cache_dtype: torch.dtype
+        self, attention: LayerScale, feed_forward: LayerScale, table: SlotTable, pack: Pack, cache_dtype: torch.dtype
     ):
-        self.num_slots, self.cache_dtype = num_slots, cache_dtype
+        self.table, self.cache_dtype = table, cache_dtype
         inner, wide, narrow = attention.fn.fn, feed_forward.fn.fn.net[0], feed_forward.fn.fn.net[3]
         self.heads, self.dim_head = inner.heads, inner.dim_head
         self.norm, self.norm_after = fold_norms(attention)
@@ -143,74 +89,38 @@ class PackedLayer:
         self.wide = pack(wide.weight, wide.bias, geglu=True)
         self.narrow = pack(*fold_scale(narrow, feed_forward))
 
-    def start(self, prefix: PrefixCache, text_len: int, rows: Tensor, group: int, slots: Tensor) -> None:
+    def start(self, prefix: PrefixCache, rows: Tensor) -> None:
         """Fill the cache from a pass over captions and given codes.
 
         Args:
-            prefix: keys and values (captions, H, text_len + n, D) of that pass.
+            prefix: keys and values (captions, H, T + n, D) of that pass.
             rows: int64 (B,), the caption index of each image.
-            group: if above 0, runs of that many images have the same caption and share its keys.
-            slots: int64, of the codes of an image.
         """
-        seen = torch.stack((prefix.keys, prefix.values)).to(self.cache_dtype)  # (2, captions, H, n, D)
-        text, codes = seen[:, :, :, :text_len], seen[:, :, :, text_len:]
-        shape = 2, len(rows), self.heads, text_len + self.num_slots, self.dim_head
-        self.group = group
-        if group:
-            self.text = text[:, rows[::group]]  # (2, G, H, T, D)
-            self.codes = seen.new_zeros(*shape[:3], self.num_slots, self.dim_head)
-        else:  # text and codes of an image next to each other, to be read as one
-            self.cache = seen.new_zeros(shape)
-            self.text, self.codes = self.cache.tensor_split([text_len], dim=3)
-            self.text.copy_(text[:, rows])
-        last = {slot: place for place, slot in enumerate(slots[: codes.shape[3]].tolist())}  # the last code of each
-        self.codes[:, :, :, list(last)] = codes[:, rows][:, :, :, list(last.values())]
+        seen = torch.stack((prefix.keys, prefix.values)).to(self.cache_dtype)[:, rows]  # (2, B, H, T + n, D)
+        text_len = self.table.text_len
+        shape = *seen.shape[:3], text_len + self.table.num_slots, self.dim_head
+        self.cache = seen.new_zeros(shape)
+        self.text, self.codes = self.cache.tensor_split([text_len], dim=3)
+        self.text.copy_(seen[:, :, :, :text_len])
+        slots = self.table.slots[: seen.shape[3] - text_len].tolist()
+        owners = {slot: text_len + place for place, slot in enumerate(slots)}  # the last code of each slot
+        self.codes[:, :, :, list(owners)] = seen[:, :, :, list(owners.values())]
 
-    def __call__(self, x: Tensor, images: Tensor, window: Window) -> Tensor:
-        """Compute the layer for a window of codes of each image, and add it to the cache; images is 0 … B − 1."""
+    def __call__(self, x: Tensor, images: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+        """Compute the layer for a window of codes of each image, and add it to the cache.
+
+        Args:
+            images: int64 (B, 1), 0 … B − 1.
+            slots, mask: see SlotTable.look_up.
+        """
         qkv = self.to_qkv(F.layer_norm(x, x.shape[-1:], *self.norm))
-        qkv = qkv.view(len(images), -1, 3, self.heads, self.dim_head)  # (B, w, 3, H, D)
-        if window.mask is None:
-            self.codes[:, :, :, window.slots] = qkv[:, 0, 1:].transpose(0, 1)
-        else:
-            self.codes[:, images[:, None], :, window.slots] = qkv[:, :, 1:].to(self.cache_dtype)
-        query = qkv[:, :, 0].transpose(1, 2).to(self.cache_dtype)  # (B, H, w, D)
-        out = self.attend_shared(query, window) if self.group else self.attend(query, window)
-        out = out.transpose(1, 2).reshape(len(x), -1)
-        x = x + norm_or_same(self.to_out(out), self.norm_after)
+        qkv = qkv.view(*slots.shape, 3, self.heads, self.dim_head).to(self.cache_dtype)  # (B, w, 3, H, D)
+        self.codes[:, images, :, slots] = qkv[:, :, 1:]
+        keys, values = self.cache[:, :, :, : mask.shape[-1]]  # (B, H, T + m, D) each
+        out = F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), keys, values, attn_mask=mask)
+        x = x + norm_or_same(self.to_out(out.transpose(1, 2).reshape(len(x), -1)), self.norm_after)
         normed = F.layer_norm(x, x.shape[-1:], *self.ff_norm)
         return x + norm_or_same(self.narrow(self.wide(normed)), self.ff_norm_after)
-
-    def read_codes(self, read: Read) -> Tensor:
-        """Return keys and values, (2, B, H, m, D)."""
-        if isinstance(read, slice):
-            return self.codes[:, :, :, read]
-        return self.codes.index_select(3, read)
-
-    def attend(self, query: Tensor, window: Window) -> Tensor:
-        """Attend with keys of the text for each image; (B, H, w, D) in and out."""
-        read = window.read
-        if isinstance(read, slice) and read.start == 0:
-            seen = self.cache[:, :, :, : self.text.shape[3] + read.stop]
-        else:
-            seen = torch.cat((self.text, self.read_codes(read)), dim=3)  # (2, B, H, T + m, D)
-        keys, values = seen
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=window.mask)
-
-    def attend_shared(self, query: Tensor, window: Window) -> Tensor:
-        """Attend with keys of the text that are read once for all images of a group; shapes as in attend."""
-        batch, heads, width, dim_head = query.shape
-        (text_keys, text_values), (keys, values) = self.text, self.read_codes(window.read)
-        text_len = text_keys.shape[2]
-        query = query * dim_head**-0.5
-        grouped = query.reshape(-1, self.group, heads, width, dim_head).transpose(1, 2).flatten(2, 3)
-        text_scores = (grouped @ text_keys.transpose(-1, -2)).view(-1, heads, self.group, width, text_len)
-        text_scores = text_scores.transpose(1, 2).reshape(batch, heads, width, text_len)
-        scores = torch.cat((text_scores, query @ keys.transpose(-1, -2)), dim=-1)  # (B, H, w, T + m)
-        weights = (scores if window.mask is None else scores + window.mask).softmax(-1)
-        grouped = weights[..., :text_len].reshape(-1, self.group, heads, width, text_len).transpose(1, 2).flatten(2, 3)
-        from_text = (grouped @ text_values).view(-1, heads, self.group, width, dim_head).transpose(1, 2)
-        return from_text.reshape(query.shape) + weights[..., text_len:] @ values
 
 
 def fold_norms(block: LayerScale) -> Tuple[Norm, Optional[Norm]]:
@@ -263,16 +173,15 @@ class PackedStepper:
         self.windows, self.passes = windows, 0
         self.seconds: Dict[int, Dict[int, float]] = {}
         text_len, device = dalle.text_seq_len + 1, dalle.text_emb.weight.device
-        self.caches: Dict[bytes, Cache] = {}
+        self.tables: Dict[bytes, SlotTable] = {}
         self.layers = []
         for attention, feed_forward in dalle.transformer.layers:
             mask = attention.fn.fn.mask.cpu()[text_len:, text_len:]
             name = mask.numpy().tobytes()
-            if name not in self.caches:  # layers of one pattern share its plan
-                self.caches[name] = Cache(mask, text_len, max(windows), device, cache_dtype)
-            layer = PackedLayer(attention, feed_forward, self.caches[name].num_slots, pack, cache_dtype)
+            if name not in self.tables:  # layers of one pattern share it
+                self.tables[name] = SlotTable(mask, text_len, max(windows), device, cache_dtype)
+            layer = PackedLayer(attention, feed_forward, self.tables[name], pack, cache_dtype)
             self.layers.append((name, layer))
-        self.positions = dalle.image_pos_emb()[0]  # (L, dim)
         norm, projection = dalle.to_logits.norm_and_projection
         self.norm = norm.weight, norm.bias
         codes = slice(dalle.num_text_tokens, dalle.num_tokens)
@@ -282,7 +191,8 @@ class PackedStepper:
     def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         """See Stepper. Each different row of text and codes passes through the model once."""
         dalle = self.dalle
-        different, rows, counts = torch.cat((text, codes), dim=1).unique(dim=0, return_inverse=True, return_counts=True)
+        self.positions = dalle.image_pos_emb()[0]  # (L, dim)
+        different, rows = torch.cat((text, codes), dim=1).unique(dim=0, return_inverse=True)
         text, codes = different.split((text.shape[1], codes.shape[1]), dim=1)
         prefixes = [PrefixCache() for _ in self.layers]
         with self.autocast():
@@ -290,28 +200,28 @@ class PackedStepper:
             if codes.shape[1]:
                 x = torch.cat((x, dalle.embed_codes(codes)), dim=1)
             x = dalle.transformer(x, cache=prefixes)[:, -1]
-        self.order = rows.argsort()  # images of one caption are computed one after another
-        self.restore = self.order.argsort()
-        self.images = torch.arange(len(rows), device=rows.device)
-        # One fused kernel is faster for few images, and does not round scores to less than fp32.
-        fused = len(rows) <= FEW or self.cache_dtype != torch.float32
-        group = 0 if fused else functools.reduce(math.gcd, counts.tolist())
-        for (name, layer), prefix in zip(self.layers, prefixes):
-            layer.start(prefix, dalle.text_seq_len + 1, rows[self.order], group, self.caches[name].slots)
-        return self.compute_logits(x.float()[rows])
+        self.images = torch.arange(len(rows), device=rows.device)[:, None]
+        for (_, layer), prefix in zip(self.layers, prefixes):
+            layer.start(prefix, rows)
+        return self.compute_logits(x.float())[rows]
 
     @torch.no_grad()
     def next(self, codes: Tensor, places: Tensor) -> Tensor:
         """See Stepper."""
         self.passes += 1
         width = codes.shape[1]
-        inputs = places[self.order, None] - 1 + torch.arange(width, device=places.device)  # (B, w)
+        inputs = places[:, None] - 1 + torch.arange(width, device=places.device)  # (B, w)
         inputs = inputs.clamp(max=self.dalle.image_seq_len - 1)
-        windows = {name: cache.look(inputs) for name, cache in self.caches.items()}
-        x = (self.dalle.image_emb(codes[self.order]) + self.positions[inputs]).flatten(0, 1)  # (B·w, dim)
+        last = self.last_place(inputs)
+        found = {name: table.look_up(inputs, last) for name, table in self.tables.items()}
+        x = (self.dalle.image_emb(codes) + self.positions[inputs]).flatten(0, 1)  # (B·w, dim)
         for name, layer in self.layers:
-            x = layer(x, self.images, windows[name])
-        return self.compute_logits(x).unflatten(0, (-1, width))[self.restore]
+            x = layer(x, self.images, *found[name])
+        return self.compute_logits(x).unflatten(0, (-1, width))
+
+    def last_place(self, inputs: Tensor) -> int:
+        """Return the last of a pass's places, or a later one; what is read depends on it."""
+        return int(inputs.max())
 
     @torch.no_grad()
     def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:

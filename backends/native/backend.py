@@ -117,7 +117,7 @@ class NativeBackend(Backend):
 
     def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` with packed weights."""
-        return NativeSampler(model, self, batch_size, window)
+        return NativeSampler(model, self, window)
 
     def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
         """Return a function from batches to mean losses."""

@@ -25,29 +25,26 @@ class CapturedStepper(PackedStepper):
         super().__init__(*args, **kwargs)
         self.graphs: Dict[torch.Size, Captured] = {}
         self.buffers: List[Tensor] = []
-        for cache in self.caches.values():
-            cache.static = True
 
     @torch.no_grad()
     def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         """See Stepper."""
         logits = super().begin(text, codes)
-        found = [self.order, self.restore, self.images]
-        for _, layer in self.layers:
-            found += [layer.text, layer.codes] if layer.group else [layer.cache]
+        found = [self.positions, self.images, *(layer.cache for _, layer in self.layers)]
         if [x.shape for x in found] == [x.shape for x in self.buffers]:
             for buffer, new in zip(self.buffers, found):
                 buffer.copy_(new)
         else:
             self.buffers, self.graphs = found, {}
-        self.order, self.restore, self.images, *rest = self.buffers
-        for _, layer in self.layers:
-            if layer.group:
-                layer.text, layer.codes = rest.pop(0), rest.pop(0)
-            else:
-                layer.cache = rest.pop(0)
-                layer.text, layer.codes = layer.cache.tensor_split([layer.text.shape[3]], dim=3)
+        self.positions, self.images, *caches = self.buffers
+        for (_, layer), cache in zip(self.layers, caches):
+            layer.cache = cache
+            layer.text, layer.codes = cache.tensor_split([layer.table.text_len], dim=3)
         return logits
+
+    def last_place(self, inputs: Tensor) -> int:
+        """Return the last place of all, so that shapes depend on nothing and the host need not wait."""
+        return self.dalle.image_seq_len - 1
 
     @torch.no_grad()
     def next(self, codes: Tensor, places: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from models.packed_sampler import Pack, PackedStepper
 from models.sampling import CachedStepper, CodeCallback, Generators, Sampling, Stepper, sample_codes
 from models.vae import VQGanVAE
 
-ROWS = 4  # for fewer rows oneDNN takes other bf16 kernels, which are a fifth slower and differ in the last bits
+ROWS = 4  # for fewer rows oneDNN takes other kernels, which are not faster and differ in the last bits
 WINDOWS = (1, 2, 4, 8, 16)  # codes that a pass may compute for each image
 Product = Callable[[Tensor], Tensor]
 CACHE_BYTES = 16 * 2**20  # a layer's output that fits a CPU's cache; larger batches are slower than one by one
@@ -30,11 +30,11 @@ GPU_BATCH = 32  # images; the widest layer of the official network then takes 0.
 class NativeSampler:
     """The function that Backend.sampler of a NativeBackend returns."""
 
-    def __init__(self, model: DALLE, backend: Any, batch_size: int, window: Optional[int] = None):
+    def __init__(self, model: DALLE, backend: Any, window: Optional[int] = None):
         self.model, self.device = backend.place(model).eval(), backend.device
         on_cpu = backend.device.type == "cpu"
         cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend five times slower in bf16
-        pack = packer(backend.device, backend.dtype, batch_size)
+        pack = packer(backend.device, backend.dtype)
         windows = WINDOWS if window is None else (min(window, model.image_seq_len),)
         self.stepper: Stepper
         if model.transformer.is_plain:
@@ -57,20 +57,17 @@ class NativeSampler:
         return sample_codes(self.model, text, self.stepper, sampling, generator, image_codes, on_code).cpu()
 
 
-def packer(device: torch.device, dtype: torch.dtype, rows: int) -> Pack:
-    """Return the fastest PackedStepper.pack of this machine for batches of `rows`.
+def packer(device: torch.device, dtype: torch.dtype) -> Pack:
+    """Return the fastest PackedStepper.pack of this machine.
 
     Every packed product rounds x (B, in) to dtype and returns dtype; its sums are fp32.
     """
-    pack = plain_packer(dtype)
     if device.type == "cpu":
-        for fits, other in ((True, onednn_packer), (dtype == torch.bfloat16 and rows == 1, fbgemm_packer)):
-            with contextlib.suppress(RuntimeError, TypeError, AttributeError):  # not in every build of torch
-                if fits:
-                    found = other(dtype, rows, pack)
-                    found(torch.ones(8, 8), torch.ones(8), geglu=True)(torch.ones(2, 8))
-                    pack = found
-    return pack
+        with contextlib.suppress(RuntimeError, TypeError, AttributeError):  # not in every build of torch
+            pack = onednn_packer(dtype)
+            pack(torch.ones(8, 8), torch.ones(8), geglu=True)(torch.ones(2, 8))
+            return pack
+    return plain_packer(dtype)
 
 
 def plain_packer(dtype: torch.dtype) -> Pack:
@@ -91,26 +88,22 @@ def plain_packer(dtype: torch.dtype) -> Pack:
     return pack
 
 
-def onednn_packer(dtype: torch.dtype, rows: int, fallback: Pack) -> Pack:
+def onednn_packer(dtype: torch.dtype) -> Pack:
     """Return a pack for oneDNN's weight layout, two to three times as fast as F.linear for a few rows.
 
-    The operators are those of torch.compile, from torch 2.1 on.
+    The operators are those of torch.compile, from torch 2.1 on; AttributeError or RuntimeError if torch lacks them.
     """
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-    else:
-        return fallback
-    least = ROWS if dtype == torch.bfloat16 else 1
+    reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
 
     def pack(weight: Tensor, bias: Optional[Tensor], geglu: bool = False) -> Product:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        few = torch.zeros(least, weight.shape[1], dtype=dtype)
-        parts = [reorder(part.contiguous(), max(rows, least)) for part in weight.chunk(1 + geglu)]
+        few = torch.zeros(ROWS, weight.shape[1], dtype=dtype)
+        parts = [reorder(part.contiguous(), ROWS) for part in weight.chunk(1 + geglu)]
         biases = (None, None) if bias is None else bias.chunk(1 + geglu)
 
         def product(x: Tensor) -> Tensor:
             count = len(x)
-            if count < least:
+            if count < ROWS:
                 few[:count] = x
                 x = few
             else:
@@ -119,33 +112,6 @@ def onednn_packer(dtype: torch.dtype, rows: int, fallback: Pack) -> Pack:
             if geglu:
                 out = out * multiply(x, parts[1], biases[1], "gelu", [], "none")
             return out[:count]
-
-        return product
-
-    return pack
-
-
-def fbgemm_packer(dtype: torch.dtype, rows: int, fallback: Pack) -> Pack:
-    """Return a pack for FBGEMM, which reads weights nearly at the memory's speed for a single row.
-
-    bf16 weights are stored as fp16, which is exact except for the smallest; if that loses too much, `fallback` packs.
-    """
-    multiply = torch.ops.quantized.linear_dynamic_fp16
-
-    def pack(weight: Tensor, bias: Optional[Tensor], geglu: bool = False) -> Product:
-        rounded = weight.to(dtype).float()
-        if not (rounded.half().float() - rounded).norm() <= 1e-5 * rounded.norm():
-            return fallback(weight, bias, geglu)
-        packed = torch.ops.quantized.linear_prepack_fp16(rounded, None if bias is None else bias.to(dtype).float())
-
-        def product(x: Tensor) -> Tensor:
-            out = multiply(x.to(dtype).float(), packed)
-            if not geglu:
-                return out.to(dtype)
-            value, gate = out.chunk(2, dim=-1)
-            # Transposed, so that torch does not use oneDNN, which takes 30 µs to start.
-            gate = F.gelu(gate.reshape(2, -1).T).T.reshape(gate.shape)
-            return value.to(dtype) * gate.to(dtype)
 
         return product
 

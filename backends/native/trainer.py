@@ -201,7 +201,7 @@ class NativeTrainer(Trainer):
     def sampler(self) -> Optional[Callable[..., Tensor]]:
         """Return a sampler of the average, or of the weights without --ema-decay."""
         model = self.model if self.average is None else self.average
-        sample = NativeSampler(model, self.backend, self.backend.settings.batch_size)
+        sample = NativeSampler(model, self.backend)
         self.model.train()  # NativeSampler set it to eval mode; sampling itself never applies dropout
         return sample
 
