@@ -196,7 +196,7 @@ def demo() -> None:
         train = ["train.py", "--config", "demo", "--input-folder", f"{data}/train", "--vae-path", vae]
         newest = f"{out}/newest"
         prompt = ["--text", "a small red circle above a large blue square", "--num_images", 4 if few else 64]
-        commands = [
+        commands: List[List[Any]] = [
             ["-m", "data.shapes", "--out", data, "--pictures", 200 if few else 6000, "--val", 40],
             ["train_vqgan.py", "--config", "vqgan_demo", "--input-folder", f"{data}/train"]
             + ["--validation-folder", f"{data}/val", "--output-dir", vae]
