@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+import sys
 import tarfile
 
 import numpy as np
@@ -234,6 +235,15 @@ def test_lists_that_cannot_be_used(tmp_path, name, content, words):
     (bare_images(tmp_path) / name).write_text(content)
     with pytest.raises(ValueError, match=words) as error:
         open_source(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("package, form", [("datasets", saved_dataset), ("pyarrow", metadata_parquet)])
+def test_a_missing_package_is_one_line(package, form, tmp_path, monkeypatch):
+    form(tmp_path / "set")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"needs .*{package}; pip install -r requirements-data.txt") as error:
+        open_source(tmp_path / "set")
     assert "\n" not in str(error.value)
 
 
