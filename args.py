@@ -183,9 +183,15 @@ def vqgan_parser() -> Parser:
     add("output-dir", "./output/vqgan", "folder for vqgan.ckpt, vqgan.yaml and reconstructions.png", path)
     add("batch-size", 8, "images in one update", COUNT)
     add("max-steps", 100000, "updates", COUNT)
+    add("resume", False, "continue the run in --output-dir, if there is one, with the same flags", bool)
     add("image-size", 256, "side of the images in pixels", COUNT)
     add("device", "auto", "auto takes CUDA, else the CPU", choices=("auto", "cpu", "cuda"))
-    add("precision", "auto", "arithmetic of the networks; auto takes bf16 on GPUs", choices=("auto", "fp32", "bf16"))
+    add(
+        "precision",
+        "auto",
+        "arithmetic of the networks; auto takes bf16 where it is fast",
+        choices=("auto", "fp32", "bf16"),
+    )
     add("random-seed", 42, "seed of weights, data order and validation images", SEED)
     add("dataloader-workers", 4, "processes that decode images", NATURAL)
 
@@ -213,6 +219,13 @@ def vqgan_parser() -> Parser:
     add("continuous-steps", 100, "first steps without quantization, after which the codebook starts", NATURAL)
     add("codebook-weight", 1.0, "weight of the codebook loss relative to the reconstruction loss", POSITIVE)
     add("commitment", 0.25, "weight of the encoder's share in the codebook loss", NOT_NEGATIVE)
+    add("decoder-of", None, "train only the decoder, from this folder's VQGAN on; its codes stay the same", path)
+    add(
+        "edge-weight",
+        0.0,
+        "additional weight of edges in the reconstruction loss; about 5 for line drawings",
+        NOT_NEGATIVE,
+    )
     add("rate-weight", 0.0, "attraction of frequent codes; simple images then use few codes", NOT_NEGATIVE)
     add("revival-interval", 50, "steps after which an unused code is reset; 0: never", NATURAL)
     add("disc-weight", 0.0, "weight of the patch discriminator; 0: none", NOT_NEGATIVE)

@@ -4,7 +4,9 @@
     python train_vqgan.py --config vqgan_photos --input-folder my_photos --output-dir output/my_vqgan
 
 Images need no captions. --output-dir receives vqgan.ckpt and vqgan.yaml in taming-transformers' format, for train.py's
---vae-path, and reconstructions.png: validation images above their reconstructions.
+--vae-path, and reconstructions.png: validation images above their reconstructions. With --resume a stopped run
+continues. --decoder-of FOLDER makes a VQGAN's images sharper without changing its codes: a DALL-E trained on them
+stays valid.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import math
 import os
 from argparse import Namespace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 from args import vqgan_arguments
 from log import EXIT_INTERRUPTED, exit_on_bad_input, set_up
-from utils.files import atomic_write, check_writable
+from utils.files import atomic_write, check_writable, first_line
 
 if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
     import torch
@@ -28,6 +31,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
 
 logger = logging.getLogger("minidalle")
 
+STATE_FILE = "vqgan_training.pt"  # in --output-dir, for --resume
 MEMORY_BYTES = 2 << 30  # a smaller training set is decoded once and kept in memory
 VALIDATION_PIXELS = 1 << 21  # 512 images of 64 × 64, 32 of 256 × 256
 GRID_IMAGES = 8
@@ -74,12 +78,18 @@ def train(settings: Namespace) -> None:
     )
     autocast = torch.bfloat16 if bf16 else None
     trainer = VQGanTrainer(model, build_optimizers(model, settings), settings, device, autocast)
+    if settings.decoder_of:
+        load_codes(trainer, settings.decoder_of)
+    if settings.resume and (output_dir / STATE_FILE).exists():
+        resume(trainer, output_dir)
+    seed_batches = math.ceil(SEED_CELLS / codes_per_side(settings) ** 2 / settings.batch_size)
     batches = endless_batches(
         images,
         settings.batch_size,
         size=settings.image_size,
         seed=settings.random_seed,
         workers=settings.dataloader_workers,
+        first=trainer.steps + (seed_batches if trainer.has_codebook and not settings.decoder_of else 0),
     )
 
     def report():
@@ -94,14 +104,20 @@ def train(settings: Namespace) -> None:
             settings.n_embed,
             figures.perplexity,
         )
-        save(model, params, trainer.steps, output_dir)
+        save(trainer, params, output_dir)
 
     try:
-        with tqdm(total=settings.max_steps, desc="training", unit="step", disable=None, dynamic_ncols=True) as bar:
-            for step in range(settings.max_steps):
-                if step == settings.continuous_steps:
-                    count = math.ceil(SEED_CELLS / codes_per_side(settings) ** 2 / settings.batch_size)
-                    entries = trainer.start_codebook(torch.cat([next(batches) for _ in range(count)]))
+        with tqdm(
+            total=settings.max_steps,
+            initial=trainer.steps,
+            desc="training",
+            unit="step",
+            disable=None,
+            dynamic_ncols=True,
+        ) as bar:
+            for step in range(trainer.steps, settings.max_steps):
+                if step == settings.continuous_steps and not trainer.has_codebook:
+                    entries = trainer.start_codebook(torch.cat([next(batches) for _ in range(seed_batches)]))
                     logger.info("step %d: the codebook starts with %d of %d entries", step, entries, settings.n_embed)
                 losses = trainer.step(next(batches), cosine(step, settings.max_steps, settings.warmup_steps))
                 bar.update()
@@ -114,30 +130,43 @@ def train(settings: Namespace) -> None:
         if not trainer.has_codebook:
             logger.info("interrupted at step %d, before the codebook was started: nothing saved", trainer.steps)
         else:
-            save(model, params, trainer.steps, output_dir)
-            logger.info("interrupted at step %d of %d; saved the VQGAN so far", trainer.steps, settings.max_steps)
+            save(trainer, params, output_dir)
+            logger.info(
+                "interrupted at step %d of %d; saved the VQGAN so far, --resume continues",
+                trainer.steps,
+                settings.max_steps,
+            )
         raise SystemExit(EXIT_INTERRUPTED) from None
     logger.info("wrote vqgan.ckpt, vqgan.yaml and reconstructions.png to %s", output_dir)
 
 
-def _fast_in_bf16(device):
-    # Convolutions in bf16 took 1.3 to 1.6 times as long as in fp32 on a CPU with AVX512-BF16 but without AMX.
+def _fast_in_bf16(device: torch.device) -> bool:
+    # Convolutions in bf16 took a third of fp32's time on a CPU with AMX, and 1.3 to 1.6 times as long as in fp32 on one
+    # with AVX512-BF16 alone.
     import torch
 
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    from utils.muon import has_amx
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return has_amx()
 
 
 def build_optimizers(model: VQGan, settings: Namespace) -> List[torch.optim.Optimizer]:
-    """Return Muon for the kernels and Adam for the rest, or AdamW for all, at their peak learning rate."""
+    """Return Muon for the kernels and Adam for the rest, or AdamW for all, at their peak learning rate.
+
+    With --decoder-of, they are over the decoder's parameters alone.
+    """
     import torch
 
     from utils.muon import Muon
 
     rate, decay = settings.learning_rate, settings.weight_decay
+    parameters = list(model.decoding_parameters() if settings.decoder_of else model.parameters())
     if settings.optimizer == "AdamW":
-        return [torch.optim.AdamW(model.parameters(), rate, (0.9, 0.99), weight_decay=decay)]
-    kernels = [parameter for parameter in model.parameters() if parameter.dim() == 4]
-    others = [parameter for parameter in model.parameters() if parameter.dim() != 4]
+        return [torch.optim.AdamW(parameters, rate, (0.9, 0.99), weight_decay=decay)]
+    kernels = [parameter for parameter in parameters if parameter.dim() == 4]
+    others = [parameter for parameter in parameters if parameter.dim() != 4]
     return [Muon(kernels, rate, decay), torch.optim.Adam(others, rate, (0.9, 0.99))]
 
 
@@ -236,8 +265,11 @@ def measure(model: VQGan, validation: torch.Tensor, batch_size: int, output_dir:
     return figures
 
 
-def save(model: VQGan, params: Dict[str, Any], steps: int, output_dir: Path) -> None:
-    """Write vqgan.yaml and vqgan.ckpt in taming-transformers' format, each complete or not at all."""
+def save(trainer: VQGanTrainer, params: Dict[str, Any], output_dir: Path) -> None:
+    """Write vqgan.yaml and vqgan.ckpt in taming-transformers' format and STATE_FILE, each complete or not at all.
+
+    The weights of vqgan.ckpt are rounded to values of fp16, so that a checkpoint in half precision has the same codes.
+    """
     import yaml
 
     from utils.checkpoint import write
@@ -248,8 +280,47 @@ def save(model: VQGan, params: Dict[str, Any], steps: int, output_dir: Path) -> 
     config = {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
     with atomic_write(output_dir / "vqgan.yaml", text=True) as file:
         yaml.safe_dump(config, file, sort_keys=False)
-    state_dict = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    write(output_dir / "vqgan.ckpt", {"state_dict": state_dict, "global_step": steps})
+    state_dict = {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
+    rounded = {name: tensor.half().float() for name, tensor in state_dict.items()}
+    write(output_dir / "vqgan.ckpt", {"state_dict": rounded, "global_step": trainer.steps})
+    write(output_dir / STATE_FILE, {"state_dict": state_dict, **trainer.state_dict()})
+
+
+def load_codes(trainer: VQGanTrainer, folder: str) -> None:
+    """Begin with the weights of a trained VQGAN of the same shape, whose codes are to stay.
+
+    Raises:
+        ValueError: it has another shape.
+        FileNotFoundError: the folder has no VQGAN.
+    """
+    from models.vae import load_vqgan
+
+    try:
+        trainer.model.load_state_dict(load_vqgan(folder).model.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"--decoder-of {folder}: its VQGAN has another shape ({first_line(error)})") from error
+    trainer.has_codebook = True
+
+
+def resume(trainer: VQGanTrainer, output_dir: Path) -> None:
+    """Load weights and training state of a stopped run.
+
+    Raises:
+        ValueError: the file is damaged, or of a VQGAN of another shape.
+    """
+    import torch
+
+    path = output_dir / STATE_FILE
+    try:
+        state = torch.load(path, map_location=trainer.device, weights_only=True)
+        trainer.model.load_state_dict(state["state_dict"])
+        trainer.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, UnpicklingError) as error:
+        reason = first_line(error)
+        raise ValueError(
+            f"--resume: {path} is not of this VQGAN; use the flags it was begun with ({reason})"
+        ) from error
+    logger.info("resumed at step %d of %d", trainer.steps, trainer.settings.max_steps)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from models.vae import load_vqgan
 from models.vqgan_training import VQGanTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = {"vqgan.ckpt", "vqgan.yaml", "vqgan_training.pt"}
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def psnr(vae, folder, size):
 
 def test_the_files_are_tamings(trained, drawn_pictures):
     folder, out = trained()
-    assert {path.name for path in folder.iterdir()} == {"vqgan.ckpt", "vqgan.yaml", "reconstructions.png"}
+    assert {path.name for path in folder.iterdir()} == {*FILES, "reconstructions.png"}
     config = yaml.safe_load((folder / "vqgan.yaml").read_text())["model"]
     params = config["params"]
     assert config["target"] == "taming.models.vqgan.VQModel"
@@ -72,6 +73,7 @@ def test_the_files_are_tamings(trained, drawn_pictures):
     )
     theirs.load_state_dict(stored["state_dict"], strict=True)
     assert stored["global_step"] == 40
+    assert all(torch.equal(tensor, tensor.half().float()) for tensor in stored["state_dict"].values())
 
     vae = load_vqgan(str(folder))
     told = float(re.findall(r"PSNR (\S+) dB on 12 training images", out)[-1])
@@ -148,4 +150,34 @@ def test_ctrl_c_saves_what_there_is(flags, tmp_path):
     assert process.returncode == 130 and err == "", err
     assert re.search(r"interrupted at step \d+ of 100000; saved the VQGAN so far", out)
     assert load_vqgan(str(tmp_path / "v")).fmap_size == 16
-    assert {path.name for path in (tmp_path / "v").iterdir()} == {"vqgan.ckpt", "vqgan.yaml"}
+    assert {path.name for path in (tmp_path / "v").iterdir()} == FILES
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, command, flags, tmp_path, monkeypatch):
+    settings = ["--max-steps", "24", "--revival-interval", "5"]
+    whole, _ = trained(*settings)
+    words, step = [*flags, "--output-dir", tmp_path / "v", *settings], VQGanTrainer.step
+
+    def interrupted(trainer, *arguments):
+        if trainer.steps == 13:
+            raise KeyboardInterrupt
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(VQGanTrainer, "step", interrupted)
+    assert command(train_vqgan.main, *words).status == 130
+    monkeypatch.setattr(VQGanTrainer, "step", step)
+    ended = command(train_vqgan.main, *words, "--resume")
+    assert ended.status == 0 and "resumed at step 13 of 24" in ended.out
+    assert load_vqgan(str(tmp_path / "v")).fingerprint() == load_vqgan(str(whole)).fingerprint()
+    ended = command(train_vqgan.main, *words, "--resume", "--ch", "64")
+    assert ended.status == 2 and "vqgan_training.pt is not of this VQGAN" in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_decoder_can_be_trained_for_given_codes(trained, drawn_pictures):
+    first, _ = trained()
+    second, out = trained("--decoder-of", first, "--learning-rate", "0.005")
+    old, new = load_vqgan(str(first)), load_vqgan(str(second))
+    pixels = torch.stack([torch.from_numpy(load_image(path, 32)) for path in sorted(drawn_pictures.glob("*.png"))])
+    pixels = pixels.permute(0, 3, 1, 2) / 255
+    assert torch.equal(old.get_codebook_indices(pixels), new.get_codebook_indices(pixels))
+    assert psnr(new, drawn_pictures, 32) > psnr(old, drawn_pictures, 32) + 1
