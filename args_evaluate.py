@@ -18,7 +18,7 @@ DEMO_PROMPTS = 400
 
 def evaluate_parser():
     parser = Parser(
-        "Measure a DALL-E: losses and reconstructions of a folder's pairs, or accuracy on prompts of the demo."
+        "Measure a DALL-E: losses and reconstructions of a folder's pairs, or accuracy on prompts of shapes or scenes."
     )
     add = parser.heading("What to measure")
     add("dalle-path", None, "checkpoint of train.py", required=True)
@@ -29,8 +29,11 @@ def evaluate_parser():
     add(
         "prompts",
         None,
-        f"validation prompts of the demo set to generate; none: {DEMO_PROMPTS}, or 0 with one of the above",
+        f"validation prompts of shapes or scenes to generate; none: {DEMO_PROMPTS}, or 0 with one of the above",
         number(int, low=1, high=1120),
+    )
+    add(
+        "prompts-of", None, "their kind; none: scenes if the checkpoint knows its objects", choices=("shapes", "scenes")
     )
     add(
         "prompt-set",
