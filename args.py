@@ -40,6 +40,8 @@ NETWORK = {  # settings that a checkpoint decides, and their names in its hparam
     "attn_types": "attn_types",
     "sandwich_norm": "sandwich_norm",
 }
+VQGAN_SIZES = {"image_size", "patch_size", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels"}
+VQGAN_SIZES |= {"embed_dim", "n_embed"}
 DROPOUT = number(float, low=0, below=1)
 
 
@@ -174,13 +176,25 @@ def vqgan_parser() -> Parser:
     parser = Parser("Train a VQGAN, the image tokenizer, on a folder of images.", usage="--config NAME [flags]")
     add = parser.heading("Everyday flags")
     config_flag(add)
-    add("input-folder", None, "folder of images (png, jpg, jpeg, bmp), searched recursively", path)
+    add(
+        "input-folder",
+        None,
+        "folder of images, searched recursively, or any form of data that train.py takes",
+        path,
+    )
     add("output-dir", "./output/vqgan", "folder for vqgan.ckpt, vqgan.yaml and reconstructions.png", path)
     add("batch-size", 8, "images in one update", COUNT)
     add("max-steps", 100000, "updates", COUNT)
+    add("resume", False, "continue the run in --output-dir, if there is one, with the same flags", bool)
+    add("init-from", None, "start with the weights and sizes of this VQGAN: a folder, or its weights", path)
     add("image-size", 256, "side of the images in pixels", COUNT)
     add("device", "auto", "auto takes CUDA, else the CPU", choices=("auto", "cpu", "cuda"))
-    add("precision", "auto", "arithmetic of the networks; auto takes bf16 on GPUs", choices=("auto", "fp32", "bf16"))
+    add(
+        "precision",
+        "auto",
+        "arithmetic of the networks; auto takes bf16 where it is fast",
+        choices=("auto", "fp32", "bf16"),
+    )
     add("random-seed", 42, "seed of weights, data order and validation images", SEED)
     add("dataloader-workers", 4, "processes that decode images", NATURAL)
 
@@ -208,6 +222,13 @@ def vqgan_parser() -> Parser:
     add("continuous-steps", 100, "first steps without quantization, after which the codebook starts", NATURAL)
     add("codebook-weight", 1.0, "weight of the codebook loss relative to the reconstruction loss", POSITIVE)
     add("commitment", 0.25, "weight of the encoder's share in the codebook loss", NOT_NEGATIVE)
+    add("decoder-of", None, "train only the decoder, from this folder's VQGAN on; its codes stay the same", path)
+    add(
+        "edge-weight",
+        0.0,
+        "additional weight of edges in the reconstruction loss; about 5 for line drawings",
+        NOT_NEGATIVE,
+    )
     add("rate-weight", 0.0, "attraction of frequent codes; simple images then use few codes", NOT_NEGATIVE)
     add("revival-interval", 50, "steps after which an unused code is reset; 0: never", NATURAL)
     add("disc-weight", 0.0, "weight of the patch discriminator; 0: none", NOT_NEGATIVE)
@@ -275,6 +296,11 @@ def vqgan_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     settings = parse(parser, argv)
     if not settings.input_folder:
         parser.error("give --input-folder FOLDER (images), or a --config that does")
+    if settings.init_from:
+        if settings.decoder_of:
+            refuse(parser, "init-from", "trains codes as well, which --decoder-of keeps; give one of them")
+        for name in sorted(flags_given(parser, argv).intersection(VQGAN_SIZES)):
+            refuse(parser, name.replace("_", "-"), "the sizes are those of --init-from; leave the flag out")
     if settings.ch % 32:
         refuse(parser, "ch", f"must be a multiple of 32, the groups of its normalization, not {settings.ch}")
     if settings.patch_size & (settings.patch_size - 1):

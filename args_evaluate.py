@@ -18,21 +18,22 @@ DEMO_PROMPTS = 400
 
 def evaluate_parser():
     parser = Parser(
-        "Measure a DALL-E: losses and reconstructions of a folder's pairs, or accuracy on prompts of the demo."
+        "Measure a DALL-E: losses and reconstructions of a folder's pairs, or accuracy on prompts of shapes or scenes."
     )
     add = parser.heading("What to measure")
     add("dalle-path", None, "checkpoint of train.py", required=True)
-    add(
-        "input-folder", None, "images and .txt captions to measure losses and reconstructions on, paired as in train.py"
-    )
+    add("input-folder", None, "images and captions to measure losses and reconstructions on, as train.py takes them")
     add("nearest", None, "images that the model was trained on; shows which are nearest to generated ones")
     add("max-pairs", None, "use at most this many pairs, spread over the folder", COUNT)
     add("truncate-captions", None, "cut captions that are too long; none: as in training", bool)
     add(
         "prompts",
         None,
-        f"validation prompts of the demo set to generate; none: {DEMO_PROMPTS}, or 0 with one of the above",
+        f"validation prompts of shapes or scenes to generate; none: {DEMO_PROMPTS}, or 0 with one of the above",
         number(int, low=1, high=1120),
+    )
+    add(
+        "prompts-of", None, "their kind; none: scenes if the checkpoint knows its objects", choices=("shapes", "scenes")
     )
     add(
         "prompt-set",

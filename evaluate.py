@@ -4,8 +4,9 @@
     python evaluate.py --dalle_path output/demo/ckpt/dalle_step_800.pt
 
 With --input-folder: the losses that train.py's validation logs, the VQGAN's PSNR and a grid of its reconstructions.
-Without it, or with --prompts: validation prompts of the demo set are generated, and data/shapes_reader.py checks
-objects, colors, shapes, sizes and their relation. --clip-weights and --fid-weights score the generated images.
+Without it, or with --prompts: validation prompts are generated, and a program checks the images. For shapes,
+data/shapes_reader.py checks objects, colors, shapes, sizes and their relation; for scenes, models/scenes_reader.py
+objects, sizes, relation and background. --clip-weights and --fid-weights score the generated images.
 Averaged weights are used if the checkpoint has them.
 """
 
@@ -18,7 +19,7 @@ import tempfile
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import log
 from args_evaluate import evaluate_arguments
@@ -32,6 +33,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
     from models.sampling import Sampling
 
 logger = logging.getLogger("minidalle")
+
+FindFaults = Callable[[int, Any], List[str]]  # of the image of prompt number N, uint8 (S, S, 3)
 
 GRID_IMAGES = 36
 GRID_PAIRS = 8
@@ -224,25 +227,31 @@ def batch_starts(count: int, settings: Namespace, title: str) -> Iterable[int]:
 def evaluate_prompts(
     loaded: LoadedModel, settings: Namespace, sampling: Sampling, folder: Path, clip: Any = None
 ) -> Dict[str, Any]:
-    """Return the share of validation prompts of the demo set that the images follow; write a grid and its prompts."""
-    from data.shapes import validation_prompts
+    """Return the share of validation prompts that the images follow; write a grid and its prompts."""
     from generation.output import make_grid, to_image
 
-    prompts = validation_prompts(settings.prompt_set, settings.prompts, settings.seed)
+    kind = settings.prompts_of or ("scenes" if knows_scenes(loaded.words) else "shapes")
+    prompts, find_faults = load_prompts(kind, settings)
     text = list(loaded.tokenizer.tokenize(prompts, loaded.model.text_seq_len))
     images, used = generate_prompts(loaded, prompts, text, settings, sampling)
-    accuracy, wrong = judge(prompts, images)
+    accuracy, wrong = judge(images, find_faults)
     make_grid([to_image(pixels) for pixels in images[:GRID_IMAGES]]).save(folder / "grid.png")
     (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_IMAGES]) + "\n", encoding="utf-8")
     if wrong:
         logger.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
     print(f"image grid: {folder / 'grid.png'} (its prompts, row by row: {folder / 'prompts.txt'})")
+    if kind == "scenes":
+        from models.scenes_reader import FAULTS
+
+        shares = [f"{name} {100 * (1 - wrong[name] / len(prompts)):.1f} %" for name in FAULTS]
+        print(f"right: {', '.join(shares)}")
     print(f"prompt accuracy: {100 * accuracy:.1f} % ({len(prompts)} prompts)")
     scores = {"prompts_clip_score": mean_clip_score(clip, images, prompts, settings)} if clip else {}
     return {
         **scores,
         "prompts": len(prompts),
         "prompt_set": settings.prompt_set,
+        "prompts_of": kind,
         "prompt_accuracy": accuracy,
         "faults": dict(wrong),
         "seed": settings.seed,
@@ -300,12 +309,40 @@ def generate_codes(
     return codes, sampling._asdict()
 
 
-def judge(prompts: Sequence[str], images: torch.Tensor) -> Tuple[float, Counter]:
-    """Return the share of images that follow their prompts, and how often each kind of fault was found."""
+def knows_scenes(words: Dict[str, int]) -> bool:
+    """Return whether the words of training captions include the names of all objects of scenes."""
+    from data.scenes import objects
+
+    return all(word in words for name in objects() for word in name.split())
+
+
+def load_prompts(kind: str, settings: Namespace) -> Tuple[List[str], FindFaults]:
+    """Return validation prompts and the function that finds what is wrong in their images."""
+    if kind == "shapes":
+        from data.shapes import validation_prompts
+
+        prompts = validation_prompts(settings.prompt_set, settings.prompts, settings.seed)
+        return prompts, shape_faults(prompts)
+    from data.scenes import validation_scenes
+    from models.scenes_reader import load_reader
+
+    reader = load_reader()
+    described = validation_scenes(settings.prompt_set, settings.prompts, settings.seed)
+    prompts, scenes = [caption for caption, _ in described], [scene for _, scene in described]
+    return prompts, lambda number, pixels: reader.find_faults(scenes[number], pixels)
+
+
+def shape_faults(prompts: Sequence[str]) -> FindFaults:
+    """Return the function that finds what is wrong in the images of prompts about shapes."""
     from data.shapes_reader import find_faults
 
+    return lambda number, pixels: find_faults(prompts[number], pixels)
+
+
+def judge(images: torch.Tensor, find_faults: FindFaults) -> Tuple[float, Counter]:
+    """Return the share of images that follow their prompts, and how often each kind of fault was found."""
     pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    seen = [find_faults(prompt, image) for prompt, image in zip(prompts, pixels)]
+    seen = [find_faults(number, image) for number, image in enumerate(pixels)]
     return sum(not found for found in seen) / len(seen), Counter(fault for found in seen for fault in found)
 
 

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./install.sh
-install requirements.txt requirements-app.txt requirements-test.txt
+install requirements.txt requirements-app.txt requirements-scenes.txt requirements-test.txt
 # The oracles come without the packages that only their other parts need; a test that misses one skips.
 oracles="dalle-pytorch==1.6.6 axial_positional_embedding==0.2.1 rotary-embedding-torch==0.8.9 open_clip_torch==3.3.0"
 oracles="$oracles torch-fidelity==0.4.0 DALL-E==0.1 attrs"

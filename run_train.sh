@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # bash run_train.sh                         install, then train the demo from nothing to a grid of images
 # bash run_train.sh demo_long               the same with more steps
+# bash run_train.sh scenes [flags]          render scenes of things, train a VQGAN and a DALL-E on them, evaluate; resumes
 # bash run_train.sh photos FOLDER [flags]   train a VQGAN and a DALL-E on a folder of captioned images; resumes
 # bash run_train.sh NAME [flags]            install, then run train.py --config NAME [flags]
 set -euo pipefail
@@ -11,8 +12,19 @@ install requirements.txt
 name=${1:-demo}
 if [ "$name" = photos ]; then
     folder=${2:?give a folder: bash run_train.sh photos FOLDER}
-    [ -f output/photos/vqgan/vqgan.ckpt ] || python train_vqgan.py --config vqgan_photos --input-folder "$folder"
+    python train_vqgan.py --config vqgan_photos --resume --input-folder "$folder"
     exec python train.py --config photos --resume --input-folder "$folder" "${@:3}"
+fi
+if [ "$name" = scenes ]; then
+    install requirements-scenes.txt
+    python -m data.scenes
+    if [ ! -f output/scenes/vqgan_trained ]; then
+        python train_vqgan.py --config vqgan_scenes --resume
+        touch output/scenes/vqgan_trained
+    fi
+    python train.py --config scenes --resume "${@:2}"
+    [ -f output/scenes/reader.pt ] || python -m models.scenes_reader --vae-path output/scenes/vqgan
+    exec python evaluate.py --dalle_path "$(ls -t output/scenes/ckpt/dalle_*.pt | head -n 1)" --outputs-dir output/scenes
 fi
 if [ "$name" = demo ] || [ "$name" = demo_long ]; then
     python -m data.shapes

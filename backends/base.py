@@ -151,12 +151,16 @@ class TrainingBackend(Backend, Protocol):
     def any_process(self, wish: bool) -> bool:
         """Return whether any process wishes it; every process must call this."""
 
-    def loader(self, dataset: Any, order: Sequence[List[Any]]) -> Iterable:
-        """Yield batches; each has the samples of one step.
+    def evaluation_samples(self, count: int) -> int:
+        """Return how many samples of this process a batch should have to evaluate `count` samples."""
+
+    def loader(self, dataset: Any, order: Sequence[List[Any]], samples: Optional[int] = None) -> Iterable:
+        """Yield batches; each has the samples of one step, or of one evaluation.
 
         Args:
             dataset: key → (text, image).
-            order: lists of `samples_per_step` keys, one list per step.
+            order: lists of keys, one list for each batch.
+            samples: of a batch; None: samples_per_step. Machines with fixed shapes fill up batches that have fewer.
 
         Raises:
             SamplesLost: the next batch, or a part of it, cannot be read.

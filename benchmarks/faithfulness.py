@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import log
 from data.shapes import validation_prompts
-from evaluate import judge
+from evaluate import judge, shape_faults
 from utils.command_line import COUNT, SEED, Parser, machine_flags, number, parse
 from utils.files import atomic_write, check_writable
 
@@ -87,7 +87,7 @@ def measure_row(
         ((best, _),) = ranking.best_of(loaded, specs, codes, 1)
         images.append(loaded.decode(codes[best][None]))
     seconds = (time.monotonic() - started) / len(prompts)
-    accuracy, faults = judge(prompts, torch.cat(images))
+    accuracy, faults = judge(torch.cat(images), shape_faults(prompts))
     scores = {"accuracy": accuracy, "seconds": seconds, "faults": dict(faults)}
     return {"name": name, **sampling._asdict(), "rank": rank, **scores}
 

@@ -140,19 +140,26 @@ def load_images(paths: Sequence[ImagePath], size: int, workers: int = 0) -> torc
 
 
 def endless_batches(
-    images: Union[torch.Tensor, Sequence[ImagePath]], batch_size: int, *, size: int, seed: int, workers: int = 0
+    images: Union[torch.Tensor, Sequence[ImagePath]],
+    batch_size: int,
+    *,
+    size: int,
+    seed: int,
+    workers: int = 0,
+    first: int = 0,
 ) -> Iterator[torch.Tensor]:
     """Yield uint8 (B, 3, size, size), epoch after epoch, in an order that depends on `seed` alone.
 
     Args:
         images: in memory, as load_images returns them, or paths, which `workers` processes decode in every epoch.
         batch_size: B, or less if the set is smaller. A batch of paths lacks the images that cannot be read.
+        first: number of batches to skip, for a resumed run.
 
     Raises:
         ValueError: no path of a whole epoch can be read.
     """
     order = EpochOrder(len(images), min(batch_size, len(images)), seed=seed)
-    batches = ([index for _, index in order.batch(*order.place(number))] for number in itertools.count())
+    batches = ([index for _, index in order.batch(*order.place(number))] for number in itertools.count(first))
     if isinstance(images, torch.Tensor):
         for indices in batches:
             yield images[indices]

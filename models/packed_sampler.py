@@ -212,12 +212,16 @@ class PackedStepper:
         width = codes.shape[1]
         inputs = places[:, None] - 1 + torch.arange(width, device=places.device)  # (B, w)
         inputs = inputs.clamp(max=self.dalle.image_seq_len - 1)
-        last = int(inputs.max())
+        last = self.last_place(inputs)
         found = {name: table.look_up(inputs, last) for name, table in self.tables.items()}
         x = (self.dalle.image_emb(codes) + self.positions[inputs]).flatten(0, 1)  # (B·w, dim)
         for name, layer in self.layers:
             x = layer(x, self.images, *found[name])
         return self.compute_logits(x).unflatten(0, (-1, width))
+
+    def last_place(self, inputs: Tensor) -> int:
+        """Return the last of a pass's places, or a later one; what is read depends on it."""
+        return int(inputs.max())
 
     @torch.no_grad()
     def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:

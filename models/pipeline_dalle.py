@@ -56,6 +56,16 @@ def stages(places: Placement) -> List[Tuple[int, List[str]]]:
     return found
 
 
+def check_micro_batches(places: Placement, gradient_accumulation: int) -> None:
+    """Raise ValueError if an update has too few micro-batches for the placement's pipeline."""
+    count = len(stages(places))
+    if gradient_accumulation < 2 * count - 1:
+        raise ValueError(
+            f"--gradient-accumulation {gradient_accumulation}: a pipeline of {count} stages needs {2 * count - 1} "
+            "micro-batches or more per update"
+        )
+
+
 class WrappedDALLE(nn.Module):
     """A DALLE with an IPU's annotations, as PopTorch trains it.
 

@@ -166,8 +166,8 @@ class Attention(nn.Module):
         mask = self.mask[:length, :length]
         if cache is not None:
             keys, values, mask = cache.append(keys, values, self.mask, start)
-        compute = self.attend if cache is None or not start else attend
-        out = compute(query, keys, values, mask, dropout)
+        is_first = cache is None or (isinstance(start, int) and start == 0)  # an IPU's `start` has no value yet
+        out = (self.attend if is_first else attend)(query, keys, values, mask, dropout)
         return self.to_out(out.transpose(1, 2).reshape(batch, length, self.heads * self.dim_head))
 
 

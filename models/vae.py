@@ -13,7 +13,7 @@ import io
 import itertools
 import math
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,10 @@ class VQGan(nn.Module):
     def codebook(self) -> nn.Parameter:
         """The entries, (n_embed, D)."""
         return self.quantize.embed.weight if self.gumbel else self.quantize.embedding.weight
+
+    def decoding_parameters(self) -> Iterator[nn.Parameter]:
+        """Return the parameters that only decoding uses."""
+        return itertools.chain(self.post_quant_conv.parameters(), self.decoder.parameters())
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode pixels (B, 3, H, W) in [-1, 1] as latents (B, D, h, w), not yet quantized."""

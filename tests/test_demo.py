@@ -12,7 +12,7 @@ from PIL import Image
 
 import generate
 from data.shapes import parse_caption, validation_prompts
-from evaluate import judge
+from evaluate import judge, shape_faults
 from generation import batching
 from generation.loading import DEMO, load
 
@@ -43,7 +43,8 @@ def test_it_generates_as_a_user_starts_it(tmp_path):
 def test_it_follows_prompts_that_it_was_not_trained_on(demo):
     prompts = validation_prompts("score", 48)
     lists = [[batching.plan_image(demo, prompt, place)] for place, prompt in enumerate(prompts)]
-    accuracy, faults = judge(prompts, torch.cat([demo.decode(codes) for codes in batching.generate_lists(demo, lists)]))
+    images = torch.cat([demo.decode(codes) for codes in batching.generate_lists(demo, lists)])
+    accuracy, faults = judge(images, shape_faults(prompts))
     assert accuracy >= 0.9, faults
 
 

@@ -20,6 +20,7 @@ from models.vae import load_vqgan
 from models.vqgan_training import VQGanTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = {"vqgan.ckpt", "vqgan.yaml", "vqgan_training.pt"}
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def psnr(vae, folder, size):
 
 def test_the_files_are_tamings(trained, drawn_pictures):
     folder, out = trained()
-    assert {path.name for path in folder.iterdir()} == {"vqgan.ckpt", "vqgan.yaml", "reconstructions.png"}
+    assert {path.name for path in folder.iterdir()} == {*FILES, "reconstructions.png"}
     config = yaml.safe_load((folder / "vqgan.yaml").read_text())["model"]
     params = config["params"]
     assert config["target"] == "taming.models.vqgan.VQModel"
@@ -72,6 +73,7 @@ def test_the_files_are_tamings(trained, drawn_pictures):
     )
     theirs.load_state_dict(stored["state_dict"], strict=True)
     assert stored["global_step"] == 40
+    assert all(torch.equal(tensor, tensor.half().float()) for tensor in stored["state_dict"].values())
 
     vae = load_vqgan(str(folder))
     told = float(re.findall(r"PSNR (\S+) dB on 12 training images", out)[-1])
@@ -148,4 +150,87 @@ def test_ctrl_c_saves_what_there_is(flags, tmp_path):
     assert process.returncode == 130 and err == "", err
     assert re.search(r"interrupted at step \d+ of 100000; saved the VQGAN so far", out)
     assert load_vqgan(str(tmp_path / "v")).fmap_size == 16
-    assert {path.name for path in (tmp_path / "v").iterdir()} == {"vqgan.ckpt", "vqgan.yaml"}
+    assert {path.name for path in (tmp_path / "v").iterdir()} == FILES
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, command, flags, tmp_path, monkeypatch):
+    settings = ["--max-steps", "24", "--revival-interval", "5"]
+    whole, _ = trained(*settings)
+    words, step = [*flags, "--output-dir", tmp_path / "v", *settings], VQGanTrainer.step
+
+    def interrupted(trainer, *arguments):
+        if trainer.steps == 13:
+            raise KeyboardInterrupt
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(VQGanTrainer, "step", interrupted)
+    assert command(train_vqgan.main, *words).status == 130
+    monkeypatch.setattr(VQGanTrainer, "step", step)
+    ended = command(train_vqgan.main, *words, "--resume")
+    assert ended.status == 0 and "resumed at step 13 of 24" in ended.out
+    assert load_vqgan(str(tmp_path / "v")).fingerprint() == load_vqgan(str(whole)).fingerprint()
+    ended = command(train_vqgan.main, *words, "--max-steps", "30", "--resume", "--ch", "64")
+    assert ended.status == 2 and "vqgan_training.pt is not of this VQGAN" in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_decoder_can_be_trained_for_given_codes(trained, drawn_pictures):
+    first, _ = trained()
+    second, out = trained("--decoder-of", first, "--learning-rate", "0.005")
+    old, new = load_vqgan(str(first)), load_vqgan(str(second))
+    pixels = torch.stack([torch.from_numpy(load_image(path, 32)) for path in sorted(drawn_pictures.glob("*.png"))])
+    pixels = pixels.permute(0, 3, 1, 2) / 255
+    assert torch.equal(old.get_codebook_indices(pixels), new.get_codebook_indices(pixels))
+    assert psnr(new, drawn_pictures, 32) > psnr(old, drawn_pictures, 32) + 1
+
+
+def test_a_finished_vqgan_is_never_overwritten(trained, command, flags, monkeypatch):
+    folder, _ = trained("--max-steps", "12")
+    finished = load_vqgan(str(folder)).fingerprint()
+    words = [*flags, "--output-dir", folder]
+    ended = command(train_vqgan.main, *words)
+    assert ended.status == 2 and f"--output-dir {folder}: has the VQGAN of an earlier run" in ended.err, ended
+    ended = command(train_vqgan.main, *words, "--max-steps", 12, "--resume")
+    assert ended.status == 0 and "has a VQGAN of 12 steps already" in ended.out, ended
+
+    step = VQGanTrainer.step
+
+    def interrupted(trainer, *arguments):
+        if trainer.steps == 16:
+            raise KeyboardInterrupt
+        return step(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VQGanTrainer, "step", interrupted)
+        ended = command(train_vqgan.main, *words, "--max-steps", 20, "--resume")
+    assert ended.status == 130 and load_vqgan(str(folder)).fingerprint() == finished
+    assert load_vqgan(str(folder / "unfinished")).fingerprint() != finished
+    ended = command(train_vqgan.main, *words, "--max-steps", 20, "--resume")
+    assert ended.status == 0 and "resumed at step 16 of 20" in ended.out, ended
+    assert load_vqgan(str(folder)).fingerprint() != finished and not (folder / "unfinished").exists()
+    assert load_vqgan(str(folder / "step_12")).fingerprint() == finished
+    (folder / "vqgan_training.pt").unlink()
+    ended = command(train_vqgan.main, *words, "--max-steps", 30, "--resume")
+    assert ended.status == 2 and "has a VQGAN without vqgan_training.pt" in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_run_starts_with_another_vqgan(trained, command, flags, drawn_pictures, tmp_path):
+    first, _ = trained()
+    before = psnr(load_vqgan(str(first)), drawn_pictures, 32)
+    words = [
+        "--input-folder",
+        drawn_pictures,
+        "--output-dir",
+        tmp_path / "fine",
+        "--init-from",
+        first,
+        "--device",
+        "cpu",
+    ]
+    run = "--batch-size 8 --max-steps 20 --continuous-steps 1 --learning-rate 0.005 --precision fp32"
+    ended = command(train_vqgan.main, *words, *run.split(), "--config", "vqgan_photos")  # whose sizes are others
+    assert ended.status == 0 and "32 × 32 pixels to 4 × 4 codes of 32" in ended.out, ended
+    assert "the codebook starts" not in ended.out
+    vae = load_vqgan(str(tmp_path / "fine"))
+    assert vae.hparams == load_vqgan(str(first)).hparams and psnr(vae, drawn_pictures, 32) > before
+    ended = command(train_vqgan.main, *words, *run.split(), "--ch", 64)
+    assert ended.status == 2 and "argument --ch: the sizes are those of --init-from" in ended.err

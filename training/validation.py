@@ -32,8 +32,9 @@ logger = logging.getLogger("minidalle")
 def validate(run: Run) -> Dict[str, float]:
     """Return total, text and image loss of the validation set, each image with its first caption, and `perplexity`."""
     backend, dataset = run.backend, run.validation_set
-    order = split_among_processes(len(dataset), backend.samples_per_step, backend.rank, backend.world_size)
-    return add_perplexity(run.trainer.evaluate(backend.loader(dataset, order)))
+    samples = backend.evaluation_samples(math.ceil(len(dataset) / backend.world_size))
+    order = split_among_processes(len(dataset), samples, backend.rank, backend.world_size)
+    return add_perplexity(run.trainer.evaluate(backend.loader(dataset, order, samples)))
 
 
 def split_among_processes(

@@ -69,8 +69,8 @@ def write_safetensors(path: AnyPath, checkpoint: Checkpoint, half: bool = False)
     Args:
         path: the file; it appears complete or not at all.
         checkpoint: as `read` returns it.
-        half: store floating-point weights in fp16, except angles of positions, and the VQGAN's, because its codes would
-            change.
+        half: store floating-point weights in fp16, except angles of positions, and those of the VQGAN that this would
+            change: its codes would change, too. train_vqgan.py's weights have values of fp16.
 
     Raises:
         OSError: the file cannot be written.
@@ -78,14 +78,10 @@ def write_safetensors(path: AnyPath, checkpoint: Checkpoint, half: bool = False)
     averaged = checkpoint.get("ema_weights", {})
     tensors = {**checkpoint["weights"], **averaged}
     if half:
-        vqgan = f"{PREFIX}vae."
-        tensors.update(
-            {
-                name: tensor.half()
-                for name, tensor in tensors.items()
-                if tensor.is_floating_point() and not name.startswith(vqgan) and not name.endswith(ANGLES)
-            }
-        )
+        for name, tensor in tensors.items():
+            rounds = not name.startswith(f"{PREFIX}vae.") and not name.endswith(ANGLES)
+            if tensor.is_floating_point() and (rounds or torch.equal(tensor, tensor.half().to(tensor.dtype))):
+                tensors[name] = tensor.half()
     header = {key: checkpoint[key] for key in EXPORTED_KEYS if key in checkpoint}
     header["exported"] = {"averaged": bool(averaged), "half": half}
     if "tokenizer" in checkpoint:

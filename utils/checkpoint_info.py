@@ -26,7 +26,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("file", metavar="FILE", help="checkpoint of train.py or of the reference, or .safetensors")
     add = parser.heading("Export")
     add("export", None, "write weights (averaged if there are), vocabulary and settings to this .safetensors file")
-    add("half", False, "in fp16, except for the VQGAN, whose codes would change", bool)
+    add("half", False, "in fp16, except for a VQGAN whose codes would change", bool)
     arguments = parse(parser, argv)
     if arguments.export is not None and not arguments.export.endswith(".safetensors"):
         parser.error(f"argument --export: {arguments.export} does not end in .safetensors")

@@ -13,6 +13,7 @@ import torch
 ADAM_RMS = 0.2  # root mean square of an AdamW update, in units of the learning rate
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Muon authors' quintic
 ITERATIONS = 5
+TILED_FROM = 128  # rows and columns from which on bf16 is faster on CPUs with AMX
 
 
 class Muon(torch.optim.Optimizer):
@@ -58,18 +59,25 @@ class Muon(torch.optim.Optimizer):
         return [x.flatten(1) for x in ahead]
 
 
-def _fastest_dtype(device: torch.device) -> torch.dtype:
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+def has_amx() -> bool:
+    """Return whether this CPU has tile units for bf16 products; False with torch 2.0, which does not use them."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+def _fastest_dtype(matrices: torch.Tensor) -> torch.dtype:
+    if matrices.is_cuda:
+        return torch.bfloat16 if torch.cuda.get_device_capability(matrices.device) >= (8, 0) else torch.float16
+    large = min(matrices.shape[-2:]) >= TILED_FROM
+    return torch.bfloat16 if large and has_amx() else torch.float32
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """Bring all singular values of (B, n, m) matrices near 1 (between 0.7 and 1.2) by Newton–Schulz iteration.
 
-    Computes in bf16 on GPUs (fp16 before Ampere, which emulates bf16) and in fp32 elsewhere.
+    Computes in bf16 on GPUs (fp16 before Ampere, which emulates bf16) and, for large matrices, on CPUs with AMX, where
+    that takes a third of the time; in fp32 elsewhere.
     """
-    x = matrices.to(_fastest_dtype(matrices.device))
+    x = matrices.to(_fastest_dtype(matrices))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the product with its own transpose is then the smaller of the two
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

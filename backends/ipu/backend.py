@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import math
 import os
 from argparse import Namespace
 from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type
@@ -32,7 +33,7 @@ from backends.ipu.trainer import IpuTrainer
 from backends.native.trainer import ADAM_EPS
 from models.dalle import DALLE
 from models.image_tokenizer import ImageTokenizer
-from models.pipeline_dalle import Placement, placement, stages
+from models.pipeline_dalle import Placement, check_micro_batches, placement, stages
 from utils import interrupts
 from utils.files import check_writable
 from utils.optimization import parameter_groups
@@ -268,27 +269,29 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
             cls_ipu_id=settings.cls_ipu_id,
             pixels=settings.no_codes_cache,
         )
-        count = len(stages(self.places))
-        if settings.gradient_accumulation < 2 * count - 1:
-            raise ValueError(
-                f"--gradient-accumulation {settings.gradient_accumulation}: a pipeline of {count} stages needs "
-                f"{2 * count - 1} micro-batches or more per update"
-            )
+        check_micro_batches(self.places, settings.gradient_accumulation)
 
     def any_process(self, wish: bool) -> bool:
         """Return whether any instance wishes it."""
         return self.instances.mean([float(wish)])[0] > 0
 
-    def options(self, training: bool = True) -> Any:
-        """Return poptorch.Options of a model that trains, or of one that evaluates as many samples per call."""
+    def evaluation_samples(self, count: int) -> int:
+        """Return the samples of a call: as many micro-batches as the count fills, up to those of a step."""
+        at_once = self.batch_size * self.instances.replicas
+        needed = math.ceil(count / at_once)
+        calls = math.ceil(needed / (self.samples_per_step // at_once))
+        return at_once * max(math.ceil(needed / calls), len(stages(self.places)))  # a pipeline must be filled
+
+    def options(self, evaluated: int = 0) -> Any:
+        """Return poptorch.Options of a model that trains, or that evaluates this number of samples per call."""
         import poptorch
 
         settings = self.settings
         options = self.instances.options(settings.ipus_per_replica)
         options.autoRoundNumIPUs(True)
-        accumulation = settings.gradient_accumulation if training else 1
-        options.Training.gradientAccumulation(accumulation)
-        options.deviceIterations(settings.device_iterations * settings.gradient_accumulation // accumulation)
+        options.Training.gradientAccumulation(1 if evaluated else settings.gradient_accumulation)
+        iterations = evaluated // (self.batch_size * self.instances.replicas)
+        options.deviceIterations(iterations or settings.device_iterations)
         options.randomSeed(settings.random_seed)
         # The default, Final, would return the losses of the last micro-batch out of thousands.
         options.outputMode(poptorch.OutputMode.Sum)
@@ -298,7 +301,7 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
             proportions = proportions * settings.ipus_per_replica
         options.setAvailableMemoryProportion({f"IPU{ipu}": share for ipu, share in enumerate(proportions)})
         options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
-        if settings.enable_als and training:
+        if settings.enable_als and not evaluated:
             options.Training.setAutomaticLossScaling(True)
         options.Precision.enableStochasticRounding(settings.stochastic_rounding)
         options.Precision.setPartialsType(torch.float16 if settings.enable_half_partials else torch.float32)
@@ -319,19 +322,20 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
             options.useOfflineIpuTarget(ipu_version=2)
         return options
 
-    def loader(self, dataset: Any, order: Sequence[List[Any]]) -> Iterator[Any]:
-        """Yield batches of text and image, samples_per_step rows each; PopTorch overwrites a batch later."""
+    def loader(self, dataset: Any, order: Sequence[List[Any]], samples: Optional[int] = None) -> Iterator[Any]:
+        """Yield batches of text and image, of `samples` or samples_per_step; PopTorch overwrites a batch later."""
         import poptorch
 
+        rows = samples or self.samples_per_step
         workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would compete for cores
         modes = poptorch.DataLoaderMode
         mode, rebatching = modes.Async if self.settings.async_dataloader else modes.Sync, {}
-        if mode == modes.Async and self.samples_per_step > 1:  # workers share the thousands of samples of a step
-            mode, rebatching = modes.AsyncRebatched, {"rebatched_worker_size": min(SHARE, self.samples_per_step)}
+        if mode == modes.Async and rows > 1:  # workers share the thousands of samples of a step
+            mode, rebatching = modes.AsyncRebatched, {"rebatched_worker_size": min(SHARE, rows)}
         with explain_loader_errors(dataset, poptorch.Error):
             batches = poptorch.DataLoader(
-                self.options(),
-                OrderedSamples(dataset, order, self.samples_per_step),
+                self.options(samples or 0),
+                OrderedSamples(dataset, order, rows),
                 batch_size=self.batch_size,
                 shuffle=False,
                 num_workers=workers,
@@ -389,8 +393,8 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
 
         return poptorch.trainingModel(model, options=self.options(), optimizer=optimizer)
 
-    def evaluation_model(self, model: nn.Module) -> Any:
-        """Return the program that computes the losses of as many samples per call, on the IPUs that train."""
+    def evaluation_model(self, model: nn.Module, samples: int) -> Any:
+        """Return the program that computes the losses of `samples` per call, on the IPUs that train."""
         import poptorch
 
-        return poptorch.inferenceModel(model.eval(), self.options(training=False))
+        return poptorch.inferenceModel(model.eval(), self.options(samples))

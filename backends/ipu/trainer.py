@@ -50,7 +50,7 @@ class IpuTrainer(Trainer):
         """Make one update and return the mean losses."""
         with self.backend.device_errors("training stopped"):
             sums = self.executor(*batch)
-        return self.means(sums)
+        return self.means(sums, len(batch[0]))
 
     def evaluate(self, batches: Iterable) -> Losses:
         """Return the mean losses without dropout, on the IPUs that otherwise train."""
@@ -60,7 +60,7 @@ class IpuTrainer(Trainer):
         losses = []
         try:
             for batch in batches:
-                losses.append(self.means(self.evaluate_batch(batch)))
+                losses.append(self.means(self.evaluate_batch(batch), len(batch[0])))
         finally:  # the samples may end, or Ctrl-C may come
             if self.evaluator is not None and self.evaluator.isAttachedToDevice():
                 self.evaluator.detachFromDevice()
@@ -69,10 +69,10 @@ class IpuTrainer(Trainer):
         return {name: sum(found[name] for found in losses) / len(losses) for name in losses[0]}
 
     def evaluate_batch(self, batch: Any) -> Sequence[Tensor]:
-        """Return the sums of the losses of what one step takes."""
+        """Return the sums of the losses of a call's micro-batches."""
         with self.backend.device_errors("validation stopped"):
             if self.evaluator is None:
-                evaluator = self.backend.evaluation_model(self.wrapped)
+                evaluator = self.backend.evaluation_model(self.wrapped, len(batch[0]))
                 evaluator.compile(*batch)
                 self.wrapped.train()
                 self.evaluator = evaluator
@@ -80,12 +80,12 @@ class IpuTrainer(Trainer):
                 self.evaluator.attachToDevice()
             return self.evaluator(*batch)
 
-    def means(self, sums: Sequence[Tensor]) -> Losses:
+    def means(self, sums: Sequence[Tensor], samples: int) -> Losses:
         """Return the means over all instances of losses summed over a call's micro-batches, one row per replica."""
         names = ("total", "text", "image")
         if self.backend.settings.synthetic_data:  # nothing is read back from the device
             return dict.fromkeys(names, 0.0)
-        means = [float(part.float().sum()) / self.backend.micro_batches for part in sums]
+        means = [float(part.float().sum()) * self.backend.batch_size / samples for part in sums]
         return dict(zip(names, self.backend.instances.mean(means)))
 
     def sampler(self) -> None:

@@ -162,7 +162,11 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
             return wish
         return bool(self.processes.mean(torch.tensor(float(wish), device=self.device)) > 0)
 
-    def loader(self, dataset: Any, order: Sequence[List[Any]]) -> Iterator[Iterable]:
+    def evaluation_samples(self, count: int) -> int:
+        """Return samples_per_step: evaluation takes the same time per sample."""
+        return self.samples_per_step
+
+    def loader(self, dataset: Any, order: Sequence[List[Any]], samples: Optional[int] = None) -> Iterator[Iterable]:
         """Yield for each step an iterator over its (text, image) micro-batches, which are read on demand."""
         workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would compete for cores
         stream = self._interruptible(read(dataset, order, self.batch_size, workers, self.kind == "cuda"))

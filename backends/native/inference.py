@@ -13,6 +13,7 @@ from taming.modules.diffusionmodules.model import ResnetBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backends.native.captured_stepper import CapturedStepper
 from models.dalle import DALLE
 from models.image_tokenizer import ImageTokenizer
 from models.packed_sampler import Pack, PackedStepper
@@ -37,7 +38,8 @@ class NativeSampler:
         windows = WINDOWS if window is None else (min(window, model.image_seq_len),)
         self.stepper: Stepper
         if model.transformer.is_plain:
-            self.stepper = PackedStepper(model, pack, cache_dtype, backend.autocast, windows)
+            kind = PackedStepper if on_cpu else CapturedStepper
+            self.stepper = kind(model, pack, cache_dtype, backend.autocast, windows)
         else:
             self.stepper = CachedStepper(model, backend.autocast)
 

@@ -199,7 +199,6 @@ def list_members(content: BinaryIO) -> Tuple[Dict[str, List[Member]], bool]:
                     if member.offset_data + member.size > end:
                         return members, False
                     members.setdefault(_key(member.name), []).append((member.name, member.offset_data, member.size))
-                archive.members.clear()  # which would keep them all in memory
     except (tarfile.TarError, OSError, EOFError):
         return members, False
     return members, True

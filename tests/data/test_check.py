@@ -194,6 +194,9 @@ def test_the_command(every_fault, tmp_path, drawn_pictures, capsys):
     clean = run(drawn_pictures, *small)
     assert clean.returncode == 0 and clean.stdout.splitlines()[-1] == "nothing would be skipped", clean
     assert "12 usable images with 24 captions" in clean.stdout
+    with pytest.raises(SystemExit) as ended:  # with the vocabulary and caption length of a configuration
+        checks.main(["--config", "demo", str(drawn_pictures), "--image-size", "32", "--workers", "0"])
+    assert ended.value.code == 0 and "0.000% are unknown" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     for words, status in (
         ([tmp_path / "nowhere"], 2),
@@ -201,6 +204,7 @@ def test_the_command(every_fault, tmp_path, drawn_pictures, capsys):
         ([drawn_pictures, "--text-seq-len", "0"], 2),
         (["chekc", drawn_pictures], 2),
         ([], 2),
+        (["--config", "nowhere"], 2),
         ([tmp_path / "empty"], 1),
     ):
         with pytest.raises(SystemExit) as ended:

