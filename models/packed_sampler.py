@@ -49,7 +49,7 @@ class SlotTable:
 
     Attributes:
         slots: int64 (L,).
-        hidden: (L, T + slots), 0 where an input sees the text or a key, else −inf.
+        hidden: (L, T + slots), 0 for the text and the keys that an input sees, else −inf.
         ends: how many slots the inputs up to each place use.
     """
 
