@@ -50,6 +50,7 @@ def train(settings: Namespace) -> None:
     import torch
     from tqdm import tqdm
 
+    from backends.memory import OutOfMemory, memory_explained
     from backends.native.backend import pick_device
     from data.images import endless_batches
     from models.vae import VQGan
@@ -119,7 +120,7 @@ def train(settings: Namespace) -> None:
         checkpoints.save_state(trainer, output_dir)
 
     try:
-        with tqdm(
+        with memory_explained(f"a --batch-size below {settings.batch_size} needs less"), tqdm(
             total=settings.max_steps,
             initial=trainer.steps,
             desc="training",
@@ -140,7 +141,7 @@ def train(settings: Namespace) -> None:
         if finished is not None:
             checkpoints.move_earlier(output_dir, finished)
         report(output_dir)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OutOfMemory) as reason:
         if not trainer.has_codebook:
             logger.info("interrupted at step %d, before the codebook was started: nothing saved", trainer.steps)
         else:
@@ -152,6 +153,8 @@ def train(settings: Namespace) -> None:
                 trainer.steps,
                 settings.max_steps,
             )
+        if isinstance(reason, OutOfMemory):
+            raise
         raise SystemExit(EXIT_INTERRUPTED) from None
     logger.info("wrote vqgan.ckpt, vqgan.yaml and reconstructions.png to %s", output_dir)
 

@@ -132,6 +132,21 @@ def test_ctrl_c_before_the_codebook_saves_nothing(command, flags, tmp_path, monk
     assert not list((tmp_path / "v").iterdir())
 
 
+def test_out_of_memory_saves_what_there_is(command, flags, tmp_path, monkeypatch):
+    step = VQGanTrainer.step
+
+    def short_of_memory(trainer, pictures, share):
+        if trainer.steps == 12:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(trainer, pictures, share)
+
+    monkeypatch.setattr(VQGanTrainer, "step", short_of_memory)
+    ended = command(train_vqgan.main, *flags, "--continuous-steps", 4, "--output-dir", tmp_path / "short")
+    assert ended.status == 2 and "error: out of memory: a --batch-size below" in ended.err
+    assert ended.err.count("\n") == 1
+    assert torch.load(tmp_path / "short" / "vqgan.ckpt", weights_only=True)["global_step"] == 12
+
+
 def test_ctrl_c_saves_what_there_is(flags, tmp_path):
     # 16 × 16 codes a picture, so that the codebook begins at once.
     words = [*flags, "--output-dir", tmp_path / "v", "--patch-size", "2", "--max-steps", "100000"]
