@@ -167,7 +167,7 @@ def generation() -> None:
         with attempt(f"codes of {images} images at once"):
             peak_gb()
             _, model = networks.build_ours(REHEARSAL)
-            sampler = NativeSampler(model.eval(), backend, images)
+            sampler = NativeSampler(model.eval(), backend)
             text = networks.random_batch(model, 1)[0].repeat(images, 1)
             noise: Any = lambda images=images: [torch.Generator().manual_seed(seed) for seed in range(images)]  # noqa: E731
             began = time.perf_counter()
