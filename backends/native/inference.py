@@ -96,9 +96,10 @@ def onednn_packer(dtype: torch.dtype) -> Pack:
     Raises:
         AttributeError: torch lacks them.
     """
-    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+    if hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    else:
         raise AttributeError("this build of torch has no packed linear operator")
-    reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
 
     def pack(weight: Tensor, bias: Optional[Tensor], geglu: bool = False) -> Product:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
