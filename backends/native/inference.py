@@ -91,9 +91,15 @@ def plain_packer(dtype: torch.dtype) -> Pack:
 def onednn_packer(dtype: torch.dtype) -> Pack:
     """Return a pack for oneDNN's weight layout, two to three times as fast as F.linear for a few rows.
 
-    The operators are those of torch.compile, from torch 2.1 on; AttributeError or RuntimeError if torch lacks them.
+    The operators are those of torch.compile, from torch 2.1 on.
+
+    Raises:
+        AttributeError: torch lacks them.
     """
-    reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    if hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    else:
+        raise AttributeError("this build of torch has no packed linear operator")
 
     def pack(weight: Tensor, bias: Optional[Tensor], geglu: bool = False) -> Product:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)

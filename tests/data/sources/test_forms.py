@@ -150,6 +150,8 @@ def test_every_form_gives_what_the_folder_gives(form, tmp_path):
     for (name, _, _), original in zip(source.images, sorted(plain.iterdir())):
         assert np.array_equal(load_image(source.image(name), 8), load_image(original, 8))
     assert not any(source.skipped.values())
+    others = {"coco_json": ["instances_train2014.json"], "tar_shards": ["00000_stats.json", "00001_stats.json"]}
+    assert [name.rpartition("/")[2] for name in source.others] == others.get(form.__name__, [])
     assert len(find_images(folder)) == len(CAPTIONS)
 
     tokenizer = load_tokenizer(ROOT / YTTM)
