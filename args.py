@@ -40,6 +40,8 @@ NETWORK = {  # settings that a checkpoint decides, and their names in its hparam
     "attn_types": "attn_types",
     "sandwich_norm": "sandwich_norm",
 }
+VQGAN_SIZES = {"image_size", "patch_size", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels"}
+VQGAN_SIZES |= {"embed_dim", "n_embed"}
 DROPOUT = number(float, low=0, below=1)
 
 
@@ -184,6 +186,7 @@ def vqgan_parser() -> Parser:
     add("batch-size", 8, "images in one update", COUNT)
     add("max-steps", 100000, "updates", COUNT)
     add("resume", False, "continue the run in --output-dir, if there is one, with the same flags", bool)
+    add("init-from", None, "start with the weights and sizes of this VQGAN: a folder, or its weights", path)
     add("image-size", 256, "side of the images in pixels", COUNT)
     add("device", "auto", "auto takes CUDA, else the CPU", choices=("auto", "cpu", "cuda"))
     add(
@@ -293,6 +296,11 @@ def vqgan_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     settings = parse(parser, argv)
     if not settings.input_folder:
         parser.error("give --input-folder FOLDER (images), or a --config that does")
+    if settings.init_from:
+        if settings.decoder_of:
+            refuse(parser, "init-from", "trains codes as well, which --decoder-of keeps; give one of them")
+        for name in sorted(flags_given(parser, argv).intersection(VQGAN_SIZES)):
+            refuse(parser, name.replace("_", "-"), "the sizes are those of --init-from; leave the flag out")
     if settings.ch % 32:
         refuse(parser, "ch", f"must be a multiple of 32, the groups of its normalization, not {settings.ch}")
     if settings.patch_size & (settings.patch_size - 1):

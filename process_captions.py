@@ -3,7 +3,6 @@
 import sys
 from typing import Optional, Sequence
 
-from data.process_trainset import write_caption_files
 from utils.command_line import Parser
 from utils.output import exit_on_closed_output
 
@@ -17,6 +16,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add("--captions", metavar="JSON", default=captions, help="COCO captions file")
     add("--out-dir", "--out_dir", metavar="DIR", default=out, help="folder for the .txt files; created if missing")
     settings = parser.parse_args(argv)
+    from data.process_trainset import write_caption_files  # imports torch, which --help does not need
+
     try:
         written = write_caption_files(settings.captions, settings.out_dir)
     except (ValueError, OSError) as error:

@@ -12,7 +12,7 @@ install requirements.txt
 name=${1:-demo}
 if [ "$name" = photos ]; then
     folder=${2:?give a folder: bash run_train.sh photos FOLDER}
-    [ -f output/photos/vqgan/vqgan.ckpt ] || python train_vqgan.py --config vqgan_photos --input-folder "$folder"
+    python train_vqgan.py --config vqgan_photos --resume --input-folder "$folder"
     exec python train.py --config photos --resume --input-folder "$folder" "${@:3}"
 fi
 if [ "$name" = scenes ]; then

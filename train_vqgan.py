@@ -16,12 +16,11 @@ import math
 import os
 from argparse import Namespace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 from args import vqgan_arguments
 from log import EXIT_INTERRUPTED, exit_on_bad_input, set_up
-from utils.files import atomic_write, check_writable, first_line
+from utils.files import atomic_write, check_writable
 
 if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
     import torch
@@ -31,7 +30,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
 
 logger = logging.getLogger("minidalle")
 
-STATE_FILE = "vqgan_training.pt"  # in --output-dir, for --resume
 MEMORY_BYTES = 2 << 30  # a smaller training set is decoded once and kept in memory
 VALIDATION_PIXELS = 1 << 21  # 512 images of 64 × 64, 32 of 256 × 256
 GRID_IMAGES = 8
@@ -52,20 +50,27 @@ def train(settings: Namespace) -> None:
     import torch
     from tqdm import tqdm
 
+    from backends.memory import OutOfMemory, memory_explained
     from backends.native.backend import pick_device
     from data.images import endless_batches
     from models.vae import VQGan
     from models.vqgan_training import SEED_CELLS, VQGanTrainer
+    from training import vqgan_checkpoints as checkpoints
     from utils.optimization import cosine
 
     torch.manual_seed(settings.random_seed)
     settings.dataloader_workers = min(settings.dataloader_workers, os.cpu_count() or 1)
     device = pick_device(settings.device)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _fast_in_bf16(device))
-    params = vqgan_params(settings)
-    model = VQGan(params).to(device)
     output_dir = Path(settings.output_dir)
     check_writable(output_dir, "--output-dir")
+    finished = checkpoints.check_earlier_run(settings, output_dir)
+    if finished is not None and finished >= settings.max_steps:
+        logger.info("%s has a VQGAN of %d steps already, this run ends at %d", output_dir, finished, settings.max_steps)
+        return
+    initial = checkpoints.load_initial(settings) if settings.init_from else None
+    params = initial.hparams["params"] if initial is not None else vqgan_params(settings)
+    model = VQGan(params).to(device)
     images, validation_images, validation_name = read_folders(settings)
     logger.info(
         "VQGAN of %.1f million parameters: %d × %d pixels to %d × %d codes of %d; on %s in %s",
@@ -79,9 +84,12 @@ def train(settings: Namespace) -> None:
     autocast = torch.bfloat16 if bf16 else None
     trainer = VQGanTrainer(model, build_optimizers(model, settings), settings, device, autocast)
     if settings.decoder_of:
-        load_codes(trainer, settings.decoder_of)
-    if settings.resume and (output_dir / STATE_FILE).exists():
-        resume(trainer, output_dir)
+        checkpoints.load_codes(trainer, settings.decoder_of)
+    if initial is not None:
+        model.load_state_dict(initial.model.state_dict())
+        trainer.has_codebook = True
+    if settings.resume and (output_dir / checkpoints.STATE_FILE).exists():
+        checkpoints.resume(trainer, output_dir)
     seed_batches = math.ceil(SEED_CELLS / codes_per_side(settings) ** 2 / settings.batch_size)
     batches = endless_batches(
         images,
@@ -92,8 +100,12 @@ def train(settings: Namespace) -> None:
         first=trainer.steps + (seed_batches if trainer.has_codebook and not settings.decoder_of else 0),
     )
 
-    def report():
-        figures = measure(model, validation_images, settings.batch_size, output_dir)
+    # A finished VQGAN keeps its place until a longer run ends.
+    place = output_dir if finished is None else output_dir / checkpoints.UNFINISHED
+
+    def report(place: Path) -> None:
+        place.mkdir(exist_ok=True)
+        figures = measure(model, validation_images, settings.batch_size, place)
         logger.info(
             "step %d: PSNR %.2f dB on %d %s, %d of %d codes used (perplexity %.0f)",
             trainer.steps,
@@ -104,10 +116,11 @@ def train(settings: Namespace) -> None:
             settings.n_embed,
             figures.perplexity,
         )
-        save(trainer, params, output_dir)
+        checkpoints.save(trainer, params, place)
+        checkpoints.save_state(trainer, output_dir)
 
     try:
-        with tqdm(
+        with memory_explained(f"a --batch-size below {settings.batch_size} needs less"), tqdm(
             total=settings.max_steps,
             initial=trainer.steps,
             desc="training",
@@ -124,18 +137,24 @@ def train(settings: Namespace) -> None:
                 if (step + 1) % SHOW_EVERY == 0 or step + 1 == settings.max_steps:
                     show(bar, losses, trainer, step)
                 if settings.eval_interval and (step + 1) % settings.eval_interval == 0 and trainer.has_codebook:
-                    report()
-        report()
-    except KeyboardInterrupt:
+                    report(place)
+        if finished is not None:
+            checkpoints.move_earlier(output_dir, finished)
+        report(output_dir)
+    except (KeyboardInterrupt, OutOfMemory) as reason:
         if not trainer.has_codebook:
             logger.info("interrupted at step %d, before the codebook was started: nothing saved", trainer.steps)
         else:
-            save(trainer, params, output_dir)
+            place.mkdir(exist_ok=True)
+            checkpoints.save(trainer, params, place)
+            checkpoints.save_state(trainer, output_dir)
             logger.info(
                 "interrupted at step %d of %d; saved the VQGAN so far, --resume continues",
                 trainer.steps,
                 settings.max_steps,
             )
+        if isinstance(reason, OutOfMemory):
+            raise
         raise SystemExit(EXIT_INTERRUPTED) from None
     logger.info("wrote vqgan.ckpt, vqgan.yaml and reconstructions.png to %s", output_dir)
 
@@ -263,64 +282,6 @@ def measure(model: VQGan, validation: torch.Tensor, batch_size: int, output_dir:
     with atomic_write(output_dir / "reconstructions.png") as file:
         Image.fromarray(grid.numpy()).save(file, format="PNG")
     return figures
-
-
-def save(trainer: VQGanTrainer, params: Dict[str, Any], output_dir: Path) -> None:
-    """Write vqgan.yaml and vqgan.ckpt in taming-transformers' format and STATE_FILE, each complete or not at all.
-
-    The weights of vqgan.ckpt are rounded to values of fp16, so that a checkpoint in half precision has the same codes.
-    """
-    import yaml
-
-    from utils.checkpoint import write
-
-    params = dict(params, lossconfig={"target": "taming.modules.losses.DummyLoss"})
-    if params["patch_size"] == 1:
-        del params["patch_size"]  # taming's own VQModel knows no such setting
-    config = {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
-    with atomic_write(output_dir / "vqgan.yaml", text=True) as file:
-        yaml.safe_dump(config, file, sort_keys=False)
-    state_dict = {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
-    rounded = {name: tensor.half().float() for name, tensor in state_dict.items()}
-    write(output_dir / "vqgan.ckpt", {"state_dict": rounded, "global_step": trainer.steps})
-    write(output_dir / STATE_FILE, {"state_dict": state_dict, **trainer.state_dict()})
-
-
-def load_codes(trainer: VQGanTrainer, folder: str) -> None:
-    """Begin with the weights of a trained VQGAN of the same shape, whose codes are to stay.
-
-    Raises:
-        ValueError: it has another shape.
-        FileNotFoundError: the folder has no VQGAN.
-    """
-    from models.vae import load_vqgan
-
-    try:
-        trainer.model.load_state_dict(load_vqgan(folder).model.state_dict())
-    except RuntimeError as error:
-        raise ValueError(f"--decoder-of {folder}: its VQGAN has another shape ({first_line(error)})") from error
-    trainer.has_codebook = True
-
-
-def resume(trainer: VQGanTrainer, output_dir: Path) -> None:
-    """Load weights and training state of a stopped run.
-
-    Raises:
-        ValueError: the file is damaged, or of a VQGAN of another shape.
-    """
-    import torch
-
-    path = output_dir / STATE_FILE
-    try:
-        state = torch.load(path, map_location=trainer.device, weights_only=True)
-        trainer.model.load_state_dict(state["state_dict"])
-        trainer.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError, UnpicklingError) as error:
-        reason = first_line(error)
-        raise ValueError(
-            f"--resume: {path} is not of this VQGAN; use the flags it was begun with ({reason})"
-        ) from error
-    logger.info("resumed at step %d of %d", trainer.steps, trainer.settings.max_steps)
 
 
 if __name__ == "__main__":

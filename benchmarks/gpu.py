@@ -167,7 +167,7 @@ def generation() -> None:
         with attempt(f"codes of {images} images at once"):
             peak_gb()
             _, model = networks.build_ours(REHEARSAL)
-            sampler = NativeSampler(model.eval(), backend, images)
+            sampler = NativeSampler(model.eval(), backend)
             text = networks.random_batch(model, 1)[0].repeat(images, 1)
             noise: Any = lambda images=images: [torch.Generator().manual_seed(seed) for seed in range(images)]  # noqa: E731
             began = time.perf_counter()
@@ -194,16 +194,16 @@ def demo() -> None:
         data, vae, out = f"{place}/shapes", f"{place}/vqgan", f"{place}/ckpt"
         steps = 12 if few else 800
         train = ["train.py", "--config", "demo", "--input-folder", f"{data}/train", "--vae-path", vae]
-        checkpoint = f"{out}/dalle_step_{steps}.pt"
+        newest = f"{out}/newest"
         prompt = ["--text", "a small red circle above a large blue square", "--num_images", 4 if few else 64]
-        commands = [
+        commands: List[List[Any]] = [
             ["-m", "data.shapes", "--out", data, "--pictures", 200 if few else 6000, "--val", 40],
             ["train_vqgan.py", "--config", "vqgan_demo", "--input-folder", f"{data}/train"]
             + ["--validation-folder", f"{data}/val", "--output-dir", vae]
             + (["--max-steps", 12, "--continuous-steps", 4] if few else []),
             [*train, "--checkpoint-output-dir", out, "--max-steps", steps],
-            ["evaluate.py", "--dalle_path", checkpoint, "--prompts", 8 if few else 400, "--outputs-dir", place],
-            ["generate.py", *prompt, "--dalle_path", checkpoint, "--rank", 2, "--outputs_dir", place],
+            ["evaluate.py", "--dalle_path", newest, "--prompts", 8 if few else 400, "--outputs-dir", place],
+            ["generate.py", *prompt, "--dalle_path", newest, "--rank", 2, "--outputs_dir", place],
         ]
         scenes = sorted(ROOT.glob("demo/*scenes*.safetensors"))
         if scenes:
@@ -213,6 +213,8 @@ def demo() -> None:
             note("scenes model", skipped="demo/ has none")
         for words in commands:
             machine_flags = [] if "-m" in words else ["--device", DEVICE]
+            saved = sorted(Path(out).glob("*.pt"), key=lambda path: path.stat().st_mtime)
+            words = [saved[-1] if word == newest and saved else word for word in words]
             began = time.perf_counter()
             ended = subprocess.run(
                 [sys.executable, *map(str, [*words, *machine_flags])], cwd=ROOT, capture_output=True, text=True

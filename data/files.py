@@ -24,6 +24,7 @@ logger = logging.getLogger("minidalle")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif")
 CAPTION_SUFFIX = ".txt"
+CAPTION_SUFFIXES = (CAPTION_SUFFIX, ".caption")  # the second one is that of programs for fine-tuning
 # What a file with those suffixes may really be. Others that PIL knows are refused: EPS would start a program.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF") + (
     ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
@@ -62,7 +63,7 @@ class Listing(NamedTuple):
     """The files of a folder and below, as sorted relative paths with "/" between the parts."""
 
     images: List[str]
-    texts: List[str]  # .txt files
+    texts: List[str]  # with one of CAPTION_SUFFIXES
     others: List[str]
 
 
@@ -177,7 +178,7 @@ def list_files(folder: Union[str, Path], skipped: Dict[str, List[str]]) -> Listi
                 (links if entry.is_symlink() else folders).append(name + "/")
             elif suffix in IMAGE_SUFFIXES:
                 images.append(name)
-            elif suffix == CAPTION_SUFFIX:
+            elif suffix in CAPTION_SUFFIXES:
                 texts.append(name)
             elif not entry.name.startswith("."):
                 others.append(name)

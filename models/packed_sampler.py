@@ -49,7 +49,7 @@ class SlotTable:
 
     Attributes:
         slots: int64 (L,).
-        hidden: (L, T + slots), 0 where an input sees the text or a key, else −inf.
+        hidden: (L, T + slots), 0 for the text and the keys that an input sees, else −inf.
         ends: how many slots the inputs up to each place use.
     """
 
@@ -212,12 +212,16 @@ class PackedStepper:
         width = codes.shape[1]
         inputs = places[:, None] - 1 + torch.arange(width, device=places.device)  # (B, w)
         inputs = inputs.clamp(max=self.dalle.image_seq_len - 1)
-        last = int(inputs.max())
+        last = self.last_place(inputs)
         found = {name: table.look_up(inputs, last) for name, table in self.tables.items()}
         x = (self.dalle.image_emb(codes) + self.positions[inputs]).flatten(0, 1)  # (B·w, dim)
         for name, layer in self.layers:
             x = layer(x, self.images, *found[name])
         return self.compute_logits(x).unflatten(0, (-1, width))
+
+    def last_place(self, inputs: Tensor) -> int:
+        """Return the last of a pass's places, or a later one; what is read depends on it."""
+        return int(inputs.max())
 
     @torch.no_grad()
     def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:
@@ -226,15 +230,17 @@ class PackedStepper:
         if found:
             return found
         windows = [window for window in self.windows if len(codes) * window <= MOST_ROWS] or self.windows[:1]
+        # The processor time of this thread leaves out what other programs take; a GPU's time is waited for.
+        clock = time.perf_counter if codes.is_cuda else time.thread_time
         for window in windows if len(windows) > 1 else ():
-            started = time.perf_counter()
+            started = clock()
             times: List[float] = []
-            while len(times) < 2 or (len(times) < 8 and time.perf_counter() < started + 0.02):
-                before = time.perf_counter()
-                float(self.next(codes.expand(-1, window), places)[0, 0, 0])  # waits for a GPU
-                times.append(time.perf_counter() - before)
+            while len(times) < 2 or (len(times) < 8 and clock() < started + 0.02):
+                before = clock()
+                float(self.next(codes.expand(-1, window), places)[0, 0, 0])
+                times.append(clock() - before)
             found[window] = min(times)
-        # A pass is never slower than a larger one, but other programs may have used the processor meanwhile.
+        # A pass is never slower than a larger one.
         least = float("inf")
         for window in reversed(windows):
             found[window] = least = min(least, found.get(window, 1.0))

@@ -69,11 +69,12 @@ def rotary_angles(text_len: int, fmap_size: int, dim_head: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn the first R channels of x (…, n, D), in pairs, by the cosines and sines (n, R) of rotary_angles."""
-    cos, sin = (each.to(x.dtype) for each in rotation)
+    """Turn the first R channels of x (…, n, D), in pairs, by the cosines and sines (n, R) of rotary_angles, in fp32."""
+    cos, sin = rotation
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.cat((turned * cos + torch.stack((-second, first), dim=-1).flatten(-2) * sin, rest), dim=-1)
+    turned = turned * cos + torch.stack((-second, first), dim=-1).flatten(-2) * sin
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
 class KeyValueCache:
@@ -166,8 +167,8 @@ class Attention(nn.Module):
         mask = self.mask[:length, :length]
         if cache is not None:
             keys, values, mask = cache.append(keys, values, self.mask, start)
-        compute = self.attend if cache is None or not start else attend
-        out = compute(query, keys, values, mask, dropout)
+        is_first = cache is None or (isinstance(start, int) and start == 0)  # an IPU's `start` has no value yet
+        out = (self.attend if is_first else attend)(query, keys, values, mask, dropout)
         return self.to_out(out.transpose(1, 2).reshape(batch, length, self.heads * self.dim_head))
 
 

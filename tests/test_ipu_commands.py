@@ -35,7 +35,7 @@ def assert_same_weights(one, other, tolerance=0.0):
         ("unit_test", 1),
         ("L16", 4),
         ("L16_CLIP_vocab", 4),
-        ("L16_POD16", 4),
+        pytest.param("L16_POD16", 4, marks=pytest.mark.slow),  # L16 with four replicas, one after the other
         pytest.param("L16_POD64", 4, marks=pytest.mark.slow),  # sixteen replicas one after the other
     ],
 )
@@ -142,6 +142,16 @@ def test_synthetic_data_is_timed_and_never_saved(poptorch_standin, command, tiny
 def test_what_cannot_work_is_refused_in_one_line(poptorch_standin, command, tiny_flags, flags, told):
     ended = command(train.main, *tiny_flags, *IPU, *flags.split())
     assert ended.status == 2 and told in ended.err and ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["training", "dry run"])
+def test_too_few_ipus_are_one_line(poptorch_standin, command, tiny_flags, more):
+    """PopTorch's error is no RuntimeError and would end in a traceback."""
+    poptorch_standin.MACHINE.ipus = 1
+    flags = "--ipus-per-replica 2 --layers-per-ipu 1,1 --gradient-accumulation 3 --batch-size 1"
+    ended = command(train.main, *tiny_flags, *IPU, *flags.split(), *more)
+    assert ended.status == 2 and ended.err.count("\n") == 1
+    assert "the model does not compile" in ended.err and "Failed to acquire 2 IPU(s)" in ended.err
 
 
 def test_without_an_sdk_commands_say_so(command, tiny_flags, tiny_checkpoint, monkeypatch):

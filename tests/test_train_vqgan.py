@@ -132,6 +132,21 @@ def test_ctrl_c_before_the_codebook_saves_nothing(command, flags, tmp_path, monk
     assert not list((tmp_path / "v").iterdir())
 
 
+def test_out_of_memory_saves_what_there_is(command, flags, tmp_path, monkeypatch):
+    step = VQGanTrainer.step
+
+    def short_of_memory(trainer, pictures, share):
+        if trainer.steps == 12:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(trainer, pictures, share)
+
+    monkeypatch.setattr(VQGanTrainer, "step", short_of_memory)
+    ended = command(train_vqgan.main, *flags, "--continuous-steps", 4, "--output-dir", tmp_path / "short")
+    assert ended.status == 2 and "error: out of memory: a --batch-size below" in ended.err
+    assert ended.err.count("\n") == 1
+    assert torch.load(tmp_path / "short" / "vqgan.ckpt", weights_only=True)["global_step"] == 12
+
+
 def test_ctrl_c_saves_what_there_is(flags, tmp_path):
     # 16 × 16 codes a picture, so that the codebook begins at once.
     words = [*flags, "--output-dir", tmp_path / "v", "--patch-size", "2", "--max-steps", "100000"]
@@ -169,7 +184,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, command, flags, tmp_
     ended = command(train_vqgan.main, *words, "--resume")
     assert ended.status == 0 and "resumed at step 13 of 24" in ended.out
     assert load_vqgan(str(tmp_path / "v")).fingerprint() == load_vqgan(str(whole)).fingerprint()
-    ended = command(train_vqgan.main, *words, "--resume", "--ch", "64")
+    ended = command(train_vqgan.main, *words, "--max-steps", "30", "--resume", "--ch", "64")
     assert ended.status == 2 and "vqgan_training.pt is not of this VQGAN" in ended.err and ended.err.count("\n") == 1
 
 
@@ -181,3 +196,56 @@ def test_a_decoder_can_be_trained_for_given_codes(trained, drawn_pictures):
     pixels = pixels.permute(0, 3, 1, 2) / 255
     assert torch.equal(old.get_codebook_indices(pixels), new.get_codebook_indices(pixels))
     assert psnr(new, drawn_pictures, 32) > psnr(old, drawn_pictures, 32) + 1
+
+
+def test_a_finished_vqgan_is_never_overwritten(trained, command, flags, monkeypatch):
+    folder, _ = trained("--max-steps", "12")
+    finished = load_vqgan(str(folder)).fingerprint()
+    words = [*flags, "--output-dir", folder]
+    ended = command(train_vqgan.main, *words)
+    assert ended.status == 2 and f"--output-dir {folder}: has the VQGAN of an earlier run" in ended.err, ended
+    ended = command(train_vqgan.main, *words, "--max-steps", 12, "--resume")
+    assert ended.status == 0 and "has a VQGAN of 12 steps already" in ended.out, ended
+
+    step = VQGanTrainer.step
+
+    def interrupted(trainer, *arguments):
+        if trainer.steps == 16:
+            raise KeyboardInterrupt
+        return step(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VQGanTrainer, "step", interrupted)
+        ended = command(train_vqgan.main, *words, "--max-steps", 20, "--resume")
+    assert ended.status == 130 and load_vqgan(str(folder)).fingerprint() == finished
+    assert load_vqgan(str(folder / "unfinished")).fingerprint() != finished
+    ended = command(train_vqgan.main, *words, "--max-steps", 20, "--resume")
+    assert ended.status == 0 and "resumed at step 16 of 20" in ended.out, ended
+    assert load_vqgan(str(folder)).fingerprint() != finished and not (folder / "unfinished").exists()
+    assert load_vqgan(str(folder / "step_12")).fingerprint() == finished
+    (folder / "vqgan_training.pt").unlink()
+    ended = command(train_vqgan.main, *words, "--max-steps", 30, "--resume")
+    assert ended.status == 2 and "has a VQGAN without vqgan_training.pt" in ended.err and ended.err.count("\n") == 1
+
+
+def test_a_run_starts_with_another_vqgan(trained, command, flags, drawn_pictures, tmp_path):
+    first, _ = trained()
+    before = psnr(load_vqgan(str(first)), drawn_pictures, 32)
+    words = [
+        "--input-folder",
+        drawn_pictures,
+        "--output-dir",
+        tmp_path / "fine",
+        "--init-from",
+        first,
+        "--device",
+        "cpu",
+    ]
+    run = "--batch-size 8 --max-steps 20 --continuous-steps 1 --learning-rate 0.005 --precision fp32"
+    ended = command(train_vqgan.main, *words, *run.split(), "--config", "vqgan_photos")  # whose sizes are others
+    assert ended.status == 0 and "32 × 32 pixels to 4 × 4 codes of 32" in ended.out, ended
+    assert "the codebook starts" not in ended.out
+    vae = load_vqgan(str(tmp_path / "fine"))
+    assert vae.hparams == load_vqgan(str(first)).hparams and psnr(vae, drawn_pictures, 32) > before
+    ended = command(train_vqgan.main, *words, *run.split(), "--ch", 64)
+    assert ended.status == 2 and "argument --ch: the sizes are those of --init-from" in ended.err

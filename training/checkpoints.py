@@ -222,7 +222,7 @@ def resume(run: Run, path: Any, saved: Dict[str, Any], model: DALLE) -> None:
         if key in saved.get("progress", {}):
             value = saved["progress"][key]
             setattr(run, name, tuple(value) if isinstance(value, list) else value)
-    changes = enter_order(run, saved)
+    changes = enter_order(run, path, saved)
     finished = run.step == run.steps and run.post_update_done and not run.settings.resume
     if run.step > run.steps or finished:
         raise ValueError(
@@ -240,7 +240,7 @@ def resume(run: Run, path: Any, saved: Dict[str, Any], model: DALLE) -> None:
         logger.warning("unlike the run that wrote it: %s", difference)
 
 
-def enter_order(run: Run, saved: Dict[str, Any]) -> List[str]:
+def enter_order(run: Run, path: Any, saved: Dict[str, Any]) -> List[str]:
     """Let the run continue after the samples that a checkpoint has seen; describe what has changed in their number."""
     batches, before = run.batches, saved.get("data_order")
     if isinstance(before, dict):
@@ -249,7 +249,7 @@ def enter_order(run: Run, saved: Dict[str, Any]) -> List[str]:
         images, size = batches.num_samples, _samples_per_step(saved.get("settings", {}), run.backend.kind)
         seen = EpochOrder(images, min(size or batches.global_batch, images)).samples_seen(run.step)
     if not isinstance(seen, int) or seen < 0:
-        raise ValueError(f"the checkpoint's data_order has {seen!r} samples_seen, not a number of samples")
+        raise ValueError(f"{path}: its data_order has no number of samples_seen")
     batches.enter(run.step, seen)
     run.set_length()
     return [

@@ -38,8 +38,10 @@ DTYPES = {
 STREAM_HEADER = [0x1950A86A20F9469CFC6C, 1001]  # magic number and version of the format before torch 1.6
 NEWOBJ, NEWOBJ_EX = 0x81, 0x92  # opcodes that make an object of a class without calling it
 MODULE_DEPTH = 32  # of modules in modules
+MOST_MODULES = 100_000  # a few that refer to each other many times would take forever
 MOST_DICTS = 1000  # that are searched for a state dict
 MOST_VALUES = 4096  # in a list or dict of plain values
+MOST_VALUES_IN_ALL = 100_000  # of lists in lists, which may be one list many times
 LARGEST_COUNT = 1 << 48  # more elements than any file holds; keeps products of sizes far from overflow
 
 
@@ -163,7 +165,7 @@ def read_module(path: Union[str, Path]) -> Tensors:
     path = Path(path)
     with _describing_damage(path, "module"), path.open("rb") as file:
         saved, read = _open(file)
-        return _read_tensors(dict(_parameters(saved, "", MODULE_DEPTH)), read)
+        return _read_tensors(dict(_parameters(saved)), read)
 
 
 @contextlib.contextmanager
@@ -212,28 +214,46 @@ def _wanted(state_dict: Dict[str, Any], skip: Tuple[str, ...], anchor: Optional[
     return {name: stored for name, stored in names.items() if not name.startswith(skip)}
 
 
-def _parameters(module: Any, prefix: str, depth: int) -> Iterator[Tuple[str, Any]]:
+def _parameters(module: Any) -> Iterator[Tuple[str, Any]]:
     """Yield names and records of a pickled module's parameters and buffers."""
-    state = module.state if isinstance(module, Inert) else None
-    if not isinstance(state, dict) or not isinstance(state.get("_modules"), dict) or not depth:
-        raise ValueError(f"{prefix or 'it'} is not a module")
-    for kind in ("_parameters", "_buffers"):
-        for name, record in dict(state.get(kind) or {}).items():
-            if record is not None:
-                yield f"{prefix}{name}", record
-    for name, child in state["_modules"].items():
-        yield from _parameters(child, f"{prefix}{name}.", depth - 1)
+    waiting, count = [("", module, MODULE_DEPTH)], 0
+    while waiting:
+        prefix, module, depth = waiting.pop()
+        state = module.state if isinstance(module, Inert) else None
+        if not isinstance(state, dict) or not isinstance(state.get("_modules"), dict) or not depth:
+            raise ValueError(f"{prefix or 'it'} is not a module")
+        for kind in ("_parameters", "_buffers"):
+            for name, record in dict(state.get(kind) or {}).items():
+                if record is not None:
+                    yield f"{prefix}{name}", record
+        waiting += [(f"{prefix}{name}.", child, depth - 1) for name, child in state["_modules"].items()]
+        count += 1
+        if count > MOST_MODULES or len(waiting) > MOST_MODULES:
+            raise ValueError(f"it has more than {MOST_MODULES} modules")
 
 
 def plain(value: Any, depth: int = 3) -> Any:
-    """Return numbers, texts, and tuples, lists and dicts of them; None for anything else."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)) and depth and len(value) <= MOST_VALUES:
-        return tuple(plain(one, depth - 1) for one in value)
-    if isinstance(value, dict) and depth and len(value) <= MOST_VALUES:
-        return {key: plain(one, depth - 1) for key, one in value.items() if isinstance(key, str)}
-    return None
+    """Return numbers, texts, and tuples, lists and dicts of them; None for anything else.
+
+    Raises:
+        ValueError: these are more values than the settings of any program.
+    """
+    count = 0
+
+    def convert(value: Any, depth: int) -> Any:
+        nonlocal count
+        count += 1
+        if count > MOST_VALUES_IN_ALL:
+            raise ValueError(f"has more than {MOST_VALUES_IN_ALL} values beside its tensors")
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (list, tuple)) and depth and len(value) <= MOST_VALUES:
+            return tuple(convert(one, depth - 1) for one in value)
+        if isinstance(value, dict) and depth and len(value) <= MOST_VALUES:
+            return {key: convert(one, depth - 1) for key, one in value.items() if isinstance(key, str)}
+        return None
+
+    return convert(value, depth)
 
 
 def _make_inert(unpickler: Any) -> None:

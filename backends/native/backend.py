@@ -150,7 +150,9 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
         self.processes.connect(self.device)
         unused = [name for name, default in IPU_ONLY.items() if getattr(settings, name) != default]
         if unused and not self.rank:
-            logger.info("%d settings are for IPUs only and have no effect here", len(unused))
+            flags = ", ".join("--" + name.replace("_", "-") for name in unused)
+            what = flags if len(unused) <= 3 else f"{len(unused)} settings of the configuration"
+            logger.info("for IPUs only, without effect here: %s", what)
 
     def describe_processes(self) -> str:
         """Return how many processes there are and whether they share the model, for the log."""

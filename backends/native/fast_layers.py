@@ -7,7 +7,7 @@ holds all logits. The plain versions in models/ are the oracle of the tests.
 
 import functools
 import logging
-from typing import Callable, Iterator, List, Optional, Tuple, cast
+from typing import Any, Callable, Iterator, List, Optional, Tuple, cast
 
 import torch
 from torch import Tensor
@@ -51,10 +51,19 @@ def recomputed(compute: Callable, layer: Layer, x: Tensor, rotation: Optional[Ro
     return compute(layer, x, rotation)
 
 
-def compile_layers(model: DALLE, rows: int, autocast: Callable, recompute: bool = False) -> None:
+def compile_layers(
+    model: DALLE,
+    rows: int,
+    autocast: Callable,
+    recompute: bool = False,
+    try_out: Optional[Callable[[], Any]] = None,
+) -> None:
     """Compile the layers of a large model with torch; if that fails, log it and change nothing.
 
-    One compilation serves all layers and takes about a minute. They run within the context autocast().
+    One compilation serves all layers of a pattern and takes about a minute. They run within the context autocast().
+
+    Args:
+        try_out: a forward and backward pass, for models whose layers cannot be called alone.
     """
     layers = model.transformer.layers
     if sum(parameter.numel() for parameter in layers.parameters()) < WORTH_COMPILING or model.transformer.reversible:
@@ -62,19 +71,24 @@ def compile_layers(model: DALLE, rows: int, autocast: Callable, recompute: bool 
     if not hasattr(getattr(torch, "compiler", None), "set_stance"):  # before torch 2.6: one for each
         return
     compute = torch.compile(compute_layer)
+    plain = [layer.compute for layer in layers]
+    for layer in layers:
+        layer.compute = functools.partial(recomputed, compute) if recompute else compute
     weight = model.text_emb.weight
     shape = rows, model.text_seq_len + model.image_seq_len, weight.shape[1]
     try:
         devices = [weight.device] if weight.is_cuda else []  # by default it starts a context on every GPU
         with torch.random.fork_rng(devices), torch.enable_grad(), autocast():
+            if try_out is not None:
+                try_out()
+                return
             x = torch.zeros(shape, device=weight.device, requires_grad=True)
             torch.autograd.grad(compute(layers[0], x, model.transformer.rotation(0, shape[1])).sum(), x)
     except Exception as error:  # a compiler, a driver or a header file is missing
         lines = str(error).strip().splitlines() or [type(error).__name__]
         logger.info("layers are not compiled, which only costs speed: %s", lines[0])
-        return
-    for layer in layers:
-        layer.compute = functools.partial(recomputed, compute) if recompute else compute
+        for layer, before in zip(layers, plain):
+            layer.compute = before
 
 
 def fast_layer(

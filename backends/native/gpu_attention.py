@@ -8,7 +8,7 @@ patterns add a bias, which is made once.
 
 import functools
 import logging
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 from torch import Tensor
@@ -172,7 +172,8 @@ def flash_works(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         inputs = torch.randn(3, 2, 2, text_len + side**2 - 1, 16, generator=random).to(device, dtype)
         mask = pattern_mask("axial_col", text_len, side).to(device)
-        for compute in (lambda *qkv: attend(*qkv, mask), lambda *qkv: AxialBlocks.apply(*qkv, text_len, side, True)):
+        masked: Callable[..., Tensor] = functools.partial(attend, mask=mask)
+        for compute in (masked, lambda *qkv: AxialBlocks.apply(*qkv, text_len, side, True)):
             qkv = [x.clone().requires_grad_() for x in inputs]
             with torch.enable_grad():
                 out = compute(*qkv)

@@ -13,6 +13,7 @@ from taming.modules.diffusionmodules.model import ResnetBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backends.native.captured_stepper import CapturedStepper
 from models.dalle import DALLE
 from models.image_tokenizer import ImageTokenizer
 from models.packed_sampler import Pack, PackedStepper
@@ -37,7 +38,8 @@ class NativeSampler:
         windows = WINDOWS if window is None else (min(window, model.image_seq_len),)
         self.stepper: Stepper
         if model.transformer.is_plain:
-            self.stepper = PackedStepper(model, pack, cache_dtype, backend.autocast, windows)
+            kind = PackedStepper if on_cpu else CapturedStepper
+            self.stepper = kind(model, pack, cache_dtype, backend.autocast, windows)
         else:
             self.stepper = CachedStepper(model, backend.autocast)
 
@@ -89,9 +91,15 @@ def plain_packer(dtype: torch.dtype) -> Pack:
 def onednn_packer(dtype: torch.dtype) -> Pack:
     """Return a pack for oneDNN's weight layout, two to three times as fast as F.linear for a few rows.
 
-    The operators are those of torch.compile, from torch 2.1 on; AttributeError or RuntimeError if torch lacks them.
+    The operators are those of torch.compile, from torch 2.1 on.
+
+    Raises:
+        AttributeError: torch lacks them.
     """
-    reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    if hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        reorder, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    else:
+        raise AttributeError("this build of torch has no packed linear operator")
 
     def pack(weight: Tensor, bias: Optional[Tensor], geglu: bool = False) -> Product:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -17,6 +17,7 @@ from torch import distributed as dist
 from torch.distributed import fsdp
 
 from backends.base import Losses
+from backends.native.fast_layers import compile_layers
 from backends.native.trainer import NativeTrainer, SharedMuon, compute_losses
 from models.dalle import DALLE
 
@@ -108,6 +109,17 @@ class ShardedTrainer(NativeTrainer):
     def measure_rows(self) -> int:
         """Return 0: micro-batches stay as they are."""
         return 0
+
+    def compile_layers(self, recompute: bool) -> None:
+        """Compile the layers in a pass of the whole model, because processes gather their weights in its order."""
+
+        def try_out() -> None:
+            sizes = self.model.text_seq_len, self.model.image_seq_len
+            zeros = (torch.zeros(self.rows(), size, dtype=torch.long) for size in sizes)
+            compute_losses(self.network, *zeros, backend=self.backend).total.backward()
+            self.model.zero_grad(set_to_none=True)
+
+        compile_layers(self.model, self.rows(), self.backend.autocast, recompute, try_out)
 
     def rows(self) -> int:
         """Return the rows of a micro-batch."""

@@ -8,7 +8,20 @@ import logging
 import math
 import sys
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+)
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +99,11 @@ class NativeTrainer(Trainer):
             settings = self.backend.settings
             if not settings.no_codes_cache:  # the VQGAN would need memory, too
                 self.fitting = max(self.fitting, self.measure_rows())
-            compile_layers(self.model, self.rows(), self.backend.autocast, settings.recompute)
+            self.compile_layers(settings.recompute)
+
+    def compile_layers(self, recompute: bool) -> None:
+        """Compile the layers, if they are large."""
+        compile_layers(self.model, self.rows(), self.backend.autocast, recompute)
 
     def measure_rows(self) -> int:
         """Return how many rows fit the GPU's free memory at once, by the memory that a few take."""
@@ -99,8 +116,8 @@ class NativeTrainer(Trainer):
                 text, codes = (torch.zeros(rows, size, dtype=torch.long, device=device) for size in sizes)
                 torch.cuda.reset_peak_memory_stats(device)
                 before = torch.cuda.memory_allocated(device)
-                with torch.random.fork_rng([device]):
-                    compute_losses(model, text, codes, self.backend).total.backward()
+                with torch.random.fork_rng([device]), self.without_exchange():
+                    compute_losses(self.network, text, codes, self.backend).total.backward()
                 taken = (torch.cuda.max_memory_allocated(device) - before) // rows
         except torch.cuda.OutOfMemoryError:
             return 0
@@ -144,11 +161,15 @@ class NativeTrainer(Trainer):
         for text, image in self.regroup(batch):
             share, left = len(text) / whole, left - len(text)
             # Gradients are exchanged once per update.
-            with contextlib.nullcontext() if left == 0 or self.network is self.model else self.network.no_sync():
+            with contextlib.nullcontext() if left == 0 else self.without_exchange():
                 losses = compute_losses(self.network, text, image, self.backend)
                 self.scaler.scale(losses.total * share).backward()
             sums += torch.stack(losses).detach().float() * share
         return name_losses(self.backend.processes.mean(sums))
+
+    def without_exchange(self) -> ContextManager[Any]:
+        """Return a context whose backward passes leave gradients in this process."""
+        return contextlib.nullcontext() if self.network is self.model else self.network.no_sync()
 
     def regroup(self, batches: Iterable) -> Iterable[Tuple[Tensor, Tensor]]:
         """Cut and join micro-batches into parts of as many rows as the machine best computes at once, on the device."""

@@ -71,8 +71,7 @@ def open_source(
             raise NoPairs(f"{error}; {forms}{more}{_hint(folder, others)}") from None
     for reason, names in skipped.items():
         source.skipped[reason] = [*source.skipped.get(reason, []), *(folder / name for name in names)]
-    used = (".tar",) if isinstance(source, tar.TarShards) else ()
-    source.others = [name for name in others if not name.lower().endswith(used)]
+    source.others = sorted(set(others).difference(source.holders))
     return source
 
 
@@ -131,7 +130,7 @@ def _open_lists(
     if not listing.images:
         return None
     candidates = [*listing.texts, *listing.others] if names is None else names
-    forms: Dict[str, List[Iterator[Entry]]] = {}
+    forms: Dict[str, List[Tuple[str, Iterator[Entry]]]] = {}
     fault: Optional[ValueError] = None
     for name in candidates:
         try:
@@ -140,14 +139,16 @@ def _open_lists(
             fault = fault or error
             continue
         if found is not None:
-            forms.setdefault(found[0], []).append(found[1])
+            forms.setdefault(found[0], []).append((name, found[1]))
     if not forms:
         if fault is not None:
             raise fault
         return None
     form = next((form for form in forms if form == COCO), next(iter(forms)))
-    entries = (entry for part in forms[form] for entry in part)
-    return Table(form, folder, entries, listing.images, known_good)
+    entries = (entry for _, part in forms[form] for entry in part)
+    source = Table(form, folder, entries, listing.images, known_good)
+    source.holders = [name for name, _ in forms[form]]
+    return source
 
 
 def _read_list(folder: Path, name: str, validation: bool, chosen: bool) -> Optional[Tuple[str, Iterator[Entry]]]:

@@ -18,10 +18,12 @@ class ImageSource(ABC):
         images: name and state of each image.
         texts: name and state of what holds each image's captions.
         skipped: files, or samples, that are not used, by reason.
-        others: files of other kinds.
+        holders: files that hold many captions or images.
+        others: files of other kinds, which are not used.
     """
 
     form: str
+    holders: Sequence[str] = ()
     others: Sequence[str] = ()
 
     def __init__(self, folder: Path, images: Sequence[File], texts: Sequence[File], skipped: Skipped):

@@ -94,6 +94,7 @@ class TarShards(ImageSource):
                 f"{reasons and f' ({reasons})'}; a sample is KEY.jpg with KEY.txt, or with KEY.json that has a caption"
             )
         super().__init__(folder, images, texts, paths)
+        self.holders = shards
 
     def image(self, name: str) -> ImagePath:
         """Return the place of an image in its shard."""

@@ -50,9 +50,10 @@ def test_no_cudnn_plan_is_built_while_sampling(found):
 
 
 def test_a_code_costs_few_launches_and_waits(found):
-    """One code at a time, with four layers."""
+    """One code at a time; a pass through the model is one launch, of a captured graph."""
     per_code = found["sampling"]["per_code"]
-    assert per_code["launches"] <= 115 and per_code["copies"] == 0 and per_code["waits"] <= 15, per_code
+    assert per_code["launches"] <= 45 and per_code["copies"] == 0 and per_code["waits"] <= 3.1, per_code
+    assert found["sampling"]["replays"] == 3  # of the last four codes, the first comes from the pass over the captions
 
 
 def test_training_equals_the_cpus_and_costs_few_launches_and_waits(found):
@@ -88,7 +89,7 @@ def test_out_of_memory_is_one_line(found):
 def test_each_pattern_and_a_run_without_memory():
     found = contract("patterns", "memory")
     assert len(found["patterns"]["equal"]) == 12 and all(found["patterns"]["equal"].values())
-    assert found["patterns"]["plans"] == 0
+    assert found["patterns"]["plans"] == 0 and all(found["patterns"]["uncaptured"].values())
     memory = found["memory"]
     assert memory["status"] == 2 and memory["err"].count("\n") == 1 and memory["files"] == ["dalle_step_2.pt"]
     assert "out of memory: --batch-size 2 --gradient-accumulation 4 or --recompute makes the same" in memory["err"]

@@ -48,4 +48,4 @@ def test_a_read_only_folder_has_its_caches_elsewhere(command, tiny_flags, pictur
 def test_settings_for_ipus_are_counted_not_listed(logged):
     NativeTrainingBackend(train_settings("--config L16"))
     (line,) = [line for line in logged.messages if "IPU" in line]
-    assert line == "8 settings are for IPUs only and have no effect here"
+    assert line == "for IPUs only, without effect here: 8 settings of the configuration"

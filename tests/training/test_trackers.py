@@ -60,7 +60,7 @@ def test_weights_and_biases_gets_figures_pictures_and_settings(command, tiny_fla
     assert names >= {"lr", "epoch", "samples_per_second", "grad_norm", "samples"}
     assert {f"{group}/{loss}" for group in ("loss", "held-out") for loss in ("total", "text", "image")} < names
     kind, image = run.seen[3][1]["samples"]
-    assert kind == "image" and image.size[0] == 64 + 3 * 166 and run.finished == 1
+    assert kind == "image" and image.size[0] == 80 + 3 * 166 and run.finished == 1
 
 
 def test_without_a_login_it_is_recorded_offline_and_else_not_at_all(command, tiny_flags, wandb):

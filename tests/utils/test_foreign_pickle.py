@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.foreign_pickle import STREAM_HEADER, read_weights
+from utils.foreign_pickle import STREAM_HEADER, read_entries, read_module, read_weights
 
 BOTH_FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
 
@@ -316,6 +316,21 @@ def test_lists_that_hold_lists_many_times_over_are_not_written_out(path):
     assert peak_memory(lambda: assert_refused(path)) < 1 << 22
     as_a_name = pickled(laughs)[:-1] + b"X\x01\0\0\0x\x93."  # STACK_GLOBAL joins module and name
     assert peak_memory(lambda: assert_refused(write_zip(path, as_a_name, {}))) < 1 << 22
+
+
+def test_settings_and_modules_that_hold_themselves_many_times_over_are_refused(path):
+    values = list(range(4000))
+    for _ in range(2):
+        values = [values] * 4000
+    torch.save({"hparams": values, "weights": {"w": torch.ones(2)}}, path)
+    with pytest.raises(ValueError, match="more than 100000 values"):
+        read_entries(path, "weights")
+    module = nn.Linear(1, 1)
+    for _ in range(30):
+        module = nn.ModuleList([module, module])
+    torch.save(module, path)
+    with pytest.raises(ValueError, match="more than 100000 modules"):
+        read_module(path)
 
 
 def peak_memory(function):

@@ -321,17 +321,15 @@ def test_a_driver_that_is_too_old_is_named_in_one_line(monkeypatch, logged):
     assert line.startswith("the GPU cannot be used: CUDA init") and line.endswith("too old (found version 1)")
 
 
-def test_flags_for_ipus_are_named_in_one_line(logged):
+def test_flags_for_ipus_are_counted_in_one_line(logged):
     NativeTrainingBackend(args.train_arguments(["--generated-data", "--device=cpu"]))
     assert len(logged.messages) == 1 and "running on cpu" in logged.text
     logged.clear()
-    NativeTrainingBackend(
-        args.train_arguments(["--config=L16_POD16", "--device=cpu", "--profile-dir=p", "--compile-only"])
-    )
+    settings = args.train_arguments(["--config=L16_POD16", "--device=cpu", "--profile-dir=p", "--compile-only"])
+    NativeTrainingBackend(settings)
+    count = sum(getattr(settings, name) != default for name, default in native.IPU_ONLY.items())
     (line,) = [message for message in logged.messages if "IPU" in message]
-    expected = "stochastic-rounding enable-half-partials enable-rts embedding-serialization-factor ipus-per-replica "
-    expected += "layers-per-ipu cls-ipu-id compile-only profile-dir loss-scaling enable-half-first-order-momentum"
-    assert line.partition(": ")[2].split(", ") == [f"--{name}" for name in expected.split()]
+    assert count > 5 and line == f"{count} settings are for IPUs only and have no effect here"
 
 
 def test_every_ipu_flag_is_known_with_its_default():

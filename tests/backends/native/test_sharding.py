@@ -1,5 +1,6 @@
 """--shard: two processes that hold half each do what one does with the whole, and give and take the same states."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -138,6 +139,20 @@ def test_half_precision_is_that_of_one(shared):
         assert ours["total"] == pytest.approx(expected["total"], rel=2e-4)
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
         assert ours["total"] != exact["total"]
+
+
+@needs_fsdp2
+@pytest.mark.slow
+def test_compiled_layers_train_alike(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = ROOT / "tests" / "backends" / "native" / "sharded_runs.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [*launcher, str(script), str(tmp_path), "compiled"]
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    plain, compiled = ast.literal_eval(ended.stdout.splitlines()[-1])
+    for ours, expected in zip(compiled, plain):
+        assert ours == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_is_not_shared_out_stays():

@@ -62,22 +62,33 @@ def test_every_image_suffix_counts_in_any_case(tmp_path):
 
 
 def test_names_of_other_programs_pair(tmp_path):
-    for name in ("cafe\u0301.jpg", "b.jpg", "images/c.jpg", "d.jpg", "d.gif", "e.jpg", "e.png"):
+    for name in ("cafe\u0301.jpg", "b.jpg", "images/c.jpg", "d.jpg", "d.gif", "e.jpg", "e.png", "f.jpg"):
         picture(tmp_path / name)
-    for name in ("caf\u00e9.txt", "b.jpg.txt", "captions/c.jpg.txt", "d.txt", "e.png.txt", "e.jpg.txt", "e.txt"):
+    for name in (
+        "caf\u00e9.txt",
+        "b.jpg.txt",
+        "captions/c.jpg.txt",
+        "d.txt",
+        "e.png.txt",
+        "e.jpg.txt",
+        "e.txt",
+        "f.caption",
+        "b.caption",
+    ):
         text(tmp_path / name)
     pairs, skipped = find_pairs(tmp_path)
     assert names(tmp_path, pairs) == [
-        ("b.jpg", "b.jpg.txt"),
+        ("b.jpg", "b.caption"),
         ("cafe\u0301.jpg", "caf\u00e9.txt"),
         ("d.jpg", "d.txt"),  # not d.gif, which was no image in earlier versions
         ("e.jpg", "e.txt"),
         ("e.png", "e.png.txt"),
+        ("f.jpg", "f.caption"),
         ("images/c.jpg", "captions/c.jpg.txt"),
     ]
     assert {reason: [path.name for path in paths] for reason, paths in skipped.items()} == {
         "image whose caption file belongs to another image": ["d.gif"],
-        "caption without image": ["e.jpg.txt"],
+        "caption without image": ["b.jpg.txt", "e.jpg.txt"],
     }
 
 

@@ -150,6 +150,8 @@ def test_every_form_gives_what_the_folder_gives(form, tmp_path):
     for (name, _, _), original in zip(source.images, sorted(plain.iterdir())):
         assert np.array_equal(load_image(source.image(name), 8), load_image(original, 8))
     assert not any(source.skipped.values())
+    others = {"coco_json": ["instances_train2014.json"], "tar_shards": ["00000_stats.json", "00001_stats.json"]}
+    assert [name.rpartition("/")[2] for name in source.others] == others.get(form.__name__, [])
     assert len(find_images(folder)) == len(CAPTIONS)
 
     tokenizer = load_tokenizer(ROOT / YTTM)
@@ -291,3 +293,20 @@ def test_damaged_shards_keep_what_can_be_read(tmp_path, monkeypatch):
     assert open_source(tmp_path, cache_dir=tmp_path).images == cut.images
     shutil.copy(tmp_path / "00001.tar", tmp_path / "one.tar")
     assert len(open_source(tmp_path / "one.tar").images) == 1
+
+
+def test_a_damaged_image_of_a_shard_is_skipped_as_a_file_is(tmp_path, logged):
+    tar_shards(tmp_path)
+    whole = (tmp_path / "00000.tar").read_bytes()
+    start = open_source(tmp_path).image("00000.tar/b.jpg").offset
+    (tmp_path / "00000.tar").write_bytes(whole[:start] + bytes(300) + whole[start + 300 :])
+    dataset = TextImageDataset(tmp_path, load_tokenizer(ROOT / YTTM), text_seq_len=16, image_size=8)
+    cache = open_code_cache(tmp_path, tmp_path / "cache", image_size=8, image_seq_len=4, num_codes=256, fingerprint="0")
+    assert torch.equal(dataset[1][1], dataset[2][1])  # another image replaces it
+    rows = load_codes(dataset.images, lambda x: torch.zeros(len(x), 4).long(), cache, paths=dataset.image_paths())
+    dataset.attach_codes(*rows)
+    assert [name for name, _, _ in dataset.images] == ["00000.tar/a.jpg", "00001.tar/c.jpg"]
+    assert "00000.tar/b.jpg: cannot be read as an image" in logged.text
+    (tmp_path / "00001.tar").write_bytes(b"")
+    with pytest.raises(OSError, match="00001.tar: has become shorter since it was indexed"):
+        dataset.source.image("00001.tar/c.jpg").read()
