@@ -336,7 +336,7 @@ def shape_faults(prompts: Sequence[str]) -> FindFaults:
     """Return the function that finds what is wrong in the images of prompts about shapes."""
     from data.shapes_reader import find_faults
 
-    return lambda number, pixels: find_faults(prompts[number], pixels)
+    return lambda number, pixels: list(find_faults(prompts[number], pixels))
 
 
 def judge(images: torch.Tensor, find_faults: FindFaults) -> Tuple[float, Counter]:

@@ -88,7 +88,7 @@ class Item(NamedTuple):
 
     name: str
     size: Optional[str]
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]
 
 
 class Scene(NamedTuple):
@@ -211,7 +211,7 @@ def validation_scenes(split: str, count: int, seed: int = 0) -> List[Tuple[str, 
     if split not in ("choose", "score"):
         raise ValueError(f"split {split!r} is unknown: it should be 'choose' or 'score'")
     rng = random.Random(f"prompts {split} {seed}")
-    scenes = []
+    scenes: List[Tuple[str, Scene]] = []
     while len(scenes) < count:
         scene = withheld_scene(rng, split)
         if scene.relation != "and":

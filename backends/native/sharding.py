@@ -115,8 +115,8 @@ class ShardedTrainer(NativeTrainer):
 
         def try_out() -> None:
             sizes = self.model.text_seq_len, self.model.image_seq_len
-            zeros = (torch.zeros(self.rows(), size, dtype=torch.long) for size in sizes)
-            compute_losses(self.network, *zeros, backend=self.backend).total.backward()
+            text, codes = (torch.zeros(self.rows(), size, dtype=torch.long) for size in sizes)
+            compute_losses(self.network, text, codes, backend=self.backend).total.backward()
             self.model.zero_grad(set_to_none=True)
 
         compile_layers(self.model, self.rows(), self.backend.autocast, recompute, try_out)

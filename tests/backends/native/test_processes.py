@@ -95,7 +95,8 @@ report("before")
 """
 EXCHANGE = """
 os.environ["POPDIST_INSTANCE_INDEX"] = os.environ["RANK"]
-import horovod.torch as hvd, torch
+import horovod.torch as hvd, popdist, torch
+popdist.init()
 hvd.init()
 hvd.allreduce(torch.ones(3))
 report("before")
