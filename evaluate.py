@@ -5,7 +5,7 @@
 
 With --input-folder: the losses that train.py's validation logs, the VQGAN's PSNR and a grid of its reconstructions.
 Without it, or with --prompts: validation prompts are generated, and a program checks the images. For shapes,
-data/shapes_reader.py checks objects, colors, shapes, sizes and their relation; for scenes, models/scenes_reader.py
+data/shapes_reader.py checks objects, colors, shapes, sizes and their relation; for scenes, training/scenes_reader.py
 objects, sizes, relation and background. --clip-weights and --fid-weights score the generated images.
 Averaged weights are used if the checkpoint has them.
 """
@@ -241,7 +241,7 @@ def evaluate_prompts(
         logger.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
     print(f"image grid: {folder / 'grid.png'} (its prompts, row by row: {folder / 'prompts.txt'})")
     if kind == "scenes":
-        from models.scenes_reader import FAULTS
+        from training.scenes_reader import FAULTS
 
         shares = [f"{name} {100 * (1 - wrong[name] / len(prompts)):.1f} %" for name in FAULTS]
         print(f"right: {', '.join(shares)}")
@@ -311,7 +311,7 @@ def generate_codes(
 
 def knows_scenes(words: Dict[str, int]) -> bool:
     """Return whether the words of training captions include the names of all objects of scenes."""
-    from data.scenes import objects
+    from data.scene_captions import objects
 
     return all(word in words for name in objects() for word in name.split())
 
@@ -323,8 +323,8 @@ def load_prompts(kind: str, settings: Namespace) -> Tuple[List[str], FindFaults]
 
         prompts = validation_prompts(settings.prompt_set, settings.prompts, settings.seed)
         return prompts, shape_faults(prompts)
-    from data.scenes import validation_scenes
-    from models.scenes_reader import load_reader
+    from data.scene_captions import validation_scenes
+    from training.scenes_reader import load_reader
 
     reader = load_reader()
     described = validation_scenes(settings.prompt_set, settings.prompts, settings.seed)

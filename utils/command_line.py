@@ -294,3 +294,21 @@ def check_vqgan_files(parser: Parser, settings: argparse.Namespace) -> None:
 def refuse(parser: Parser, flag: str, problem: str) -> NoReturn:
     """End the program with an error in one line that names the flag."""
     parser.error(f"argument --{flag}: {problem}")
+
+
+def exit_status(work: Callable[[], None], requirements: str = "requirements.txt") -> int:
+    """Call work() and return the program's exit status: 0, or 2 after an error that its user can mend, in one line.
+
+    Args:
+        requirements: the file that lists what may be missing.
+    """
+    try:
+        with exit_on_closed_output():
+            work()
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is missing: pip install -r {requirements}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        return 0
+    return 2

@@ -10,23 +10,17 @@ import pytest
 from PIL import Image
 
 from data import scenes
-from data.scenes import (
+from data.scene_captions import (
     BACKGROUNDS,
-    CELLS,
-    GRID,
     INVERSE,
     KINDS,
     PLAIN,
     RELATIONS,
     Item,
-    Placed,
     Scene,
     describe,
     describe_differently,
-    draw,
     objects,
-    place,
-    place_crowd,
     plural,
     random_scene,
     split_of,
@@ -35,6 +29,7 @@ from data.scenes import (
     withheld,
     withheld_scene,
 )
+from data.scenes import CELLS, GRID, Placed, draw, place, place_crowd
 
 
 def some_scenes(count=200, seed=0):
@@ -157,7 +152,8 @@ def test_an_object_fills_its_cells_and_no_others(drawings):
 
 def test_the_files(drawings, tmp_path, monkeypatch):
     few = dict(list(objects().items())[:12])
-    monkeypatch.setattr(scenes, "objects", lambda: few)
+    for module in ("data.scenes", "data.scene_captions"):
+        monkeypatch.setattr(f"{module}.objects", lambda: few)
     out = tmp_path / "set"
     flags = ["--out", str(out), "--images", "6", "--val", "3", "--crowds", "2", "--size", "48"]
     assert scenes.main(flags) == 0

@@ -9,21 +9,9 @@ import torch
 from generation.batching import generate_batch, plan_image
 from generation.output import to_image
 from service.queue import Busy, GenerationQueue
-from tests.service.running import Drawing, loaded_for_tests, until
+from tests.service.running import until
 
 PROMPT = "a red circle"
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_checkpoint):
-    return loaded_for_tests(tiny_checkpoint, batch_size=4)
-
-
-@pytest.fixture
-def drawing(loaded):
-    drawing = Drawing(loaded)
-    yield drawing
-    drawing.remove()
 
 
 @pytest.fixture

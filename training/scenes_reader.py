@@ -1,8 +1,8 @@
 """Read images of data/scenes.py back: objects, their sizes and places, and whether the image follows a caption.
 
-    python -m models.scenes_reader                                    train the reader, measure it on renderings
-    python -m models.scenes_reader --vae-path output/scenes/vqgan     the same, and on VQGAN reconstructions
-    python -m models.scenes_reader --measure                          measure the one that exists
+    python -m training.scenes_reader                                    train the reader, measure it on renderings
+    python -m training.scenes_reader --vae-path output/scenes/vqgan     the same, and on VQGAN reconstructions
+    python -m training.scenes_reader --measure                          measure the one that exists
 
 The reader is a small convolutional network of its own, trained on crowds of objects with blur and noise. It knows
 where objects can lie (data/scenes.py's grid of 12 × 12 cells) and asks for every place whether one lies there, which
@@ -21,20 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.scenes import (
-    BACKGROUNDS,
-    CELLS,
-    GRID,
-    Placed,
-    Scene,
-    draw,
-    objects,
-    place,
-    place_crowd,
-    withheld_scene,
-)
+from data.scene_captions import BACKGROUNDS, Scene, objects, withheld_scene
+from data.scenes import CELLS, GRID, Placed, draw, place, place_crowd
 from utils.checkpoint import write
-from utils.command_line import Parser
+from utils.command_line import Parser, exit_status
 from utils.muon import has_amx
 from utils.optimization import cosine
 
@@ -317,29 +307,25 @@ def save_reader(reader: Reader, path: Path = WEIGHTS) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command; return the exit status, 2 for bad arguments."""
     parser = Parser("Train and measure the reader of scenes.")
-    parser.prog = "python -m models.scenes_reader"
+    parser.prog = "python -m training.scenes_reader"
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="file of the weights")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
     parser.add_argument("--vae-path", help="VQGAN whose reconstructions to train and measure on, too")
     parser.add_argument("--measure", action="store_true", help="measure the reader in --out instead of training one")
     flags = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         reconstruct = _reconstruction(flags.vae_path) if flags.vae_path else None
         reader = load_reader(flags.out) if flags.measure else train_reader(flags.steps, reconstruct=reconstruct)
         if not flags.measure:
             save_reader(reader, flags.out)
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is missing: pip install -r requirements-scenes.txt", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for title, function in (("renderings", None), ("reconstructions", reconstruct)):
-        if title == "renderings" or function is not None:
-            shares = measure(reader, function)
-            line = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
-            print(f"{TEST_IMAGES} withheld {title} read right: {line}")
-    return 0
+        for title, function in (("renderings", None), ("reconstructions", reconstruct)):
+            if title == "renderings" or function is not None:
+                shares = measure(reader, function)
+                line = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
+                print(f"{TEST_IMAGES} withheld {title} read right: {line}")
+
+    return exit_status(work, "requirements-scenes.txt")
 
 
 def _reconstruction(vae_path: str) -> Any:

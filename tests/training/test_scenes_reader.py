@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.scenes import Item, Placed, Scene, find_spec, objects, place, withheld_scene
-from models import scenes_reader
-from models.scenes_reader import FAULTS, Reader, ReaderNetwork, Reading, find_faults, load_reader, save_reader
+from data.scene_captions import Item, Scene, objects, withheld_scene
+from data.scenes import Placed, find_spec, place
+from training import scenes_reader
+from training.scenes_reader import FAULTS, Reader, ReaderNetwork, Reading, find_faults, load_reader, save_reader
 
 SCENE = Scene((Item("cat", "small"), Item("pizza", "large")), "left", "blue")
 PLACED = [Placed("cat", "small", 4, 0), Placed("pizza", "large", 3, 5)]
@@ -69,6 +70,7 @@ def test_it_learns(monkeypatch):
     known = {name: objects()[name] for name in few}
     monkeypatch.setattr(scenes_reader, "_NAMES", few)
     monkeypatch.setattr("data.scenes.objects", lambda: known)
+    monkeypatch.setattr("data.scene_captions.objects", lambda: known)
     reader = scenes_reader.train_reader(steps=60)
     crowds, images = scenes_reader._random_crowds(random.Random(1), 20)
     readings = reader.read(torch.nn.functional.interpolate(images, size=(192, 192)))
