@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 from args import vqgan_arguments
 from log import EXIT_INTERRUPTED, exit_on_bad_input, set_up
-from utils.files import atomic_write, check_writable
+from utils.files import atomic_write, check_writable, remove_leftovers
 
 if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
     import torch
@@ -64,6 +64,7 @@ def train(settings: Namespace) -> None:
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _fast_in_bf16(device))
     output_dir = Path(settings.output_dir)
     check_writable(output_dir, "--output-dir")
+    remove_leftovers(output_dir, *checkpoints.FILES)
     finished = checkpoints.check_earlier_run(settings, output_dir)
     if finished is not None and finished >= settings.max_steps:
         logger.info("%s has a VQGAN of %d steps already, this run ends at %d", output_dir, finished, settings.max_steps)

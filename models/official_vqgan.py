@@ -13,6 +13,8 @@ from typing import Optional, Tuple
 from filelock import FileLock
 from tqdm import tqdm
 
+from utils.files import remove_leftovers
+
 # File name in the cache -> address at Heidelberg University, where the authors of taming-transformers publish it.
 OFFICIAL_FILES = {
     "vqgan.1024.model.ckpt": "https://heibox.uni-heidelberg.de/f/140747ba53464f49b476/?dl=1",
@@ -81,8 +83,7 @@ def _by_hand(problem: str, folder: Path) -> OSError:
 def _download(address: str, path: Path) -> None:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        for leftover in path.parent.glob(f"{path.name}.*.tmp"):  # of a process that was killed: the lock is ours
-            leftover.unlink()
+        remove_leftovers(path.parent, path.name)  # the lock is ours
         with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response, unfinished.open("wb") as file:
             length = response.headers.get("Content-Length")
             total = int(length) if length else None

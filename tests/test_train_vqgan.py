@@ -181,8 +181,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, command, flags, tmp_
     monkeypatch.setattr(VQGanTrainer, "step", interrupted)
     assert command(train_vqgan.main, *words).status == 130
     monkeypatch.setattr(VQGanTrainer, "step", step)
+    left = [tmp_path / "v" / f"{name}.77.tmp" for name in ("vqgan.ckpt", "vqgan.yaml", "vqgan_training.pt")]
+    for path in left:  # as a run that is killed leaves them
+        path.write_bytes(b"half of a file")
     ended = command(train_vqgan.main, *words, "--resume")
     assert ended.status == 0 and "resumed at step 13 of 24" in ended.out
+    assert not any(path.exists() for path in left)
     assert load_vqgan(str(tmp_path / "v")).fingerprint() == load_vqgan(str(whole)).fingerprint()
     ended = command(train_vqgan.main, *words, "--max-steps", "30", "--resume", "--ch", "64")
     assert ended.status == 2 and "vqgan_training.pt is not of this VQGAN" in ended.err and ended.err.count("\n") == 1

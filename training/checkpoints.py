@@ -18,7 +18,7 @@ from data.order import EpochOrder
 from data.words import EXAMPLES, summarize_captions
 from generation.loading import OPTIONS
 from utils import checkpoint
-from utils.files import check_writable
+from utils.files import check_writable, remove_leftovers
 from utils.interrupts import defer_signals
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from training.run import Run
 
 BEST = "dalle_best.pt"
-# The temporary name (utils.files.atomic_write) of a file that a run writes.
-LEFTOVER = re.compile(r"(dalle_.*\.pt|loss\.png|metrics\.jsonl|captions\.txt|step_\d+\.png|\.writable)\.\d+\.tmp$")
+FILES = ("dalle_*.pt", "loss.png", "metrics.jsonl", ".writable", "samples/captions.txt", "samples/step_*.png")
 # Attributes of a Run -> their keys in the file.
 PROGRESS = {
     "skipped": "skipped",
@@ -80,10 +79,7 @@ class Folder:
         """Create the folder and remove temporary files of a killed run; ValueError if it cannot be written."""
         if self.path is not None and self.writes:
             check_writable(self.path, "--checkpoint-output-dir")
-            for pattern in ("*.tmp", "samples/*.tmp"):
-                for leftover in self.path.glob(pattern):
-                    if LEFTOVER.match(leftover.name):
-                        leftover.unlink()
+            remove_leftovers(self.path, *FILES)
 
     def origin(self) -> Optional[Tuple[Any, Dict[str, Any]]]:
         """Return the path and content of the checkpoint to resume from, or None to start a new run.

@@ -22,6 +22,7 @@ logger = logging.getLogger("minidalle")
 
 STATE_FILE = "vqgan_training.pt"  # in --output-dir, for --resume
 UNFINISHED = "unfinished"  # folder of a resumed run's VQGAN, until the run ends
+FILES = (STATE_FILE, "vqgan.*", "reconstructions.png", ".writable")
 
 
 def save(trainer: VQGanTrainer, params: Dict[str, Any], output_dir: Path) -> None:

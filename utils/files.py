@@ -55,6 +55,17 @@ def atomic_write(path: AnyPath, text: bool = False, sync: bool = False) -> Itera
             temporary.unlink()
 
 
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove what atomic_write left of files when a process was killed; no other process may be writing them.
+
+    Args:
+        names: of the files in the folder, as glob patterns.
+    """
+    for name in names:
+        for path in folder.glob(f"{name}.*.tmp"):
+            path.unlink()
+
+
 @contextlib.contextmanager
 def replace_folder(folder: AnyPath) -> Iterator[Path]:
     """Yield a new, empty folder that takes the place of `folder` when the block ends, or is removed after an error."""
