@@ -19,12 +19,12 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from data.array_cache import MappedRows
-from data.captions import CaptionCache, TokenCounts, load_captions
+from data.captions import CaptionCache, TokenCounts, encode_text, load_captions
 from data.files import UNREAD, UNREADABLE, File, Skipped, describe_others, printable, report_skipped
 from data.images import load_image
 from data.order import Key, epoch_and_index, random_bits
 from data.sources import ImagePath, folder_of, open_source
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, check_length
 
 logger = logging.getLogger("minidalle")
 
@@ -159,8 +159,7 @@ class TextImageDataset(Dataset):
         path = printable(self.folder / name)
         try:
             for text in self.source.captions(name):
-                unknown = tokenizer.unknown in tokenizer.encode(text)
-                tokenizer.tokenize([text.lower() if unknown else text], self.text_seq_len)
+                check_length(text, encode_text(tokenizer, text), self.text_seq_len)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         raise ValueError(f"{path}: changed while it was read")

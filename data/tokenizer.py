@@ -128,14 +128,20 @@ class Tokenizer:
         rows = torch.zeros(len(texts), context_length, dtype=torch.long)
         for row, text in zip(rows, texts):
             ids = self.encode(text)
-            if len(ids) > context_length and not truncate_text:
-                raise ValueError(
-                    f'"{_shorten(text)}" is {len(ids)} tokens long, and the limit is {context_length}: '
-                    "shorten it, or cut such texts with --truncate-captions"
-                )
+            if not truncate_text:
+                check_length(text, ids, context_length)
             ids = ids[:context_length]
             row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
         return rows
+
+
+def check_length(text: str, ids: List[int], most: int) -> None:
+    """Raise ValueError if a text has more than `most` ids."""
+    if len(ids) > most:
+        raise ValueError(
+            f'"{_shorten(text)}" is {len(ids)} tokens long, and the limit is {most}: '
+            "shorten it, or cut such texts with --truncate-captions"
+        )
 
 
 def load_tokenizer(
