@@ -105,13 +105,6 @@ def test_keys_stay_in_their_slots_while_they_are_seen(pattern, window):
         assert all(owners[slots[seen]] == seen for seen in mask[place].nonzero().flatten().tolist())
 
 
-def test_slots_are_few():
-    sizes = {pattern: 1 + max(plan_slots(pattern_mask(pattern, 81, 16)[81:, 81:])) for pattern in PATTERNS}
-    windows = {"conv_like": 2 * 16 + 3, "conv_up_left": 4 * 16 + 5}
-    assert sizes == {"full": 255, "axial_row": 16, "axial_col": 240, **windows}
-    assert max(plan_slots(pattern_mask("axial_row", 81, 16)[81:, 81:], 8)) < 16 + 7
-
-
 def test_the_window_is_the_one_with_the_most_codes_per_second():
     seconds, most = {1: 1.0, 2: 1.2, 4: 1.3, 8: 2.0}, torch.tensor([4, 4])
     assert Pace(seconds).window() == 4
