@@ -1,4 +1,4 @@
-"""The Triton kernels against PyTorch's operators, by Triton's interpreter on a CPU; on a GPU the program checks itself."""
+"""The Triton kernels against PyTorch's operators, in Triton's interpreter; on a GPU the program checks itself."""
 
 import os
 import subprocess
