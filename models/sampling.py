@@ -333,8 +333,9 @@ def gumbel_noise(
     if isinstance(generator, (list, tuple)):
         if len(generator) != batch:
             raise ValueError(f"{len(generator)} generators for {batch} images; each image needs one")
-        with ThreadPoolExecutor(min(batch, os.cpu_count() or 1)) as pool:
-            return torch.cat([*pool.map(lambda one: gumbel_noise(1, length, num_codes, one, device), generator)])
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            run = pool.map if batch >= 16 else map  # threads take longer to start than a few images
+            return torch.cat([*run(lambda one: gumbel_noise(1, length, num_codes, one, device), generator)])
     source = device if generator is None else generator.device
     uniform = torch.rand(batch, length, num_codes, generator=generator, device=source).to(device)
     tiny = torch.finfo(torch.float32).tiny
