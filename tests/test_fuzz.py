@@ -195,7 +195,7 @@ def saved(content):
     return buffer.getvalue()
 
 
-@settings(max_examples=20, **MANY)
+@settings(max_examples=10, **MANY)
 @given(st.data())
 def test_checkpoints(small_file, tiny_flags, data):
     with tempfile.TemporaryDirectory() as folder:
