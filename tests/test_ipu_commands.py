@@ -34,7 +34,7 @@ def assert_same_weights(one, other, tolerance=0.0):
     [
         ("unit_test", 1),
         ("L16", 4),
-        ("L16_CLIP_vocab", 4),
+        pytest.param("L16_CLIP_vocab", 4, marks=pytest.mark.slow),  # L16 with other sizes
         pytest.param("L16_POD16", 4, marks=pytest.mark.slow),  # L16 with four replicas, one after the other
         pytest.param("L16_POD64", 4, marks=pytest.mark.slow),  # sixteen replicas one after the other
     ],
