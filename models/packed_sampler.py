@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.dalle import DALLE
+from models.sampling import Sampling, SamplingState, Stepper
 from models.transformer import LayerScale, PrefixCache
 
 MOST_ROWS = 256  # of a pass; the time of larger ones grows with their rows on any machine
 Norm = Tuple[Tensor, Tensor]  # weight, bias
-# pack(weight (out, in), bias (out,) or None, geglu=False) returns a function of x (B, in) that computes (B, out), or
-# (B, out / 2) if GEGLU follows.
+# pack(weight (out, in), bias (out,) or None, geglu=None) returns a function of x (B, in) that computes (B, out), or
+# (B, out / 2) with LayerKernels.geglu.
 Pack = Callable[..., Callable[[Tensor], Tensor]]
 
 
@@ -73,20 +74,57 @@ class SlotTable:
         return self.slots[inputs], self.hidden[inputs, : self.text_len + self.ends[last]][:, None]
 
 
+class LayerKernels:
+    """What a PackedLayer computes besides matrix products, in PyTorch's operations."""
+
+    def add_and_normalize(self, x: Tensor, added: Optional[Tensor], norm: Norm) -> Tuple[Tensor, Tensor]:
+        """Return x float32 (R, dim) plus what is added, and its layer norm as the input of a matrix product."""
+        x = x if added is None else x + added
+        return x, F.layer_norm(x, x.shape[-1:], *norm)
+
+    def attend(self, qkv: Tensor, cache: Tensor, images: Tensor, slots: Tensor, mask: Tensor, text_len: int) -> Tensor:
+        """Write keys and values to the cache and attend to it.
+
+        Args:
+            qkv: (B, w, 3, H, D), in the cache's dtype.
+            cache: (2, B, H, T + slots, D).
+            images: int64 (B, 1), 0 … B − 1.
+            slots, mask: see SlotTable.look_up.
+
+        Returns:
+            (B·w, H·D).
+        """
+        cache[:, :, :, text_len:][:, images, :, slots] = qkv[:, :, 1:]
+        keys, values = cache[:, :, :, : mask.shape[-1]]  # (B, H, T + m, D) each
+        out = F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), keys, values, attn_mask=mask)
+        return out.transpose(1, 2).reshape(slots.numel(), -1)
+
+    def geglu(self, wide: Tensor) -> Tensor:
+        """Return the first half of each row (R, 2F) times the GELU of the second."""
+        value, gate = wide.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
 class PackedLayer:
-    """One layer at a few positions: x float32 (B·w, dim) in and out."""
+    """One layer at a few positions."""
 
     def __init__(
-        self, attention: LayerScale, feed_forward: LayerScale, table: SlotTable, pack: Pack, cache_dtype: torch.dtype
+        self,
+        attention: LayerScale,
+        feed_forward: LayerScale,
+        table: SlotTable,
+        pack: Pack,
+        cache_dtype: torch.dtype,
+        kernels: LayerKernels,
     ):
-        self.table, self.cache_dtype = table, cache_dtype
+        self.table, self.cache_dtype, self.kernels = table, cache_dtype, kernels
         inner, wide, narrow = attention.fn.fn, feed_forward.fn.fn.net[0], feed_forward.fn.fn.net[3]
         self.heads, self.dim_head = inner.heads, inner.dim_head
         self.norm, self.norm_after = fold_norms(attention)
         self.to_qkv = pack(inner.to_qkv.weight, None)
         self.to_out = pack(*fold_scale(inner.to_out[0], attention))
         self.ff_norm, self.ff_norm_after = fold_norms(feed_forward)
-        self.wide = pack(wide.weight, wide.bias, geglu=True)
+        self.wide = pack(wide.weight, wide.bias, kernels.geglu)
         self.narrow = pack(*fold_scale(narrow, feed_forward))
 
     def start(self, prefix: PrefixCache, rows: Tensor) -> None:
@@ -100,27 +138,29 @@ class PackedLayer:
         text_len = self.table.text_len
         shape = *seen.shape[:3], text_len + self.table.num_slots, self.dim_head
         self.cache = seen.new_zeros(shape)
-        self.text, self.codes = self.cache.tensor_split([text_len], dim=3)
-        self.text.copy_(seen[:, :, :, :text_len])
+        self.cache[:, :, :, :text_len] = seen[:, :, :, :text_len]
         slots = self.table.slots[: seen.shape[3] - text_len].tolist()
-        owners = {slot: text_len + place for place, slot in enumerate(slots)}  # the last code of each slot
-        self.codes[:, :, :, list(owners)] = seen[:, :, :, list(owners.values())]
+        owners = {text_len + slot: text_len + place for place, slot in enumerate(slots)}  # the last code of each slot
+        self.cache[:, :, :, list(owners)] = seen[:, :, :, list(owners.values())]
 
-    def __call__(self, x: Tensor, images: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+    def __call__(
+        self, x: Tensor, added: Optional[Tensor], images: Tensor, slots: Tensor, mask: Tensor
+    ) -> Tuple[Tensor, Tensor]:
         """Compute the layer for a window of codes of each image, and add it to the cache.
 
         Args:
-            images: int64 (B, 1), 0 … B − 1.
-            slots, mask: see SlotTable.look_up.
+            x: float32 (B·w, dim).
+            added: what the layer before adds to x, (B·w, dim), if there is one.
+            images, slots, mask: see LayerKernels.attend.
+
+        Returns:
+            x, and what this layer adds to it.
         """
-        qkv = self.to_qkv(F.layer_norm(x, x.shape[-1:], *self.norm))
-        qkv = qkv.view(*slots.shape, 3, self.heads, self.dim_head).to(self.cache_dtype)  # (B, w, 3, H, D)
-        self.codes[:, images, :, slots] = qkv[:, :, 1:]
-        keys, values = self.cache[:, :, :, : mask.shape[-1]]  # (B, H, T + m, D) each
-        out = F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), keys, values, attn_mask=mask)
-        x = x + norm_or_same(self.to_out(out.transpose(1, 2).reshape(len(x), -1)), self.norm_after)
-        normed = F.layer_norm(x, x.shape[-1:], *self.ff_norm)
-        return x + norm_or_same(self.narrow(self.wide(normed)), self.ff_norm_after)
+        x, normed = self.kernels.add_and_normalize(x, added, self.norm)
+        qkv = self.to_qkv(normed).view(*slots.shape, 3, self.heads, self.dim_head).to(self.cache_dtype)
+        out = self.kernels.attend(qkv, self.cache, images, slots, mask, self.table.text_len)
+        x, normed = self.kernels.add_and_normalize(x, norm_or_same(self.to_out(out), self.norm_after), self.ff_norm)
+        return x, norm_or_same(self.narrow(self.wide(normed)), self.ff_norm_after)
 
 
 def fold_norms(block: LayerScale) -> Tuple[Norm, Optional[Norm]]:
@@ -145,7 +185,7 @@ def norm_or_same(x: Tensor, norm: Optional[Norm]) -> Tensor:
     return x if norm is None else F.layer_norm(x.float(), x.shape[-1:], *norm)
 
 
-class PackedStepper:
+class PackedStepper(Stepper):
     """A Stepper with prepared weights; it holds the caches of one batch at a time.
 
     Args:
@@ -153,6 +193,7 @@ class PackedStepper:
         cache_dtype: the dtype in which the machine attends fastest.
         autocast: returns the context for the pass over captions, which the model itself computes.
         windows: the numbers of codes of an image that a pass may compute, ascending.
+        kernels: what layers compute besides products; LayerKernels by default.
 
     Attributes:
         passes: how often `next` was called.
@@ -167,10 +208,11 @@ class PackedStepper:
         cache_dtype: torch.dtype,
         autocast: Callable[[], ContextManager] = contextlib.nullcontext,
         windows: Sequence[int] = (1,),
+        kernels: Optional[LayerKernels] = None,
     ):
-        self.dalle = dalle
+        super().__init__(dalle)
         self.cache_dtype, self.autocast = cache_dtype, autocast
-        self.windows, self.passes = windows, 0
+        self.windows, self.passes, self.kernels = windows, 0, kernels or LayerKernels()
         self.seconds: Dict[int, Dict[int, float]] = {}
         text_len, device = dalle.text_seq_len + 1, dalle.text_emb.weight.device
         self.tables: Dict[bytes, SlotTable] = {}
@@ -180,7 +222,7 @@ class PackedStepper:
             name = mask.numpy().tobytes()
             if name not in self.tables:  # layers of one pattern share it
                 self.tables[name] = SlotTable(mask, text_len, max(windows), device, cache_dtype)
-            layer = PackedLayer(attention, feed_forward, self.tables[name], pack, cache_dtype)
+            layer = PackedLayer(attention, feed_forward, self.tables[name], pack, cache_dtype, self.kernels)
             self.layers.append((name, layer))
         norm, projection = dalle.to_logits.norm_and_projection
         self.norm = norm.weight, norm.bias
@@ -215,30 +257,35 @@ class PackedStepper:
         last = self.last_place(inputs)
         found = {name: table.look_up(inputs, last) for name, table in self.tables.items()}
         x = (self.dalle.image_emb(codes) + self.positions[inputs]).flatten(0, 1)  # (B·w, dim)
+        added = None
         for name, layer in self.layers:
-            x = layer(x, self.images, *found[name])
-        return self.compute_logits(x).unflatten(0, (-1, width))
+            x, added = layer(x, added, self.images, *found[name])
+        return self.compute_logits(x, added).unflatten(0, (-1, width))
 
     def last_place(self, inputs: Tensor) -> int:
         """Return the last of a pass's places, or a later one; what is read depends on it."""
         return int(inputs.max())
 
     @torch.no_grad()
-    def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:
+    def time_windows(self, state: SamplingState, sampling: Sampling) -> Dict[int, float]:
         """See Stepper. Each number of rows is measured once."""
-        found = self.seconds.setdefault(len(codes), {})
+        rows = len(state.places) * (2 if sampling.is_guided else 1)
+        found = self.seconds.setdefault(rows, {})
         if found:
             return found
-        windows = [window for window in self.windows if len(codes) * window <= MOST_ROWS] or self.windows[:1]
+        windows = [window for window in self.windows if rows * window <= MOST_ROWS] or self.windows[:1]
         # The processor time of this thread leaves out what other programs take; a GPU's time is waited for.
-        clock = time.perf_counter if codes.is_cuda else time.thread_time
+        clock = time.perf_counter if state.codes.is_cuda else time.thread_time
+        codes, places = state.codes.clone(), state.places.clone()
         for window in windows if len(windows) > 1 else ():
             started = clock()
             times: List[float] = []
             while len(times) < 2 or (len(times) < 8 and clock() < started + 0.02):
                 before = clock()
-                float(self.next(codes.expand(-1, window), places)[0, 0, 0])
+                self.advance(state, sampling, window).tolist()
                 times.append(clock() - before)
+                state.codes.copy_(codes)
+                state.places.copy_(places)
             found[window] = min(times)
         # A pass is never slower than a larger one.
         least = float("inf")
@@ -246,5 +293,5 @@ class PackedStepper:
             found[window] = least = min(least, found.get(window, 1.0))
         return found
 
-    def compute_logits(self, x: Tensor) -> Tensor:
-        return self.to_logits(F.layer_norm(x, x.shape[-1:], *self.norm))
+    def compute_logits(self, x: Tensor, added: Optional[Tensor] = None) -> Tensor:
+        return self.to_logits(self.kernels.add_and_normalize(x, added, self.norm)[1])

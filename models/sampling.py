@@ -5,6 +5,8 @@ of prompts, files or pixels.
 """
 
 import contextlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import (
     Any,
     Callable,
@@ -15,7 +17,6 @@ from typing import (
     Mapping,
     NamedTuple,
     Optional,
-    Protocol,
     Union,
 )
 
@@ -99,11 +100,33 @@ class Sampling(NamedTuple):
         return (logits + noise).argmax(-1)
 
 
-class Stepper(Protocol):
-    """Computes the logits of one window of codes after another, for one batch at a time."""
+class SamplingState(NamedTuple):
+    """What a batch has so far; a pass changes the tensors in place.
+
+    Attributes:
+        codes: int64 (B, 2L), the codes that each image has, and guesses of further ones.
+        places: int64 (B,), how many codes each image has.
+        noise: Gumbel noise, float32 (B, L, V).
+    """
+
+    codes: Tensor
+    places: Tensor
+    noise: Tensor
+
+
+class Stepper:
+    """Computes the logits of one window of codes after another, for one batch at a time.
+
+    Args:
+        dalle: the model, in eval mode.
+    """
+
+    def __init__(self, dalle: DALLE):
+        self.dalle = dalle
 
     def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         """Read text int64 (B, T) and codes int64 (B, n), n ≥ 0; return the logits (B, V) of the next code."""
+        raise NotImplementedError
 
     def next(self, codes: Tensor, places: Tensor) -> Tensor:
         """Compute the logits of a window of w places of each image.
@@ -115,9 +138,45 @@ class Stepper(Protocol):
         Returns:
             (B, w, V); for places past the end of the image they mean nothing.
         """
+        raise NotImplementedError
 
-    def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:
-        """Return the seconds of `next` for each window to choose from; codes int64 (B, 1) and places as for `next`."""
+    def hold(self, state: SamplingState) -> SamplingState:
+        """Return the state of a new batch in the tensors that `advance` will get."""
+        return state
+
+    def advance(self, state: SamplingState, sampling: Sampling, window: int) -> Tensor:
+        """Compute a window of each image in one pass, and add the codes that are certain.
+
+        Returns:
+            int64 (3,): codes that all images have, guesses that were right, images with a wrong one.
+        """
+        codes, places, noise = state
+        length = noise.shape[1]
+        copies = 2 if sampling.is_guided else 1
+        inside = torch.arange(window, device=places.device)
+        ahead = places[:, None] + inside  # (B, w)
+        guesses = codes.gather(1, ahead - 1)  # the first is certain
+        logits = self.next(guesses.repeat(copies, 1), places.repeat(copies))
+        images = torch.arange(len(places), device=places.device)[:, None]
+        answers = sampling.choose(logits, noise[images, ahead.clamp(max=length - 1)], self.dalle.num_tokens)
+        add_answers(state, answers)
+        confirmed = (guesses[:, 1:] == answers[:, :-1]).cumprod(1).sum(1)
+        possible = (length - places).clamp(max=window)
+        accepted = torch.minimum(confirmed + 1, possible)
+        places += accepted
+        right = (accepted - 1).clamp(min=0).sum()
+        return torch.stack((places.min(), right, (accepted < possible).sum()))
+
+    def time_windows(self, state: SamplingState, sampling: Sampling) -> Dict[int, float]:
+        """Return the seconds of `advance` for each window to choose from. The state stays as it is."""
+        return {1: 1.0}
+
+
+def add_answers(state: SamplingState, answers: Tensor) -> None:
+    """Write answers int64 (B, w) after the codes that each image has; the last one is the guess of what follows."""
+    ahead = torch.arange(state.noise.shape[1], device=answers.device)
+    answers = answers[:, ahead.clamp(max=answers.shape[1] - 1)]
+    state.codes.scatter_(1, state.places[:, None] + ahead, answers)
 
 
 class Pace:
@@ -136,13 +195,13 @@ class Pace:
         probability = self.right / (self.right + self.wrong)
         return max(self.seconds, key=lambda w: sum(probability**guess for guess in range(w)) / self.seconds[w])
 
-    def record(self, accepted: Tensor, possible: Tensor) -> None:
-        """Learn from a pass: int64 (B,) codes accepted, of those that could be; a wrong guess hides those after it."""
-        self.right += int((accepted - 1).clamp(min=0).sum())
-        self.wrong += int((accepted < possible).sum())
+    def record(self, right: int, wrong: int) -> None:
+        """Learn from a pass how many guesses were right and how many images had a wrong one, which hides the rest."""
+        self.right += right
+        self.wrong += wrong
 
 
-class CachedStepper:
+class CachedStepper(Stepper):
     """Computes one position for each code; keys and values of earlier positions stay in a cache.
 
     Args:
@@ -150,7 +209,8 @@ class CachedStepper:
     """
 
     def __init__(self, dalle: DALLE, autocast: Callable[[], ContextManager] = contextlib.nullcontext):
-        self.dalle, self.autocast = dalle, autocast
+        super().__init__(dalle)
+        self.autocast = autocast
 
     def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         dalle = self.dalle
@@ -161,9 +221,6 @@ class CachedStepper:
             x = torch.cat((x, dalle.embed_codes(codes)), dim=1)
         with self.autocast():
             return dalle.image_logits(dalle.transformer(x, cache=self.cache)[:, -1])
-
-    def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:
-        return {1: 1.0}
 
     def next(self, codes: Tensor, places: Tensor) -> Tensor:
         dalle = self.dalle
@@ -212,35 +269,27 @@ def sample_codes(
         return given
     branches = torch.cat((text, torch.zeros_like(text))) if sampling.is_guided else text
     copies = 2 if sampling.is_guided else 1
-    images = torch.arange(len(text), device=text.device)[:, None]
-    ahead = torch.arange(length, device=text.device)
     codes = F.pad(given, (0, 2 * length - count))  # a window may reach past the end
-    places = torch.full((len(text),), count, device=text.device)  # codes that each image has
+    state = SamplingState(codes, torch.full((len(text),), count, device=text.device), noise)
+    pace = None
     with evaluation_mode(dalle):
-        answers = sampling.choose(stepper.begin(branches, given.repeat(copies, 1)), noise[:, count], dalle.num_tokens)
-        answers, accepted, pace = answers[:, None], torch.ones_like(places), None
+        logits = stepper.begin(branches, given.repeat(copies, 1))
+        state = stepper.hold(state)
+        add_answers(state, sampling.choose(logits, state.noise[:, count], dalle.num_tokens)[:, None])
+        state.places.add_(1)
+        complete = count + 1
         while True:
-            codes.scatter_(1, places[:, None] + ahead[: answers.shape[1]], answers)
-            places = places + accepted
-            complete = int(places.min())
             while count < complete:
                 count += 1
                 if on_code is not None:
-                    on_code(codes[:, :count])
+                    on_code(state.codes[:, :count])
             if complete == length:
-                return codes[:, :length]
+                return state.codes[:, :length].clone()
             if pace is None:
-                pace = Pace(stepper.time_windows(answers.repeat(copies, 1), places.repeat(copies)))
+                pace = Pace(stepper.time_windows(state, sampling))
             window = min(pace.window(), length - complete)
-            following = (accepted[:, None] - 1 + ahead[:window]).clamp(0, answers.shape[1] - 1)
-            guesses = answers.gather(1, following)  # the first is certain; the last answer stands for further ones
-            logits = stepper.next(guesses.repeat(copies, 1), places.repeat(copies))
-            window_noise = noise[images, (places[:, None] + ahead[:window]).clamp(max=length - 1)]
-            answers = sampling.choose(logits, window_noise, dalle.num_tokens)
-            confirmed = (guesses[:, 1:] == answers[:, :-1]).cumprod(1).sum(1)
-            possible = (length - places).clamp(max=window)
-            accepted = torch.minimum(confirmed + 1, possible)
-            pace.record(accepted, possible)
+            complete, *guesses = stepper.advance(state, sampling, window).tolist()
+            pace.record(*guesses)
 
 
 @contextlib.contextmanager
@@ -284,7 +333,9 @@ def gumbel_noise(
     if isinstance(generator, (list, tuple)):
         if len(generator) != batch:
             raise ValueError(f"{len(generator)} generators for {batch} images; each image needs one")
-        return torch.cat([gumbel_noise(1, length, num_codes, one, device) for one in generator])
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            run = pool.map if batch >= 16 else map  # threads take longer to start than a few images
+            return torch.cat([*run(lambda one: gumbel_noise(1, length, num_codes, one, device), generator)])
     source = device if generator is None else generator.device
     uniform = torch.rand(batch, length, num_codes, generator=generator, device=source).to(device)
     tiny = torch.finfo(torch.float32).tiny

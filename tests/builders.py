@@ -1,13 +1,14 @@
 """Small models and settings that several tests build."""
 
 import argparse
-from typing import Any, Dict, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 import args
 from models.dalle import DALLE
+from models.sampling import Stepper
 
 SIZES = {"dim": 32, "num_text_tokens": 58, "text_seq_len": 6, "depth": 2, "heads": 2, "dim_head": 16}
 FLAGS = "--generated-data --precision fp32 --dataloader-workers 0"
@@ -36,11 +37,8 @@ def train_settings(flags: str = "", device: str = "cpu", **changes: Any) -> argp
     return settings
 
 
-class WholePassStepper:
+class WholePassStepper(Stepper):
     """A Stepper that computes the whole sequence for every code, without a cache: slow, and the reference."""
-
-    def __init__(self, dalle: DALLE):
-        self.dalle = dalle
 
     def begin(self, text: Tensor, codes: Tensor) -> Tensor:
         """See models.sampling.Stepper."""
@@ -50,7 +48,3 @@ class WholePassStepper:
     def next(self, codes: Tensor, places: Tensor) -> Tensor:
         """See models.sampling.Stepper."""
         return self.begin(self.text, torch.cat((self.codes, codes), dim=1))[:, None]
-
-    def time_windows(self, codes: Tensor, places: Tensor) -> Dict[int, float]:
-        """See models.sampling.Stepper."""
-        return {1: 1.0}

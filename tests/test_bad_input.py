@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 import torch
 import yaml
 
-import data.loader
 import evaluate
 import generate
 import process_captions
@@ -121,7 +119,7 @@ def refused(command, things, tiny_flags, drawn_pictures, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["missing", "folder", "README.md", "unreadable"])
-@pytest.mark.parametrize("name", ["train", "train_vqgan", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "train_vqgan"])
 def test_folders_without_pictures(refused, name, folder):
     refused(name, f"--input-folder {{place}}/{folder}", f"{{place}}/{folder}")
 
@@ -148,44 +146,36 @@ def test_folders_that_train_cannot_use(refused, flags, words):
     refused("train", flags, words)
 
 
-@pytest.mark.parametrize("command_name", ["train", "train_vqgan"])
-def test_a_few_bad_pictures_are_skipped_and_counted(
-    command, things, tiny_flags, picture_folder, tmp_path, command_name
-):
+def test_a_few_bad_pictures_are_skipped_and_counted(command, things, tiny_flags, picture_folder):
     for name in ("00", "01", "02"):  # no bytes, cut short, no picture
         shutil.copy(things / "unreadable" / f"{name}.png", picture_folder)
-    if command_name == "train":
-        ended = command(train.main, *tiny_flags, "--input-folder", picture_folder)
-        assert "9 images" in ended.out and "1 file (unreadable image)" in ended.out
-    else:
-        words = (
-            "--image-size 32 --patch-size 8 --ch 32 --ch-mult 1 --max-steps 2 --continuous-steps 1 --validation-split 0"
-        )
-        flags = [*words.split(), "--dataloader-workers", 0, "--output-dir", tmp_path / "v", "--n-embed", 8]
-        ended = command(train_vqgan.main, *flags, "--input-folder", picture_folder)
-        assert "9 training images" in ended.out and "3 files (unreadable image)" in ended.out
+    ended = command(train.main, *tiny_flags, "--input-folder", picture_folder)
+    assert "9 images" in ended.out and "1 file (unreadable image)" in ended.out
     assert ended.status == 0 and ended.err == ""
     assert all(f"{name}.png" in ended.out for name in ("00", "01", "02"))
 
 
 @pytest.mark.parametrize("vocabulary", ["missing", "folder", "empty_file", "README.md", "binary", "good"])
-@pytest.mark.parametrize("name", ["train", "generate", "evaluate"])
-def test_vocabularies(refused, name, vocabulary):
-    refused(name, f"--bpe-path {{place}}/{vocabulary}", f"{{place}}/{vocabulary}", "vocabulary")
+def test_vocabularies(refused, vocabulary):
+    for name in ("train", "generate"):
+        refused(name, f"--bpe-path {{place}}/{vocabulary}", f"{{place}}/{vocabulary}", "vocabulary")
 
 
 @pytest.mark.parametrize("vqgan", ["missing", "folder", "no_params", "no_yaml", "other_sizes", "pickled_vqgan"])
-@pytest.mark.parametrize("flags", ["train --vae-path", "generate --vqgan_model_path", "evaluate --vqgan_model_path"])
+@pytest.mark.parametrize("flags", ["train --vae-path", "generate --vqgan_model_path"])
 def test_vqgans(refused, flags, vqgan):
     name, flag = flags.split()
     refused(name, f"{flag} {{place}}/{vqgan}", f"{{place}}/{vqgan}")
 
 
 @pytest.mark.parametrize("file", BROKEN_CHECKPOINTS)
-@pytest.mark.parametrize("flags", ["train --pretrained-checkpoint", "generate --dalle_path", "evaluate --dalle_path"])
-def test_checkpoints(refused, flags, file):
-    name, flag = flags.split()
-    refused(name, f"{flag} {{place}}/{file}", f"{{place}}/{file}")
+def test_checkpoints(refused, file):
+    for name, flag in (
+        ("train", "--pretrained-checkpoint"),
+        ("generate", "--dalle_path"),
+        ("evaluate", "--dalle_path"),
+    ):
+        refused(name, f"{flag} {{place}}/{file}", f"{{place}}/{file}")
 
 
 @pytest.mark.parametrize(
@@ -207,76 +197,29 @@ def test_a_checkpoint_of_another_vqgan_or_vocabulary(refused, things, tiny_vqgan
     stored["state_dict"]["quantize.embedding.weight"] += 1
     shutil.copytree(tiny_vqgan, tmp_path / "other")
     torch.save(stored, tmp_path / "other" / "vqgan.ckpt")
+    sides = [load_vqgan(folder).fingerprint()[:12] for folder in (tiny_vqgan, tmp_path / "other")]
     going_on = "--epochs 2 --pretrained-checkpoint {place}/good"
-    refused("train", f"{going_on} --vae-path {tmp_path}/other", "{place}/good", "--vae-path")
+    refused("train", f"{going_on} --vae-path {tmp_path}/other", "{place}/good", "--vae-path", *sides)
     numbers = (ROOT / "bpe" / "bpe_yttm_vocab.txt").read_text().split("\n")
     numbers[1], numbers[2] = (f"{a.split()[0]} {b.split()[1]}" for a, b in (numbers[1:3], numbers[2:0:-1]))
     (tmp_path / "swapped.txt").write_text("\n".join(numbers))  # two characters have changed their ids
     refused("train", f"{going_on} --bpe-path {tmp_path}/swapped.txt", "{place}/good", "--bpe-path")
     refused("generate", f"--bpe_path {tmp_path}/swapped.txt", f"{tmp_path}/swapped.txt", "{place}/good")
-    refused("generate", f"--vqgan_model_path {tmp_path}/other", f"{tmp_path}/other", "{place}/good")
-
-
-def test_both_sides_of_a_mismatch_are_named(refused, tiny_vqgan, tiny_checkpoint, tmp_path):
-    stored = torch.load(tiny_vqgan / "vqgan.ckpt", weights_only=True)
-    stored["state_dict"]["quantize.embedding.weight"] += 1
-    shutil.copytree(tiny_vqgan, tmp_path / "other")
-    torch.save(stored, tmp_path / "other" / "vqgan.ckpt")
-    sides = [load_vqgan(folder).fingerprint()[:12] for folder in (tiny_vqgan, tmp_path / "other")]
-    assert sides[0] != sides[1]
-    going_on = "--epochs 2 --pretrained-checkpoint {place}/good"
-    refused("train", f"{going_on} --vae-path {tmp_path}/other", *sides)
-    refused("generate", f"--vqgan_model_path {tmp_path}/other", *sides)
-
-
-SIZES = {
-    "train": "batch-size gradient-accumulation replication-factor epochs max-steps hidden-size num-hidden-layers "
-    "num-attention-heads dim-head text-seq-len checkpoint-save-steps checkpoint-save-epochs keep-checkpoints "
-    "device-iterations ipus-per-replica learning-rate",
-    "train_vqgan": "image-size patch-size ch ch-mult num-res-blocks z-channels embed-dim n-embed batch-size max-steps "
-    "learning-rate",
-    "generate": "num-images batch-size temperature top-p",
-    "evaluate": "prompts max-pairs batch-size temperature top-p",
-}
-
-
-@pytest.mark.parametrize("value", ["0", "-3", "nan", "many"])
-@pytest.mark.parametrize("name, flag", [(name, flag) for name, flags in SIZES.items() for flag in flags.split()])
-def test_sizes(refused, name, flag, value):
-    refused(name, f"--{flag}={value}", f"--{flag}", f"'{value}'")
+    refused("generate", f"--vqgan_model_path {tmp_path}/other", f"{tmp_path}/other", "{place}/good", *sides)
 
 
 @pytest.mark.parametrize(
     "name, flags, words",
     [
-        ("train", "--layers-per-ipu 1,2", ["--layers-per-ipu", "adds up to 3", "--num-hidden-layers is 2"]),
-        ("train", "--layers-per-ipu 1,1", ["--layers-per-ipu", "--ipus-per-replica 1"]),
-        ("train", "--attn-types full,diagonal", ["--attn-types", "diagonal"]),
-        ("train", "--config nowhere", ["--config", "nowhere", "unit_test"]),
         ("train", "--no-such-flag", ["--no-such-flag"]),
-        ("train", "--top-k 1.5", ["--top-k", "1.5"]),
         ("train_vqgan", "--image-size 36", ["--image-size", "36"]),
-        ("train_vqgan", "--ch 48", ["--ch", "48"]),
-        ("train_vqgan", "--patch-size 3", ["--patch-size", "3"]),
-        ("generate", "--top_k -0.1", ["--top-k", "-0.1"]),
-        ("generate", "--top_k 1.01", ["--top-k", "1.01"]),
-        ("generate", "--top_k nan", ["--top-k", "nan"]),
-        ("generate", "--seed 1.5", ["--seed", "1.5"]),
-        ("generate", ["--text", ""], ["--text", "empty prompt"]),
-        ("generate", ["--text", " \t "], ["--text", "empty prompt"]),
-        ("generate", ["--text", "red||blue"], ["--text", "empty prompt"]),
         ("generate", ["--text", "\u2581"], ["--text", "no words"]),
         ("generate", ["--text", "\u65e5\u672c"], ["--text", "no words"]),
         ("generate", ["--text", "red \udcff"], ["not valid Unicode"]),
         ("generate", ["--text", "red " * 17], ["--text", "17 tokens", "16"]),
-        ("generate", "--vqgan_config_path {place}/vqgan/vqgan.yaml", ["--vqgan-config-path", "--vqgan-model-path"]),
-        ("evaluate", "--prompts 5000", ["--prompts", "5000"]),
         ("evaluate", "--max-pairs 3", ["--max-pairs", "--input-folder"]),
         ("evaluate", "--prompt-set train", ["--prompt-set", "score"]),
         ("process_captions", "--captions {place}/missing.json", ["{place}/missing.json"]),
-        ("process_captions", "--captions {place}/folder", ["{place}/folder"]),
-        ("process_captions", "--captions {place}/binary", ["{place}/binary"]),
-        ("process_captions", "--captions {place}/empty_file", ["{place}/empty_file"]),
         ("process_captions", "--captions {place}/not_coco.json", ["{place}/not_coco.json", "annotation 0"]),
     ],
 )
@@ -284,14 +227,14 @@ def test_values(refused, name, flags, words):
     refused(name, flags, *words)
 
 
-@pytest.mark.parametrize("device", ["ipu", "cuda", "abacus"])
 @pytest.mark.parametrize("name", ["train", "train_vqgan", "generate", "evaluate"])
-def test_devices(refused, monkeypatch, name, device):
+def test_devices(refused, monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(name, f"--device {device}", "--device", device)
+    for device in ("ipu", "cuda", "abacus"):
+        refused(name, f"--device {device}", "--device", device)
 
 
-@pytest.mark.parametrize("folder", ["{place}/README.md", "{place}/README.md/below", "/proc/below", "/proc"])
+@pytest.mark.parametrize("folder", ["{place}/README.md/below", "/proc/below"])
 @pytest.mark.parametrize(
     "flags",
     [
@@ -325,42 +268,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(command
         assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-def test_pictures_that_vanish_under_a_worker(command, tiny_flags, picture_folder, monkeypatch):
-    loop = train.train
-
-    def vanishing(run):
-        shutil.rmtree(picture_folder)
-        loop(run)
-
-    monkeypatch.setattr(train, "train", vanishing)
-    flags = ["--input-folder", picture_folder, "--no-codes-cache", "--dataloader-workers", 2]
-    ended = command(train.main, *tiny_flags, *flags)
-    assert ended.status == 2
-    assert ended.err.splitlines()[-1].endswith(f"error: {picture_folder}: none of its 12 images can be read any more")
-    assert len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out
-
-
-def test_a_worker_that_is_killed(command, tiny_flags, monkeypatch):
-    parent, read = os.getpid(), data.loader.load_image
-
-    def dying(*arguments):
-        if os.getpid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return read(*arguments)
-
-    monkeypatch.setattr(data.loader, "load_image", dying)
-    ended = command(train.main, *tiny_flags, "--no-codes-cache", "--dataloader-workers", 2)
-    assert ended.status == 2 and "--dataloader-workers" in ended.err and len(ended.err.splitlines()) == 1, ended
-
-
-@pytest.mark.parametrize(
-    "program, flags, word",
-    [
-        ("train.py", "--generated-data --config unit_test --pretrained-checkpoint {place}/pickled", "{place}/pickled"),
-        ("generate.py", "--text red --dalle_path {place}/cut", "{place}/cut"),
-    ],
-)
-def test_exit_status_and_stderr_of_a_process(things, tmp_path, program, flags, word):
+def test_exit_status_and_stderr_of_a_process(things, tmp_path):
+    program, word = "train.py", "{place}/pickled"
+    flags = f"--generated-data --config unit_test --pretrained-checkpoint {word}"
     words = [flag.format(place=things) for flag in flags.split()]
     vocabulary = ["--bpe-path", str(ROOT / "bpe" / "bpe_yttm_vocab.txt")]
     command_line = [sys.executable, ROOT / program, *words, *vocabulary]

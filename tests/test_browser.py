@@ -449,7 +449,7 @@ def find_axe():
     return Path(path or pytest.skip("axe-core-python is not installed")).read_text()
 
 
-@pytest.mark.parametrize("size, dark", [(DESK, False), (DESK, True), (PHONE, False), (PHONE, True)])
+@pytest.mark.parametrize("size, dark", [(DESK, False), (PHONE, True)])
 def test_axe_finds_nothing_on_a_desktop_and_a_phone(page, drawing, size, dark):
     page.resize(size, dark)
     page.open()
@@ -522,13 +522,3 @@ def answers(port):
         return call(port, path="/draw/health")[0] == 200
     except OSError:
         return False
-
-
-def test_sixteen_images_cost_at_most_200_kb_of_events(port):
-    status, job = call(port, "POST", "/api/jobs", {"prompts": [PROMPT], "num_images": 16})
-    assert status == 202
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/jobs/{job['id']}/events") as stream:
-        events = stream.read()
-    assert events.count(b"event: image") == 16 and events.count(b"event: row") >= 16
-    print(f"{len(events)} bytes")
-    assert len(events) <= 200_000

@@ -23,22 +23,8 @@ from tests.builders import WholePassStepper
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = ROOT / "bpe" / "bpe_yttm_vocab.txt"
-HOSTILE = [
-    "../../up",
-    "..",
-    ".",
-    "...",
-    "/etc/passwd",
-    "a/b",
-    "a\\b",
-    "a b",
-    "a_b",
-    ".hidden",
-    "~",
-    "-rf",
-    "con\x01\x1b[31m",
-]
-HOSTILE += ["x" * 300, "x" * 299 + "y", "é" * 300]
+HOSTILE = ["../../up", "..", ".", "...", "/etc/passwd", "a/b", "a\\b", "a b", "a_b", ".hidden", "~", "-rf"]
+HOSTILE += ["con\x01\x1b[31m", "x" * 300, "x" * 299 + "y", "é" * 300]
 HOSTILE += ["日本 語", "日本_語", "grid.png", "a:b*c?", "prompt"]
 
 
@@ -386,19 +372,3 @@ def test_clips_vocabulary_is_the_default_and_any_bytes_make_a_caption(drawn, tin
     assert (folder / "caption.txt").read_text(encoding="utf-8").startswith("a red circle")
     ended = drawn(*flags, "--bpe_path", VOCABULARY, status=2)
     assert "49408 text tokens" in ended.err and "8192" in ended.err and "--bpe_path" in ended.err
-
-
-@pytest.mark.slow
-def test_the_official_vqgan_inside_needs_no_file(drawn, their_vocabulary, tmp_path):
-    from taming.modules.diffusionmodules.model import Decoder, Encoder
-
-    ddconfig = dict(ch=128, out_ch=3, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=[16], in_channels=3)
-    ddconfig.update(resolution=256, z_channels=256, double_z=False)
-    parts = torch.nn.ModuleDict({"encoder": Encoder(**ddconfig), "decoder": Decoder(**ddconfig)})
-    parts["quantize"] = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(1024, 256)})
-    parts["quant_conv"], parts["post_quant_conv"] = torch.nn.Conv2d(256, 256, 1), torch.nn.Conv2d(256, 256, 1)
-    vqgan = parts.state_dict()
-    assert len(vqgan) == 343 and sum(tensor.numel() for tensor in vqgan.values()) == 72_141_699
-    path = write_reference(tmp_path / "dalle_3.pt", reference_weights(8192, 16, 1024, False), vqgan, 8192, half=True)
-    drawn("--dalle_path", path, "--bpe_path", their_vocabulary, "--num_images", 1, "--seed", 4)
-    assert Image.open(numbered(tmp_path / "out" / "a_red_circle", 0)).size == (256, 256)

@@ -63,29 +63,7 @@ def test_computed_once_in_any_order_and_state(tmp_path):
     assert filled(tmp_path, changed[5:8])[0] == []
 
 
-def test_each_key_has_a_cache_of_its_own(tmp_path):
-    filled(tmp_path)
-    assert FILES[0] in opened(tmp_path) and FILES[0] not in opened(tmp_path, by="another")
-    assert filled(tmp_path, by="another") == (FILES, expected()) and filled(tmp_path)[0] == []
-
-
-def test_what_is_skipped_is_asked_for_once(tmp_path):
-    cache, asked = opened(tmp_path), []
-
-    def compute(batches):
-        for batch in batches:
-            asked.extend(batch)
-            odd = [i for i in batch if i % 2]
-            yield odd, np.array([values_of(FILES[i]) for i in odd], np.uint16).reshape(-1, 2)
-
-    cache.fill(FILES, compute, batch_size=2, title="test", unit="file")
-    assert asked == list(range(20)) and [file in cache for file in FILES] == [False, True] * 10
-    assert cache.load(FILES)[1].tolist() == [i if i % 2 else -1 for i in range(20)]
-
-
-@pytest.mark.parametrize(
-    "damage", ["cut rows", "long rows", "no rows", "empty rows", "cut index", "no index", "empty index", "other"]
-)
+@pytest.mark.parametrize("damage", ["cut rows", "long rows", "no rows", "cut index", "no index", "other"])
 def test_damage_is_computed_again(tmp_path, damage, logged):
     filled(tmp_path)
     index, rows = (next((tmp_path / "cache").glob(f"*.{suffix}")) for suffix in ("json", "rows"))
@@ -94,11 +72,11 @@ def test_damage_is_computed_again(tmp_path, damage, logged):
     if damage.startswith("no"):
         path.unlink()
     else:
-        damaged = {"cut": content[:-5], "long": content + b"abc", "empty": b"", "other": b'["no", "index"]'}
+        damaged = {"cut": content[:-5], "long": content + b"abc", "other": b'["no", "index"]'}
         path.write_bytes(damaged[damage.split()[0]])
     seen, values = filled(tmp_path)
     # After a lost index, files get the same rows again, in which their values are found.
-    assert values == expected() and len(seen) == {"cut rows": 1, "no rows": 20, "empty rows": 20}.get(damage, 0)
+    assert values == expected() and len(seen) == {"cut rows": 1, "no rows": 20}.get(damage, 0)
     assert ("damaged" in logged.text) == (path == index and damage != "no index")
     assert filled(tmp_path) == ([], expected())
 
@@ -115,13 +93,6 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     names = next((tmp_path / "cache").glob("*.json"))
     names.write_text(names.read_text().replace('"03"', '"x"').replace('"05"', "[5]"))
     assert not any(file in opened(tmp_path) for file in FILES) and filled(tmp_path)[1] == expected()
-
-
-def test_files_of_an_older_version_are_ignored_and_reported_once(tmp_path, logged):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "kind-0123-4567.npy").write_bytes(b"\x93NUMPY")
-    filled(tmp_path), filled(tmp_path)
-    assert logged.text.count("cache files of an older version are ignored: kind-*.npy") == 1
 
 
 def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch):
@@ -187,14 +158,14 @@ def wait_for(condition):
 
 
 def test_processes_share_the_work(tmp_path):
-    logs = [tmp_path / f"{number}.log" for number in range(3)]
-    processes = [started(tmp_path, log, seconds=0.15) for log in logs]
+    logs = [tmp_path / f"{number}.log" for number in range(2)]
+    processes = [started(tmp_path, log, seconds=0.1) for log in logs]
     for process in processes:
         process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [process.exitcode for process in processes] == [0, 0]
     computed = [lines(log) for log in logs]
     assert sorted(name for names in computed for name in names) == [file[0] for file in FILES]  # each of them once
-    assert sum(map(bool, computed)) >= 2, computed
+    assert all(computed), computed
     assert suffixes(tmp_path) == [".json", ".lock", ".rows"]
     assert filled(tmp_path) == ([], expected())
 
@@ -209,15 +180,6 @@ def test_what_a_dead_process_was_computing_another_computes(tmp_path):
     assert second.exitcode == 0 and first.exitcode != 0
     done = lines(tmp_path / "first.log") + lines(tmp_path / "second.log")
     assert sorted(done) == [file[0] for file in FILES]
-
-
-def test_sets_that_differ_are_filled_at_the_same_time(tmp_path):
-    counts = (7, 25, 13)
-    processes = [started(tmp_path, tmp_path / f"{count}.log", 0.02, count) for count in counts]
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert filled(tmp_path, FILES) == ([], expected())
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(25, marks=pytest.mark.slow)])

@@ -4,8 +4,6 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -177,26 +175,21 @@ def test_a_image_that_kills_its_reader_is_named(every_fault, tokenizer, monkeypa
     assert report.faults[files.UNREADABLE] == ["cut_2.png"] and report.pairs == 1
 
 
-def run(*words):
-    command = [sys.executable, "-m", "data.check", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_the_command(every_fault, tmp_path, drawn_pictures, capsys):
-    small = ["--bpe-path", YTTM, "--image-size", 32, "--text-seq-len", 16]
+def test_the_command(every_fault, tmp_path, drawn_pictures, command):
+    small = ["--bpe-path", YTTM, "--image-size", 32, "--text-seq-len", 16, "--workers", 0]
     before = sorted(every_fault.rglob("*"))
-    faulty = run(every_fault, *small, "--all")
-    assert faulty.returncode == 1 and faulty.stderr == ""
-    assert "2 × unreadable image: cut_1.png, cut_2.png\n" in faulty.stdout
-    assert "uncaptioned_1.png, uncaptioned_2.png" in faulty.stdout
-    assert faulty.stdout.splitlines()[-1] == "training would skip or refuse 19 of these files"
+    faulty = command(checks.main, every_fault, *small, "--all")
+    assert faulty.status == 1 and faulty.err == ""
+    assert "2 × unreadable image: cut_1.png, cut_2.png\n" in faulty.out
+    assert "uncaptioned_1.png, uncaptioned_2.png" in faulty.out
+    assert faulty.out.splitlines()[-1] == "training would skip or refuse 19 of these files"
     assert sorted(every_fault.rglob("*")) == before
-    clean = run(drawn_pictures, *small)
-    assert clean.returncode == 0 and clean.stdout.splitlines()[-1] == "nothing would be skipped", clean
-    assert "12 usable images with 24 captions" in clean.stdout
-    with pytest.raises(SystemExit) as ended:  # with the vocabulary and caption length of a configuration
-        checks.main(["--config", "demo", str(drawn_pictures), "--image-size", "32", "--workers", "0"])
-    assert ended.value.code == 0 and "0.000% are unknown" in capsys.readouterr().out
+    clean = command(checks.main, drawn_pictures, *small)
+    assert clean.status == 0 and clean.out.splitlines()[-1] == "nothing would be skipped", clean
+    assert "12 usable images with 24 captions" in clean.out
+    # With the vocabulary and caption length of a configuration.
+    demo = command(checks.main, "--config", "demo", drawn_pictures, "--image-size", 32, "--workers", 0)
+    assert demo.status == 0 and "0.000% are unknown" in demo.out
     (tmp_path / "empty").mkdir()
     for words, status in (
         ([tmp_path / "nowhere"], 2),
@@ -207,8 +200,6 @@ def test_the_command(every_fault, tmp_path, drawn_pictures, capsys):
         (["--config", "nowhere"], 2),
         ([tmp_path / "empty"], 1),
     ):
-        with pytest.raises(SystemExit) as ended:
-            checks.main([str(word) for word in words])
-        said = capsys.readouterr().err
-        assert ended.value.code == status and len(said.splitlines()) == 1, (words, said)
-        assert said.startswith("python -m data.check: error: ")
+        ended = command(checks.main, *words)
+        assert ended.status == status and len(ended.err.splitlines()) == 1, (words, ended)
+        assert ended.err.startswith("python -m data.check: error: ")

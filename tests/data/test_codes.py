@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,6 @@ from PIL import Image
 
 from data import codes as codes_module
 from data.codes import load_codes, open_code_cache
-from data.images import load_image
-from models.vae import load_vqgan
 
 SIZE = 8
 
@@ -66,23 +63,6 @@ def test_encoded_once_then_read_even_after_the_folder_moved(folder, tmp_path):
         assert codes.dtype == np.uint16 and codes.tolist() == [[value] * 4 for value in range(0, 200, 20)]
 
 
-def test_images_and_codes_are_those_of_the_loader_and_the_vqgan(tmp_path, shared_data, tiny_vqgan):
-    photographs = shared_data / "coco_by_bysa" / "val2017"
-    vae, seen = load_vqgan(tiny_vqgan), []
-
-    def encode(images):
-        seen.extend(images)
-        return vae.get_codebook_indices(images)
-
-    images = files_of(photographs, "jpg")[:5]
-    options = {"image_size": 32, "image_seq_len": 16, "num_codes": 64, "cache_dir": tmp_path}
-    codes, _ = codes_of(photographs, encode, images, workers=2, **options)
-    pixels = np.stack([load_image(photographs / name, 32) for name, _, _ in images])
-    assert np.array_equal((torch.stack(seen) * 255).round().byte().permute(0, 2, 3, 1).numpy(), pixels)
-    expected = vae.get_codebook_indices(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
-    assert np.array_equal(codes, expected) and len(np.unique(codes)) > 10
-
-
 def test_only_a_changed_or_new_image_is_encoded_again(folder):
     codes_of(folder, MeanEncoder())
     stat = (folder / "sub" / "7.png").stat()
@@ -120,13 +100,6 @@ def test_another_vqgan_codebook_crop_or_folder_has_codes_of_its_own(folder, tmp_
     os.utime(tmp_path / "other" / "sub" / "3.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     codes, _ = codes_of(tmp_path / "other", encode, cache_dir=folder / ".codes")
     assert encode.seen == 40 and codes[3, 0] == 61
-
-
-@pytest.mark.parametrize("num_codes, dtype", [(65536, np.uint16), (65537, np.uint32)])
-def test_the_widest_code_fits(folder, num_codes, dtype):
-    for _ in range(2):
-        codes, _ = codes_of(folder, lambda images: torch.full((len(images), 4), num_codes - 1), num_codes=num_codes)
-        assert codes.dtype == dtype and (codes == num_codes - 1).all()
 
 
 def test_unreadable_images_are_reported_and_never_cached(folder):
@@ -168,12 +141,3 @@ def test_an_encoder_that_returns_something_else_is_refused(folder, result, words
     with pytest.raises(ValueError, match=words):
         codes_of(folder, result)
     assert not any(path.stat().st_size for path in folder.rglob("*.rows"))
-
-
-def test_file_names_that_are_not_utf8(folder):
-    draw(Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")), 33)
-    codes_of(folder, MeanEncoder())
-    encode = MeanEncoder()
-    strange = [file for file in files_of(folder) if file[0].startswith("caf")]
-    codes, _ = codes_of(folder, encode, strange)
-    assert encode.seen == 0 and codes.tolist() == [[33] * 4]

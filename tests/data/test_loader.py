@@ -86,23 +86,6 @@ def test_every_caption_is_tokenized_once_and_comes_in_turn(tmp_path):
         assert sum(counts.values()) == 60 and min(counts.values()) >= 8  # 20 expected, deviation 3.7
 
 
-def test_draws_depend_on_seed_epoch_and_index_alone(tmp_path):
-    folder = make_set(tmp_path)
-
-    def draws(seed, epoch, order=range(6)):
-        dataset = dataset_of(folder, seed=seed)
-        rows = {i: read(dataset[(epoch, i)][0]) for i in order}
-        return [rows[i] for i in range(6)]
-
-    torch.manual_seed(1)
-    first = [draws(1, epoch) for epoch in range(5)]
-    torch.manual_seed(2)
-    np.random.seed(3)
-    assert [draws(1, epoch, reversed(range(6))) for epoch in range(5)] == first
-    assert len({tuple(row) for row in first}) > 1
-    assert [draws(2, epoch) for epoch in range(5)] != first
-
-
 def test_draws_are_these_on_every_machine(tmp_path):
     """Written down once: a change here would break the exact resume of runs that are under way."""
     dataset = dataset_of(make_set(tmp_path), seed=42)
@@ -142,15 +125,6 @@ def test_an_overlong_caption_names_its_file(tmp_path):
     assert rows == {"short", ("long " * 10)[:LENGTH]}
 
 
-def test_scan_faults_are_reported_and_kept(tmp_path, logged):
-    folder = make_set(tmp_path)
-    (folder / "002.png").write_bytes(b"")
-    dataset = dataset_of(folder)
-    assert len(dataset) == 5
-    assert dataset.skipped["zero-byte image"] == [folder / "002.png"]
-    assert sum("002.png" in message for message in logged.messages) == 1
-
-
 def test_a_image_that_goes_bad_is_replaced_counted_and_logged_once(tmp_path, logged):
     folder = make_set(tmp_path)
     dataset = dataset_of(folder)
@@ -166,27 +140,7 @@ def test_a_image_that_goes_bad_is_replaced_counted_and_logged_once(tmp_path, log
     assert "005.png" in first and "000.png" in second
 
 
-def test_many_images_that_go_bad_do_not_fill_the_log(tmp_path, logged):
-    folder = make_set(tmp_path, count=40, captions=1)
-    dataset = dataset_of(folder)
-    for path in sorted(folder.glob("*.png"))[:-1]:
-        path.unlink()
-    assert read(dataset[0][0]) == "picture 39, way 0"
-    assert len(dataset.skipped["unreadable image"]) == 39
-    assert len(logged.messages) == 1 + 20 and "only counted" in logged.messages[-1]
-
-
-def test_when_no_image_is_left_it_ends(tmp_path):
-    folder = make_set(tmp_path)
-    dataset = dataset_of(folder)
-    for path in folder.glob("*.png"):
-        path.write_bytes(b"gone")
-    with pytest.raises(ValueError, match="none of its 6 images can be read") as error:
-        dataset[0]
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_workers_give_the_same_samples_and_share_the_count(tmp_path, method):
     folder = make_set(tmp_path, count=8)
     dataset = TextImageDataset(folder, load_tokenizer(), image_size=8, byteio=True, caption_dropout=0.2)
@@ -203,17 +157,6 @@ def test_workers_give_the_same_samples_and_share_the_count(tmp_path, method):
 
 
 # --- codes ------------------------------------------------------------------------------------------------------------
-
-
-def test_codes_take_the_place_of_pixels(tmp_path):
-    folder = make_set(tmp_path)
-    codes = np.arange(24, dtype=np.uint16).reshape(6, 4) + 65000
-    dataset, plain = dataset_of(folder), dataset_of(folder)
-    dataset.attach_codes(codes)
-    for i in range(6):
-        text, image = dataset[(1, i)]
-        assert image.dtype == torch.int64 and image.tolist() == codes[i].tolist()
-        assert torch.equal(text, plain[(1, i)][0])
 
 
 def test_images_that_could_not_be_encoded_leave(tmp_path, logged):

@@ -42,14 +42,8 @@ AWKWARD = [
 
 def random_texts(number: int):
     rnd = random.Random(0)
-    parts = [
-        *"abcdeTHE .,!?'\t\n\x0b\x1f\xa0\u3000\u2581\xe9\u2603\u65e50\xbd#-\u20ac",
-        "\U0001f600",
-        "the ",
-        " a",
-        "&amp;",
-        "'s",
-    ]
+    parts = [*"abcdeTHE .,!?'\t\n\x0b\x1f\xa0\u3000\u2581\xe9\u2603\u65e50\xbd#-\u20ac"]
+    parts += ["\U0001f600", "the ", " a", "&amp;", "'s"]
     return ["".join(rnd.choice(parts) for _ in range(rnd.randrange(25))) for _ in range(number)]
 
 
@@ -113,20 +107,13 @@ def test_yttm_ids_that_are_known(yttm):
 
 
 def test_clip_equals_open_clip(clip, open_clip, captions):
-    for text in captions + AWKWARD + random_texts(3000):
+    for text in captions[::4] + AWKWARD + random_texts(2000):
         assert clip.encode(text) == open_clip.encode(text), text
-
-
-def test_clip_decodes_as_open_clip(clip, open_clip):
-    rnd = random.Random(0)
-    for _ in range(1000):
-        ids = [rnd.randrange(1, 49406) for _ in range(rnd.randrange(12))]
-        assert clip.decode(ids) == open_clip.decode(ids).strip(" "), ids
 
 
 def test_yttm_equals_youtokentome(yttm, youtokentome, captions):
     original = youtokentome.BPE(str(YTTM_PATH), n_threads=1)
-    texts = captions + AWKWARD + random_texts(5000)
+    texts = captions[::4] + AWKWARD + random_texts(3000)
     for text, expected in zip(texts, original.encode(texts)):
         assert yttm.encode(text) == expected, text
     rnd = random.Random(0)
@@ -157,14 +144,6 @@ def test_any_youtokentome_model(youtokentome, tmp_path, special):
     ids = list(range(ours.vocab_size))
     named = [0, special.get("unk_id", 1), special.get("bos_id", 2), special.get("eos_id", 3)]
     assert ours.decode(ids) == original.decode([ids], ignore_ids=named)[0].strip(" ")
-
-
-def test_round_trip_of_real_captions(clip, yttm, captions):
-    for caption in captions[::10]:
-        tidy = " ".join(caption.split())
-        assert yttm.decode(yttm.encode(caption)) == tidy
-        # CLIP loses capitals and sets all words and signs apart, so it is the ids that come back.
-        assert clip.encode(clip.decode(clip.encode(caption))) == clip.encode(caption)
 
 
 def test_tokenize_pads_with_zeros(either):
@@ -222,13 +201,6 @@ def test_identity_and_the_bytes_in_a_checkpoint(clip, yttm, tmp_path):
         load_tokenizer(YTTM_PATH, vocabulary=yttm.vocabulary)
 
 
-def test_files_are_what_the_readme_says():
-    table = (ROOT / "bpe" / "README.md").read_text("utf-8")
-    for path in (CLIP_PATH, YTTM_PATH):
-        line = next(line for line in table.splitlines() if line.startswith(f"| `{path.name}`"))
-        assert hashlib.sha256(path.read_bytes()).hexdigest() in line
-
-
 def test_the_path_of_graphcores_readme_finds_the_bundled_file(logged):
     tokenizer = load_tokenizer("models/bpe/bpe_yttm_vocab.txt")
     assert tokenizer.path == str(YTTM_PATH) and tokenizer.vocabulary == YTTM_PATH.read_bytes()
@@ -261,19 +233,12 @@ def merged(line):
     ("content", "reason"),
     {
         "empty": (b"", "empty"),
-        "blank": (b" \n\n", "cut short"),
         "binary": (bytes(range(256)), "whole numbers"),
         "pickled": (pickle.dumps({"vocab": ["a"]}), "whole numbers"),
-        "zip of a checkpoint": (b"PK\x03\x04 archive/data.pkl", "whole numbers"),
-        "one number": (b"5", "cut short"),
-        "other numbers": (b"1 2 3\n4 5 6\n", "cut short"),
         "absurd counts": (b"999999999 999999999\n1 2\n", "cut short"),
         "negative counts": (b"-5 3\n1 2 3", "cut short"),
-        "first line lost": (b"".join(LINES[1:]), "cut short"),
-        "cut in the middle": (MODEL[: len(MODEL) // 2], "cut short"),
         "last number cut off": (MODEL.rstrip()[:-1], "cut short"),
         "merge of an unknown id": (merged(b"6 8191 81\n"), "6 8191 81"),
-        "merge of a special id": (merged(b"1 6 81\n"), "1 6 81"),
         "id given twice": (merged(LINES[MERGE + 1]), "twice"),
         "id too large": (merged(b"6 7 99999\n"), "99999"),
         "no such character": (b"2 0\n9601 4\n55296 5\n1 0 2 3\n", "55296"),

@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -13,7 +12,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data import vocabulary
 from data.tokenizer import load_tokenizer
-from tests.conftest import ROOT
 
 CAPTIONS = [
     "a dog runs along a beach",
@@ -166,8 +164,3 @@ def test_a_run_with_a_trained_vocabulary_generates_by_itself(command, picture_fo
     assert ended.status == 0, ended
     place = ["--dalle_path", tmp_path / "run" / "dalle_0.pt", "--outputs_dir", tmp_path / "out"]
     assert command(generate.main, *place, "--text", "a Blue star!", "--num_images", 1).status == 0
-
-
-def test_the_module_runs_as_documented(tmp_path):
-    run = [sys.executable, "-m", "data.vocabulary", "--help"]
-    assert b"train --input-folder FOLDER" in subprocess.run(run, cwd=ROOT, capture_output=True, check=True).stdout

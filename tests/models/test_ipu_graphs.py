@@ -82,8 +82,7 @@ def test_a_configuration_trains_from_codes(poptorch, accepted, name, half):
 
 
 @PRECISION
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("sandwich_norm", [False, True])
+@pytest.mark.parametrize("dropout, sandwich_norm", [(0.0, False), (0.1, True)])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_pattern_trains(accepted, pattern, sandwich_norm, dropout, half):
     changes = dict(sandwich_norm=sandwich_norm, attn_dropout=dropout, ff_dropout=dropout)

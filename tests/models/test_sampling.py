@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from models.packed_sampler import PackedStepper, plan_slots
-from models.sampling import CachedStepper, Pace, Sampling, sample_codes
+from models.sampling import CachedStepper, Pace, Sampling, SamplingState, sample_codes
 from models.transformer import GEGLU, PATTERNS, pattern_mask
 from tests.builders import WholePassStepper, small_dalle
 
@@ -105,44 +105,48 @@ def test_keys_stay_in_their_slots_while_they_are_seen(pattern, window):
         assert all(owners[slots[seen]] == seen for seen in mask[place].nonzero().flatten().tolist())
 
 
-def test_slots_are_few():
-    sizes = {pattern: 1 + max(plan_slots(pattern_mask(pattern, 81, 16)[81:, 81:])) for pattern in PATTERNS}
-    windows = {"conv_like": 2 * 16 + 3, "conv_up_left": 4 * 16 + 5}
-    assert sizes == {"full": 255, "axial_row": 16, "axial_col": 240, **windows}
-    assert max(plan_slots(pattern_mask("axial_row", 81, 16)[81:, 81:], 8)) < 16 + 7
-
-
 def test_the_window_is_the_one_with_the_most_codes_per_second():
-    seconds, most = {1: 1.0, 2: 1.2, 4: 1.3, 8: 2.0}, torch.tensor([4, 4])
+    seconds = {1: 1.0, 2: 1.2, 4: 1.3, 8: 2.0}
     assert Pace(seconds).window() == 4
-    for accepted, window in ((most, 8), (most - 3, 1)):  # all guesses right, or the first one wrong
+    for right, wrong, window in ((6, 0, 8), (0, 2, 1)):
         pace = Pace(seconds)
         for _ in range(10):
-            pace.record(accepted, most)
+            pace.record(right, wrong)
         assert pace.window() == window
-    pace.record(torch.tensor([0, 2]), torch.tensor([0, 2]))  # a complete image, and one that these two complete
-    assert pace.wrong == 1 + 20 and pace.right == 3 + 1
     assert Pace({16: 1.0}).window() == 16
 
 
 def test_passes_are_timed_once_for_each_number_of_rows(tiny_vae, monkeypatch):
     calls, now = [], [0.0]
     stepper = packed_stepper(dalle_of(tiny_vae, ("full",)), 1, 2, 4, 8)
+    state = SamplingState(torch.zeros(3, 32).long(), torch.ones(3).long(), torch.zeros(3, 16, 5))
 
-    def simulate(codes, places):
-        calls.append(tuple(codes.shape))
+    def simulate(state, sampling, window):
+        calls.append(window)
         # Every second time another program runs, too.
-        now[0] += {1: 4, 2: 9, 4: 5, 8: 6}[codes.shape[1]] * (1 + len(calls) % 2)
-        return torch.zeros(1, 1, 1)
+        now[0] += {1: 4, 2: 9, 4: 5, 8: 6}[window] * (1 + len(calls) % 2)
+        state.places.add_(1)
+        return state.places
 
-    monkeypatch.setattr(stepper, "next", simulate)
+    monkeypatch.setattr(stepper, "advance", simulate)
     monkeypatch.setattr("time.thread_time", lambda: now[0])
-    codes, places = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, dtype=torch.long)
     for _ in range(2):
-        assert stepper.time_windows(codes, places) == {1: 4, 2: 5, 4: 5, 8: 6}  # a smaller pass is not slower
-    assert calls == [(3, window) for window in (1, 2, 4, 8) for _ in range(2)]
+        assert stepper.time_windows(state, Sampling()) == {1: 4, 2: 5, 4: 5, 8: 6}  # a smaller pass is not slower
+    assert calls == [window for window in (1, 2, 4, 8) for _ in range(2)] and state.places.tolist() == [1, 1, 1]
     stepper.windows = (8,)
-    assert list(stepper.time_windows(codes[:2], places[:2])) == [8] and len(calls) == 8  # no choice, no timing
+    assert (
+        list(stepper.time_windows(state, Sampling(cond_scale=2.0))) == [8] and len(calls) == 8
+    )  # no choice, no timing
+
+
+def test_top_k_is_a_fraction_to_drop_or_a_number_to_keep():
+    kept = {0.0: 88, 0.5: 44, 0.99: 1, 1.0: 1, 5: 5, None: None}  # of 88 tokens
+    assert {value: Sampling(top_k=value).codes_to_keep(88) for value in kept} == kept
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
+    noise = torch.tensor([[0.0, 0.0, 0.0, 9.0]])
+    assert (
+        int(Sampling(top_k=3).choose(logits, noise, 88)) == 1 and int(Sampling(top_k=4).choose(logits, noise, 88)) == 3
+    )
 
 
 @pytest.mark.parametrize(

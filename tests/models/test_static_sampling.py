@@ -86,8 +86,3 @@ def test_loop_and_writes_are_the_callers(tiny_vae):
     # Keys and values of each layer at the positions after <bos> and six tokens, and codes from the second on.
     assert [place for dim, place in places if dim == 2] == [7 + step for step in range(15) for _ in range(8)]
     assert [place for dim, place in places if dim == 1] == list(range(1, 16))
-
-
-def test_settings_out_of_range_are_refused(tiny_vae):
-    with pytest.raises(ValueError, match="temperature is 0"):
-        settings_row(Sampling(temperature=0), 0, small_dalle(tiny_vae))

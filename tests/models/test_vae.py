@@ -14,28 +14,6 @@ from torch.nn import functional as F
 
 from models.vae import VQGanVAE, load_vqgan
 
-OFFICIAL_YAML = """
-model:
-  base_learning_rate: 4.5e-06
-  target: taming.models.vqgan.VQModel
-  params:
-    embed_dim: 256
-    n_embed: 1024
-    ddconfig:
-      double_z: false
-      z_channels: 256
-      resolution: 256
-      in_channels: 3
-      out_ch: 3
-      ch: 128
-      ch_mult: [1, 1, 2, 2, 4]
-      num_res_blocks: 2
-      attn_resolutions: [16]
-      dropout: 0.0
-    lossconfig:
-      target: taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator
-      params: {disc_conditional: false, disc_in_channels: 3, disc_start: 0, disc_weight: 0.75, codebook_weight: 1.0}
-"""
 # (resolution, ch_mult, attn_resolutions, patch_size) and what follows: (image_size, num_layers, fmap_size).
 SHAPES = [
     ((8, [1], [], 1), (8, 0, 8)),
@@ -135,33 +113,6 @@ def test_decoded_pixels_stay_between_zero_and_one(gumbel):
     assert pixels.min() == 0 and pixels.max() == 1 and pixels.dtype == torch.float32
 
 
-def test_another_grid_than_the_trained_one_can_be_decoded():
-    ours, taming = both()
-    codes = torch.randint(0, 50, (2, 5, 5))
-    torch.testing.assert_close(ours.decode(codes.flatten(1)), taming.pixels(codes).clamp(0, 1), atol=1e-5, rtol=0)
-
-
-@BOTH
-def test_parameter_names_and_shapes_are_tamings(gumbel):
-    params = sizes(gumbel=gumbel)
-    ours, taming = VQGanVAE(params, gumbel).model.state_dict(), Taming(params, gumbel).state_dict()
-    assert {name: tensor.shape for name, tensor in ours.items()} == {name: w.shape for name, w in taming.items()}
-    quantize = {"embed.weight", "proj.weight", "proj.bias"} if gumbel else {"embedding.weight"}
-    assert {name[9:] for name in ours if name.startswith("quantize.")} == quantize
-    assert {name.partition(".")[0] for name in ours} == {
-        "encoder", "decoder", "quantize", "quant_conv", "post_quant_conv"
-    }  # fmt: skip
-
-
-def test_the_official_configuration_has_343_tensors_and_72_141_699_parameters():
-    params = yaml.safe_load(OFFICIAL_YAML)["model"]["params"]
-    with torch.device("meta"):
-        vae = VQGanVAE(params)
-    tensors = vae.model.state_dict().values()
-    assert (len(tensors), sum(tensor.numel() for tensor in tensors)) == (343, 72_141_699)
-    assert (vae.image_size, vae.num_layers, vae.num_tokens, vae.fmap_size) == (256, 4, 1024, 16)
-
-
 @BOTH
 def test_codes_are_looked_up_in_fp32_though_the_model_is_in_half_precision(gumbel):
     ours, taming = both(gumbel, n_embed=64)
@@ -239,16 +190,12 @@ def test_codes_are_computed_without_tf32(monkeypatch):
     assert torch.backends.cudnn.allow_tf32
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (2, 3, 16, 8), (2, 3, 32, 32), (2, 16, 16, 3)])
-def test_pictures_of_another_shape_are_refused(shape):
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 3, 16, 8), (2, 16, 16, 3)])
+def test_images_and_codes_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"takes \(batch, 3, 16, 16\)"):
         VQGanVAE(sizes()).get_codebook_indices(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("shape", [(2, 5), (4,), (2, 2, 2, 4)])
-def test_codes_that_make_no_square_are_refused(shape):
     with pytest.raises(ValueError, match="side"):
-        VQGanVAE(sizes()).decode(torch.zeros(shape, dtype=torch.long))
+        VQGanVAE(sizes()).decode(torch.zeros((2, 5), dtype=torch.long))
 
 
 def test_the_network_can_be_built_again_from_its_hparams():
@@ -278,15 +225,12 @@ def test_the_fingerprint_tells_networks_apart():
     [
         ("n_embed", None, "n_embed is missing"),
         ("n_embed", 0, "n_embed must be a whole number from 1"),
-        ("embed_dim", "6", "embed_dim must be a whole number"),
         ("embed_dim", True, "embed_dim must be a whole number"),
         ("ddconfig", [], "ddconfig must be a mapping"),
         ("patch_size", 3, "patch_size must be a power of two, not 3"),
         ("patch_size", 2, "in_channels must be 3 . patch_size² = 12, not 3"),
         ("ddconfig.ch", 48, "ch must be a multiple of 32"),
-        ("ddconfig.ch_mult", [], "ch_mult must be a list"),
         ("ddconfig.ch_mult", [1, 1.5], "ch_mult must be a whole number"),
-        ("ddconfig.attn_resolutions", None, "attn_resolutions must be a list"),
         ("ddconfig.resolution", 17, "resolution 17 cannot be halved 1 times"),
         ("ddconfig.double_z", True, "double_z must be false"),
         ("ddconfig.dropout", "no", "dropout must be a number"),
@@ -299,11 +243,6 @@ def test_sizes_that_cannot_be_built_are_named(place, value, message):
     (params[above[0]] if above else params)[name] = value
     with pytest.raises(ValueError, match=message):
         VQGanVAE(params)
-
-
-def test_gumbel_needs_latents_as_wide_as_entries():
-    with pytest.raises(ValueError, match="embed_dim 6 = z_channels 12"):
-        VQGanVAE(sizes(), gumbel=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,22 +278,6 @@ def test_a_pair_of_files_gives_tamings_codes(tmp_path, gumbel):
     for vae in (load_vqgan(path), load_vqgan(str(path), str(elsewhere)), load_vqgan(tmp_path)):
         assert torch.equal(vae(images), expected)
         assert vae.hparams["target"] == ("GumbelVQ" if gumbel else "VQModel")
-
-
-def test_a_yml_and_half_precision_weights_will_do(tmp_path):
-    def halve(state):
-        state.update({name: tensor.half() for name, tensor in state.items()})
-
-    path, taming = write_pair(tmp_path, change=halve, suffix=".yml")
-    vae = load_vqgan(path)
-    weight = vae.model.quant_conv.weight
-    assert weight.dtype == torch.float32 and torch.equal(weight, taming.quant_conv.weight.half().float())
-
-
-def test_a_remap_table_among_the_weights_is_passed_over(tmp_path):
-    path, taming = write_pair(tmp_path, change=lambda state: state.update({"quantize.used": torch.arange(9)}))
-    images = pictures(taming)
-    assert torch.equal(load_vqgan(path)(images), taming.codes(images).flatten(1))
 
 
 def wrap(state, prefix="", keys=("state_dict",), **beside):
@@ -438,10 +361,7 @@ def test_missing_files_are_named(tmp_path):
     ("text", "message"),
     [
         ("model: {target: taming.models.vqgan.VQModel}", "it has no model.params"),
-        ("just a text", "it has no model.params"),
-        ("", "it has no model.params"),
         ("model: [1, 2", "not a yaml file"),
-        ("model: {day: 2020-13-01}", "not a yaml file"),
         ("[" * 5000, "not a yaml file"),
         (b"\x80\x02\xff", "not a yaml file"),
         ("model: {params: !!python/object/apply:os.getcwd []}", "not a yaml file"),

@@ -78,6 +78,7 @@ torch.save([trainer.state_dict(), mean, total, loss], f"{folder}/{{rank}}.pt")
 """
 
 
+@pytest.mark.slow  # tests/test_ipu_commands.py has two instances of train.py
 def test_two_instances_train_as_one(poptorch, tmp_path):
     program = INSTANCE.format(folder=str(tmp_path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "STANDIN_STORE": str(tmp_path / "store")}

@@ -9,7 +9,6 @@ import torch
 
 import args
 import backends
-from backends.base import Backend, Trainer
 from backends.native import backend as native
 from backends.native.backend import NativeBackend, NativeTrainingBackend, pick_device, pick_precision
 from backends.native.inference import packer
@@ -82,7 +81,8 @@ def by_hand(model, batches, optimizer, lr, decay, limit=None):
 def test_accumulation_is_one_larger_batch(tiny_vae, optimizer):
     given = dict(steps=3, optimizer=optimizer, lr=1e-4)
     whole, whole_losses = trained(tiny_vae, batch_size=12, **given)
-    for cut in (dict(batch_size=2, gradient_accumulation=6), dict(batch_size=4, gradient_accumulation=3)):
+    replicas = dict(batch_size=2, gradient_accumulation=2, replication_factor=3)
+    for cut in (dict(batch_size=2, gradient_accumulation=6), dict(batch_size=4, gradient_accumulation=3), replicas):
         parts, losses = trained(tiny_vae, **cut, **given)
         assert_same(weights_of(parts.model), weights_of(whole.model), atol=1e-6, rtol=0)
         for ours, expected in zip(losses, whole_losses):
@@ -90,13 +90,6 @@ def test_accumulation_is_one_larger_batch(tiny_vae, optimizer):
     fewer, _ = trained(tiny_vae, 3, 10, batch_size=2, gradient_accumulation=5, optimizer=optimizer, lr=1e-4)
     with pytest.raises(AssertionError):  # what a batch holds does show at this tolerance
         assert_same(weights_of(fewer.model), weights_of(whole.model), atol=1e-6, rtol=0)
-
-
-def test_replicas_are_further_micro_batches(tiny_vae):
-    accumulated, expected = trained(tiny_vae, 3, batch_size=2, gradient_accumulation=6)
-    replicated, losses = trained(tiny_vae, 3, batch_size=2, gradient_accumulation=2, replication_factor=3)
-    assert losses == expected
-    assert_same(weights_of(replicated.model), weights_of(accumulated.model), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
@@ -118,25 +111,17 @@ def test_losses_are_means_over_all_micro_batches(tiny_vae):
     text, codes = samples(12)
     with torch.no_grad():
         parts = [model(text[i : i + 2], codes[i : i + 2], return_loss=True) for i in range(0, 12, 2)]
-    _, (losses,) = trained(tiny_vae, 1, batch_size=2, gradient_accumulation=6)
+    _, (losses,) = trained(tiny_vae, 1, batch_size=2, gradient_accumulation=6, max_grad_norm=1e-3)
     assert list(losses) == ["total", "text", "image", "grad_norm"]
     assert all(type(loss) is float for loss in losses.values())
-    del losses["grad_norm"]
+    norm = losses.pop("grad_norm")
+    model(text, codes, return_loss=True).total.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert norm == pytest.approx(float(gradient.norm()), rel=1e-4)  # before clipping
     for name, loss in losses.items():
         values = [getattr(part, name).item() for part in parts]
         assert loss == pytest.approx(sum(values) / 6, rel=1e-5)
         assert max(values) - min(values) > 1e-3  # the last one alone would not do
-
-
-def test_adamw_decays_matrices_only(tiny_vae):
-    given = dict(steps=1, batch_size=12, optimizer="AdamW")
-    plain, _ = trained(tiny_vae, weight_decay=0.0, **given)
-    decayed, _ = trained(tiny_vae, weight_decay=0.5, **given)
-    start, plain, decayed = weights_of(small_dalle(tiny_vae)), weights_of(plain.model), weights_of(decayed.model)
-    for name, tensor in start.items():
-        loss = LR * 0.5 * tensor if tensor.dim() == 2 else torch.zeros_like(tensor)
-        torch.testing.assert_close(plain[name] - decayed[name], loss, atol=1e-6, rtol=0, msg=name)
-    assert start["text_emb.weight"].abs().max() * LR > 1e-4  # far above the tolerance
 
 
 def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest(tiny_vae):
@@ -152,15 +137,6 @@ def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest(tiny_vae):
     decays = [group["weight_decay"] for group in (*muon.param_groups, *adamw.param_groups)]
     assert decays == [0.3, 0.3, 0.0]
     assert all(group["betas"] == (0.8, 0.9) and group["eps"] == 1e-6 for group in adamw.param_groups)
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_learns_a_batch(tiny_vae, optimizer):
-    backend = NativeTrainingBackend(settings(optimizer=optimizer, batch_size=4, max_grad_norm=1.0))
-    trainer = backend.trainer(small_dalle(tiny_vae))
-    trainer.set_lr(1e-2)
-    losses = [trainer.step([samples(4)])["total"] for _ in range(25)]
-    assert losses[-1] < losses[0] - 1
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -212,38 +188,6 @@ def test_the_state_of_another_optimizer_is_left_aside_with_a_warning(tiny_vae, b
     for each in (trainer, fresh):
         each.step([samples(2, 9)])
     assert_same(weights_of(trainer.model), weights_of(fresh.model), atol=0, rtol=0)
-
-
-def test_the_learning_rate_is_that_of_every_group(tiny_vae):
-    for optimizer in OPTIMIZERS:
-        trainer = NativeTrainingBackend(settings(optimizer=optimizer, weight_decay=0.1)).trainer(small_dalle(tiny_vae))
-        trainer.set_lr(0.0)
-        trainer.step([samples(2)])
-        assert_same(weights_of(trainer.model), weights_of(small_dalle(tiny_vae)), atol=0, rtol=0)
-
-
-def test_compiling_trains_nothing_and_takes_nothing_from_the_batch(tiny_vae):
-    trainer = NativeTrainingBackend(settings()).trainer(small_dalle(tiny_vae))
-    batch = iter([samples(2)])
-    trainer.compile(batch)
-    assert len(list(batch)) == 1
-    assert_same(weights_of(trainer.model), weights_of(small_dalle(tiny_vae)), atol=0, rtol=0)
-
-
-def test_the_image_tokenizer_stays_as_it_is(tiny_vae):
-    tiny_vae.codebook = torch.nn.Linear(4, 4)
-    before = copy.deepcopy(tiny_vae.state_dict())
-    trainer = NativeTrainingBackend(settings(optimizer="AdamW", weight_decay=0.9)).trainer(small_dalle(tiny_vae))
-    pixels = torch.rand(2, 3, 32, 32)
-    trainer.step([(samples(2)[0], pixels)])
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_vae.state_dict().items())
-
-
-def test_half_precision_trains_weights_that_stay_fp32(tiny_vae):
-    _, (expected, *_) = trained(tiny_vae, 1, batch_size=12)
-    trainer, (losses, *_) = trained(tiny_vae, 2, batch_size=12, precision="bf16")
-    assert losses["total"] == pytest.approx(expected["total"], rel=0.02) and losses != expected
-    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
 def test_devices(monkeypatch):
@@ -321,17 +265,6 @@ def test_a_driver_that_is_too_old_is_named_in_one_line(monkeypatch, logged):
     assert line.startswith("the GPU cannot be used: CUDA init") and line.endswith("too old (found version 1)")
 
 
-def test_flags_for_ipus_are_counted_in_one_line(logged):
-    NativeTrainingBackend(args.train_arguments(["--generated-data", "--device=cpu"]))
-    assert len(logged.messages) == 1 and "running on cpu" in logged.text
-    logged.clear()
-    settings = args.train_arguments(["--config=L16_POD16", "--device=cpu", "--profile-dir=p", "--compile-only"])
-    NativeTrainingBackend(settings)
-    count = sum(getattr(settings, name) != default for name, default in native.IPU_ONLY.items())
-    (line,) = [message for message in logged.messages if "IPU" in message]
-    assert count > 5 and line == f"for IPUs only, without effect here: {count} settings of the configuration"
-
-
 def test_every_ipu_flag_is_known_with_its_default():
     parser = args.train_parser()
     defaults = vars(parser.parse_args([]))
@@ -361,15 +294,6 @@ def test_the_loader_gives_each_step_its_samples_in_order(workers):
         text, codes = (torch.cat(parts) for parts in zip(*step))
         assert torch.equal(text, torch.stack([dataset[key][0] for key in keys]))
         assert torch.equal(codes, torch.stack([dataset[key][1] for key in keys]))
-
-
-def test_the_contract_is_kept(tiny_vae):
-    backend = NativeTrainingBackend(settings(gradient_accumulation=5, replication_factor=3, batch_size=2))
-    assert backend.samples_per_step == 30
-    pairs = ((Backend, backend), (Trainer, backend.trainer(small_dalle(tiny_vae))))
-    for contract, ours in pairs:
-        for name in [name for name in vars(contract) if not name.startswith("_")]:
-            assert callable(getattr(ours, name)), name
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
@@ -472,12 +396,3 @@ def test_an_update_without_a_finite_gradient_is_left_out(tiny_vae, optimizer, li
     assert_same(dict(after["ema_weights"]), dict(before["ema_weights"]), atol=0, rtol=0)
     assert str(after["opt_state"]) == str(before["opt_state"]) and after["updates"] == before["updates"] == 2
     assert math.isfinite(trainer.step(micro_batches(trainer.backend, samples(12, 4)))["grad_norm"])
-
-
-def test_the_gradient_norm_is_that_before_clipping(tiny_vae):
-    model = small_dalle(tiny_vae)
-    model(*samples(12), return_loss=True).total.backward()
-    expected = float(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm())
-    for limit in (None, 1e-3):
-        _, (losses,) = trained(tiny_vae, 1, batch_size=12, max_grad_norm=limit)
-        assert losses["grad_norm"] == pytest.approx(expected, rel=1e-4)

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from backends.native.fast_layers import (
     compile_layers,
     use_fast_layers,
 )
-from backends.native.trainer import rows_at_once
 from models.transformer import PATTERNS, KeyValueCache, attend, pattern_mask
 from tests.backends.native.test_backend import settings
 from tests.builders import small_dalle
@@ -171,13 +169,6 @@ def test_a_micro_batch_in_parts_trains_as_one(tiny_vae, recompute, monkeypatch):
         assert losses == pytest.approx(found[2][0], rel=1e-5)
         for name, weight in weights.items():
             torch.testing.assert_close(weight, found[2][1][name], atol=2e-5, rtol=0, msg=name)
-
-
-def test_rows_are_cut_evenly(monkeypatch):
-    model = SimpleNamespace(text_seq_len=80, image_seq_len=256, text_emb=SimpleNamespace(weight=torch.empty(1, 512)))
-    assert [rows_at_once(model, rows) for rows in (1, 8, 9, 16, 18)] == [1, 8, 5, 8, 6]
-    model.text_emb.weight = torch.empty(1, 10**6)
-    assert rows_at_once(model, 3) == 1
 
 
 def test_recomputation_keeps_less(tiny_vae):

@@ -12,7 +12,6 @@ from torch.distributed import fsdp
 
 import backends
 from backends.native.backend import NativeTrainingBackend
-from backends.native.sharding import gather_shards, own_rows
 from tests.backends.native.test_backend import OPTIMIZERS, assert_same, micro_batches, samples, settings
 from tests.builders import small_dalle
 from tests.conftest import ROOT, TinyTokenizer
@@ -155,13 +154,6 @@ def test_compiled_layers_train_alike(tmp_path):
         assert ours == pytest.approx(expected, rel=1e-3)
 
 
-def test_what_is_not_shared_out_stays():
-    tensor = torch.ones(3, 2)
-    assert own_rows(tensor, torch.zeros(3, 2)) is tensor and own_rows(tensor, None) is tensor
-    state = {"weights": {"a": tensor}, "opt_state": [{"param_groups": [{"lr": 1.0}]}]}
-    assert gather_shards(state, keep=False) == state
-
-
 @pytest.mark.parametrize(
     "world_size, changes, reason",
     [
@@ -178,15 +170,3 @@ def test_what_cannot_be_shared_out_is_refused_in_one_line(monkeypatch, world_siz
     with pytest.raises(ValueError, match=f"--shard: {reason}") as error:
         NativeTrainingBackend(settings(shard=True, **changes))
     assert "\n" not in str(error.value)
-
-
-def test_a_torch_without_it_is_told(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delattr(fsdp, "fully_shard", raising=False)
-    with pytest.raises(ValueError, match="--shard: needs torch 2.6 or newer, this is 2"):
-        NativeTrainingBackend(settings(shard=True))
-
-
-def test_it_means_nothing_on_an_ipu(monkeypatch):
-    with pytest.raises(ValueError, match="--shard: for CPUs and GPUs only; on IPUs, --enable-rts"):
-        backends.for_training(settings(shard=True, device="ipu"))

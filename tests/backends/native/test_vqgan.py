@@ -79,10 +79,3 @@ def test_the_network_itself_is_left_as_it_is(vae):
     assert [type(module) for module in vae.modules()] == [type(module) for module in before.modules()]
     for tensor, expected in zip(vae.state_dict().values(), before.state_dict().values()):
         assert tensor.dtype == expected.dtype and tensor.stride() == expected.stride()
-
-
-def test_what_a_picture_must_look_like_is_still_checked(vae):
-    with pytest.raises(ValueError, match="images of shape"):
-        on_cpu("fp32").encode(vae)(pictures()[:, :, 1:])
-    with pytest.raises(ValueError, match="side"):
-        on_cpu("fp32").decode(vae)(codes()[:, 1:])

@@ -12,7 +12,7 @@ from PIL import Image
 from data import files as files_module
 from data.files import IMAGE_FORMATS, open_image, read_captions, report_skipped
 from data.images import load_image
-from data.sources import find_images, open_source
+from data.sources import open_source
 from data.sources.folder import find_pairs, is_label_file
 
 BOX = "0 0.5 0.5 0.25 0.125\n17 1 0.0 0.3 0.4\n"
@@ -40,17 +40,8 @@ def names(folder, pairs):
 
 
 def test_every_image_suffix_counts_in_any_case(tmp_path):
-    suffixes = (
-        "png",
-        "JPG",
-        "jpeg",
-        "BmP",
-        "webp",
-        "gif",
-        "TIFF",
-        "tif",
-        *(["avif"] if "AVIF" in IMAGE_FORMATS else []),
-    )
+    suffixes = ["png", "JPG", "jpeg", "BmP", "webp", "gif", "TIFF", "tif"]
+    suffixes += ["avif"] if "AVIF" in IMAGE_FORMATS else []
     for suffix in suffixes:
         picture(tmp_path / f"{suffix}.{suffix}")
         text(tmp_path / f"{suffix}.TXT")
@@ -64,17 +55,8 @@ def test_every_image_suffix_counts_in_any_case(tmp_path):
 def test_names_of_other_programs_pair(tmp_path):
     for name in ("cafe\u0301.jpg", "b.jpg", "images/c.jpg", "d.jpg", "d.gif", "e.jpg", "e.png", "f.jpg"):
         picture(tmp_path / name)
-    for name in (
-        "caf\u00e9.txt",
-        "b.jpg.txt",
-        "captions/c.jpg.txt",
-        "d.txt",
-        "e.png.txt",
-        "e.jpg.txt",
-        "e.txt",
-        "f.caption",
-        "b.caption",
-    ):
+    texts = "caf\u00e9.txt b.jpg.txt captions/c.jpg.txt d.txt e.png.txt e.jpg.txt e.txt f.caption b.caption"
+    for name in texts.split():
         text(tmp_path / name)
     pairs, skipped = find_pairs(tmp_path)
     assert names(tmp_path, pairs) == [
@@ -101,22 +83,6 @@ def test_utf_16_is_read_with_and_without_a_byte_order_mark(tmp_path):
     pairs, skipped = find_pairs(tmp_path)
     assert [read_captions(tmp_path / caption[0]) for _, caption in pairs] == [["a red bus", "two caf\u00e9s"]] * 4
     assert skipped["neither UTF-8 nor UTF-16"] == [tmp_path / "zeros.txt"]
-
-
-def test_linked_folders_are_followed_without_captions_too(tmp_path):
-    picture(tmp_path / "far" / "1.png")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "link").symlink_to(tmp_path / "far")
-    assert find_images(tmp_path / "set") == [tmp_path / "set" / "link" / "1.png"]
-
-
-def test_own_folder_comes_before_a_nearer_looking_one(tmp_path):
-    picture(tmp_path / "b" / "1.png")
-    text(tmp_path / "a" / "1.txt")
-    text(tmp_path / "b" / "1.txt")
-    pairs, skipped = find_pairs(tmp_path)
-    assert names(tmp_path, pairs) == [("b/1.png", "b/1.txt")]
-    assert skipped == {"caption without image": [tmp_path / "a" / "1.txt"]}
 
 
 def test_otherwise_the_nearest_by_path(tmp_path):
@@ -245,17 +211,6 @@ def test_every_reason_is_counted_once(tmp_path, logged):
     assert levels["zero-byte image"] == logging.WARNING
 
 
-def test_a_few_names_of_many_are_logged_even_if_not_utf8(tmp_path, logged):
-    Image.new("RGB", (2, 2)).save(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
-    picture(tmp_path / "good.png")
-    text(tmp_path / "good.txt")
-    _, skipped = find_pairs(tmp_path)
-    report_skipped({**skipped, "not an image": [tmp_path / f"{i}.png" for i in range(1000)]})
-    first, second = logged.messages
-    first.encode("utf-8")
-    assert "caf\ufffd.png" in first and "1,000 files" in second and "2.png, …" in second and "3.png" not in second
-
-
 def test_captions_are_the_non_blank_lines(tmp_path):
     content = "\ufeff one \r\ntwo\u2028still two\r\n\n  \nthree\x0cand more\rfour"
     path = text(tmp_path / "c.txt", content.encode("utf-8"))
@@ -335,9 +290,8 @@ def huge_png(path, width, height):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [11_000, 30_000])
-def test_images_over_pils_limit_are_skipped(tmp_path, side):
-    huge_png(tmp_path / "big.png", side, side)
+def test_images_over_pils_limit_are_skipped(tmp_path):
+    huge_png(tmp_path / "big.png", 30_000, 30_000)
     text(tmp_path / "big.txt")
     picture(tmp_path / "good.png")
     text(tmp_path / "good.txt")
@@ -345,13 +299,6 @@ def test_images_over_pils_limit_are_skipped(tmp_path, side):
     assert skipped["image over PIL's pixel limit"] == [tmp_path / "big.png"]
     with pytest.raises(ValueError, match="big.png"):
         open_image(tmp_path / "big.png")
-
-
-def test_a_postscript_file_in_disguise_is_no_image(tmp_path):
-    text(tmp_path / "1.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
-    text(tmp_path / "1.txt")
-    with pytest.raises(ValueError, match="not an image"):
-        find_pairs(tmp_path)
 
 
 def one_line(error):
@@ -389,14 +336,3 @@ def test_a_folder_without_a_pair_says_what_is_there_and_what_is_needed(tmp_path,
     assert all(word in message for word in (str(tmp_path), "stem", *words)), message
     if "a.jpg" in images:
         assert "1 × zero-byte image, " in message or "1 × zero-byte image)" in message
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may open everything")
-def test_files_and_folders_without_permission(tmp_path):
-    picture(tmp_path / "1.png")
-    text(tmp_path / "1.txt")
-    picture(tmp_path / "2.png").chmod(0)
-    text(tmp_path / "2.txt")
-    (tmp_path / "closed").mkdir(mode=0)
-    _, skipped = find_pairs(tmp_path)
-    assert skipped["cannot be opened"] == [tmp_path / "2.png", tmp_path / "closed"]

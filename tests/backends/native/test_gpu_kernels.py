@@ -1,0 +1,22 @@
+"""The Triton kernels against PyTorch's operators, in Triton's interpreter; on a GPU the program checks itself."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytest.importorskip("triton")
+CODE = """
+import torch
+from backends.native.gpu_kernels import kernels_work
+print(*(kernels_work(torch.device("cpu"), dtype) for dtype in (torch.float16, torch.float32)))
+"""
+
+
+def test_kernels_compute_what_operators_compute():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    ended = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.stdout.split() == ["True", "True"], ended.stderr
