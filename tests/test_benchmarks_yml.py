@@ -74,6 +74,7 @@ def test_an_entry_is_what_the_tool_takes(name):
     assert all(figure in entry["data"] for _, figure in entry["output"])
     variables = set(re.findall(r"\$([A-Z]\w+)", entry["cmd"])) - {"DATASETS_DIR"}
     assert variables <= POPRUN_VARIABLES and bool(variables) == ("poprun" in entry["cmd"])
+    assert ("--executable-cache-dir" in entry["cmd"]) == ("poprun" in entry["cmd"])  # or each process compiles
     for script, arguments in calls_of(name):
         assert (ROOT / script).is_file()
         parse = {"train.py": args.train_arguments, "generate.py": args_generate.generate_arguments}[script]
@@ -106,7 +107,8 @@ def test_figures_of_an_entry_are_in_its_log(
             arguments = [word for word in arguments if "wandb" not in word]  # as the tool does unless told otherwise
             folder = [] if "" in arguments else ["--checkpoint-output-dir", tmp_path]
             places = ["--vae-path", tiny_vqgan, *folder]
-            places += ["--codes-cache", tmp_path] if "--codes-cache" in arguments else []
+            for flag in ("--codes-cache", "--executable-cache-dir"):
+                places += [flag, tmp_path] if flag in arguments else []
             ended = command(train.main, *arguments, *REDUCED.split(), *places)
         else:
             reduced = ["--dalle_path", tmp_path / "dalle_step_1.pt", "--outputs_dir", tmp_path, "--num_images", 2]
