@@ -20,6 +20,10 @@ class SamplesLost(OSError):
     """The loader can give no more samples; the message is one line."""
 
 
+class DeviceLost(ValueError):
+    """A device failed, and the weights on it are lost; the message is one line."""
+
+
 class StageEstimate(NamedTuple):
     """What a pipeline stage needs, by arithmetic.
 

@@ -18,7 +18,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.captions import TokenCounts, encode_caption
-from data.files import LABEL_FILE, NOT_LISTED, UNREAD, UNREADABLE, describe_others, open_image, printable, read_bytes
+from data.files import (
+    LABEL_FILE,
+    NOT_LISTED,
+    OTHER_SPLIT,
+    UNREAD,
+    UNREADABLE,
+    describe_others,
+    open_image,
+    printable,
+    read_bytes,
+)
 from data.images import ImagePath, load_image
 from data.loader import WorkerTracker, describe_set, describe_unknown
 from data.sources import ImageSource, open_source
@@ -174,7 +184,7 @@ def check(
         return printable(os.path.relpath(path, source.folder))
 
     faults = {reason: [name(path) for path in paths] for reason, paths in source.skipped.items()}
-    notes: Dict[str, List[str]] = {kind: faults.pop(kind, []) for kind in (LABEL_FILE, NOT_LISTED)}
+    notes: Dict[str, List[str]] = {kind: faults.pop(kind, []) for kind in (LABEL_FILE, NOT_LISTED, OTHER_SPLIT)}
     first: Dict[bytes, str] = {}  # digest of an image or caption -> the first file that has it
     lengths: List[int] = []
     unknown = usable = 0

@@ -4,6 +4,7 @@ Nothing here decodes pixels or tokenizes text: images are opened up to their hea
 """
 
 import io
+import json
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from PIL import Image, PngImagePlugin, features
 from tqdm import tqdm
@@ -22,9 +23,10 @@ from utils.files import decode_text
 
 logger = logging.getLogger("minidalle")
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
 CAPTION_SUFFIX = ".txt"
 CAPTION_SUFFIXES = (CAPTION_SUFFIX, ".caption")  # the second one is that of programs for fine-tuning
+JSON_KEYS = ("caption", "text", "captions", "TEXT")  # where img2dataset and others write an image's captions
 # What a file with those suffixes may really be. Others that PIL knows are refused: EPS would start a program.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF") + (
     ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
@@ -36,6 +38,7 @@ PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # bytes of all texts of an image
 NO_CAPTION = "image without caption"
 NO_IMAGE = "caption without image"
 NOT_LISTED = "image that no list names"
+OTHER_SPLIT = "image of another split"
 CAPTION_TAKEN = "image whose caption file belongs to another image"
 LABEL_FILE = "label file"
 EMPTY_CAPTION = "empty caption"
@@ -78,26 +81,43 @@ def report_skipped(skipped: Skipped, examples: int = 3) -> None:
     """Log one line per reason: how many files, and the first few of them."""
     for reason, paths in sorted(skipped.items()):
         if paths:
-            level = logging.INFO if reason in (LABEL_FILE, NO_IMAGE, NOT_LISTED) else logging.WARNING
+            level = logging.INFO if reason in (LABEL_FILE, NO_IMAGE, NOT_LISTED, OTHER_SPLIT) else logging.WARNING
             named = ", ".join(map(printable, paths[:examples])) + (", …" if len(paths) > examples else "")
             logger.log(level, "skipped %s (%s): %s", count(len(paths), "file"), reason, named)
 
 
 def read_captions(path: Union[str, Path]) -> List[str]:
-    """Return the captions of a file: its non-blank lines, stripped.
+    """Return the captions of a file of one image.
 
     Raises:
-        ValueError: the file is neither UTF-8 nor UTF-16.
+        ValueError: it cannot be read as text, or as JSON if that is its suffix.
         OSError: it cannot be opened.
     """
     with open(path, "rb") as file:
-        return split_captions(decode_text(file.read()))
+        return parse_captions(str(path), file.read())
 
 
-def split_captions(text: str) -> List[str]:
-    """Return the lines of a text that are not blank, stripped."""
-    lines = [line.strip() for line in _LINE_BREAK.split(text)]
-    return [line for line in lines if line]
+def parse_captions(name: str, content: bytes) -> List[str]:
+    """Return the captions in a file of one image: its non-blank lines, stripped, or those of a .json's object.
+
+    Raises:
+        ValueError: the file is neither UTF-8 nor UTF-16, or not JSON.
+    """
+    text = decode_text(content)
+    if not name.lower().endswith(".json"):
+        return [line.strip() for line in _LINE_BREAK.split(text) if line.strip()]
+    try:
+        entry = json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    value = next((entry[key] for key in JSON_KEYS if entry.get(key)), None) if isinstance(entry, dict) else None
+    return clean_captions(value if isinstance(value, list) else [value])
+
+
+def clean_captions(values: Iterable[object]) -> List[str]:
+    """Return the texts among some values, each in one line, without empty ones."""
+    texts = (" ".join(value.split()) for value in values if isinstance(value, str))
+    return [text for text in texts if text]
 
 
 def open_image(path: Union[str, Path, StoredImage]) -> Image.Image:

@@ -68,8 +68,7 @@ def losses(device, flags, vae, pixels):
     return found, trainer.state_dict()["weights"]
 
 
-@pytest.mark.parametrize("pixels", [False, True], ids=["codes", "pixels"])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run, pixels", [*((run, False) for run in RUNS), ("one IPU", True)])
 def test_same_losses_on_cpu_and_ipu(run, pixels, poptorch, tiny_vae):
     tolerance = STANDIN_TOLERANCE if getattr(poptorch, "IS_STANDIN", False) else IPU_TOLERANCE
     expected, native_weights = losses("cpu", RUNS[run], copy.deepcopy(tiny_vae), pixels)

@@ -97,7 +97,7 @@ def test_a_missing_package_is_one_line(command, monkeypatch):
     assert "uvicorn is missing; pip install -r requirements-app.txt brings it" in ended.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signals_end_it_at_once_while_it_generates(tiny_checkpoint, tmp_path, number):
     """Clients that wait get 503, readers of events an error; nothing is left behind, and no traceback."""
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -134,13 +134,15 @@ def test_signals_end_it_at_once_while_it_generates(tiny_checkpoint, tmp_path, nu
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_machines_are_let_in_with_a_warning_only(tiny_checkpoint):
+def test_other_machines_are_let_in_with_a_warning_only(command, tiny_checkpoint, monkeypatch):
+    import app
+
+    monkeypatch.setattr("uvicorn.Server.run", lambda *given, **named: None)
+    monkeypatch.setattr(os, "environ", {**os.environ})
     for flags, warned in (((), True), (("--token", "secret"), False)):
-        process = start("--dalle_path", tiny_checkpoint, "--host", "0.0.0.0", "--port", 0, *flags)
-        port_of(process, "0.0.0.0")
-        process.terminate()
-        out, _ = process.communicate(timeout=20)
-        assert ("--token SECRET" in process.seen + out) == warned
+        ended = command(app.main, "--dalle_path", tiny_checkpoint, "--host", "0.0.0.0", "--port", 0, *flags)
+        assert ended.status == 0 and "http://0.0.0.0:" in ended.out
+        assert ("--token SECRET" in ended.out) == warned
 
 
 def besieged(port, seconds, count, rude=False):

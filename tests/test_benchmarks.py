@@ -22,11 +22,11 @@ def run(folder, capfd, *flags):
     return result, capfd.readouterr().out
 
 
-EACH_KIND = ("train-4", "prefill", "demo-1", "decode", "load-codes")
-THE_REST = tuple(name for name in rows.ROWS if name not in EACH_KIND)
+TWO = ("train-4", "demo-1")
+THE_REST = tuple(name for name in rows.ROWS if name not in TWO)
 
 
-@pytest.mark.parametrize("names", [EACH_KIND, pytest.param(THE_REST, marks=pytest.mark.slow)], ids=["kinds", "rest"])
+@pytest.mark.parametrize("names", [TWO, pytest.param(THE_REST, marks=pytest.mark.slow)], ids=["two", "rest"])
 def test_a_quick_run_prints_and_saves_rows(capfd, tmp_path, names):
     result, printed = run(tmp_path, capfd, "--only", *names)
     assert [row["name"] for row in result["rows"]] == list(names)
@@ -82,6 +82,7 @@ def test_what_goes_wrong_in_a_row_is_told_in_one_line(monkeypatch, capsys, tmp_p
         rows.run_in_process("generate-32", True, "theirs")
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_has_a_peak_memory_of_its_own():
     large = torch.ones(300 * 2**20, dtype=torch.uint8)  # in this process
     measured = rows.run_in_process("load-codes", True, "ours")

@@ -16,7 +16,6 @@ from PIL import Image
 import evaluate
 import log
 import train
-from args_evaluate import evaluate_arguments
 from data.images import load_images
 from data.shapes import COLORS, draw_scene, parse_caption, validation_prompts
 from generation.loading import read_model
@@ -44,23 +43,12 @@ def test_figure_grid_and_prompts(evaluated, tmp_path):
     assert Image.open(tmp_path / "out" / "grid.png").size == (2 * 34 + 2, 3 * 34 + 2)  # five of 32 × 32 in two columns
 
 
-def test_the_grid_shows_the_first_36(evaluated, tmp_path):
-    assert "(40 prompts)" in evaluated("--prompts", 40, "--prompt-set", "choose", "--seed", 3)
-    assert (tmp_path / "out" / "prompts.txt").read_text().splitlines() == validation_prompts("choose", 40, 3)[:36]
-    assert Image.open(tmp_path / "out" / "grid.png").size == (6 * 34 + 2, 6 * 34 + 2)
-
-
 def test_a_seed_repeats_and_the_batch_size_changes_nothing(evaluated, tmp_path):
     grids = []
     for flags in (["--batch-size", 4], ["--batch-size", 3], ["--seed", 1], ["--top_k", 1]):
         evaluated("--prompts", 4, *flags)
         grids.append((tmp_path / "out" / "grid.png").read_bytes())
     assert grids[0] == grids[1] and len(set(grids)) == 3
-
-
-def test_fewer_than_256_prompts_only_when_asked():
-    assert evaluate_arguments(["--dalle_path", "x"]).prompts >= 256
-    assert evaluate_arguments(["--dalle_path", "x"]).prompt_set == "score"
 
 
 def test_pictures_of_known_content_get_their_marks():

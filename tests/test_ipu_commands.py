@@ -34,7 +34,7 @@ def assert_same_weights(one, other, tolerance=0.0):
     [
         ("unit_test", 1),
         ("L16", 4),
-        ("L16_CLIP_vocab", 4),
+        pytest.param("L16_CLIP_vocab", 4, marks=pytest.mark.slow),  # L16 with other sizes
         pytest.param("L16_POD16", 4, marks=pytest.mark.slow),  # L16 with four replicas, one after the other
         pytest.param("L16_POD64", 4, marks=pytest.mark.slow),  # sixteen replicas one after the other
     ],
@@ -152,6 +152,19 @@ def test_too_few_ipus_are_one_line(poptorch_standin, command, tiny_flags, more):
     ended = command(train.main, *tiny_flags, *IPU, *flags.split(), *more)
     assert ended.status == 2 and ended.err.count("\n") == 1
     assert "the model does not compile" in ended.err and "Failed to acquire 2 IPU(s)" in ended.err
+
+
+@pytest.mark.parametrize("validation_steps, place", [(3, "validation stopped"), (100, "training stopped")])
+def test_a_device_that_fails_is_one_line(poptorch_standin, command, tiny_flags, tmp_path, validation_steps, place):
+    """Weights cannot be read from it any more, as PopTorch does when a program ends."""
+    flags = "--epochs 4 --gradient-accumulation 1 --lr-scheduler constant --validation-split 0.1"
+    places = ["--checkpoint-output-dir", tmp_path, "--validation-steps", validation_steps]
+    command(train.main, *tiny_flags, "--max-steps", 1)  # images have their codes from now on
+    poptorch_standin.MACHINE.fails_after = 3
+    ended = command(train.main, *tiny_flags, *IPU, *flags.split(), *places)
+    assert ended.status == 2 and ended.err.count("\n") == 1
+    problem = f"IPU: {place}: 'poptorch_py_error': Application exception: all tiles stopped"
+    assert f"{problem}; the last good checkpoint is {tmp_path / 'dalle_0.pt'}" in ended.err
 
 
 def test_without_an_sdk_commands_say_so(command, tiny_flags, tiny_checkpoint, monkeypatch):

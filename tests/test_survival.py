@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from tests.conftest import ROOT
 from utils import checkpoint
 
@@ -51,12 +52,15 @@ class Runs:
             start_new_session=True,
         )
 
-    def whole(self, *more):
-        """A run to its end → what it said."""
-        process = self.start(*more)
-        said = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, said
-        return said
+    def whole(self, command, *more):
+        """A run to its end, in this process if it needs no other."""
+        if self.launcher or "PYTHONPATH" in self.environment:
+            process = self.start(*more)
+            said = process.communicate(timeout=300)[0]
+            assert process.returncode == 0, said
+        else:
+            ended = command(train.main, *self.flags, *more)
+            assert ended.status == 0, ended
 
     def killed(self, *more, after):
         """A run that is killed some seconds after its first step → whether it had not ended by then, what it said."""
@@ -97,9 +101,9 @@ def newest(folder):
     return max(folder.glob("dalle_*.pt"), key=lambda path: checkpoint.step_of(path))
 
 
-def survive(kind, kills, tiny_flags, tmp_path):
+def survive(kind, kills, command, tiny_flags, tmp_path):
     seconds = 2 * kills  # the more kills, the longer a run
-    Runs(kind, seconds, tiny_flags, tmp_path / "whole").whole()
+    Runs(kind, seconds, tiny_flags, tmp_path / "whole").whole(command)
     runs, draw = Runs(kind, seconds, tiny_flags, tmp_path / "killed"), random.Random(f"{kind} {kills}")
     hits, writing = 0, 0
     while hits < kills:
@@ -111,16 +115,16 @@ def survive(kind, kills, tiny_flags, tmp_path):
         writing += bool(list((tmp_path / "killed").glob("*.tmp")))
     print(f"{kind}: killed {hits} times, {writing} of them while a checkpoint was written")
     assert hits > kills / 2, said
-    runs.whole("--resume")
+    runs.whole(command, "--resume")
     assert not list((tmp_path / "killed").glob("*.tmp"))
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_a_run_survives_being_killed(tiny_flags, tmp_path):
-    survive("codes", 1, tiny_flags, tmp_path)
+def test_a_run_survives_being_killed(command, tiny_flags, tmp_path):
+    survive("codes", 1, command, tiny_flags, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_run_survives_twenty_kills(kind, tiny_flags, tmp_path):
-    survive(kind, 20, tiny_flags, tmp_path)
+def test_a_run_survives_twenty_kills(kind, command, tiny_flags, tmp_path):
+    survive(kind, 20, command, tiny_flags, tmp_path)

@@ -13,7 +13,6 @@ from PIL import Image
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import VectorQuantizer2
 
-import train
 import train_vqgan
 from data.images import load_image
 from models.vae import load_vqgan
@@ -90,9 +89,8 @@ def test_without_patches_the_yaml_is_one_that_taming_knows(trained):
     assert load_vqgan(str(folder)).fmap_size == 4
 
 
-@pytest.mark.parametrize("optimizer, rate", [("Muon", "0.02"), ("AdamW", "0.003")])
-def test_pictures_come_back_better_and_better(trained, optimizer, rate):
-    more = ["--optimizer", optimizer, "--learning-rate", rate, "--eval-interval", 15, "--max-steps", 60]
+def test_pictures_come_back_better_and_better(trained):
+    more = ["--optimizer", "AdamW", "--learning-rate", "0.003", "--eval-interval", 15, "--max-steps", 60]
     _, out = trained(*more)
     figures = [float(figure) for figure in re.findall(r"PSNR (\S+) dB", out)]
     assert len(figures) == 5 and figures[0] + 1 < figures[-1] > 15, figures
@@ -114,12 +112,6 @@ def test_held_out_pictures(trained, drawn_pictures, picture_folder):
     assert training + held_out == 10 and held_out <= 3
     _, out = trained("--validation-folder", drawn_pictures, "--max-steps", 11)
     assert "12 training images, 12 validation images" in out and "dB on 12 validation images" in out
-
-
-def test_a_dalle_learns_with_it(trained, command, tiny_flags):
-    folder, _ = trained()
-    ended = command(train.main, *tiny_flags, "--vae-path", folder, "--max-steps", 1)
-    assert ended.status == 0 and "step 1/1" in ended.out
 
 
 def test_ctrl_c_before_the_codebook_saves_nothing(command, flags, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator
 import torch
 
 import log
-from backends.base import SamplesLost
+from backends.base import DeviceLost, SamplesLost
 from backends.memory import OutOfMemory, memory_explained
 from data.order import RunOrder, random_bits
 from training import checkpoints, validation
@@ -45,6 +45,8 @@ def open_loop(run: Run) -> Iterator[Loop]:
         raise SystemExit(130) from None
     except (SamplesLost, ConnectionError, OutOfMemory) as error:
         raise type(error)(f"{error}{_save_at_stop(run) if run.step else ''}") from None
+    except DeviceLost as error:
+        raise DeviceLost(f"{error}{checkpoints.describe_last(run)}") from None
     finally:
         report_lost_samples(run.dataset.lost)
         run.trackers.close()

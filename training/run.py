@@ -261,6 +261,9 @@ def open_folder(
     )
     if training:
         refuse_small_set(len(dataset), settings, backend)
+    if not settings.codes_cache and cache_dir not in (None, dataset.folder):  # read-only, but perhaps cached before
+        complete = open_cache(folder, dataset.folder, vae)
+        cache = complete if all(image in complete for image in dataset.images) else cache
     if cache is None:
         dataset[0]  # fails now if no image can be read
     elif settings.dry_run:  # encoding may take hours

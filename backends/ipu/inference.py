@@ -127,8 +127,9 @@ class Program:
 
     def release(self) -> None:
         """Give up the IPUs; the next call takes them again, without compiling."""
-        self.executor.detachFromDevice()
         del self.holders[self.slot]
+        with self.errors(f"the {self.role} stopped"):
+            self.executor.detachFromDevice()
 
 
 class RowByRow:

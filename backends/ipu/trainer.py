@@ -1,12 +1,13 @@
 """Train on IPUs: one call of the device makes one optimizer update, with micro-batches, replicas and all."""
 
+import contextlib
 import copy
 import logging
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Sequence
+from typing import TYPE_CHECKING, Any, ContextManager, Dict, Iterable, List, Sequence
 
 from torch import Tensor
 
-from backends.base import Losses, Trainer
+from backends.base import DeviceLost, Losses, Trainer
 from models.dalle import DALLE
 from models.pipeline_dalle import WrappedDALLE
 from utils.optimization import load_keeping_flags
@@ -46,39 +47,43 @@ class IpuTrainer(Trainer):
         with self.backend.device_errors("the model does not compile"):
             self.executor.compile(*batch)
 
+    def device_errors(self, problem: str) -> ContextManager[None]:
+        """Return a context that turns errors of the compiled program into DeviceLost."""
+        return self.backend.device_errors(problem, DeviceLost)
+
     def step(self, batch: Any) -> Losses:
         """Make one update and return the mean losses."""
-        with self.backend.device_errors("training stopped"):
+        with self.device_errors("training stopped"):
             sums = self.executor(*batch)
         return self.means(sums, len(batch[0]))
 
     def evaluate(self, batches: Iterable) -> Losses:
         """Return the mean losses without dropout, on the IPUs that otherwise train."""
-        training = self.executor.isAttachedToDevice()
-        if training:  # also copies the current weights to the host
-            self.executor.detachFromDevice()
         losses = []
-        try:
-            for batch in batches:
-                losses.append(self.means(self.evaluate_batch(batch), len(batch[0])))
-        finally:  # the samples may end, or Ctrl-C may come
-            if self.evaluator is not None and self.evaluator.isAttachedToDevice():
-                self.evaluator.detachFromDevice()
-            if training:
-                self.executor.attachToDevice()
+        with self.device_errors("validation stopped"):
+            training = self.executor.isAttachedToDevice()
+            if training:  # also copies the current weights to the host
+                self.executor.detachFromDevice()
+            try:
+                for batch in batches:
+                    losses.append(self.means(self.evaluate_batch(batch), len(batch[0])))
+            finally:  # the samples may end, or Ctrl-C may come
+                if self.evaluator is not None and self.evaluator.isAttachedToDevice():
+                    self.evaluator.detachFromDevice()
+                if training:
+                    self.executor.attachToDevice()
         return {name: sum(found[name] for found in losses) / len(losses) for name in losses[0]}
 
     def evaluate_batch(self, batch: Any) -> Sequence[Tensor]:
         """Return the sums of the losses of a call's micro-batches."""
-        with self.backend.device_errors("validation stopped"):
-            if self.evaluator is None:
-                evaluator = self.backend.evaluation_model(self.wrapped, len(batch[0]))
-                evaluator.compile(*batch)
-                self.wrapped.train()
-                self.evaluator = evaluator
-            elif not self.evaluator.isAttachedToDevice():
-                self.evaluator.attachToDevice()
-            return self.evaluator(*batch)
+        if self.evaluator is None:
+            evaluator = self.backend.evaluation_model(self.wrapped, len(batch[0]))
+            evaluator.compile(*batch)
+            self.wrapped.train()
+            self.evaluator = evaluator
+        elif not self.evaluator.isAttachedToDevice():
+            self.evaluator.attachToDevice()
+        return self.evaluator(*batch)
 
     def means(self, sums: Sequence[Tensor], samples: int) -> Losses:
         """Return the means over all instances of losses summed over a call's micro-batches, one row per replica."""
@@ -97,14 +102,16 @@ class IpuTrainer(Trainer):
             return
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.executor.setOptimizer(self.optimizer)  # or the device keeps the old one
+        with self.device_errors("training stopped"):
+            self.executor.setOptimizer(self.optimizer)  # or the device keeps the old one
         self.lr = lr
 
     def state_dict(self) -> Dict[str, Any]:
         """Return weights in fp32 under the DALLE's own names, and PopTorch's optimizer state."""
-        trained = {name.partition(".")[2]: tensor for name, tensor in self.executor.state_dict().items()}
-        trained = {name: tensor.detach().float().cpu() for name, tensor in trained.items()}
-        opt_state = {**self.optimizer.state_dict(), "parameters": self.parameters()}
+        with self.device_errors("the weights cannot be read"):
+            trained = {name.partition(".")[2]: tensor for name, tensor in self.executor.state_dict().items()}
+            trained = {name: tensor.detach().float().cpu() for name, tensor in trained.items()}
+            opt_state = {**self.optimizer.state_dict(), "parameters": self.parameters()}
         return {"weights": {**trained, **self.vqgan}, "opt_state": [opt_state]}
 
     def parameters(self) -> List[str]:
@@ -128,11 +135,13 @@ class IpuTrainer(Trainer):
                 raise ValueError
             load_keeping_flags(self.optimizer, {name: saved[name] for name in saved if name != "parameters"})
             self.executor.setOptimizer(self.optimizer)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):
             logger.warning("the checkpoint's optimizer state is not for this optimizer on IPUs; it starts afresh")
 
     def close(self) -> None:
         """Give up the IPUs."""
         for executor in (self.executor, self.evaluator):
             if executor is not None:
-                executor.destroy()
+                # It reads the weights, which fails if the device has failed before.
+                with contextlib.suppress(DeviceLost), self.device_errors("closing"):
+                    executor.destroy()

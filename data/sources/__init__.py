@@ -1,15 +1,17 @@
 """Captioned images in the forms that people keep them in; open_source finds out which one a path has.
 
-A folder in which an image has a .txt file is read as such a folder, whatever else it holds.
+A folder in which an image has a .txt file is read as such a folder, whatever else it holds; so is one with a .json file
+of an image, if it has no .txt files.
 """
 
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 from data.files import IMAGE_SUFFIXES, File, Listing, describe_others, list_files, printable
-from data.sources import captions_json, captions_table, hugging_face, tar
-from data.sources.base import ImagePath, ImageSource
-from data.sources.folder import Folder, NoPairs
+from data.sources import captions_json, captions_table, tar
+from data.sources.base import SPLIT_NAME, ImagePath, ImageSource, files_of_split
+from data.sources.folder import Folder, NoPairs, possible_pairs
+from data.sources.rows import ROW_SUFFIXES, Rows
 from data.sources.table import Entry, Table
 
 __all__ = ["ImagePath", "ImageSource", "find_images", "folder_of", "open_source"]
@@ -52,8 +54,6 @@ def open_source(
         raise FileNotFoundError(f"{printable(path)}: no such folder")
     if not path.is_dir():
         return _open_file(path, folder, known_good, cache_dir, validation)
-    if hugging_face.is_saved(path):
-        return hugging_face.SavedDataset(path, validation)
     skipped: Dict[str, List[str]] = {}
     listing = list_files(path, skipped)
     others = [name for name in listing.others if not name.rpartition("/")[2].startswith(NEVER_COUNTED)]
@@ -61,10 +61,13 @@ def open_source(
     try:
         source = Folder(path, known_good, listing)
     except NoPairs as error:
-        source = _open_lists(folder, listing, known_good, validation)
+        source = _open_sidecars(folder, listing, known_good) or _open_lists(folder, listing, known_good, validation)
         shards = [name for name in others if name.lower().endswith(".tar")]
+        files = [name for name in others if name.lower().endswith(ROW_SUFFIXES)]
         if source is None and shards:
-            source = tar.TarShards(folder, shards, cache_dir)
+            source = tar.TarShards(folder, files_of_split(folder, shards, validation), cache_dir)
+        elif source is None and files:
+            source = Rows(folder, files, validation)
         if source is None:
             more = f"; other files: {describe_others(others)}" if others else ""
             forms = "docs/training.md lists other forms that can be read"
@@ -84,15 +87,23 @@ def find_images(path: Union[str, Path]) -> List[ImagePath]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{printable(path)}: no such folder; a folder of images is needed")
-    if path.is_dir() and not hugging_face.is_saved(path):
+    loose: List[ImagePath] = []
+    if path.is_dir():
         listing = list_files(path, {})
-        if listing.images:
-            return [path / name for name in sorted(map(Path, listing.images))]
-        if not any(name.lower().endswith(".tar") for name in listing.others):
-            more = f"; other files: {describe_others(listing.others)}" if listing.others else ""
-            raise ValueError(f"{printable(path)}: no images in it or below ({' '.join(IMAGE_SUFFIXES)}){more}")
-    source = open_source(path)
-    return [source.image(name) for name, _, _ in source.images]
+        loose = [path / name for name in sorted(map(Path, listing.images))]
+        if not any(name.lower().endswith((".tar", *ROW_SUFFIXES)) for name in listing.others):
+            if not loose:
+                more = f"; other files: {describe_others(listing.others)}" if listing.others else ""
+                raise ValueError(f"{printable(path)}: no images in it or below ({' '.join(IMAGE_SUFFIXES)}){more}")
+            return loose
+    try:
+        source = open_source(path)
+    except ValueError:
+        if loose:
+            return loose
+        raise
+    # A few images next to files with many, such as those of a README, are not the data.
+    return loose if len(loose) > len(source.images) else [source.image(name) for name, _, _ in source.images]
 
 
 def _open_file(
@@ -102,16 +113,27 @@ def _open_file(
     if name.endswith(".tar"):
         return tar.TarShards(folder, [path.relative_to(folder).as_posix()], cache_dir)
     if name.endswith(tar.COMPRESSED):
-        raise ValueError(
-            f"{printable(path)}: is compressed; uncompress it to .tar first, whose samples are read in place"
-        )
+        raise ValueError(f"{printable(path)}: is compressed; unpack it first, to a .tar or a folder")
     listing = list_files(folder, {})
     source = _open_lists(folder, listing, known_good, validation, [path.relative_to(folder).as_posix()])
+    if source is None and name.endswith(ROW_SUFFIXES):
+        return Rows(folder, [path.relative_to(folder).as_posix()], validation)
     if source is None:
         raise ValueError(
             f"{printable(path)}: is no list of images and captions; a folder, COCO's captions_*.json, a table such as "
             "metadata.jsonl or captions.csv, or a .tar is needed"
         )
+    return source
+
+
+def _open_sidecars(folder: Path, listing: Listing, known_good: Callable[[File], bool]) -> Optional[ImageSource]:
+    """Return the images that have a .json file of the same stem with captions, or None if no image has one."""
+    files, _ = possible_pairs(listing.images, [name for name in listing.others if name.lower().endswith(".json")])
+    try:
+        source = Folder(folder, known_good, Listing(listing.images, files, []))
+    except NoPairs:
+        return None
+    source.form, source.holders = "images and .json files", files
     return source
 
 
@@ -130,11 +152,11 @@ def _open_lists(
     if not listing.images:
         return None
     candidates = [*listing.texts, *listing.others] if names is None else names
-    forms: Dict[str, List[Tuple[str, Iterator[Entry]]]] = {}
+    forms: Dict[str, List[Tuple[str, Iterator[Entry]]]] = {}  # lists of several splits are one
     fault: Optional[ValueError] = None
     for name in candidates:
         try:
-            found = _read_list(folder, name, validation, chosen=names is not None)
+            found = _read_list(folder, name, chosen=names is not None)
         except ValueError as error:  # perhaps a file for something else
             fault = fault or error
             continue
@@ -144,14 +166,14 @@ def _open_lists(
         if fault is not None:
             raise fault
         return None
-    form = next((form for form in forms if form == COCO), next(iter(forms)))
+    form = COCO if COCO in forms else next(iter(forms))
     entries = (entry for _, part in forms[form] for entry in part)
-    source = Table(form, folder, entries, listing.images, known_good)
+    source = Table(form, folder, entries, listing.images, known_good, validation)
     source.holders = [name for name, _ in forms[form]]
     return source
 
 
-def _read_list(folder: Path, name: str, validation: bool, chosen: bool) -> Optional[Tuple[str, Iterator[Entry]]]:
+def _read_list(folder: Path, name: str, chosen: bool) -> Optional[Tuple[str, Iterator[Entry]]]:
     """Return the form and entries of a file, or None if it lists no captions; ValueError if it is damaged."""
     path, place = folder / name, name[: name.rfind("/") + 1]
     suffix = path.suffix.lower()
@@ -162,9 +184,9 @@ def _read_list(folder: Path, name: str, validation: bool, chosen: bool) -> Optio
     if suffix == ".json":
         content = captions_json.read_json(path)
         if captions_json.is_captions(content):
-            return COCO, captions_json.read_entries(content, path, place, validation)
+            return COCO, captions_json.read_entries(content, path, place)
     rows = captions_table.read_entries(path, place)
-    return None if rows is None else (f"captions in {path.name}", rows)
+    return None if rows is None else (f"captions in {SPLIT_NAME.sub('*', path.name)}", rows)
 
 
 def _hint(folder: Path, others: List[str]) -> str:
@@ -173,4 +195,4 @@ def _hint(folder: Path, others: List[str]) -> str:
     packed = [name for name in others if name.lower().endswith(tar.COMPRESSED)]
     if lists:
         return f"; give {printable(lists[0])} instead"
-    return f"; {packed[0]} is compressed, uncompress it first" if packed else ""
+    return f"; {packed[0]} is compressed; unpack it first" if packed else ""

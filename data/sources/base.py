@@ -1,12 +1,18 @@
 """What every form of captioned images offers to the rest of the program."""
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import List, Sequence
+from typing import Collection, List, Sequence, Set
 
-from data.files import File, Skipped
+from data.files import File, Skipped, printable
 from data.images import ImagePath
+
+TRAINING_SPLITS = ("train", "training", "restval", "")  # "restval" is Karpathy's; "" is what names no split
+VALIDATION_SPLITS = ("validation", "val", "valid", "dev", "test")  # in the order of preference
+# Hugging Face finds splits in the names of files and folders in this way: train/, val.csv, test-00000-of-00002.parquet.
+SPLIT_NAME = re.compile(r"(?<![^/._-])(train|training|validation|val|valid|dev|test)(?![^/._-])")
 
 
 class ImageSource(ABC):
@@ -42,3 +48,38 @@ def text_state(name: str, captions: Sequence[str]) -> File:
     """Return name and state of captions that share a file with others: their length, and a hash for the time."""
     content = "\n".join(captions).encode("utf-8", "surrogatepass")
     return name, len(content), int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
+
+
+def split_of(name: str) -> str:
+    """Return the split that a file's relative path names, "" if it names none."""
+    found = SPLIT_NAME.findall(name.lower())
+    return found[-1] if found else ""
+
+
+def choose_splits(splits: Collection[str], validation: bool) -> Set[str]:
+    """Return which of some splits to train or to validate on.
+
+    Raises:
+        ValueError: there are splits, but none to validate on; the message does not say where.
+    """
+    if not any(splits):
+        return {""}
+    if validation:
+        for split in VALIDATION_SPLITS:
+            if split in splits:
+                return {split}
+        raise ValueError(f"has no split to validate on, only {', '.join(sorted(filter(None, splits)))}")
+    return {split for split in splits if split in TRAINING_SPLITS} or set(splits)
+
+
+def files_of_split(folder: Path, names: Sequence[str], validation: bool) -> List[str]:
+    """Return those of some files whose names say that they are to train, or to validate, on.
+
+    Raises:
+        ValueError: as choose_splits.
+    """
+    try:
+        chosen = choose_splits({split_of(name) for name in names}, validation)
+    except ValueError as error:
+        raise ValueError(f"{printable(folder)}: {error}") from None
+    return [name for name in names if split_of(name) in chosen]

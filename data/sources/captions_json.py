@@ -11,11 +11,9 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
-from data.files import printable
-from data.sources.table import Entry, clean_captions
+from data.files import clean_captions, printable
+from data.sources.table import Entry
 from utils.files import decode_text
-
-TRAINING_SPLITS = ("train", "restval")  # of Karpathy's file; the latter is COCO's remaining validation images
 
 
 def read_json(path: Path) -> Any:
@@ -39,23 +37,17 @@ def is_captions(content: Any) -> bool:
     return isinstance(images, list) and any(isinstance(entry, dict) and "sentences" in entry for entry in images[:1000])
 
 
-def read_entries(content: Any, path: Path, place: str = "", validation: bool = False) -> Iterator[Entry]:
-    """Yield the images that a file lists, in its order.
-
-    Args:
-        validation: of Karpathy's file, read split "val" instead of "train" and "restval".
-    """
+def read_entries(content: Any, path: Path, place: str = "") -> Iterator[Entry]:
+    """Yield the images that a file lists, in its order."""
     if isinstance(content.get("annotations"), list):
         yield from _coco_entries(content, path, place)
         return
-    wanted = ("val",) if validation else TRAINING_SPLITS
-    splits = {entry.get("split") for entry in content["images"] if isinstance(entry, dict)} - {None}
     for entry in content["images"]:
-        if isinstance(entry, dict) and (not splits or entry.get("split") in wanted):
+        if isinstance(entry, dict):
             name = "/".join(str(entry[key]) for key in ("filepath", "filename") if entry.get(key))
             sentences = entry.get("sentences") or []
             texts = [item.get("raw") if isinstance(item, dict) else item for item in sentences]
-            yield Entry(name, clean_captions(texts), place)
+            yield Entry(name, clean_captions(texts), place, split=str(entry.get("split") or ""))
 
 
 def _coco_entries(content: Dict[str, Any], path: Path, place: str) -> Iterator[Entry]:

@@ -1,65 +1,91 @@
 """Captions in a table: metadata.jsonl, .csv or .parquet of Hugging Face's imagefolder, Flickr's captions.txt.
 
-A row has the name of an image, relative to the table, and a caption; several rows may name one image. Columns are found
-by their names; Flickr8k.token.txt has none: "1.jpg#0", a tab, the caption.
+A row has the name of an image, relative to the table, and a caption or a list of them; several rows may name one image.
+Columns are found by their names. Flickr8k.token.txt has none: "1.jpg#0", a tab, the caption; nor have tables whose rows
+are a name and a caption.
 """
 
+import ast
+import contextlib
 import csv
 import io
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
 
-from data.files import IMAGE_SUFFIXES, printable
+from data.files import IMAGE_SUFFIXES, clean_captions, printable
+from data.sources.base import split_of
 from data.sources.captions_json import read_json
-from data.sources.table import Entry, clean_captions
-from utils.files import decode_text
+from data.sources.rows import TEXT_COLUMNS, import_pyarrow
+from data.sources.table import Entry
+from utils.files import decode_text, first_line
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".token")
 IMAGE_COLUMNS = (
     *("file_name", "filename", "image", "image_name", "image_path", "file_path", "filepath", "path", "file"),
     *("image_file", "img", "image_id"),
 )
-TEXT_COLUMNS = ("text", "caption", "captions", "comment", "raw", "sentence", "sentences", "description", "prompt")
 _DELIMITERS = (",", "\t", "|", ";")
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 _NUMBERED = re.compile(r"([^\t]+)#(\d+)\t(.*)")
 _LARGEST_FIELD = 2**24
 
-Row = Tuple[Any, Any]  # name and caption, or captions
+
+class Row(NamedTuple):
+    """A row of a table; `caption` may be a list of them."""
+
+    name: Any
+    caption: Any
+    split: Any = None
+
+
+class Columns(NamedTuple):
+    """The places, or names, of the columns that are read; `split` may be None."""
+
+    name: Any
+    caption: Any
+    split: Any
 
 
 def read_entries(path: Path, place: str = "") -> Optional[Iterator[Entry]]:
     """Return the rows of a table, or None if the file is no table of images and captions.
 
     Raises:
-        ValueError, OSError: it is such a table but cannot be read; names file and line.
+        ValueError, OSError: it is such a table but cannot be read, or has no captions; names file and line.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         rows = _parquet_rows(path)
     elif suffix in (".jsonl", ".ndjson"):
-        rows = _json_rows(_json_lines(path))
+        rows = _json_rows(path, _json_lines(path))
     elif suffix == ".json":
         content = read_json(path)
         if isinstance(content, dict) and any(name.lower().endswith(IMAGE_SUFFIXES) for name in content):
             content = [{"image": name, "text": captions} for name, captions in content.items()]  # {"a.jpg": "caption"}
-        rows = _json_rows(content) if isinstance(content, list) else None
+        rows = _json_rows(path, content) if isinstance(content, list) else None
     else:
         rows = _text_rows(path)
-    return None if rows is None else (_entry(name, captions, place) for name, captions in rows)
+    if rows is None:
+        return None
+    file_split = split_of(place + path.name)
+    return (
+        Entry(str(row.name or ""), _captions_of(row.caption), place, split=str(row.split or file_split).lower())
+        for row in rows
+    )
 
 
-def _entry(name: Any, captions: Any, place: str) -> Entry:
-    values = captions if isinstance(captions, (list, tuple)) else [captions]
-    texts = [value.get("raw") if isinstance(value, dict) else value for value in values]
-    return Entry(str(name or ""), clean_captions(texts), place)
+def _captions_of(value: Any) -> List[str]:
+    if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            value = ast.literal_eval(value)  # a list in a field of CSV, as pandas and JSON write it
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return clean_captions(item.get("raw") if isinstance(item, dict) else item for item in values)
 
 
 def _json_lines(path: Path) -> List[Any]:
     objects = []
-    for number, line in enumerate(_LINE_BREAK.split(decode_text(path.read_bytes())), 1):
+    for number, line in enumerate(_LINE_BREAK.split(_read_text(path)), 1):
         if line.strip():
             try:
                 objects.append(json.loads(line))
@@ -68,79 +94,100 @@ def _json_lines(path: Path) -> List[Any]:
     return objects
 
 
-def _json_rows(objects: Sequence[Any]) -> Optional[Iterable[Row]]:
-    names: Dict[str, None] = {}
+def _json_rows(path: Path, objects: Sequence[Any]) -> Optional[Iterable[Row]]:
+    keys: Dict[str, None] = {}
     for entry in objects:
-        names.update(dict.fromkeys(entry if isinstance(entry, dict) else ()))
-    columns = _columns(list(names))
+        keys.update(dict.fromkeys(entry if isinstance(entry, dict) else ()))
+    names = list(keys)
+    columns = _find_columns(path, names)
     if columns is None:
         return None
-    image, text = (list(names)[column] for column in columns)
-    return [(entry.get(image), entry.get(text)) for entry in objects if isinstance(entry, dict)]
+    wanted = [None if column is None else names[column] for column in columns]
+    return [Row(*(entry.get(name) for name in wanted)) for entry in objects if isinstance(entry, dict)]
 
 
 def _text_rows(path: Path) -> Optional[Iterable[Row]]:
     try:
-        text = decode_text(path.read_bytes())
+        text = _read_text(path)
     except ValueError:
+        if path.suffix.lower() in TABLE_SUFFIXES:
+            raise
         return None
     first = _LINE_BREAK.split(text, maxsplit=1)[0]
     if _NUMBERED.match(first):
         matches = (_NUMBERED.match(line) for line in _LINE_BREAK.split(text))
-        return [(match[1], match[3]) for match in matches if match]
+        return [Row(match[1], match[3]) for match in matches if match]
+    fault = None
     for delimiter in _DELIMITERS:
         header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
-        columns = _columns(header)
-        if columns is not None and len(header) > 1:
-            return _delimited_rows(path, text, delimiter, len(header), *columns)
+        if len(header) > 1:
+            try:
+                columns = _find_columns(path, header)
+            except ValueError as error:
+                fault = error
+                continue
+            if columns is not None:
+                return _delimited_rows(path, text, delimiter, len(header), columns)[1:]
+            if header[0].lower().endswith(IMAGE_SUFFIXES) and not header[1].replace(".", "").isdigit():
+                return _delimited_rows(path, text, delimiter, 2, Columns(0, 1, None))
+    if fault:
+        raise fault
     return None
 
 
-def _delimited_rows(path: Path, text: str, delimiter: str, width: int, image: int, caption: int) -> Iterable[Row]:
+def _delimited_rows(path: Path, text: str, delimiter: str, width: int, columns: Columns) -> List[Row]:
     before = csv.field_size_limit(_LARGEST_FIELD)
     reader, rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []
     try:
         for fields in reader:
-            if len(fields) > width and caption == width - 1:  # a caption with commas and without quotes
-                fields[caption:] = [delimiter.join(fields[caption:])]
+            if len(fields) > width and columns.caption == width - 1:  # a caption with commas and without quotes
+                fields[columns.caption :] = [delimiter.join(fields[columns.caption :])]
             if fields:
-                rows.append(
-                    (fields[image].strip() if image < len(fields) else "", "".join(fields[caption : caption + 1]))
-                )
+                fields += [""] * (width - len(fields))
+                split = None if columns.split is None else fields[columns.split].strip()
+                rows.append(Row(fields[columns.name].strip(), fields[columns.caption], split))
     except csv.Error as error:
         raise ValueError(f"{printable(path)}, line {reader.line_num}: {error}") from None
     finally:
         csv.field_size_limit(before)
-    return rows[1:]
+    return rows
 
 
 def _parquet_rows(path: Path) -> Optional[Iterable[Row]]:
-    parquet = import_parquet(path)
+    arrow = import_pyarrow(path)
     try:
-        file = parquet.ParquetFile(path)
-        columns = _columns(file.schema_arrow.names)
-        if columns is None:
+        schema = arrow.parquet.read_schema(path)
+        columns = _find_columns(path, schema.names)
+        if columns is None or "string" not in str(schema.field(columns.name).type):  # images instead of their names
             return None
-        table = file.read([file.schema_arrow.names[column] for column in columns])
-        return list(zip(*(column.to_pylist() for column in table.columns))) if table.num_rows else []
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise ValueError(
-            f"{printable(path)}: cannot be read as a Parquet file ({str(error).splitlines()[0]})"
-        ) from None
+        wanted = [schema.names[column] for column in columns if column is not None]
+        table = arrow.parquet.read_table(path, columns=wanted)
+        return [Row(*values) for values in zip(*(table[name].to_pylist() for name in wanted))]
+    except (OSError, arrow.ArrowException) as error:
+        raise ValueError(f"{printable(path)}: cannot be read as a Parquet file ({first_line(error)})") from None
 
 
-def import_parquet(path: Path) -> Any:
-    """Import pyarrow.parquet; ValueError that names `path` if it is missing."""
+def _read_text(path: Path) -> str:
     try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{printable(path)}: needs pyarrow; pip install -r requirements-data.txt") from None
-    return pyarrow.parquet
+        return decode_text(path.read_bytes())
+    except ValueError:
+        raise ValueError(f"{printable(path)}: is neither UTF-8 nor UTF-16; save it as UTF-8") from None
 
 
-def _columns(header: Sequence[str]) -> Optional[Tuple[int, int]]:
-    """Return the columns of image and caption by their names, or None."""
+def _find_columns(path: Path, header: Sequence[str]) -> Optional[Columns]:
+    """Return the columns of a table by their names, or None if it has none of images.
+
+    Raises:
+        ValueError: it has images but no captions.
+    """
     names = [name.strip().lower() for name in header]
     image = next((names.index(name) for name in IMAGE_COLUMNS if name in names), None)
     text = next((names.index(name) for name in TEXT_COLUMNS if name in names), None)
-    return None if image is None or text is None else (image, text)
+    if image is None:
+        return None
+    if text is None:
+        raise ValueError(
+            f"{printable(path)}: has no column of captions, such as {' or '.join(TEXT_COLUMNS[:2])}, "
+            f"only {', '.join(header)}"
+        )
+    return Columns(image, text, names.index("split") if "split" in names else None)

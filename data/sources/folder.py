@@ -1,4 +1,4 @@
-"""A folder of images, each with a .txt file of the same stem."""
+"""A folder of images, each with a .txt file, or a .json file with "caption", of the same stem."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ from data.sources.base import ImageSource
 
 
 class Folder(ImageSource):
-    """Images and .txt files; NoPairs if no image has one."""
+    """Images, each with a file of captions; NoPairs if no image has one."""
 
     form = "images and .txt files"
 
@@ -38,7 +38,7 @@ class Folder(ImageSource):
         super().__init__(folder, [image for image, _ in pairs], [text for _, text in pairs], skipped)
 
     def captions(self, name: str) -> List[str]:
-        """Return the lines of a .txt file."""
+        """Return the captions in a file."""
         return read_captions(self.folder / name)
 
 
@@ -67,9 +67,9 @@ def find_pairs(
     folder = Path(folder)
     skipped: Dict[str, List[str]] = {}
     images, texts, _ = listing or list_files(folder, skipped)
-    caption_names, image_names = _possible_pairs(images, texts)
+    caption_names, image_names = possible_pairs(images, texts)
     captions = check_files(caption_names, folder, known_good, _caption_fault, skipped)
-    _, image_names = _possible_pairs(image_names, list(captions))
+    _, image_names = possible_pairs(image_names, list(captions))
     usable = check_images(folder, image_names, known_good, skipped)
 
     matched = _match(list(usable), list(captions))
@@ -128,7 +128,7 @@ def _name_keys(image: str) -> Tuple[str, str]:
     return _without_suffix(name), name
 
 
-def _possible_pairs(images: Sequence[str], texts: Sequence[str]) -> Tuple[List[str], List[str]]:
+def possible_pairs(images: Sequence[str], texts: Sequence[str]) -> Tuple[List[str], List[str]]:
     """Return the caption files that are named like an image, and the images that are named by a caption file."""
     wanted = {key for image in images for key in _name_keys(image)}
     captions = [text for text in texts if same_name(_stem(text)) in wanted]

@@ -1,15 +1,17 @@
 """Captions in one file for many images: the base of the forms that list file names and captions."""
 
 import os
+import re
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, NamedTuple, Sequence
 
-from data.files import IMAGE_SUFFIXES, NOT_LISTED, File, Skipped, check_images, printable, same_name
-from data.sources.base import ImageSource, text_state
+from data.files import IMAGE_SUFFIXES, NOT_LISTED, OTHER_SPLIT, File, Skipped, check_images, printable, same_name
+from data.sources.base import ImageSource, choose_splits, text_state
 
 NO_SUCH_IMAGE = "listed image that is missing"
 AMBIGUOUS = "listed image whose name several files have"
 NO_TEXT = "listed image without caption"
+_COCO_2014 = re.compile(r"^COCO_(train|val|test)2014_(?=\d{12}$)")
 
 
 class Entry(NamedTuple):
@@ -19,6 +21,7 @@ class Entry(NamedTuple):
     captions: List[str]
     place: str = ""  # the list's own folder, relative to that of the images, "" or ending with "/"
     hint: str = ""  # a name such as train2017, which a folder of the image may have, too
+    split: str = ""
 
 
 class Table(ImageSource):
@@ -31,35 +34,45 @@ class Table(ImageSource):
         entries: Iterable[Entry],
         images: Sequence[str],
         known_good: Callable[[File], bool],
+        validation: bool = False,
     ):
         """Find the images of all entries among the files `images` of the folder.
 
         Raises:
-            ValueError: no entry has an image and a caption.
+            ValueError: no entry has an image and a caption, or none is to validate on.
         """
         self.form = form
         skipped: Dict[str, List[str]] = {}
         self._captions: Dict[str, List[str]] = {}
-        find, count = _Finder(images), 0
+        find, entries = _Finder(images), list(entries)
+        try:
+            splits = choose_splits({entry.split for entry in entries}, validation)
+        except ValueError as error:
+            raise ValueError(f"{printable(folder)}: {error}") from None
         for entry in entries:
-            count += 1
             found = find(entry)
-            if not entry.captions or len(found) != 1:
-                reason = NO_TEXT if not entry.captions else AMBIGUOUS if found else NO_SUCH_IMAGE
-                skipped.setdefault(reason, []).append(entry.name)
+            if len(found) != 1:
+                skipped.setdefault(AMBIGUOUS if found else NO_SUCH_IMAGE, []).append(entry.name)
+            elif entry.split not in splits:
+                skipped.setdefault(OTHER_SPLIT, []).append(found[0])
+            elif not entry.captions:
+                skipped.setdefault(NO_TEXT, []).append(found[0])
             else:
                 captions = self._captions.setdefault(found[0], [])
                 captions += [caption for caption in entry.captions if caption not in captions]
+        for reason in (OTHER_SPLIT, NO_TEXT):  # another entry may have captions
+            skipped[reason] = [name for name in skipped.get(reason, []) if name not in self._captions]
         usable = check_images(folder, sorted(self._captions), known_good, skipped)
         unlisted = set(images).difference(self._captions, *skipped.values())
         if unlisted:
             skipped[NOT_LISTED] = list(unlisted)
-        paths: Skipped = {reason: [folder / name for name in sorted(set(names))] for reason, names in skipped.items()}
+        names = {reason: sorted(set(names)) for reason, names in sorted(skipped.items()) if names}
         if not usable:
-            reasons = ", ".join(f"{len(names):,} × {reason}" for reason, names in sorted(paths.items()))
+            reasons = ", ".join(f"{len(found):,} × {reason}" for reason, found in names.items()) or "it is empty"
             raise ValueError(
-                f"{printable(folder)}: none of {count:,} listed images can be used ({form}; {reasons or 'it is empty'})"
+                f"{printable(folder)}: none of {len(entries):,} listed images can be used ({form}; {reasons})"
             )
+        paths: Skipped = {reason: [folder / name for name in found] for reason, found in names.items()}
         super().__init__(
             folder, list(usable.values()), [text_state(name, self._captions[name]) for name in usable], paths
         )
@@ -70,15 +83,18 @@ class Table(ImageSource):
 
 
 class _Finder:
-    """Find listed images among files: by their path, else by their name alone."""
+    """Find listed images among files: by their path, else by their name, else by their name without its suffix."""
 
     def __init__(self, images: Sequence[str]):
         self.by_path: Dict[str, List[str]] = {}
         self.by_name: Dict[str, List[str]] = {}
+        self.by_stem: Dict[str, List[str]] = {}
         for image in images:
             key = _key(image)
             self.by_path.setdefault(key, []).append(image)
-            self.by_name.setdefault(key[key.rfind("/") + 1 :], []).append(image)
+            name = key[key.rfind("/") + 1 :]
+            self.by_name.setdefault(name, []).append(image)
+            self.by_stem.setdefault(_stem(name), []).append(image)
 
     def __call__(self, entry: Entry) -> List[str]:
         """Return the files that an entry may mean; exactly one if it is clear."""
@@ -87,9 +103,8 @@ class _Finder:
         if paths:
             exact = [path for path in paths if path == entry.place + entry.name]
             return exact or paths
-        found = (
-            self.by_name.get(key[key.rfind("/") + 1 :]) or self.by_name.get(key[key.rfind("/") + 1 :] + ".jpg") or []
-        )
+        name = key[key.rfind("/") + 1 :]
+        found = self.by_name.get(name) or self.by_stem.get(_stem(name)) or []
         if len(found) > 1:  # the folders that the list names come last in the path, or the list is named like a folder
             for part in ([f"/{key}"] if "/" in key else []) + [f"/{entry.hint}/"] * bool(entry.hint):
                 chosen = [name for name in found if part in f"/{_key(name)}"]
@@ -98,13 +113,13 @@ class _Finder:
         return found
 
 
+def _stem(name: str) -> str:
+    """Return a name without its suffix, and without what COCO 2014 has before the number of an image."""
+    stem, suffix = os.path.splitext(name)
+    return _COCO_2014.sub("", stem if suffix in IMAGE_SUFFIXES else name)
+
+
 def _key(name: str) -> str:
     """Return a name in one form of Unicode, its suffix in lower case."""
     stem, suffix = os.path.splitext(name)
     return same_name(stem + suffix.lower() if suffix.lower() in IMAGE_SUFFIXES else name)
-
-
-def clean_captions(values: Iterable[object]) -> List[str]:
-    """Return the texts among some values, each in one line, without empty ones."""
-    texts = (" ".join(value.split()) for value in values if isinstance(value, str))
-    return [text for text in texts if text]

@@ -23,17 +23,16 @@ from data.files import (
     File,
     Skipped,
     StoredImage,
+    parse_captions,
     printable,
-    split_captions,
 )
 from data.sources.base import ImagePath, ImageSource
-from utils.files import atomic_write, decode_text
+from utils.files import atomic_write
 
 logger = logging.getLogger("minidalle")
 
 TEXT_SUFFIXES = (".txt", ".caption", ".text", ".json")  # in the order of preference
-TEXT_KEYS = ("caption", "text", "captions", "TEXT")  # of a .json member
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 INDEX_VERSION = 1
 CUT_SHORT = "shard that is damaged or cut short; what lies before that is used"
 _PROGRESS_FROM = 20  # shards
@@ -115,17 +114,6 @@ def read_part(path: Path, offset: int, size: int) -> bytes:
     if content is None or len(content) != size:
         raise OSError(f"{printable(path)}: has become shorter since it was indexed")
     return content
-
-
-def parse_captions(name: str, content: bytes) -> List[str]:
-    """Return the captions of a text or JSON member; ValueError if it has none that can be read."""
-    text = decode_text(content)
-    if not name.lower().endswith(".json"):
-        return split_captions(text)
-    entry = json.loads(text)
-    value = next((entry[key] for key in TEXT_KEYS if entry.get(key)), None) if isinstance(entry, dict) else None
-    lines = value if isinstance(value, list) else [value]
-    return [" ".join(line.split()) for line in lines if isinstance(line, str) and line.strip()]
 
 
 def index_shards(folder: Path, shards: Sequence[str], cache_dir: Optional[Path]) -> Dict[str, Dict[str, Any]]:

@@ -32,7 +32,7 @@ def circles(loaded, count, given_codes=None):
     return [plan_image(loaded, "a red circle", seed, None, given_codes) for seed in range(count)]
 
 
-@pytest.mark.parametrize("size", [3, 8, 32])
+@pytest.mark.parametrize("size", [3, 32])
 def test_an_image_is_the_same_in_any_batch(tiny_checkpoint, loaded, size):
     single = load(tiny_checkpoint, device="cpu", batch_size=1)
     alone = [generate_batch(single, [spec])[0] for spec in mixed_specs(loaded)]

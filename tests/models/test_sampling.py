@@ -177,6 +177,16 @@ def test_passes_are_timed_once_for_each_number_of_rows(tiny_vae, monkeypatch):
     )  # no choice, no timing
 
 
+def test_top_k_is_a_fraction_to_drop_or_a_number_to_keep():
+    kept = {0.0: 88, 0.5: 44, 0.99: 1, 1.0: 1, 5: 5, None: None}  # of 88 tokens
+    assert {value: Sampling(top_k=value).codes_to_keep(88) for value in kept} == kept
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
+    noise = torch.tensor([[0.0, 0.0, 0.0, 9.0]])
+    assert (
+        int(Sampling(top_k=3).choose(logits, noise, 88)) == 1 and int(Sampling(top_k=4).choose(logits, noise, 88)) == 3
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -8,7 +8,6 @@ import random
 import socket
 import struct
 import zlib
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -93,22 +92,6 @@ def test_an_image_prompt_is_kept_as_by_the_library(port, loaded, drawn_pictures)
 def test_without_a_seed_pictures_differ(port):
     answers = [generate(port, prompt=PROMPT)[1] for _ in range(2)]
     assert answers[0]["images"][0]["seed"] != answers[1]["images"][0]["seed"]
-
-
-def test_the_documentation_names_every_key_and_needs_no_network(port):
-    from service.validation import GenerateRequest as Generate
-
-    with socket.create_connection(("127.0.0.1", port)) as raw:
-        raw.sendall(b"GET /docs HTTP/1.0\r\nHost: localhost\r\n\r\n")
-        page = b"".join(iter(lambda: raw.recv(65536), b"")).decode()
-    assert all(f"<code>{key}</code>" in page for key in Generate.model_fields)
-    assert "src=" not in page and "https://" not in page
-
-
-def test_no_files_of_the_machine_are_served(port):
-    for path in ("/etc/passwd", "app.py", str(Path(__file__).resolve()), "../../etc/passwd"):
-        status, _ = call(port, "GET", f"/gradio_api/file={path}")
-        assert status in (403, 404)
 
 
 def wrong_requests():
@@ -239,24 +222,6 @@ def test_a_client_that_leaves_takes_its_request_back(port, drawing):
     drawing.release()
     assert generate(port, prompt=PROMPT)[0] == 200
     assert len(drawing.batches) == 2  # the second half of the eight was never begun
-
-
-def test_a_full_queue_is_told_with_503(port, drawing):
-    drawing.hold()
-    raws = []
-    body = json.dumps({"prompt": PROMPT}).encode()
-    head = f"POST /api/generate {HEAD}Content-Length: {len(body)}"
-    for _ in range(3):  # half of the queue
-        raws.append(socket.create_connection(("127.0.0.1", port)))
-        raws[-1].sendall(head.encode() + b"\r\n\r\n" + body)
-    until(lambda: call(port)[1]["waiting"] == 3)
-    status, answer = generate(port, prompt=PROMPT)
-    assert status == 429 and "try again" in answer["error"] and is_a_sentence(answer)
-    for raw in raws:
-        raw.close()
-    until(lambda: call(port)[1]["waiting"] == 0)
-    drawing.release()
-    assert generate(port, prompt=PROMPT)[0] == 200
 
 
 def test_a_drawing_that_fails_is_told_with_500(port, drawing):

@@ -207,21 +207,6 @@ def test_what_waits_for_previews_is_drawn_first_in_a_batch(loaded, drawing, queu
     assert drawing.batches[1] == [2, 1]
 
 
-def test_stopping_ends_what_is_drawn_and_what_waits(loaded, drawing):
-    queue = GenerationQueue(loaded, max_jobs=8)
-    queue.start()
-    drawn = occupied(queue, loaded, drawing)
-    waits = queue.submit("waits", pictures(loaded, 2, temperature=0.5))
-    queue.stop()
-    drawing.release()
-    queue.stop(20)
-    assert not queue.thread.is_alive()
-    assert [job.error for job in (drawn, waits)] == ["The service is stopping."] * 2
-    assert drawing.codes == 1
-    with pytest.raises(Busy, match="stopping"):
-        queue.submit("late", pictures(loaded, 3))
-
-
 def test_calls_run_in_the_model_thread_and_survive_clients_that_leave(loaded, drawing, queue):
     first = occupied(queue, loaded, drawing)
     gone, fails, works = queue.call(int, "1"), queue.call(int, "x"), queue.call(threading.get_ident)

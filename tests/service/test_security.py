@@ -250,9 +250,9 @@ def test_abandoned_jobs_cost_nothing_and_are_forgotten(port, drawing, monkeypatc
 
     monkeypatch.setattr(events, "UNREAD_SECONDS", 1)
     body = json.dumps({"prompts": [PROMPT] * 8, "num_images": 8})
-    ids = [json.loads(answer_to(port, "POST", "/api/jobs", body)[2])["id"] for _ in range(100)]
+    ids = [json.loads(answer_to(port, "POST", "/api/jobs", body)[2])["id"] for _ in range(20)]
     assert generate(port, prompt=PROMPT)[0] == 200
-    assert drawing.batches == drawing.batches[-1:] and len(drawing.batches[0]) == 1  # nothing of the hundred
+    assert drawing.batches == drawing.batches[-1:] and len(drawing.batches[0]) == 1  # nothing of the twenty
     time.sleep(2.5)
     status, _, text = answer_to(port, "GET", f"/api/jobs/{ids[-1]}/events")
     assert status == 200 and b"cancelled" in text and b"event: image" not in text
@@ -312,7 +312,7 @@ def test_slow_requests_are_closed(port, monkeypatch):
     monkeypatch.setattr(connections, "HEADER_SECONDS", 1)
     monkeypatch.setattr(connections, "REQUEST_SECONDS", 2)
     head = HEAD.encode() + b"1000\r\n"
-    for sent, seconds in ((b"", 1), (b"GET /health HT", 1), (head, 1), (head + b"\r\n", 2), (head + b"\r\n{", 2)):
+    for sent, seconds in ((b"GET /health HT", 1), (head + b"\r\n{", 2)):
         with socket.create_connection(("127.0.0.1", port)) as raw:
             raw.sendall(sent)
             assert seconds - 0.1 < closed_after(raw, b"x", limit=10) < seconds + 2.5
@@ -332,54 +332,3 @@ def test_a_reader_that_takes_nothing_is_closed(port, monkeypatch):
         with contextlib.suppress(OSError):
             while raw.recv(2**20):
                 pass  # what was under way; then the end
-
-
-@pytest.mark.slow
-def test_a_siege_of_half_open_slow_and_abandoning_clients(tiny_checkpoint):
-    """1,100 half-open connections, 150 slow ones and 100 abandoned jobs, all from the honest client's address."""
-    from tests.test_app import port_of, start
-
-    process = start("--dalle_path", tiny_checkpoint, "--port", 0, "--batch-size", 8)
-    try:
-        port = port_of(process)
-        wanted = {"prompt": PROMPT, "num_images": 16, "seed": 1}
-
-        def seconds():
-            started = time.monotonic()
-            assert generate(port, **wanted)[0] == 200
-            return time.monotonic() - started
-
-        seconds()
-        alone = min(seconds() for _ in range(3))
-        with contextlib.ExitStack() as stack:
-            slow, half_open = (
-                [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(count)]
-                for count in (150, 1100)
-            )
-            done = threading.Event()
-
-            def trickle():
-                while not done.wait(0.5):
-                    for place, raw in enumerate(slow):
-                        with contextlib.suppress(OSError):
-                            raw.sendall(b"\r\n{" if place % 2 else b"x")
-
-            for raw in slow:
-                with contextlib.suppress(OSError):
-                    raw.sendall(HEAD.encode() + b"99999\r\n")
-            threading.Thread(target=trickle, daemon=True).start()
-            body = json.dumps({"prompts": [PROMPT] * 8, "num_images": 16})
-            statuses = [answer_to(port, "POST", "/api/jobs", body)[0] for _ in range(100)]
-            assert set(statuses) <= {202, 429}
-            slowest = 0
-            for _ in range(5):
-                started = time.monotonic()
-                assert call(port)[0] == 200
-                slowest = max(slowest, time.monotonic() - started)
-            besieged = max(seconds() for _ in range(3))
-            done.set()
-        print(f"alone {alone:.2f} s, besieged {besieged:.2f} s, /health {slowest:.3f} s; {len(half_open)} half-open")
-        assert slowest < 1 and besieged < 2 * alone + 0.1
-    finally:
-        process.kill()
-        process.communicate()

@@ -43,6 +43,13 @@ def test_a_read_only_folder_has_its_caches_elsewhere(command, tiny_flags, pictur
     assert sorted(picture_folder.iterdir()) == before
     (cache,) = (tmp_path / "home" / ".cache" / "mini-dalle").iterdir()
     assert {path.name.partition("-")[0] for path in cache.iterdir()} >= {"captions", "codes"}
+    monkeypatch.setattr(run_module, "check_writable", lambda folder, flag: None)
+    command(train.main, *flags, "--input-folder", picture_folder, "--max-steps", 1)
+    monkeypatch.undo()
+    monkeypatch.setattr(run_module, "check_writable", refuse)
+    monkeypatch.setenv("HOME", str(tmp_path / "other_home"))
+    ended = command(train.main, *flags, "--input-folder", picture_folder, "--max-steps", 1)
+    assert "is read-only" in ended.out and "encoding images" not in ended.out  # its own cache has all codes
 
 
 def test_settings_for_ipus_are_counted_not_listed(logged):

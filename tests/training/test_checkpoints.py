@@ -150,7 +150,9 @@ def metrics_of(folder):
     return {line["step"]: (line["epoch"], line["lr"]) for line in lines if "lr" in line}
 
 
-@pytest.mark.parametrize("scheduler, older", [("multi_step", False), ("cosine", True)])
+@pytest.mark.parametrize(
+    "scheduler, older", [("multi_step", True), pytest.param("cosine", False, marks=pytest.mark.slow)]
+)
 def test_another_batch_size_continues_at_the_same_place(command, tiny_flags, tmp_path, scheduler, older):
     folder = tmp_path / "run"
     flags = [*tiny_flags, "--checkpoint-output-dir", folder, "--lr-scheduler", scheduler, "--keep-checkpoints", 9]

@@ -65,6 +65,8 @@ def test_a_new_run_starts_with_the_weights_of_a_file(kind, request, started, tmp
     text, codes = tokenizer.tokenize(["red star", "blue"], before.text_seq_len), torch.randint(0, 24, (2, 16))
     with torch.no_grad():
         torch.testing.assert_close(after(text, codes), before(text, codes))
+    if kind != "ours":
+        return
     first = read_losses(folder)[0][1]
     started(path, *vocabulary, "--learning-rate", 1e-2, "--epochs", 4, "--optimizer", "AdamW", name="longer")
     losses = read_losses(tmp_path / "longer")

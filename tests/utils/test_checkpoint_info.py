@@ -1,7 +1,5 @@
 """`python -m utils.checkpoint_info FILE` as a user starts it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,12 +10,10 @@ from utils import checkpoint, checkpoint_info
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_file_of_train(tiny_checkpoint):
-    done = subprocess.run(
-        [sys.executable, "-m", "utils.checkpoint_info", tiny_checkpoint], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stderr == ""
-    text, saved = " ".join(done.stdout.split()), checkpoint.read(tiny_checkpoint)
+def test_a_file_of_train(command, tiny_checkpoint):
+    ended = command(checkpoint_info.main, tiny_checkpoint)
+    assert ended.status == 0 and ended.err == ""
+    text, saved = " ".join(ended.out.split()), checkpoint.read(tiny_checkpoint)
     weights = saved["weights"]
     trained = sum(tensor.numel() for name, tensor in weights.items() if not name.startswith("model.vae."))
     for wanted in (
@@ -36,7 +32,7 @@ def test_a_file_of_train(tiny_checkpoint):
         "schedule state",
     ):
         assert wanted in text, wanted
-    assert "averaged" not in text and max(map(len, done.stdout.splitlines())) <= 118
+    assert "averaged" not in text and max(map(len, ended.out.splitlines())) <= 118
 
 
 def test_a_file_of_the_reference(command, tmp_path):

@@ -225,12 +225,6 @@ def test_other_ways_to_call_are_refused(path, program, monkeypatch):
     assert not os.path.exists("it_ran")
 
 
-def test_an_allowed_function_cannot_be_changed(path):
-    name = b"ctorch._utils\n_rebuild_tensor_v2\n"
-    for state in (b"}U\x01xK\x01s", b"N}U\x0c__defaults__NsN\x86"):  # BUILD with attributes, and with slots
-        assert_refused(write_zip(path, b"\x80\x02" + name + state + b"b.", {}))
-
-
 def test_a_forged_memo_index_takes_no_memory(path):
     program = b"\x80\x02}r" + struct.pack("<I", (1 << 32) - 2) + b"."
     assert read_weights(write_zip(path, program, {})) == {}
@@ -308,16 +302,6 @@ def test_a_storage_described_twice_takes_no_memory(path, zipped):
     assert peak_memory(lambda: assert_refused(path, "storage 0 in two ways")) < 1 << 22
 
 
-def test_lists_that_hold_lists_many_times_over_are_not_written_out(path):
-    laughs = ["ha"]
-    for _ in range(20):
-        laughs = [laughs, laughs]
-    write_zip(path, pickled({"w": tensor(storage(), (laughs,), (1,))}), {})
-    assert peak_memory(lambda: assert_refused(path)) < 1 << 22
-    as_a_name = pickled(laughs)[:-1] + b"X\x01\0\0\0x\x93."  # STACK_GLOBAL joins module and name
-    assert peak_memory(lambda: assert_refused(write_zip(path, as_a_name, {}))) < 1 << 22
-
-
 def test_settings_and_modules_that_hold_themselves_many_times_over_are_refused(path):
     values = list(range(4000))
     for _ in range(2):
@@ -366,12 +350,6 @@ def test_other_files_are_refused(path):
     assert_refused(path, "big-endian")
 
 
-def test_a_folder_or_a_missing_file_is_the_systems_own_error(path):
-    for place, error in ((path, FileNotFoundError), (path.parent, IsADirectoryError)):
-        with pytest.raises(error):
-            read_weights(place)
-
-
 def small_checkpoint(path, zipped):
     state = {"a": torch.randn(3, 4), "b": torch.arange(5).half(), "c": torch.randn(4, 4)[::2, 1:].t()}
     return save(path, {"callbacks": {zipfile.ZipFile: 1.5}, "epoch": 3, "state_dict": state}, zipped).read_bytes()
@@ -400,13 +378,6 @@ def test_damage_is_never_another_exception(path, zipped):
         else:
             assert all(isinstance(weight, torch.Tensor) for weight in weights.values())
     assert 20 < refused < 200
-
-
-def test_a_flipped_bit_in_a_tensor_of_an_archive_is_noticed(path):
-    content = bytearray(save(path, {"w": torch.full((9,), 1.5)}).read_bytes())
-    content[content.index(struct.pack("<9f", *[1.5] * 9)) + 5] ^= 1
-    path.write_bytes(content)
-    assert_refused(path, "CRC")
 
 
 @pytest.mark.parametrize("place", [40, 48], ids=["length", "position"])

@@ -38,19 +38,6 @@ def test_constant_has_the_same_warm_up_and_then_stays():
     assert rates.at(0, 0) == pytest.approx(PEAK / 161) and rates.at(5, 799) == PEAK
 
 
-@pytest.mark.parametrize("epochs, multi, flat", [(1, [1], [1]), (2, [1, 0.1], [1, 1]), (4, [1, 1, 0.1, 0.1], [1] * 4)])
-def test_few_epochs_have_no_warm_up(epochs, multi, flat):
-    assert [multi_step(epoch, epochs) for epoch in range(epochs)] == multi
-    assert [constant(epoch, epochs) for epoch in range(epochs)] == flat
-
-
-def test_a_fifth_is_a_fifth_whatever_floats_make_of_it():
-    for epochs in range(1, 3000):
-        warmup = epochs // 5
-        assert constant(warmup, epochs) == 1
-        assert warmup == 0 or constant(warmup - 1, epochs) == warmup / (1 + warmup)
-
-
 def test_cosine_begins_and_ends_where_it_should():
     assert [cosine(step, 100, 4) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
     assert cosine(52, 100, 4) == pytest.approx(0.5)
@@ -69,15 +56,6 @@ def test_trapezoid_begins_and_ends_where_it_should():
     assert factors[51:] == pytest.approx([0.02 * left for left in range(49, 0, -1)])
     assert trapezoid(0, 1, 0) == 1 and trapezoid(100, 100, 4) == 0
     assert max(trapezoid(step, 10, 50) for step in range(10)) < 0.2  # a warm-up longer than the run
-
-
-@pytest.mark.parametrize("name, factor", [("cosine", cosine), ("trapezoid", trapezoid)])
-def test_schedules_by_steps_ignore_epochs(name, factor):
-    rates = schedule(name, steps=100, warmup_steps=4)
-    for step in (0, 3, 50, 99):
-        assert rates.at(step, 0) == rates.at(step, 7) == pytest.approx(PEAK * factor(step, 100, 4))
-    rates.epoch_ended(1e9)
-    assert rates.at(50, 0) == PEAK * factor(50, 100, 4)
 
 
 def loss_series():
@@ -117,19 +95,7 @@ def test_plateau_is_torchs_own(name):
     assert [*seen, rates.at(0, len(losses))] == torchs_plateau(losses)
 
 
-def test_plateau_by_hand():
-    rates, seen = schedule("ReduceLROnPlateau"), []
-    for epoch in range(34):
-        seen.append(rates.at(epoch, epoch))
-        rates.epoch_ended(1.0)
-    # Epoch 0 is the best; 11 bad ones halve the rate; 10 of cooldown and 11 bad ones halve it again.
-    assert seen == [PEAK] * 12 + [PEAK / 2] * 21 + [PEAK / 4]
-    for _ in range(1000):
-        rates.epoch_ended(1.0)
-    assert rates.at(0, 1034) == 1e-6
-
-
-@pytest.mark.parametrize("stop", [3, 12, 14, 23, 30, 40])
+@pytest.mark.parametrize("stop", [3, 23, 40])
 def test_a_resumed_plateau_goes_on_as_if_it_had_not_stopped(stop):
     losses = loss_series()["noisy"][:20] + [1.0] * 60
     first = schedule("ReduceLROnPlateau")
@@ -201,11 +167,3 @@ def test_matrices_decay_and_nothing_else(tiny_vae, sandwich_norm):
     assert len(rest) == len(others["params"])
     assert rest == {name for name in names.values() if not name.startswith("vae.")} - set(expected)
     assert {"image_pos_emb.weights_0", "transformer.layers.0.0.scale", "to_logits.1.bias"} <= rest
-
-
-def test_groups_keep_the_order_of_the_model(tiny_vae):
-    dalle = small_dalle(tiny_vae, depth=3)
-    order = {id(parameter): place for place, parameter in enumerate(dalle.parameters())}
-    for group in parameter_groups(dalle, 0.1):
-        places = [order[id(parameter)] for parameter in group["params"]]
-        assert places == sorted(places)

@@ -103,8 +103,14 @@ report("before")
 """
 
 
+PROGRAMS = [(TRAIN, ""), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((TRAIN, "shard"), (EXCHANGE, "")))]
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
-@pytest.mark.parametrize("program, flag", [(TRAIN, ""), (TRAIN, "shard"), (EXCHANGE, "")])
+@pytest.mark.parametrize(
+    "program, flag",
+    PROGRAMS,
+)
 def test_no_thread_of_the_process_group_outlives_its_work(tmp_path, program, flag):
     """A thread that releases tensors after the interpreter has ended aborts the process, now and then."""
     if flag and not hasattr(fsdp, "fully_shard"):

@@ -182,7 +182,7 @@ def test_workers_that_go_on_being_killed_end_the_run_after_saving(trained, monke
 def test_on_an_ipu_the_run_saves_and_names_the_picture(poptorch_standin, trained, monkeypatch, picture_folder):
     worker_reads(monkeypatch, lambda path: path.name == "03.png" and kill_this_process())
     flags = ["--device", "ipu", "--no-async-dataloader", "--dataloader-workers", 1, "--batch-size", 1]
-    folder, ended = trained(*flags, "--random-seed", 3, "--epochs", 40)  # read after a step or more
+    folder, ended = trained(*flags, "--random-seed", 3, "--epochs", 12)  # read after a step or more
     assert ended.status == 2 and len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out, ended
     assert f"reading {picture_folder / '03.png'}; if memory ran out" in ended.err
     if "resume with" in ended.err:

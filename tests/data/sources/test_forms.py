@@ -124,18 +124,43 @@ def tar_shards(folder):
         (folder / f"{name}.jpg").unlink()
 
 
-def saved_dataset(folder):
+def sidecar_json(folder):
+    for name, texts in CAPTIONS.items():
+        (bare_images(folder) / f"{name}.json").write_text(json.dumps({"caption": texts, "url": "x"}))
+
+
+def dataset_rows(folder):
     datasets = pytest.importorskip("datasets")
     source = bare_images(folder.with_name("originals"))
     columns = {"picture": [str(source / f"{name}.jpg") for name in CAPTIONS], "caption": list(CAPTIONS.values())}
     columns["id"] = ["x", "y", "z"]
-    rows = datasets.Dataset.from_dict(columns).cast_column("picture", datasets.Image())
-    datasets.DatasetDict({"train": rows, "test": rows.select([2])}).save_to_disk(str(folder))
+    return datasets.Dataset.from_dict(columns).cast_column("picture", datasets.Image())
+
+
+def saved_dataset(folder):
+    rows = dataset_rows(folder)
+    rows.save_to_disk(str(folder / "train"), num_shards=3)
+    rows.save_to_disk(str(folder / "train"), num_shards=2)  # leaves a file of three behind
+    rows.select([2]).save_to_disk(str(folder / "test"))
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+
+
+def hub_parquet(folder):
+    """Two files with images inside, as push_to_hub writes them, the first of two row groups; and a validation file."""
+    rows = dataset_rows(folder)
+    from datasets.table import embed_table_storage
+
+    rows = rows.with_format("arrow").map(embed_table_storage, batched=True).with_format(None)
+    (folder / "data").mkdir(parents=True)
+    rows.select([0, 1]).to_parquet(folder / "data" / "train-00000-of-00002.parquet", batch_size=1)
+    rows.select([2]).to_parquet(folder / "data" / "train-00001-of-00002.parquet")
+    rows.select([1]).to_parquet(folder / "data" / "validation-00000-of-00001.parquet")
+    (folder / "README.md").write_text("---")
 
 
 FORMS = (
     *(metadata_jsonl, metadata_csv, metadata_parquet, flickr8k, flickr8k_token, flickr30k),
-    *(coco_json, karpathy, json_of_names, tar_shards, saved_dataset),
+    *(coco_json, karpathy, json_of_names, sidecar_json, tar_shards, saved_dataset, hub_parquet),
 )
 
 
@@ -151,7 +176,8 @@ def test_every_form_gives_what_the_folder_gives(form, tmp_path):
         assert np.array_equal(load_image(source.image(name), 8), load_image(original, 8))
     assert not any(source.skipped.values())
     others = {"coco_json": ["instances_train2014.json"], "tar_shards": ["00000_stats.json", "00001_stats.json"]}
-    assert [name.rpartition("/")[2] for name in source.others] == others.get(form.__name__, [])
+    if form not in (saved_dataset, hub_parquet):
+        assert [name.rpartition("/")[2] for name in source.others] == others.get(form.__name__, [])
     assert len(find_images(folder)) == len(CAPTIONS)
 
     tokenizer = load_tokenizer(ROOT / YTTM)
@@ -206,15 +232,55 @@ def test_what_coco_files_of_others_hold(tmp_path):
     assert "val/b.jpg" in dict.fromkeys(name for name, _, _ in source.images)
 
 
-def test_karpathys_splits(tmp_path):
-    bare_images(tmp_path)
+def splits_of_karpathy(folder):
     images = [
         {"filename": f"{name}.jpg", "split": split, "sentences": [{"raw": "x"}]}
         for name, split in zip(CAPTIONS, ("train", "val", "test"))
     ]
-    (tmp_path / "dataset.json").write_text(json.dumps({"images": images}))
-    for validation, name in ((False, "a.jpg"), (True, "b.jpg")):
-        assert [image[0] for image in open_source(tmp_path, validation=validation).images] == [name]
+    (bare_images(folder) / "dataset.json").write_text(json.dumps({"images": images}))
+
+
+def split_column(folder):
+    table = [("image", "caption", "split"), ("a.jpg", "x", "train"), ("b.jpg", "x", "val"), ("c.jpg", "x", "test")]
+    write_csv(bare_images(folder) / "all.csv", table)
+
+
+def file_of_each_split(folder):
+    for name, split in zip(CAPTIONS, ("train", "val", "test")):
+        (bare_images(folder) / f"{split}.csv").write_text(f"image,caption\n{name}.jpg,x\n")
+
+
+def shards_of_splits(folder):
+    bare_images(folder)
+    for name, split in zip(CAPTIONS, ("train", "val", "test")):
+        with tarfile.open(folder / f"{split}-0000.tar", "w") as archive:
+            add(archive, f"{name}.jpg", (folder / f"{name}.jpg").read_bytes())
+            add(archive, f"{name}.txt", b"x")
+        (folder / f"{name}.jpg").unlink()
+
+
+@pytest.mark.parametrize("form", [splits_of_karpathy, split_column, file_of_each_split, shards_of_splits, hub_parquet])
+def test_training_and_validation_read_their_own_split(form, tmp_path):
+    form(tmp_path / "set")
+    parts = [[tuple(open_source(tmp_path / "set", validation=validation).texts)] for validation in (False, True)]
+    assert not set(parts[0][0]).intersection(parts[1][0]) and len(parts[1][0]) == 1
+    assert len(parts[0][0]) == (3 if form is hub_parquet else 1)
+
+
+def test_tables_of_many_programs(tmp_path):
+    """A list in a field, two columns without names, and images that were converted to another format since."""
+    bare_images(tmp_path, "png")
+    expected = dict(zip(("a.png", "b.png"), (["a dog", "two dogs"], ["a bus, parked"])))
+    for content in (
+        'raw,filename\n"[""a dog"", ""two dogs""]",a.jpg\n"a bus, parked",b.jpg\n',
+        "a.png\ta dog\na.png\ttwo dogs\nb.png\ta bus, parked\n",
+        "a.png,a dog\na.png,two dogs\nb.png,a bus, parked\n",
+        "image| number| comment\na.jpg| 0| a dog\na.jpg| 1   lost\na.jpg| 2| two dogs\nb.jpg| 0| a bus, parked\n",
+    ):
+        (tmp_path / "list.csv").write_text(content)
+        source = open_source(tmp_path)
+        assert {name: source.captions(name) for name, _, _ in source.texts} == expected
+        assert NO_TEXT not in source.skipped
 
 
 @pytest.mark.parametrize(
@@ -229,22 +295,29 @@ def test_karpathys_splits(tmp_path):
         ("metadata.parquet", "PAR1 no", "metadata.parquet: cannot be read as a Parquet file"),
         ("notes.csv", "one,two\n1,2\n", "notes.csv: is no list of images and captions"),
         ("metadata.csv", "file_name,text\nz.jpg,a dog\n", "none of 1 listed images can be used .*missing"),
-        ("set.tar.gz", "", "set.tar.gz: is compressed; uncompress it"),
+        (
+            "metadata.csv",
+            "image,caption\na.jpg,caf\udce9\n",
+            "metadata.csv: is neither UTF-8 nor UTF-16; save it as UTF-8",
+        ),
+        ("labels.csv", "file_name,label\na.jpg,3\n", "labels.csv: has no column of captions, .* only file_name, label"),
+        ("set.tar.gz", "", "set.tar.gz: is compressed; unpack it"),
         ("set.tar", "", "no image with a caption in 1 tar file"),
     ],
 )
 def test_lists_that_cannot_be_used(tmp_path, name, content, words):
-    (bare_images(tmp_path) / name).write_text(content)
+    (bare_images(tmp_path) / name).write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=words) as error:
         open_source(tmp_path / name)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("package, form", [("datasets", saved_dataset), ("pyarrow", metadata_parquet)])
-def test_a_missing_package_is_one_line(package, form, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", [saved_dataset, metadata_parquet])
+def test_a_missing_package_is_one_line(form, tmp_path, monkeypatch):
     form(tmp_path / "set")
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=f"needs .*{package}; pip install -r requirements-data.txt") as error:
+    for module in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match="needs pyarrow; pip install -r requirements-data.txt") as error:
         open_source(tmp_path / "set")
     assert "\n" not in str(error.value)
 

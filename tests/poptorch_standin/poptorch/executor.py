@@ -164,6 +164,7 @@ class Executor:
         if self._training and self._optimizer._loaded is not None:
             raise Error("an optimizer state was loaded and setOptimizer() not called: the device does not have it")
         self._fetch_from_trainer()
+        MACHINE.exchange()
         MACHINE.calls.append(type(self._user_model).__name__)
         results = self._run(batch)
         self._calls += 1
@@ -285,6 +286,7 @@ class Executor:
 
     def _fetch_weights(self):
         if self._stale:
+            MACHINE.exchange()
             self._stale = False
             self._weights.download()
 
@@ -343,6 +345,7 @@ class Executor:
     def detachFromDevice(self):
         if not self._attached:
             raise Error("detachFromDevice: not attached")
+        MACHINE.exchange()  # PopTorch reads the state of random numbers
         if self._training:
             self._fetch_weights()
         MACHINE.give_up(self)

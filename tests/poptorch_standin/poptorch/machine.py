@@ -6,7 +6,7 @@ It gives them up by detachFromDevice() or destroy(), or when it is deleted.
 import os
 import weakref
 
-from .errors import Error
+from .errors import Error, RecoverableError
 
 
 class Machine:
@@ -14,6 +14,11 @@ class Machine:
         self.ipus = ipus
         self.holders = weakref.WeakKeyDictionary()  # {executor: number of its IPUs}
         self.compiled, self.calls = [], []  # the classes of the models that were compiled and called, in order
+        self.fails_after = None  # number of calls after which whatever needs a device fails; None is never
+
+    def exchange(self):
+        if self.fails_after is not None and len(self.calls) >= self.fails_after:
+            raise RecoverableError("Application exception: all tiles stopped\nmore lines")
 
     def acquire(self, executor, count):
         free = self.ipus - sum(self.holders.values())

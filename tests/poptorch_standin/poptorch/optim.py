@@ -67,7 +67,7 @@ class DeviceOptimizer:
 
     def load_state_dict(self, state_dict):
         if "ipu_state" not in state_dict or "ipu_param" not in state_dict:
-            raise ValueError("Only IPU optimizer states can be loaded onto the IPU.")
+            raise RuntimeError("Only IPU optimizer states can be loaded onto the IPU.")
         ours = {name: state_dict[name] for name in ("ipu_state", "ipu_param")}
         super().load_state_dict({name: value for name, value in state_dict.items() if name not in ours})
         self._loaded = ours if ours["ipu_state"] is not None else None
