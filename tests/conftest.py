@@ -170,6 +170,16 @@ def logged(caplog, monkeypatch):
     logger.removeHandler(caplog.handler)
 
 
+@pytest.fixture
+def drawing(loaded):
+    """The sampler of a test's `loaded`, watched and held up; see tests/service/running.py."""
+    from tests.service.running import Drawing
+
+    drawing = Drawing(loaded)
+    yield drawing
+    drawing.remove()
+
+
 class Ended(NamedTuple):
     """The exit status of a command and its output."""
 

@@ -214,7 +214,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trained, stopped_at,
     expected, found = opened(whole / "dalle_3.pt"), opened(resumed / "dalle_3.pt")
     assert equal_weights(expected["weights"], found["weights"])
     assert equal_weights(expected.get("ema_weights", {}), found.get("ema_weights", {}))
-    assert (found["epoch"], found["step"]) == (3, 12)
+    assert (found["epoch"], found["step"]) == (3, 12) and found["progress"] == expected["progress"]
     assert found["opt_state"][0]["state"][0].keys() == expected["opt_state"][0]["state"][0].keys()
     for ours, theirs in zip(found["opt_state"], expected["opt_state"]):
         assert ours["param_groups"] == theirs["param_groups"]

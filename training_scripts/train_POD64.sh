@@ -6,4 +6,4 @@ set -u
 cd "$(dirname "$0")/.."
 exec poprun --host "$HOSTS" --vipu-partition="$IPUOF_VIPU_API_PARTITION_ID" --num-instances=4 --num-replicas=16 \
     --ipus-per-replica=4 python train.py --config L16_POD64 --device ipu --generated-data --no-codes-cache --byteio True \
-    --checkpoint-output-dir "" --epochs 2 "$@"
+    --checkpoint-output-dir "" --epochs 2 --executable-cache-dir ./output/executables "$@"

@@ -16,23 +16,6 @@ STANDIN = Path(__file__).resolve().parent
 POPRUN = ("POPDIST_NUM_TOTAL_REPLICAS", "POPDIST_NUM_LOCAL_REPLICAS", "POPDIST_INSTANCE_INDEX", "POPDIST_NUM_INSTANCES")
 
 
-def test_without_poprun(poptorch, monkeypatch):
-    for name in POPRUN:
-        monkeypatch.delenv(name, raising=False)
-    popdist, hvd = importlib.import_module("popdist"), importlib.import_module("horovod.torch")
-    importlib.import_module("popart")
-    assert not popdist.isPopdistEnvSet() and not hasattr(popdist, "poptorch")
-    with pytest.raises(RuntimeError, match="not started by PopRun"):
-        popdist.getInstanceIndex()
-    with pytest.raises(ValueError, match=r"hvd\.init"):
-        hvd.rank()
-    hvd.init()
-    assert (hvd.rank(), hvd.size(), hvd.local_rank()) == (0, 1, 0)
-    assert hvd.allreduce(torch.tensor(3.0)).item() == 3 and hvd.broadcast(torch.ones(1), 0).item() == 1
-    with pytest.raises(ValueError, match="root_rank"):
-        hvd.broadcast(torch.ones(1), root_rank=1)
-
-
 def test_poprun_presets_the_replicas(poptorch, monkeypatch):
     for name, value in zip(POPRUN, "4210"):
         monkeypatch.setenv(name, value)

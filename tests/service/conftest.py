@@ -2,16 +2,9 @@
 
 import pytest
 
-from tests.service.running import Drawing, loaded_for_tests
+from tests.service.running import loaded_for_tests
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny_checkpoint):
     return loaded_for_tests(tiny_checkpoint, batch_size=4)
-
-
-@pytest.fixture
-def drawing(loaded):
-    drawing = Drawing(loaded)
-    yield drawing
-    drawing.remove()

@@ -53,6 +53,7 @@ def test_one_call_a_batch(poptorch_standin, tiny_vae):
     sampler = backends.for_inference("ipu", "fp32").sampler(small_dalle(tiny_vae), 4)
     sampler(samples(5)[0], generator=torch.Generator().manual_seed(0))
     assert poptorch_standin.MACHINE.calls == ["StaticSampler"] * 2
+    assert sampler.image_sampler.executor._options._Popart._values["aliasZeroCopy"]  # the loop copies no weights
 
 
 def test_one_call_a_code_if_the_loop_does_not_compile(poptorch_standin, no_loop, tiny_vae, logged):
