@@ -8,11 +8,12 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from backends.memory import OutOfMemory, memory_explained
 from data.captions import encode_text
 from generation.loading import LoadedModel
-from models.sampling import CodeCallback, Sampling, complete_text
+from models.sampling import CodeCallback, Sampling, evaluation_mode, gumbel_noise, keep_top_p
 
 TOO_LARGE = "the model is too large for this device; try --precision bf16, or --device cpu"
 
@@ -79,15 +80,28 @@ def encode_prompt(loaded: LoadedModel, prompt: str) -> Tensor:
     return torch.tensor(tokens + [0] * (most - len(tokens)))
 
 
+@torch.no_grad()
 def complete_caption(loaded: LoadedModel, prompt: str, seed: int) -> Tuple[Tensor, str]:
-    """Let the model continue a caption; return its tokens, int64 (text_seq_len,), and its text.
+    """Let the model continue a caption until it ends it; return its tokens, int64 (text_seq_len,), and its text.
 
     The least likely tenth of the words is never taken, because captions are trained with an eighth of the loss only.
     """
+    dalle, generator = loaded.model, torch.Generator().manual_seed(seed)
     tokens = encode_prompt(loaded, prompt)
-    generator = torch.Generator().manual_seed(seed)
-    start = tokens[tokens != 0][None].to(next(loaded.model.parameters()).device)  # a sampler has moved it to the GPU
-    tokens = complete_text(loaded.model, start, top_p=0.9, generator=generator)[0].cpu()
+    tokens = tokens[tokens != 0][None].to(dalle.text_emb.weight.device)  # a sampler has moved the model to the GPU
+    first_padding = dalle.num_text_tokens - dalle.text_seq_len
+    with evaluation_mode(dalle):
+        for place in range(tokens.shape[1], dalle.text_seq_len):
+            seen = F.pad(tokens, (0, dalle.text_seq_len - place))
+            x = dalle.transformer(dalle.embed_text(dalle.number_padding(seen))[:, : place + 1])
+            logits = dalle.text_logits(x[:, -1]).float()  # (1, num_text_tokens)
+            logits[:, 0] = float("-inf")  # in a caption 0 is padding, for which each position has an id
+            noise = gumbel_noise(1, 1, dalle.num_text_tokens, generator, tokens.device)[:, 0]
+            token = (keep_top_p(logits, 0.9) + noise).argmax(-1)
+            if int(token) >= first_padding:
+                break
+            tokens = torch.cat((tokens, token[:, None]), dim=1)
+    tokens = F.pad(tokens, (0, dalle.text_seq_len - tokens.shape[1]))[0].cpu()
     return tokens, " ".join(loaded.tokenizer.decode(tokens).split())
 
 

@@ -247,6 +247,23 @@ class PackedStepper(Stepper):
             layer.start(prefix, rows)
         return self.compute_logits(x.float())[rows]
 
+    def release(self, state: SamplingState) -> SamplingState:
+        """See Stepper. Only those rows are copied that take the place of a complete one."""
+        is_complete = state.places == self.dalle.image_seq_len
+        left = int((~is_complete).sum())
+        if left == len(is_complete):
+            return state
+        free, moved = is_complete[:left].nonzero()[:, 0], left + (~is_complete[left:]).nonzero()[:, 0]
+        for tensor in state:
+            tensor[torch.cat((free, moved))] = tensor[torch.cat((moved, free))]
+        copies = len(self.images) // len(is_complete)  # with guidance an image has two rows
+        free, moved = ((copies * rows[:, None] + torch.arange(copies)).flatten() for rows in (free, moved))
+        self.images = self.images[: copies * left]
+        for _, layer in self.layers:
+            layer.cache[:, free] = layer.cache[:, moved]
+            layer.cache = layer.cache[:, : copies * left]
+        return SamplingState(*(tensor[:left] for tensor in state))
+
     @torch.no_grad()
     def next(self, codes: Tensor, places: Tensor) -> Tensor:
         """See Stepper."""

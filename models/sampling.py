@@ -80,7 +80,7 @@ class Sampling(NamedTuple):
         """Choose one code for each image, or for each of several places.
 
         Args:
-            logits: (B, …, V); with guidance (2B, …, V), whose second half was computed for an empty caption.
+            logits: (B, …, V); with guidance (2B, …, V), an image's row and then its row for an empty caption.
             noise: Gumbel noise (B, …, V).
             num_tokens: size of the text and image vocabulary together.
 
@@ -89,15 +89,17 @@ class Sampling(NamedTuple):
         """
         logits = logits.float()
         if self.is_guided:  # arXiv 2207.12598
-            conditional, unconditional = logits.chunk(2)
+            conditional, unconditional = logits.unflatten(0, (-1, 2)).unbind(1)
             logits = unconditional + self.cond_scale * (conditional - unconditional)
         logits = logits / self.temperature
         count = self.codes_to_keep(num_tokens)
         if count is not None:
             logits = keep_top_k(logits, count)
-        if self.top_p is not None:
-            logits = keep_top_p(logits, self.top_p)
-        return (logits + noise).argmax(-1)
+        if self.top_p is None:
+            return (logits + noise).argmax(-1)
+        if logits.is_cuda:  # whose host must not wait
+            return (keep_top_p(logits, self.top_p) + noise).argmax(-1)
+        return choose_from_nucleus(logits, noise, self.top_p)
 
 
 class SamplingState(NamedTuple):
@@ -107,11 +109,13 @@ class SamplingState(NamedTuple):
         codes: int64 (B, 2L), the codes that each image has, and guesses of further ones.
         places: int64 (B,), how many codes each image has.
         noise: Gumbel noise, float32 (B, L, V).
+        images: int64 (B,), the number of the image in each row.
     """
 
     codes: Tensor
     places: Tensor
     noise: Tensor
+    images: Tensor
 
 
 class Stepper:
@@ -144,19 +148,23 @@ class Stepper:
         """Return the state of a new batch in the tensors that `advance` will get."""
         return state
 
+    def release(self, state: SamplingState) -> SamplingState:
+        """Return a view of the state's first rows, once those of complete images are last, if that saves time."""
+        return state
+
     def advance(self, state: SamplingState, sampling: Sampling, window: int) -> Tensor:
         """Compute a window of each image in one pass, and add the codes that are certain.
 
         Returns:
             int64 (3,): codes that all images have, guesses that were right, images with a wrong one.
         """
-        codes, places, noise = state
+        codes, places, noise, _ = state
         length = noise.shape[1]
         copies = 2 if sampling.is_guided else 1
         inside = torch.arange(window, device=places.device)
         ahead = places[:, None] + inside  # (B, w)
         guesses = codes.gather(1, ahead - 1)  # the first is certain
-        logits = self.next(guesses.repeat(copies, 1), places.repeat(copies))
+        logits = self.next(guesses.repeat_interleave(copies, 0), places.repeat_interleave(copies))
         images = torch.arange(len(places), device=places.device)[:, None]
         answers = sampling.choose(logits, noise[images, ahead.clamp(max=length - 1)], self.dalle.num_tokens)
         add_answers(state, answers)
@@ -245,11 +253,11 @@ def sample_codes(
     A pass computes a window of codes from the certain code before it and guesses of those in it. The noise of each
     place is fixed, so each guess that the pass confirms is the code that sampling one at a time gives; the first one
     that it corrects, too. The others are the guesses of the next pass (Jacobi decoding, arXiv 2410.01699). A window
-    of 1 has no guesses. Each image advances at its own pace.
+    of 1 has no guesses. Each image advances at its own pace, and leaves the batch when it is complete.
 
     Args:
         text: tokens, int64 (B, text_seq_len), 0 = padding.
-        stepper: computes the logits. With guidance it gets each caption once more, as an empty one.
+        stepper: computes the logits. With guidance it gets an empty caption after each caption.
         generator: see gumbel_noise.
         image_codes: int64 (B, n), the first n codes of each image, which are kept.
         on_code: called with all codes so far, int64 (B, n), after each code that all images have. If it raises,
@@ -267,26 +275,30 @@ def sample_codes(
     noise = gumbel_noise(len(text), length, dalle.num_image_tokens, generator, text.device)
     if count == length:
         return given
-    branches = torch.cat((text, torch.zeros_like(text))) if sampling.is_guided else text
     copies = 2 if sampling.is_guided else 1
+    branches = torch.stack((text, torch.zeros_like(text))[:copies], dim=1).flatten(0, 1)
     codes = F.pad(given, (0, 2 * length - count))  # a window may reach past the end
-    state = SamplingState(codes, torch.full((len(text),), count, device=text.device), noise)
+    images = torch.arange(len(text), device=text.device)
+    whole = SamplingState(codes, torch.full((len(text),), count, device=text.device), noise, images)
     pace = None
     with evaluation_mode(dalle):
-        logits = stepper.begin(branches, given.repeat(copies, 1))
-        state = stepper.hold(state)
+        logits = stepper.begin(branches, given.repeat_interleave(copies, 0))
+        state = whole = stepper.hold(whole)
         add_answers(state, sampling.choose(logits, state.noise[:, count], dalle.num_tokens)[:, None])
         state.places.add_(1)
         complete = count + 1
         while True:
+            if on_code is not None or complete == length:
+                codes = whole.codes[whole.images.argsort()]
             while count < complete:
                 count += 1
                 if on_code is not None:
-                    on_code(state.codes[:, :count])
+                    on_code(codes[:, :count])
             if complete == length:
-                return state.codes[:, :length].clone()
+                return codes[:, :length]
             if pace is None:
                 pace = Pace(stepper.time_windows(state, sampling))
+            state = stepper.release(state)
             window = min(pace.window(), length - complete)
             complete, *guesses = stepper.advance(state, sampling, window).tolist()
             pace.record(*guesses)
@@ -362,30 +374,17 @@ def keep_top_p(logits: Tensor, mass: float) -> Tensor:
     return torch.empty_like(logits).scatter_(-1, order, ordered)
 
 
-@torch.no_grad()
-def complete_text(
-    dalle: DALLE, tokens: Tensor, *, top_p: Optional[float] = None, generator: Optional[torch.Generator] = None
-) -> Tensor:
-    """Continue a caption until the model ends it or its length is reached.
+def choose_from_nucleus(logits: Tensor, noise: Tensor, mass: float) -> Tensor:
+    """Return (keep_top_p(logits, mass) + noise).argmax(-1) without sorting.
 
-    Args:
-        tokens: int64 (1, n), n ≤ text_seq_len.
-        top_p: as in Sampling.
-
-    Returns:
-        int64 (1, text_seq_len), 0 after the end.
+    The best code is kept if the codes with larger logits have less than `mass` together, which is true for most rows.
+    Where it is not, neither is any code with a smaller logit, and the best of the others is next.
     """
-    first_padding = dalle.num_text_tokens - dalle.text_seq_len
-    with evaluation_mode(dalle):
-        for place in range(tokens.shape[1], dalle.text_seq_len):
-            seen = F.pad(tokens, (0, dalle.text_seq_len - place))
-            x = dalle.transformer(dalle.embed_text(dalle.number_padding(seen))[:, : place + 1])
-            logits = dalle.text_logits(x[:, -1]).float()  # (1, num_text_tokens)
-            logits[:, 0] = float("-inf")  # in a caption 0 is padding, for which each position has an id
-            logits = logits if top_p is None else keep_top_p(logits, top_p)
-            noise = gumbel_noise(1, 1, dalle.num_text_tokens, generator, tokens.device)[:, 0]
-            token = (logits + noise).argmax(-1)
-            if int(token) >= first_padding:
-                break
-            tokens = torch.cat((tokens, token[:, None]), dim=1)
-    return F.pad(tokens, (0, dalle.text_seq_len - tokens.shape[1]))
+    probabilities, scores = F.softmax(logits, dim=-1), logits + noise
+    while True:
+        best = scores.argmax(-1, keepdim=True)
+        larger = logits > logits.gather(-1, best)
+        is_kept = (probabilities * larger).sum(-1, keepdim=True) < mass
+        if is_kept.all():
+            return best[..., 0]
+        scores.masked_fill_(~(larger | is_kept), float("-inf"))

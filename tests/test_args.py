@@ -274,6 +274,10 @@ def test_flags_override_the_configuration_wherever_they_stand():
     assert (settings.batch_size, settings.fp16, settings.attn_types) == (7, False, ("full",))
     assert settings.layers_per_ipu == [4, 4, 4, 4]
     assert (settings.epochs, settings.stochastic_rounding) == (800, True)
+    folder = ["--input-folder", "images"]
+    settings = args.train_arguments(["--config", "photos", *folder, "--validation-folder", "others"])
+    assert (settings.validation_folder, settings.validation_split) == ("others", None)
+    assert args.train_arguments(["--config", "photos", *folder, "--validation-split", "0"]).validation_split == 0
 
 
 def test_every_switch_can_be_turned_off_again_whoever_turned_it_on(tmp_path, monkeypatch):

@@ -121,15 +121,22 @@ def test_figures_of_an_entry_are_in_its_log(
         assert 3 < found["loss"] < 12 and found["compile_time"] > 0
 
 
-@pytest.mark.parametrize("pod", ["pod16", "pod64"])
-def test_a_whole_run_starts_in_an_empty_folder_and_keeps_the_earlier_one(tmp_path, pod):
-    words = words_of(f"pytorch_minidalle_train_real_{pod}_conv")
-    folder = words[words.index("--checkpoint-output-dir") + 1]
-    assert words[:2] == ["bash", "-c"] and words[3] == folder
-    for number in range(2):
-        write = ["sh", "-c", f"mkdir -p {folder} && test ! -e {folder}/last.pt && echo {number} > {folder}/last.pt"]
-        assert subprocess.run([*words[:4], *write], cwd=tmp_path, check=False).returncode == 0
-    assert sorted(path.read_text() for path in tmp_path.rglob("last.pt")) == ["0\n", "1\n"]
+# Stands for python3 and poprun: as train.py, it wants a folder without checkpoints and writes one.
+PROGRAM = """#!/bin/sh
+while [ $# -gt 1 ]; do [ "$1" = --checkpoint-output-dir ] && folder=$2; shift; done
+[ -z "$folder" ] || { test ! -e "$folder/last.pt" && mkdir -p "$folder" && echo > "$folder/last.pt"; }
+"""
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if "bash -c" in entry["cmd"]])
+def test_an_entry_with_a_folder_runs_any_number_of_times(tmp_path, name):
+    for program in ("python3", "poprun"):
+        (tmp_path / program).write_text(PROGRAM)
+        (tmp_path / program).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    for _ in range(2):
+        assert subprocess.run(words_of(name), cwd=tmp_path, env=environment, check=False).returncode == 0
+    assert len(list(tmp_path.rglob("last.pt"))) == (2 if name.endswith("_conv") else 1)  # a whole run is kept
 
 
 @pytest.mark.parametrize("pod", ["4", "16", "64"])

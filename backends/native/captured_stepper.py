@@ -36,10 +36,15 @@ class CapturedStepper(PackedStepper):
                 buffer.copy_(new)
         else:
             self.buffers, self.graphs = found, {}
-        codes, places, noise, self.positions, self.images, *caches = self.buffers
+        count = len(state)
+        self.positions, self.images, *caches = self.buffers[count:]
         for (_, layer), cache in zip(self.layers, caches):
             layer.cache = cache
-        return SamplingState(codes, places, noise)
+        return SamplingState(*self.buffers[:count])
+
+    def release(self, state: SamplingState) -> SamplingState:
+        """Keep all rows, because a graph has a fixed number of them."""
+        return state
 
     def last_place(self, inputs: Tensor) -> int:
         """Return the last place of all, so that shapes depend on nothing and the host need not wait."""

@@ -5,7 +5,16 @@ import torch
 from torch.nn import functional as F
 
 from models.packed_sampler import PackedStepper, plan_slots
-from models.sampling import CachedStepper, Pace, Sampling, SamplingState, sample_codes
+from models.sampling import (
+    CachedStepper,
+    Pace,
+    Sampling,
+    SamplingState,
+    choose_from_nucleus,
+    gumbel_noise,
+    keep_top_p,
+    sample_codes,
+)
 from models.transformer import GEGLU, PATTERNS, pattern_mask
 from tests.builders import WholePassStepper, small_dalle
 
@@ -78,6 +87,35 @@ def test_images_of_one_caption_start_from_its_keys(tiny_vae):
             assert torch.equal(codes_by(stepper, text, sampling, given), expected)
 
 
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_a_complete_image_leaves_the_batch(tiny_vae, monkeypatch, sampling):
+    dalle, text, rows = dalle_of(tiny_vae), captions(8), []
+    stepper, seen = packed_stepper(dalle, 5), []
+    monkeypatch.setattr(
+        stepper, "next", lambda codes, places: rows.append(len(codes)) or type(stepper).next(stepper, codes, places)
+    )
+    given = torch.randint(0, 32, (8, 3), generator=seeded())
+    generators = [seeded(i) for i in range(8)]
+    codes = sample_codes(dalle, text, stepper, sampling, generators, given, lambda codes: seen.append(codes.clone()))
+    assert torch.equal(codes, codes_by(WholePassStepper(dalle), text, sampling, given))
+    assert [part.shape[1] for part in seen] == list(range(4, 17))
+    assert all(torch.equal(part, codes[:, : part.shape[1]]) for part in seen)
+    assert rows == sorted(rows, reverse=True) and rows[0] > rows[-1]
+
+
+@pytest.mark.parametrize("mass", [1e-6, 0.3, 0.9, 0.999])
+def test_a_code_of_the_nucleus_is_chosen(mass):
+    logits, noise = torch.randn(20, 3, 40, generator=seeded()) * 3, gumbel_noise(20, 3, 40, seeded(), "cpu")
+    logits[:, :, ::7] = float("-inf")
+    kept = keep_top_p(logits, mass)
+    for row, kept_row in zip(logits.flatten(0, 1), kept.flatten(0, 1)):
+        order = row.argsort(descending=True).tolist()
+        sums = row.double().softmax(-1)[order].cumsum(-1).tolist()
+        nucleus = order[: 1 + sum(value < mass for value in sums)]
+        assert {*kept_row.isfinite().nonzero()[:, 0].tolist()} == {code for code in nucleus if row[code].isfinite()}
+    assert torch.equal(choose_from_nucleus(logits, noise, mass), (kept + noise).argmax(-1))
+
+
 def test_each_caption_passes_once(tiny_vae, monkeypatch):
     dalle = dalle_of(tiny_vae)
     rows, forward = [], dalle.transformer.forward
@@ -119,7 +157,7 @@ def test_the_window_is_the_one_with_the_most_codes_per_second():
 def test_passes_are_timed_once_for_each_number_of_rows(tiny_vae, monkeypatch):
     calls, now = [], [0.0]
     stepper = packed_stepper(dalle_of(tiny_vae, ("full",)), 1, 2, 4, 8)
-    state = SamplingState(torch.zeros(3, 32).long(), torch.ones(3).long(), torch.zeros(3, 16, 5))
+    state = SamplingState(torch.zeros(3, 32).long(), torch.ones(3).long(), torch.zeros(3, 16, 5), torch.arange(3))
 
     def simulate(state, sampling, window):
         calls.append(window)
