@@ -71,7 +71,8 @@ def use_cudnn_attention(device: torch.device, dtype: torch.dtype) -> None:
         for used in (False, True):
             enable(used)
             qkv = [x.clone().requires_grad_() for x in inputs]
-            out = F.scaled_dot_product_attention(*qkv, attn_mask=aligned_bias(mask, dtype))
+            query, keys, values = qkv
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=aligned_bias(mask, dtype))
             gradient = torch.autograd.grad(out.float().square().sum(), qkv)
             results.append(torch.stack((out, *gradient)).detach().float())
         error = float((results[0] - results[1]).abs().max() / results[0].abs().max())
