@@ -64,7 +64,7 @@ def train_parser() -> Parser:
     parser = Parser("Train a DALL-E on a folder of captioned images.", usage="--config NAME [flags]")
     add = parser.heading("Everyday flags")
     config_flag(add)
-    add("input-folder", None, "folder of images and .txt captions, paired by file stem, searched recursively", path)
+    add("input-folder", None, "captioned images: a folder, or another form of docs/training.md", path)
     add("generated-data", False, "random images and captions instead of a folder", bool)
     add("vae-path", None, "VQGAN: a folder of train_vqgan.py, or its .ckpt", path)
     add("checkpoint-output-dir", "./output/ckpt", "folder for checkpoints, metrics and samples; '': none", path)
@@ -121,7 +121,7 @@ def train_parser() -> Parser:
 
     add = parser.heading("Validation and checkpoints")
     add("validation-folder", None, "folder of validation images and captions", path)
-    add("validation-split", None, "share of the input folder to validate on instead", number(float, above=0, below=1))
+    add("validation-split", None, "share of the input folder to validate on instead; 0: none", DROPOUT)
     add("validation-steps", 1000, "updates between validations; ReduceLROnPlateau adds one per epoch", COUNT)
     add("checkpoint-save-steps", 1000, "updates between checkpoints, besides those at ends of epochs", COUNT)
     add("checkpoint-save-minutes", None, "minutes between checkpoints, if earlier", POSITIVE)
@@ -264,14 +264,19 @@ def train_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
             refuse(parser, flag, f"no IPU {number} with --ipus-per-replica {ipus}")
     if len(settings.adam_betas) != 2:
         refuse(parser, "adam-betas", "give two numbers, such as 0.9,0.999")
+    given = flags_given(parser, argv)
     if settings.init_from:
-        check_init_from(parser, settings, flags_given(parser, argv))
+        check_init_from(parser, settings, given)
     if settings.resume and settings.pretrained_checkpoint:
         refuse(parser, "resume", "takes the newest checkpoint of the output folder; omit --pretrained-checkpoint")
     if settings.resume and not settings.checkpoint_output_dir:
         refuse(parser, "resume", "needs a --checkpoint-output-dir to find checkpoints in")
     if settings.tensorboard and not settings.checkpoint_output_dir:
         refuse(parser, "tensorboard", "needs a --checkpoint-output-dir to write to")
+    if (
+        len(given.intersection({"validation_folder", "validation_split"})) == 1
+    ):  # instead of the configuration's other one
+        setattr(settings, "validation_split" if "validation_folder" in given else "validation_folder", None)
     if settings.validation_folder and settings.validation_split:
         refuse(parser, "validation-split", "--validation-folder already names the images; give one of them")
     if not settings.input_folder and not (settings.generated_data or settings.synthetic_data):

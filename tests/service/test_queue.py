@@ -54,9 +54,10 @@ def test_pictures_of_several_people_are_drawn_together(loaded, drawing, queue):
     first = occupied(queue, loaded, drawing)
     jobs = [queue.submit(f"client {seed}", pictures(loaded, seed, prompt=f"a {seed} star")) for seed in (1, 2, 3)]
     jobs.append(queue.submit("another", pictures(loaded, 4, temperature=0.5)))
+    jobs.append(queue.submit("another", pictures(loaded, 5)))  # goes with the others, and what waits before it does not
     drawing.release()
     wait(first, *jobs)
-    assert drawing.batches == [[1000], [1, 2, 3], [4]]
+    assert drawing.batches == [[1000], [1, 2, 3, 5], [4]]
 
 
 def test_a_small_request_does_not_wait_for_a_large_one(loaded, drawing, queue):
@@ -177,6 +178,13 @@ def test_a_full_queue_says_so(loaded, drawing, queue):
     drawing.release()
     wait(first, *own, *others)
     wait(queue.submit("one more", pictures(loaded, 9)))
+    queue.max_images = 8  # half of them for one client
+    drawing.hold()
+    own = queue.submit("greedy", pictures(loaded, 1, 2, 3))
+    with pytest.raises(Busy, match="try again"):
+        queue.submit("greedy", pictures(loaded, 4, 5))
+    drawing.release()
+    wait(own)
 
 
 def test_rows_and_previews_reach_those_who_want_them(loaded, drawing, queue):
