@@ -143,6 +143,7 @@ class TrainingBackend(Backend, Protocol):
         batch_size: samples of a micro-batch of this process.
         micro_batches: micro-batches of this process per step.
         samples_per_step: samples of this process per step: micro-batch × accumulation × replicas × device iterations.
+        least_accumulation: micro-batches that an update needs; a pipeline must be filled.
         compile_only: there is no device to run on; the run ends after `Trainer.compile`.
     """
 
@@ -151,6 +152,7 @@ class TrainingBackend(Backend, Protocol):
     micro_batches: int
     samples_per_step: int
     compile_only: bool
+    least_accumulation: int = 1
 
     def any_process(self, wish: bool) -> bool:
         """Return whether any process wishes it; every process must call this."""

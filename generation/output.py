@@ -1,9 +1,11 @@
 """Image files: PNG and JPEG with the settings that generated them, grids, animations and results.jsonl."""
 
 import io
+import itertools
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -113,13 +115,16 @@ def save_images(
     folder = prompt_folder(metadata[0]["prompt"], outputs_dir)
     numbers = [re.match(r"\d+(?=-seed-\d+\.(jpg|png)$)", path.name) for path in folder.iterdir()]
     first = max((int(number[0]) for number in numbers if number), default=-1) + 1
-    lines = []
-    for number, (image, about) in enumerate(zip(images, metadata), first):
+
+    def save(number: int, image: Image.Image, about: Dict[str, Any]) -> str:
         path = folder / f"{number}-seed-{about['seed']}{SUFFIXES[format]}"
         with atomic_write(path) as file:
             file.write(encode_image(image, about, format))
         relative = os.path.relpath(path, outputs_dir).replace(os.sep, "/")
-        lines.append(json.dumps({"file": relative, **about}, ensure_ascii=False) + "\n")
+        return json.dumps({"file": relative, **about}, ensure_ascii=False) + "\n"
+
+    with ThreadPoolExecutor(min(len(images), os.cpu_count() or 1)) as pool:
+        lines = list(pool.map(save, itertools.count(first), images, metadata))
     suffix = "" if first == 0 else f"-{first}"
     save_grid(images, folder / f"grid{suffix}.png")
     if frames:

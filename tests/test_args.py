@@ -55,21 +55,10 @@ TRAIN_FLAGS = {
     "attn-types": ("full, conv_like", ("full", "conv_like")),
     "checkpoint-output-dir": ("", ""),
 }
-TRAIN_DEFAULTS = {
-    "replication_factor": 1,
-    "embedding_serialization_factor": 1,
-    "ipus_per_replica": 1,
-    "embedding_ipu_id": 0,
-    "matmul_proportion": [0.6],
-    "async_dataloader": True,
-    "random_seed": 42,
-    "weight_decay": 0,
-    "loss_img_weight": 7,
-    "checkpoint_save_steps": 1000,
-    "wandb": False,
-    "wandb_project_name": "miniDALL-E",
-    "bpe_path": None,
-}
+TRAIN_DEFAULTS = yaml.safe_load("""
+    {replication_factor: 1, embedding_serialization_factor: 1, ipus_per_replica: 1, embedding_ipu_id: 0,
+    matmul_proportion: [0.6], async_dataloader: true, random_seed: 42, weight_decay: 0, loss_img_weight: 7,
+    checkpoint_save_steps: 1000, wandb: false, wandb_project_name: miniDALL-E, bpe_path: null}""")
 GENERATE_FLAGS = {
     "dalle-path": ("c.pt", "c.pt"),
     "vqgan-model-path": ("v.ckpt", "v.ckpt"),
@@ -84,83 +73,28 @@ GENERATE_FLAGS = {
 }
 
 ROW, COL, FULL = "axial_row", "axial_col", "full"
-L16_CLIP = {
-    "batch_size": 1,
-    "epochs": 200,
-    "replication_factor": 1,
-    "gradient_accumulation": 15,
-    "embedding_serialization_factor": 8,
-    "ipus_per_replica": 4,
-    "layers_per_ipu": [0, 7, 7, 2],
-    "matmul_proportion": [0.2],
-    "fp16": True,
-    "stochastic_rounding": True,
-    "enable_half_partials": True,
-    "enable_half_first_order_momentum": True,
-    "enable_rts": False,
-    "optimizer": "Adam",
-    "learning_rate": 3e-4,
-    "lr_scheduler": "ReduceLROnPlateau",
-    "loss_scaling": 16384,
-    "sandwich_norm": True,
-    "bpe_path": None,
-    "hidden_size": 512,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "dim_head": 64,
-    "ff_dropout": 0,
-    "attn_dropout": 0,
-    "attn_types": (ROW, ROW, COL, ROW, ROW, ROW, COL, ROW, ROW, ROW, COL, FULL, ROW, ROW, COL, FULL),
-    "dataloader_workers": 4,
-    "loss_img_weight": 7,
-    "text_seq_len": 80,
-    "truncate_captions": True,
-    "checkpoint_output_dir": "./output/ckpt",
-    "checkpoint_save_steps": 5000,
-    "input_folder": "./data/COCO",
-    "wandb": False,
-}
-L16 = {
-    **L16_CLIP,
-    "batch_size": 2,
-    "epochs": 800,
-    "gradient_accumulation": 8192,
-    "embedding_serialization_factor": 4,
-    "layers_per_ipu": [0, 6, 6, 4],
-    "matmul_proportion": [0.6],
-    "learning_rate": 5e-3,
-    "lr_scheduler": "multi_step",
-    "loss_scaling": 32768,
-    "sandwich_norm": False,
-    "bpe_path": "bpe/bpe_yttm_vocab.txt",
-}
+L16_CLIP = yaml.safe_load("""
+    {batch_size: 1, epochs: 200, replication_factor: 1, gradient_accumulation: 15, embedding_serialization_factor: 8,
+    ipus_per_replica: 4, layers_per_ipu: [0, 7, 7, 2], matmul_proportion: [0.2], fp16: true, stochastic_rounding: true,
+    enable_half_partials: true, enable_half_first_order_momentum: true, enable_rts: false, optimizer: Adam,
+    learning_rate: 0.0003, lr_scheduler: ReduceLROnPlateau, loss_scaling: 16384, sandwich_norm: true, bpe_path: null,
+    hidden_size: 512, num_hidden_layers: 16, num_attention_heads: 16, dim_head: 64, ff_dropout: 0, attn_dropout: 0,
+    dataloader_workers: 4, loss_img_weight: 7, text_seq_len: 80, truncate_captions: true, wandb: false,
+    checkpoint_output_dir: ./output/ckpt, checkpoint_save_steps: 5000, input_folder: ./data/COCO}""")
+L16_CLIP["attn_types"] = (ROW, ROW, COL, ROW, ROW, ROW, COL, ROW, ROW, ROW, COL, FULL, ROW, ROW, COL, FULL)
+L16 = {**L16_CLIP, **yaml.safe_load("""
+    {batch_size: 2, epochs: 800, gradient_accumulation: 8192, embedding_serialization_factor: 4,
+    layers_per_ipu: [0, 6, 6, 4], matmul_proportion: [0.6], learning_rate: 0.005, lr_scheduler: multi_step,
+    loss_scaling: 32768, sandwich_norm: false, bpe_path: bpe/bpe_yttm_vocab.txt}""")}  # fmt: skip
 POD16 = {**L16, "replication_factor": 4, "gradient_accumulation": 2048, "enable_rts": True}
 POD64 = {**POD16, "replication_factor": 16, "gradient_accumulation": 512, "loss_scaling": 16384}
 HALF = ("fp16", "stochastic_rounding", "enable_half_partials", "enable_half_first_order_momentum")
-UNIT_TEST = {
-    **L16,
-    **dict.fromkeys(HALF, False),
-    "batch_size": 1,
-    "epochs": 1,
-    "gradient_accumulation": 2,
-    "embedding_serialization_factor": 1,
-    "ipus_per_replica": 1,
-    "layers_per_ipu": [1],
-    "learning_rate": 3e-4,
-    "lr_scheduler": "ReduceLROnPlateau",
-    "loss_scaling": 1,
-    "hidden_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "attn_types": (ROW,),
-}
-CONFIGURATIONS = {
-    "L16_CLIP_vocab": L16_CLIP,
-    "L16": L16,
-    "L16_POD16": POD16,
-    "L16_POD64": POD64,
-    "unit_test": UNIT_TEST,
-}
+UNIT_TEST = {**L16, **dict.fromkeys(HALF, False), "attn_types": (ROW,), **yaml.safe_load("""
+    {batch_size: 1, epochs: 1, gradient_accumulation: 2, embedding_serialization_factor: 1, ipus_per_replica: 1,
+    layers_per_ipu: [1], learning_rate: 0.0003, lr_scheduler: ReduceLROnPlateau, loss_scaling: 1, hidden_size: 64,
+    num_hidden_layers: 1, num_attention_heads: 1}""")}  # fmt: skip
+CONFIGURATIONS = {"L16_CLIP_vocab": L16_CLIP, "L16": L16, "L16_POD16": POD16, "L16_POD64": POD64}
+CONFIGURATIONS["unit_test"] = UNIT_TEST
 
 # Sizes and counts, of which nothing can be zero.
 COUNTS = {

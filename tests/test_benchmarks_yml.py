@@ -92,8 +92,7 @@ ORDINARY = ("train_real_pod4", "train_real_pod64_conv", "generate_pod4", "genera
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name.endswith(ORDINARY) else pytest.mark.slow) for name in ENTRIES],
+    "name", [pytest.param(name, marks=() if name.endswith(ORDINARY) else pytest.mark.slow) for name in ENTRIES]
 )
 def test_figures_of_an_entry_are_in_its_log(
     poptorch_standin, command, drawn_pictures, tiny_vqgan, tmp_path, name, monkeypatch

@@ -159,30 +159,6 @@ def test_captions_files(content):
         assert status == 0 or not files
 
 
-VOCABULARY = (ROOT / YTTM).read_bytes()
-CLIP = (ROOT / "bpe" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
-
-
-@settings(max_examples=20, **MANY)
-@given(
-    damaged(VOCABULARY)
-    | damaged(VOCABULARY[:400])
-    | damaged(CLIP)
-    | st.binary(max_size=200)
-    | st.text().map(str.encode)
-)
-def test_vocabularies(content):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "vocabulary"
-        path.write_bytes(content)
-        try:
-            tokenizer = load_tokenizer(str(path))
-        except (ValueError, OSError) as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-        else:
-            assert tokenizer.tokenize(["a small red circle"], 60).shape == (1, 60)
-
-
 @pytest.fixture(scope="module")
 def small_file(tiny_checkpoint):
     """A checkpoint's content, without the optimizer's state: fewer bytes, so that changes meet more that matters."""
@@ -255,32 +231,3 @@ def test_pictures(data):
         pictures = [name for name, _, _ in dataset.images]
         seen = pictures + [path.name for files in dataset.skipped.values() for path in files]
         assert "bad.png" in seen and "good.png" in pictures
-
-
-@settings(max_examples=20, **MANY)
-@given(st.data())
-def test_code_caches(picture_folder_with_cache, data):
-    """A damaged cache is told, and its pictures are encoded again."""
-    folder, flags, expected = picture_folder_with_cache
-    files = sorted(folder.glob("*"))
-    whole = {path: path.read_bytes() for path in files}
-    path = data.draw(st.sampled_from(files))
-    path.write_bytes(data.draw(damaged(whole[path])))
-    try:
-        status, out, err = ends(train.main, *flags)
-        assert status == 0 and "Traceback" not in out + err, (out, err)
-        assert float(out.split(" loss: ")[1].split()[0]) == expected
-    finally:
-        for left in folder.glob("*"):
-            left.unlink()
-        for path, content in whole.items():
-            path.write_bytes(content)
-
-
-@pytest.fixture(scope="module")
-def picture_folder_with_cache(tiny_flags, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    flags = [*tiny_flags, "--codes-cache", folder, "--max-steps", 1]
-    status, out, _ = ends(train.main, *flags)
-    assert status == 0
-    return folder, flags, float(out.split(" loss: ")[1].split()[0])

@@ -85,12 +85,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(poptorch_standin, command, 
     assert command(train.main, *flags, "--max-steps", 5, "--checkpoint-output-dir", tmp_path / "part").status == 0
     stopped = tmp_path / "part" / "dalle_step_5.pt"
     ended = command(
-        train.main,
-        *flags,
-        "--checkpoint-output-dir",
-        tmp_path / "rest",
-        "--pretrained-checkpoint",
-        stopped,
+        train.main, *flags, "--checkpoint-output-dir", tmp_path / "rest", "--pretrained-checkpoint", stopped
     )
     assert ended.status == 0 and "at step 5" in ended.out and "afresh" not in ended.out + ended.err
     assert_same_weights(tmp_path / "rest" / "dalle_2.pt", tmp_path / "whole" / "dalle_2.pt")

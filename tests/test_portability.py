@@ -28,9 +28,6 @@ runpy.run_path(script, run_name="__main__")
 def test_a_command_runs_without_posix_modules(command, tmp_path):
     script, *flags = command.replace("OUT", str(tmp_path / "out")).split()
     ended = subprocess.run(
-        [sys.executable, "-c", WITHOUT_POSIX, ROOT / script, *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", WITHOUT_POSIX, ROOT / script, *flags], cwd=ROOT, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr

@@ -319,11 +319,13 @@ def refuse_small_set(images: int, settings: Namespace, backend: TrainingBackend)
     replicas = needed // (batch * accumulation)
     flags = f"--batch-size {batch} × --gradient-accumulation {accumulation}"
     flags += f" × {replicas} replicas or iterations" if replicas > 1 else ""
-    aim = max(1, images // 8)  # samples of an update; fewer than 8 updates an epoch learn little from a small set
-    fitting = 1 if replicas > aim else replicas
-    batch = max(1, min(batch, aim // fitting))
-    advice = f"--batch-size {batch} --gradient-accumulation {max(1, aim // (batch * fitting))}"
+    least = backend.least_accumulation
+    aim = max(least, images // 8)  # samples of an update; fewer than 8 updates an epoch learn little from a small set
+    fitting = 1 if replicas * least > aim else replicas
+    batch = max(1, min(batch, aim // (fitting * least)))
+    advice = f"--batch-size {batch} --gradient-accumulation {aim // (batch * fitting)}"
     advice += " --replication-factor 1 --device-iterations 1" if fitting != replicas else ""
+    advice = advice if images >= least else f"{least} or more"
     raise ValueError(
         f"{settings.input_folder}: one step takes {needed:,} samples ({flags}), but the set has {images:,}; {advice} "
         "would fit, or use --config photos"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from backends.base import Backend, Losses, StageEstimate, Trainer, TrainingBackend
 from backends.memory import Memory
-from backends.native.gpu_attention import use_fused_attention
+from backends.native.gpu_attention import use_cudnn_attention, use_fused_attention
 from backends.native.inference import NativeSampler, decoder, encoder
 from backends.native.resilient_loader import read
 from backends.native.trainer import NativeTrainer, mean_losses
@@ -73,7 +73,7 @@ class NativeBackend(Backend):
         if self.kind == "cuda":
             if self.world_size > 1:
                 self.device = own_gpu(self.processes.local_rank)
-            # It plans for some 30 ms for every new shape, and generation attends to one more key with each code.
+            # It plans for some 30 ms for every new shape: good for training, bad for captions of any number.
             if hasattr(torch.backends.cuda, "enable_cudnn_sdp"):
                 torch.backends.cuda.enable_cudnn_sdp(False)
         self.precision = pick_precision(precision, self.device, fp16, loss_scaling)
@@ -140,6 +140,8 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
     def __init__(self, settings: Namespace):
         self.settings, self.shard = settings, settings.shard
         super().__init__(settings.device, settings.precision, settings.fp16, loss_scaling=not self.shard)
+        if self.kind == "cuda":
+            use_cudnn_attention(self.device, self.dtype)
         if self.shard:
             from backends.native import sharding
 

@@ -149,18 +149,6 @@ def test_what_is_worth_knowing(tmp_path, tokenizer, noise):
     }
 
 
-def test_stems_that_several_images_have(tmp_path, tokenizer, noise):
-    for place in ("images/a", "images/b", "captions/a", "captions/b", "both/a", "both/b"):
-        (tmp_path / place).mkdir(parents=True)
-    for part in "ab":
-        noise().save(tmp_path / "images" / part / "1.png")
-        (tmp_path / "captions" / part / "1.txt").write_text(f"a dog {part}")
-        noise().save(tmp_path / "both" / part / "2.png")
-        (tmp_path / "both" / part / "2.txt").write_text(f"a cat {part}")
-    report = checks.check(tmp_path, tokenizer, text_seq_len=80, image_size=32)
-    assert report.notes[checks.SAME_STEM] == [f"images/{part}/1.png with captions/{part}/1.txt" for part in "ab"]
-
-
 def test_a_image_that_kills_its_reader_is_named(every_fault, tokenizer, monkeypatch):
     parent, look = os.getpid(), checks.image_traits
 

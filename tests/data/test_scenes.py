@@ -73,7 +73,7 @@ def test_validation_prompts():
 @pytest.mark.parametrize(
     "name, many",
     [
-        *[("dog", "dogs"), ("fox", "foxes"), ("bus", "buses"), ("sheep", "sheep"), ("wine glass", "wine glasses")],
+        *[("dog", "dogs"), ("fox", "foxes"), ("sheep", "sheep"), ("wine glass", "wine glasses")],
         *[
             ("strawberry", "strawberries"),
             ("monkey", "monkeys"),

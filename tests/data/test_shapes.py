@@ -243,11 +243,3 @@ def test_someone_elses_folder_is_left_alone(tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: --out") and str(tmp_path) in error
     assert files(tmp_path) == {"train/mine.jpg": b"precious"}
-
-
-@pytest.mark.parametrize("flags", [["--pictures", "0"], ["--val", "-1"], ["--size", "60"], ["--size", "0"]])
-def test_settings_out_of_range_are_named(flags, tmp_path, capsys):
-    assert shapes.main(["--out", str(tmp_path / "shapes"), *flags]) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and error[0].startswith(f"error: {flags[0]} {flags[1]}")
-    assert not (tmp_path / "shapes").exists()

@@ -8,20 +8,8 @@ from data import words
 def test_words_are_counted_without_case_and_punctuation():
     captions = ["A red circle, above a Square!", "the artist's well-known red-ish dog…", "año 中文 \u0301"]
     entry = words.summarize_captions(captions, ["", *captions, captions[0], "x" * 200])
-    assert entry["words"] == {
-        "a": 2,
-        "red": 1,
-        "circle": 1,
-        "above": 1,
-        "square": 1,
-        "the": 1,
-        "artist's": 1,
-        "well-known": 1,
-        "red-ish": 1,
-        "dog": 1,
-        "año": 1,
-        "中文": 1,
-    }
+    once = "red circle above square the artist's well-known red-ish dog año 中文"
+    assert entry["words"] == {"a": 2, **dict.fromkeys(once.split(), 1)}
     assert entry["examples"] == captions
     assert words.read_summary(entry) == (entry["words"], captions)
 

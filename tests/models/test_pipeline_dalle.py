@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from models import pipeline_dalle
 from models.pipeline_dalle import (
     AxialAttention,
     SerializedEmbedding,
@@ -165,20 +164,6 @@ def test_axial_attention_is_the_dense_one(columns, text_len, side):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     for ours, theirs in zip(*(torch.autograd.grad(out, inputs, upstream) for out in (found, expected))):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-
-
-def test_axial_attention_computes_fewer_scores():
-    assert AxialAttention.scores(81, 16) == 31393 and len(pattern_mask("full", 81, 16)) ** 2 == 112896
-    sparse, elements = AxialAttention(81, 16, False), []
-    softmax = pipeline_dalle.softmax_of_visible
-
-    def counting(scores, *more):
-        elements.append(scores.numel())
-        return softmax(scores, *more)
-
-    with mock.patch.object(pipeline_dalle, "softmax_of_visible", counting):
-        sparse(*[torch.zeros(1, 1, 336, 4)] * 3, pattern_mask("axial_row", 81, 16))
-    assert sum(elements) == 31393
 
 
 def test_only_axial_layers_are_sparse_and_fp16_keeps_its_softmax(poptorch_standin, tiny_vae):

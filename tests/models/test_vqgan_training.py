@@ -50,15 +50,6 @@ def test_learns_to_give_pictures_back(pictures):
     assert 2 <= after.codes_used <= 5
 
 
-def test_the_learning_rate_is_a_share_of_the_peak(pictures):
-    trainer = trainer_of()
-    trainer.step(pictures[:4], 0.25)
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.25 * 2e-3)
-    weights = [parameter.clone() for parameter in trainer.model.parameters()]
-    trainer.step(pictures[:4], 0.0)
-    assert all(torch.equal(old, new) for old, new in zip(weights, trainer.model.parameters()))
-
-
 def test_an_entry_begins_at_the_mean_latent_of_the_cells_that_look_alike(pictures):
     trainer = trainer_of()
     trainer.start_codebook(pictures)

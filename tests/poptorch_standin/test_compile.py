@@ -7,14 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.poptorch_standin.helpers import (
-    Net,
-    Through,
-    batch_of,
-    infer,
-    options_of,
-    trainer_of,
-)
+from tests.poptorch_standin.helpers import Net, Through, batch_of, infer, options_of, trainer_of
 
 
 @pytest.mark.parametrize(

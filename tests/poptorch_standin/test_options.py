@@ -33,10 +33,7 @@ from tests.poptorch_standin.helpers import Net, options_of, trainer_of
         ),
         (AttributeError, [lambda p, o: o.Training.gradientClipping(1.0), lambda p, o: o.autoRoundNumIpus(True)]),
         (KeyError, [lambda p, o: o._Popart.set("outlineTreshold", 10.0)]),
-        (
-            NotImplementedError,
-            [lambda p, o: o.Training.accumulationAndReplicationReductionType(p.ReductionType.Sum)],
-        ),
+        (NotImplementedError, [lambda p, o: o.Training.accumulationAndReplicationReductionType(p.ReductionType.Sum)]),
     ],
 )
 def test_options_refuse(poptorch, error, calls):

@@ -27,6 +27,15 @@ def test_a_set_that_is_too_small_is_refused_before_it_is_encoded(
     assert command(train.main, *tiny_flags, *flags.split(), *fitting, "--max-steps", 1).status == 0
 
 
+def test_a_pipeline_of_ipus_takes_the_flags_that_would_fit(poptorch_standin, command, tiny_flags):
+    flags = [*tiny_flags, "--device", "ipu", "--no-async-dataloader", "--max-steps", 1]
+    flags += ["--ipus-per-replica", 2, "--layers-per-ipu", "1,1", "--batch-size", 2, "--gradient-accumulation", 64]
+    ended = command(train.main, *flags)
+    assert "--batch-size 1 --gradient-accumulation 3 would fit" in ended.err
+    assert command(train.main, *flags, "--batch-size", 1, "--gradient-accumulation", 3).status == 0
+    assert "the set has 2; 3 or more would fit" in command(train.main, *flags, "--validation-split", 0.8).err
+
+
 def test_a_read_only_folder_has_its_caches_elsewhere(command, tiny_flags, picture_folder, tmp_path, monkeypatch):
     def refuse(folder, flag):
         if str(folder) == str(picture_folder):  # root may write everywhere

@@ -7,10 +7,8 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import threading
-import time
 import zipfile
 from pathlib import Path
 
@@ -68,7 +66,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         body = server.files[name]
         start = 0
-        if begin and server.ranges:
+        if begin:
             start = int(re.fullmatch(r"bytes=(\d+)-", begin).group(1))
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -82,24 +80,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body[start:stop])
         self.wfile.flush()
         server.sent += max(0, min(stop, len(body)) - start)
-        if stop < len(body) and server.hang:
-            server.reached_cut.set()
-            server.go_on.wait(30)
 
 
 @pytest.fixture
 def server():
-    """Serves SERVED. `cut`: name -> for its next answers, the byte at which the connection breaks (or `hang`s)."""
+    """Serves SERVED. `cut`: name -> for its next answers, the byte at which the connection breaks."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files = dict(SERVED)
-    server.requests, server.sent, server.ranges, server.announced, server.cut = [], 0, True, {}, {}
-    server.hang, server.reached_cut, server.go_on = False, threading.Event(), threading.Event()
+    server.requests, server.sent, server.announced, server.cut = [], 0, {}, {}
     server.daemon_threads = True
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     yield server
-    server.go_on.set()
     server.shutdown()
     server.server_close()
 
@@ -159,47 +152,12 @@ def test_everything_then_nothing_more(server, run, tmp_path):
     assert server.requests == [] and tree(out) == expected()
 
 
-def test_one_part_and_its_zip(server, fetch_val, tmp_path):
-    assert fetch_val("--keep-zips").returncode == 0
-    assert tree(tmp_path / "out") == {**expected("images/val2017"), "val2017.zip": SERVED[VAL]}
-    assert {name for _, name, _ in server.requests} == {VAL}
-    shutil.rmtree(tmp_path / "out" / "images")
-    server.requests.clear()
-    assert fetch_val().returncode == 0 and tree(tmp_path / "out") == expected("images/val2017")
-    assert server.requests == []  # the zip that is there was unpacked
-
-
 def test_a_broken_connection_is_resumed(server, fetch_val, tmp_path):
     size = len(SERVED[VAL])
     server.cut[VAL] = [size // 3, 2 * size // 3]
     assert fetch_val().returncode == 0 and tree(tmp_path / "out") == expected("images/val2017")
     begins = [begin for method, _, begin in server.requests if method == "GET"]
     assert begins == [None, f"bytes={size // 3}-", f"bytes={2 * size // 3}-"] and server.sent == size  # no byte twice
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
-def test_a_run_that_ends_mid_file(server, fetch_val, tmp_path, how):
-    half = len(SERVED[VAL]) // 2
-    server.cut[VAL], server.hang = [half], True
-    command = ["bash", SCRIPT, "--out", tmp_path / "out", "--base-url", server.url, "--only", "val"]
-    process = subprocess.Popen(
-        command, env=environment(tmp_path), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    part = tmp_path / "out" / "val2017.zip.part"
-    try:
-        assert server.reached_cut.wait(30)
-        for _ in range(500):
-            if part.exists() and part.stat().st_size > 0:
-                break
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, how)
-        process.wait(30)
-    server.go_on.set()
-    have = part.stat().st_size
-    assert 0 < have <= half and not (tmp_path / "out" / "images").exists()
-    assert fetch_val().returncode == 0 and tree(tmp_path / "out") == expected("images/val2017")
-    assert server.requests[-1] == ("GET", VAL, f"bytes={have}-")
 
 
 def damaged(data: bytes) -> bytes:

@@ -107,10 +107,7 @@ PROGRAMS = [(TRAIN, ""), *(pytest.param(*more, marks=pytest.mark.slow) for more 
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
-@pytest.mark.parametrize(
-    "program, flag",
-    PROGRAMS,
-)
+@pytest.mark.parametrize("program, flag", PROGRAMS)
 def test_no_thread_of_the_process_group_outlives_its_work(tmp_path, program, flag):
     """A thread that releases tensors after the interpreter has ended aborts the process, now and then."""
     if flag and not hasattr(fsdp, "fully_shard"):

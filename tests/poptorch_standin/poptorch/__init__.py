@@ -5,14 +5,7 @@ from .dataloader import DataLoader
 from .errors import Error, RecoverableError, UnrecoverableError
 from .executor import inferenceModel, trainingModel
 from .machine import MACHINE
-from .ops import (
-    BeginBlock,
-    dynamic_update,
-    for_loop,
-    identity_loss,
-    recomputationCheckpoint,
-    serializedMatMul,
-)
+from .ops import BeginBlock, dynamic_update, for_loop, identity_loss, recomputationCheckpoint, serializedMatMul
 from .options import (
     AutoStage,
     DataLoaderMode,
