@@ -45,10 +45,7 @@ class Table(ImageSource):
         skipped: Dict[str, List[str]] = {}
         self._captions: Dict[str, List[str]] = {}
         find, entries = _Finder(images), list(entries)
-        try:
-            splits = choose_splits({entry.split for entry in entries}, validation)
-        except ValueError as error:
-            raise ValueError(f"{printable(folder)}: {error}") from None
+        splits = choose_splits({entry.split for entry in entries}, validation, folder)
         for entry in entries:
             found = find(entry)
             if len(found) != 1:

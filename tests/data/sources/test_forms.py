@@ -245,6 +245,19 @@ def split_column(folder):
     write_csv(bare_images(folder) / "all.csv", table)
 
 
+def rows_with_a_split(folder):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    content = [(bare_images(folder) / f"{name}.jpg").read_bytes() for name in CAPTIONS]
+    columns = {
+        "jpg": content,
+        "caption_0": ["x", "y", "z"],
+        "caption_1": [None, "y2", "z2"],
+        "filename": ["a", "b", "c"],
+    }
+    parquet.write_table(pyarrow.table({**columns, "split": ["train", "val", "test"]}), folder / "test.parquet")
+    assert open_source(folder, validation=True).captions("test.parquet/00000001") == ["y", "y2"]
+
+
 def file_of_each_split(folder):
     for name, split in zip(CAPTIONS, ("train", "val", "test")):
         (bare_images(folder) / f"{split}.csv").write_text(f"image,caption\n{name}.jpg,x\n")
@@ -259,7 +272,10 @@ def shards_of_splits(folder):
         (folder / f"{name}.jpg").unlink()
 
 
-@pytest.mark.parametrize("form", [splits_of_karpathy, split_column, file_of_each_split, shards_of_splits, hub_parquet])
+@pytest.mark.parametrize(
+    "form",
+    [splits_of_karpathy, split_column, rows_with_a_split, file_of_each_split, shards_of_splits, hub_parquet],
+)
 def test_training_and_validation_read_their_own_split(form, tmp_path):
     form(tmp_path / "set")
     parts = [[tuple(open_source(tmp_path / "set", validation=validation).texts)] for validation in (False, True)]
@@ -273,6 +289,7 @@ def test_tables_of_many_programs(tmp_path):
     expected = dict(zip(("a.png", "b.png"), (["a dog", "two dogs"], ["a bus, parked"])))
     for content in (
         'raw,filename\n"[""a dog"", ""two dogs""]",a.jpg\n"a bus, parked",b.jpg\n',
+        'image,caption_0,caption_1\na.png,a dog,two dogs\nb.png,"a bus, parked",\n',
         "a.png\ta dog\na.png\ttwo dogs\nb.png\ta bus, parked\n",
         "a.png,a dog\na.png,two dogs\nb.png,a bus, parked\n",
         "image| number| comment\na.jpg| 0| a dog\na.jpg| 1   lost\na.jpg| 2| two dogs\nb.jpg| 0| a bus, parked\n",
