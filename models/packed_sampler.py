@@ -137,7 +137,11 @@ class PackedLayer:
         seen = torch.stack((prefix.keys, prefix.values)).to(self.cache_dtype)[:, rows]  # (2, B, H, T + n, D)
         text_len = self.table.text_len
         shape = *seen.shape[:3], text_len + self.table.num_slots, self.dim_head
-        self.cache = seen.new_zeros(shape)
+        if seen.is_cuda:
+            self.cache = seen.new_zeros(shape)
+        else:  # what a code adds lies together, because memory is slow at writing many small pieces
+            kind, images, heads, positions, dim = shape
+            self.cache = seen.new_zeros(images, positions, kind, heads, dim).permute(2, 0, 3, 1, 4)
         self.cache[:, :, :, :text_len] = seen[:, :, :, :text_len]
         slots = self.table.slots[: seen.shape[3] - text_len].tolist()
         owners = {text_len + slot: text_len + place for place, slot in enumerate(slots)}  # the last code of each slot

@@ -56,14 +56,16 @@ def stages(places: Placement) -> List[Tuple[int, List[str]]]:
     return found
 
 
-def check_micro_batches(places: Placement, gradient_accumulation: int) -> None:
-    """Raise ValueError if an update has too few micro-batches for the placement's pipeline."""
+def check_micro_batches(places: Placement, gradient_accumulation: int) -> int:
+    """Return how many micro-batches per update the placement's pipeline needs; ValueError if there are fewer."""
     count = len(stages(places))
-    if gradient_accumulation < 2 * count - 1:
+    least = 2 * count - 1
+    if gradient_accumulation < least:
         raise ValueError(
-            f"--gradient-accumulation {gradient_accumulation}: a pipeline of {count} stages needs {2 * count - 1} "
+            f"--gradient-accumulation {gradient_accumulation}: a pipeline of {count} stages needs {least} "
             "micro-batches or more per update"
         )
+    return least
 
 
 class WrappedDALLE(nn.Module):

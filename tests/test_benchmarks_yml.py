@@ -117,7 +117,7 @@ def test_figures_of_an_entry_are_in_its_log(
     found = figures(name, log)
     assert found["throughput"] > 0
     if "loss" in found:
-        assert 3 < found["loss"] < 12 and found["compile_time"] > 0
+        assert 3 < found["loss"] < 12 and (found["compile_time"] > 0) == (name in ON_IPUS)
 
 
 # Stands for python3 and poprun: as train.py, it wants a folder without checkpoints and writes one.

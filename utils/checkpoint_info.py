@@ -1,6 +1,6 @@
 """Describe a checkpoint, or export its weights.
 
-python -m utils.checkpoint_info FILE [--export OUT.safetensors [--half]]
+python -m utils.checkpoint_info FILE [--export OUT.safetensors [--half] [--decoder FOLDER]]
 """
 
 import textwrap
@@ -11,11 +11,13 @@ import torch
 
 from utils import checkpoint
 from utils.command_line import Parser, parse
-from utils.files import AnyPath
+from utils.files import AnyPath, first_line
 from utils.output import exit_on_closed_output
 
 WIDTH = 118
 LABEL = 12
+VQGAN = f"{checkpoint.PREFIX}vae.model."  # how names of its weights begin
+DECODER = ("decoder.", "post_quant_conv.")
 
 
 @exit_on_closed_output()
@@ -27,6 +29,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     add = parser.heading("Export")
     add("export", None, "write weights (averaged if there are), vocabulary and settings to this .safetensors file")
     add("half", False, "in fp16, except for a VQGAN whose codes would change", bool)
+    add("decoder", None, "with the decoder of this VQGAN, which train_vqgan.py --decoder-of trained for the same codes")
     arguments = parse(parser, argv)
     if arguments.export is not None and not arguments.export.endswith(".safetensors"):
         parser.error(f"argument --export: {arguments.export} does not end in .safetensors")
@@ -35,10 +38,35 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if arguments.export is None:
             print("\n".join(describe(arguments.file, saved)))
         else:
+            if arguments.decoder is not None:
+                replace_decoder(saved["weights"], Path(arguments.decoder) / "vqgan.ckpt")
             checkpoint.write_safetensors(arguments.export, saved, arguments.half)
             print(f"wrote {arguments.export} ({_megabytes(Path(arguments.export).stat().st_size)})")
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def replace_decoder(weights: Dict[str, torch.Tensor], path: Path) -> None:
+    """Replace the VQGAN's decoder among a DALL-E's weights by that of a taming checkpoint.
+
+    Raises:
+        ValueError: the file is damaged, or its VQGAN has other codes.
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--decoder {path}: no such file")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:  # damage shows as whatever the layer that meets it raises
+        raise ValueError(f"--decoder {path}: damaged, or not a VQGAN of train_vqgan.py ({first_line(error)})") from None
+    names = {name: name[len(VQGAN) :] for name in weights if name.startswith(VQGAN)}
+    if not names or not all(name in found and found[name].shape == weights[ours].shape for ours, name in names.items()):
+        raise ValueError(f"--decoder {path}: its VQGAN has another shape than the checkpoint's")
+    for ours, name in names.items():
+        if name.startswith(DECODER):
+            weights[ours] = found[name]
+        elif not torch.equal(found[name], weights[ours]):
+            raise ValueError(f"--decoder {path}: its VQGAN has other codes; train it with --decoder-of")
 
 
 def describe(path: AnyPath, saved: checkpoint.Checkpoint) -> List[str]:

@@ -269,8 +269,7 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
             cls_ipu_id=settings.cls_ipu_id,
             pixels=settings.no_codes_cache,
         )
-        self.least_accumulation = 2 * len(stages(self.places)) - 1
-        check_micro_batches(self.places, settings.gradient_accumulation)
+        self.least_accumulation = check_micro_batches(self.places, settings.gradient_accumulation)
 
     def any_process(self, wish: bool) -> bool:
         """Return whether any instance wishes it."""

@@ -10,6 +10,7 @@ from data.files import File, Skipped, printable
 from data.images import ImagePath
 
 TRAINING_SPLITS = ("train", "training", "restval", "")  # "restval" is Karpathy's; "" is what names no split
+TEXT_COLUMNS = ("text", "caption", "captions", "comment", "raw", "sentence", "sentences", "description", "prompt")
 VALIDATION_SPLITS = ("validation", "val", "valid", "dev", "test")  # in the order of preference
 # Hugging Face finds splits in the names of files and folders in this way: train/, val.csv, test-00000-of-00002.parquet.
 SPLIT_NAME = re.compile(r"(?<![^/._-])(train|training|validation|val|valid|dev|test)(?![^/._-])")
@@ -50,17 +51,26 @@ def text_state(name: str, captions: Sequence[str]) -> File:
     return name, len(content), int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
 
 
+def text_columns(names: Sequence[str]) -> List[str]:
+    """Return which of some columns have captions: one with a known name, or numbered ones such as caption_0."""
+    lower = [name.strip().lower() for name in names]
+    for known in TEXT_COLUMNS:
+        if known in lower:
+            return [names[lower.index(known)]]
+    return [name for name, plain in zip(names, lower) if plain.rstrip("0123456789").rstrip("_") in TEXT_COLUMNS]
+
+
 def split_of(name: str) -> str:
     """Return the split that a file's relative path names, "" if it names none."""
     found = SPLIT_NAME.findall(name.lower())
     return found[-1] if found else ""
 
 
-def choose_splits(splits: Collection[str], validation: bool) -> Set[str]:
-    """Return which of some splits to train or to validate on.
+def choose_splits(splits: Collection[str], validation: bool, folder: Path) -> Set[str]:
+    """Return which of a folder's splits to train or to validate on.
 
     Raises:
-        ValueError: there are splits, but none to validate on; the message does not say where.
+        ValueError: there are splits, but none to validate on.
     """
     if not any(splits):
         return {""}
@@ -68,18 +78,12 @@ def choose_splits(splits: Collection[str], validation: bool) -> Set[str]:
         for split in VALIDATION_SPLITS:
             if split in splits:
                 return {split}
-        raise ValueError(f"has no split to validate on, only {', '.join(sorted(filter(None, splits)))}")
+        has = ", ".join(sorted(filter(None, splits)))
+        raise ValueError(f"{printable(folder)}: has no split to validate on, only {has}")
     return {split for split in splits if split in TRAINING_SPLITS} or set(splits)
 
 
 def files_of_split(folder: Path, names: Sequence[str], validation: bool) -> List[str]:
-    """Return those of some files whose names say that they are to train, or to validate, on.
-
-    Raises:
-        ValueError: as choose_splits.
-    """
-    try:
-        chosen = choose_splits({split_of(name) for name in names}, validation)
-    except ValueError as error:
-        raise ValueError(f"{printable(folder)}: {error}") from None
+    """Return those of some files whose names say that they are to train, or to validate, on; ValueError if none is."""
+    chosen = choose_splits({split_of(name) for name in names}, validation, folder)
     return [name for name in names if split_of(name) in chosen]

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
 
 from data.files import IMAGE_SUFFIXES, clean_captions, printable
-from data.sources.base import split_of
+from data.sources.base import TEXT_COLUMNS, split_of, text_columns
 from data.sources.captions_json import read_json
-from data.sources.rows import TEXT_COLUMNS, import_pyarrow
+from data.sources.rows import image_columns, import_pyarrow
 from data.sources.table import Entry
 from utils.files import decode_text, first_line
 
@@ -33,19 +33,24 @@ _LARGEST_FIELD = 2**24
 
 
 class Row(NamedTuple):
-    """A row of a table; `caption` may be a list of them."""
+    """A row of a table; a caption may be a list of them."""
 
     name: Any
-    caption: Any
+    captions: List[Any]
     split: Any = None
 
 
 class Columns(NamedTuple):
-    """The places, or names, of the columns that are read; `split` may be None."""
+    """The places of the columns that are read."""
 
-    name: Any
-    caption: Any
-    split: Any
+    name: int
+    captions: List[int]
+    split: Optional[int] = None
+
+    def row(self, values: Any) -> Row:
+        """Return the row of some values, by their places."""
+        split = None if self.split is None else values[self.split]
+        return Row(values[self.name], [values[column] for column in self.captions], split)
 
 
 def read_entries(path: Path, place: str = "") -> Optional[Iterator[Entry]]:
@@ -70,17 +75,19 @@ def read_entries(path: Path, place: str = "") -> Optional[Iterator[Entry]]:
         return None
     file_split = split_of(place + path.name)
     return (
-        Entry(str(row.name or ""), _captions_of(row.caption), place, split=str(row.split or file_split).lower())
+        Entry(str(row.name or ""), _captions_of(row.captions), place, split=str(row.split or file_split).lower())
         for row in rows
     )
 
 
-def _captions_of(value: Any) -> List[str]:
-    if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            value = ast.literal_eval(value)  # a list in a field of CSV, as pandas and JSON write it
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return clean_captions(item.get("raw") if isinstance(item, dict) else item for item in values)
+def _captions_of(values: List[Any]) -> List[str]:
+    captions: List[Any] = []
+    for value in values:
+        if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                value = ast.literal_eval(value)  # a list in a field of CSV, as pandas and JSON write it
+        captions += value if isinstance(value, (list, tuple)) else [value]
+    return clean_captions(item.get("raw") if isinstance(item, dict) else item for item in captions)
 
 
 def _json_lines(path: Path) -> List[Any]:
@@ -102,8 +109,7 @@ def _json_rows(path: Path, objects: Sequence[Any]) -> Optional[Iterable[Row]]:
     columns = _find_columns(path, names)
     if columns is None:
         return None
-    wanted = [None if column is None else names[column] for column in columns]
-    return [Row(*(entry.get(name) for name in wanted)) for entry in objects if isinstance(entry, dict)]
+    return [columns.row([entry.get(name) for name in names]) for entry in objects if isinstance(entry, dict)]
 
 
 def _text_rows(path: Path) -> Optional[Iterable[Row]]:
@@ -116,7 +122,7 @@ def _text_rows(path: Path) -> Optional[Iterable[Row]]:
     first = _LINE_BREAK.split(text, maxsplit=1)[0]
     if _NUMBERED.match(first):
         matches = (_NUMBERED.match(line) for line in _LINE_BREAK.split(text))
-        return [Row(match[1], match[3]) for match in matches if match]
+        return [Row(match[1], [match[3]]) for match in matches if match]
     fault = None
     for delimiter in _DELIMITERS:
         header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
@@ -129,7 +135,7 @@ def _text_rows(path: Path) -> Optional[Iterable[Row]]:
             if columns is not None:
                 return _delimited_rows(path, text, delimiter, len(header), columns)[1:]
             if header[0].lower().endswith(IMAGE_SUFFIXES) and not header[1].replace(".", "").isdigit():
-                return _delimited_rows(path, text, delimiter, 2, Columns(0, 1, None))
+                return _delimited_rows(path, text, delimiter, 2, Columns(0, [1]))
     if fault:
         raise fault
     return None
@@ -140,12 +146,10 @@ def _delimited_rows(path: Path, text: str, delimiter: str, width: int, columns: 
     reader, rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []
     try:
         for fields in reader:
-            if len(fields) > width and columns.caption == width - 1:  # a caption with commas and without quotes
-                fields[columns.caption :] = [delimiter.join(fields[columns.caption :])]
+            if len(fields) > width and columns.captions == [width - 1]:  # a caption with commas and without quotes
+                fields[width - 1 :] = [delimiter.join(fields[width - 1 :])]
             if fields:
-                fields += [""] * (width - len(fields))
-                split = None if columns.split is None else fields[columns.split].strip()
-                rows.append(Row(fields[columns.name].strip(), fields[columns.caption], split))
+                rows.append(columns.row([field.strip() for field in fields] + [""] * (width - len(fields))))
     except csv.Error as error:
         raise ValueError(f"{printable(path)}, line {reader.line_num}: {error}") from None
     finally:
@@ -157,12 +161,13 @@ def _parquet_rows(path: Path) -> Optional[Iterable[Row]]:
     arrow = import_pyarrow(path)
     try:
         schema = arrow.parquet.read_schema(path)
-        columns = _find_columns(path, schema.names)
-        if columns is None or "string" not in str(schema.field(columns.name).type):  # images instead of their names
+        columns = None if image_columns(arrow.types, schema) else _find_columns(path, schema.names)
+        if columns is None:
             return None
-        wanted = [schema.names[column] for column in columns if column is not None]
-        table = arrow.parquet.read_table(path, columns=wanted)
-        return [Row(*values) for values in zip(*(table[name].to_pylist() for name in wanted))]
+        wanted = sorted({columns.name, *columns.captions, *([] if columns.split is None else [columns.split])})
+        table = arrow.parquet.read_table(path, columns=[schema.names[column] for column in wanted])
+        values = {column: table[schema.names[column]].to_pylist() for column in wanted}
+        return [columns.row({column: values[column][row] for column in wanted}) for row in range(table.num_rows)]
     except (OSError, arrow.ArrowException) as error:
         raise ValueError(f"{printable(path)}: cannot be read as a Parquet file ({first_line(error)})") from None
 
@@ -182,12 +187,12 @@ def _find_columns(path: Path, header: Sequence[str]) -> Optional[Columns]:
     """
     names = [name.strip().lower() for name in header]
     image = next((names.index(name) for name in IMAGE_COLUMNS if name in names), None)
-    text = next((names.index(name) for name in TEXT_COLUMNS if name in names), None)
     if image is None:
         return None
-    if text is None:
+    texts = [header.index(name) for name in text_columns(header)]
+    if not texts:
         raise ValueError(
             f"{printable(path)}: has no column of captions, such as {' or '.join(TEXT_COLUMNS[:2])}, "
             f"only {', '.join(header)}"
         )
-    return Columns(image, text, names.index("split") if "split" in names else None)
+    return Columns(image, texts, names.index("split") if "split" in names else None)

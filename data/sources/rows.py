@@ -7,24 +7,23 @@ mapped into memory; of a Parquet file, one row group is kept.
 import functools
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
-from data.files import EMPTY_CAPTION, File, StoredImage, clean_captions, printable
-from data.sources.base import ImagePath, ImageSource, files_of_split, text_state
+from data.files import EMPTY_CAPTION, OTHER_SPLIT, File, StoredImage, clean_captions, printable
+from data.sources.base import ImagePath, ImageSource, choose_splits, files_of_split, text_columns, text_state
 from utils.files import first_line
 
 ROW_SUFFIXES = (".parquet", ".arrow")
-TEXT_COLUMNS = ("text", "caption", "captions", "comment", "raw", "sentence", "sentences", "description", "prompt")
 
 
 class RowImage(StoredImage):
-    """The image of one row."""
+    """The image of one row: that of a row group, and `number` in the whole file."""
 
-    def __init__(self, path: Path, name: str, column: str, group: int, row: int):
-        self.path, self.name, self.column, self.group, self.row = path, name, column, group, row
+    def __init__(self, path: Path, column: str, group: int, row: int, number: int):
+        self.path, self.column, self.group, self.row, self.number = path, column, group, row, number
 
     def __str__(self) -> str:
-        return self.name
+        return f"{printable(self.path)}, row {self.number}"
 
     def read(self) -> bytes:
         """Return the bytes of the image file."""
@@ -52,26 +51,20 @@ class Rows(ImageSource):
         self._images: Dict[str, RowImage] = {}
         self._captions: Dict[str, List[str]] = {}
         images: List[File] = []
-        skipped: List[Path] = []
-        for file in self.holders:
-            path, start = folder / file, 0
-            status = path.stat()
-            for group, (image_column, values) in enumerate(_read_texts(path)):
-                for row, value in enumerate(values):
-                    name = f"{file}/{start + row:08d}"
-                    captions = clean_captions(value if isinstance(value, list) else [value])
-                    if captions:
-                        title = f"{printable(path)}, row {start + row}"
-                        self._images[name] = RowImage(path, title, image_column, group, row)
-                        self._captions[name] = captions
-                        images.append((name, status.st_size, status.st_mtime_ns))
-                    else:
-                        skipped.append(folder / name)
-                start += len(values)
+        skipped: Dict[str, List[Path]] = {}
+        rows = [row for file in self.holders for row in _read_rows(folder, file)]
+        splits = choose_splits({row.split for row in rows}, validation, folder)
+        for row in rows:
+            name = row.state[0]
+            if row.captions and row.split in splits:
+                images.append(row.state)
+                self._images[name], self._captions[name] = row.image, row.captions
+            else:
+                skipped.setdefault(EMPTY_CAPTION if row.split in splits else OTHER_SPLIT, []).append(folder / name)
         if not images:
-            raise ValueError(f"{printable(folder)}: none of the {len(skipped)} rows of its files has a caption")
+            raise ValueError(f"{printable(folder)}: none of the {len(rows)} rows of its files has a caption")
         texts = [text_state(name, captions) for name, captions in self._captions.items()]
-        super().__init__(folder, images, texts, {EMPTY_CAPTION: skipped} if skipped else {})
+        super().__init__(folder, images, texts, skipped)
 
     def image(self, name: str) -> ImagePath:
         """Return the image of a row."""
@@ -105,41 +98,68 @@ def _without_replaced(folder: Path, files: Sequence[str]) -> List[str]:
     return current
 
 
-def _read_texts(path: Path) -> List[Tuple[str, List[Any]]]:
-    """Return the name of the column of images and the texts of all rows, for each row group."""
-    arrow = import_pyarrow(path)
+class _Row(NamedTuple):
+    state: File
+    image: RowImage
+    captions: List[str]
+    split: str
+
+
+class _Columns(NamedTuple):
+    image: str
+    texts: List[str]
+    split: Optional[str]
+
+
+def _read_rows(folder: Path, file: str) -> Iterator[_Row]:
+    arrow, path = import_pyarrow(folder / file), folder / file
     try:
-        if path.suffix.lower() == ".parquet":
-            groups, schema = arrow.parquet.read_metadata(path).num_row_groups, arrow.parquet.read_schema(path)
-        else:
-            groups, schema = 1, _map_arrow(path).schema
-        image, text = _find_columns(arrow.types, path, schema)
-        return [(image, _read_group(path, group, text).to_pylist()) for group in range(groups)]
+        is_parquet = path.suffix.lower() == ".parquet"
+        groups = arrow.parquet.read_metadata(path).num_row_groups if is_parquet else 1
+        schema = arrow.parquet.read_schema(path) if is_parquet else _map_arrow(path).schema
+        columns = _find_columns(arrow.types, path, schema)
+        status, number = path.stat(), 0
+        for group in range(groups):
+            texts = [_read_group(path, group, text).to_pylist() for text in columns.texts]
+            splits = _read_group(path, group, columns.split).to_pylist() if columns.split else [""] * len(texts[0])
+            for row, (split, *values) in enumerate(zip(splits, *texts)):
+                image = RowImage(path, columns.image, group, row, number)
+                captions = clean_captions(
+                    t for value in values for t in (value if isinstance(value, list) else [value])
+                )
+                state = (f"{file}/{number:08d}", status.st_size, status.st_mtime_ns)
+                yield _Row(state, image, captions, str(split or "").lower())
+                number += 1
     except (OSError, arrow.ArrowException) as error:
         raise ValueError(f"{printable(path)}: cannot be read by pyarrow ({first_line(error)})") from None
 
 
-def _find_columns(types: Any, path: Path, schema: Any) -> Tuple[str, str]:
-    """Return the names of the columns of images and of texts."""
-
-    def is_text(kind: Any) -> bool:
-        if types.is_list(kind) or types.is_large_list(kind):
-            kind = kind.value_type
-        return types.is_string(kind) or types.is_large_string(kind)
+def image_columns(types: Any, schema: Any) -> List[str]:
+    """Return the names of the columns that have the bytes of images; "image" comes first."""
 
     def is_image(kind: Any) -> bool:
         holds_bytes = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
         return holds_bytes or types.is_binary(kind) or types.is_large_binary(kind)
 
-    images = [field.name for field in schema if is_image(field.type)]
+    names = [field.name for field in schema if is_image(field.type)]
+    return sorted(names, key=lambda name: name.lower() != "image")
+
+
+def _find_columns(types: Any, path: Path, schema: Any) -> _Columns:
+    def is_text(kind: Any) -> bool:
+        if types.is_list(kind) or types.is_large_list(kind):
+            kind = kind.value_type
+        return types.is_string(kind) or types.is_large_string(kind)
+
+    images = image_columns(types, schema)
     texts = [field.name for field in schema if is_text(field.type)]
-    named = [name for known in TEXT_COLUMNS for name in texts if name.lower() == known]
-    if not images or not (named or len(texts) == 1):
+    captions = text_columns(texts) or texts[: len(texts) == 1]  # a single column of texts may have any name
+    if not images or not captions:
         raise ValueError(
             f"{printable(path)}: needs a column of images and one of strings called text or caption; it has "
             f"{', '.join(f'{field.name} ({field.type})' for field in schema)}"
         )
-    return images[0], (named or texts)[0]
+    return _Columns(images[0], captions, "split" if "split" in texts else None)
 
 
 @functools.lru_cache(maxsize=64)

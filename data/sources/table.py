@@ -45,10 +45,7 @@ class Table(ImageSource):
         skipped: Dict[str, List[str]] = {}
         self._captions: Dict[str, List[str]] = {}
         find, entries = _Finder(images), list(entries)
-        try:
-            splits = choose_splits({entry.split for entry in entries}, validation)
-        except ValueError as error:
-            raise ValueError(f"{printable(folder)}: {error}") from None
+        splits = choose_splits({entry.split for entry in entries}, validation, folder)
         for entry in entries:
             found = find(entry)
             if len(found) != 1:
@@ -104,7 +101,7 @@ class _Finder:
             exact = [path for path in paths if path == entry.place + entry.name]
             return exact or paths
         name = key[key.rfind("/") + 1 :]
-        found = self.by_name.get(name) or self.by_stem.get(_stem(name)) or []
+        found = self.by_name.get(name) or self.by_stem.get(_stem(name)) or self.by_stem.get(name.zfill(12)) or []
         if len(found) > 1:  # the folders that the list names come last in the path, or the list is named like a folder
             for part in ([f"/{key}"] if "/" in key else []) + [f"/{entry.hint}/"] * bool(entry.hint):
                 chosen = [name for name in found if part in f"/{_key(name)}"]

@@ -28,17 +28,8 @@ def test_a_set_that_is_too_small_is_refused_before_it_is_encoded(
 
 
 def test_a_pipeline_of_ipus_takes_the_flags_that_would_fit(poptorch_standin, command, tiny_flags):
-    flags = [
-        *tiny_flags,
-        "--device",
-        "ipu",
-        "--no-async-dataloader",
-        "--ipus-per-replica",
-        2,
-        "--layers-per-ipu",
-        "1,1",
-    ]
-    flags += ["--batch-size", 2, "--gradient-accumulation", 64, "--max-steps", 1]
+    flags = [*tiny_flags, "--device", "ipu", "--no-async-dataloader", "--max-steps", 1]
+    flags += ["--ipus-per-replica", 2, "--layers-per-ipu", "1,1", "--batch-size", 2, "--gradient-accumulation", 64]
     ended = command(train.main, *flags)
     assert "--batch-size 1 --gradient-accumulation 3 would fit" in ended.err
     assert command(train.main, *flags, "--batch-size", 1, "--gradient-accumulation", 3).status == 0

@@ -52,6 +52,23 @@ def test_a_file_of_the_reference(command, tmp_path):
         assert "optimizer state (1 tensors, 1.0 MB), schedule state" in ended.out and "tokenizer" not in ended.out
 
 
+def test_a_decoder_of_the_same_codes_is_exported(command, tiny_checkpoint, tmp_path):
+    weights = checkpoint.read(tiny_checkpoint)["weights"]
+    vqgan = {name[len("model.vae.model.") :]: x for name, x in weights.items() if name.startswith("model.vae.model.")}
+    sharper = {name: x + 1 if name.startswith(("decoder.", "post_quant_conv.")) else x for name, x in vqgan.items()}
+    out, folder = tmp_path / "out.safetensors", tmp_path / "vqgan"
+    folder.mkdir()
+    torch.save({"state_dict": sharper}, folder / "vqgan.ckpt")
+    assert command(checkpoint_info.main, tiny_checkpoint, "--export", out, "--decoder", folder).status == 0
+    exported = checkpoint.read(out)["weights"]
+    assert all(torch.equal(exported[f"model.vae.model.{name}"], x) for name, x in sharper.items())
+    torch.save({"state_dict": {name: x + 1 for name, x in vqgan.items()}}, folder / "vqgan.ckpt")
+    out.unlink()
+    for place, reason in ((folder, "its VQGAN has other codes"), (tmp_path, "no such file")):
+        ended = command(checkpoint_info.main, tiny_checkpoint, "--export", out, "--decoder", place)
+        assert ended.status == 2 and reason in ended.err and not out.exists()
+
+
 def test_odd_contents_are_shown_as_they_are(command, tmp_path):
     odd = {
         "hparams": {1: "\x1b[31mred\nline"},

@@ -124,6 +124,14 @@ def tar_shards(folder):
         (folder / f"{name}.jpg").unlink()
 
 
+def coco_results(folder):
+    results = [{"image_id": 7 + n, "caption": text} for n, texts in enumerate(CAPTIONS.values()) for text in texts]
+    folder.mkdir()
+    for n, name in enumerate(CAPTIONS):
+        (bare_images(folder.with_name("other")) / f"{name}.jpg").rename(folder / f"COCO_val2014_{7 + n:012}.jpg")
+    (folder / "results.json").write_text(json.dumps(results))
+
+
 def sidecar_json(folder):
     for name, texts in CAPTIONS.items():
         (bare_images(folder) / f"{name}.json").write_text(json.dumps({"caption": texts, "url": "x"}))
@@ -160,7 +168,7 @@ def hub_parquet(folder):
 
 FORMS = (
     *(metadata_jsonl, metadata_csv, metadata_parquet, flickr8k, flickr8k_token, flickr30k),
-    *(coco_json, karpathy, json_of_names, sidecar_json, tar_shards, saved_dataset, hub_parquet),
+    *(coco_json, karpathy, json_of_names, coco_results, sidecar_json, tar_shards, saved_dataset, hub_parquet),
 )
 
 
@@ -245,6 +253,19 @@ def split_column(folder):
     write_csv(bare_images(folder) / "all.csv", table)
 
 
+def rows_with_a_split(folder):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    content = [(bare_images(folder) / f"{name}.jpg").read_bytes() for name in CAPTIONS]
+    columns = {
+        "jpg": content,
+        "caption_0": ["x", "y", "z"],
+        "caption_1": [None, "y2", "z2"],
+        "filename": ["a", "b", "c"],
+    }
+    parquet.write_table(pyarrow.table({**columns, "split": ["train", "val", "test"]}), folder / "test.parquet")
+    assert open_source(folder, validation=True).captions("test.parquet/00000001") == ["y", "y2"]
+
+
 def file_of_each_split(folder):
     for name, split in zip(CAPTIONS, ("train", "val", "test")):
         (bare_images(folder) / f"{split}.csv").write_text(f"image,caption\n{name}.jpg,x\n")
@@ -259,7 +280,10 @@ def shards_of_splits(folder):
         (folder / f"{name}.jpg").unlink()
 
 
-@pytest.mark.parametrize("form", [splits_of_karpathy, split_column, file_of_each_split, shards_of_splits, hub_parquet])
+@pytest.mark.parametrize(
+    "form",
+    [splits_of_karpathy, split_column, rows_with_a_split, file_of_each_split, shards_of_splits, hub_parquet],
+)
 def test_training_and_validation_read_their_own_split(form, tmp_path):
     form(tmp_path / "set")
     parts = [[tuple(open_source(tmp_path / "set", validation=validation).texts)] for validation in (False, True)]
@@ -273,6 +297,7 @@ def test_tables_of_many_programs(tmp_path):
     expected = dict(zip(("a.png", "b.png"), (["a dog", "two dogs"], ["a bus, parked"])))
     for content in (
         'raw,filename\n"[""a dog"", ""two dogs""]",a.jpg\n"a bus, parked",b.jpg\n',
+        'image,caption_0,caption_1\na.png,a dog,two dogs\nb.png,"a bus, parked",\n',
         "a.png\ta dog\na.png\ttwo dogs\nb.png\ta bus, parked\n",
         "a.png,a dog\na.png,two dogs\nb.png,a bus, parked\n",
         "image| number| comment\na.jpg| 0| a dog\na.jpg| 1   lost\na.jpg| 2| two dogs\nb.jpg| 0| a bus, parked\n",
@@ -379,7 +404,7 @@ def test_a_damaged_image_of_a_shard_is_skipped_as_a_file_is(tmp_path, logged):
     rows = load_codes(dataset.images, lambda x: torch.zeros(len(x), 4).long(), cache, paths=dataset.image_paths())
     dataset.attach_codes(*rows)
     assert [name for name, _, _ in dataset.images] == ["00000.tar/a.jpg", "00001.tar/c.jpg"]
-    assert "00000.tar/b.jpg: cannot be read as an image" in logged.text
+    assert "00000.tar/b.jpg: not an image" in logged.text
     (tmp_path / "00001.tar").write_bytes(b"")
     with pytest.raises(OSError, match="00001.tar: has become shorter since it was indexed"):
         dataset.source.image("00001.tar/c.jpg").read()
