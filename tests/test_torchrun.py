@@ -53,12 +53,12 @@ def test_two_processes_train_as_one(command, showing, tiny_flags, tmp_path, monk
     flags = [*tiny_flags, "--epochs", 2, "--batch-size", 2, "--gradient-accumulation", 2, "--optimizer", optimizer]
     flags += ["--learning-rate", "1e-3", "--max-grad-norm", 0.5, "--recompute", recompute, "--keep-checkpoints", 9]
     alone = command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "alone")
-    monkeypatch.setenv("SECONDS_A_PICTURE", "0.05")
+    monkeypatch.setenv("SECONDS_A_PICTURE", "0.1")
     seen = ["--sample-steps", 4, "--checkpoint-output-dir", tmp_path / "together", "--codes-cache", tmp_path / "codes"]
     status, out, err = ended(start(showing, *flags, *seen))
     assert status == 0, err
     ranks = re.findall("<(.)>", out)
-    assert len(ranks) >= 12 and 3 <= ranks[:12].count("1") <= 9  # both encode
+    assert len(ranks) >= 12 and 2 <= ranks[:12].count("1") <= 10  # both encode
     names = sorted(path.name.partition("-")[0] + path.suffix for path in (tmp_path / "codes").iterdir())
     assert names == ["captions.lock", "captions.npz", "codes.json", "codes.lock", "codes.rows"]
     for name in ("dalle_0.pt", "dalle_1.pt"):
