@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
-from PIL import Image, PngImagePlugin, features
+from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 from tqdm import tqdm
 
 from utils.files import decode_text
@@ -43,6 +43,7 @@ CAPTION_TAKEN = "image whose caption file belongs to another image"
 LABEL_FILE = "label file"
 EMPTY_CAPTION = "empty caption"
 NOT_UTF8 = "neither UTF-8 nor UTF-16"
+NOT_JSON = "neither text nor JSON"
 ZERO_BYTES = "zero-byte image"
 NOT_AN_IMAGE = "not an image"
 TOO_LARGE = "image over PIL's pixel limit"
@@ -124,14 +125,16 @@ def open_image(path: Union[str, Path, StoredImage]) -> Image.Image:
     """Open an image's header; pixels stay on disk until they are used, so close it or use `with`.
 
     Raises:
-        ValueError: the image is over PIL's pixel limit (up to twice the limit, PIL itself only warns).
-        OSError: the file has none of IMAGE_FORMATS or cannot be opened.
+        ValueError: the file has none of IMAGE_FORMATS, or is over PIL's pixel limit (up to twice it, PIL only warns).
+        OSError: it cannot be opened.
     """
     file = io.BytesIO(path.read()) if isinstance(path, StoredImage) else path
     try:
         image = Image.open(file, formats=IMAGE_FORMATS)
     except Image.DecompressionBombError:
         raise ValueError(f"{printable(path)}: {TOO_LARGE}") from None
+    except UnidentifiedImageError:  # its message names an object in memory
+        raise ValueError(f"{printable(path)}: {NOT_AN_IMAGE}") from None
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
         raise ValueError(f"{printable(path)}: {TOO_LARGE}")

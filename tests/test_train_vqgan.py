@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,8 @@ import train_vqgan
 from data.images import load_image
 from models.vae import load_vqgan
 from models.vqgan_training import VQGanTrainer
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FILES = {"vqgan.ckpt", "vqgan.yaml", "vqgan_training.pt"}
 
 

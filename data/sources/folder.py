@@ -13,6 +13,7 @@ from data.files import (
     LABEL_FILE,
     NO_CAPTION,
     NO_IMAGE,
+    NOT_JSON,
     NOT_UTF8,
     File,
     Listing,
@@ -104,7 +105,7 @@ def _caption_fault(path: str) -> Optional[str]:
     try:
         lines = read_captions(path)
     except ValueError:
-        return NOT_UTF8
+        return NOT_JSON if path.lower().endswith(".json") else NOT_UTF8
     except OSError:
         return CANNOT_OPEN
     if not lines:

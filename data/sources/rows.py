@@ -17,13 +17,13 @@ ROW_SUFFIXES = (".parquet", ".arrow")
 
 
 class RowImage(StoredImage):
-    """The image of one row."""
+    """The image of one row: that of a row group, and `number` in the whole file."""
 
-    def __init__(self, path: Path, name: str, column: str, group: int, row: int):
-        self.path, self.name, self.column, self.group, self.row = path, name, column, group, row
+    def __init__(self, path: Path, column: str, group: int, row: int, number: int):
+        self.path, self.column, self.group, self.row, self.number = path, column, group, row, number
 
     def __str__(self) -> str:
-        return self.name
+        return f"{printable(self.path)}, row {self.number}"
 
     def read(self) -> bytes:
         """Return the bytes of the image file."""
@@ -123,7 +123,7 @@ def _read_rows(folder: Path, file: str) -> Iterator[_Row]:
             texts = [_read_group(path, group, text).to_pylist() for text in columns.texts]
             splits = _read_group(path, group, columns.split).to_pylist() if columns.split else [""] * len(texts[0])
             for row, (split, *values) in enumerate(zip(splits, *texts)):
-                image = RowImage(path, f"{printable(path)}, row {number}", columns.image, group, row)
+                image = RowImage(path, columns.image, group, row, number)
                 captions = clean_captions(
                     t for value in values for t in (value if isinstance(value, list) else [value])
                 )
@@ -135,13 +135,14 @@ def _read_rows(folder: Path, file: str) -> Iterator[_Row]:
 
 
 def image_columns(types: Any, schema: Any) -> List[str]:
-    """Return the names of the columns that have the bytes of images."""
+    """Return the names of the columns that have the bytes of images; "image" comes first."""
 
     def is_image(kind: Any) -> bool:
         holds_bytes = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
         return holds_bytes or types.is_binary(kind) or types.is_large_binary(kind)
 
-    return [field.name for field in schema if is_image(field.type)]
+    names = [field.name for field in schema if is_image(field.type)]
+    return sorted(names, key=lambda name: name.lower() != "image")
 
 
 def _find_columns(types: Any, path: Path, schema: Any) -> _Columns:

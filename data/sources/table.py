@@ -101,7 +101,7 @@ class _Finder:
             exact = [path for path in paths if path == entry.place + entry.name]
             return exact or paths
         name = key[key.rfind("/") + 1 :]
-        found = self.by_name.get(name) or self.by_stem.get(_stem(name)) or []
+        found = self.by_name.get(name) or self.by_stem.get(_stem(name)) or self.by_stem.get(name.zfill(12)) or []
         if len(found) > 1:  # the folders that the list names come last in the path, or the list is named like a folder
             for part in ([f"/{key}"] if "/" in key else []) + [f"/{entry.hint}/"] * bool(entry.hint):
                 chosen = [name for name in found if part in f"/{_key(name)}"]

@@ -18,6 +18,7 @@ from data.files import (
     IMAGE_SUFFIXES,
     NO_CAPTION,
     NO_IMAGE,
+    NOT_JSON,
     NOT_UTF8,
     ZERO_BYTES,
     File,
@@ -168,7 +169,7 @@ def index_shard(path: Path) -> Dict[str, Any]:
                 try:
                     fault = None if parse_captions(text[0], content.read(text[2])) else EMPTY_CAPTION
                 except ValueError:
-                    fault = NOT_UTF8
+                    fault = NOT_JSON if text[0].lower().endswith(".json") else NOT_UTF8
             if fault is None:
                 samples.append([image, text])
             elif image or text:

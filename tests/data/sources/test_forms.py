@@ -124,6 +124,14 @@ def tar_shards(folder):
         (folder / f"{name}.jpg").unlink()
 
 
+def coco_results(folder):
+    results = [{"image_id": 7 + n, "caption": text} for n, texts in enumerate(CAPTIONS.values()) for text in texts]
+    folder.mkdir()
+    for n, name in enumerate(CAPTIONS):
+        (bare_images(folder.with_name("other")) / f"{name}.jpg").rename(folder / f"COCO_val2014_{7 + n:012}.jpg")
+    (folder / "results.json").write_text(json.dumps(results))
+
+
 def sidecar_json(folder):
     for name, texts in CAPTIONS.items():
         (bare_images(folder) / f"{name}.json").write_text(json.dumps({"caption": texts, "url": "x"}))
@@ -160,7 +168,7 @@ def hub_parquet(folder):
 
 FORMS = (
     *(metadata_jsonl, metadata_csv, metadata_parquet, flickr8k, flickr8k_token, flickr30k),
-    *(coco_json, karpathy, json_of_names, sidecar_json, tar_shards, saved_dataset, hub_parquet),
+    *(coco_json, karpathy, json_of_names, coco_results, sidecar_json, tar_shards, saved_dataset, hub_parquet),
 )
 
 
@@ -396,7 +404,7 @@ def test_a_damaged_image_of_a_shard_is_skipped_as_a_file_is(tmp_path, logged):
     rows = load_codes(dataset.images, lambda x: torch.zeros(len(x), 4).long(), cache, paths=dataset.image_paths())
     dataset.attach_codes(*rows)
     assert [name for name, _, _ in dataset.images] == ["00000.tar/a.jpg", "00001.tar/c.jpg"]
-    assert "00000.tar/b.jpg: cannot be read as an image" in logged.text
+    assert "00000.tar/b.jpg: not an image" in logged.text
     (tmp_path / "00001.tar").write_bytes(b"")
     with pytest.raises(OSError, match="00001.tar: has become shorter since it was indexed"):
         dataset.source.image("00001.tar/c.jpg").read()
