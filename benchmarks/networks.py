@@ -5,11 +5,15 @@ A function of a row returns the seconds per sample of each repetition and the wo
 """
 
 import argparse
+import contextlib
 import copy
+import itertools
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -31,12 +35,13 @@ from benchmarks.limits import (
     time_call,
     time_calls,
 )
-from generation.batching import encode_prompt
+from generation.batching import encode_prompt, plan_image
 from generation.loading import load
 from models.dalle import DALLE
 from models.official_vqgan import OFFICIAL_PARAMS
 from models.sampling import Sampling
 from models.vae import VQGanVAE
+from service.queue import Busy, GenerationQueue
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT_TOKENS = 8192  # of bpe/bpe_yttm_vocab.txt
@@ -44,6 +49,7 @@ L16 = "--config L16 --device auto --generated-data --learning-rate 1e-5 "
 L16 += "--gradient-accumulation 1 --replication-factor 1 --loss-scaling 1"
 QUICK = "--hidden-size 64 --num-hidden-layers 2 --layers-per-ipu 0,1,1,0 --num-attention-heads 2 --dim-head 32"
 IMAGES = 4  # that the VQGAN gets at once
+CLIENTS = 20  # of the web service
 
 
 class OfficialCodes:
@@ -163,6 +169,36 @@ def first_image(quick: bool) -> Measurement:
         command = [sys.executable, "generate.py", *flags]
         run = partial(subprocess.run, command, cwd=ROOT, check=True, capture_output=True)
         return time_calls(run, torch.device("cpu"), quick=quick, enough_seconds=0), None
+
+
+def serve(quick: bool) -> Measurement:
+    """Measure the web service's queue with the demo: clients that ask for one to four images again and again.
+
+    Every other one follows previews, and a fifth of them have sampling settings of their own.
+    """
+    loaded = load()
+    queue = GenerationQueue(loaded)
+    queue.start()
+
+    def ask(client: int) -> None:
+        settings = {"temperature": 1.0, "cond_scale": 1.0} if client % 5 == 0 else {}
+        with contextlib.suppress(Busy):  # the queue has stopped
+            for turn in itertools.count():
+                prompt = loaded.examples[(client + turn) % len(loaded.examples)]
+                specs = [plan_image(loaded, prompt, seed, settings) for seed in range(1 + (client + turn) % 4)]
+                queue.submit(client, specs, every=1 if client % 2 else None).ended.wait()
+
+    def measure() -> float:
+        started, before = time.perf_counter(), queue.images_generated
+        while queue.images_generated < before + (8 if quick else 256):
+            time.sleep(0.001)
+        return (time.perf_counter() - started) / (queue.images_generated - before)
+
+    for client in range(CLIENTS):
+        threading.Thread(target=ask, args=(client,), daemon=True).start()
+    seconds = [measure() for _ in range(2 if quick else 6)][1:]
+    queue.stop(60)
+    return seconds, None
 
 
 def generate_peer(images: int, quick: bool) -> List[float]:

@@ -78,6 +78,7 @@ ROWS = {
     "demo-8": Row("the demo's codes, batch 8", "s/image", partial(networks.generate_with_demo, 8)),
     "demo-32": Row("the demo's codes, batch 32", "s/image", partial(networks.generate_with_demo, 32)),
     "start": Row("from start to one image", "s/image", networks.first_image),
+    "service": Row("the demo's service, 20 clients", "images/s", networks.serve),
     "encode": Row("images to codes", "images/s", networks.encode, networks.encode_peer, "taming"),
     "decode": Row("codes to images", "images/s", networks.decode, networks.decode_peer, "taming"),
     "load-pixels": Row(

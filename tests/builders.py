@@ -1,7 +1,9 @@
 """Small models and settings that several tests build."""
 
 import argparse
-from typing import Any, Optional
+import struct
+import zlib
+from typing import Any, Dict, Optional
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 import args
 from models.dalle import DALLE
 from models.sampling import Stepper
+from utils import checkpoint
 
 SIZES = {"dim": 32, "num_text_tokens": 58, "text_seq_len": 6, "depth": 2, "heads": 2, "dim_head": 16}
 FLAGS = "--generated-data --precision fp32 --dataloader-workers 0"
@@ -48,3 +51,37 @@ class WholePassStepper(Stepper):
     def next(self, codes: Tensor, places: Tensor) -> Tensor:
         """See models.sampling.Stepper."""
         return self.begin(self.text, torch.cat((self.codes, codes), dim=1))[:, None]
+
+
+def weights_in(path: Any) -> Dict[str, Tensor]:
+    """Return a checkpoint's weights under the model's names."""
+    return checkpoint.model_weights(checkpoint.read(path)["weights"])
+
+
+def assert_same_weights(one: Any, other: Any, atol: float = 0.0, rtol: float = 0.0) -> None:
+    """Compare the weights of two checkpoints."""
+    ours, theirs = weights_in(one), weights_in(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=atol, rtol=rtol, msg=name)
+
+
+class PickledCall:
+    """Pickles as a call of a function, which runs if the file is unpickled without care."""
+
+    def __init__(self, function: Any, *arguments: Any):
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """Return a chunk of a PNG file, with its length and checksum."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_of(width: int, height: int) -> bytes:
+    """Return a small PNG whose header promises more pixels than it has."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(100)))

@@ -4,7 +4,6 @@ import argparse
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -13,9 +12,9 @@ import args
 import args_evaluate
 import args_generate
 from models.sampling import Sampling
+from tests.conftest import ROOT
 from utils import command_line
 
-ROOT = Path(__file__).resolve().parent.parent
 PARSERS = {
     "train.py": args.train_parser,
     "generate.py": args_generate.generate_parser,

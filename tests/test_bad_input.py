@@ -8,7 +8,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,20 +19,11 @@ import process_captions
 import train
 import train_vqgan
 from models.vae import load_vqgan
+from tests.builders import PickledCall
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 BROKEN_CHECKPOINTS = ["README.md", "empty_file", "binary", "cut", "cut_early", "pickled", "pickle_alone", "folder"]
 BROKEN_CHECKPOINTS += ["missing", "a_list", "no_hparams", "vqgan/vqgan.ckpt"]
-
-
-class Code:
-    """Pickles as a call that makes a file."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +38,8 @@ def things(tmp_path_factory, drawn_pictures, tiny_vqgan, tiny_checkpoint):
     (place / "good").write_bytes(whole)
     (place / "cut").write_bytes(whole[: len(whole) // 2])
     (place / "cut_early").write_bytes(whole[:100])
-    torch.save({"hparams": {}, "weights": {}, "extra": Code(place / "marker")}, place / "pickled")
-    (place / "pickle_alone").write_bytes(pickle.dumps(Code(place / "marker")))
+    torch.save({"hparams": {}, "weights": {}, "extra": PickledCall(os.mkdir, str(place / "marker"))}, place / "pickled")
+    (place / "pickle_alone").write_bytes(pickle.dumps(PickledCall(os.mkdir, str(place / "marker"))))
     torch.save([1, 2], place / "a_list")
     torch.save({"weights": {"model.text_emb.weight": torch.zeros(2)}}, place / "no_hparams")
     shutil.copytree(tiny_vqgan, place / "vqgan")
@@ -70,7 +60,9 @@ def things(tmp_path_factory, drawn_pictures, tiny_vqgan, tiny_checkpoint):
     config = yaml.safe_load((tiny_vqgan / "vqgan.yaml").read_text())
     config["model"]["params"]["n_embed"] = 32
     (place / "other_sizes" / "vqgan.yaml").write_text(yaml.safe_dump(config))
-    torch.save({"state_dict": {"x": Code(place / "marker")}}, place / "pickled_vqgan" / "vqgan.ckpt")
+    torch.save(
+        {"state_dict": {"x": PickledCall(os.mkdir, str(place / "marker"))}}, place / "pickled_vqgan" / "vqgan.ckpt"
+    )
 
     (place / "captions.json").write_text(json.dumps({"annotations": [{"image_id": 1, "caption": "a dog"}]}))
     (place / "not_coco.json").write_text(json.dumps({"annotations": [{"image_id": "one"}]}))

@@ -42,7 +42,7 @@ def test_a_quick_run_prints_and_saves_rows(capfd, tmp_path, names):
         (line,) = [line for line in printed.splitlines() if line.startswith(row["what"])]
         assert f" {plot.format_number(ours['median'])} {row['unit']}" in line
         if row["limit"] is None:
-            assert row["name"].startswith("load-") or row["name"] == "start"
+            assert row["name"].startswith("load-") or row["name"] in ("start", "service")
         else:
             assert 0 < row["of_limit"] <= 1 and f" {100 * row['of_limit']:.0f} %" in line
 

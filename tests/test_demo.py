@@ -11,8 +11,8 @@ from data.shapes import parse_caption, validation_prompts
 from evaluate import judge, shape_faults
 from generation import batching
 from generation.loading import DEMO, load
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a small red circle above a large blue square"
 
 

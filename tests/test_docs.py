@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -11,9 +10,9 @@ from args import train_parser, vqgan_parser
 from args_app import app_parser
 from args_evaluate import evaluate_parser
 from args_generate import generate_parser
+from tests.conftest import ROOT
 from utils import checkpoint_info
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {
     "train.py": train_parser,

@@ -82,17 +82,8 @@ def validated(tiny_flags, drawn_pictures, tmp_path_factory):
     """(a checkpoint, the losses in the last line of validation) of a run with averaged weights and cut captions."""
     folder, out = tmp_path_factory.mktemp("validated"), io.StringIO()
     flags = [*tiny_flags, "--checkpoint-output-dir", str(folder), "--validation-folder", str(drawn_pictures)]
-    flags += [
-        "--ema-decay",
-        "0.5",
-        "--random-seed",
-        "7",
-        "--text-seq-len",
-        "6",
-        "--truncate-captions",
-        "--batch-size",
-        "6",
-    ]
+    more = "--ema-decay 0.5 --random-seed 7 --text-seq-len 6 --truncate-captions --batch-size 6"
+    flags += more.split()
     log.set_up()
     with contextlib.redirect_stdout(out):
         train.main(flags)

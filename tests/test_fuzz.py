@@ -24,6 +24,7 @@ import process_captions
 import train
 from data.loader import TextImageDataset
 from data.tokenizer import load_tokenizer
+from tests.builders import PickledCall
 from tests.conftest import ROOT, YTTM
 from utils import checkpoint, command_line
 
@@ -51,16 +52,6 @@ def told_or_harmless(ended, named):
         assert len(lines) == 1 and "error: " in lines[0], err
         assert any(name in lines[0] for name in named), lines[0]
     return status
-
-
-class Code:
-    """Pickled, it is a call of os.system."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
 
 
 @st.composite
@@ -180,7 +171,7 @@ def test_checkpoints(small_file, tiny_flags, data):
         if kind == "bytes":
             path.write_bytes(data.draw(damaged(saved(small_file))))
         elif kind == "pickle":
-            path.write_bytes(pickle.dumps({"hparams": {}, "weights": {"a": Code(marker)}}))
+            path.write_bytes(pickle.dumps({"hparams": {}, "weights": {"a": PickledCall(os.system, f"touch {marker}")}}))
         else:
             content = dict(small_file)
             key = data.draw(st.sampled_from(sorted(content)))
@@ -190,7 +181,7 @@ def test_checkpoints(small_file, tiny_flags, data):
                 name = data.draw(st.sampled_from(sorted(content["hparams"])))
                 content["hparams"] = {**content["hparams"], name: data.draw(anything)}
             else:
-                content[key] = Code(marker) if kind == "code" else data.draw(anything)
+                content[key] = PickledCall(os.system, f"touch {marker}") if kind == "code" else data.draw(anything)
             path.write_bytes(saved(content))
         before = path.read_bytes()
         draw = ["--dalle_path", path, "--text", "red", "--num_images", 1, "--device", "cpu", "--precision", "fp32"]

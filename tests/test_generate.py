@@ -5,7 +5,6 @@ The latter are put together by hand, from the description of their layout.
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +19,8 @@ from models.dalle import DALLE
 from models.sampling import sample_codes
 from models.vae import load_vqgan
 from tests.builders import WholePassStepper
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = ROOT / "bpe" / "bpe_yttm_vocab.txt"
 HOSTILE = ["../../up", "..", ".", "...", "/etc/passwd", "a/b", "a\\b", "a b", "a_b", ".hidden", "~", "-rf"]
 HOSTILE += ["con\x01\x1b[31m", "x" * 300, "x" * 299 + "y", "é" * 300]

@@ -12,21 +12,11 @@ import torch
 import generate
 import generation.command
 import train
+from tests.builders import assert_same_weights, weights_in
 from tests.conftest import ROOT, STANDIN
 from utils import checkpoint
 
 IPU = ("--device", "ipu", "--async-dataloader")
-
-
-def weights_in(path):
-    return checkpoint.model_weights(checkpoint.read(path)["weights"])
-
-
-def assert_same_weights(one, other, tolerance=0.0):
-    ours, theirs = weights_in(one), weights_in(other)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], atol=tolerance, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(

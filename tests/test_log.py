@@ -6,13 +6,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import log
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # As examples_utils has them; the last match in a run's output counts.
 THROUGHPUT = r"throughput: *(.*?) samples/sec"
 LOSS = r"loss: *(\d*\.\d*)"

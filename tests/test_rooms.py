@@ -2,11 +2,11 @@
 
 import ast
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
+
 ROOMS = ("models", "data", "backends", "generation", "service", "utils", "training", "benchmarks")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))])
 LOCAL = {*ROOMS, *(path.stem for path in ROOT.glob("*.py"))}

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
+
 ROOMS = ("models", "backends", "data", "utils")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))])
 LIST = Path(__file__).with_name("torch_2_0_1_names.txt")

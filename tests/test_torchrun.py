@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from torch.distributed import fsdp
 
 import generate
 import train
+from tests.builders import assert_same_weights
 from tests.conftest import ROOT
 from utils import checkpoint
 
@@ -46,13 +46,6 @@ def second_of(launcher):
     return int(second)
 
 
-def assert_same_weights(one, other):
-    ours, theirs = (checkpoint.model_weights(checkpoint.read(path)["weights"]) for path in (one, other))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], atol=2e-6, rtol=1e-4, msg=name)
-
-
 @pytest.mark.parametrize(
     "optimizer, recompute", [pytest.param("Adam", "false", marks=pytest.mark.slow), ("Muon", "true")]
 )
@@ -60,16 +53,16 @@ def test_two_processes_train_as_one(command, showing, tiny_flags, tmp_path, monk
     flags = [*tiny_flags, "--epochs", 2, "--batch-size", 2, "--gradient-accumulation", 2, "--optimizer", optimizer]
     flags += ["--learning-rate", "1e-3", "--max-grad-norm", 0.5, "--recompute", recompute, "--keep-checkpoints", 9]
     alone = command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "alone")
-    monkeypatch.setenv("SECONDS_A_PICTURE", "0.05")
+    monkeypatch.setenv("SECONDS_A_PICTURE", "0.1")
     seen = ["--sample-steps", 4, "--checkpoint-output-dir", tmp_path / "together", "--codes-cache", tmp_path / "codes"]
     status, out, err = ended(start(showing, *flags, *seen))
     assert status == 0, err
     ranks = re.findall("<(.)>", out)
-    assert len(ranks) >= 12 and 3 <= ranks[:12].count("1") <= 9  # both encode
+    assert len(ranks) >= 12 and 2 <= ranks[:12].count("1") <= 10  # both encode
     names = sorted(path.name.partition("-")[0] + path.suffix for path in (tmp_path / "codes").iterdir())
     assert names == ["captions.lock", "captions.npz", "codes.json", "codes.lock", "codes.rows"]
     for name in ("dalle_0.pt", "dalle_1.pt"):
-        assert_same_weights(tmp_path / "together" / name, tmp_path / "alone" / name)
+        assert_same_weights(tmp_path / "together" / name, tmp_path / "alone" / name, atol=2e-6, rtol=1e-4)
     losses = [re.findall(r"(step 6/6 .* loss: .*) lr", log) for log in (alone.out, out)]
     assert losses[0] == losses[1] and len(losses[1]) == 1  # rank 0 alone logs
     for name in ("step_4.png", "step_6.png", "captions.txt"):
@@ -151,7 +144,7 @@ def test_sharded_processes_stop_together_with_a_checkpoint_that_one_process_goes
     found = tmp_path / "run" / f"dalle_step_{stopped}.pt"
     alone = [*tiny_flags, "--epochs", 4000, "--max-steps"]
     command(train.main, *alone, stopped, "--checkpoint-output-dir", tmp_path / "alone")
-    assert_same_weights(found, tmp_path / "alone" / found.name)
+    assert_same_weights(found, tmp_path / "alone" / found.name, atol=2e-6, rtol=1e-4)
     more = ("--pretrained-checkpoint", found, "--checkpoint-output-dir", tmp_path / "more")
     resumed = command(train.main, *alone, stopped + 1, *more)
     assert resumed.status == 0 and f"at step {stopped}" in resumed.out and "afresh" not in resumed.out

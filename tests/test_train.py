@@ -23,8 +23,7 @@ from backends.native.backend import fast_in_bf16
 from backends.native.trainer import NativeTrainer
 from generation.loading import read_model
 from models.vae import VQGanVAE, load_vqgan
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 
 def opened(path):

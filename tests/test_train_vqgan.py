@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,8 @@ import train_vqgan
 from data.images import load_image
 from models.vae import load_vqgan
 from models.vqgan_training import VQGanTrainer
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FILES = {"vqgan.ckpt", "vqgan.yaml", "vqgan_training.pt"}
 
 
@@ -227,17 +226,8 @@ def test_a_finished_vqgan_is_never_overwritten(trained, command, flags, monkeypa
 def test_a_run_starts_with_another_vqgan(trained, command, flags, drawn_pictures, tmp_path):
     first, _ = trained()
     before = psnr(load_vqgan(str(first)), drawn_pictures, 32)
-    words = [
-        "--input-folder",
-        drawn_pictures,
-        "--output-dir",
-        tmp_path / "fine",
-        "--init-from",
-        first,
-        "--device",
-        "cpu",
-    ]
-    run = "--batch-size 8 --max-steps 20 --continuous-steps 1 --learning-rate 0.005 --precision fp32"
+    words = ["--input-folder", drawn_pictures, "--output-dir", tmp_path / "fine", "--init-from", first]
+    run = "--device cpu --batch-size 8 --max-steps 20 --continuous-steps 1 --learning-rate 0.005 --precision fp32"
     ended = command(train_vqgan.main, *words, *run.split(), "--config", "vqgan_photos")  # whose sizes are others
     assert ended.status == 0 and "32 × 32 pixels to 4 × 4 codes of 32" in ended.out, ended
     assert "the codebook starts" not in ended.out

@@ -101,18 +101,8 @@ def test_every_command_runs(gpu, tiny_flags, tiny_checkpoint, drawn_pictures, tm
     folder, machine = tmp_path / "run", ["--device", "cuda", "--precision", "auto"]
     train = [*tiny_flags, *machine, "--checkpoint-output-dir", folder, "--validation-split", 0.2, "--ema-decay", 0.9]
     prompt = ["--text", "a red circle", "--dalle_path", tiny_checkpoint, "--outputs_dir", tmp_path, *machine]
-    vqgan = [
-        "--input-folder",
-        drawn_pictures,
-        "--validation-folder",
-        drawn_pictures,
-        "--image-size",
-        32,
-        "--max-steps",
-        6,
-        "--continuous-steps",
-        2,
-    ]
+    vqgan = ["--input-folder", drawn_pictures, "--validation-folder", drawn_pictures]
+    vqgan += ["--image-size", 32, "--max-steps", 6, "--continuous-steps", 2]
     for words in (
         ["train.py", *train, "--sample-steps", 2, "--attn-types", "axial_row,conv_like", "--recompute"],
         ["train.py", *train, "--no-codes-cache", "--optimizer", "Muon", "--checkpoint-output-dir", tmp_path / "pixels"],

@@ -3,9 +3,6 @@
 import os
 import shutil
 import signal
-import struct
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +13,9 @@ from data import files
 from data.captions import encode_caption
 from data.loader import TextImageDataset
 from data.tokenizer import load_tokenizer
+from tests.builders import png_of
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 YTTM = ROOT / "bpe" / "bpe_yttm_vocab.txt"
 
 
@@ -32,16 +30,6 @@ def noise():
     return lambda height=40, width=40, bands=3: Image.fromarray(
         random.integers(0, 256, (height, width, bands), dtype=np.uint8).squeeze()
     )
-
-
-def png_of(width, height):
-    """The beginning of a PNG of any size."""
-
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100)))
 
 
 @pytest.fixture

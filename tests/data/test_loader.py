@@ -1,7 +1,6 @@
 """The datasets: samples that depend on their key alone, whatever happens to the images."""
 
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from data.loader import GeneratedDataset, TextImageDataset
 from data.order import EpochOrder, RunOrder, epoch_order, random_bits
 from data.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 24
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from data.process_trainset import Written, write_caption_files
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "coco_by_bysa"
 
 

@@ -27,8 +27,7 @@ from data.shapes import (
     validation_prompts,
     write_dataset,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
 
 
 def scenes(count, seed=0, sizes=tuple(SIZES)):

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from data.tokenizer import CLIP_PATH, load_tokenizer
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 YTTM_PATH = ROOT / "bpe" / "bpe_yttm_vocab.txt"
 REAL = ROOT.parent / "shared" / "data"
 

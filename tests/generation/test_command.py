@@ -11,8 +11,7 @@ from PIL import Image
 
 import generate
 from args_generate import Request, read_requests
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.conftest import ROOT
 
 
 def results(folder):

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.conftest import ROOT
 from tests.ipu_operators.cases import CASES, IDS, X
 from tests.ipu_operators.check import ACTIVE, check
 from tests.ipu_operators.graphs import unannotated
 from tests.ipu_operators.standins import standins
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 POPTORCH = standins()
 
 

@@ -9,6 +9,7 @@ import torch
 from models.discrete_vae import OpenAIDiscreteVAE
 from models.image_tokenizer import ImageTokenizer
 from models.vae import build_tokenizer, load_vqgan
+from tests.builders import PickledCall
 
 TOUCH = "touch it_ran"
 
@@ -48,14 +49,12 @@ def test_codes_and_pixels_are_openais(halves, tmp_path, zipped):
     assert again.fingerprint() == vae.fingerprint()
 
 
-class Touch:
-    def __reduce__(self):
-        return os.system, (TOUCH,)
-
-
 def test_a_module_that_is_something_else_is_refused_and_not_run(halves, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for other, message in ((Touch(), "encoder.pkl: .*it is not a module"), (torch.nn.Linear(1, 1), "no enc.blocks")):
+    for other, message in (
+        (PickledCall(os.system, TOUCH), "encoder.pkl: .*it is not a module"),
+        (torch.nn.Linear(1, 1), "no enc.blocks"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_vqgan(str(save(tmp_path, (other, halves[1]))))
     assert not (tmp_path / "it_ran").exists()

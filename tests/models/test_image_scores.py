@@ -13,6 +13,7 @@ from PIL import Image
 
 import evaluate
 from models import image_scores
+from tests.builders import PickledCall
 
 NAME = "ViT-S-32-alt"  # the smallest
 TEXTS = ["a red circle", "two blue stars above a heart", ""]
@@ -112,11 +113,7 @@ def test_fid_is_that_of_torchmetrics(inception_file, pictures):
 
 
 def test_other_weights_of_inception_are_refused_and_run_nothing(inception_file, tmp_path, tiny_checkpoint):
-    class Code:
-        def __reduce__(self):
-            return (tmp_path / "marker").mkdir, ()
-
-    torch.save({"fc.weight": Code()}, tmp_path / "code.pth")
+    torch.save({"fc.weight": PickledCall((tmp_path / "marker").mkdir)}, tmp_path / "code.pth")
     for path in (tiny_checkpoint, tmp_path / "code.pth"):
         with pytest.raises(ValueError, match="no weights of FID's InceptionV3") as error:
             image_scores.InceptionDistance(path, torch.device("cpu"))

@@ -5,7 +5,6 @@ With -s, the operators in use are printed.
 
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +15,11 @@ from models.pipeline_dalle import AxialAttention, WrappedDALLE, placement
 from models.sampling import Sampling
 from models.static_sampling import FullPass, StaticSampler, settings_row
 from models.transformer import PATTERNS
+from tests.conftest import ROOT
 from tests.ipu_operators import graphs
 from tests.ipu_operators.check import check
 from tests.ipu_operators.standins import standins
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 ENTRIES = yaml.safe_load((ROOT / "configs.yaml").read_text(encoding="utf-8"))
 NAMES = [name for name, entry in ENTRIES.items() if "num_hidden_layers" in entry]
 PRECISION = pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])

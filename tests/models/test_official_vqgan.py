@@ -9,15 +9,14 @@ import subprocess
 import sys
 import threading
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 
 from models.official_vqgan import OFFICIAL_FILES, download_official_vqgan
 from models.vae import load_vqgan
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT, CONFIG = "vqgan.1024.model.ckpt", "vqgan.1024.config.yml"
 BY_HAND = f"put {CHECKPOINT} and {CONFIG} into .* by hand, or name another VQGAN with --vqgan_model_path"
 

@@ -6,8 +6,6 @@ import io
 import json
 import random
 import socket
-import struct
-import zlib
 
 import pytest
 from PIL import Image
@@ -15,6 +13,7 @@ from PIL import Image
 from generation.batching import generate_batch, plan_image
 from generation.image_prompts import encode_kept_rows
 from generation.output import image_metadata, to_image
+from tests.builders import png_of
 from tests.service.running import call, generate, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
@@ -37,19 +36,6 @@ def png(width, height, pixels=None):
     file = io.BytesIO()
     (pixels or Image.new("1", (width, height))).save(file, "PNG")
     return file.getvalue()
-
-
-def said_size(width, height):
-    """A small PNG whose header says what it has not: width × height pixels."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + struct.pack(">I", 13)
-        + header
-        + struct.pack(">I", zlib.crc32(header))
-        + bytes(3)
-        + b"\x0aIDAT"
-    )
 
 
 def b64(data):
@@ -128,8 +114,8 @@ def wrong_requests():
     }
     objects += [{**good, key: value} for key, some in values.items() for value in some]
     whole = png(8, 8)
-    images = [png(10_000, 5_000), said_size(50_000, 50_000), said_size(100_000, 100_000), whole[:40], whole[:-30]]
-    images += [said_size(8, 8), b"BM" + bytes(60), b"II*\x00" + bytes(50), b"%PDF-1.7", b"\xff\xd8\xff\xe0" + bytes(30)]
+    images = [png(10_000, 5_000), png_of(50_000, 50_000), png_of(100_000, 100_000), whole[:40], whole[:-30]]
+    images += [png_of(80, 80), b"BM" + bytes(60), b"II*\x00" + bytes(50), b"%PDF-1.7", b"\xff\xd8\xff\xe0" + bytes(30)]
     objects += [{**good, "image": b64(data)} for data in images]
     objects += [{**good, "image": b64(whole), "keep_rows": keep} for keep in (0, -1, 4, 100, 1.5, 0.99, "all", 1e300)]
     for body in bodies:
@@ -177,7 +163,7 @@ def test_200_wrong_requests_get_a_sentence_each(port, drawing):
             {"prompt": PROMPT, "image": b64(png(10_000, 5_000))},
             "The image is 10000 × 5000 pixels, 50.0 megapixels; at most 24 are accepted.",
         ),
-        ({"prompt": PROMPT, "image": b64(said_size(60_000, 60_000))}, "The image is too large"),
+        ({"prompt": PROMPT, "image": b64(png_of(60_000, 60_000))}, "The image is too large"),
         ({"prompt": PROMPT, "temperature": 0}, "Temperature is 0.0; it must be above 0."),
     ],
 )

@@ -6,7 +6,6 @@ import http.client
 import io
 import json
 import socket
-import struct
 import threading
 import time
 import zlib
@@ -14,6 +13,7 @@ import zlib
 import pytest
 from PIL import Image
 
+from tests.builders import png_chunk, png_of
 from tests.service.running import call, generate, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
@@ -167,10 +167,6 @@ def test_a_token_is_needed_for_every_route_of_the_api(loaded):
 # Uploads
 
 
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
 def png_bomb(*chunks):
     """Return a PNG of 8 × 8 pixels that carries further chunks."""
     file = io.BytesIO()
@@ -181,14 +177,14 @@ def png_bomb(*chunks):
 
 def bombs():
     zeros = zlib.compress(bytes(200 * 2**20), 9)
-    yield "pixels", b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    yield "pixels", png_of(60_000, 60_000)
     file = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(file, "PNG")
     yield "one color", file.getvalue()
-    yield "text", png_bomb(chunk(b"zTXt", b"Comment\0\0" + zeros))
-    yield "international text", png_bomb(chunk(b"iTXt", b"Comment\0\1\0\0\0" + zeros))
-    yield "texts", png_bomb(*[chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(60_000)))] * 5000)
-    yield "profile", png_bomb(chunk(b"iCCP", b"profile\0\0" + zeros))
+    yield "text", png_bomb(png_chunk(b"zTXt", b"Comment\0\0" + zeros))
+    yield "international text", png_bomb(png_chunk(b"iTXt", b"Comment\0\1\0\0\0" + zeros))
+    yield "texts", png_bomb(*[png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(60_000)))] * 5000)
+    yield "profile", png_bomb(png_chunk(b"iCCP", b"profile\0\0" + zeros))
     file = io.BytesIO()
     frames = [Image.new("P", (4000, 4000), index) for index in range(3)]
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])

@@ -4,26 +4,15 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.builders import small_dalle
+from tests.builders import PickledCall, small_dalle
+from tests.conftest import ROOT
 from utils import checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])  # torch.save's two file formats
-
-
-class RunsCode:
-    """Pickled, it is a call of os.system."""
-
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
 
 
 class Settings:
@@ -113,7 +102,7 @@ def test_other_files_are_refused_without_riddles(name, recwarn):
 @pytest.mark.parametrize("place", ["hparams", "weights", "opt_state", "unheard_of"])
 def test_pickled_code_never_runs(place, zipped, tmp_path):
     marker, path = tmp_path / "it ran", tmp_path / "c.pt"
-    evil = RunsCode(f"touch '{marker}'")
+    evil = PickledCall(os.system, f"touch '{marker}'")
     torch.save({**content(), place: {"model.a": evil}}, path, _use_new_zipfile_serialization=zipped)
     message = refusal(path)
     assert not marker.exists()
@@ -125,7 +114,7 @@ def test_pickled_code_never_runs(place, zipped, tmp_path):
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_a_bare_pickle_never_runs(protocol, tmp_path, recwarn):
     marker, path = tmp_path / "it ran", tmp_path / "c.pt"
-    path.write_bytes(pickle.dumps(RunsCode(f"touch '{marker}'"), protocol))
+    path.write_bytes(pickle.dumps(PickledCall(os.system, f"touch '{marker}'"), protocol))
     refusal(path)
     assert not marker.exists() and not recwarn.list
     pickle.loads(path.read_bytes())

@@ -1,13 +1,10 @@
 """`python -m utils.checkpoint_info FILE` as a user starts it."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from utils import checkpoint, checkpoint_info
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_file_of_train(command, tiny_checkpoint):

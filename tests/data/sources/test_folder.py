@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import struct
-import zlib
 
 import pytest
 from PIL import Image
@@ -14,6 +12,7 @@ from data.files import IMAGE_FORMATS, open_image, read_captions, report_skipped
 from data.images import load_image
 from data.sources import open_source
 from data.sources.folder import find_pairs, is_label_file
+from tests.builders import png_of
 
 BOX = "0 0.5 0.5 0.25 0.125\n17 1 0.0 0.3 0.4\n"
 
@@ -279,19 +278,9 @@ def test_many_files_are_checked_in_order(tmp_path, monkeypatch):
     assert [path.name for path in skipped["empty caption"]] == ["00.txt", "07.txt", "14.txt"]
 
 
-def huge_png(path, width, height):
-    """A PNG header that promises width × height pixels, in a few bytes."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_images_over_pils_limit_are_skipped(tmp_path):
-    huge_png(tmp_path / "big.png", 30_000, 30_000)
+    (tmp_path / "big.png").write_bytes(png_of(30_000, 30_000))
     text(tmp_path / "big.txt")
     picture(tmp_path / "good.png")
     text(tmp_path / "good.txt")
