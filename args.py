@@ -43,6 +43,8 @@ NETWORK = {  # settings that a checkpoint decides, and their names in its hparam
 VQGAN_SIZES = {"image_size", "patch_size", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels"}
 VQGAN_SIZES |= {"embed_dim", "n_embed"}
 DROPOUT = number(float, low=0, below=1)
+# Settings that exclude each other: one on the command line replaces the configuration's other one.
+RIVALS = ({"validation_folder", "validation_split"}, {"vae_path", "vqgan_model_path"})
 
 
 def attention_types(text: str) -> Tuple[str, ...]:
@@ -273,10 +275,10 @@ def train_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         refuse(parser, "resume", "needs a --checkpoint-output-dir to find checkpoints in")
     if settings.tensorboard and not settings.checkpoint_output_dir:
         refuse(parser, "tensorboard", "needs a --checkpoint-output-dir to write to")
-    if (
-        len(given.intersection({"validation_folder", "validation_split"})) == 1
-    ):  # instead of the configuration's other one
-        setattr(settings, "validation_split" if "validation_folder" in given else "validation_folder", None)
+    for rivals in RIVALS:
+        if len(given.intersection(rivals)) == 1:
+            for name in rivals - given:
+                setattr(settings, name, None)
     if settings.validation_folder and settings.validation_split:
         refuse(parser, "validation-split", "--validation-folder already names the images; give one of them")
     if not settings.input_folder and not (settings.generated_data or settings.synthetic_data):

@@ -208,8 +208,10 @@ def test_flags_override_the_configuration_wherever_they_stand():
     assert settings.layers_per_ipu == [4, 4, 4, 4]
     assert (settings.epochs, settings.stochastic_rounding) == (800, True)
     folder = ["--input-folder", "images"]
-    settings = args.train_arguments(["--config", "photos", *folder, "--validation-folder", "others"])
+    rivals = ["--validation-folder", "others", "--vqgan-model-path", "a.ckpt"]
+    settings = args.train_arguments(["--config", "photos", *folder, *rivals])
     assert (settings.validation_folder, settings.validation_split) == ("others", None)
+    assert (settings.vqgan_model_path, settings.vae_path) == ("a.ckpt", None)
     assert args.train_arguments(["--config", "photos", *folder, "--validation-split", "0"]).validation_split == 0
 
 
