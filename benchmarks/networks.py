@@ -174,7 +174,7 @@ def first_image(quick: bool) -> Measurement:
 def serve(quick: bool) -> Measurement:
     """Measure the web service's queue with the demo: clients that ask for one to four images again and again.
 
-    Every other one follows previews, and a fifth of them have sampling settings of their own.
+    Every other one follows previews, and a fifth of them have other sampling settings.
     """
     loaded = load()
     queue = GenerationQueue(loaded)

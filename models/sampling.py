@@ -378,7 +378,7 @@ def choose_from_nucleus(logits: Tensor, noise: Tensor, mass: float) -> Tensor:
     """Return (keep_top_p(logits, mass) + noise).argmax(-1) without sorting.
 
     The best code is kept if the codes with larger logits have less than `mass` together, which is true for most rows.
-    Where it is not, neither is any code with a smaller logit, and the best of the others is next.
+    If it is not kept, neither is any code with a smaller logit, and the best of the others is next.
     """
     probabilities, scores = F.softmax(logits, dim=-1), logits + noise
     while True:
