@@ -165,6 +165,7 @@ def test_what_cannot_be_shared_out_is_refused_in_one_line(monkeypatch, world_siz
     monkeypatch.setenv("WORLD_SIZE", world_size)
     monkeypatch.setattr(backends.native.backend, "has_cuda", lambda: True)
     monkeypatch.setattr(backends.native.backend, "own_gpu", lambda rank: torch.device("cuda", rank))
+    monkeypatch.setattr(backends.native.backend, "use_cudnn_attention", lambda *given: False)
     if world_size == "2" and not hasattr(fsdp, "fully_shard"):
         reason = "needs torch 2.6"
     with pytest.raises(ValueError, match=f"--shard: {reason}") as error:
