@@ -196,17 +196,25 @@ class Pace:
 
     def __init__(self, seconds: Dict[int, float]):
         self.seconds = seconds
-        self.right, self.wrong = 3.0, 1.0  # guesses so far, as if four were known
+        # How many guesses of each window were right and wrong, as if four were known. A larger window is right more
+        # often, because it continues from answers of earlier passes.
+        self.guesses = {window: [3.0, 1.0] for window in seconds}
+        self.last = 1
 
     def window(self) -> int:
-        """Return the window of the next pass, as if each guess were right with the same probability."""
-        probability = self.right / (self.right + self.wrong)
-        return max(self.seconds, key=lambda w: sum(probability**guess for guess in range(w)) / self.seconds[w])
+        """Return the window of the next pass, as if each guess in it were right with the same probability."""
+        self.last = max(self.seconds, key=self.codes_per_second)
+        return self.last
+
+    def codes_per_second(self, window: int) -> float:
+        """Return what a window promises."""
+        right, wrong = self.guesses[window]
+        return sum((right / (right + wrong)) ** guess for guess in range(window)) / self.seconds[window]
 
     def record(self, right: int, wrong: int) -> None:
         """Learn from a pass how many guesses were right and how many images had a wrong one, which hides the rest."""
-        self.right += right
-        self.wrong += wrong
+        self.guesses[self.last][0] += right
+        self.guesses[self.last][1] += wrong
 
 
 class CachedStepper(Stepper):
