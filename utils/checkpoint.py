@@ -7,6 +7,7 @@ tensors or plain values. A .safetensors file holds the weights and what generati
 
 import contextlib
 import json
+import os
 import pickle
 import pickletools
 import re
@@ -93,7 +94,9 @@ def write_safetensors(path: AnyPath, checkpoint: Checkpoint, half: bool = False)
     metadata = {key: json.dumps(value, default=str) for key, value in header.items()}
     try:
         with atomic_write(path, sync=True) as file:
+            mode = os.stat(file.name).st_mode
             save_file(tensors, file.name, {"format": "pt", "crc32": _checksum(tensors), **metadata})
+            os.chmod(file.name, mode)  # save_file's own files are for their owner alone
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written ({error})") from error
 
