@@ -23,8 +23,11 @@ if [ "$name" = scenes ]; then
         touch output/scenes/vqgan_trained
     fi
     python train.py --config scenes --resume "${@:2}"
+    python train_vqgan.py --config vqgan_scenes_decoder --resume
+    python -m utils.checkpoint_info "$(ls -t output/scenes/ckpt/dalle_*.pt | head -n 1)" \
+        --export output/scenes/dalle.safetensors --half --decoder output/scenes/vqgan_sharp
     [ -f output/scenes/reader.pt ] || python -m training.scenes_reader --vae-path output/scenes/vqgan
-    exec python evaluate.py --dalle_path "$(ls -t output/scenes/ckpt/dalle_*.pt | head -n 1)" --outputs-dir output/scenes
+    exec python evaluate.py --dalle_path output/scenes/dalle.safetensors --outputs-dir output/scenes
 fi
 if [ "$name" = demo ] || [ "$name" = demo_long ]; then
     python -m data.shapes

@@ -5,7 +5,7 @@
 per image. training/scenes_reader.py reads such images back. The layout is that of data/shapes.py:
 
     data/scenes/train/images/000000000001.png      data/scenes/train/captions/000000000001.txt   one caption per line
-    data/scenes/val/images/000000024001.png        data/scenes/val/captions/000000024001.txt
+    data/scenes/val/images/000000048001.png        data/scenes/val/captions/000000048001.txt
     data/scenes/crowds/000000000001.png            objects everywhere, for the image tokenizer alone
     data/scenes/ATTRIBUTION.txt                    data/scenes/dataset.json                      license; settings
 
@@ -212,7 +212,7 @@ def _write_sample(job: Tuple[Path, str, int, int, int, int]) -> None:
 
 
 def write_dataset(
-    out: str, images: int = 24000, val: int = 1000, crowds: int = 24000, seed: int = 0, size: int = 192
+    out: str, images: int = 48000, val: int = 1000, crowds: int = 24000, seed: int = 0, size: int = 192
 ) -> bool:
     """Render the set into `out`; return False if it already holds the same set, and replace one of other settings.
 
@@ -260,7 +260,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = Parser("Render scenes of everyday things from OpenMoji's drawings.")
     parser.prog = "python -m data.scenes"
     parser.add_argument("--out", default="./data/scenes", help="folder for the set")
-    parser.add_argument("--images", type=int, default=24000, help="training images")
+    parser.add_argument("--images", type=int, default=48000, help="training images")
     parser.add_argument("--val", type=int, default=1000, help="validation images, of withheld pairs and combinations")
     parser.add_argument("--crowds", type=int, default=24000, help="images without captions for the image tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other images")
