@@ -44,6 +44,7 @@ from models.vae import VQGanVAE
 from service.queue import Busy, GenerationQueue
 
 ROOT = Path(__file__).resolve().parent.parent
+SHAPES = ROOT / "demo" / "shapes.safetensors"
 TEXT_TOKENS = 8192  # of bpe/bpe_yttm_vocab.txt
 L16 = "--config L16 --device auto --generated-data --learning-rate 1e-5 "
 L16 += "--gradient-accumulation 1 --replication-factor 1 --loss-scaling 1"
@@ -131,7 +132,7 @@ def generate(images: int, quick: bool) -> Measurement:
 
 def generate_with_demo(images: int, quick: bool) -> Measurement:
     """Measure sampling the codes of `images` images of one caption with the demo model and its settings."""
-    loaded = load(batch_size=images)
+    loaded = load(str(SHAPES), batch_size=images)
     text = encode_prompt(loaded, loaded.examples[0])[None]
     return time_sampling(loaded.backend, loaded.model, text, loaded.recommended, images, quick)
 
@@ -165,7 +166,7 @@ def time_sampling(
 def first_image(quick: bool) -> Measurement:
     """Measure `generate.py` from its start to the end, for one image of the demo model."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--text", "a small red circle", "--num_images", "1", "--outputs_dir", folder]
+        flags = ["--text", "a small cat left of a large pizza", "--num_images", "1", "--outputs_dir", folder]
         command = [sys.executable, "generate.py", *flags]
         run = partial(subprocess.run, command, cwd=ROOT, check=True, capture_output=True)
         return time_calls(run, torch.device("cpu"), quick=quick, enough_seconds=0), None

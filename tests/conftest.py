@@ -21,6 +21,7 @@ from benchmarks import peer
 from data.shapes import make_sample
 
 ROOT = Path(__file__).resolve().parent.parent
+SHAPES = ROOT / "demo" / "shapes.safetensors"  # a small checkpoint that follows its prompts
 YTTM = "bpe/bpe_yttm_vocab.txt"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 # A shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHAPES
 from tests.service.running import call, generate, loaded_for_tests, read_events, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
@@ -211,9 +211,8 @@ def test_twenty_clients_for_minutes_get_what_plain_generation_gives():
     MINUTES: how long; memory must stay flat.
     """
     from generation.batching import generate_batch, plan_image
-    from generation.loading import DEMO
 
-    checkpoint = Path(os.environ.get("DALLE_PATH", DEMO))
+    checkpoint = Path(os.environ.get("DALLE_PATH", SHAPES))
     loaded = loaded_for_tests(checkpoint, batch_size=None)
 
     def plain(seconds):

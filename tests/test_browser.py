@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from generation.loading import DEMO
+from tests.conftest import SHAPES
 from tests.service.running import call, generate, loaded_for_tests, running, until
 
 pytest.importorskip("uvicorn")
@@ -41,7 +41,7 @@ addEventListener("DOMContentLoaded", () => {
 
 @pytest.fixture(scope="module")
 def loaded(tiny_checkpoint):
-    loaded = loaded_for_tests(DEMO if DEMO.exists() else tiny_checkpoint, batch_size=4)
+    loaded = loaded_for_tests(SHAPES if SHAPES.exists() else tiny_checkpoint, batch_size=4)
     loaded.words, loaded.examples = loaded.words or WORDS, loaded.examples or [PROMPT, "a red circle"]
     return loaded
 

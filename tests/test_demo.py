@@ -1,4 +1,4 @@
-"""The demo checkpoint: its size, its images, and that a seed gives the same image in any batch."""
+"""The bundled checkpoints: their sizes and images, and that a seed gives the same image in any batch."""
 
 import itertools
 from pathlib import Path
@@ -7,22 +7,23 @@ import pytest
 import torch
 
 import generate
+from data.scene_captions import BACKGROUNDS, objects
 from data.shapes import parse_caption, validation_prompts
 from evaluate import judge, shape_faults
 from generation import batching
 from generation.loading import DEMO, load
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHAPES
 
 PROMPT = "a small red circle above a large blue square"
 
 
 @pytest.fixture(scope="module")
 def demo():
-    return load(device="cpu")
+    return load(SHAPES, device="cpu")
 
 
 def test_it_is_small_and_complete(demo):
-    assert DEMO.stat().st_size <= 8_000_000
+    assert SHAPES.stat().st_size <= 8_000_000
     assert demo.guidable and demo.recommended == (0.0, 0.9, 0.8, 1.25)
     assert demo.tokenizer.vocabulary == (ROOT / "bpe" / "bpe_shapes_vocab.txt").read_bytes()
 
@@ -37,14 +38,14 @@ def test_it_follows_prompts_that_it_was_not_trained_on(demo):
 
 def test_a_seed_gives_the_same_image_in_any_batch(tmp_path, command):
     prompts = [PROMPT, "a big green star", "there is a little pink heart left of a yellow triangle"]
-    seen = []
+    seen, of_shapes = [], ["--dalle_path", SHAPES, "--device", "cpu"]
     for size in (1, 8):
         out = tmp_path / str(size)
-        words = ["--num_images", 3, "--seed", 5, "--batch_size", size, "--device", "cpu", "--format", "png"]
+        words = ["--num_images", 3, "--seed", 5, "--batch_size", size, "--format", "png", *of_shapes]
         assert command(generate.main, "--text", "|".join(prompts), *words, "--outputs_dir", out).status == 0
         seen.append({path.relative_to(out): path.read_bytes() for path in sorted(out.rglob("*-seed-*.png"))})
     alone = tmp_path / "alone"
-    words = ["--num_images", 1, "--seed", 6, "--device", "cpu", "--format", "png", "--outputs_dir", alone]
+    words = ["--num_images", 1, "--seed", 6, "--format", "png", "--outputs_dir", alone, *of_shapes]
     assert command(generate.main, "--text", prompts[2], *words).status == 0
     (path,) = alone.rglob("*-seed-6.png")
     assert len(seen[0]) == 9 and seen[0] == seen[1]
@@ -72,7 +73,7 @@ def test_capital_letters_are_read_as_small_ones(demo):
 @pytest.mark.parametrize("count", [16, pytest.param(1000, marks=pytest.mark.slow)])
 def test_codes_are_those_of_one_at_a_time_in_fewer_passes(demo, count):
     """One image in eight is generated alone, too."""
-    one, eight = (load(device="cpu", batch_size=8, window=window) for window in (1, 8))
+    one, eight = (load(SHAPES, device="cpu", batch_size=8, window=window) for window in (1, 8))
     settings = [{}, {"cond_scale": 1.0}, {"top_p": None, "top_k": 0.9}, {"temperature": 1.2, "cond_scale": 2.0}]
     for first, prompt in zip(range(0, count, 8), itertools.cycle(validation_prompts("score", 48))):
         specs = [batching.plan_image(demo, prompt, first + place, settings[first // 8 % 4]) for place in range(8)]
@@ -81,3 +82,13 @@ def test_codes_are_those_of_one_at_a_time_in_fewer_passes(demo, count):
             assert torch.equal(batching.generate_batch(loaded, specs), expected), specs
         assert torch.equal(batching.generate_batch(demo, specs[:1]), expected[:1]), specs
     assert eight.sampler.stepper.passes < one.sampler.stepper.passes / 2.5
+
+
+def test_the_default_knows_everyday_things():
+    assert DEMO.stat().st_size <= 24_000_000
+    loaded = load(device="cpu")
+    assert sum(all(word in loaded.words for word in name.split()) for name in objects()) >= 300
+    specs = [batching.plan_image(loaded, f"a small cat on a {color} background", 1) for color in ("blue", "green")]
+    for image, color in zip(loaded.decode(batching.generate_batch(loaded, specs)), ("blue", "green")):
+        middle = image.flatten(1).median(dim=1).values * 255
+        assert (middle - torch.tensor(BACKGROUNDS[color])).abs().max() < 12

@@ -24,7 +24,7 @@ from generation.batching import complete_caption, generate_batch, plan_image  # 
 from generation.loading import load  # noqa: E402
 from models.sampling import Sampling  # noqa: E402
 from tests.builders import small_dalle, train_settings  # noqa: E402
-from tests.conftest import TinyTokenizer  # noqa: E402
+from tests.conftest import SHAPES, TinyTokenizer  # noqa: E402
 
 PATTERNS = ("full", "axial_row", "axial_col", "conv_like")
 SETTINGS = {
@@ -117,7 +117,7 @@ def training():
 
 def demo():
     """The bundled model: codes, a completed caption, encoding, and what happens without memory."""
-    loads = {device: load(device=device) for device in ("cpu", "cuda")}
+    loads = {device: load(SHAPES, device=device) for device in ("cpu", "cuda")}
     codes, captions, encoded = {}, {}, {}
     for device, loaded in loads.items():
         specs = [plan_image(loaded, "a small red circle above a large blue square", seed) for seed in range(2)]

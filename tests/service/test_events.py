@@ -11,6 +11,7 @@ from PIL import Image
 
 from generation.batching import generate_batch, plan_image
 from generation.output import image_metadata, to_image
+from tests.conftest import SHAPES
 from tests.service.running import call, loaded_for_tests, read_events, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
@@ -68,9 +69,7 @@ def test_a_job_of_two_prompts_from_its_first_row_to_its_images(port, loaded, dra
 
 
 def test_sixteen_images_cost_little(port):
-    from generation.loading import DEMO
-
-    with running(loaded_for_tests(DEMO, batch_size=16)) as port:
+    with running(loaded_for_tests(SHAPES, batch_size=16)) as port:
         events = read_events(port, create(port, prompts=["a small red circle"], num_images=16, seed=1)["id"])
     assert sum(event == "image" for _, event, _ in events) == 16
     assert sum(len(json.dumps(data)) + 30 for _, _, data in events) < 200_000
