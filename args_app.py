@@ -22,7 +22,7 @@ def app_parser() -> Parser:
     """Return the parser of app.py's flags."""
     parser = Parser("Serves a web page and an HTTP API that generate images for prompts; see requirements-app.txt.")
     add = parser.heading("Model")
-    add("dalle-path", None, "checkpoint of train.py; default: the bundled demo")
+    add("dalle-path", None, "checkpoint of train.py; default: the bundled model")
     machine_flags(parser)
     add = parser.heading("Network")
     add("host", "127.0.0.1", "address; 0.0.0.0 serves other machines, too")

@@ -125,7 +125,7 @@ def rows(text: str) -> float:
 
 def generate_parser() -> Parser:
     """Build the parser of generate.py's flags."""
-    parser = Parser("Generate images for prompts with a trained DALL-E; without --dalle_path, with the demo model.")
+    parser = Parser("Generate images for prompts with a trained DALL-E; without --dalle_path, with the bundled one.")
     add = parser.heading("What to generate")
     add("dalle-path", None, "checkpoint of train.py; default: the bundled model, which knows 322 everyday things", path)
     add("text", None, "prompts, separated by |; - reads them from standard input, one per line", metavar="TEXT")

@@ -30,7 +30,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def load(dalle_path: Optional[str] = None, **options: Any) -> "LoadedModel":
-    """Load a checkpoint, or the demo model if no path is given; see generation.loading.load for the options."""
+    """Load a checkpoint, or the bundled one if no path is given; see generation.loading.load for the options."""
     from generation.loading import load
 
     return load(dalle_path, **options)

@@ -15,6 +15,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from tqdm import tqdm
 
 import log
+from benchmarks.networks import SHAPES
 from data.shapes import validation_prompts
 from evaluate import judge, shape_faults
 from utils.command_line import COUNT, SEED, Parser, machine_flags, number, parse
@@ -36,7 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line."""
     parser = Parser((__doc__ or "").splitlines()[0])
     add = parser.heading("what is measured")
-    add("dalle-path", None, "checkpoint of the demo set; none: the bundled one")
+    add("dalle-path", str(SHAPES), "checkpoint that knows shapes")
     add("pictures", 256, "validation prompts per row, with one image each", number(int, low=1, high=1120))
     add("seed", 0, "seed of prompts and images", SEED)
     add("batch-size", 64, "images generated at once", COUNT)

@@ -189,7 +189,7 @@ def vqgan() -> None:
 
 
 def demo() -> None:
-    """Run the demo's commands from images to an evaluated checkpoint, and the scenes model if it is there."""
+    """Run the demo's commands from images to an evaluated checkpoint, and the bundled model."""
     few = REHEARSAL
     with tempfile.TemporaryDirectory() as place:
         data, vae, out = f"{place}/shapes", f"{place}/vqgan", f"{place}/ckpt"
@@ -205,13 +205,8 @@ def demo() -> None:
             [*train, "--checkpoint-output-dir", out, "--max-steps", steps],
             ["evaluate.py", "--dalle_path", newest, "--prompts", 8 if few else 400, "--outputs-dir", place],
             ["generate.py", *prompt, "--dalle_path", newest, "--rank", 2, "--outputs_dir", place],
+            ["generate.py", "--text", "a small cat left of a large pizza", "--outputs_dir", place],
         ]
-        scenes = sorted(ROOT.glob("demo/*scenes*.safetensors"))
-        if scenes:
-            words = ["--text", "a cat to the left of a tree", "--num_images", 4, "--outputs_dir", place]
-            commands.append(["generate.py", *words, "--dalle_path", scenes[0]])
-        else:
-            note("scenes model", skipped="demo/ has none")
         for words in commands:
             machine_flags = [] if "-m" in words else ["--device", DEVICE]
             saved = sorted(Path(out).glob("*.pt"), key=lambda path: path.stat().st_mtime)

@@ -164,7 +164,7 @@ def time_sampling(
 
 
 def first_image(quick: bool) -> Measurement:
-    """Measure `generate.py` from its start to the end, for one image of the demo model."""
+    """Measure `generate.py` from its start to the end, for one image of the bundled model."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--text", "a small cat left of a large pizza", "--num_images", "1", "--outputs_dir", folder]
         command = [sys.executable, "generate.py", *flags]

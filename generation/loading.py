@@ -110,7 +110,7 @@ def load(
     """Load a checkpoint of train.py or of the reference application.
 
     Args:
-        dalle_path: None loads the demo model.
+        dalle_path: None loads the bundled model.
         device, precision, executable_cache_dir: as the flags of generate.py.
         batch_size: images at once; None uses what suits the machine and fits half of its free memory.
         window: codes of an image that a pass computes; the images are the same. None uses what is fastest.
