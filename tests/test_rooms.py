@@ -182,7 +182,7 @@ def test_no_source_breaks_the_rule(rule):
 
 NOTICED = {
     forbidden_imports: [
-        ("models/x.py", "from data.order import epoch_order"),
+        ("models/x.py", "from data.loader import epoch_order"),
         ("models/x.py", "import poptorch"),
         ("models/pipeline_dalle.py", "if True:\n    from poptorch import Block"),
         ("backends/native/backend.py", "def f():\n    import popdist.poptorch"),
