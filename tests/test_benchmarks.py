@@ -10,8 +10,8 @@ from torch import nn
 from benchmarks import __main__ as benchmark
 from benchmarks import limits, loading, networks, peer, plot, rows
 from models.dalle import DALLE
-from models.official_vqgan import OFFICIAL_PARAMS
 from models.vae import VQGanVAE
+from models.vqgan_files import OFFICIAL_PARAMS
 
 
 def run(folder, capfd, *flags):

@@ -22,7 +22,8 @@ import train
 from backends.native.backend import fast_in_bf16
 from backends.native.trainer import NativeTrainer
 from generation.loading import read_model
-from models.vae import VQGanVAE, load_vqgan
+from models.vae import VQGanVAE
+from models.vqgan_files import load_vqgan
 from tests.conftest import ROOT
 
 
