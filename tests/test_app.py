@@ -210,7 +210,7 @@ def test_twenty_clients_for_minutes_get_what_plain_generation_gives():
 
     MINUTES: how long; memory must stay flat.
     """
-    from generation.batching import generate_batch, plan_image
+    from generation.images import generate_batch, plan_image
 
     checkpoint = Path(os.environ.get("DALLE_PATH", SHAPES))
     loaded = loaded_for_tests(checkpoint, batch_size=None)
@@ -249,7 +249,7 @@ def test_twenty_clients_for_minutes_get_what_plain_generation_gives():
 
 @pytest.mark.parametrize("token", ["", " spaced ", "sésame"])
 def test_a_token_that_no_browser_could_send_is_refused(token, monkeypatch, capsys):
-    from args_app import app_arguments
+    from app import app_arguments
 
     for flags in (["--token", token], []):
         with pytest.raises(SystemExit):
