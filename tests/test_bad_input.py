@@ -18,7 +18,7 @@ import generate
 import process_captions
 import train
 import train_vqgan
-from models.vae import load_vqgan
+from models.vqgan_files import load_vqgan
 from tests.builders import PickledCall
 from tests.conftest import ROOT
 

@@ -17,7 +17,7 @@ from generation.loading import read_model
 from generation.output import save_images
 from models.dalle import DALLE
 from models.sampling import sample_codes
-from models.vae import load_vqgan
+from models.vqgan_files import load_vqgan
 from tests.builders import WholePassStepper, reference_weights
 from tests.conftest import ROOT
 

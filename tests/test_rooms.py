@@ -32,8 +32,8 @@ ALLOWED = {
     "args_app.py": {"args", "utils.command_line"},
     "args_evaluate.py": {"args", "utils.command_line"},
     "args_generate.py": {"args", "utils.command_line", "utils.files"},
-    "utils/command_line.py": {"yaml", "utils.output"},
-    "log.py": {"tqdm", "utils.output"},
+    "utils/command_line.py": {"yaml"},
+    "log.py": {"tqdm", "utils.command_line"},
     "process_captions.py": {"data", "utils"},
 }
 GUARDS = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}

@@ -20,7 +20,8 @@ import generate
 import train
 from backends.native.backend import fast_in_bf16
 from backends.native.trainer import NativeTrainer
-from models.vae import VQGanVAE, load_vqgan
+from models.vae import VQGanVAE
+from models.vqgan_files import load_vqgan
 from tests.builders import reference_weights
 from tests.conftest import ROOT
 

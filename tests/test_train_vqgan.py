@@ -14,7 +14,7 @@ from taming.modules.vqvae.quantize import VectorQuantizer2
 
 import train_vqgan
 from data.images import load_image
-from models.vae import load_vqgan
+from models.vqgan_files import load_vqgan
 from models.vqgan_training import VQGanTrainer
 from tests.conftest import ROOT
 

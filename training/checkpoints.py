@@ -15,7 +15,6 @@ import torch
 
 import log
 from data.order import EpochOrder
-from data.words import EXAMPLES, summarize_captions
 from generation.loading import OPTIONS
 from utils import checkpoint
 from utils.files import check_writable, remove_leftovers
@@ -295,9 +294,10 @@ def summarize(run: Run) -> Dict[str, Any]:
     """Return the words and some examples of the training captions; they are collected once per run."""
     if run.captions is None:
         dataset, tokenizer = run.dataset, run.tokenizer
-        rows = [number * len(dataset) // (4 * EXAMPLES) for number in range(4 * EXAMPLES)]  # some are equal or too long
+        count = 4 * checkpoint.EXAMPLES
+        rows = [number * len(dataset) // count for number in range(count)]  # some are equal or too long
         texts = dataset.iter_captions(tokenizer), dataset.iter_captions(tokenizer, rows)
-        run.captions = summarize_captions(*texts)
+        run.captions = checkpoint.summarize_captions(*texts)
     return run.captions
 
 
