@@ -119,24 +119,6 @@ def test_figures_of_an_entry_are_in_its_log(
         assert 3 < found["loss"] < 12 and (found["compile_time"] > 0) == (name in ON_IPUS)
 
 
-# Stands for python3 and poprun: as train.py, it wants a folder without checkpoints and writes one.
-PROGRAM = """#!/bin/sh
-while [ $# -gt 1 ]; do [ "$1" = --checkpoint-output-dir ] && folder=$2; shift; done
-[ -z "$folder" ] || { test ! -e "$folder/last.pt" && mkdir -p "$folder" && echo > "$folder/last.pt"; }
-"""
-
-
-@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if "bash -c" in entry["cmd"]])
-def test_an_entry_with_a_folder_runs_any_number_of_times(tmp_path, name):
-    for program in ("python3", "poprun"):
-        (tmp_path / program).write_text(PROGRAM)
-        (tmp_path / program).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    for _ in range(2):
-        assert subprocess.run(words_of(name), cwd=tmp_path, env=environment, check=False).returncode == 0
-    assert len(list(tmp_path.rglob("last.pt"))) == (2 if name.endswith("_conv") else 1)  # a whole run is kept
-
-
 @pytest.mark.parametrize("pod", ["4", "16", "64"])
 def test_training_scripts_run_what_they_say(poptorch_standin, command, tiny_vqgan, tmp_path, pod):
     """Two epochs of a named configuration on generated pixels, without checkpoints; further flags pass through."""
