@@ -35,7 +35,7 @@ from benchmarks.limits import (
     time_call,
     time_calls,
 )
-from generation.batching import encode_prompt, plan_image
+from generation.images import encode_prompt, plan_image
 from generation.loading import load
 from models.dalle import DALLE
 from models.sampling import Sampling

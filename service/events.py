@@ -18,9 +18,8 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from generation.batching import ImageSpec
+from generation.images import ImageSpec, encode_image, image_metadata
 from generation.loading import LoadedModel
-from generation.output import encode_image, image_metadata
 from service.queue import Busy, GenerationQueue, Job
 
 UNREAD_SECONDS = 10  # without a reader, after which a job is cancelled

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Dict, Iterable, List, Mapping, NamedTuple, Op
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from generation.batching import ImageSpec, plan_image
+from generation.images import ImageSpec, plan_image
 from generation.loading import LoadedModel
 
 SEEDS = 2**63

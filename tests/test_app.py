@@ -191,7 +191,7 @@ def test_twenty_clients_at_once_are_all_served(served):
 
 @pytest.mark.parametrize("token", ["", " spaced ", "sésame"])
 def test_a_token_that_no_browser_could_send_is_refused(token, monkeypatch, capsys):
-    from args_app import app_arguments
+    from app import app_arguments
 
     for flags in (["--token", token], []):
         with pytest.raises(SystemExit):

@@ -10,20 +10,20 @@ import yaml
 
 import args
 import args_evaluate
-import args_generate
+import generate
 from models.sampling import Sampling
 from tests.conftest import ROOT
 from utils import command_line
 
 PARSERS = {
     "train.py": args.train_parser,
-    "generate.py": args_generate.generate_parser,
+    "generate.py": generate.generate_parser,
     "train_vqgan.py": args.vqgan_parser,
     "evaluate.py": args_evaluate.evaluate_parser,
 }
 COMMANDS = {
     "train.py": (args.train_arguments, ["--generated-data"]),
-    "generate.py": (args_generate.generate_arguments, ["--dalle_path", "c.pt", "--text", "a cat"]),
+    "generate.py": (generate.generate_arguments, ["--dalle_path", "c.pt", "--text", "a cat"]),
     "train_vqgan.py": (args.vqgan_arguments, ["--input-folder", "pictures"]),
     "evaluate.py": (args_evaluate.evaluate_arguments, ["--dalle_path", "c.pt"]),
 }
@@ -166,7 +166,7 @@ def test_every_flag_of_the_reference_is_there_in_both_spellings(program, flags):
 def test_the_defaults_are_those_of_the_reference():
     settings = args.train_arguments(["--generated-data"])
     assert {name: getattr(settings, name) for name in TRAIN_DEFAULTS} == TRAIN_DEFAULTS
-    settings = args_generate.generate_arguments(["--dalle_path", "c.pt", "--text", "a cat"])
+    settings = generate.generate_arguments(["--dalle_path", "c.pt", "--text", "a cat"])
     assert (settings.num_images, settings.batch_size, settings.outputs_dir) == (4, None, "./outputs")
     assert settings.gentxt is False and settings.bpe_path is None
     assert settings.top_k is None and Sampling().top_k == 0.99  # where the checkpoint says nothing

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 import args
-import args_generate
 import generate
 import train
 from tests.conftest import ROOT
@@ -77,7 +76,7 @@ def test_an_entry_is_what_the_tool_takes(name):
     assert ("--executable-cache-dir" in entry["cmd"]) == ("poprun" in entry["cmd"])  # or each process compiles
     for script, arguments in calls_of(name):
         assert (ROOT / script).is_file()
-        parse = {"train.py": args.train_arguments, "generate.py": args_generate.generate_arguments}[script]
+        parse = {"train.py": args.train_arguments, "generate.py": generate.generate_arguments}[script]
         settings = parse(arguments)
         assert settings.device == ("ipu" if name in ON_IPUS else "cpu")
         pod = re.search(r"pod(\d+)", name)

@@ -13,8 +13,8 @@ from PIL import Image
 
 import generate
 import train
+from generation.command import save_images
 from generation.loading import read_model
-from generation.output import save_images
 from models.dalle import DALLE
 from models.sampling import sample_codes
 from models.vqgan_files import load_vqgan
@@ -113,7 +113,9 @@ def test_a_second_run_keeps_the_images_of_the_first(drawn, tmp_path):
 
 
 def saved(prompt, outputs):
-    return save_images([Image.new("RGB", (8, 8))], [{"prompt": prompt, "seed": 7}], outputs)
+    image = Image.new("RGB", (8, 8))
+    image.info.update(prompt=prompt, seed=7)
+    return save_images([image], outputs)
 
 
 def test_every_prompt_gets_its_own_folder_in_the_output_folder(tmp_path):

@@ -23,15 +23,13 @@ ALLOWED = {
     "backends/native/gpu_kernels.py": {"backends", "models", "torch", "triton"},
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL", "numpy"},
     "generation/command.py": {"generation", "backends", "models", "utils", "torch", "PIL", "tqdm"}
-    | {"log", "args_generate"},
+    | {"log", "generate"},
     "service": {"service", "generation", "data", "utils", "log", "torch", "PIL"}
     | {"h11", "uvicorn", "fastapi", "starlette", "pydantic"},
     "service/queue.py": {"generation", "PIL", "log"},
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
     "args.py": {"utils.command_line"},
-    "args_app.py": {"args", "utils.command_line"},
     "args_evaluate.py": {"args", "utils.command_line"},
-    "args_generate.py": {"args", "utils.command_line", "utils.files"},
     "utils/command_line.py": {"yaml"},
     "log.py": {"tqdm", "utils.command_line"},
     "process_captions.py": {"data", "utils"},
@@ -44,7 +42,7 @@ PICKLE_NAMES = {"pickle.UnpicklingError", "pickle.PicklingError", "pickle.Pickle
 RESTRICTED_UNPICKLER = ("utils/foreign_pickle.py", "pickle._Unpickler")
 NEWER_METHODS = {"removeprefix", "removesuffix", "is_relative_to", "lcm", "pairwise", "batched", "bit_count", "unparse"}
 BUILTIN_GENERICS = {"dict", "list", "set", "tuple", "type", "frozenset"}
-PYTHON_3_10 = ("service/", "app.py", "args_app.py")
+PYTHON_3_10 = ("service/", "app.py")
 
 
 def name_of(path):

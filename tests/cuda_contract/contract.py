@@ -16,7 +16,7 @@ sys.path[0] = os.getcwd()
 import torch  # noqa: E402
 
 from backends.native.backend import NativeBackend, NativeTrainingBackend  # noqa: E402
-from generation.batching import complete_caption, generate_batch, plan_image  # noqa: E402
+from generation.images import complete_caption, generate_batch, plan_image  # noqa: E402
 from generation.loading import load  # noqa: E402
 from models.sampling import Sampling  # noqa: E402
 from tests.builders import small_dalle, train_settings  # noqa: E402

@@ -12,7 +12,7 @@ from data.captions import CaptionCache, encode_caption, load_captions
 from data.files import UNREAD
 from data.loader import TextImageDataset
 from data.tokenizer import load_tokenizer
-from generation.batching import encode_prompt
+from generation.images import encode_prompt
 from tests.conftest import ROOT, YTTM
 
 KINDS = {"clip": None, "yttm": ROOT / YTTM}

@@ -10,9 +10,8 @@ import socket
 import pytest
 from PIL import Image
 
-from generation.batching import generate_batch, plan_image
 from generation.image_prompts import encode_kept_rows
-from generation.output import image_metadata, to_image
+from generation.images import generate_batch, image_metadata, plan_image, to_image
 from tests.builders import png_of
 from tests.service.running import call, generate, running, until
 

@@ -9,8 +9,7 @@ import time
 import pytest
 from PIL import Image
 
-from generation.batching import generate_batch, plan_image
-from generation.output import image_metadata, to_image
+from generation.images import generate_batch, image_metadata, plan_image, to_image
 from tests.conftest import SHAPES
 from tests.service.running import call, loaded_for_tests, read_events, running, until
 
