@@ -124,7 +124,7 @@ def evaluate_pairs(loaded: LoadedModel, dataset: TextImageDataset, settings: Nam
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    from generation.output import make_grid, to_image
+    from generation.images import make_grid, to_image
     from training.validation import add_perplexity
 
     psnr, shown = reconstruct(loaded, dataset, settings.batch_size)
@@ -206,7 +206,7 @@ def mean_clip_score(clip: Any, images: torch.Tensor, texts: Sequence[str], setti
     """Return and print the mean CLIP score of images and their texts."""
     import torch
 
-    from generation.output import to_image
+    from generation.images import to_image
 
     scores = []
     for first in batch_starts(len(images), settings, "CLIP"):
@@ -228,7 +228,7 @@ def evaluate_prompts(
     loaded: LoadedModel, settings: Namespace, sampling: Sampling, folder: Path, clip: Any = None
 ) -> Dict[str, Any]:
     """Return the share of validation prompts that the images follow; write a grid and its prompts."""
-    from generation.output import make_grid, to_image
+    from generation.images import make_grid, to_image
 
     kind = settings.prompts_of or ("scenes" if knows_scenes(loaded.words) else "shapes")
     prompts, find_faults = load_prompts(kind, settings)
@@ -296,16 +296,16 @@ def generate_codes(
     """Return the codes of an image for each prompt, int64 (N, L), and the sampling settings."""
     from tqdm import tqdm
 
-    from generation import batching
+    from generation.images import ImageSpec, generate_lists, plan_image
 
-    sampling = batching.plan_image(loaded, prompts[0], 0, sampling).sampling
+    sampling = plan_image(loaded, prompts[0], 0, sampling).sampling
     no_codes = text[0].new_zeros(0)
     specs = [
-        batching.ImageSpec(prompt, tokens, settings.seed + number, sampling, no_codes)
+        ImageSpec(prompt, tokens, settings.seed + number, sampling, no_codes)
         for number, (prompt, tokens) in enumerate(zip(prompts, text))
     ]
     with tqdm(total=len(specs), desc="generating", unit="image", disable=None) as bar:
-        (codes,) = batching.generate_lists(loaded, [specs], on_batch=bar.update)
+        (codes,) = generate_lists(loaded, [specs], on_batch=bar.update)
     return codes, sampling._asdict()
 
 

@@ -13,7 +13,7 @@ from typing import Dict, Iterator
 
 from tqdm import tqdm
 
-from utils.output import discard_output, exit_on_closed_output
+from utils.command_line import discard_output, exit_on_closed_output
 
 LINE_SECONDS = 10  # between log lines of losses, at least; the bar moves with every update
 EXIT_INTERRUPTED = 130

@@ -3,8 +3,7 @@
 import sys
 from typing import Optional, Sequence
 
-from utils.command_line import Parser
-from utils.output import exit_on_closed_output
+from utils.command_line import Parser, exit_on_closed_output
 
 
 @exit_on_closed_output()

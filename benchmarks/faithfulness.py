@@ -75,16 +75,17 @@ def measure_row(
     """Generate an image for each prompt, the best of `rank` by the model's own likelihood, and judge it."""
     import torch
 
-    from generation import batching, ranking
+    from generation import ranking
+    from generation.images import generate_lists, plan_image
     from models.sampling import Sampling
 
     sampling = Sampling(**PLAIN, **settings)
     lists = [
-        [batching.plan_image(loaded, prompt, seed + place * rank + number, sampling) for number in range(rank)]
+        [plan_image(loaded, prompt, seed + place * rank + number, sampling) for number in range(rank)]
         for place, prompt in enumerate(prompts)
     ]
     started, images = time.monotonic(), []
-    for specs, codes in zip(lists, batching.generate_lists(loaded, lists)):
+    for specs, codes in zip(lists, generate_lists(loaded, lists)):
         ((best, _),) = ranking.best_of(loaded, specs, codes, 1)
         images.append(loaded.decode(codes[best][None]))
     seconds = (time.monotonic() - started) / len(prompts)

@@ -33,9 +33,8 @@ from data.images import ImagePath, load_image
 from data.loader import WorkerTracker, describe_set, describe_unknown
 from data.sources import ImageSource, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
-from utils.command_line import COUNT, NATURAL, Parser, read_entry
+from utils.command_line import COUNT, NATURAL, Parser, exit_on_closed_output, read_entry
 from utils.interrupts import ignore_interrupts_in_worker
-from utils.output import exit_on_closed_output
 
 DEADLY = "image whose reading kills the process"
 TOO_LONG = "caption file with more than {} tokens per caption"

@@ -19,11 +19,11 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from data.array_cache import MappedRows
-from data.captions import CaptionCache, TokenCounts, encode_text, load_captions
+from data.captions import CaptionCache, TokenCounts, load_captions
 from data.files import UNREAD, UNREADABLE, File, describe_others, printable, report_skipped
 from data.images import load_image
 from data.sources import ImagePath, folder_of, open_source
-from data.tokenizer import Tokenizer, check_length
+from data.tokenizer import Tokenizer, check_length, encode_text
 
 logger = logging.getLogger("minidalle")
 

@@ -17,11 +17,10 @@ from torch import Tensor
 import backends
 from backends.base import Backend
 from data.tokenizer import load_tokenizer
-from data.words import read_summary, split_words
 from models.dalle import DALLE
-from models.image_tokenizer import ImageTokenizer
 from models.sampling import Sampling
-from models.vae import VQGanVAE, build_tokenizer, infer_params, load_vqgan
+from models.vae import ImageTokenizer, VQGanVAE, build_tokenizer
+from models.vqgan_files import infer_params, load_vqgan
 from utils import checkpoint
 from utils.files import AnyPath
 
@@ -68,7 +67,7 @@ class LoadedModel:
         self.path, self.model, self.tokenizer = str(path), model, tokenizer
         self.guidable = bool(saved.get("settings", {}).get("caption_dropout"))
         self.recommended = recommended if self.guidable else recommended._replace(cond_scale=1.0)
-        self.words, self.examples = read_summary(saved.get("captions"))
+        self.words, self.examples = checkpoint.read_summary(saved.get("captions"))
         self.backend, self.batch_size, self.window = backend, batch_size, window
         self.fingerprint = fingerprint(model)
 
@@ -79,7 +78,7 @@ class LoadedModel:
 
     def unknown_words(self, prompt: str) -> List[str]:
         """Return a prompt's words that no training caption has; none if the checkpoint does not keep their words."""
-        return [word for word in dict.fromkeys(split_words(prompt)) if self.words and word not in self.words]
+        return [word for word in dict.fromkeys(checkpoint.split_words(prompt)) if self.words and word not in self.words]
 
     @functools.cached_property
     def sampler(self) -> Callable[..., Tensor]:

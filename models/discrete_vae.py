@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.image_tokenizer import ImageTokenizer, size_in
+from models.vae import ImageTokenizer, size_in
 from utils.checkpoint import first_misfit
 from utils.foreign_pickle import read_entries, read_module
 

@@ -18,7 +18,7 @@ import generate
 import process_captions
 import train
 import train_vqgan
-from models.vae import load_vqgan
+from models.vqgan_files import load_vqgan
 from tests.builders import PickledCall
 from tests.conftest import ROOT
 
@@ -116,14 +116,6 @@ def test_folders_without_pictures(refused, name, folder):
     refused(name, f"--input-folder {{place}}/{folder}", f"{{place}}/{folder}")
 
 
-def test_a_missing_folder_is_told_before_a_vqgan_is_fetched(command, tmp_path, monkeypatch):
-    monkeypatch.setenv("DALLE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MINIDALLE_VQGAN_URL", f"file://{tmp_path}/nowhere")
-    flags = ["--input-folder", tmp_path / "missing", "--checkpoint-output-dir", ""]
-    ended = command(train.main, *flags)
-    assert ended.status == 2 and f"{tmp_path}/missing: no such folder" in ended.err, ended
-
-
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -136,15 +128,6 @@ def test_a_missing_folder_is_told_before_a_vqgan_is_fetched(command, tmp_path, m
 )
 def test_folders_that_train_cannot_use(refused, flags, words):
     refused("train", flags, words)
-
-
-def test_a_few_bad_pictures_are_skipped_and_counted(command, things, tiny_flags, picture_folder):
-    for name in ("00", "01", "02"):  # no bytes, cut short, no picture
-        shutil.copy(things / "unreadable" / f"{name}.png", picture_folder)
-    ended = command(train.main, *tiny_flags, "--input-folder", picture_folder)
-    assert "9 images" in ended.out and "1 file (unreadable image)" in ended.out
-    assert ended.status == 0 and ended.err == ""
-    assert all(f"{name}.png" in ended.out for name in ("00", "01", "02"))
 
 
 @pytest.mark.parametrize("vocabulary", ["missing", "folder", "empty_file", "README.md", "binary", "good"])
@@ -226,7 +209,6 @@ def test_devices(refused, monkeypatch, name):
         refused(name, f"--device {device}", "--device", device)
 
 
-@pytest.mark.parametrize("folder", ["{place}/README.md/below", "/proc/below"])
 @pytest.mark.parametrize(
     "flags",
     [
@@ -238,16 +220,9 @@ def test_devices(refused, monkeypatch, name):
         "process_captions --out-dir",
     ],
 )
-def test_output_folders(refused, flags, folder):
+def test_output_folders(refused, flags):
     name, flag = flags.split()
-    if folder.startswith("/proc") and not sys.platform.startswith("linux"):
-        pytest.skip("no /proc here")
-    refused(name, f"{flag} {folder}", "/proc" if folder.startswith("/proc") else "{place}/README.md")
-
-
-def test_wandb_without_its_package(refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # which makes the import fail
-    refused("train", "--wandb", "--wandb", "pip install wandb")
+    refused(name, f"{flag} {{place}}/README.md/below", "{place}/README.md")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(command, tiny_flags, tmp_path):

@@ -5,28 +5,20 @@ half a file, or code that was in the input.
 import contextlib
 import io
 import json
-import os
-import pickle
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import args
-import generate
-import process_captions
-import train
 from data.loader import TextImageDataset
 from data.tokenizer import load_tokenizer
-from tests.builders import PickledCall
 from tests.conftest import ROOT, YTTM
-from utils import checkpoint, command_line
+from utils import command_line
 
 # The same examples in every run, so that a failure can be seen again.
 MANY = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -123,79 +115,6 @@ def test_configuration_files(content, name):
             args.train_arguments(argv)
 
         told_or_harmless(ends(parse, "--config", name), ["configs.yaml", "--input-folder"])
-
-
-CAPTIONS = {"annotations": [{"image_id": number, "id": number, "caption": f"picture {number}"} for number in range(3)]}
-WRONG = st.tuples(st.sampled_from(["image_id", "caption", None]), anything).map(
-    lambda change: {
-        "annotations": [
-            *CAPTIONS["annotations"],
-            change[1] if change[0] is None else {"image_id": 7, "caption": "a dog", change[0]: change[1]},
-        ]
-    }
-)
-JSONS = (WRONG | anything | anything.map(lambda it: {"annotations": it})).map(lambda it: json.dumps(it).encode())
-
-
-@settings(max_examples=60, **MANY)
-@given(JSONS | damaged(json.dumps(CAPTIONS).encode()))
-def test_captions_files(content):
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        path, out = Path(folder) / "captions.json", Path(folder) / "out"
-        path.write_bytes(content)
-        patch.setattr(sys, "argv", ["process_captions.py", "--captions", str(path), "--out-dir", str(out)])
-        status = told_or_harmless(ends(lambda _: process_captions.main()), ["captions.json"])
-        files = list(out.glob("*")) if out.exists() else []
-        assert not [file for file in files if file.suffix != ".txt" or not file.read_text(encoding="utf-8")]
-        assert status == 0 or not files
-
-
-@pytest.fixture(scope="module")
-def small_file(tiny_checkpoint):
-    """A checkpoint's content, without the optimizer's state: fewer bytes, so that changes meet more that matters."""
-    return {**checkpoint.read(tiny_checkpoint), "opt_state": []}
-
-
-def saved(content):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-@settings(max_examples=10, **MANY)
-@given(st.data())
-def test_checkpoints(small_file, tiny_flags, data):
-    with tempfile.TemporaryDirectory() as folder:
-        path, marker, out = Path(folder) / "dalle_9.pt", Path(folder) / "marker", Path(folder) / "out"
-        kind = data.draw(st.sampled_from(["bytes", "value", "missing", "code", "pickle", "hparam"]))
-        if kind == "bytes":
-            path.write_bytes(data.draw(damaged(saved(small_file))))
-        elif kind == "pickle":
-            path.write_bytes(pickle.dumps({"hparams": {}, "weights": {"a": PickledCall(os.system, f"touch {marker}")}}))
-        else:
-            content = dict(small_file)
-            key = data.draw(st.sampled_from(sorted(content)))
-            if kind == "missing":
-                del content[key]
-            elif kind == "hparam":
-                name = data.draw(st.sampled_from(sorted(content["hparams"])))
-                content["hparams"] = {**content["hparams"], name: data.draw(anything)}
-            else:
-                content[key] = PickledCall(os.system, f"touch {marker}") if kind == "code" else data.draw(anything)
-            path.write_bytes(saved(content))
-        before = path.read_bytes()
-        draw = ["--dalle_path", path, "--text", "red", "--num_images", 1, "--device", "cpu", "--precision", "fp32"]
-        drawn = ends(generate.main, *draw, "--outputs_dir", out / "drawn")
-        named = [str(path), "--text", "--bpe_path"]
-        told_or_harmless(drawn, named)
-        went_on = ends(
-            train.main,
-            *[*tiny_flags, "--pretrained-checkpoint", path, "--checkpoint-output-dir", out / "ckpt"],
-            *["--max-steps", 12, "--epochs", 9, "--caption-dropout", "0.1"],
-        )
-        told_or_harmless(went_on, named)
-        assert path.read_bytes() == before and not marker.exists()
-        assert not list(out.rglob("*.tmp"))
 
 
 PICTURES = ["png", "jpeg", "bmp", "gif", "tiff", "webp"]

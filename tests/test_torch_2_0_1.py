@@ -138,41 +138,6 @@ def test_sources_use_names_of_torch_2_0_1():
     assert not unknown, f"look up in torch 2.0.1, then add to {LIST.name} (later methods: do without): {unknown}"
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "import torch\ntorch.nn.RMSNorm(4)",
-        "from torch.nn.attention import sdpa_kernel",
-        "from torch.nn import functional as F\nF.scaled_dot_product_attention(q, k, v, scale=1.0)",
-        "from torch import nn\nclass Norm(nn.RMSNorm): pass",
-        "import torch as t\nt.load(file, weights_only=True, mmap=True)",
-        "import torch\n@torch.compiler.disable\ndef f(): pass",
-        "import torch\nif hasattr(torch.nn, 'RMSNorm'): torch.nn.RMSNorm(4)",
-        "model.load_state_dict(state, assign=True)",
-    ],
-)
-def test_the_rule_would_notice(statement):
-    assert missing(ast.parse(statement), "models/x.py")
-
-
-def test_one_source_may_use_what_it_has_checked():
-    checked = "import torch\nf = torch.amp.GradScaler(device=d) if hasattr(torch.amp, 'GradScaler') else None\n"
-    checked += "if x and hasattr(torch.nn, 'RMSNorm'):\n    torch.nn.RMSNorm(4)"
-    assert missing(ast.parse(checked), MAY_CHECK) == []
-    assert missing(ast.parse(checked), "models/x.py")
-    for statement in (
-        "f = None if hasattr(torch.amp, 'GradScaler') else torch.amp.GradScaler",
-        "if hasattr(torch.amp, 'autocast'): torch.amp.GradScaler",
-        "if hasattr(torch.amp, 'GradScaler') or x: torch.amp.GradScaler",
-    ):
-        assert missing(ast.parse(f"import torch\n{statement}"), MAY_CHECK) == ["torch.amp.GradScaler"]
-
-
-def test_the_list_is_in_order():
-    lines = [line for line in LIST.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    assert lines == sorted(set(lines)) and all(re.fullmatch(r"torch(\.\w+)*( \w+=)*", line) for line in lines)
-
-
 def value_of(name):
     """torch.a.b, importing what is a module."""
     value = torch

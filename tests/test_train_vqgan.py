@@ -17,7 +17,7 @@ from taming.modules.vqvae.quantize import VectorQuantizer2
 import train_vqgan
 from data.images import load_image, load_images
 from data.sources import find_images
-from models.vae import load_vqgan
+from models.vqgan_files import load_vqgan
 from models.vqgan_training import VQGanTrainer
 from tests.conftest import ROOT
 from training.loop import EpochOrder
@@ -83,15 +83,6 @@ def test_the_files_are_tamings(trained, drawn_pictures):
     assert Image.open(folder / "reconstructions.png").size == (8 * 36, 2 * 36)  # eight, above what comes back of them
 
 
-def test_without_patches_the_yaml_is_one_that_taming_knows(trained):
-    folder, _ = trained("--patch-size", 1, "--ch-mult", 1, 1, 1, 1, "--max-steps", 2, "--continuous-steps", 1)
-    params = yaml.safe_load((folder / "vqgan.yaml").read_text())["model"]["params"]
-    assert (
-        params.keys() == {"embed_dim", "n_embed", "ddconfig", "lossconfig"} and params["ddconfig"]["in_channels"] == 3
-    )
-    assert load_vqgan(str(folder)).fmap_size == 4
-
-
 def test_pictures_come_back_better_and_better(trained):
     more = ["--optimizer", "AdamW", "--learning-rate", "0.003", "--eval-interval", 15, "--max-steps", 60]
     _, out = trained(*more)
@@ -104,42 +95,6 @@ def test_a_seed_gives_the_same_weights_and_another_gives_others(trained):
     folders = [trained(*more, "--random-seed", seed)[0] for seed in (3, 3, 4)]
     first, again, other = [load_vqgan(str(folder)).fingerprint() for folder in folders]
     assert first == again != other
-
-
-def test_held_out_pictures(trained, drawn_pictures, picture_folder):
-    (picture_folder / "00.png").write_bytes(b"")
-    (picture_folder / "01.png").write_bytes((drawn_pictures / "01.png").read_bytes()[:90])
-    _, out = trained("--input-folder", picture_folder, "--validation-split", "0.25", "--max-steps", 11)
-    assert "skipped" in out and "unreadable image" in out and "00.png" in out and "01.png" in out
-    training, held_out = map(int, re.search(r"(\d+) training images, (\d+) validation images", out).groups())
-    assert training + held_out == 10 and held_out <= 3
-    _, out = trained("--validation-folder", drawn_pictures, "--max-steps", 11)
-    assert "12 training images, 12 validation images" in out and "dB on 12 validation images" in out
-
-
-def test_ctrl_c_before_the_codebook_saves_nothing(command, flags, tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(VQGanTrainer, "step", interrupted)
-    ended = command(train_vqgan.main, *flags, "--output-dir", tmp_path / "v")
-    assert ended.status == 130 and ended.err == "" and "nothing saved" in ended.out
-    assert not list((tmp_path / "v").iterdir())
-
-
-def test_out_of_memory_saves_what_there_is(command, flags, tmp_path, monkeypatch):
-    step = VQGanTrainer.step
-
-    def short_of_memory(trainer, pictures, share):
-        if trainer.steps == 12:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return step(trainer, pictures, share)
-
-    monkeypatch.setattr(VQGanTrainer, "step", short_of_memory)
-    ended = command(train_vqgan.main, *flags, "--continuous-steps", 4, "--output-dir", tmp_path / "short")
-    assert ended.status == 2 and "error: out of memory: a --batch-size below" in ended.err
-    assert ended.err.count("\n") == 1
-    assert torch.load(tmp_path / "short" / "vqgan.ckpt", weights_only=True)["global_step"] == 12
 
 
 def test_ctrl_c_saves_what_there_is(flags, tmp_path):

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple
 import torch
 
 import log
-from data.words import EXAMPLES, summarize_captions
 from generation.loading import OPTIONS
 from utils import checkpoint
 from utils.files import check_writable, remove_leftovers
@@ -295,12 +294,11 @@ def find_differences(saved: Dict[str, Any], run: Run) -> List[str]:
 def summarize(run: Run) -> Dict[str, Any]:
     """Return the words and some examples of the training captions; they are collected once per run."""
     if run.captions is None:
-        dataset, decode = run.dataset, run.tokenizer.decode
-        rows = [number * len(dataset) // (4 * EXAMPLES) for number in range(4 * EXAMPLES)]  # some are equal or too long
+        dataset, decode, count = run.dataset, run.tokenizer.decode, 4 * checkpoint.EXAMPLES
+        rows = [number * len(dataset) // count for number in range(count)]  # some are equal or too long
         examples = (" ".join(decode(tokens).split()) for row in rows for tokens in dataset.captions(row)[:1])
-        run.captions = summarize_captions(
-            (decode(tokens) for row in range(len(dataset)) for tokens in dataset.captions(row)), examples
-        )
+        texts = (decode(tokens) for row in range(len(dataset)) for tokens in dataset.captions(row))
+        run.captions = checkpoint.summarize_captions(texts, examples)
     return run.captions
 
 

@@ -26,9 +26,8 @@ from data.sources import folder_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from generation.loading import read_model
 from models.dalle import DALLE
-from models.image_tokenizer import ImageTokenizer
-from models.official_vqgan import OFFICIAL_PARAMS
-from models.vae import VQGanVAE, load_vqgan
+from models.vae import ImageTokenizer, VQGanVAE
+from models.vqgan_files import OFFICIAL_PARAMS, load_vqgan
 from training import checkpoints
 from training.loop import EpochOrder, LearningRate
 from training.metrics import Trackers, open_trackers

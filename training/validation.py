@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import log
 from data.images import load_image
-from generation.output import to_image
+from generation.images import to_image
 from models.sampling import Sampling
 from utils.files import atomic_write
 

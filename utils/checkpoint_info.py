@@ -10,9 +10,8 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 
 from utils import checkpoint
-from utils.command_line import Parser, parse
+from utils.command_line import Parser, exit_on_closed_output, parse
 from utils.files import AnyPath, first_line
-from utils.output import exit_on_closed_output
 
 WIDTH = 118
 LABEL = 12

@@ -5,22 +5,25 @@ names with underscores, and their values pass through the same checks. Imports n
 """
 
 import argparse
+import contextlib
 import difflib
 import math
+import os
 import re
+import select
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Set
+from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Set
 
 import yaml
 
-from utils.output import exit_on_closed_output
-
 CONFIGS = Path(__file__).resolve().parent.parent / "configs.yaml"
+EXIT_CLOSED_OUTPUT = 141  # what a shell reports for SIGPIPE
 HELP_COLUMN = 38
 HELP_WIDTH = 120
 Add = Callable[..., None]  # what Parser.heading returns
+_discarded = False
 
 
 class Parser(argparse.ArgumentParser):
@@ -294,6 +297,39 @@ def check_vqgan_files(parser: Parser, settings: argparse.Namespace) -> None:
 def refuse(parser: Parser, flag: str, problem: str) -> NoReturn:
     """End the program with an error in one line that names the flag."""
     parser.error(f"argument --{flag}: {problem}")
+
+
+def discard_output() -> None:
+    """Let further output to stdout vanish."""
+    global _discarded
+    _discarded = True
+    null = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError, ValueError):  # a stdout that is no file
+        os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _is_output_closed() -> bool:
+    """Return whether nobody reads stdout any more; True if this cannot be found out."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll, or a stdout that is no file
+        return True
+
+
+@contextlib.contextmanager
+def exit_on_closed_output() -> Iterator[None]:
+    """End the program, without a message, if this block writes to a stdout that nobody reads any more."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not (_discarded or _is_output_closed()):  # another pipe broke
+            raise
+        discard_output()
+        raise SystemExit(EXIT_CLOSED_OUTPUT) from None
 
 
 def exit_status(work: Callable[[], None], requirements: str = "requirements.txt") -> int:

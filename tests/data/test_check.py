@@ -10,7 +10,6 @@ from PIL import Image
 
 from data import check as checks
 from data import files
-from data.captions import encode_caption
 from data.loader import TextImageDataset
 from data.tokenizer import load_tokenizer
 from tests.builders import png_of
@@ -78,35 +77,6 @@ def test_it_finds_what_training_skips(every_fault, tokenizer, workers):
     found = {**report.faults, files.LABEL_FILE: report.notes[files.LABEL_FILE]}
     assert {kind: sorted(names) for kind, names in found.items()} == expected
     assert report.pairs == len(dataset) - dataset.lost == 2 and len(report.counts.lengths) == 3
-
-
-def test_captions_that_are_too_long_are_refused_or_cut(every_fault, tokenizer):
-    (every_fault / "good_2.txt").write_text("two dogs\n" + "a dog and a cat " * 4)
-    with pytest.raises(ValueError, match="good_2.txt.*tokens long"):
-        TextImageDataset(every_fault, tokenizer, text_seq_len=16, image_size=32)
-    options = {"text_seq_len": 16, "image_size": 32}
-    kind = checks.TOO_LONG.format(16)
-    report = checks.check(every_fault, tokenizer, **options)
-    assert report.faults[kind] == ["good_2.txt"] and report.counts.lengths.max() > 16
-    cut = checks.check(every_fault, tokenizer, truncate_captions=True, **options)
-    assert kind not in cut.faults and cut.notes[kind] == ["good_2.txt"]
-
-
-def test_tokens_are_counted(tmp_path, tokenizer, noise):
-    captions = {"a": ["a dog", "a 日本 dog"], "b": ["a dog and a cat on a chair", "日"]}  # the last one cannot be read
-    for stem, texts in captions.items():
-        noise().save(tmp_path / f"{stem}.png")
-        (tmp_path / f"{stem}.txt").write_text("\n".join(texts), encoding="utf-8")
-    report = checks.check(tmp_path, tokenizer, text_seq_len=80, image_size=8)
-    ids = [encode_caption(tokenizer, text) for texts in captions.values() for text in texts]
-    assert report.counts.lengths.tolist() == list(map(len, ids))
-    assert report.counts.unknown == 2 == sum(tokens.count(1) for tokens in ids)  # 1 is this vocabulary's unknown id
-    assert report.notes[checks.UNKNOWN] == ["a.txt", "b.txt"] and report.faults[files.UNREAD] == ["b.txt"]
-    assert load_tokenizer().unknown is None
-    said = checks.describe(tmp_path, report, 3)
-    low, middle, _, top = np.percentile(list(map(len, ids)), [0, 50, 95, 100], method="lower")
-    assert f"minimum {low}, median {middle}, " in said and f"maximum {top}; " in said
-    assert "warning: the vocabulary lacks 2 of 15 caption tokens" in said
 
 
 def test_what_is_worth_knowing(tmp_path, tokenizer, noise):

@@ -118,16 +118,6 @@ def test_unreadable_images_are_reported_and_never_cached(folder):
     assert encode.seen == 1 and bad == [] and codes[4, 0] == 80
 
 
-def test_no_readable_image_is_an_error(folder):
-    for path in folder.rglob("*.png"):
-        path.write_bytes(b"x")
-    with pytest.raises(ValueError, match="none of 10 images can be read") as error:
-        codes_of(folder, MeanEncoder())
-    assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="no image to encode"):
-        codes_of(folder, MeanEncoder(), [])
-
-
 @pytest.mark.parametrize(
     "result, words",
     [

@@ -99,19 +99,6 @@ def test_draws_are_these_on_every_machine(tmp_path):
     assert random_bits(0) == 0xE220A8397B1DCDAF  # the first number of SplitMix64 from seed 0, as published
 
 
-def test_caption_dropout(tmp_path):
-    folder = make_set(tmp_path)
-    plain, dropping = dataset_of(folder), dataset_of(folder, caption_dropout=0.25)
-    empty = 0
-    for epoch in range(200):
-        for i in range(6):
-            text = dropping[(epoch, i)][0]
-            empty += not text.any()
-            assert not text.any() or torch.equal(text, plain[(epoch, i)][0])  # the choice of captions stays the same
-    assert 240 <= empty <= 360  # 300 expected, deviation 15
-    assert not any(dataset_of(folder, caption_dropout=1.0)[i][0].any() for i in range(6))
-
-
 def test_an_overlong_caption_names_its_file(tmp_path):
     folder = make_set(tmp_path)
     (folder / "004.txt").write_text("short\n" + "long " * 10)

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import math
 import random
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from data.shapes import (
     SIZES,
     Item,
     Scene,
-    coverage,
     draw_scene,
     make_sample,
     parse_caption,
@@ -62,24 +60,6 @@ def scenes(count, seed=0, sizes=tuple(SIZES)):
 )
 def test_captions_mean_what_they_say(text, expected):
     assert parse_caption(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "a red circle",
-        "a red circle near a blue square",
-        "a grey circle above a blue square",
-        "a red oval above a blue square",
-        "a red circle above a blue square above a pink star",
-        "a small large red circle above a blue square",
-        "a redcircle above a blue square",
-    ],
-)
-def test_a_caption_outside_the_grammar_is_refused(text):
-    with pytest.raises(ValueError, match="should read like"):
-        parse_caption(text)
 
 
 def test_captions_are_short_in_the_projects_vocabulary():
@@ -124,30 +104,7 @@ def test_training_and_validation_images_share_no_combination():
         assert shown("val", seed) <= withheld
 
 
-def test_prompts_for_choosing_and_for_scoring_are_disjoint():
-    contents = {}
-    for split in ("choose", "score"):
-        prompts = validation_prompts(split, 1120)
-        told = [parse_caption(prompt) for prompt in prompts]
-        assert len(set(told)) == 1120 and all(scene.first.size and scene.second.size for scene in told)
-        contents[split] = {scene.combination for scene in told} | {scene.inverse().combination for scene in told}
-        assert validation_prompts(split, 256) == prompts[:256] != validation_prompts(split, 256, seed=1)
-    assert contents["choose"].isdisjoint(contents["score"])
-    assert contents["choose"] | contents["score"] == withheld_combinations()
-
-
 # ---------------------------------------------------------------------------------------------------- drawing
-
-
-@pytest.mark.parametrize("size, half", [("small", 8), ("large", 12)])
-def test_drawn_areas_are_those_of_geometry(size, half):
-    reach = half - 0.5
-    expected = {"circle": math.pi * reach**2, "square": (2 * half - 4) ** 2, "triangle": 1.78 * reach**2}
-    radius = reach / math.cos(math.radians(18))
-    expected["star"] = 5 * 0.48 * radius**2 * math.sin(math.radians(36))
-    expected["heart"] = 180 * math.pi * (reach / 16) ** 2  # the integral of the curve
-    for shape, area in expected.items():
-        assert coverage(shape, size, 8).sum() == pytest.approx(area, rel=0.01), shape
 
 
 def test_shapes_keep_apart_and_stand_as_described():
@@ -219,20 +176,6 @@ def test_a_finished_set_is_kept_and_one_of_other_settings_replaced(tmp_path):
     assert write_dataset(out, pictures=3, val=2)
     assert len(list((out / "train" / "images").iterdir())) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
-
-
-def test_an_interrupted_run_leaves_nothing_and_is_redone(tmp_path, monkeypatch):
-    def interrupted(split, index, seed, size):
-        if index == 3:
-            raise KeyboardInterrupt
-        return make_sample(split, index, seed, size)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shapes, "make_sample", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            write_dataset(tmp_path / "shapes", pictures=6, val=2)
-    assert list(tmp_path.iterdir()) == []
-    assert write_dataset(tmp_path / "shapes", pictures=6, val=2)
 
 
 def test_someone_elses_folder_is_left_alone(tmp_path, capsys):

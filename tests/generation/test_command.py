@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import generate
-from args_generate import Request, read_requests
+from generate import Request, read_requests
 from tests.conftest import ROOT
 
 

@@ -104,21 +104,3 @@ def codes(model, count=None):
 
 def pixels(vae, dtype=torch.float32):
     return torch.zeros(BATCH, 3, vae.image_size, vae.image_size, dtype=dtype)
-
-
-def unannotated():
-    """Return {name: (module, inputs)} of graphs that need nothing of poptorch."""
-    model = small_dalle(codes_only(8), attn_dropout=0.1, ff_dropout=0.1)
-    half = small_dalle(codes_only(8)).half()
-    graphs = {
-        "training from codes": (plain_losses(model), (text(model), codes(model))),
-        "training from codes, fp16": (plain_losses(half), (text(half), codes(half))),
-        "logits of codes": (image_logits(model).eval(), (text(model), codes(model, 10))),
-        "logits of everything": (model, (text(model), codes(model, 10))),
-    }
-    for gumbel, patch_size, dtype in [(False, 1, torch.float32), (True, 2, torch.uint8)]:
-        vae = vqgan(gumbel, patch_size)
-        model = small_dalle(vae)
-        graphs[f"training from {dtype}"] = (plain_losses(model), (text(model), pixels(vae, dtype)))
-        graphs[f"decoding, gumbel {gumbel}"] = (decoder(vae), (codes(model),))
-    return graphs

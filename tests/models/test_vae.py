@@ -12,7 +12,8 @@ from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from torch import nn
 from torch.nn import functional as F
 
-from models.vae import VQGanVAE, load_vqgan
+from models.vae import VQGanVAE
+from models.vqgan_files import load_vqgan
 
 # (resolution, ch_mult, attn_resolutions, patch_size) and what follows: (image_size, num_layers, fmap_size).
 SHAPES = [

@@ -6,8 +6,7 @@ import threading
 import pytest
 import torch
 
-from generation.batching import generate_batch, plan_image
-from generation.output import to_image
+from generation.images import generate_batch, plan_image, to_image
 from service.queue import Busy, GenerationQueue
 from tests.service.running import until
 

@@ -11,7 +11,8 @@ import generate
 from generation.loading import load
 from models.discrete_vae import DiscreteVAE
 from models.sampling import sample_codes
-from models.vae import VQGanVAE, load_vqgan
+from models.vae import VQGanVAE
+from models.vqgan_files import load_vqgan
 from tests.builders import WholePassStepper
 from tests.conftest import ROOT
 from tests.models.test_vae import sizes

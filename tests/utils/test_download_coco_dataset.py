@@ -176,24 +176,6 @@ def test_a_corrupt_zip_is_refused_and_fetched_again(server, fetch_val, tmp_path,
     assert fetch_val().returncode == 0 and tree(tmp_path / "out") == expected("images/val2017")
 
 
-def test_too_little_space(server, run, tmp_path):
-    server.announced[TRAIN] = 400 * 10**12
-    line = error_line(run("--out", tmp_path / "out", "--base-url", server.url, "--only", "train"), 2)
-    needed, free = map(int, re.findall(r"(\d+) GB", line))
-    assert needed == 800_000 and free == pytest.approx(shutil.disk_usage(tmp_path).free / 1e9, rel=0.1, abs=1)
-    assert all(method == "HEAD" for method, _, _ in server.requests) and tree(tmp_path / "out") == {}
-
-
-def test_what_the_server_does_not_have(server, run, tmp_path):
-    del server.files[ANNOTATIONS]
-    done = run("--out", tmp_path / "out", "--base-url", server.url)
-    assert ANNOTATIONS in error_line(done, 1) and "404" in done.stderr
-    assert "nonsense" in error_line(run("--out", tmp_path / "out", "--base-url", "nonsense://x"), 1)
-    server.files[VAL] = SERVED[TRAIN]
-    line = error_line(run("--out", tmp_path / "out", "--base-url", server.url, "--only", "val"), 1)
-    assert "val2017" in line and not (tmp_path / "out" / "images" / "val2017").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

@@ -6,9 +6,9 @@ import pytest
 
 import backends
 from backends.ipu import estimates
-from models.official_vqgan import OFFICIAL_PARAMS
 from models.pipeline_dalle import placement
 from models.vae import VQGanVAE
+from models.vqgan_files import OFFICIAL_PARAMS
 from tests.backends.ipu.ipu_runs import settings
 from tests.builders import small_dalle
 

@@ -6,7 +6,7 @@ import torch
 import backends
 from backends.ipu import backend as ipu
 from models.sampling import Sampling
-from models.vae import load_vqgan
+from models.vqgan_files import load_vqgan
 from tests.backends.ipu.ipu_runs import samples, settings
 from tests.builders import small_dalle
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import backends
-from models.vae import load_vqgan
+from models.vqgan_files import load_vqgan
 from tests.backends.ipu.ipu_runs import samples, settings, trainer_of
 from tests.builders import small_dalle
 from utils import checkpoint

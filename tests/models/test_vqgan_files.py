@@ -13,8 +13,7 @@ import zipfile
 import pytest
 import torch
 
-from models.official_vqgan import OFFICIAL_FILES, download_official_vqgan
-from models.vae import load_vqgan
+from models.vqgan_files import OFFICIAL_FILES, download_official_vqgan, load_vqgan
 from tests.conftest import ROOT
 
 CHECKPOINT, CONFIG = "vqgan.1024.model.ckpt", "vqgan.1024.config.yml"
@@ -164,7 +163,7 @@ def test_a_folder_that_cannot_be_written_is_named(cache, server, monkeypatch):
 
 def start():
     """Another process that says "ready" and downloads; it prints what it was given."""
-    code = "from models.official_vqgan import download_official_vqgan as get; print('ready', flush=True); print(*get())"
+    code = "from models.vqgan_files import download_official_vqgan as get; print('ready', flush=True); print(*get())"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     return process
