@@ -337,7 +337,6 @@ def save(run: Run, name: str) -> Optional[Path]:
         logger.warning("no checkpoint of step %d: %s%s", run.step, log.describe_error(error), describe_last(run))
         return None
     logger.info("wrote %s", path)
-    run.trackers.plot()
     return path
 
 
