@@ -307,20 +307,17 @@ def refuse_small_set(images: int, settings: Namespace, backend: TrainingBackend)
     needed = backend.samples_per_step * backend.world_size
     if images >= needed:
         return
-    batch, accumulation = settings.batch_size, settings.gradient_accumulation
-    replicas = needed // (batch * accumulation)
-    flags = f"--batch-size {batch} × --gradient-accumulation {accumulation}"
-    flags += f" × {replicas} replicas or iterations" if replicas > 1 else ""
+    per_micro_batch = needed // settings.gradient_accumulation
     least = backend.least_accumulation
-    aim = max(least, images // 8)  # samples of an update; fewer than 8 updates an epoch learn little from a small set
-    fitting = 1 if replicas * least > aim else replicas
-    batch = max(1, min(batch, aim // (fitting * least)))
-    advice = f"--batch-size {batch} --gradient-accumulation {aim // (batch * fitting)}"
-    advice += " --replication-factor 1 --device-iterations 1" if fitting != replicas else ""
+    # Samples of an update; fewer than 8 updates an epoch learn little from a small set.
+    accumulation = max(least, images // 8 // per_micro_batch)
+    advice = f"--batch-size {settings.batch_size} --gradient-accumulation {accumulation}"
+    if accumulation * per_micro_batch > images:
+        advice = f"--batch-size 1 --gradient-accumulation {least} --replication-factor 1 --device-iterations 1"
     advice = advice if images >= least else f"{least} or more"
     raise ValueError(
-        f"{settings.input_folder}: one step takes {needed:,} samples ({flags}), but the set has {images:,}; {advice} "
-        "would fit, or use --config photos"
+        f"{settings.input_folder}: one step takes {needed:,} samples, but the set has {images:,}; {advice} would fit, "
+        "or use --config photos"
     )
 
 
