@@ -1,10 +1,6 @@
-"""Every graph of ours that an IPU compiles: PopTorch 3.4 could lower it, as far as tests/ipu_operators can tell.
-
-With -s, the operators in use are printed.
-"""
+"""Every graph of ours that an IPU compiles: PopTorch 3.4 could lower it, as far as tests/ipu_operators can tell."""
 
 import sys
-from collections import Counter
 
 import pytest
 import torch
@@ -26,16 +22,6 @@ PRECISION = pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
 VQGANS = pytest.mark.parametrize("gumbel", [False, True], ids=["VQModel", "GumbelVQ"])
 
 
-@pytest.fixture(scope="module")
-def used():
-    """The operators of all graphs of this file: {True: those of training, False: of inference}."""
-    used = {True: Counter(), False: Counter()}
-    yield used
-    for training, operators in used.items():
-        print(f"\n{'training' if training else 'inference'}, {len(operators)} operators, 0 refused:")
-        print(", ".join(sorted(operators)))
-
-
 @pytest.fixture
 def poptorch(monkeypatch):
     stand_in = standins()
@@ -44,21 +30,16 @@ def poptorch(monkeypatch):
 
 
 @pytest.fixture
-def accepted(used):
+def accepted():
     """accepted(module, inputs, training=False): check() refuses nothing → the report."""
 
     def run(module, inputs, training=False):
         report = check(module, inputs, training=training)
         assert report.refused == {}
         assert report.losses == (["poptorch::identity_loss"] if training else [])
-        used[training].update(report.operators)
         return report
 
     return run
-
-
-def test_the_configurations_are_found():
-    assert {"L16_CLIP_vocab", "L16", "L16_POD16", "L16_POD64", "unit_test", "demo"} <= set(NAMES)
 
 
 @PRECISION
