@@ -91,11 +91,10 @@ def make_server(queue: "GenerationQueue", settings: argparse.Namespace) -> "uvic
     from service.guard import HEADERS, Guard
     from service.validation import Limits
 
-    streams = Streams(queue, settings.queue_size)
+    streams = Streams(queue)
     limits = Limits(settings.max_images, settings.max_prompt_characters)
     routes = api.build(queue.loaded, queue, streams, limits)
     application = Guard(routes, settings.host, settings.allowed_host, settings.token, settings.root_path)
-    connections.allow_files()
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame):

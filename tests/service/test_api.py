@@ -144,7 +144,7 @@ def test_wrong_requests_get_a_sentence_each(port, drawing):
     [
         ({"prompt": "x" * 61}, "The prompt has 61 characters; at most 60 are accepted."),
         ({"prompt": PROMPT, "num_images": 9}, "9 images are asked for; from 1 to 8 can be generated at once."),
-        ({"prompt": PROMPT, "size": 2}, "size is not a known key; the keys are seed, top_k"),
+        ({"prompt": PROMPT, "size": 2}, "size: extra inputs are not permitted."),
         ({"prompt": PROMPT, "image": b64(b"GIF")}, "The file is not a readable image; PNG, JPEG"),
         (
             {"prompt": PROMPT, "image": b64(png(10_000, 5_000))},
