@@ -24,9 +24,9 @@ from benchmarks import peer
 from benchmarks.limits import Measurement
 from benchmarks.networks import parse_settings
 from data.loader import TextImageDataset
-from data.order import EpochOrder, RunOrder
 from data.shapes import make_sample
 from data.tokenizer import load_tokenizer
+from training.loop import EpochOrder, RunOrder
 
 SIDE, CODES = 256, 256
 WINDOWS = 5

@@ -139,5 +139,5 @@ def test_pictures(data):
         shapes = {tuple(dataset[index][1].shape) for index in range(len(dataset))}
         assert shapes == {(3, 16, 16)}
         pictures = [name for name, _, _ in dataset.images]
-        seen = pictures + [path.name for files in dataset.skipped.values() for path in files]
+        seen = pictures + [path.name for files in dataset.source.skipped.values() for path in files]
         assert "bad.png" in seen and "good.png" in pictures

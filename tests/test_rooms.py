@@ -170,7 +170,7 @@ def test_no_source_breaks_the_rule(rule):
 
 NOTICED = {
     forbidden_imports: [
-        ("models/x.py", "from data.order import epoch_order"),
+        ("models/x.py", "from data.loader import epoch_order"),
         ("models/x.py", "import poptorch"),
         ("models/pipeline_dalle.py", "if True:\n    from poptorch import Block"),
         ("data/x.py", "import importlib\nimportlib.import_module('models.vae')"),

@@ -1,9 +1,11 @@
 """train_vqgan.py as a user starts it: its files in taming's format, its figures, and how it is stopped."""
 
+import itertools
 import re
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import VectorQuantizer2
 
 import train_vqgan
-from data.images import load_image
+from data.images import load_image, load_images
+from data.sources import find_images
 from models.vqgan_files import load_vqgan
 from models.vqgan_training import VQGanTrainer
 from tests.conftest import ROOT
+from training.loop import EpochOrder
 
 FILES = {"vqgan.ckpt", "vqgan.yaml", "vqgan_training.pt"}
 
@@ -190,3 +194,29 @@ def test_a_run_starts_with_another_vqgan(trained, command, flags, drawn_pictures
     assert vae.hparams == load_vqgan(str(first)).hparams and psnr(vae, drawn_pictures, 32) > before
     ended = command(train_vqgan.main, *words, *run.split(), "--ch", 64)
     assert ended.status == 2 and "argument --ch: the sizes are those of --init-from" in ended.err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_continue_without_end_and_skip_what_cannot_be_read(tmp_path, logged, workers):
+    for i in range(6):
+        Image.new("RGB", (4, 4), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    paths = find_images(tmp_path)
+
+    def reds(source, batch_size, count, first=0):
+        settings = Namespace(batch_size=batch_size, image_size=4, random_seed=3, dataloader_workers=workers)
+        batches = train_vqgan.endless_batches(source, settings, first)
+        return [batch[:, 0, 0, 0].tolist() for batch in itertools.islice(batches, count)]
+
+    images = load_images(paths, 4)
+    for size in (4, 2, 99):
+        order = EpochOrder(6, min(size, 6), seed=3)
+        expected = [[40 * index for _, index in order.batch(*order.place(number))] for number in range(9)]
+        assert reds(images, size, 9) == expected == reds(paths, size, 9)
+        assert reds(images, size, 4, first=5) == expected[5:]
+    for i in (0, 1, 2, 4):
+        paths[i].write_bytes(b"damaged")
+    assert sorted(reds(paths, 1, 8)) == [[120]] * 4 + [[200]] * 4 and len(logged.messages) == 4
+    for i in (3, 5):
+        paths[i].write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="none of 6 images can be read"):
+        reds(paths, 2, 1)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple
 import torch
 
 import log
-from data.order import EpochOrder
 from generation.loading import OPTIONS
 from utils import checkpoint
 from utils.files import check_writable, remove_leftovers
@@ -242,7 +241,9 @@ def enter_order(run: Run, path: Any, saved: Dict[str, Any]) -> List[str]:
         images, size, seen = (before.get(key) for key in ("num_samples", "samples_per_step", "samples_seen"))
     else:  # of an older version, which counted steps only
         images, size = batches.num_samples, _samples_per_step(saved.get("settings", {}), run.backend.kind)
-        seen = EpochOrder(images, min(size or batches.global_batch, images)).samples_seen(run.step)
+        each = min(size or batches.global_batch, images)
+        epochs, steps = divmod(run.step, images // each)
+        seen = epochs * images + steps * each
     if not isinstance(seen, int) or seen < 0:
         raise ValueError(f"{path}: its data_order has no number of samples_seen")
     batches.enter(run.step, seen)
@@ -293,11 +294,11 @@ def find_differences(saved: Dict[str, Any], run: Run) -> List[str]:
 def summarize(run: Run) -> Dict[str, Any]:
     """Return the words and some examples of the training captions; they are collected once per run."""
     if run.captions is None:
-        dataset, tokenizer = run.dataset, run.tokenizer
-        count = 4 * checkpoint.EXAMPLES
+        dataset, decode, count = run.dataset, run.tokenizer.decode, 4 * checkpoint.EXAMPLES
         rows = [number * len(dataset) // count for number in range(count)]  # some are equal or too long
-        texts = dataset.iter_captions(tokenizer), dataset.iter_captions(tokenizer, rows)
-        run.captions = checkpoint.summarize_captions(*texts)
+        examples = (" ".join(decode(tokens).split()) for row in rows for tokens in dataset.captions(row)[:1])
+        texts = (decode(tokens) for row in range(len(dataset)) for tokens in dataset.captions(row))
+        run.captions = checkpoint.summarize_captions(texts, examples)
     return run.captions
 
 

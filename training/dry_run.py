@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, Mapping, Optional, Sequen
 import torch
 
 from data.images import load_image
-from data.order import RunOrder
 from training import checkpoints
+from training.loop import RunOrder
 
 if TYPE_CHECKING:
     from backends.base import StageEstimate

@@ -22,7 +22,6 @@ from data.array_cache import ArrayCache
 from data.codes import load_codes, open_code_cache
 from data.files import printable
 from data.loader import GeneratedDataset, TextImageDataset, count_validation
-from data.order import EpochOrder
 from data.sources import folder_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from generation.loading import read_model
@@ -30,10 +29,10 @@ from models.dalle import DALLE
 from models.vae import ImageTokenizer, VQGanVAE
 from models.vqgan_files import OFFICIAL_PARAMS, load_vqgan
 from training import checkpoints
+from training.loop import EpochOrder, LearningRate
 from training.metrics import Trackers, open_trackers
 from utils import checkpoint
 from utils.files import check_writable
-from utils.optimization import LearningRate
 
 logger = logging.getLogger("minidalle")
 
@@ -166,13 +165,7 @@ def build(settings: Namespace) -> Run:
         batches=batches,
         hparams=hparams,
         trainer=trainer,
-        schedule=LearningRate(
-            settings.lr_scheduler,
-            settings.learning_rate,
-            epochs=settings.epochs,
-            steps=0,  # set_length knows
-            warmup_steps=settings.warmup_steps,
-        ),
+        schedule=LearningRate(settings.lr_scheduler, settings.learning_rate, settings.warmup_steps),
         vqgan_fingerprint=vae.fingerprint(),
         data_fingerprint=dataset.fingerprint(),
     )

@@ -125,7 +125,7 @@ def test_captions_are_read_as_prompts_are(tmp_path, logged):
         loaded = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(text_seq_len=16))
         for index, prompt in enumerate(prompts):
             assert torch.equal(dataset[(3, index)][0], encode_prompt(loaded, prompt))
-        assert dataset.skipped == {UNREAD: [tmp_path / "2.png"]}
+        assert f"skipped 1 file ({UNREAD}): {tmp_path / '2.png'}" in logged.text
         assert "skipped 2 captions (caption that the vocabulary cannot read)" in logged.text
         assert "the vocabulary lacks 3 of 1" in logged.text
     (tmp_path / "1.txt").write_text("\u72d7\n\u732b", encoding="utf-8")

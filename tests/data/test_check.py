@@ -70,7 +70,8 @@ def test_it_finds_what_training_skips(every_fault, tokenizer, workers):
     dataset = TextImageDataset(every_fault, tokenizer, text_seq_len=16, image_size=32)
     for index in range(len(dataset)):
         dataset[index]
-    expected = {reason: sorted(path.name for path in paths) for reason, paths in dataset.skipped.items()}
+    expected = {reason: sorted(path.name for path in paths) for reason, paths in dataset.source.skipped.items()}
+    expected[files.UNREADABLE] = sorted(dataset.images[index][0] for index in dataset._flags.nonzero().flatten())
     kinds = [value for name, value in vars(files).items() if name.isupper() and value in expected]
     assert len(kinds) == 11  # all there are
     found = {**report.faults, files.LABEL_FILE: report.notes[files.LABEL_FILE]}

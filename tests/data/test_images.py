@@ -1,15 +1,12 @@
 """One image to pixels: the crop, the filter, orientation, every kind of image, and files that are none."""
 
 import base64
-from itertools import islice
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, PngImagePlugin
 
-from data.images import endless_batches, load_image, load_images
-from data.order import EpochOrder
+from data.images import load_image, load_images
 from data.sources import find_images
 from service import uploads
 
@@ -149,30 +146,15 @@ def reds(batches):
     return [batch[:, 0, 0, 0].tolist() for batch in batches]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_go_on_without_end_in_the_order_of_the_seed(folder, workers):
-    paths = find_images(folder)
-    images = load_images(paths, 4)
-    assert images.dtype == torch.uint8 and images.shape == (6, 3, 4, 4) and reds([images]) == [list(range(0, 240, 40))]
-    order = EpochOrder(6, 4, seed=3)
-    expected = [[40 * index for _, index in order.batch(epoch, 0)] for epoch in range(5)]
-    for source in (images, paths):
-        assert reds(islice(endless_batches(source, 4, size=4, seed=3, workers=workers), 5)) == expected
-    assert sorted(reds(islice(endless_batches(images, 99, size=4, seed=3), 1))[0]) == list(range(0, 240, 40))
-
-
 def test_unreadable_images_are_skipped_and_reported_once(folder, logged):
     paths = find_images(folder)
     for i in (0, 1, 2, 4):
         paths[i].write_bytes(b"damaged")
-    found = reds(islice(endless_batches(paths, 1, size=4, seed=3), 8))
-    assert sorted(found) == [[120]] * 4 + [[200]] * 4 and len(logged.messages) == 4
     assert reds([load_images(paths, 4)]) == [[120, 200]] and "skipped 4 files (unreadable image)" in logged.messages[-1]
     for i in (3, 5):
         paths[i].write_bytes(b"damaged")
-    for read in (lambda: load_images(paths, 4), lambda: next(endless_batches(paths, 2, size=4, seed=3))):
-        with pytest.raises(ValueError, match="none of 6 images can be read"):
-            read()
+    with pytest.raises(ValueError, match="none of 6 images can be read"):
+        load_images(paths, 4)
     for place, error in (("notes.txt", ValueError), ("nowhere", FileNotFoundError)):
         with pytest.raises(error, match=place):
             find_images(folder / place)

@@ -8,10 +8,10 @@ from backends.base import Backend, Trainer
 from backends.ipu import backend as ipu
 from backends.native import backend as native
 from data.loader import GeneratedDataset, TextImageDataset
-from data.order import EpochOrder, RunOrder
 from data.tokenizer import load_tokenizer
 from tests.backends.ipu.ipu_runs import samples, settings
 from tests.builders import small_dalle
+from training.loop import EpochOrder, RunOrder
 
 
 def test_auto_is_an_ipu_where_the_sdk_is_enabled(poptorch_standin, monkeypatch):

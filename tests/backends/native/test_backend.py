@@ -15,9 +15,9 @@ from backends.native.inference import packer
 from backends.native.resilient_loader import MicroBatches
 from backends.native.trainer import build_optimizers
 from data.loader import GeneratedDataset
-from data.order import EpochOrder, RunOrder
 from models.sampling import Sampling, sample_codes
 from tests.builders import WholePassStepper, small_dalle, train_settings
+from training.loop import EpochOrder, RunOrder
 from utils import checkpoint
 from utils.muon import Muon
 
