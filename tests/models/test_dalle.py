@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from models.dalle import DALLE
-from models.transformer import pattern_mask
+from models.transformer import Transformer, pattern_mask
 from utils.dalle_pytorch import convert
 
 SIZES = dict(dim=32, num_text_tokens=50, text_seq_len=6, depth=4, heads=2, dim_head=16)
@@ -17,7 +17,8 @@ SIZES = dict(dim=32, num_text_tokens=50, text_seq_len=6, depth=4, heads=2, dim_h
 def converted(weights, **options):
     """Return our hparams and weights of a dalle-pytorch checkpoint."""
     saved = convert({"hparams": {**SIZES, **options}, "weights": weights, "version": "1.6.6"})
-    hparams = {name: value for name, value in saved["hparams"].items() if name in inspect.signature(DALLE).parameters}
+    known = {*inspect.signature(DALLE).parameters, *inspect.signature(Transformer).parameters}
+    hparams = {name: value for name, value in saved["hparams"].items() if name in known}
     return hparams, {name: tensor for name, tensor in saved["weights"].items() if not name.startswith("vae.")}
 
 
