@@ -131,7 +131,10 @@ def evaluate_pairs(loaded: LoadedModel, dataset: TextImageDataset, settings: Nam
     size, paths = loaded.model.vae.image_size, dataset.image_paths()
     at_once = min(settings.batch_size, max(1, 16 * 256**2 // size**2))
     starts = tqdm(range(0, len(paths), at_once), desc="encoding", unit="batch", disable=None)
-    psnr, pairs, originals, decodings, unreadable = [], [], [], [], []
+    pairs, unreadable = [], []
+    psnr: List[float] = []
+    originals: List[torch.Tensor] = []
+    decodings: List[torch.Tensor] = []
     for batch in read_images(paths, size, (range(len(paths))[start : start + at_once] for start in starts)):
         unreadable += [Path(str(paths[index])) for index in batch.unreadable]
         if batch.pixels is None:

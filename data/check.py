@@ -6,6 +6,7 @@
 Every image is decoded as in training and every caption is tokenized, in several processes. Nothing is changed.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -68,18 +69,16 @@ class _Samples(Dataset):
         return len(self.source.images)
 
     def __getitem__(self, index: int) -> Tuple[int, Findings]:
-        traits, digest, unreadable = (), b"", False
+        looks: Optional[Tuple[Tuple[str, ...], bytes]] = None
         self.tracker.mark(index)
-        try:
-            traits, digest = self.look_at(index)
-        except (ValueError, OSError):
-            unreadable = True
+        with contextlib.suppress(ValueError, OSError):
+            looks = self.look_at(index)
         self.tracker.mark(-1)
         unknown = self.tokenizer.unknown
         ids = [encode_caption(self.tokenizer, text) for text in self.source.captions(self.source.texts[index][0])]
         count = sum(token == unknown for tokens in ids for token in tokens)
         unread = ids.count([unknown]) if unknown is not None else 0
-        return index, Findings(unreadable, traits, digest, tuple(map(len, ids)), count, unread)
+        return index, Findings(looks is None, *(looks or ((), b"")), tuple(map(len, ids)), count, unread)
 
     def look_at(self, index: int) -> Tuple[Tuple[str, ...], bytes]:
         """Return the kinds of image that this one is, and a digest of its bytes; raise what load_image raises."""

@@ -22,6 +22,7 @@ from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from torch import nn
 
+MOST_BLOCKS = 64  # of residual blocks or levels; more in a file would take forever to build
 GROUP_NORM_GROUPS = 32  # taming's GroupNorm has this many groups at every width
 COMMITMENT_COST = 0.25  # taming's own; used by training only
 
@@ -107,10 +108,15 @@ class ImageTokenizer(nn.Module):
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of the configuration and all weights as fp32."""
         digest = hashlib.sha256(json.dumps(self.hparams, sort_keys=True).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return hash_tensors({name: tensor.float() for name, tensor in self.model.state_dict().items()}, digest)
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor], digest: Any) -> str:
+    """Add names, shapes and values to a digest of hashlib, and return it in hex."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _no_autocast(device: torch.device) -> ContextManager[Any]:
@@ -253,8 +259,9 @@ def check_params(params: Any, gumbel: bool = False) -> Dict[str, Any]:
     given = params.get("ddconfig")
     if not isinstance(given, dict):
         raise ValueError("model.params.ddconfig must be a mapping with taming's encoder sizes")
-    names = ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels")
+    names = ("ch", "out_ch", "in_channels", "resolution", "z_channels")
     ddconfig: Dict[str, Any] = {name: size_in(given, name) for name in names}
+    ddconfig["num_res_blocks"] = size_in(given, "num_res_blocks", most=MOST_BLOCKS)
     ddconfig["ch_mult"] = _sizes(given, "ch_mult")
     ddconfig["attn_resolutions"] = _sizes(given, "attn_resolutions", may_be_empty=True)
     ddconfig["resamp_with_conv"] = bool(given.get("resamp_with_conv", True))
@@ -293,12 +300,13 @@ def _sizes(mapping: Dict[str, Any], name: str, may_be_empty: bool = False) -> Li
     return [size_in({name: value}, name) for value in values]
 
 
-def size_in(mapping: Dict[str, Any], name: str, default: Optional[int] = None) -> int:
+def size_in(mapping: Dict[str, Any], name: str, default: Optional[int] = None, most: int = 1 << 20) -> int:
+    """Return a size among others; ValueError if it is no whole number from 1 to `most`."""
     value = mapping.get(name, default)
     if value is None:
         raise ValueError(f"{name} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 1 << 20:
-        raise ValueError(f"{name} must be a whole number from 1 to {1 << 20}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        raise ValueError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
     return value
 
 

