@@ -25,9 +25,9 @@ REVIVAL_ENDS = 0.75  # of the run; a code that is revived later would not settle
 class VQGanTrainer:
     """The training of a VQGAN with reconstruction, codebook and, from disc_start on, adversarial loss.
 
-    Without quantization at first; `start_codebook` ends that. `settings` has learning_rate, codebook_weight, commitment,
-    edge_weight, rate_weight, decoder_of, revival_interval, disc_weight, disc_start, batch_size and max_steps, as
-    train_vqgan.py's flags explain them.
+    Without quantization at first; `start_codebook` ends that. `settings` has learning_rate, codebook_weight,
+    commitment, edge_weight, rate_weight, decoder_of, revival_interval, disc_weight, disc_start, batch_size and
+    max_steps, as train_vqgan.py's flags explain them.
 
     Args:
         model: on `device` already. optimizers: over all of its parameters; each step sets their learning rates.
