@@ -27,7 +27,7 @@ if [ "$name" = scenes ]; then
     python -m utils.checkpoint_info "$(ls -t output/scenes/ckpt/dalle_*.pt | head -n 1)" \
         --export output/scenes/dalle.safetensors --half --decoder output/scenes/vqgan_sharp
     [ -f output/scenes/reader.pt ] || python -m training.scenes_reader --vae-path output/scenes/vqgan
-    exec python evaluate.py --dalle_path output/scenes/dalle.safetensors --outputs-dir output/scenes
+    exec python evaluate.py --dalle_path output/scenes/dalle.safetensors --prompts-of scenes --outputs-dir output/scenes
 fi
 if [ "$name" = demo ] || [ "$name" = demo_long ]; then
     python -m data.shapes
