@@ -84,14 +84,6 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def log_validation(step: int, losses: Dict[str, float]) -> None:
-    """Log the losses of the validation set after update `step`: total, text, image and perplexity."""
-    logger.info(
-        "step %d validation: total %.4f text %.4f image %.4f perplexity %.2f",
-        *(step, losses["total"], losses["text"], losses["image"], losses["perplexity"]),
-    )
-
-
 class Progress:
     """Progress bar and log lines of a run: losses, learning rate, samples a second, and the time left.
 

@@ -79,16 +79,10 @@ def test_it_finds_what_training_skips(every_fault, tokenizer, workers):
 
 def test_what_is_worth_knowing(tmp_path, tokenizer, noise):
     pictures = {"small": noise(20, 60), "wide": noise(40, 121), "grey": noise(bands=1), "plain": noise()}
-    pictures["cmyk"] = noise().convert("CMYK")
-    pictures["deep"] = Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40))
-    pictures["see_through"] = noise(bands=4)
     pictures["one_colour"] = Image.new("RGB", (40, 40), "teal")
     for stem, picture in pictures.items():
-        picture.save(tmp_path / (f"{stem}.jpg" if stem == "cmyk" else f"{stem}.png"))
+        picture.save(tmp_path / f"{stem}.png")
         (tmp_path / f"{stem}.txt").write_text(f"a {stem.replace('_', ' ')} picture")
-    moving = [noise(), noise()]
-    moving[0].save(tmp_path / "moving.png", "PNG", save_all=True, append_images=moving[1:])
-    (tmp_path / "moving.txt").write_text("a moving picture")
     shutil.copy(tmp_path / "plain.png", tmp_path / "same.png")
     (tmp_path / "same.txt").write_text("something else\na plain picture")
     report = checks.check(tmp_path, tokenizer, text_seq_len=80, image_size=32)
@@ -96,13 +90,8 @@ def test_what_is_worth_knowing(tmp_path, tokenizer, noise):
     assert {kind: names for kind, names in report.notes.items() if names} == {
         checks.SMALL.format(32): ["small.png"],
         checks.LONG: ["wide.png"],  # 121 × 40, but not 60 × 20
-        checks.CMYK: ["cmyk.jpg"],
-        checks.DEEP: ["deep.png"],
-        checks.TRANSPARENT: ["see_through.png"],
-        checks.ANIMATED: ["moving.png"],
         checks.ONE_COLOR: ["one_colour.png"],
         checks.SAME_IMAGE: ["same.png as plain.png"],
-        checks.SAME_CAPTION: ["same.txt as plain.txt"],
     }
 
 
