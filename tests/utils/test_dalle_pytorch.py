@@ -74,7 +74,7 @@ def test_a_checkpoint_generates_with_a_vocabulary_given_by_path(theirs, command,
     torch.testing.assert_close(loaded.decode(expected), pixels, atol=1e-5, rtol=0)
     ended = command(describe, path)
     assert ended.status == 0 and "rotary_emb on" in ended.out, ended
-    assert re.search("made by *DALLE-pytorch 1.6.6", ended.out)
+    assert re.search("versions *dalle-pytorch 1.6.6", ended.out)
 
 
 def test_angles_that_fp16_training_rounded_are_those_of_the_file(theirs, tmp_path):
