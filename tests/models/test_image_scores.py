@@ -66,18 +66,6 @@ def test_clip_scores_are_cosines(clip_file, pictures, caplog):
     assert found.shape == (3,) and torch.allclose(found, expected, atol=1e-3) and len(set(found.tolist())) == 3
 
 
-def test_other_weights_and_models_are_refused_in_one_line(clip_file, tmp_path, tiny_checkpoint):
-    _, path, _ = clip_file
-    (tmp_path / "README.md").write_text("# A readme\n")
-    cases = [(tiny_checkpoint, NAME, "no weights of"), (tmp_path / "README.md", NAME, "README.md")]
-    cases += [(path, "ViT-M-32-alt", "no weights of ViT-M-32-alt"), (path, "ViT-Z", "--clip-model ViT-Z")]
-    cases += [(path, "roberta-ViT-B-32", "would be downloaded"), (path, "hf-hub:a/b", "--clip-model hf-hub:a/b")]
-    for weights, name, told in cases:
-        with pytest.raises(ValueError) as error:
-            image_scores.clip_score(weights, name, torch.device("cpu"))
-        assert told in str(error.value) and "\n" not in str(error.value), error.value
-
-
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
     """A file of random weights of FID's network."""

@@ -4,11 +4,9 @@ import pytest
 import torch
 
 import backends
-from backends.base import Backend, Trainer
 from backends.ipu import backend as ipu
 from backends.native import backend as native
-from data.loader import GeneratedDataset, TextImageDataset
-from data.tokenizer import load_tokenizer
+from data.loader import GeneratedDataset
 from tests.backends.ipu.ipu_runs import samples, settings
 from tests.builders import small_dalle
 from training.loop import EpochOrder, RunOrder
@@ -38,13 +36,6 @@ def test_without_an_sdk_one_line_says_how_to_enable_it(monkeypatch):
         backends.for_training(settings())
 
 
-def test_it_has_what_the_contract_asks(poptorch_standin, tiny_vae):
-    backend = backends.for_training(settings())
-    for contract, ours in ((Backend, backend), (Trainer, backend.trainer(small_dalle(tiny_vae)))):
-        for name in [*vars(contract).get("__annotations__", ()), *vars(contract)]:
-            assert name.startswith("_") or hasattr(ours, name), name
-
-
 @pytest.mark.parametrize(
     "flags, refusal",
     [
@@ -61,26 +52,10 @@ def test_what_no_ipu_can_run_is_refused_at_once(poptorch_standin, flags, refusal
     assert "\n" not in str(error.value)
 
 
-def test_a_serialization_that_does_not_divide_is_refused(poptorch_standin, tiny_vae):
-    backend = backends.for_training(settings("--embedding-serialization-factor 3"))
-    with pytest.raises(ValueError, match="factor 3 does not divide the 64 text tokens with padding; 2 does"):
-        backend.trainer(small_dalle(tiny_vae))
-
-
 def test_a_batch_of_another_size_is_refused(poptorch_standin, tiny_vae):
     trainer = backends.for_training(settings()).trainer(small_dalle(tiny_vae))
     with pytest.raises(ValueError, match="a batch of 4 samples; .* are 3"):
         trainer.compile(samples(4))
-
-
-def test_options_are_those_of_the_flags(poptorch_standin):
-    flags = "--device-iterations 2 --replication-factor 2 --matmul-proportion 0.2,0.3 --stochastic-rounding"
-    flags += " --enable-half-partials --enable-rts --optimizer-state-offchip --random-seed 7"
-    plain, given = (backends.for_training(settings(text)).options() for text in ("", flags))
-    assert (plain.device_iterations, plain.replication_factor, plain.Training.gradient_accumulation) == (1, 1, 3)
-    assert (given.device_iterations, given.replication_factor, given.Training.gradient_accumulation) == (2, 2, 3)
-    assert given.output_mode == plain.output_mode == poptorch_standin.OutputMode.Sum
-    assert backends.for_training(settings(flags)).samples_per_step == 1 * 3 * 2 * 2
 
 
 def recorded(monkeypatch, poptorch, *flags):
@@ -157,33 +132,3 @@ def test_batches_are_the_orders(poptorch_standin, mode, workers, shape, monkeypa
     for (text, codes), keys in zip(found, order):
         assert torch.equal(text, torch.stack([dataset[key][0] for key in keys]))
         assert torch.equal(codes, torch.stack([dataset[key][1] for key in keys]))
-
-
-def test_a_folder_of_pictures_can_be_read_by_another_process(poptorch_standin, picture_folder, tiny_vqgan):
-    tokenizer = load_tokenizer("bpe/bpe_yttm_vocab.txt")
-    dataset = TextImageDataset(picture_folder, tokenizer, text_seq_len=6, image_size=32, truncate_captions=True)
-    backend = backends.for_training(settings("--async-dataloader"))
-    order = RunOrder(EpochOrder(len(dataset), 3), 0, 4)
-    for (text, image), keys in zip(backend.loader(dataset, order), order):
-        assert torch.equal(text, torch.stack([dataset[key][0] for key in keys])) and image.shape == (3, 3, 32, 32)
-
-
-@pytest.mark.parametrize("kind", ["AssertionError", "poptorch.Error"])
-def test_a_fault_in_the_loaders_process_is_told_in_one_line(poptorch_standin, monkeypatch, kind):
-    error = AssertionError if kind == "AssertionError" else poptorch_standin.Error
-
-    def broken(*arguments, **keywords):
-        class Broken:
-            terminated = False
-
-            def __iter__(self):
-                raise error("An error occurred in the data fetcher")
-
-            def terminate(self):
-                Broken.terminated = True
-
-        return Broken()
-
-    monkeypatch.setattr(poptorch_standin, "DataLoader", broken)
-    with pytest.raises(OSError, match="samples could not be read"):
-        next(iter(backends.for_training(settings()).loader([1], [[0]])))

@@ -36,14 +36,6 @@ def test_a_sampler_of_l16_in_fp16(poptorch_standin, l16):
     assert backends.for_inference("ipu", "fp32").images_at_once(l16) == 4
 
 
-def test_a_sampler_tells_its_estimate(poptorch_standin, tiny_vae, logged):
-    model = small_dalle(tiny_vae)
-    backend = backends.for_inference("ipu")
-    assert backend.images_at_once(model) == estimates.MAX_SEQUENCES
-    backend.sampler(model, 3)
-    assert "4 sequences a call" in logged.text and "of 941 MB of an IPU: weights" in logged.text
-
-
 L16 = estimates.Training(size=2, moments=6, batch_size=2)
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import backends
-from backends.ipu import backend as ipu
 from models.sampling import Sampling
 from models.vqgan_files import load_vqgan
 from tests.backends.ipu.ipu_runs import samples, settings
@@ -91,21 +90,6 @@ def test_a_compilers_error_is_one_line(poptorch_standin, tiny_vae, tiny_vqgan):
         with pytest.raises(ValueError, match=r"IPU: the \w+ does not compile: .*Failed to acquire \d IPU") as error:
             fail()
         assert "\n" not in str(error.value)
-
-
-def test_large_models_draw_in_fp16_and_small_ones_in_fp32(poptorch_standin, tiny_vae, monkeypatch, logged):
-    model = small_dalle(tiny_vae)
-    for precision, limit, half in (
-        ("auto", 300e6, False),
-        ("auto", 1e4, True),
-        ("fp32", 1e4, False),
-        ("fp16", 300e6, True),
-    ):
-        monkeypatch.setattr(ipu, "FP32_WEIGHTS", limit)
-        sampler = backends.for_inference("ipu", precision).sampler(model, 2)
-        assert sampler.model.text_emb.weight.dtype == (torch.float16 if half else torch.float32)
-        codes = sampler(samples(2)[0], generator=torch.Generator().manual_seed(0))
-        assert codes.shape == (2, 16) and int(codes.min()) >= 0 and int(codes.max()) < 32
 
 
 def test_the_vqgan_runs_on_the_device_both_ways(poptorch_standin, tiny_vqgan):
