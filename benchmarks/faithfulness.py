@@ -18,7 +18,7 @@ import log
 from benchmarks.networks import SHAPES
 from data.shapes import validation_prompts
 from evaluate import judge, shape_faults
-from utils.command_line import COUNT, SEED, Parser, machine_flags, number, parse
+from utils.command_line import COUNT, SEED, Parser, exit_on_error, machine_flags, number, parse
 from utils.files import atomic_write, check_writable
 
 PLAIN = {"top_k": 0.0}  # the model's own distribution
@@ -45,7 +45,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     machine_flags(parser)
     settings = parse(parser, argv)
     log.set_up()
-    with log.exit_on_interrupt(), log.exit_on_bad_input():
+    with exit_on_error():
         from benchmarks.plot import plot_shares
         from generation.loading import load
 
