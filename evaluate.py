@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import tempfile
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -121,64 +120,50 @@ def open_pairs(
 
 
 def evaluate_pairs(loaded: LoadedModel, dataset: TextImageDataset, settings: Namespace, folder: Path) -> Dict[str, Any]:
-    """Return losses and reconstruction PSNR; the dataset has codes instead of pixels afterwards."""
-    from torch.utils.data import DataLoader
+    """Return losses and mean reconstruction PSNR in dB, and write a grid of originals above reconstructions."""
+    import torch
     from tqdm import tqdm
 
+    from data.files import UNREADABLE, report_skipped
+    from data.images import read_images
     from generation.images import make_grid, to_image
     from training.validation import add_perplexity
 
-    psnr, shown = reconstruct(loaded, dataset, settings.batch_size)
-    make_grid([to_image(pixels) for pixels in shown], columns=len(shown) // 2).save(folder / "reconstructions.png")
-    batches = DataLoader(dataset, settings.batch_size)
-    losses = loaded.backend.evaluator(loaded.model)(tqdm(batches, desc="losses", unit="batch", disable=None))
-    losses = add_perplexity(losses)
-    line = " ".join(f"{name} {losses[name]:.4f}" for name in ("total", "text", "image"))
-    print(f"losses of {len(dataset)} pairs: {line} perplexity {losses['perplexity']:.2f}")
-    print(f"reconstruction: {psnr:.2f} dB PSNR; {folder / 'reconstructions.png'} has originals above reconstructions")
-    return {
-        "input_folder": settings.input_folder,
-        "pairs": len(dataset),
-        "losses": losses,
-        "reconstruction_psnr": psnr,
-    }
-
-
-def reconstruct(loaded: LoadedModel, dataset: TextImageDataset, batch_size: int) -> Tuple[float, torch.Tensor]:
-    """Attach codes to a dataset of pixels and measure what the VQGAN makes of its images.
-
-    Returns:
-        Mean PSNR in dB, and the first originals followed by their reconstructions, float (2 N, 3, S, S) in [0, 1].
-    """
-    import torch
-
-    from data.codes import load_codes, open_code_cache
-
-    vae = loaded.model.vae
-    psnr: List[torch.Tensor] = []
+    size, paths = loaded.model.vae.image_size, dataset.image_paths()
+    at_once = min(settings.batch_size, max(1, 16 * 256**2 // size**2))
+    starts = tqdm(range(0, len(paths), at_once), desc="encoding", unit="batch", disable=None)
+    pairs, unreadable = [], []
+    psnr: List[float] = []
     originals: List[torch.Tensor] = []
     decodings: List[torch.Tensor] = []
-
-    def encode_and_compare(pixels):
+    for batch in read_images(paths, size, (range(len(paths))[start : start + at_once] for start in starts)):
+        unreadable += [Path(str(paths[index])) for index in batch.unreadable]
+        if batch.pixels is None:
+            continue
+        pixels = batch.pixels.float() / 255
         codes = loaded.encode(pixels)
         decoded = loaded.decode(codes)
-        errors = (decoded - pixels).square().mean(dim=(1, 2, 3))
-        psnr.append(-10 * errors.clamp(min=MIN_SQUARED_ERROR).log10())
-        if sum(map(len, originals)) < GRID_PAIRS:
-            originals.append(pixels)
-            decodings.append(decoded)
-        return codes
-
-    with tempfile.TemporaryDirectory() as cache_dir:  # images are read anyway; the user's folder stays clean
-        options = {"image_seq_len": vae.image_seq_len, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-        cache = open_code_cache(dataset.folder, cache_dir, image_size=vae.image_size, **options)
-        images_at_once = min(batch_size, max(1, 16 * 256**2 // vae.image_size**2))
-        codes, rows = load_codes(
-            dataset.images, encode_and_compare, cache, paths=dataset.image_paths(), batch_size=images_at_once
-        )
-        dataset.attach_codes(codes[:].copy(), rows)
-    shown = torch.cat([torch.cat(part)[:GRID_PAIRS] for part in (originals, decodings)])
-    return torch.cat(psnr).mean().item(), shown
+        psnr += (-10 * (decoded - pixels).square().mean(dim=(1, 2, 3)).clamp(min=MIN_SQUARED_ERROR).log10()).tolist()
+        pairs.append((torch.stack([dataset.text(0, index) for index in batch.indices]), codes))
+        originals += pixels[: GRID_PAIRS - len(originals)]
+        decodings += decoded[: GRID_PAIRS - len(decodings)]
+    report_skipped({UNREADABLE: unreadable})
+    if not pairs:
+        raise ValueError(f"{settings.input_folder}: none of {len(paths)} images can be read")
+    make_grid(list(map(to_image, originals + decodings)), len(originals)).save(folder / "reconstructions.png")
+    texts, codes = (torch.cat(part).split(settings.batch_size) for part in zip(*pairs))
+    batches = tqdm(list(zip(texts, codes)), desc="losses", unit="batch", disable=None)
+    losses = add_perplexity(loaded.backend.evaluator(loaded.model)(batches))
+    line = " ".join(f"{name} {losses[name]:.4f}" for name in ("total", "text", "image"))
+    mean = sum(psnr) / len(psnr)
+    print(f"losses of {len(psnr)} pairs: {line} perplexity {losses['perplexity']:.2f}")
+    print(f"reconstruction: {mean:.2f} dB PSNR; {folder / 'reconstructions.png'} has originals above reconstructions")
+    return {
+        "input_folder": settings.input_folder,
+        "pairs": len(psnr),
+        "losses": losses,
+        "reconstruction_psnr": mean,
+    }
 
 
 def score_captions(
@@ -187,7 +172,7 @@ def score_captions(
     """Generate one image for each pair's caption and return the scores."""
     from data.images import load_images
 
-    text = [dataset[index][0] for index in range(len(dataset))]
+    text = [dataset.text(0, index) for index in range(len(dataset))]
     captions = [loaded.tokenizer.decode(tokens) for tokens in text]
     images, used = generate_prompts(loaded, captions, text, settings, sampling)
     found = {"seed": settings.seed, "sampling": used}

@@ -41,14 +41,6 @@ def set_up(level: int = logging.INFO) -> None:
         logger.propagate = False
 
 
-def log_validation(step: int, losses: Dict[str, float]) -> None:
-    """Log the losses of the validation set after update `step`: total, text, image and perplexity."""
-    logger.info(
-        "step %d validation: total %.4f text %.4f image %.4f perplexity %.2f",
-        *(step, losses["total"], losses["text"], losses["image"], losses["perplexity"]),
-    )
-
-
 class Progress:
     """Progress bar and log lines of a run: losses, learning rate, samples a second, and the time left.
 

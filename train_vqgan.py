@@ -168,7 +168,7 @@ def _fast_in_bf16(device: torch.device) -> bool:
 
 
 def build_optimizers(model: VQGan, settings: Namespace) -> List[torch.optim.Optimizer]:
-    """Return Muon for the kernels and Adam for the rest, or AdamW for all, at their peak learning rate.
+    """Return Muon for the kernels and Adam for the rest, or AdamW for all.
 
     With --decoder-of, they are over the decoder's parameters alone.
     """

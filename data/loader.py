@@ -241,7 +241,7 @@ class TextImageDataset(Dataset):
         index = range(len(self))[index]
         if self._codes is not None:
             codes = self._codes[self._code_rows[index]]
-            return self._text(epoch, index), torch.from_numpy(codes.astype(np.int64))
+            return self.text(epoch, index), torch.from_numpy(codes.astype(np.int64))
         for candidate in [*range(index, len(self)), *range(index)]:
             if self._flags[candidate] == _DEADLY:
                 continue
@@ -254,22 +254,23 @@ class TextImageDataset(Dataset):
             finally:
                 self._tracker.mark(-1)
             image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (size, size, 3) -> (3, size, size)
-            return self._text(epoch, candidate), image if self.byteio else image.float().div_(255)
+            return self.text(epoch, candidate), image if self.byteio else image.float().div_(255)
         raise ValueError(f"{printable(self.folder)}: none of its {len(self)} images can be read any more")
 
     def captions(self, index: int) -> List[np.ndarray]:
         """Return the tokens of all captions of an image."""
         return self._captions[index]
 
-    def first_caption(self, index: int) -> torch.Tensor:
-        """Return the first caption of an image, int64 (text_seq_len,), zero-padded."""
-        return self._pad(self._captions[index][0])
-
-    def _text(self, epoch: int, index: int) -> torch.Tensor:
+    def text(self, epoch: int, index: int) -> torch.Tensor:
+        """Return the tokens of an image's caption in an epoch, int64 (text_seq_len,), zero-padded."""
         if random_bits(self.seed, _DROPOUT, epoch, index) < self.caption_dropout * 2.0**64:
             return self._pad(())
         captions = self._captions[index]
         return self._pad(captions[random_bits(self.seed, _CAPTION, epoch, index) % len(captions)])
+
+    def first_caption(self, index: int) -> torch.Tensor:
+        """Return the first caption of an image, int64 (text_seq_len,), zero-padded."""
+        return self._pad(self._captions[index][0])
 
     def _pad(self, tokens: Union[Sequence[int], np.ndarray]) -> torch.Tensor:
         text = np.zeros(self.text_seq_len, dtype=np.int64)

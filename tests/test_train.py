@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,7 @@ from PIL import Image
 
 import generate
 import train
-from backends.native.backend import fast_in_bf16
 from backends.native.trainer import NativeTrainer
-from models.vae import VQGanVAE
 from models.vqgan_files import load_vqgan
 from tests.builders import reference_weights
 from tests.conftest import ROOT
@@ -83,25 +80,6 @@ def test_twelve_pictures_are_learnt_by_heart(trained, command, drawn_pictures, t
         found = read_pixels(tmp_path / "drawn" / prompt.replace(" ", "_") / "0-seed-0.jpg")
         right += int((expected - found).square().mean((1, 2, 3)).argmin()) == number
     assert right >= 11, right
-
-
-def test_lines_that_benchmarks_read(trained):
-    _, ended = trained("--replication-factor", "2", "--enable-rts", "--device-iterations", "4")
-    assert re.search(r"Compiled model in \d+\.\d+ secs", ended.out)
-    assert re.search(r"loss: \d+\.\d+ .*throughput: \d+\.\d+ samples/sec", ended.out)
-    assert "1 steps of 8 samples" in ended.out
-    named = [line for line in ended.out.splitlines() if "--enable-rts" in line]
-    assert len(named) == 1 and "--device-iterations" in named[0] and "without effect" in named[0]
-
-
-@pytest.mark.parametrize("flag, half", [("--fp16=false", False), ("--fp16=true", True), ("--fp16", True)])
-def test_fp16_means_what_this_machine_has(trained, flag, half):
-    folder, ended = trained("--precision", "auto", "--max-steps", "1", flag)
-    fast = half and fast_in_bf16(torch.device("cpu"))
-    assert f"running on cpu in {'bf16' if fast else 'fp32'}" in ended.out
-    checkpoint = opened(folder / "dalle_step_1.pt")
-    assert checkpoint["hparams"]["fp16"] is half
-    assert {tensor.dtype for tensor in checkpoint["weights"].values()} == {torch.float32}
 
 
 def test_a_seed_gives_the_same_weights_and_another_gives_others(trained):
@@ -187,25 +165,6 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trained, stopped_at,
         assert epochs[0] == epochs[1]
 
 
-def test_pictures_are_encoded_once(trained, picture_folder, monkeypatch):
-    encoded, original = [], VQGanVAE.get_codebook_indices
-
-    def counting(self, pixels):
-        encoded.append(len(pixels))
-        return original(self, pixels)
-
-    monkeypatch.setattr(VQGanVAE, "get_codebook_indices", counting)
-    beside = ["--input-folder", picture_folder, "--codes-cache", picture_folder, "--epochs", "2"]
-    trained(*beside)
-    assert sum(encoded) == 12
-    cached = {path: path.read_bytes() for path in picture_folder.glob("codes-*")}
-    trained(*beside, "--random-seed", "1")
-    assert sum(encoded) == 12 and len(cached) == 3
-    assert {path: path.read_bytes() for path in picture_folder.glob("codes-*")} == cached
-    trained(*beside, "--no-codes-cache")
-    assert sum(encoded) == 12 + 2 * 12  # every picture in each of two epochs
-
-
 def test_ctrl_c_saves_and_says_how_to_go_on(trained, tiny_flags, tmp_path):
     folder = tmp_path / "stopped"
     flags = [*tiny_flags, "--checkpoint-output-dir", str(folder), "--no-codes-cache", "--dataloader-workers", "2"]
@@ -232,45 +191,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(trained, tiny_flags, tmp_path):
     assert f"at step {step}" in ended.out and opened(onward / f"dalle_step_{step + 1}.pt")["step"] == step + 1
 
 
-SLOW_VALIDATION = """
-import sys, time
-import train
-from training import validation
-
-validate = validation.validate
-def slow(run):
-    print("<validating>", flush=True)
-    time.sleep(0.5)
-    return validate(run)
-validation.validate = slow
-train.main(sys.argv[1:])
-"""
-
-
-@pytest.mark.parametrize(
-    "place", [pytest.param(2, marks=pytest.mark.slow), 4]
-)  # of four validations, each at an epoch's end: within, and the very last
-def test_a_stop_during_a_validation_is_taken_up_there(tiny_flags, trained, tmp_path, place):
-    flags = ["--validation-split", "0.3", "--validation-steps", "99", "--epochs", "4"]
-    whole, _ = trained(*flags)
-    folder = tmp_path / "stopped"
-    words = [sys.executable, "-c", SLOW_VALIDATION, *tiny_flags, *flags, "--checkpoint-output-dir", str(folder)]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(place):
-        while "<validating>" not in process.stdout.readline():
-            assert process.poll() is None
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == "" and "stopped after step" in out
-    resumed, ended = trained(*flags, "--checkpoint-output-dir", folder, "--resume")
-    expected, found = opened(whole / "dalle_3.pt"), opened(folder / "dalle_3.pt")
-    assert equal_weights(expected["weights"], found["weights"])
-    assert all(found[name] == expected[name] for name in ("scheduler_state", "progress", "step"))
-    steps = [[json.loads(line)["step"] for line in (at / "metrics.jsonl").open()] for at in (whole, folder)]
-    assert steps[0] == steps[1]
-
-
 def test_out_of_memory_saves_and_says_what_would_fit(command, tiny_flags, tmp_path, monkeypatch):
     step, steps = NativeTrainer.step, []
 
@@ -289,12 +209,3 @@ def test_out_of_memory_saves_and_says_what_would_fit(command, tiny_flags, tmp_pa
     (line,) = ended.err.splitlines()
     advice = "--batch-size 2 --gradient-accumulation 6 or --recompute makes the same updates with less"
     assert line.endswith(f"error: out of memory: {advice}; resume with --pretrained-checkpoint {path}")
-
-
-@pytest.mark.parametrize("flags", [[], pytest.param(["--no-codes-cache", "--byteio"], marks=pytest.mark.slow)])
-def test_generated_data_needs_no_pictures(command, tmp_path, monkeypatch, flags):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--generated-data", "--max-steps", "1", "--checkpoint-output-dir", "", "--dataloader-workers", "0", *flags]
-    ended = command(train.main, "--config", "unit_test", "--bpe-path", ROOT / "bpe/bpe_yttm_vocab.txt", *flags)
-    assert ended.status == 0 and not list(tmp_path.iterdir()), ended
-    assert "32 images, 1 steps of 2 samples" in ended.out and "throughput:" in ended.out

@@ -107,7 +107,12 @@ class Loop:
         run.step += 1
         run.post_update_done = False
         rate = self.progress.step(run.step, epoch, losses, lr, skipped)
-        run.trackers.log_update(run.step, epoch, lr, losses, rate, skipped)
+        more = {"epoch": epoch, "lr": lr, "samples_per_second": rate}
+        if "grad_norm" in losses:
+            more["grad_norm"] = losses["grad_norm"]
+        if skipped:
+            more["skipped"] = True
+        run.trackers.log_losses("loss", run.step, losses, **more)
 
     def do_what_is_due(self, losses: Dict[str, float]) -> None:
         """Validate, save and sample if it is time to, and stop if a signal came or too many updates were skipped."""
@@ -147,8 +152,11 @@ class Loop:
 
     def _log_validation(self, losses: Dict[str, float]) -> bool:
         run, total = self.run, losses["total"]
-        log.log_validation(run.step, losses)
-        run.trackers.log_validation(run.step, losses)
+        logger.info(
+            "step %d validation: total %.4f text %.4f image %.4f perplexity %.2f",
+            *(run.step, total, losses["text"], losses["image"], losses["perplexity"]),
+        )
+        run.trackers.log_losses("held-out", run.step, losses, **{"held-out/perplexity": losses["perplexity"]})
         best = run.best_loss is None or total < run.best_loss
         run.validation_loss = total
         run.best_loss = total if best else run.best_loss

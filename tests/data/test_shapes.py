@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import random
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +15,10 @@ from data.shapes import (
     COLORS,
     INVERSE,
     SHAPES,
-    SIZES,
-    Item,
-    Scene,
-    draw_scene,
     make_sample,
     parse_caption,
-    validation_prompts,
     write_dataset,
 )
-from tests.conftest import ROOT
-
-
-def scenes(count, seed=0, sizes=tuple(SIZES)):
-    """Random scenes of any combination, described from either shape."""
-    rng = random.Random(seed)
-    for _ in range(count):
-        colours = rng.sample(tuple(COLORS), 2)
-        items = [Item(colour, rng.choice(SHAPES), rng.choice(sizes)) for colour in colours]
-        yield Scene(items[0], rng.choice(tuple(INVERSE)), items[1])
-
 
 # --------------------------------------------------------------------------------------------------- captions
 
@@ -60,14 +43,6 @@ def scenes(count, seed=0, sizes=tuple(SIZES)):
 )
 def test_captions_mean_what_they_say(text, expected):
     assert parse_caption(text) == expected
-
-
-def test_captions_are_short_in_the_projects_vocabulary():
-    tokenizer = pytest.importorskip("data.tokenizer").load_tokenizer(ROOT / "bpe" / "bpe_yttm_vocab.txt")
-    captions = [caption for index in range(400) for caption in make_sample("train", index)[1]]
-    captions += validation_prompts("score", 1120)
-    lengths = [len(tokenizer.encode(caption)) for caption in captions]
-    assert max(lengths) == shapes.CAPTION_TOKENS == 12
 
 
 # ----------------------------------------------------------------------------------------------- combinations
@@ -105,24 +80,6 @@ def test_training_and_validation_images_share_no_combination():
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
-
-
-def test_shapes_keep_apart_and_stand_as_described():
-    rng = random.Random(2)
-    for scene in scenes(500, seed=3):
-        pixels = draw_scene(scene, rng).astype(int)
-        boxes = []
-        for item in (scene.first, scene.second):
-            ys, xs = np.nonzero((pixels == COLORS[item.color]).all(-1))
-            boxes.append(np.array([ys.min(), ys.max() + 1, xs.min(), xs.max() + 1]))
-        if scene.relation in ("below", "right"):
-            boxes.reverse()
-        if scene.relation in ("left", "right"):
-            boxes = [box[[2, 3, 0, 1]] for box in boxes]
-        (start1, end1, low1, high1), (start2, end2, low2, high2) = boxes
-        assert start2 - end1 >= 8
-        along, across = (start2 + end2 - start1 - end1) / 2, abs(low2 + high2 - low1 - high1) / 2
-        assert along >= 1.7 * across  # the boxes of full colour are not quite centred on the cells
 
 
 def test_samples_are_these_on_every_machine():

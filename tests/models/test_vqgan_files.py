@@ -126,13 +126,6 @@ def test_a_broken_connection_leaves_nothing_under_the_name(cache, server, name):
     assert_whole(cache, server)
 
 
-def test_a_web_page_instead_of_the_file_is_not_kept(cache, server):
-    name = CHECKPOINT
-    server.files[name] = b"\n<!doctype html><title>Please log in</title>"
-    assert_fails(r"\(what arrived is (not a checkpoint|a web page)\)")
-    assert name not in names(cache)
-
-
 def test_an_address_that_does_not_answer_is_named(cache, server, monkeypatch):
     address = "http://127.0.0.1:9"
     monkeypatch.setenv("MINIDALLE_VQGAN_URL", address)

@@ -1,6 +1,7 @@
 """The HTTP API of a server that runs: its answers, what it says to wrong requests, and clients that leave."""
 
 import base64
+import contextlib
 import io
 import json
 import random
@@ -165,6 +166,20 @@ def test_a_large_body_is_refused_before_it_is_sent(port):
             raw.sendall(header.encode())
             answer = b"".join(iter(lambda raw=raw: raw.recv(4096), b"")).decode()
         assert answer.startswith("HTTP/1.1 413") and '{"error":"The request is too large; at most ' in answer
+
+
+def test_a_body_of_unknown_length_is_read_no_further_than_may_be(port):
+    head = f"POST /api/generate {HEAD}Transfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        raw.sendall(head.encode())
+        for _ in range(15):  # megabytes
+            with contextlib.suppress(ConnectionError):
+                raw.sendall(b"100000\r\n" + b" " * 2**20 + b"\r\n")
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            answer = raw.recv(4096)
+    assert answer[9:12] == b"413"
+    assert call(port)[0] == 200
 
 
 def test_a_client_that_leaves_takes_its_request_back(port, drawing):

@@ -40,7 +40,7 @@ def test_a_long_file_is_read_in_part_with_all_that_is_rare(tmp_path):
 @pytest.mark.parametrize("lines", [1, 1200])
 def test_a_plot_has_its_curves(tmp_path, lines):
     write(tmp_path / "metrics.jsonl", lines)
-    plot.MetricsFile(tmp_path / "metrics.jsonl", 10**6).plot()
+    plot.MetricsFile(tmp_path / "metrics.jsonl", 10**6).close()
     pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"), dtype=int)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
     for colour in plot.COLORS.values():

@@ -7,9 +7,6 @@ import pytest
 import backends
 from backends.ipu import estimates
 from models.pipeline_dalle import placement
-from models.vae import VQGanVAE
-from models.vqgan_files import OFFICIAL_PARAMS
-from tests.backends.ipu.ipu_runs import settings
 from tests.builders import small_dalle
 
 
@@ -74,18 +71,3 @@ def test_a_vqgan_and_a_full_ipu_get_fewer_layers(l16, monkeypatch):
     found = balanced(costs)
     stages = estimates.estimate_stages(placement(16, layers_per_ipu=found), costs, L16)
     assert all(sum(stage.memory.values()) < 0.9 * 330e6 for stage in stages) and found[0] < 4
-
-
-def test_the_encoder_of_the_official_vqgan():
-    cost = estimates.encoder_cost(VQGanVAE(OFFICIAL_PARAMS))
-    assert cost.frozen == pytest.approx(29.6e6, rel=0.01) and cost.operations == pytest.approx(138e9, rel=0.01)
-
-
-def test_auto_names_what_it_chose(poptorch_standin, tiny_vae, logged):
-    backend = backends.for_training(settings("--gradient-accumulation 3 --layers-per-ipu auto"))
-    backend.trainer(small_dalle(tiny_vae))
-    assert backend.settings.layers_per_ipu == [1, 1] and "--layers-per-ipu auto: 1,1" in logged.text
-    with pytest.raises(ValueError, match="pipeline of 2 stages needs 3 micro-batches"):
-        backends.for_training(settings("--gradient-accumulation 2 --layers-per-ipu auto")).trainer(
-            small_dalle(tiny_vae)
-        )

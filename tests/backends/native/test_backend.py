@@ -235,19 +235,6 @@ def test_precision_is_the_flag_then_what_fp16_means_then_what_is_fast(monkeypatc
         pick_precision("fp16", cpu)
 
 
-@pytest.mark.parametrize(
-    "capability, training, sharded",
-    [((9, 0), "bf16", "bf16"), ((8, 0), "bf16", "bf16"), ((7, 5), "fp16", "fp32"), ((6, 1), "fp32", "fp32")],
-)
-def test_a_gpu_computes_in_what_it_does_not_emulate(monkeypatch, capability, training, sharded):
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *given: True)  # as torch says of all of them
-    assert pick_precision("auto", cuda) == training
-    assert pick_precision("auto", cuda, loss_scaling=False) == sharded
-    assert pick_precision("auto", cuda, False) == "fp32" and pick_precision("bf16", cuda) == "bf16"
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_gives_each_step_its_samples_in_order(workers):
     dataset = GeneratedDataset(20, text_seq_len=6, num_text_tokens=50, num_image_codes=32, image_seq_len=16)
@@ -351,3 +338,16 @@ def test_an_update_without_a_finite_gradient_is_left_out(tiny_vae, optimizer, li
     assert_same(dict(after["ema_weights"]), dict(before["ema_weights"]), atol=0, rtol=0)
     assert str(after["opt_state"]) == str(before["opt_state"]) and after["updates"] == before["updates"] == 2
     assert math.isfinite(trainer.step(micro_batches(trainer.backend, samples(12, 4)))["grad_norm"])
+
+
+@pytest.mark.parametrize(
+    "capability, training, sharded",
+    [((9, 0), "bf16", "bf16"), ((8, 0), "bf16", "bf16"), ((7, 5), "fp16", "fp32"), ((6, 1), "fp32", "fp32")],
+)
+def test_a_gpu_computes_in_what_it_does_not_emulate(monkeypatch, capability, training, sharded):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *given: True)  # as torch says of all of them
+    assert pick_precision("auto", cuda) == training
+    assert pick_precision("auto", cuda, loss_scaling=False) == sharded
+    assert pick_precision("auto", cuda, False) == "fp32" and pick_precision("bf16", cuda) == "bf16"

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from data.tokenizer import load_tokenizer
 from tests.conftest import ROOT, YTTM
 
 CAPTIONS = {"a": ["a dog", "two dogs, and a cat"], "b": ["a red bus"], "c": ["a man's hat"]}
+
+VAE = SimpleNamespace(image_size=8, image_seq_len=4, num_tokens=256, fingerprint=lambda: "0123")
 
 
 def bare_images(folder, suffix="jpg"):
@@ -190,8 +193,7 @@ def test_every_form_gives_what_the_folder_gives(form, tmp_path):
     tokenizer = load_tokenizer(ROOT / YTTM)
     for _ in range(2):  # the second time from the caches
         dataset = TextImageDataset(folder, tokenizer, text_seq_len=16, image_size=8, cache_dir=tmp_path / "cache")
-        options = {"image_size": 8, "image_seq_len": 4, "num_codes": 256, "fingerprint": "0123"}
-        cache = open_code_cache(dataset.folder, tmp_path / "cache", **options)
+        cache = open_code_cache(dataset.folder, tmp_path / "cache", VAE)
         seen = []
 
         def encode(pixels, seen=seen):
@@ -334,7 +336,7 @@ def test_a_damaged_image_of_a_shard_is_skipped_as_a_file_is(tmp_path, logged):
     start = open_source(tmp_path).image("00000.tar/b.jpg").offset
     (tmp_path / "00000.tar").write_bytes(whole[:start] + bytes(300) + whole[start + 300 :])
     dataset = TextImageDataset(tmp_path, load_tokenizer(ROOT / YTTM), text_seq_len=16, image_size=8)
-    cache = open_code_cache(tmp_path, tmp_path / "cache", image_size=8, image_seq_len=4, num_codes=256, fingerprint="0")
+    cache = open_code_cache(tmp_path, tmp_path / "cache", VAE)
     assert torch.equal(dataset[1][1], dataset[2][1])  # another image replaces it
     rows = load_codes(dataset.images, lambda x: torch.zeros(len(x), 4).long(), cache, paths=dataset.image_paths())
     dataset.attach_codes(*rows)
