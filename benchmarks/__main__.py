@@ -66,7 +66,7 @@ def parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = Parser((__doc__ or "").splitlines()[0])
     add = parser.heading("what is measured")
     add("only", None, "rows to measure, by name or pattern such as generate-*; none: all", nargs="+", metavar="PATTERN")
-    add("peer", False, "measure dalle-pytorch 1.6.6, its loader and taming's VQGAN as well", type=bool)
+    add("peer", False, "measure dalle-pytorch 1.6.6, a plain loader and taming's VQGAN as well", type=bool)
     add("quick", False, "small networks and few samples", type=bool)
     add("list", False, "name the rows and measure nothing", type=bool)
     add("output-dir", "output/benchmarks", "folder for results.json and results.png")

@@ -1,6 +1,5 @@
 """The lines that benchmarks.yml reads, the one line that bad input ends in, and what samples a second counts."""
 
-import logging
 import os
 import re
 import subprocess
@@ -44,17 +43,6 @@ def program_log():
     yield log.logger
     log.logger.handlers, log.logger.propagate = kept[0], kept[2]
     log.logger.setLevel(kept[1])
-
-
-def test_lines_go_to_stdout_with_the_time_and_only_once(program_log, capsys):
-    log.set_up()
-    program_log.info("wrote %s", "this")
-    program_log.debug("not this")
-    printed = capsys.readouterr()
-    assert re.fullmatch(r"\d\d:\d\d:\d\d wrote this\n", printed.out) and printed.err == ""
-    log.set_up(logging.DEBUG)
-    program_log.debug("now this")
-    assert capsys.readouterr().out.endswith(" now this\n")
 
 
 def test_the_benchmark_finds_its_numbers(program_log, clock, capsys):
