@@ -5,12 +5,27 @@ python app.py --dalle_path output/demo/ckpt/dalle_step_800.pt
 
 import argparse
 import contextlib
+import ipaddress
 import logging
+import os
+import re
 import socket
 from typing import TYPE_CHECKING, List, Optional
 
 import log
-from args_app import app_arguments
+from utils.command_line import (
+    COUNT,
+    Parser,
+    check_vqgan_files,
+    describe_error,
+    exit_on_error,
+    machine_flags,
+    number,
+    parse,
+    vqgan_file_flags,
+    window_flag,
+)
+from utils.interrupts import sigterm_as_ctrl_c
 
 if TYPE_CHECKING:
     import uvicorn
@@ -24,7 +39,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     """Load the model and serve until Ctrl-C or SIGTERM."""
     settings = app_arguments(argv)
     log.set_up()
-    with log.exit_on_interrupt(), log.sigterm_as_ctrl_c(), log.exit_on_bad_input(), contextlib.ExitStack() as stack:
+    with exit_on_error(), sigterm_as_ctrl_c(), contextlib.ExitStack() as stack:
         listening = stack.enter_context(listen(settings.host, settings.port))
         check_packages()
         from generation.loading import load_from_flags
@@ -64,9 +79,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen(128)
     except OSError as error:
-        raise ValueError(
-            f"--host {host} --port {port}: {log.describe_error(error)}; give another host or port"
-        ) from None
+        raise ValueError(f"--host {host} --port {port}: {describe_error(error)}; give another host or port") from None
     return listening
 
 
@@ -79,11 +92,10 @@ def make_server(queue: "GenerationQueue", settings: argparse.Namespace) -> "uvic
     from service.guard import HEADERS, Guard
     from service.validation import Limits
 
-    streams = Streams(queue, settings.queue_size)
+    streams = Streams(queue)
     limits = Limits(settings.max_images, settings.max_prompt_characters)
     routes = api.build(queue.loaded, queue, streams, limits)
     application = Guard(routes, settings.host, settings.allowed_host, settings.token, settings.root_path)
-    connections.allow_files()
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame):
@@ -116,6 +128,70 @@ def make_server(queue: "GenerationQueue", settings: argparse.Namespace) -> "uvic
         access_log=False,
     )
     return Server(config)
+
+
+def app_parser() -> Parser:
+    """Return the parser of app.py's flags."""
+    parser = Parser("Serves a web page and an HTTP API that generate images for prompts; see requirements-app.txt.")
+    add = parser.heading("Model")
+    add("dalle-path", None, "checkpoint of train.py; default: the bundled model")
+    machine_flags(parser)
+    add = parser.heading("Network")
+    add("host", "127.0.0.1", "address; 0.0.0.0 serves other machines, too")
+    add("port", 7860, "port; 0: a free one", number(int, low=0, high=65535))
+    add("token", None, "secret that clients must know; default: the environment variable MINI_DALLE_TOKEN", token)
+    add("allowed-host", [], "further host names that the page is reached by", nargs="+", metavar="NAME")
+    add("root-path", "", "prefix under which a reverse proxy serves the page, such as /draw", prefix)
+    text = "addresses of proxies whose X-Forwarded headers are believed, with commas between; *: of all"
+    add("forwarded-allow-ips", None, text, addresses)
+    add = parser.heading("Limits")
+    add("max-images", 16, "images per prompt", number(int, low=1, high=256))
+    add("max-prompt-characters", 400, "characters per prompt", COUNT)
+    add("queue-size", 64, "requests at once; further ones get an error and may try again", COUNT)
+    add("batch-size", None, "images generated at once; default: chosen for the machine", COUNT)
+    window_flag(add)
+    add = parser.heading("Files that the checkpoint lacks")
+    add("bpe-path", None, "vocabulary file; default: the checkpoint's, else CLIP's")
+    vqgan_file_flags(add)
+    return parser
+
+
+def prefix(text: str) -> str:
+    """Parse the path of a URL and return it with a slash before it and none after it; "" and "/" are no prefix."""
+    if not re.fullmatch(r"(/?[\w.~-]+)*/?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"must be the path of a URL such as /draw, not '{text}'")
+    return f"/{text.strip('/')}" if text.strip("/") else ""
+
+
+def addresses(text: str) -> str:
+    """Parse IP addresses or networks with commas between, or *."""
+    for address in text.split(","):
+        try:
+            address.strip() == "*" or ipaddress.ip_network(address.strip())
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be IP addresses or networks, not '{text}'") from None
+    return text
+
+
+def token(text: str) -> str:
+    """Parse a secret: printable ASCII, since browsers send no other; if an empty one meant none, all could generate."""
+    if not text or text != text.strip() or not (text.isascii() and text.isprintable()):
+        raise argparse.ArgumentTypeError("must be ASCII characters, not empty, and without a space at either end")
+    return text
+
+
+def app_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    """Return the validated namespace of app.py."""
+    parser = app_parser()
+    settings = parse(parser, argv)
+    check_vqgan_files(parser, settings)
+    try:
+        settings.token = settings.token or token(os.environ["MINI_DALLE_TOKEN"])
+    except KeyError:
+        pass  # no token is needed
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"MINI_DALLE_TOKEN: {error}")
+    return settings
 
 
 if __name__ == "__main__":

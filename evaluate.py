@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import tempfile
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional,
 
 import log
 from args_evaluate import evaluate_arguments
+from utils.command_line import exit_on_error
 from utils.files import atomic_write, check_writable
 
 if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
@@ -46,7 +46,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure the checkpoint that the flags name."""
     settings = evaluate_arguments(argv)
     log.set_up()
-    with log.exit_on_interrupt(), log.exit_on_bad_input(), contextlib.ExitStack() as stack:
+    with exit_on_error(), contextlib.ExitStack() as stack:
         from backends.memory import memory_explained
         from generation.loading import load_from_flags
         from utils import checkpoint
@@ -120,64 +120,50 @@ def open_pairs(
 
 
 def evaluate_pairs(loaded: LoadedModel, dataset: TextImageDataset, settings: Namespace, folder: Path) -> Dict[str, Any]:
-    """Return losses and reconstruction PSNR; the dataset has codes instead of pixels afterwards."""
-    from torch.utils.data import DataLoader
+    """Return losses and mean reconstruction PSNR in dB, and write a grid of originals above reconstructions."""
+    import torch
     from tqdm import tqdm
 
-    from generation.output import make_grid, to_image
+    from data.files import UNREADABLE, report_skipped
+    from data.images import read_images
+    from generation.images import make_grid, to_image
     from training.validation import add_perplexity
 
-    psnr, shown = reconstruct(loaded, dataset, settings.batch_size)
-    make_grid([to_image(pixels) for pixels in shown], columns=len(shown) // 2).save(folder / "reconstructions.png")
-    batches = DataLoader(dataset, settings.batch_size)
-    losses = loaded.backend.evaluator(loaded.model)(tqdm(batches, desc="losses", unit="batch", disable=None))
-    losses = add_perplexity(losses)
-    line = " ".join(f"{name} {losses[name]:.4f}" for name in ("total", "text", "image"))
-    print(f"losses of {len(dataset)} pairs: {line} perplexity {losses['perplexity']:.2f}")
-    print(f"reconstruction: {psnr:.2f} dB PSNR; {folder / 'reconstructions.png'} has originals above reconstructions")
-    return {
-        "input_folder": settings.input_folder,
-        "pairs": len(dataset),
-        "losses": losses,
-        "reconstruction_psnr": psnr,
-    }
-
-
-def reconstruct(loaded: LoadedModel, dataset: TextImageDataset, batch_size: int) -> Tuple[float, torch.Tensor]:
-    """Attach codes to a dataset of pixels and measure what the VQGAN makes of its images.
-
-    Returns:
-        Mean PSNR in dB, and the first originals followed by their reconstructions, float (2 N, 3, S, S) in [0, 1].
-    """
-    import torch
-
-    from data.codes import load_codes, open_code_cache
-
-    vae = loaded.model.vae
-    psnr: List[torch.Tensor] = []
+    size, paths = loaded.model.vae.image_size, dataset.image_paths()
+    at_once = min(settings.batch_size, max(1, 16 * 256**2 // size**2))
+    starts = tqdm(range(0, len(paths), at_once), desc="encoding", unit="batch", disable=None)
+    pairs, unreadable = [], []
+    psnr: List[float] = []
     originals: List[torch.Tensor] = []
     decodings: List[torch.Tensor] = []
-
-    def encode_and_compare(pixels):
+    for batch in read_images(paths, size, (range(len(paths))[start : start + at_once] for start in starts)):
+        unreadable += [Path(str(paths[index])) for index in batch.unreadable]
+        if batch.pixels is None:
+            continue
+        pixels = batch.pixels.float() / 255
         codes = loaded.encode(pixels)
         decoded = loaded.decode(codes)
-        errors = (decoded - pixels).square().mean(dim=(1, 2, 3))
-        psnr.append(-10 * errors.clamp(min=MIN_SQUARED_ERROR).log10())
-        if sum(map(len, originals)) < GRID_PAIRS:
-            originals.append(pixels)
-            decodings.append(decoded)
-        return codes
-
-    with tempfile.TemporaryDirectory() as cache_dir:  # images are read anyway; the user's folder stays clean
-        options = {"image_seq_len": vae.image_seq_len, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-        cache = open_code_cache(dataset.folder, cache_dir, image_size=vae.image_size, **options)
-        images_at_once = min(batch_size, max(1, 16 * 256**2 // vae.image_size**2))
-        codes, rows = load_codes(
-            dataset.images, encode_and_compare, cache, paths=dataset.image_paths(), batch_size=images_at_once
-        )
-        dataset.attach_codes(codes[:].copy(), rows)
-    shown = torch.cat([torch.cat(part)[:GRID_PAIRS] for part in (originals, decodings)])
-    return torch.cat(psnr).mean().item(), shown
+        psnr += (-10 * (decoded - pixels).square().mean(dim=(1, 2, 3)).clamp(min=MIN_SQUARED_ERROR).log10()).tolist()
+        pairs.append((torch.stack([dataset.text(0, index) for index in batch.indices]), codes))
+        originals += pixels[: GRID_PAIRS - len(originals)]
+        decodings += decoded[: GRID_PAIRS - len(decodings)]
+    report_skipped({UNREADABLE: unreadable})
+    if not pairs:
+        raise ValueError(f"{settings.input_folder}: none of {len(paths)} images can be read")
+    make_grid(list(map(to_image, originals + decodings)), len(originals)).save(folder / "reconstructions.png")
+    texts, codes = (torch.cat(part).split(settings.batch_size) for part in zip(*pairs))
+    batches = tqdm(list(zip(texts, codes)), desc="losses", unit="batch", disable=None)
+    losses = add_perplexity(loaded.backend.evaluator(loaded.model)(batches))
+    line = " ".join(f"{name} {losses[name]:.4f}" for name in ("total", "text", "image"))
+    mean = sum(psnr) / len(psnr)
+    print(f"losses of {len(psnr)} pairs: {line} perplexity {losses['perplexity']:.2f}")
+    print(f"reconstruction: {mean:.2f} dB PSNR; {folder / 'reconstructions.png'} has originals above reconstructions")
+    return {
+        "input_folder": settings.input_folder,
+        "pairs": len(psnr),
+        "losses": losses,
+        "reconstruction_psnr": mean,
+    }
 
 
 def score_captions(
@@ -186,7 +172,7 @@ def score_captions(
     """Generate one image for each pair's caption and return the scores."""
     from data.images import load_images
 
-    text = [dataset[index][0] for index in range(len(dataset))]
+    text = [dataset.text(0, index) for index in range(len(dataset))]
     captions = [loaded.tokenizer.decode(tokens) for tokens in text]
     images, used = generate_prompts(loaded, captions, text, settings, sampling)
     found = {"seed": settings.seed, "sampling": used}
@@ -206,7 +192,7 @@ def mean_clip_score(clip: Any, images: torch.Tensor, texts: Sequence[str], setti
     """Return and print the mean CLIP score of images and their texts."""
     import torch
 
-    from generation.output import to_image
+    from generation.images import to_image
 
     scores = []
     for first in batch_starts(len(images), settings, "CLIP"):
@@ -228,7 +214,7 @@ def evaluate_prompts(
     loaded: LoadedModel, settings: Namespace, sampling: Sampling, folder: Path, clip: Any = None
 ) -> Dict[str, Any]:
     """Return the share of validation prompts that the images follow; write a grid and its prompts."""
-    from generation.output import make_grid, to_image
+    from generation.images import make_grid, to_image
 
     kind = settings.prompts_of or ("scenes" if knows_scenes(loaded.words) else "shapes")
     prompts, find_faults = load_prompts(kind, settings)
@@ -296,16 +282,16 @@ def generate_codes(
     """Return the codes of an image for each prompt, int64 (N, L), and the sampling settings."""
     from tqdm import tqdm
 
-    from generation import batching
+    from generation.images import ImageSpec, generate_lists, plan_image
 
-    sampling = batching.plan_image(loaded, prompts[0], 0, sampling).sampling
+    sampling = plan_image(loaded, prompts[0], 0, sampling).sampling
     no_codes = text[0].new_zeros(0)
     specs = [
-        batching.ImageSpec(prompt, tokens, settings.seed + number, sampling, no_codes)
+        ImageSpec(prompt, tokens, settings.seed + number, sampling, no_codes)
         for number, (prompt, tokens) in enumerate(zip(prompts, text))
     ]
     with tqdm(total=len(specs), desc="generating", unit="image", disable=None) as bar:
-        (codes,) = batching.generate_lists(loaded, [specs], on_batch=bar.update)
+        (codes,) = generate_lists(loaded, [specs], on_batch=bar.update)
     return codes, sampling._asdict()
 
 

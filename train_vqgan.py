@@ -11,15 +11,17 @@ stays valid.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 from args import vqgan_arguments
-from log import EXIT_INTERRUPTED, exit_on_bad_input, set_up
+from log import set_up
+from utils.command_line import EXIT_INTERRUPTED, exit_on_error
 from utils.files import atomic_write, check_writable, remove_leftovers
 
 if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
@@ -41,7 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Train the VQGAN that the flags describe."""
     settings = vqgan_arguments(argv)
     set_up()
-    with exit_on_bad_input():
+    with exit_on_error():
         train(settings)
 
 
@@ -52,7 +54,6 @@ def train(settings: Namespace) -> None:
 
     from backends.memory import OutOfMemory, memory_explained
     from backends.native.backend import pick_device
-    from data.images import endless_batches
     from models.vae import VQGan
     from models.vqgan_training import SEED_CELLS, VQGanTrainer
     from training import vqgan_checkpoints as checkpoints
@@ -92,14 +93,8 @@ def train(settings: Namespace) -> None:
     if settings.resume and (output_dir / checkpoints.STATE_FILE).exists():
         checkpoints.resume(trainer, output_dir)
     seed_batches = math.ceil(SEED_CELLS / codes_per_side(settings) ** 2 / settings.batch_size)
-    batches = endless_batches(
-        images,
-        settings.batch_size,
-        size=settings.image_size,
-        seed=settings.random_seed,
-        workers=settings.dataloader_workers,
-        first=trainer.steps + (seed_batches if trainer.has_codebook and not settings.decoder_of else 0),
-    )
+    seeded = trainer.has_codebook and not settings.decoder_of
+    batches = endless_batches(images, settings, first=trainer.steps + seed_batches * seeded)
 
     # A finished VQGAN keeps its place until a longer run ends.
     place = output_dir if finished is None else output_dir / checkpoints.UNFINISHED
@@ -173,7 +168,7 @@ def _fast_in_bf16(device: torch.device) -> bool:
 
 
 def build_optimizers(model: VQGan, settings: Namespace) -> List[torch.optim.Optimizer]:
-    """Return Muon for the kernels and Adam for the rest, or AdamW for all, at their peak learning rate.
+    """Return Muon for the kernels and Adam for the rest, or AdamW for all.
 
     With --decoder-of, they are over the decoder's parameters alone.
     """
@@ -227,7 +222,7 @@ def read_folders(settings: Namespace) -> Tuple[Any, torch.Tensor, str]:
     The training images are paths if they would not fit into memory. Only as many are read as the run can use.
     """
     from data.images import load_images
-    from data.order import epoch_order
+    from data.loader import epoch_order
     from data.sources import find_images
 
     size, seed = settings.image_size, settings.random_seed
@@ -251,6 +246,48 @@ def read_folders(settings: Namespace) -> Tuple[Any, torch.Tensor, str]:
     images = load_images(paths, size, settings.dataloader_workers) if fit else paths
     logger.info("%d training images, %d %s", len(images), len(validation), name)
     return images, validation, name
+
+
+def endless_batches(
+    images: Union[torch.Tensor, Sequence[Any]], settings: Namespace, first: int
+) -> Iterator[torch.Tensor]:
+    """Yield uint8 (B, 3, S, S), epoch after epoch, in an order that depends on the seed alone.
+
+    Args:
+        images: in memory, as load_images returns them, or paths, which workers decode in every epoch.
+        first: number of batches to skip, for a resumed run.
+
+    Raises:
+        ValueError: no path of a whole epoch can be read.
+    """
+    import torch
+
+    from data.images import common_folder, printable, read_images
+    from data.loader import epoch_order
+
+    size = min(settings.batch_size, len(images))  # a batch of paths lacks the images that cannot be read
+    per_epoch = len(images) // size
+
+    def choose() -> Iterator[List[int]]:
+        for epoch in itertools.count(first // per_epoch):
+            order = epoch_order(len(images), settings.random_seed, epoch)
+            for place in range(max(0, first - epoch * per_epoch), per_epoch):
+                yield order[place * size : (place + 1) * size].tolist()
+
+    if isinstance(images, torch.Tensor):
+        yield from (images[indices] for indices in choose())
+        return
+    reported: Set[int] = set()
+    unread_in_a_row = 0
+    for batch in read_images(images, settings.image_size, choose(), settings.dataloader_workers):
+        for index in batch.unreadable.keys() - reported:
+            logger.warning("%s: cannot be read and is skipped", printable(images[index]))
+        reported.update(batch.unreadable)
+        unread_in_a_row = 0 if batch.indices else unread_in_a_row + 1
+        if batch.pixels is not None:
+            yield batch.pixels
+        elif unread_in_a_row >= per_epoch:
+            raise ValueError(f"{common_folder(images)}: none of {len(images)} images can be read")
 
 
 def show(bar: Any, losses: Dict[str, torch.Tensor], trainer: VQGanTrainer, step: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backends.memory import Memory
 from models.dalle import DALLE
-from models.image_tokenizer import ImageTokenizer
+from models.vae import ImageTokenizer
 
 Losses = Dict[str, float]  # total, text and image loss, in nats
 

@@ -35,12 +35,12 @@ from benchmarks.limits import (
     time_call,
     time_calls,
 )
-from generation.batching import encode_prompt, plan_image
+from generation.images import encode_prompt, plan_image
 from generation.loading import load
 from models.dalle import DALLE
-from models.official_vqgan import OFFICIAL_PARAMS
 from models.sampling import Sampling
 from models.vae import VQGanVAE
+from models.vqgan_files import OFFICIAL_PARAMS
 from service.queue import Busy, GenerationQueue
 
 ROOT = Path(__file__).resolve().parent.parent

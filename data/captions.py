@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data.array_cache import cache_path, hold_lock
 from data.files import File, printable, read_captions
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, encode_text
 from utils.files import atomic_write
 
 logger = logging.getLogger("minidalle")
@@ -28,12 +28,6 @@ MOST_UNREAD = 0.5  # share of a caption's characters that the vocabulary may lac
 _PROGRESS_FROM = 2000  # files
 
 ReadCaptions = Callable[[str], List[str]]  # from the name of a file to its captions
-
-
-def encode_text(tokenizer: Tokenizer, text: str) -> List[int]:
-    """Return a text's ids; if the vocabulary lacks some of its characters, those of the text in lower case."""
-    tokens, lower = tokenizer.encode(text), text.lower()
-    return tokenizer.encode(lower) if tokenizer.unknown in tokens and lower != text else tokens
 
 
 class TokenCounts(NamedTuple):

@@ -6,11 +6,11 @@
 Every image is decoded as in training and every caption is tokenized, in several processes. Nothing is changed.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
-from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
@@ -29,43 +29,33 @@ from data.files import (
     printable,
     read_bytes,
 )
-from data.images import ImagePath, load_image
+from data.images import load_image
 from data.loader import WorkerTracker, describe_set, describe_unknown
 from data.sources import ImageSource, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
-from utils.command_line import COUNT, NATURAL, Parser, read_entry
+from utils.command_line import COUNT, NATURAL, Parser, exit_on_error, read_entry
 from utils.interrupts import ignore_interrupts_in_worker
-from utils.output import exit_on_closed_output
 
 DEADLY = "image whose reading kills the process"
 TOO_LONG = "caption file with more than {} tokens per caption"
 SMALL = "image with fewer than {} pixels per side, which is enlarged"
 LONG = "image more than three times as long as wide, of which the center square is used"
-CMYK = "image in CMYK"
-DEEP = "image with 16 bits per channel"
-TRANSPARENT = "image with transparent parts, which become white"
-ANIMATED = "animated image, of which the first frame is used"
 ONE_COLOR = "image of a single color"
 SAME_IMAGE = "image with the same bytes as another"
-SAME_CAPTION = "caption that another image also has"
-SAME_STEM = "image with its captions in another folder, although other images have the same stem"
 UNKNOWN = "caption file with characters that the vocabulary lacks"
-NO_TOKENS = "caption file with a caption of no tokens"
 
 _BATCH = 16  # samples that a worker hands over together
-_MAX_UNEXPLAINED = 3  # dead workers that were reading nothing, before giving up
 
 
 class Findings(NamedTuple):
     """What is found about one pair."""
 
-    fault: Optional[str]  # why the image cannot be read
+    unreadable: bool
     traits: Tuple[str, ...]  # the kinds of image above that apply
     digest: bytes  # of the image's bytes
     lengths: Tuple[int, ...]  # tokens of each caption
     unknown: int  # unknown tokens in all captions
     unread: int  # captions that the vocabulary cannot read
-    captions: Tuple[bytes, ...]  # a digest of each caption
 
 
 class _Samples(Dataset):
@@ -79,57 +69,40 @@ class _Samples(Dataset):
         return len(self.source.images)
 
     def __getitem__(self, index: int) -> Tuple[int, Findings]:
-        image = self.source.image(self.source.images[index][0])
-        fault: Optional[str] = None
-        traits: Tuple[str, ...] = ()
-        digest = b""
+        looks: Optional[Tuple[Tuple[str, ...], bytes]] = None
         self.tracker.mark(index)
-        try:
-            traits = image_traits(image, self.image_size)
-            digest = _digest(read_bytes(image))
-        except (ValueError, OSError) as error:
-            fault = str(error)
+        with contextlib.suppress(ValueError, OSError):
+            looks = self.look_at(index)
         self.tracker.mark(-1)
-        captions = self.source.captions(self.source.texts[index][0])
         unknown = self.tokenizer.unknown
-        ids = [encode_caption(self.tokenizer, caption) for caption in captions]
-        unread = ids.count([unknown]) if unknown is not None else 0
+        ids = [encode_caption(self.tokenizer, text) for text in self.source.captions(self.source.texts[index][0])]
         count = sum(token == unknown for tokens in ids for token in tokens)
-        lengths = tuple(len(tokens) for tokens in ids)
-        digests = tuple(_digest(caption.encode("utf-8")) for caption in captions)
-        return index, Findings(fault, traits, digest, lengths, count, unread, digests)
+        unread = ids.count([unknown]) if unknown is not None else 0
+        return index, Findings(looks is None, *(looks or ((), b"")), tuple(map(len, ids)), count, unread)
 
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def image_traits(path: ImagePath, image_size: int) -> Tuple[str, ...]:
-    """Return the kinds of image that this one is; raise what load_image raises."""
-    pixels = load_image(path, image_size)
-    with open_image(path) as image:
-        width, height = image.size
+    def look_at(self, index: int) -> Tuple[Tuple[str, ...], bytes]:
+        """Return the kinds of image that this one is, and a digest of its bytes; raise what load_image raises."""
+        path = self.source.image(self.source.images[index][0])
+        pixels = load_image(path, self.image_size)
+        with open_image(path) as image:
+            short, long = sorted(image.size)
         kinds = {
-            SMALL: min(width, height) < image_size,
-            LONG: max(width, height) > 3 * min(width, height),
-            CMYK: image.mode == "CMYK",
-            DEEP: image.mode.startswith("I"),
-            TRANSPARENT: image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info,
-            ANIMATED: getattr(image, "is_animated", False),
+            SMALL.format(self.image_size): short < self.image_size,
+            LONG: long > 3 * short,
             ONE_COLOR: bool((pixels == pixels[0, 0]).all()),
         }
-    return tuple(kind for kind, applies in kinds.items() if applies)
+        digest = hashlib.blake2b(read_bytes(path), digest_size=16).digest()
+        return tuple(kind for kind, applies in kinds.items() if applies), digest
 
 
 def _examine(samples: _Samples, workers: int) -> List[Optional[Findings]]:
     """Return the findings about every sample; None if reading it killed the process.
 
     Raises:
-        RuntimeError: workers are killed again and again while they read nothing.
+        RuntimeError: a worker is killed while it reads nothing.
     """
     results: List[Optional[Findings]] = [None] * len(samples)
     deadly: Set[int] = set()
-    unexplained = 0
     with tqdm(total=len(samples), desc="checking images", unit="image", disable=None, leave=False) as bar:
         while True:
             left = [index for index, found in enumerate(results) if found is None and index not in deadly]
@@ -148,13 +121,10 @@ def _examine(samples: _Samples, workers: int) -> List[Optional[Findings]]:
                     bar.update(len(batch))
                 return results
             except RuntimeError as error:  # torch raises it anywhere above; all results so far are kept
-                if not str(error).startswith("DataLoader worker"):
+                named = samples.tracker.of_dead(str(error)) if str(error).startswith("DataLoader worker") else []
+                if not named:
                     raise
-                named = samples.tracker.of_dead(str(error))
             deadly.update(named)
-            unexplained += not named
-            if unexplained > _MAX_UNEXPLAINED:
-                raise RuntimeError("processes that read images are killed; if memory ran out, use fewer --workers")
 
 
 class Report(NamedTuple):
@@ -179,20 +149,18 @@ def check(
 ) -> Report:
     """Examine all images and captions of a folder or file; raise the errors of open_source if it has none."""
     source = open_source(folder)
-
-    def name(path: Path) -> str:
-        return printable(os.path.relpath(path, source.folder))
-
-    faults = {reason: [name(path) for path in paths] for reason, paths in source.skipped.items()}
+    faults = {
+        reason: [printable(os.path.relpath(path, source.folder)) for path in paths]
+        for reason, paths in source.skipped.items()
+    }
     notes: Dict[str, List[str]] = {kind: faults.pop(kind, []) for kind in (LABEL_FILE, NOT_LISTED, OTHER_SPLIT)}
-    first: Dict[bytes, str] = {}  # digest of an image or caption -> the first file that has it
+    first: Dict[bytes, str] = {}  # digest of an image -> the first file that has it
     lengths: List[int] = []
     unknown = usable = 0
-    stems = Counter(PurePosixPath(image).stem for image, _, _ in source.images)
     all_findings = _examine(_Samples(source, tokenizer, image_size), workers)
     for (image, _, _), (text, _, _), found in zip(source.images, source.texts, all_findings):
         image_name, text_name = printable(image), printable(text)
-        if found is None or found.fault is not None:
+        if found is None or found.unreadable:
             faults.setdefault(DEADLY if found is None else UNREADABLE, []).append(image_name)
             continue
         lengths += found.lengths
@@ -203,19 +171,11 @@ def check(
             continue
         usable += 1
         for kind in found.traits:
-            notes.setdefault(kind.format(image_size), []).append(image_name)
-        digests = [(SAME_IMAGE, image_name, found.digest)]
-        digests += [(SAME_CAPTION, text_name, digest) for digest in set(found.captions)]
-        for kind, file, digest in digests:
-            if first.setdefault(digest, file) != file:
-                notes.setdefault(kind, []).append(f"{file} as {first[digest]}")
-        stem, place = PurePosixPath(image).stem, PurePosixPath(image).parent
-        if stems[stem] > 1 and place != PurePosixPath(text).parent:
-            notes.setdefault(SAME_STEM, []).append(f"{image_name} with {text_name}")
+            notes.setdefault(kind, []).append(image_name)
+        if first.setdefault(found.digest, image_name) != image_name:
+            notes.setdefault(SAME_IMAGE, []).append(f"{image_name} as {first[found.digest]}")
         if found.unknown:
             notes.setdefault(UNKNOWN, []).append(text_name)
-        if min(found.lengths) == 0:
-            notes.setdefault(NO_TOKENS, []).append(text_name)
         if max(found.lengths) > text_seq_len:
             too_long = notes if truncate_captions else faults
             too_long.setdefault(TOO_LONG.format(text_seq_len), []).append(text_name)
@@ -240,7 +200,7 @@ def describe(folder: Path, report: Report, examples: Optional[int]) -> str:
     return "\n".join(lines)
 
 
-@exit_on_closed_output()
+@exit_on_error()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command; exit with 0: clean, 1: training would skip or refuse something, 2: bad arguments."""
     parser = Parser("Check images and captions before a long run.")
@@ -277,9 +237,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     except (ValueError, OSError, RuntimeError) as error:  # no pair, or workers that are killed
         print(f"{parser.prog}: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
     print(describe(folder, report, None if settings.all else 3))
     raise SystemExit(1 if any(report.faults.values()) else 0)
 

@@ -6,7 +6,7 @@ The caller passes the function from pixels to codes; this module never sees a mo
 import os
 import re
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -21,30 +21,18 @@ CROP = "upright, middle square, bilinear"  # what load_image does; a change ther
 Encode = Callable[[torch.Tensor], torch.Tensor]  # float32 (B, 3, S, S) in [0, 1] -> integers (B, image_seq_len)
 
 
-def open_code_cache(
-    folder: Union[str, Path],
-    cache_dir: Union[str, Path],
-    *,
-    image_size: int,
-    image_seq_len: int,
-    num_codes: int,
-    fingerprint: str,
-) -> ArrayCache:
-    """Open the cache in `cache_dir` with the codes of `folder`'s images; it may be empty.
-
-    Args:
-        image_size: side of the VQGAN's images in pixels.
-        image_seq_len: codes per image; uint16, or uint32 if num_codes > 65536.
-        fingerprint: identifies the VQGAN's weights.
+def open_code_cache(folder: Union[str, Path], cache_dir: Union[str, Path], vae: Any) -> ArrayCache:
+    """Open the cache in `cache_dir` with an image tokenizer's codes of `folder`'s images; it may be empty.
 
     Raises:
         OSError: `cache_dir` exists and cannot be read.
     """
+    fingerprint = vae.fingerprint()
     key = {"version": 2, "vqgan": fingerprint, "precision": PRECISION, "crop": CROP}
-    key.update(image_size=image_size, num_codes=num_codes)
+    key.update(image_size=vae.image_size, num_codes=vae.num_tokens)
     vqgan = re.sub("[^A-Za-z0-9]", "", fingerprint)[:12]
-    dtype = np.uint16 if num_codes <= 65536 else np.uint32
-    return ArrayCache(cache_dir, f"codes-{vqgan}-{image_size}", folder, dtype, image_seq_len, key)
+    dtype = np.uint16 if vae.num_tokens <= 65536 else np.uint32
+    return ArrayCache(cache_dir, f"codes-{vqgan}-{vae.image_size}", folder, dtype, vae.image_seq_len, key)
 
 
 def load_codes(

@@ -1,7 +1,6 @@
-"""Decode image files: one to an array, a list to batches, and the endless batches of train_vqgan.py."""
+"""Decode image files: one to an array, or a list to batches."""
 
 import contextlib
-import itertools
 import os
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -12,8 +11,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.files import UNREADABLE, StoredImage, logger, open_image, printable, report_skipped
-from data.order import EpochOrder
+from data.files import UNREADABLE, StoredImage, open_image, printable, report_skipped
 from utils.interrupts import ignore_interrupts_in_worker
 
 ImagePath = Union[str, Path, StoredImage]
@@ -135,47 +133,10 @@ def load_images(paths: Sequence[ImagePath], size: int, workers: int = 0) -> torc
     if unreadable:
         report_skipped({UNREADABLE: [Path(str(path)) for path in unreadable]})
     if not decoded:
-        raise ValueError(f"{_common_folder(paths)}: none of {len(paths)} images can be read")
+        raise ValueError(f"{common_folder(paths)}: none of {len(paths)} images can be read")
     return torch.cat(decoded)
 
 
-def endless_batches(
-    images: Union[torch.Tensor, Sequence[ImagePath]],
-    batch_size: int,
-    *,
-    size: int,
-    seed: int,
-    workers: int = 0,
-    first: int = 0,
-) -> Iterator[torch.Tensor]:
-    """Yield uint8 (B, 3, size, size), epoch after epoch, in an order that depends on `seed` alone.
-
-    Args:
-        images: in memory, as load_images returns them, or paths, which `workers` processes decode in every epoch.
-        batch_size: B, or less if the set is smaller. A batch of paths lacks the images that cannot be read.
-        first: number of batches to skip, for a resumed run.
-
-    Raises:
-        ValueError: no path of a whole epoch can be read.
-    """
-    order = EpochOrder(len(images), min(batch_size, len(images)), seed=seed)
-    batches = ([index for _, index in order.batch(*order.place(number))] for number in itertools.count(first))
-    if isinstance(images, torch.Tensor):
-        for indices in batches:
-            yield images[indices]
-        return
-    reported: Dict[int, str] = {}
-    unread_in_a_row = 0
-    for batch in read_images(images, size, batches, workers):
-        for index in batch.unreadable.keys() - reported.keys():
-            logger.warning("%s: cannot be read and is skipped", printable(images[index]))
-        reported.update(batch.unreadable)
-        unread_in_a_row = 0 if batch.indices else unread_in_a_row + 1
-        if batch.pixels is not None:
-            yield batch.pixels
-        elif unread_in_a_row >= order.batches_per_epoch:
-            raise ValueError(f"{_common_folder(images)}: none of {len(images)} images can be read")
-
-
-def _common_folder(paths: Sequence[ImagePath]) -> str:
+def common_folder(paths: Sequence[ImagePath]) -> str:
+    """Return the folder that all images are in, for a message."""
     return printable(os.path.commonpath([str(path) for path in paths]))

@@ -1,8 +1,8 @@
 """Captioned images as training samples: those of a source (data/sources), or generated ones.
 
-Everything random is a function of numbers that name it: a caption's choice of (seed, epoch, index), a generated sample
-of (seed, index). So workers, processes and resumed runs share no state. Keys carry the epoch: the order (data/order.py)
-yields (epoch, index), and `dataset[(epoch, index)]` returns that sample.
+Everything random is a function of numbers that name it: an epoch's order of (seed, epoch), a caption's choice of (seed,
+epoch, index), a generated sample of (seed, index). So workers, processes and resumed runs share no state. Keys carry
+the epoch: `dataset[(epoch, index)]` returns that sample.
 """
 
 import copy
@@ -12,19 +12,18 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Container, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Container, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from data.array_cache import MappedRows
-from data.captions import CaptionCache, TokenCounts, encode_text, load_captions
-from data.files import UNREAD, UNREADABLE, File, Skipped, describe_others, printable, report_skipped
+from data.captions import CaptionCache, TokenCounts, load_captions
+from data.files import UNREAD, UNREADABLE, File, describe_others, printable, report_skipped
 from data.images import load_image
-from data.order import Key, epoch_and_index, random_bits
 from data.sources import ImagePath, folder_of, open_source
-from data.tokenizer import Tokenizer, check_length
+from data.tokenizer import Tokenizer, check_length, encode_text
 
 logger = logging.getLogger("minidalle")
 
@@ -34,8 +33,9 @@ OTHER_VOCABULARY = "use a --bpe-path for their language, or none: CLIP's reads e
 _LOGGED_UNREADABLE = 20  # images reported one by one; a disk that goes away would fill the log
 # Flags of images: an unreadable one is tried again; one whose reading killed a worker is not.
 _READABLE, _UNREADABLE, _DEADLY = 0, 1, 2
-# First name of a random number, so that no two uses share one; 2 is taken by data/order.py.
-_CAPTION, _DROPOUT, _GENERATED, _VALIDATION = 0, 1, 3, 4
+_CAPTION, _DROPOUT, _ORDER, _GENERATED, _VALIDATION = range(5)  # first names of random numbers
+
+Key = Union[int, Tuple[int, int]]  # (epoch, index), or an index alone, in epoch 0
 
 
 class WorkerTracker:
@@ -69,7 +69,7 @@ class TextImageDataset(Dataset):
            are attached
 
     An image that cannot be read during training is replaced by the next one that can. It is logged once, and counted in
-    `skipped` and `lost`, in whichever process it was found.
+    `lost`, in whichever process it was found.
     """
 
     to_encode = 0  # images without codes, if a dry run attached zeros in their place
@@ -114,18 +114,16 @@ class TextImageDataset(Dataset):
             None if cache_dir is None else Path(cache_dir),
             validation,
         )
-        self._skipped = dict(self.source.skipped)
         captions = load_captions(self.source.texts, self.folder, tokenizer, cache, self.source.captions)
         self.counts = captions.counts(tokenizer.unknown)
         self._captions = captions.without_unread(tokenizer.unknown)
         good = self._captions.stops > self._captions.starts
         unread = (len(captions.tokens) - len(self._captions.tokens)) // 2  # each is one id and its end
         texts = [text for text, keep in zip(self.source.texts, good) if keep]
-        if not good.all():
-            self._skipped[UNREAD] = [self.folder / file[0] for file, keep in zip(self.source.images, good) if not keep]
+        no_captions = [self.folder / file[0] for file, keep in zip(self.source.images, good) if not keep]
         self.images: List[File] = [file for file, keep in zip(self.source.images, good) if keep]
         self._captions = self._captions.select(good)
-        self._report(unread)
+        self._report(unread, no_captions)
         if not truncate_captions:
             self._refuse_long_captions(texts, tokenizer)
         self._codes: Union[np.ndarray, MappedRows, None] = None
@@ -134,7 +132,7 @@ class TextImageDataset(Dataset):
         self._flags = torch.zeros(len(self.images), dtype=torch.uint8).share_memory_()
         self._tracker = WorkerTracker()
 
-    def _report(self, unread: int) -> None:
+    def _report(self, unread: int, no_captions: List[Path]) -> None:
         """Log what the set holds and what is skipped; ValueError if the vocabulary cannot read most captions."""
         number, path = len(self.counts.lengths), printable(self.path)
         if 2 * unread > number:
@@ -147,7 +145,7 @@ class TextImageDataset(Dataset):
         warning = describe_unknown(self.counts)
         if warning:
             logger.warning("%s", warning)
-        report_skipped(self._skipped)
+        report_skipped({**self.source.skipped, UNREAD: no_captions})
         if self.source.others:
             logger.info("not used: %s", describe_others(self.source.others))
 
@@ -169,8 +167,7 @@ class TextImageDataset(Dataset):
 
         Args:
             codes: integers (N, image_seq_len).
-            rows: the row of each image in `codes` (default: in order). Images with row -1 leave the dataset and are
-                counted in `skipped`.
+            rows: the row of each image in `codes` (default: in order). Images with row -1 leave the dataset.
         """
         rows = np.arange(len(self)) if rows is None else rows
         good = rows >= 0
@@ -178,10 +175,7 @@ class TextImageDataset(Dataset):
             raise ValueError(f"codes of shape {tuple(codes.shape)} and {len(rows)} rows for {len(self)} images")
         if not good.any():
             raise ValueError(f"{printable(self.folder)}: none of its {len(self)} images could be encoded")
-        if not good.all():
-            bad = {UNREADABLE: [self.folder / self.images[index][0] for index in np.flatnonzero(~good)]}
-            report_skipped(bad)
-            self._skipped[UNREADABLE] = sorted(set(self._skipped.get(UNREADABLE, []) + bad[UNREADABLE]))
+        report_skipped({UNREADABLE: [self.folder / self.images[index][0] for index in np.flatnonzero(~good)]})
         self._codes, self._code_rows = codes, rows
         self._keep(np.flatnonzero(good))
 
@@ -208,7 +202,7 @@ class TextImageDataset(Dataset):
         if count >= len(order):
             raise ValueError(f"{printable(self.folder)}: {len(order)} pairs are too few to split off {share:g} of them")
         validation_set = copy.copy(self)
-        validation_set.caption_dropout, validation_set._skipped = 0.0, {}
+        validation_set.caption_dropout = 0.0
         validation_set._keep(np.sort(order[:count]))
         self._keep(np.sort(order[count:]))
         return validation_set
@@ -219,14 +213,6 @@ class TextImageDataset(Dataset):
         for index, (name, _, _) in enumerate(self.images):
             digest.update(os.fsencode(name) + b"\0" + self._captions.file_tokens(index).tobytes())
         return digest.hexdigest()
-
-    @property
-    def skipped(self) -> Skipped:
-        """Reason and paths of skipped files, including images that became unreadable later."""
-        found = [self.folder / self.images[index][0] for index in self._flags.nonzero().flatten().tolist()]
-        if not found:
-            return dict(self._skipped)
-        return {**self._skipped, UNREADABLE: sorted(set(self._skipped.get(UNREADABLE, []) + found))}
 
     @property
     def lost(self) -> int:
@@ -251,10 +237,11 @@ class TextImageDataset(Dataset):
         return [self.image(index) for index in range(len(self))]
 
     def __getitem__(self, key: Key) -> Tuple[torch.Tensor, torch.Tensor]:
-        epoch, index = epoch_and_index(key, len(self))
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        index = range(len(self))[index]
         if self._codes is not None:
             codes = self._codes[self._code_rows[index]]
-            return self._text(epoch, index), torch.from_numpy(codes.astype(np.int64))
+            return self.text(epoch, index), torch.from_numpy(codes.astype(np.int64))
         for candidate in [*range(index, len(self)), *range(index)]:
             if self._flags[candidate] == _DEADLY:
                 continue
@@ -267,25 +254,23 @@ class TextImageDataset(Dataset):
             finally:
                 self._tracker.mark(-1)
             image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (size, size, 3) -> (3, size, size)
-            return self._text(epoch, candidate), image if self.byteio else image.float().div_(255)
+            return self.text(epoch, candidate), image if self.byteio else image.float().div_(255)
         raise ValueError(f"{printable(self.folder)}: none of its {len(self)} images can be read any more")
 
-    def iter_captions(self, tokenizer: Tokenizer, rows: Optional[Sequence[int]] = None) -> Iterator[str]:
-        """Yield the text of every caption of all images, or the first caption of each image in `rows`."""
-        for row in range(len(self)) if rows is None else rows:
-            captions = self._captions[row]
-            for tokens in captions if rows is None else captions[:1]:
-                yield " ".join(tokenizer.decode(tokens).split())
+    def captions(self, index: int) -> List[np.ndarray]:
+        """Return the tokens of all captions of an image."""
+        return self._captions[index]
 
-    def first_caption(self, index: int) -> torch.Tensor:
-        """Return the first caption of an image, int64 (text_seq_len,), zero-padded."""
-        return self._pad(self._captions[index][0])
-
-    def _text(self, epoch: int, index: int) -> torch.Tensor:
+    def text(self, epoch: int, index: int) -> torch.Tensor:
+        """Return the tokens of an image's caption in an epoch, int64 (text_seq_len,), zero-padded."""
         if random_bits(self.seed, _DROPOUT, epoch, index) < self.caption_dropout * 2.0**64:
             return self._pad(())
         captions = self._captions[index]
         return self._pad(captions[random_bits(self.seed, _CAPTION, epoch, index) % len(captions)])
+
+    def first_caption(self, index: int) -> torch.Tensor:
+        """Return the first caption of an image, int64 (text_seq_len,), zero-padded."""
+        return self._pad(self._captions[index][0])
 
     def _pad(self, tokens: Union[Sequence[int], np.ndarray]) -> torch.Tensor:
         text = np.zeros(self.text_seq_len, dtype=np.int64)
@@ -326,7 +311,7 @@ class GeneratedDataset(Dataset):
 
     text   int64 (text_seq_len,), tokens from 1 to num_text_tokens - 1
     image  as in TextImageDataset: float32 or, if `byteio`, uint8 (3, image_size, image_size); int64 (image_seq_len,)
-           codes below num_image_codes if both are given
+           codes below num_image_codes if they are given
     """
 
     length: int
@@ -339,16 +324,12 @@ class GeneratedDataset(Dataset):
     image_seq_len: Optional[int] = None
     lost = to_encode = 0  # as in TextImageDataset
 
-    def __post_init__(self) -> None:
-        if (self.num_image_codes is None) != (self.image_seq_len is None):
-            raise ValueError("generated codes need both num_image_codes and image_seq_len")
-
     def __len__(self) -> int:
         return self.length
 
     def split_off(self, share: float) -> "GeneratedDataset":
         """Return a dataset of this share of the length, at least one sample, with another seed."""
-        return replace(self, length=max(1, round(share * self.length)), seed=random_bits(self.seed, _VALIDATION))
+        return replace(self, length=count_validation(self.length, share), seed=random_bits(self.seed, _VALIDATION))
 
     def exclude_images_of(self, message: str) -> List[str]:
         """Return an empty list: no image was read."""
@@ -358,12 +339,12 @@ class GeneratedDataset(Dataset):
         """Return what identifies the samples."""
         return f"{self.length} generated samples of seed {self.seed}"
 
-    def iter_captions(self, tokenizer: Tokenizer, rows: Optional[Sequence[int]] = None) -> Iterator[str]:
-        """Yield nothing: random tokens are no captions."""
-        return iter(())
+    def captions(self, index: int) -> List[np.ndarray]:
+        """Return an empty list: random tokens are no captions."""
+        return []
 
     def __getitem__(self, key: Key) -> Tuple[torch.Tensor, torch.Tensor]:
-        _, index = epoch_and_index(key, self.length)
+        index = range(len(self))[key[1] if isinstance(key, tuple) else key]
         random = np.random.Generator(np.random.Philox(key=random_bits(self.seed, _GENERATED, index)))
         text = torch.from_numpy(random.integers(1, self.num_text_tokens, self.text_seq_len, dtype=np.int64))
         if self.num_image_codes is not None:
@@ -372,3 +353,31 @@ class GeneratedDataset(Dataset):
         if self.byteio:
             return text, torch.from_numpy(random.integers(0, 256, shape, dtype=np.uint8))
         return text, torch.from_numpy(random.random(shape, dtype=np.float32))
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the permutation of an epoch, int64 (num_samples,), equal on every machine and with every numpy."""
+    start = random_bits(seed, _ORDER, epoch)
+    weights = _mix(np.arange(1, num_samples + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(start))
+    return np.argsort(weights, kind="stable")
+
+
+# SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014) turns a counter into 64
+# random bits. It carries no state and takes about 1 µs per number; seeding a torch or numpy generator takes 10 µs.
+_MASK = 0xFFFFFFFFFFFFFFFF
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(bits: Any) -> Any:
+    """Apply SplitMix64's output function, a bijection of 64-bit numbers, to an int or a uint64 array."""
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB & _MASK
+    return bits ^ (bits >> 31)
+
+
+def random_bits(*names: int) -> int:
+    """Return 64 random bits, an int in [0, 2**64), that depend only on the given numbers and their order."""
+    bits = 0
+    for name in names:
+        bits = _mix((bits + _GOLDEN + name) & _MASK)
+    return bits

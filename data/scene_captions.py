@@ -200,6 +200,11 @@ def is_plural(name: str) -> bool:
     return name.endswith("s") and name not in (*singular, "compass", "hibiscus", "magnifying glass")
 
 
+def indefinite_article(word: str) -> str:
+    """Return "a" or "an", as a word of the captions takes it."""
+    return "an" if word[0] in "aeiou" and word not in ("unicorn", "ufo") else "a"
+
+
 def _describe_item(item: Item, article: bool, rng: random.Random, first_names: bool) -> str:
     known = objects()[item.name][1]
     name = known[0] if first_names or rng.random() < 0.7 else rng.choice(known)
@@ -208,7 +213,7 @@ def _describe_item(item: Item, article: bool, rng: random.Random, first_names: b
     if item.count > 1:
         words.insert(0, COUNTS[item.count])
     elif article and not is_plural(name):
-        words.insert(0, "an" if words[0][0] in "aeiou" else "a")
+        words.insert(0, indefinite_article(words[0]))
     return " ".join(words)
 
 
@@ -225,7 +230,7 @@ def describe(scene: Scene, rng: random.Random, first_names: bool = False) -> str
     else:
         caption = ", ".join(items[:-1]) + " and " * (len(items) > 1) + items[-1]
     if scene.background != PLAIN or rng.random() < 0.1:
-        a = "a " if article or rng.random() < 0.5 else ""
+        a = f"{indefinite_article(scene.background)} " if article or rng.random() < 0.5 else ""
         caption += f" on {a}{scene.background} background"
     return caption
 

@@ -116,23 +116,25 @@ class Tokenizer:
             raise ValueError("decode takes one sequence of ids at a time, not a batch")
         return self._entries.decode([i for i in ids if 0 < i < self.vocab_size]).strip(" ")
 
-    def tokenize(
-        self, texts: Union[str, List[str]], context_length: int = 256, truncate_text: bool = False
-    ) -> torch.Tensor:
+    def tokenize(self, texts: Union[str, List[str]], context_length: int = 256) -> torch.Tensor:
         """Return int64 (B, context_length), each row the ids of one text followed by zeros.
 
         Raises:
-            ValueError: a text has more than `context_length` ids; with `truncate_text` it is cut instead.
+            ValueError: a text has more than `context_length` ids.
         """
         texts = [texts] if isinstance(texts, str) else texts
         rows = torch.zeros(len(texts), context_length, dtype=torch.long)
         for row, text in zip(rows, texts):
             ids = self.encode(text)
-            if not truncate_text:
-                check_length(text, ids, context_length)
-            ids = ids[:context_length]
+            check_length(text, ids, context_length)
             row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
         return rows
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> List[int]:
+    """Return a text's ids; if the vocabulary lacks some of its characters, those of the text in lower case."""
+    tokens, lower = tokenizer.encode(text), text.lower()
+    return tokenizer.encode(lower) if tokenizer.unknown in tokens and lower != text else tokens
 
 
 def check_length(text: str, ids: List[int], most: int) -> None:
@@ -318,7 +320,6 @@ def _vocabulary_of(
     kind: str, model: BPEModel, clean: Callable[[str], str], pieces: List[bytes], unknown: Optional[int]
 ) -> Vocabulary:
     """Return the vocabulary of a model; `pieces` has the UTF-8 of each id, empty for special tokens."""
-
     encode = functools.partial(_encode, model, Numbers({}, {}, len(pieces)))
     return Vocabulary(kind, len(pieces), unknown, clean, encode, functools.partial(_join, pieces))
 

@@ -1,13 +1,21 @@
-"""What generate.py does once its flags are read: from prompts to image files, in one process or several."""
+"""What generate.py does once its flags are read: from prompts to image files, in one process or several.
+
+Each prompt gets a folder. The output folder also has results.jsonl, with a line for each image.
+"""
 
 import contextlib
 import functools
+import itertools
+import json
 import logging
+import os
 import random
+import re
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from PIL import Image
@@ -15,16 +23,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 import log
-from args_generate import Request
 from backends.base import Backend
 from backends.memory import memory_explained
-from generation import image_prompts, output, previews, ranking
-from generation.batching import ImageSpec, complete_caption, encode_prompt, generate_lists, plan_image
+from generation import image_prompts, previews, ranking
+from generation.images import (
+    ImageSpec,
+    complete_caption,
+    encode_image,
+    encode_prompt,
+    generate_lists,
+    image_metadata,
+    make_grid,
+    plan_image,
+    to_image,
+)
 from generation.loading import LoadedModel, load_from_flags
 from models.sampling import CodeCallback, Sampling
-from utils.files import check_writable
+from utils.files import atomic_write, check_writable, errors_name
+
+if TYPE_CHECKING:
+    from generate import Request
 
 logger = logging.getLogger("minidalle")
+NAME_BYTES = 200  # of a folder's name; file systems allow 255
+RESULTS, PREVIEW = "results.jsonl", "preview.png"  # files in the output folder; each prompt has a folder there
+MILLISECONDS, LAST_MILLISECONDS = 120, 2500  # that an animation shows a frame, and the complete image
 
 
 @memory_explained("a smaller --batch_size needs less; so does --precision bf16")
@@ -51,14 +74,17 @@ def run(settings: Namespace) -> None:
                 codes = backend.gather(codes)
                 if backend.rank:
                     continue
-            save_best(settings, loaded, specs, codes, clip)
+            images, codes = finish_images(loaded, specs, codes, len(specs) // settings.rank, clip)
+            frames = previews.animation_frames(loaded, codes) if settings.animate else None
+            folder = save_images(images, settings.outputs_dir, settings.format, frames)
+            tqdm.write(f"{len(images)} images of '{specs[0].prompt}' in {folder}")
     logger.info("throughput: %.3f images/sec", total / max(time.monotonic() - start, 1e-9))
 
 
 def agree_on_seed(settings: Namespace, backend: Backend) -> Tuple[int, bool]:
     """Return the first seed, and whether processes share the images of each prompt, rather than the prompts."""
     seed = new_seed() if settings.seed is None else settings.seed
-    counts = [request.num_images or settings.num_images for request in settings.requests or ()] or [settings.num_images]
+    counts = [request.num_images or settings.num_images for request in settings.requests]
     share_images = backend.can_gather and len(counts) < backend.world_size <= min(counts)
     if share_images:
         seed = int(backend.gather(torch.tensor([seed]))[0])
@@ -78,14 +104,10 @@ def plan_images(settings: Namespace, loaded: LoadedModel, seed: int) -> List[Lis
         ValueError, OSError: a prompt, an image or a setting cannot be used; one line.
     """
     encode_rows = functools.lru_cache(maxsize=None)(functools.partial(image_prompts.encode_kept_rows, loaded))
-    requests = settings.requests
-    if requests is None:
-        prompt = image_prompts.read_prompt(settings.variations)
-        if prompt is None:
-            raise ValueError(f"--variations {settings.variations}: the image has no prompt in it; give it with --text")
-        requests = [Request(prompt)]
     plans = []
-    for request in requests:
+    for request in settings.requests:
+        if not request.prompt:
+            request = request._replace(prompt=image_prompts.read_prompt(settings.variations))
         first = seed if request.seed is None else request.seed
         if settings.gentxt:
             tokens, prompt = complete_caption(loaded, request.prompt, first)
@@ -99,7 +121,7 @@ def plan_images(settings: Namespace, loaded: LoadedModel, seed: int) -> List[Lis
 
 
 def plan_request(
-    request: Request, settings: Namespace, loaded: LoadedModel, seed: int, encode_rows: Callable[..., Tensor]
+    request: "Request", settings: Namespace, loaded: LoadedModel, seed: int, encode_rows: Callable[..., Tensor]
 ) -> List[ImageSpec]:
     """Return all images to generate for a request, in the order of their seeds."""
     image, given_codes = request.image_prompt or settings.image_prompt or settings.variations, None
@@ -129,23 +151,22 @@ def own_prompts(plans: List[List[ImageSpec]], backend: Backend) -> List[List[Ima
     return [specs for specs in plans if prompts.index(specs[0].prompt) % backend.world_size == backend.rank]
 
 
-def save_best(
-    settings: Namespace,
-    loaded: LoadedModel,
-    specs: List[ImageSpec],
-    codes: Tensor,
-    clip: Optional[ranking.ClipScore],
-) -> None:
-    """Decode and save the best images of a prompt, and say where."""
+def finish_images(
+    loaded: LoadedModel, specs: List[ImageSpec], codes: Tensor, count: int, clip: Optional[ranking.ClipScore] = None
+) -> Tuple[List[Image.Image], Tensor]:
+    """Decode the best `count` images of a prompt; all of them keep their order.
+
+    Returns:
+        The images, each with its metadata as `info`, and their codes.
+    """
     best: List[Tuple[int, Optional[Dict[str, float]]]] = [(index, None) for index in range(len(specs))]
-    if settings.rank > 1:
-        best = ranking.best_of(loaded, specs, codes, len(specs) // settings.rank, clip)
+    if count < len(specs):
+        best = ranking.best_of(loaded, specs, codes, count, clip)
     codes = codes[[index for index, _ in best]]
-    images = [output.to_image(pixels) for pixels in loaded.decode(codes)]
-    metadata = [output.image_metadata(specs[index], loaded, scores) for index, scores in best]
-    frames = previews.animation_frames(loaded, codes) if settings.animate else None
-    folder = output.save_images(images, metadata, settings.outputs_dir, settings.format, frames)
-    tqdm.write(f"{len(images)} images of '{specs[0].prompt}' in {folder}")
+    images = [to_image(pixels) for pixels in loaded.decode(codes)]
+    for image, (index, scores) in zip(images, best):
+        image.info.update(image_metadata(specs[index], loaded, scores))
+    return images, codes
 
 
 def describe_sampling(sampling: Sampling, recommended: Sampling) -> str:
@@ -173,13 +194,90 @@ def preview_callback(
     if settings.preview is None:
         yield lambda specs: None
         return
-    path = Path(settings.outputs_dir) / output.PREVIEW
+    path = Path(settings.outputs_dir) / PREVIEW
 
     def save(images: List[Image.Image], row: int) -> None:
-        output.save_grid(images, path)
+        save_grid(images, path)
 
     try:
         yield lambda specs: previews.Preview(loaded, settings.preview, save)
     finally:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
+
+
+def folder_name(prompt: str) -> str:
+    """Turn a prompt into a file name: at most 100 characters, "_" for spaces and for special characters."""
+    name = re.sub(r"[^\w.,'()+-]", "_", prompt)[:100].lstrip(".") or "prompt"
+    return name.encode()[:NAME_BYTES].decode(errors="ignore")
+
+
+def prompt_folder(prompt: str, outputs_dir: str) -> Path:
+    """Return the folder of a prompt's images, created if needed; its caption.txt identifies it."""
+    base, caption = Path(outputs_dir) / folder_name(prompt), f"{prompt}\n".encode()
+    folder, number = base, 1
+
+    def is_taken() -> bool:
+        if folder.name in (RESULTS, PREVIEW) or folder.is_file():
+            return True
+        other = folder / "caption.txt"
+        return other.exists() and other.read_bytes() != caption
+
+    while is_taken():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    with atomic_write(folder / "caption.txt") as file:
+        file.write(caption)
+    return folder
+
+
+def save_images(
+    images: Sequence[Image.Image],
+    outputs_dir: str,
+    format: str = "jpg",
+    frames: Optional[List[List[Image.Image]]] = None,
+) -> Path:
+    """Save the images of one prompt, a grid of them, and a line for each in results.jsonl.
+
+    Args:
+        images: with image_metadata as `info`.
+        frames: images after each row of codes (previews.animation_frames); they are saved as forming.webp.
+
+    Returns:
+        The prompt's folder. Files are called <number>-seed-<seed>.<format>, numbered after those that exist.
+    """
+    folder = prompt_folder(images[0].info["prompt"], outputs_dir)
+    numbers = [re.match(r"\d+(?=-seed-\d+\.(jpg|png)$)", path.name) for path in folder.iterdir()]
+    first = max((int(number[0]) for number in numbers if number), default=-1) + 1
+
+    def save(number: int, image: Image.Image) -> str:
+        path = folder / f"{number}-seed-{image.info['seed']}.{format}"
+        with atomic_write(path) as file:
+            file.write(encode_image(image, image.info, format))
+        relative = os.path.relpath(path, outputs_dir).replace(os.sep, "/")
+        return json.dumps({"file": relative, **image.info}, ensure_ascii=False) + "\n"
+
+    with ThreadPoolExecutor(min(len(images), os.cpu_count() or 1)) as pool:
+        lines = list(pool.map(save, itertools.count(first), images))
+    suffix = "" if first == 0 else f"-{first}"
+    save_grid(images, folder / f"grid{suffix}.png")
+    if frames:
+        save_animation([make_grid(frame) for frame in frames], folder / f"forming{suffix}.webp")
+    path = Path(outputs_dir) / RESULTS
+    with errors_name(path), open(path, "a", encoding="utf-8") as results:
+        results.write("".join(lines))  # one write, because other processes append to the file, too
+    return folder
+
+
+def save_grid(images: Sequence[Image.Image], path: Path) -> None:
+    """Save make_grid's image as a PNG file."""
+    with atomic_write(path) as file:
+        make_grid(images).save(file, "PNG")
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path) -> None:
+    """Save frames as an animated WebP file that starts over after the last one."""
+    durations = [MILLISECONDS] * (len(frames) - 1) + [LAST_MILLISECONDS]
+    options = {"save_all": True, "duration": durations, "loop": 0, "lossless": True, "method": 3}
+    with atomic_write(path) as file:
+        frames[0].save(file, "WEBP", append_images=frames[1:], **options)

@@ -7,7 +7,7 @@ influence it. A new region in the middle would not fit what follows it.
 import json
 import math
 from pathlib import Path
-from typing import Optional, Union
+from typing import Union
 
 import torch
 from PIL import Image
@@ -54,12 +54,18 @@ def count_kept_rows(loaded: LoadedModel, keep_rows: float) -> int:
     return rows
 
 
-def read_prompt(path: str) -> Optional[str]:
-    """Return the prompt of an image that generate.py saved, or None if the file has none."""
+def read_prompt(path: str) -> str:
+    """Return the prompt of an image that generate.py saved.
+
+    Raises:
+        ValueError: the file has none.
+    """
     try:
         with Image.open(Path(path)) as image:
             comment = image.info.get("Comment", image.info.get("comment", b""))
         prompt = json.loads(comment).get("prompt")
     except (OSError, ValueError, AttributeError, TypeError, SyntaxError, Image.DecompressionBombError):
-        return None
-    return prompt if isinstance(prompt, str) else None
+        prompt = None
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f"--variations {path}: the image has no prompt in it; give it with --text")
+    return prompt

@@ -6,6 +6,7 @@ contains the VQGAN's weights alone; its sizes are those of the official f = 16 m
 
 import functools
 import hashlib
+import inspect
 import math
 from argparse import Namespace
 from pathlib import Path
@@ -17,13 +18,12 @@ from torch import Tensor
 import backends
 from backends.base import Backend
 from data.tokenizer import load_tokenizer
-from data.words import read_summary, split_words
 from models.dalle import DALLE
-from models.image_tokenizer import ImageTokenizer
 from models.sampling import Sampling
-from models.vae import VQGanVAE, build_tokenizer, infer_params, load_vqgan
+from models.vae import ImageTokenizer, VQGanVAE, build_tokenizer, hash_tensors
+from models.vqgan_files import infer_params, load_vqgan
 from utils import checkpoint
-from utils.files import AnyPath
+from utils.files import AnyPath, first_line
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "dalle.safetensors"
 # Models of fewer bytes of fp32 weights are not faster in half precision, whose rounding may change a code from one
@@ -68,7 +68,7 @@ class LoadedModel:
         self.path, self.model, self.tokenizer = str(path), model, tokenizer
         self.guidable = bool(saved.get("settings", {}).get("caption_dropout"))
         self.recommended = recommended if self.guidable else recommended._replace(cond_scale=1.0)
-        self.words, self.examples = read_summary(saved.get("captions"))
+        self.words, self.examples = checkpoint.read_summary(saved.get("captions"))
         self.backend, self.batch_size, self.window = backend, batch_size, window
         self.fingerprint = fingerprint(model)
 
@@ -79,7 +79,7 @@ class LoadedModel:
 
     def unknown_words(self, prompt: str) -> List[str]:
         """Return a prompt's words that no training caption has; none if the checkpoint does not keep their words."""
-        return [word for word in dict.fromkeys(split_words(prompt)) if self.words and word not in self.words]
+        return [word for word in dict.fromkeys(checkpoint.split_words(prompt)) if self.words and word not in self.words]
 
     @functools.cached_property
     def sampler(self) -> Callable[..., Tensor]:
@@ -134,11 +134,8 @@ def load(
 
 def load_from_flags(settings: Namespace, saved: Optional[Dict[str, Any]] = None) -> LoadedModel:
     """Call load with the flags that generate.py, evaluate.py and app.py share."""
-    names = [
-        *("device", "precision", "executable_cache_dir", "batch_size", "window"),
-        *("vqgan_model_path", "vqgan_config_path", "bpe_path"),
-    ]
-    return load(settings.dalle_path, **{name: getattr(settings, name) for name in names}, saved=saved)
+    options = {name: value for name, value in vars(settings).items() if name in inspect.signature(load).parameters}
+    return load(**options, saved=saved)
 
 
 def read_model(
@@ -196,7 +193,6 @@ def find_vqgan(
     """
     params = saved.get("vae_params", {})
     if not vqgan_model_path and params.get("target"):
-        check_vqgan_counts(path, params.get("params"), weights)
         return functools.partial(build_tokenizer, params), weights
     if not vqgan_model_path and any(name.startswith("vae.") for name in weights):
         inside = {
@@ -223,18 +219,6 @@ def grid_side(weights: Dict[str, Tensor], hparams: Dict[str, Any]) -> int:
     raise ValueError("it has no embeddings of image positions")
 
 
-def check_vqgan_counts(path: AnyPath, params: Any, weights: Dict[str, Tensor]) -> None:
-    """Raise ValueError if a file's VQGAN has more blocks than the file has tensors."""
-    params = params if isinstance(params, dict) else {}
-    for name in ("num_layers", "num_resnet_blocks", "blocks"):
-        if isinstance(params.get(name), int) and params[name] > len(weights):
-            raise ValueError(f"{path}: its VQGAN has {params[name]} {name}, more than the file holds")
-    sizes = params.get("ddconfig")
-    levels, blocks = (sizes.get("ch_mult"), sizes.get("num_res_blocks")) if isinstance(sizes, dict) else ((), 0)
-    if isinstance(levels, (list, tuple)) and isinstance(blocks, int) and len(levels) * max(blocks, 1) > len(weights):
-        raise ValueError(f"{path}: its VQGAN has {blocks} blocks on {len(levels)} levels, more than the file holds")
-
-
 def check_sizes(path: AnyPath, build: Callable[[], DALLE], weights: Dict[str, Tensor]) -> None:
     """Raise ValueError if the model that `build` makes does not fit a file's weights, before memory is allocated.
 
@@ -244,8 +228,8 @@ def check_sizes(path: AnyPath, build: Callable[[], DALLE], weights: Dict[str, Te
     try:
         with torch.device("meta"):
             model = build()
-    except (TypeError, RuntimeError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{path}: its hparams describe no model ({str(error).splitlines()[0][:120]})") from None
+    except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{path}: its hparams describe no model ({first_line(error)})") from None
     misfit = checkpoint.first_misfit(model, weights)
     if misfit:
         raise ValueError(f"{path}: does not fit its hparams and VQGAN: {misfit} (see --vqgan_model_path)")
@@ -276,8 +260,4 @@ def check_fingerprint(name: str, found: str, path: AnyPath, expected: Optional[s
 
 def fingerprint(model: DALLE) -> str:
     """Return the SHA-256 (hex) of all weights as they are used, the VQGAN's included."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return hash_tensors(model.state_dict(), hashlib.sha256())

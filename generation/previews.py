@@ -7,8 +7,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from generation.images import to_image
 from generation.loading import LoadedModel
-from generation.output import to_image
 
 ANIMATED = 16  # images of an animation
 SHARE = 0.06  # of the sampling time for previews; they also push data out of caches, which makes it up to a tenth

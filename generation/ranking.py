@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from generation.batching import ImageSpec
+from generation.images import ImageSpec, to_image
 from generation.loading import LoadedModel
-from generation.output import to_image
 from models.dalle import DALLE
 
 # Of 0, 0.25, 0.5, 0.75 and 1 the best for the demo, best of 2, 4 and 8 images (captions of --prompt-set choose).
@@ -53,14 +52,12 @@ def best_of(
 
     Args:
         codes: int64 (n, L), of the images in `specs`.
-        count: number of images to keep. If that is all of them, they keep their order and get no scores.
+        count: number of images to keep.
         clip: models/image_scores.clip_score, which decides if given.
 
     Returns:
         (index, scores by name) of each, the best first.
     """
-    if count >= len(specs):
-        return [(index, None) for index in range(len(specs))]
     scores = {"likelihood": _likelihoods(loaded, specs, codes)}
     if clip is not None:
         scores["clip"] = _clip_scores(loaded, specs, codes, clip)

@@ -4,7 +4,7 @@
  t₁  …  t_T c₁  …    c_L         what each position predicts
 """
 
-from typing import Any, Callable, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,8 @@ class DALLE(nn.Module):
         vae: an image tokenizer with image_size, num_layers (halvings of the side) and num_tokens (codes). Calling it
             with pixels returns codes.
         num_text_tokens: size of the text vocabulary, without padding ids.
-        rotary_emb: rotate keys by their positions, in place of trained vectors for positions. For this and the
-            following options see Transformer; all are dalle-pytorch's.
+        rotary_emb: rotate keys by their positions, in place of trained vectors for positions.
+        options: see Transformer; all are dalle-pytorch's.
 
     Attributes:
         num_text_tokens: size of the text vocabulary, with padding ids: a padding token (0) at position p becomes the id
@@ -100,20 +100,9 @@ class DALLE(nn.Module):
         vae: Any,
         num_text_tokens: int = 10000,
         text_seq_len: int = 256,
-        depth: int,
-        heads: int = 8,
-        dim_head: int = 64,
-        attn_dropout: float = 0.0,
-        ff_dropout: float = 0.0,
-        attn_types: Sequence[str] = ("full",),
         loss_img_weight: float = 7,
-        sandwich_norm: bool = False,
         rotary_emb: bool = False,
-        shift_tokens: bool = False,
-        stable: bool = False,
-        reversible: bool = False,
-        shared_attn_ids: Optional[Sequence[int]] = None,
-        shared_ff_ids: Optional[Sequence[int]] = None,
+        **options: Any,
     ):
         super().__init__()
         self.fmap_size = vae.image_size // 2**vae.num_layers
@@ -130,24 +119,8 @@ class DALLE(nn.Module):
         self.image_emb = nn.Embedding(self.num_image_tokens, dim)
         self.text_pos_emb = None if rotary_emb else nn.Embedding(text_seq_len + 1, dim)
         self.image_pos_emb: Any = None if rotary_emb else AxialPositions(dim, self.fmap_size)
-        self.transformer = Transformer(
-            dim=dim,
-            depth=depth,
-            heads=heads,
-            dim_head=dim_head,
-            text_len=text_seq_len + 1,
-            fmap_size=self.fmap_size,
-            attn_types=attn_types,
-            attn_dropout=attn_dropout,
-            ff_dropout=ff_dropout,
-            sandwich_norm=sandwich_norm,
-            rotary_emb=rotary_emb,
-            shift_tokens=shift_tokens,
-            stable=stable,
-            reversible=reversible,
-            shared_attn_ids=shared_attn_ids,
-            shared_ff_ids=shared_ff_ids,
-        )
+        sizes = {"dim": dim, "text_len": text_seq_len + 1, "fmap_size": self.fmap_size}
+        self.transformer = Transformer(**sizes, rotary_emb=rotary_emb, **options)
         self.to_logits = Head(dim, self.num_tokens)
 
         # A text position is never followed by a code, nor an image position by text.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.image_tokenizer import ImageTokenizer, size_in
+from models.vae import MOST_BLOCKS, ImageTokenizer, size_in
 from utils.checkpoint import first_misfit
 from utils.foreign_pickle import read_entries, read_module
 
@@ -76,7 +76,8 @@ class DiscreteVAE(ImageTokenizer):
     def __init__(self, params: Dict[str, Any]):
         sizes = {name: size_in(params, name, default) for name, default in self.DEFAULTS.items()}
         blocks = params.get("num_resnet_blocks", 0)
-        sizes["num_resnet_blocks"] = size_in(params, "num_resnet_blocks") if blocks else 0
+        sizes["num_resnet_blocks"] = size_in(params, "num_resnet_blocks", most=MOST_BLOCKS) if blocks else 0
+        size_in(sizes, "num_layers", most=MOST_BLOCKS)
         if size_in(params, "channels", 3) != 3:
             raise ValueError(f"its images have {params['channels']} channels, not 3")
         image_size = sizes.pop("image_size")
@@ -170,6 +171,7 @@ class OpenAIDiscreteVAE(ImageTokenizer):
     def __init__(self, params: Dict[str, Any]):
         sizes = {name: size_in(params, name, default) for name, default in self.DEFAULTS.items()}
         codes, width, first, blocks = sizes.values()
+        size_in(sizes, "blocks", most=MOST_BLOCKS)
         widths = [width, 2 * width, 4 * width, 8 * width]
         model = nn.Module()
         model.enc = OpenAIHalf([3, width, *widths, codes], blocks, 7, [3, 3, 3, 1], "pool")

@@ -14,6 +14,8 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence
 import torch
 from torch import Tensor
 
+from utils.files import first_line
+
 INSTALL = "pip install -r requirements-metrics.txt"
 
 
@@ -106,7 +108,7 @@ def _refused(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # what is raised depends on the layer that does not fit
-        raise ValueError(f"{what} ({(str(error).strip() or type(error).__name__).splitlines()[0][:120]})") from None
+        raise ValueError(f"{what} ({first_line(error)})") from None
 
 
 @contextlib.contextmanager

@@ -1,51 +1,141 @@
 """The image tokenizer: a frozen VQGAN that encodes an image as a square grid of codes, and decodes codes to an image.
 
 The networks are those of CompVis taming-transformers (Encoder, Decoder, VectorQuantizer2, GumbelQuantize), assembled
-under taming's parameter names, without its Lightning wrapper. No pickled code is run when weights are read. In place of
-a VQGAN, the discrete VAEs of DALLE-pytorch can be loaded, too.
+under taming's parameter names, without its Lightning wrapper.
 
 Papers: VQGAN, Esser et al. 2021 (arXiv:2012.09841); Gumbel-softmax codes, Jang et al. 2017 (arXiv:1611.01144).
 """
 
 import contextlib
 import functools
+import hashlib
 import io
 import itertools
+import json
 import math
-from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional
 
 import torch
 import torch.nn.functional as F
-import yaml
 from einops import rearrange
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from torch import nn
 
-from models.discrete_vae import (
-    DiscreteVAE,
-    OpenAIDiscreteVAE,
-    find_openai_files,
-    load_discrete_vae,
-    load_openai_dvae,
-)
-from models.image_tokenizer import ImageTokenizer, size_in
-from models.official_vqgan import download_official_vqgan
-from utils.checkpoint import first_misfit
-from utils.files import first_line
-from utils.foreign_pickle import read_weights
-
+MOST_BLOCKS = 64  # of residual blocks or levels; more in a file would take forever to build
 GROUP_NORM_GROUPS = 32  # taming's GroupNorm has this many groups at every width
 COMMITMENT_COST = 0.25  # taming's own; used by training only
-VQ_MODELS = ("VQModel", "VQModelInterface", "VQNoDiscModel", "VQSegmentationModel", "EMAVQ")  # classes with one network
-WEIGHTS, YAML = (".ckpt", ".pt", ".pth", ".safetensors"), (".yaml", ".yml")
-# Tensors for training alone: discriminator and LPIPS, averaged weights, and counts of a codebook that is a moving mean.
-# A remap table (used) only renumbers codes.
-NOT_NEEDED = (
-    *("loss.", "model_ema.", "colorize", "quantize.used"),
-    *("quantize.embedding.cluster_size", "quantize.embedding.embed_avg"),
-)
+
+
+class ImageTokenizer(nn.Module):
+    """A frozen network that encodes images as codes and decodes codes; calling it with images returns their codes.
+
+    A subclass defines find_codes and decode_grid.
+
+    Args:
+        hparams: plain values that describe the network: {"target": name, "params": its sizes}. See build_tokenizer.
+        image_size: side of the images in pixels.
+        num_layers: log2 of the downsampling factor f.
+        num_tokens: number of codes.
+        largest: values of an image's largest activation, which decides how many images are encoded at once.
+
+    Attributes:
+        fmap_size: side of the code grid, image_size / f.
+        image_seq_len: fmap_size².
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        hparams: Dict[str, Any],
+        *,
+        image_size: int,
+        num_layers: int,
+        num_tokens: int,
+        largest: int,
+    ):
+        super().__init__()
+        self.hparams, self.image_size, self.num_layers, self.num_tokens = hparams, image_size, num_layers, num_tokens
+        self.fmap_size = image_size // 2**num_layers
+        self.image_seq_len = self.fmap_size**2
+        self.largest = largest
+        self.model: Any = model.requires_grad_(False).eval()
+
+    def find_codes(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode pixels float32 (B, 3, H, W) in [0, 1] as codes int64 (B, h, w)."""
+        raise NotImplementedError
+
+    def decode_grid(self, codes: torch.Tensor) -> torch.Tensor:
+        """Decode codes int64 (B, h, w) to pixels (B, 3, H, W), about in [0, 1]."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> "ImageTokenizer":
+        """Stay in evaluation mode, because dropout would change an image's codes."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """See get_codebook_indices."""
+        return self.get_codebook_indices(images)
+
+    @torch.no_grad()
+    def get_codebook_indices(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode pixels (B, 3, image_size, image_size) in [0, 1] as codes int64 (B, image_seq_len), row by row.
+
+        Runs in the parameters' precision, without autocast and TF32; the nearest codes are found in fp32.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)} for a VQGAN that takes (batch, %d, %d, %d)" % expected
+            )
+        with _no_autocast(images.device), _no_tf32():
+            return self.find_codes(images.float()).flatten(1)
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor, rows: Optional[int] = None) -> torch.Tensor:
+        """Decode codes int64 (B, h·w), row by row, to pixels float32 (B, 3, h·f, w·f) in [0, 1].
+
+        Args:
+            rows: h, for the upper part of an image; None means a square.
+        """
+        side = math.isqrt(codes.shape[-1])
+        if codes.dim() != 2 or (rows is None and side**2 != codes.shape[-1]):
+            raise ValueError(f"codes of shape {tuple(codes.shape)} are not (batch, side * side)")
+        rows = side if rows is None else rows
+        with _no_autocast(codes.device):
+            return self.decode_grid(codes.reshape(len(codes), rows, -1)).clamp(0, 1)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of the configuration and all weights as fp32."""
+        digest = hashlib.sha256(json.dumps(self.hparams, sort_keys=True).encode())
+        return hash_tensors({name: tensor.float() for name, tensor in self.model.state_dict().items()}, digest)
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor], digest: Any) -> str:
+    """Add names, shapes and values to a digest of hashlib, and return it in hex."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _no_autocast(device: torch.device) -> ContextManager[Any]:
+    # torch 2.0.1 refuses to switch off autocast of other devices.
+    if device.type in ("cpu", "cuda"):
+        return torch.autocast(device_type=device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Compute in fp32 on GPUs, too; from Ampere on, torch's convolutions round to TF32, which changes codes."""
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before
 
 
 class VQGan(nn.Module):
@@ -169,8 +259,9 @@ def check_params(params: Any, gumbel: bool = False) -> Dict[str, Any]:
     given = params.get("ddconfig")
     if not isinstance(given, dict):
         raise ValueError("model.params.ddconfig must be a mapping with taming's encoder sizes")
-    names = ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels")
+    names = ("ch", "out_ch", "in_channels", "resolution", "z_channels")
     ddconfig: Dict[str, Any] = {name: size_in(given, name) for name in names}
+    ddconfig["num_res_blocks"] = size_in(given, "num_res_blocks", most=MOST_BLOCKS)
     ddconfig["ch_mult"] = _sizes(given, "ch_mult")
     ddconfig["attn_resolutions"] = _sizes(given, "attn_resolutions", may_be_empty=True)
     ddconfig["resamp_with_conv"] = bool(given.get("resamp_with_conv", True))
@@ -209,43 +300,14 @@ def _sizes(mapping: Dict[str, Any], name: str, may_be_empty: bool = False) -> Li
     return [size_in({name: value}, name) for value in values]
 
 
-def infer_params(weights: Mapping[str, torch.Tensor], fmap_size: int) -> Tuple[Dict[str, Any], bool]:
-    """Return the params of a VQGAN with these weights, under the names of VQGan, and whether it is a GumbelVQ.
-
-    Args:
-        fmap_size: side of its code grid, which weights do not tell.
-
-    Raises:
-        ValueError: a tensor that tells a size is missing.
-    """
-    gumbel = "quantize.embed.weight" in weights
-    try:
-        channels, in_channels = weights["encoder.conv_in.weight"].shape[:2]
-        entries, width = weights[f"quantize.{'embed' if gumbel else 'embedding'}.weight"].shape
-        levels = list(
-            itertools.takewhile(lambda n: f"encoder.down.{n}.block.0.conv1.weight" in weights, itertools.count())
-        )
-        blocks = itertools.takewhile(lambda n: f"encoder.down.0.block.{n}.conv1.weight" in weights, itertools.count())
-        ddconfig = {
-            "double_z": False,
-            "z_channels": len(weights["encoder.conv_out.weight"]),
-            "resolution": fmap_size * 2 ** (len(levels) - 1),
-            "in_channels": in_channels,
-            "out_ch": in_channels,
-            "ch": channels,
-            "ch_mult": [len(weights[f"encoder.down.{level}.block.0.conv1.weight"]) // channels for level in levels],
-            "num_res_blocks": len(list(blocks)),
-            "dropout": 0.0,
-        }
-    except KeyError as error:
-        raise ValueError(f"its VQGAN has no {error.args[0]}") from None
-    attended = [level for level in levels if f"encoder.down.{level}.attn.0.norm.weight" in weights]
-    ddconfig["attn_resolutions"] = [ddconfig["resolution"] // 2**level for level in attended]
-    ddconfig["resamp_with_conv"] = len(levels) < 2 or "encoder.down.0.downsample.conv.weight" in weights
-    if "encoder.mid.attn_1.norm.weight" not in weights:
-        ddconfig["attn_type"] = "none"
-    patch_size = math.isqrt(in_channels // 3)
-    return {"embed_dim": width, "n_embed": entries, "patch_size": patch_size, "ddconfig": ddconfig}, gumbel
+def size_in(mapping: Dict[str, Any], name: str, default: Optional[int] = None, most: int = 1 << 20) -> int:
+    """Return a size among others; ValueError if it is no whole number from 1 to `most`."""
+    value = mapping.get(name, default)
+    if value is None:
+        raise ValueError(f"{name} is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        raise ValueError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
+    return value
 
 
 def build_tokenizer(hparams: Mapping[str, Any]) -> ImageTokenizer:
@@ -254,6 +316,8 @@ def build_tokenizer(hparams: Mapping[str, Any]) -> ImageTokenizer:
     Raises:
         ValueError: they describe none.
     """
+    from models.discrete_vae import DiscreteVAE, OpenAIDiscreteVAE
+
     builders: Dict[str, Callable[[Any], ImageTokenizer]] = {
         "VQModel": VQGanVAE,
         "GumbelVQ": functools.partial(VQGanVAE, gumbel=True),
@@ -264,92 +328,3 @@ def build_tokenizer(hparams: Mapping[str, Any]) -> ImageTokenizer:
     if target not in builders or not isinstance(hparams.get("params"), dict):
         raise ValueError(f"{target!r} with its params is no image tokenizer; there are {', '.join(builders)}")
     return builders[target](hparams["params"])
-
-
-def load_vqgan(model_path: Optional[str] = None, config_path: Optional[str] = None) -> ImageTokenizer:
-    """Load a VQGAN from weights and a yaml, of any resolution, channel multipliers and codebook size.
-
-    The weights may be wrapped in other dicts and in a prefix of their names, as CompVis, latent-diffusion and
-    DataParallel save them. Other image tokenizers are recognized by their files: DALLE-pytorch's vae.pt, and a folder
-    with OpenAI's encoder.pkl and decoder.pkl.
-
-    Args:
-        model_path: the .ckpt, .pt, .pth or .safetensors, or a folder with one; None is the official ImageNet model
-            (f = 16, 1,024 codes), which is downloaded once.
-        config_path: the .yaml; None is the file of the same name next to the weights, or the only one of their folder.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        OSError: the official model could not be downloaded.
-        ValueError: the yaml describes no VQGAN, or the weights do not fit it; names file and key.
-    """
-    if model_path is None and config_path is not None:
-        raise ValueError(f"{config_path}: a VQGAN configuration needs weights; give the .ckpt file, too")
-    if model_path is None:
-        model_path, config_path = map(str, download_official_vqgan())
-    openai_files = find_openai_files(Path(model_path))
-    if openai_files:
-        return load_openai_dvae(openai_files)
-    weights_file = _find_weights(Path(model_path))
-    if config_path is None and weights_file.suffix == ".pt":
-        discrete = load_discrete_vae(weights_file)
-        if discrete is not None:
-            return discrete
-    config_file = _find_config(weights_file, None if config_path is None else Path(config_path))
-
-    params, gumbel = _read_config(config_file)
-    try:
-        vae = VQGanVAE(params, gumbel)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: out of memory
-        raise ValueError(f"{config_file}: {first_line(error)}") from error
-    weights = read_weights(weights_file, skip=NOT_NEEDED, anchor="encoder.conv_in.weight")
-    misfit = first_misfit(vae.model, weights)
-    if misfit:
-        raise ValueError(f"{weights_file}: does not fit its configuration: {misfit}")
-    vae.model.load_state_dict(weights)
-    return vae
-
-
-def _find_weights(path: Path) -> Path:
-    if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
-        found = [file for file in found if file.suffix == WEIGHTS[0]] or found  # train_vqgan.py's state is a .pt
-        if len(found) != 1:
-            raise FileNotFoundError(
-                f"{path}: a VQGAN folder must have exactly one file of weights ({', '.join(WEIGHTS)}); this one has "
-                f"{len(found)}"
-            )
-        path = found[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such VQGAN checkpoint")
-    return path
-
-
-def _find_config(weights: Path, config: Optional[Path]) -> Path:
-    if config is None:
-        named = [weights.with_suffix(suffix) for suffix in YAML]
-        others = [path for path in weights.parent.iterdir() if path.suffix in YAML]
-        existing = [path for path in named if path.is_file()] or (others if len(others) == 1 else [])
-        config = existing[0] if existing else named[0]
-    if not config.is_file():
-        raise FileNotFoundError(f"{config}: no such VQGAN configuration (the .yaml for {weights.name})")
-    return config
-
-
-def _read_config(path: Path) -> Tuple[Dict[str, Any], bool]:
-    """Return model.params of a yaml, and whether it is a GumbelVQ; the target is compared, never imported."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or an impossible date
-        raise ValueError(f"{path}: not a yaml file ({first_line(error)})") from error
-    model: Any = config.get("model", config) if isinstance(config, dict) else None
-    params = model.get("params") if isinstance(model, dict) else None
-    if isinstance(params, dict) and isinstance(params.get("first_stage_config"), dict):  # of a whole diffusion model
-        model = params["first_stage_config"]
-        params = model.get("params")
-    if not isinstance(params, dict):
-        raise ValueError(f"{path}: not a VQGAN configuration: it has no model.params")
-    kind = str(model.get("target", "")).rpartition(".")[2]
-    if kind not in (*VQ_MODELS, "GumbelVQ"):
-        raise ValueError(f"{path}: model.target {model.get('target')!r} is neither a VQModel nor a GumbelVQ")
-    return params, kind == "GumbelVQ"

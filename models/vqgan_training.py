@@ -25,12 +25,12 @@ REVIVAL_ENDS = 0.75  # of the run; a code that is revived later would not settle
 class VQGanTrainer:
     """The training of a VQGAN with reconstruction, codebook and, from disc_start on, adversarial loss.
 
-    Without quantization at first; `start_codebook` ends that. `settings` has codebook_weight, commitment, edge_weight,
-    rate_weight, decoder_of, revival_interval, disc_weight, disc_start, batch_size and max_steps, as train_vqgan.py's
-    flags explain them.
+    Without quantization at first; `start_codebook` ends that. `settings` has learning_rate, codebook_weight,
+    commitment, edge_weight, rate_weight, decoder_of, revival_interval, disc_weight, disc_start, batch_size and
+    max_steps, as train_vqgan.py's flags explain them.
 
     Args:
-        model: on `device` already. optimizers: over all of its parameters, at their peak learning rates.
+        model: on `device` already. optimizers: over all of its parameters; each step sets their learning rates.
         autocast: dtype in which encoder, decoder and discriminator run; None: that of the parameters.
     """
 
@@ -55,9 +55,6 @@ class VQGanTrainer:
         if settings.disc_weight:
             self.discriminator = NLayerDiscriminator().apply(weights_init).to(device)
             self.disc_optimizer = torch.optim.Adam(self.discriminator.parameters(), DISC_RATE, betas=(0.5, 0.9))
-        for optimizer in self._all_optimizers():
-            for group in optimizer.param_groups:
-                group["peak"] = group["lr"]
 
     def _all_optimizers(self) -> List[torch.optim.Optimizer]:
         return self.optimizers + ([self.disc_optimizer] if self.discriminator is not None else [])
@@ -92,8 +89,9 @@ class VQGanTrainer:
         Returns 0-dim tensors: loss, and mse (of pixels in [0, 1]).
         """
         for optimizer in self._all_optimizers():
+            rate = self.settings.learning_rate if optimizer in self.optimizers else DISC_RATE
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share_of_rate
+                group["lr"] = rate * share_of_rate
         pixels = to_pixels(pictures.to(self.device))
         with self._mixed(), torch.set_grad_enabled(not self.settings.decoder_of):
             latents = self.model.encode(pixels)

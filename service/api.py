@@ -9,24 +9,24 @@ from typing import Any, Dict, Optional, Union
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from generation.image_prompts import encode_kept_rows
 from generation.loading import LoadedModel
-from service import docs, uploads, validation
-from service.events import EventResponse, Streams, describe_images
+from service import uploads, validation
+from service.events import Streams, describe_images
 from service.guard import client_of, refuse
 from service.queue import Busy, GenerationQueue, Job
 
 logger = logging.getLogger("minidalle")
 NO_JOB = "This job does not exist, or its images are no longer kept; generate them again."
 PAGE = Path(__file__).with_name("page")
-MESSAGES = {
-    400: "The request's body is not JSON.",
-    404: "There is nothing at this address; see /docs.",
-    405: "This address does not accept this method; see /docs.",
+MESSAGES = {  # in place of FastAPI's own
+    "There was an error parsing the body": "The request's body is not JSON.",
+    "Not Found": "There is nothing at this address; see /openapi.json.",
+    "Method Not Allowed": "This address does not accept this method; see /openapi.json.",
 }
 EVENTS = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 FAILURES: Dict[Union[int, str], Dict[str, Any]] = {
@@ -46,15 +46,12 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
 
     @app.exception_handler(HTTPException)
     async def refuse_route(_, error):
-        return refuse(error.status_code, MESSAGES.get(error.status_code, "The request failed."), error.headers)
+        return refuse(error.status_code, MESSAGES.get(error.detail, error.detail), error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def refuse_values(request, error):
-        model = validation.JobRequest if request.url.path.endswith("/jobs") else validation.GenerateRequest
+    async def refuse_values(_, error):
         first = error.errors()[0]
-        return refuse(
-            400 if first["type"] == "json_invalid" else 422, validation.describe_error(first, model.model_fields)
-        )
+        return refuse(400 if first["type"] == "json_invalid" else 422, validation.describe_error(first))
 
     @app.exception_handler(ValueError)
     async def refuse_request(_, error):
@@ -81,10 +78,6 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
     @get("/static/{name}", include_in_schema=False)
     async def static(name: str):
         return find_file(name)
-
-    @get("/docs", include_in_schema=False)
-    async def documentation():
-        return HTMLResponse(docs.render(app.openapi()))
 
     @get("/health", response_model=validation.Health)
     async def health():
@@ -154,10 +147,9 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
 
     @app.post("/api/jobs", status_code=202, response_model=validation.JobCreated)
     async def create_job(wanted: validation.JobRequest, request: Request):
-        """Accept a job. It starts when its events are read, and is cancelled if nobody reads them for 10 s."""
+        """Accept a job. It is cancelled if nobody reads its events for 10 s."""
         specs = await plan(wanted, wanted.prompts)
-        stream = streams.add(client_of(request.scope), specs)
-        return JSONResponse({"id": stream.id, "images": len(specs)}, 202)
+        return JSONResponse({"id": streams.add(client_of(request.scope), specs).id, "images": len(specs)}, 202)
 
     def find(id):
         if id not in streams.streams:
@@ -168,17 +160,13 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
     async def events(id: str, request: Request):
         """Follow a job as server-sent events: queued, row, image, done, error. Last-Event-ID skips what was read."""
         last = request.headers.get("last-event-id", "")
-        return EventResponse(streams, find(id), int(last) if last.isdecimal() and len(last) < 10 else 0)
-
-    @app.head("/api/jobs/{id}/events", include_in_schema=False)
-    async def events_exist(id: str):
-        find(id)
-        return Response(media_type="text/event-stream")
+        text = find(id).read(int(last) if last.isdecimal() and len(last) < 10 else 0)
+        return StreamingResponse(text, headers={"X-Accel-Buffering": "no"}, media_type="text/event-stream")
 
     @app.delete("/api/jobs/{id}", status_code=204)
     async def cancel_job(id: str):
         """Cancel a job, or do nothing if it has ended."""
-        streams.cancel(find(id))
+        queue.cancel(find(id).job)
         return Response(status_code=204)
 
     return app

@@ -9,7 +9,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.guard import MAX_BODY
 
-MAX_CONNECTIONS = 512
+MAX_CONNECTIONS = 200  # some systems allow a process 256 open files
 HEADER_SECONDS = 10
 REQUEST_SECONDS = 20  # for a whole request, and 1 s more for every BODY_RATE bytes that arrived
 BODY_RATE = 2**17
@@ -37,22 +37,6 @@ class Connection(H11Protocol):
         """Count the bytes of a request."""
         self.received += len(data)
         super().data_received(data)
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP, with the headers of all answers."""
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"connection", b"close"),
-        ]
-        answer = (
-            h11.Response(status_code=400, headers=headers),
-            h11.Data(b'{"error":"This is not HTTP."}'),
-            h11.EndOfMessage(),
-        )
-        if self.conn.our_state is h11.IDLE or self.conn.our_state is h11.SEND_RESPONSE:
-            self.transport.write(b"".join(self.conn.send(part) or b"" for part in answer))
-        self.transport.close()
 
     def on_response_complete(self) -> None:
         """Start to wait for the next request."""
@@ -82,15 +66,3 @@ class Connection(H11Protocol):
         """Close a connection at once."""
         connection.connections.discard(connection)
         connection.transport.abort()
-
-
-def allow_files(wanted: int = 4 * MAX_CONNECTIONS) -> None:
-    """Raise this process's limit of open files, so that connections never use it up."""
-    try:
-        import resource
-    except ImportError:  # Windows, which has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -1,7 +1,6 @@
 """Jobs as the page sees them: each has an id and a list of server-sent events, which any number of readers may follow.
 
-A job enters the queue when its first reader comes, and is cancelled when it has had none for some seconds. So a job
-that nobody listens to costs no computation.
+A job that has had no reader for some seconds is cancelled.
 """
 
 import asyncio
@@ -13,15 +12,12 @@ import secrets
 import time
 from typing import Any, AsyncIterator, Dict, Iterable, List, Optional, Set
 
-from fastapi.responses import StreamingResponse
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
-from starlette.types import Receive, Scope, Send
 
-from generation.batching import ImageSpec
+from generation.images import ImageSpec, encode_image, image_metadata
 from generation.loading import LoadedModel
-from generation.output import encode_image, image_metadata
-from service.queue import Busy, GenerationQueue, Job
+from service.queue import GenerationQueue, Job
 
 UNREAD_SECONDS = 10  # without a reader, after which a job is cancelled
 KEEP_SECONDS = 60  # for which the events of an ended job are kept
@@ -32,12 +28,11 @@ PREVIEW_WIDTH = 96  # pixels
 
 
 class Stream:
-    """A job with its events; `job` is None until the first reader comes."""
+    """A job with its events."""
 
-    def __init__(self, client: str, specs: List[ImageSpec]):
-        self.id, self.client, self.specs = secrets.token_urlsafe(16), client, specs
-        self.job: Optional[Job] = None
-        self.task: Optional[asyncio.Task] = None
+    def __init__(self, job: Job):
+        self.id, self.job = secrets.token_urlsafe(16), job
+        self.task: Optional[asyncio.Task] = None  # which turns the job's changes into events
         self.events: List[str] = []
         self.bytes, self.ended = 0, False
         self.readers, self.since = 0, time.monotonic()  # since when it has had no reader, or has ended
@@ -53,85 +48,38 @@ class Stream:
 
     async def read(self, after: int) -> AsyncIterator[str]:
         """Yield the events after number `after` until the last, with a comment whenever nothing happens for long."""
-        while True:
-            changed = self.changed
-            if after < len(self.events):
-                text, after = "".join(self.events[after:]), len(self.events)
-                yield text
-            elif self.ended:
-                return
-            else:
+        self.readers += 1
+        try:
+            while after < len(self.events) or not self.ended:
+                changed = self.changed
+                if after < len(self.events):
+                    text, after = "".join(self.events[after:]), len(self.events)
+                    yield text
+                    continue
                 try:
                     await asyncio.wait_for(changed.wait(), PING_SECONDS)
                 except asyncio.TimeoutError:
                     yield ": ping\n\n"
-
-
-class EventResponse(StreamingResponse):
-    """The answer to one reader of a stream, which counts as a reader until it is sent or its client goes away."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, streams: "Streams", stream: Stream, after: int):
-        super().__init__(stream.read(after), headers={"X-Accel-Buffering": "no"})
-        self.streams, self.stream = streams, stream
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-        stream = self.stream
-        stream.readers += 1
-        try:
-            self.streams.start(stream)
-            await super().__call__(scope, receive, send)
         finally:
-            stream.readers -= 1
-            if not stream.ended:
-                stream.since = time.monotonic()
+            self.readers -= 1
+            if not self.ended:
+                self.since = time.monotonic()
 
 
 class Streams:
     """All streams by their id."""
 
-    def __init__(self, queue: GenerationQueue, max_waiting: int):
-        self.queue, self.max_waiting = queue, max_waiting
+    def __init__(self, queue: GenerationQueue):
+        self.queue = queue
         self.streams: Dict[str, Stream] = {}
 
     def add(self, client: str, specs: List[ImageSpec]) -> Stream:
-        """Return a new Stream; a client's oldest one that nobody reads yet makes room if there are too many."""
-        self.queue.check_room(client, len(specs))
-        unread = [one for one in self.streams.values() if one.job is None and not one.ended and not one.readers]
-        own = [one for one in unread if one.client == client]
-        for some, most in ((own, self.max_waiting // 2), (unread, self.max_waiting)):
-            if len(some) >= max(1, most):
-                self.streams.pop(some[0].id, None)
-        stream = Stream(client, specs)
+        """Queue a job and return its Stream; raise Busy if the queue is full."""
+        every = math.ceil(self.queue.loaded.side / ROW_EVENTS)
+        stream = Stream(self.queue.submit(client, specs, every))
         self.streams[stream.id] = stream
+        stream.task = asyncio.create_task(self.follow(stream, stream.job))
         return stream
-
-    def start(self, stream: Stream) -> None:
-        """Queue the job of a stream at its first reader."""
-        if stream.job is None and not stream.ended:
-            try:
-                every = math.ceil(self.queue.loaded.side / ROW_EVENTS)
-                stream.job = self.queue.submit(stream.client, stream.specs, every)
-            except Busy as error:
-                stream.emit("error", error=str(error))
-                self.end(stream)
-            else:
-                stream.task = asyncio.create_task(self.follow(stream, stream.job))
-
-    def cancel(self, stream: Stream) -> None:
-        """Cancel the job of a stream; an ended one stays as it is."""
-        if stream.job is not None:
-            self.queue.cancel(stream.job)  # follow() then ends the stream
-        elif not stream.ended:
-            stream.emit("done", seconds=0, cancelled=True)
-            self.end(stream)
-
-    def end(self, stream: Stream) -> None:
-        """Note that a stream has all its events."""
-        stream.ended, stream.specs, stream.since = True, [], time.monotonic()
-        stream.changed.set()
 
     def sweep(self) -> None:
         """Cancel what nobody reads, and forget what ended a while ago; called every second."""
@@ -142,7 +90,7 @@ class Streams:
                 if now - stream.since > KEEP_SECONDS or kept > KEEP_BYTES:
                     del self.streams[stream.id]
             elif not stream.readers and now - stream.since > UNREAD_SECONDS:
-                self.cancel(stream)
+                self.queue.cancel(stream.job)  # follow() then ends the stream
 
     async def follow(self, stream: Stream, job: Job) -> None:
         """Turn the changes of a job into events, to its end."""
@@ -172,8 +120,9 @@ class Streams:
                 cancelled = {"cancelled": True} if job.cancelled else {}
                 stream.emit("done", seconds=round(time.monotonic() - began, 3), **cancelled)
         finally:
-            job.images, job.previews = [], {}
-            self.end(stream)
+            job.images, job.previews = [None] * len(job.specs), {}  # a batch may still bring some of a cancelled job
+            stream.ended, stream.since = True, time.monotonic()
+            stream.changed.set()
 
 
 async def describe_images(loaded: LoadedModel, job: Job, indices: Iterable[int]) -> List[Dict[str, Any]]:

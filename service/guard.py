@@ -1,11 +1,13 @@
 """The gate before all routes: which hosts, origins and clients are served, and how large a request may be."""
 
+import collections
 import hmac
 import ipaddress
 from typing import Dict, Mapping, Optional, Sequence
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse, RedirectResponse
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import uploads
@@ -27,13 +29,6 @@ HEADERS = {
 }
 
 
-class Refused(Exception):
-    """A request that is not served: HTTP status, sentence, headers."""
-
-    def __init__(self, status: int, sentence: str, **headers: str):
-        super().__init__(status, sentence, headers)
-
-
 def refuse(status: int, sentence: str, headers: Optional[Mapping[str, str]] = None) -> JSONResponse:
     """Return the answer to a request that is not served."""
     if status in (429, 503):
@@ -53,7 +48,7 @@ def client_of(scope: Scope) -> str:
 
 
 class Guard:
-    """ASGI middleware that answers what must not reach the routes, and reads bodies whole before it calls them."""
+    """ASGI middleware that answers what must not reach the routes, and bounds bodies while they arrive."""
 
     def __init__(
         self,
@@ -77,30 +72,35 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        client, body = client_of(scope), bytearray()
+        body = Body(self.held, client_of(scope), MAX_BODY if scope["method"] == "POST" else SMALL_BODY)
         try:
             path = self.check(scope, headers)
             if path == self.root_path and path:
                 await RedirectResponse(f"{path}/")(scope, receive, send)
                 return
-            if not await self.read(scope, headers, receive, client, body):
-                return  # the client has gone
-            await self.app({**scope, "path": path, "root_path": self.root_path}, replay(bytes(body), receive), send)
-        except Refused as refused:
-            await refuse(*refused.args)(scope, receive, send)
+            body.check_size(int(headers.get(b"content-length", b"0")))
+
+            async def receive_checked():
+                message = await receive()
+                body.add(message.get("body", b""))
+                return message
+
+            await self.app({**scope, "path": path, "root_path": self.root_path}, receive_checked, send)
+        except HTTPException as refused:
+            await refuse(refused.status_code, refused.detail, refused.headers)(scope, receive, send)
         finally:
-            self.release(client, len(body))
+            body.release()
 
     def check(self, scope: Scope, headers: Dict[bytes, bytes]) -> str:
-        """Return the request's path below root_path; raise Refused for a foreign host or origin, or a missing token."""
+        """Return the request's path below root_path; raise HTTPException if it is not served."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if not self.is_allowed(host):
-            raise Refused(421, "This host name is not served; --allowed-host permits it.")
+            raise HTTPException(421, "This host name is not served; --allowed-host permits it.")
         if scope["method"] not in ("GET", "HEAD"):
             origin = headers.get(b"origin", b"").decode("latin-1").lower()
             foreign = urlsplit(origin).netloc != host and hostname(urlsplit(origin).netloc) not in self.named
             if origin and foreign:
-                raise Refused(403, "Requests from other web sites are not served.")
+                raise HTTPException(403, "Requests from other web sites are not served.")
         path = scope["path"]
         if self.root_path and path != self.root_path and not path.startswith(f"{self.root_path}/"):
             path = self.root_path + path  # a proxy has cut the prefix off
@@ -108,7 +108,10 @@ class Guard:
         if self.token and path[len(self.root_path) :].startswith("/api/"):
             scheme, _, secret = given.partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(secret.strip(), self.token.encode()):
-                raise Refused(401, "A valid token is needed.", **{"WWW-Authenticate": "Bearer"})
+                raise HTTPException(401, "A valid token is needed.", {"WWW-Authenticate": "Bearer"})
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if scope["method"] == "POST" and "/api/" in path and kind != b"application/json":
+            raise HTTPException(415, "The request's Content-Type must be application/json.")
         return path
 
     def is_allowed(self, host: str) -> bool:
@@ -120,60 +123,47 @@ class Guard:
             return name in self.hosts
         return self.any_address or address.is_loopback or name in self.hosts
 
-    async def read(
-        self, scope: Scope, headers: Dict[bytes, bytes], receive: Receive, client: str, body: bytearray
-    ) -> bool:
-        """Read a request's body; return False if the client went away, raise Refused if it may not be so large."""
-        posts = scope["method"] == "POST"
-        most = MAX_BODY if posts else SMALL_BODY
-        too_large = Refused(413, f"The request is too large; at most {most / 2**20:.2g} MB are accepted.")
-        if int(headers.get(b"content-length", b"0")) > most:
-            raise too_large
-        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if posts and "/api/" in scope["path"] and kind != b"application/json":
-            raise Refused(415, "The request's Content-Type must be application/json.")
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return False
-            self.release(client, len(body))
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > most:
-                body.clear()
-                raise too_large
-            if len(body) > SMALL_BODY:
-                self.held[client] = self.held.get(client, 0) + len(body)
-                if self.held[client] > MAX_BODIES // 4 or sum(self.held.values()) > MAX_BODIES:
-                    raise Refused(503, "Too many images are being uploaded at the moment; please try again soon.")
-        if max(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
-            raise Refused(400, "The request has too many values.")
-        return True
 
-    def release(self, client: str, size: int) -> None:
-        """Take a body off the account of its client."""
-        if size > SMALL_BODY:
-            self.held[client] -= size
-            if not self.held[client]:
-                del self.held[client]
+class Body:
+    """What has arrived of a request's body, charged to its client if it is large.
+
+    Args:
+        held: bytes of all clients' large bodies.
+        most: bytes that this one may have.
+    """
+
+    def __init__(self, held: Dict[str, int], client: str, most: int):
+        self.held, self.client, self.most = held, client, most
+        self.size, self.charged = 0, 0
+        self.signs: collections.Counter[int] = collections.Counter()
+
+    def check_size(self, size: int) -> None:
+        """Raise HTTPException if the body may not have this size."""
+        if size > self.most:
+            raise HTTPException(413, f"The request is too large; at most {self.most / 2**20:.2g} MB are accepted.")
+
+    def add(self, part: bytes) -> None:
+        """Count a part of the body; raise HTTPException if it is too much."""
+        self.size += len(part)
+        self.check_size(self.size)
+        if self.size > SMALL_BODY:
+            self.held[self.client] = self.held.get(self.client, 0) + self.size - self.charged
+            self.charged = self.size
+            if self.held[self.client] > MAX_BODIES // 4 or sum(self.held.values()) > MAX_BODIES:
+                raise HTTPException(503, "Too many images are being uploaded at the moment; please try again soon.")
+        self.signs.update({sign: part.count(sign) for sign in b",[{"})
+        if max(self.signs.values()) > MAX_VALUES:
+            raise HTTPException(400, "The request has too many values.")
+
+    def release(self) -> None:
+        """Take the body off the account of its client."""
+        if self.charged:
+            self.held[self.client] -= self.charged
+            if not self.held[self.client]:
+                del self.held[self.client]
 
 
 def hostname(netloc: str) -> str:
     """Return the name or address of "name:port", without brackets."""
     name = netloc.partition("]")[0][1:] if netloc.startswith("[") else netloc.partition(":")[0]
     return name.rstrip(".")
-
-
-def replay(body: bytes, receive: Receive) -> Receive:
-    """Return an ASGI receive() that gives a body that was read already, and afterwards what the server gives."""
-    read = False
-
-    async def receive_again():
-        nonlocal read
-        if read:
-            return await receive()
-        read = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return receive_again

@@ -15,9 +15,8 @@ from typing import Any, AsyncIterator, Callable, Deque, Dict, Hashable, List, Op
 
 from PIL import Image
 
-from generation.batching import ImageSpec, OutOfMemory, batch_key, generate_batch
+from generation.images import ImageSpec, OutOfMemory, batch_key, generate_batch, to_image
 from generation.loading import LoadedModel
-from generation.output import to_image
 from generation.previews import SHARE, Preview
 
 logger = logging.getLogger("minidalle")

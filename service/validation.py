@@ -2,12 +2,12 @@
 
 import re
 import secrets
-from typing import Annotated, Any, Dict, Iterable, List, Mapping, NamedTuple, Optional
+from typing import Annotated, Any, Dict, List, Mapping, NamedTuple, Optional
 
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from generation.batching import ImageSpec, plan_image
+from generation.images import ImageSpec, plan_image
 from generation.loading import LoadedModel
 
 SEEDS = 2**63
@@ -172,38 +172,8 @@ def as_sentence(error: Exception) -> str:
     return begin + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
-TYPE_NAMES = {
-    "string_type": "text",
-    "string_unicode": "text without lone surrogates",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "list_type": "a list",
-}
-
-
-BOUNDS = {
-    "greater_than_equal": "must be at least {ge}",
-    "less_than": "must be below {lt}",
-    "string_too_long": "may have at most {max_length} characters",
-    "too_short": "must not be empty",
-}
-
-
-def describe_error(error: Mapping[str, Any], fields: Iterable[str]) -> str:
-    """Return one of pydantic's errors as a sentence; fields: the names of known keys."""
+def describe_error(error: Mapping[str, Any]) -> str:
+    """Return one of pydantic's errors as a sentence."""
     places = [part for part in error["loc"] if part not in ("body", "query", "path", "header")]
     key = str(places[0])[:40].encode("ascii", "backslashreplace").decode() if places else "The request's body"
-    if error["type"] == "missing":
-        return f"{key} is missing."
-    if error["type"] == "extra_forbidden":
-        return f"{key} is not a known key; the keys are {', '.join(fields)}."
-    if error["type"] in ("model_attributes_type", "dict_type", "json_invalid"):
-        example = '"prompt": "a red circle"' if "prompt" in fields else '"prompts": ["a red circle"]'
-        return f"The request's body must be a JSON object such as {{{example}}}."
-    if error["type"] in TYPE_NAMES:
-        return f"{key} must be {TYPE_NAMES[error['type']]}."
-    if error["type"] in BOUNDS:
-        return f"{key} {BOUNDS[error['type']].format(**error['ctx'])}."
     return f"{key}: {error['msg'][:1].lower()}{error['msg'][1:]}."

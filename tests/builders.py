@@ -33,6 +33,34 @@ def small_dalle(vae: Any, weight_std: Optional[float] = None, **changes: Any) ->
     return model
 
 
+def reference_weights(
+    text_tokens: int = 8192, text_seq_len: int = 80, sandwich_norm: bool = False
+) -> Dict[str, Tensor]:
+    """Return random weights under the reference's names, without their prefix: 2 layers of 32, 4 x 4 codes of 64."""
+    shapes = {
+        "text_emb.weight": (text_tokens + text_seq_len, 32),
+        "image_emb.weight": (64, 32),
+        "text_pos_emb.weight": (text_seq_len + 1, 32),
+        "image_pos_emb.weights_0": (1, 4, 1, 32),
+        "image_pos_emb.weights_1": (1, 1, 4, 32),
+        "to_logits.0.weight": (32,),
+        "to_logits.0.bias": (32,),
+        "to_logits.1.weight": (text_tokens + text_seq_len + 64, 32),
+        "to_logits.1.bias": (text_tokens + text_seq_len + 64,),
+    }
+    for layer in ("transformer.layers.0", "transformer.layers.1"):
+        for block in (f"{layer}.0", f"{layer}.1"):
+            shapes[f"{block}.scale"] = (1, 1, 32)
+            for norm in ("norm", "norm_out") if sandwich_norm else ("norm",):
+                shapes.update({f"{block}.fn.{norm}.weight": (32,), f"{block}.fn.{norm}.bias": (32,)})
+        shapes[f"{layer}.0.fn.fn.to_qkv.weight"] = (3 * 32, 32)
+        shapes.update({f"{layer}.0.fn.fn.to_out.0.weight": (32, 32), f"{layer}.0.fn.fn.to_out.0.bias": (32,)})
+        shapes.update({f"{layer}.1.fn.fn.net.0.weight": (256, 32), f"{layer}.1.fn.fn.net.0.bias": (256,)})
+        shapes.update({f"{layer}.1.fn.fn.net.3.weight": (32, 128), f"{layer}.1.fn.fn.net.3.bias": (32,)})
+    random = torch.Generator().manual_seed(1)
+    return {name: 0.3 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
+
+
 def train_settings(flags: str = "", device: str = "cpu", **changes: Any) -> argparse.Namespace:
     """Parse train.py's flags for generated data in fp32; `changes` overwrite parsed values."""
     settings = args.train_arguments([*FLAGS.split(), "--device", device, *flags.split()])

@@ -49,15 +49,6 @@ def tiny_vae():
 
 
 @pytest.fixture(scope="session")
-def shared_data():
-    """The folder of real photographs and captions, which are next to the project in development and not part of it."""
-    folder = ROOT.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("no real photographs next to the project")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def dalle_pytorch():
     """dalle-pytorch 1.6.6, an independent oracle."""
     return peer.load() or pytest.skip("dalle-pytorch is not installed")

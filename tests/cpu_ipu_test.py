@@ -13,8 +13,8 @@ import torch
 import args
 import backends
 from data.loader import GeneratedDataset
-from data.order import EpochOrder, RunOrder
 from models.dalle import DALLE
+from training.loop import EpochOrder, RunOrder
 
 STEPS = 10
 STANDIN_TOLERANCE = 1e-5

@@ -11,12 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SHAPES
-from tests.service.running import call, generate, loaded_for_tests, read_events, until
+from tests.conftest import ROOT
+from tests.service.running import call, generate, read_events, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
 CLIENTS = 20
@@ -72,10 +71,7 @@ def test_it_listens_to_this_machine_alone_and_refuses_a_port_in_use(served):
         (["--dalle_path", "nowhere.pt"], "nowhere.pt"),
         (["--port", "70000"], "--port: "),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
-        (["--max-images", "0"], "--max-images"),
-        (["--root-path", "http://x"], "--root-path"),
         (["--forwarded-allow-ips", "10.0.0.0/8,proxy"], "--forwarded-allow-ips"),
-        (["--queue-size", "few"], "--queue-size"),
     ],
 )
 def test_wrong_flags_are_one_line(command, monkeypatch, flags, said):
@@ -97,8 +93,7 @@ def test_a_missing_package_is_one_line(command, monkeypatch):
     assert "uvicorn is missing; pip install -r requirements-app.txt brings it" in ended.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_signals_end_it_at_once_while_it_generates(tiny_checkpoint, tmp_path, number):
+def test_ctrl_c_ends_it_at_once_while_it_generates(tiny_checkpoint, tmp_path):
     """Clients that wait get 503, readers of events an error; nothing is left behind, and no traceback."""
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     process = start("--dalle_path", tiny_checkpoint, "--port", 0, "--batch-size", 8, env=environment)
@@ -122,7 +117,7 @@ def test_signals_end_it_at_once_while_it_generates(tiny_checkpoint, tmp_path, nu
     until(lambda: call(port)[1]["waiting"] > 12)
     slow = socket.create_connection(("127.0.0.1", port))
     slow.sendall(b"POST /api/jobs HTTP/1.1\r\n")
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)  # about a second on a machine with nothing else to do
     for thread in threads:
         thread.join()
@@ -145,13 +140,10 @@ def test_other_machines_are_let_in_with_a_warning_only(command, tiny_checkpoint,
         assert ("--token SECRET" in ended.out) == warned
 
 
-def besieged(port, seconds, count, rude=False):
-    """Twenty clients, each of an address of its own, ask again and again: every other one as the page does.
-
-    With `rude`, each cancels every fifth job and sends something malformed now and then. Returns images of each client,
-    what failed, and the seconds that it took.
-    """
-    served, failed, began = [0] * CLIENTS, [], time.monotonic()
+def test_twenty_clients_at_once_are_all_served(served):
+    """Each of an address of its own asks for three seconds, every other one as the page does; some are rude."""
+    port = served[1]
+    images, failed, end = [0] * CLIENTS, [], time.monotonic() + 3
 
     def request(number, method, path, body=None):
         source = (f"127.0.0.{2 + number}", 0)
@@ -162,94 +154,44 @@ def besieged(port, seconds, count, rude=False):
             return answer.status, answer.read()
 
     def ask(number, turn):
-        wanted = {"seed": 1000 * number + turn}
         if number % 2:
-            body = json.dumps({"prompt": "a red circle", "num_images": count, **wanted})
+            body = json.dumps({"prompt": "a red circle", "num_images": 2, "seed": 1000 * number + turn})
             status, answer = request(number, "POST", "/api/generate", body)
             return status == 200 and len(json.loads(answer)["images"])
-        body = json.dumps({"prompts": ["a red circle"], "num_images": count, **wanted})
+        body = json.dumps({"prompts": ["a red circle"], "num_images": 2, "seed": 1000 * number + turn})
         job = json.loads(request(number, "POST", "/api/jobs", body)[1])["id"]
-        if rude and turn % 5 == 4:
+        if turn % 5 == 4:
             return request(number, "DELETE", f"/api/jobs/{job}")[0] == 204 and 0
         return request(number, "GET", f"/api/jobs/{job}/events")[1].count(b"event: image")
 
     def client(number):
         turn = 0
-        while time.monotonic() < began + seconds:
+        while time.monotonic() < end:
             turn += 1
             try:
-                if rude and turn % 7 == 6:
+                if turn % 7 == 6:
                     assert 400 <= request(number, "POST", "/api/jobs", b'{"prompts": [' + b"[" * turn)[0] < 500
-                images = ask(number, turn)
+                count = ask(number, turn)
             except (OSError, ValueError, KeyError, AssertionError, http.client.HTTPException) as error:
-                images = error
-            if images in (0, count):
-                served[number] += images
+                count = error
+            if count in (0, 2):
+                images[number] += count
             else:
-                failed.append((number, turn, images))
+                failed.append((number, turn, count))
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return served, failed, time.monotonic() - began
-
-
-def test_twenty_clients_at_once_are_all_served(served):
-    port = served[1]
-    images, failed, _ = besieged(port, 3, 2, rude=True)
     assert failed == []
     assert max(images) < 2 * min(images) + 4
     assert call(port)[1]["images_generated"] >= sum(images)
 
 
-@pytest.mark.slow
-def test_twenty_clients_for_minutes_get_what_plain_generation_gives():
-    """Images a second, compared with batches of the same size before and after; with the bundled demo, or DALLE_PATH.
-
-    MINUTES: how long; memory must stay flat.
-    """
-    from generation.batching import generate_batch, plan_image
-
-    checkpoint = Path(os.environ.get("DALLE_PATH", SHAPES))
-    loaded = loaded_for_tests(checkpoint, batch_size=None)
-
-    def plain(seconds):
-        count, began = 0, time.monotonic()
-        while time.monotonic() < began + seconds:
-            batch = [plan_image(loaded, "a red circle", count + place) for place in range(loaded.batch_size)]
-            loaded.decode(generate_batch(loaded, batch))
-            count += len(batch)
-        return count / (time.monotonic() - began)
-
-    process = start("--dalle_path", checkpoint, "--port", 0, "--batch-size", loaded.batch_size)
-    try:
-        port = port_of(process)
-        memory, shares = [], []
-        plain(2)
-        for _ in range(int(os.environ.get("MINUTES", 1))):
-            before = plain(10)
-            images, failed, seconds = besieged(port, 60, 4, rude=True)
-            after = plain(10)
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            memory.append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024)
-            shares.append(sum(images) / seconds / ((before + after) / 2))
-            print(
-                f"{sum(images) / seconds:.1f} images/s for 20 clients, {min(images)} to {max(images)} each; plain, "
-                f"{loaded.batch_size} at once: {before:.1f} before, {after:.1f} after; {memory[-1]:.0f} MB"
-            )
-            assert failed == [] and max(images) <= 1.5 * min(images)
-    finally:
-        process.kill()
-        process.communicate()
-    assert sorted(shares)[len(shares) // 2] >= 0.85
-    assert memory[-1] < memory[0] + 30
-
-
 @pytest.mark.parametrize("token", ["", " spaced ", "sésame"])
 def test_a_token_that_no_browser_could_send_is_refused(token, monkeypatch, capsys):
-    from args_app import app_arguments
+    from app import app_arguments
 
     for flags in (["--token", token], []):
         with pytest.raises(SystemExit):

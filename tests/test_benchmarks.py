@@ -8,10 +8,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import __main__ as benchmark
-from benchmarks import limits, loading, networks, peer, plot, rows
-from models.dalle import DALLE
-from models.official_vqgan import OFFICIAL_PARAMS
-from models.vae import VQGanVAE
+from benchmarks import limits, networks, peer, plot, rows
 
 
 def run(folder, capfd, *flags):
@@ -47,17 +44,6 @@ def test_a_quick_run_prints_and_saves_rows(capfd, tmp_path, names):
             assert 0 < row["of_limit"] <= 1 and f" {100 * row['of_limit']:.0f} %" in line
 
 
-@pytest.mark.slow
-def test_peers_are_measured_in_the_same_run(capfd, tmp_path, dalle_pytorch):
-    result, printed = run(tmp_path, capfd, "--peer", "--only", "train-4", "decod*", "load-pixels")
-    found = {row["name"]: row for row in result["rows"]}
-    names = {"train-4": "dalle-pytorch", "decode": "taming", "load-pixels": loading.peer_name()}
-    assert {name: row["peer_name"] for name, row in found.items()} == names
-    for row in found.values():
-        assert row["ratio"] == pytest.approx(row["ours"]["median"] / row["peer"]["median"])
-        assert row["peer_name"] in printed and row["peer"]["peak_memory_mb"] > 100
-
-
 @pytest.mark.parametrize("name, unit", [("train-4", "samples/s"), ("generate-1", "s/image")])
 def test_a_ratio_above_one_is_our_advantage_and_a_limit_is_never_slower(monkeypatch, name, unit):
     ours = {"seconds": [0.5, 0.4, 0.6], "peak_memory_mb": 1.0, "limit": (0.25, "matrix products"), "passes": None}
@@ -82,27 +68,6 @@ def test_what_goes_wrong_in_a_row_is_told_in_one_line(monkeypatch, capsys, tmp_p
         rows.run_in_process("generate-32", True, "theirs")
 
 
-@pytest.mark.slow
-def test_a_process_of_its_own_has_a_peak_memory_of_its_own():
-    large = torch.ones(300 * 2**20, dtype=torch.uint8)  # in this process
-    measured = rows.run_in_process("load-codes", True, "ours")
-    assert rows.peak_memory(torch.device("cpu")) > measured["peak_memory_mb"] + 200 and large.all()
-
-
-def test_operations_of_convolutions():
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1, stride=2))
-    assert limits.count_convolution_operations(network, torch.zeros(2, 3, 10, 10)) == 2 * (
-        2 * 8 * 100 * 27 + 2 * 4 * 25 * 8
-    )
-    model = VQGanVAE(OFFICIAL_PARAMS).model
-    assert limits.count_convolution_operations(model.encoder, torch.zeros(1, 3, 256, 256)) == pytest.approx(
-        138e9, rel=0.02
-    )
-    assert limits.count_convolution_operations(model.decoder, torch.zeros(1, 256, 16, 16)) == pytest.approx(
-        253e9, rel=0.02
-    )
-
-
 def test_operations_of_training():
     model = networks.build_ours(quick=True)[1]
     counted = []
@@ -116,32 +81,6 @@ def test_operations_of_training():
     in_layers = limits.count_layer_weights(model) * (text + codes)
     assert sum(counted) in (in_layers + whole_head, in_layers + needed_head, in_layers)
     assert limits.count_training_operations(model) == 6 * (in_layers + needed_head)
-
-
-def test_the_longer_of_multiplying_and_reading_is_the_limit():
-    device, work = torch.device("cpu"), {"operations": 1e6, "precision": "fp32"}
-    seconds, of = limits.find_limit(work, device, quick=True)
-    assert of == "matrix products" and 0 < seconds < 1
-    assert limits.find_limit({**work, "bytes": 1}, device, quick=True)[1] == "matrix products"
-    assert limits.find_limit({**work, "bytes": 1e12}, device, quick=True)[1] == "memory bandwidth"
-    assert limits.find_limit({"seconds": 3.0, "limit_is": "x"}, device) == (3.0, "x")
-
-
-def test_a_bar_is_as_long_as_the_share_of_the_limit_that_is_reached():
-    row = {"limit": 4.0, "of_limit": 0.5, "ratio": None}
-    assert plot.bar_lengths(row) == (50, 0)
-    assert plot.bar_lengths({**row, "ratio": 2.0}) == (50, 25)
-    unlimited = {"limit": None, "of_limit": None}
-    assert plot.bar_lengths({**unlimited, "ratio": 4.0}) == (80, 20)
-    assert plot.bar_lengths({**unlimited, "ratio": 0.25}) == (20, 80)
-
-
-def test_the_peer_has_our_sizes(dalle_pytorch, tiny_vae):
-    sizes = {"dim": 32, "num_text_tokens": 50, "text_seq_len": 6, "depth": 2, "heads": 2, "dim_head": 16}
-    theirs = peer.build_dalle(dalle_pytorch, tiny_vae, attn_types=("full", "axial_row"), **sizes)
-    ours = DALLE(vae=tiny_vae, attn_types=("full", "axial_row"), **sizes)
-    count = sum(parameter.numel() for name, parameter in theirs.named_parameters() if not name.startswith("vae."))
-    assert count == sum(parameter.numel() for parameter in ours.parameters())
 
 
 def test_tamings_vqgan_is_ours():

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 import args
-import args_generate
 import generate
 import train
 from tests.conftest import ROOT
@@ -77,7 +76,7 @@ def test_an_entry_is_what_the_tool_takes(name):
     assert ("--executable-cache-dir" in entry["cmd"]) == ("poprun" in entry["cmd"])  # or each process compiles
     for script, arguments in calls_of(name):
         assert (ROOT / script).is_file()
-        parse = {"train.py": args.train_arguments, "generate.py": args_generate.generate_arguments}[script]
+        parse = {"train.py": args.train_arguments, "generate.py": generate.generate_arguments}[script]
         settings = parse(arguments)
         assert settings.device == ("ipu" if name in ON_IPUS else "cpu")
         pod = re.search(r"pod(\d+)", name)
@@ -118,24 +117,6 @@ def test_figures_of_an_entry_are_in_its_log(
     assert found["throughput"] > 0
     if "loss" in found:
         assert 3 < found["loss"] < 12 and (found["compile_time"] > 0) == (name in ON_IPUS)
-
-
-# Stands for python3 and poprun: as train.py, it wants a folder without checkpoints and writes one.
-PROGRAM = """#!/bin/sh
-while [ $# -gt 1 ]; do [ "$1" = --checkpoint-output-dir ] && folder=$2; shift; done
-[ -z "$folder" ] || { test ! -e "$folder/last.pt" && mkdir -p "$folder" && echo > "$folder/last.pt"; }
-"""
-
-
-@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if "bash -c" in entry["cmd"]])
-def test_an_entry_with_a_folder_runs_any_number_of_times(tmp_path, name):
-    for program in ("python3", "poprun"):
-        (tmp_path / program).write_text(PROGRAM)
-        (tmp_path / program).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    for _ in range(2):
-        assert subprocess.run(words_of(name), cwd=tmp_path, env=environment, check=False).returncode == 0
-    assert len(list(tmp_path.rglob("last.pt"))) == (2 if name.endswith("_conv") else 1)  # a whole run is kept
 
 
 @pytest.mark.parametrize("pod", ["4", "16", "64"])

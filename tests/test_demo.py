@@ -10,7 +10,7 @@ import generate
 from data.scene_captions import BACKGROUNDS, objects
 from data.shapes import parse_caption, validation_prompts
 from evaluate import judge, shape_faults
-from generation import batching
+from generation.images import complete_caption, generate_batch, generate_lists, plan_image
 from generation.loading import DEMO, load
 from tests.conftest import ROOT, SHAPES
 
@@ -30,8 +30,8 @@ def test_it_is_small_and_complete(demo):
 
 def test_it_follows_prompts_that_it_was_not_trained_on(demo):
     prompts = validation_prompts("score", 48)
-    lists = [[batching.plan_image(demo, prompt, place)] for place, prompt in enumerate(prompts)]
-    images = torch.cat([demo.decode(codes) for codes in batching.generate_lists(demo, lists)])
+    lists = [[plan_image(demo, prompt, place)] for place, prompt in enumerate(prompts)]
+    images = torch.cat([demo.decode(codes) for codes in generate_lists(demo, lists)])
     accuracy, faults = judge(images, shape_faults(prompts))
     assert accuracy >= 0.9, faults
 
@@ -55,7 +55,7 @@ def test_a_seed_gives_the_same_image_in_any_batch(tmp_path, command):
 def test_it_completes_captions(demo):
     right = 0
     for seed in range(20):
-        _, caption = batching.complete_caption(demo, "a small red", seed)
+        _, caption = complete_caption(demo, "a small red", seed)
         try:
             parse_caption(caption)
         except ValueError:
@@ -64,23 +64,17 @@ def test_it_completes_captions(demo):
     assert right >= 18
 
 
-def test_capital_letters_are_read_as_small_ones(demo):
-    assert batching.encode_prompt(demo, PROMPT.title()).tolist() == batching.encode_prompt(demo, PROMPT).tolist()
-    with pytest.raises(ValueError, match="no words that the vocabulary knows"):
-        batching.encode_prompt(demo, "日本")
-
-
 @pytest.mark.parametrize("count", [16, pytest.param(1000, marks=pytest.mark.slow)])
 def test_codes_are_those_of_one_at_a_time_in_fewer_passes(demo, count):
     """One image in eight is generated alone, too."""
     one, eight = (load(SHAPES, device="cpu", batch_size=8, window=window) for window in (1, 8))
     settings = [{}, {"cond_scale": 1.0}, {"top_p": None, "top_k": 0.9}, {"temperature": 1.2, "cond_scale": 2.0}]
     for first, prompt in zip(range(0, count, 8), itertools.cycle(validation_prompts("score", 48))):
-        specs = [batching.plan_image(demo, prompt, first + place, settings[first // 8 % 4]) for place in range(8)]
-        expected = batching.generate_batch(one, specs)
+        specs = [plan_image(demo, prompt, first + place, settings[first // 8 % 4]) for place in range(8)]
+        expected = generate_batch(one, specs)
         for loaded in (eight, demo):  # demo chooses its windows itself
-            assert torch.equal(batching.generate_batch(loaded, specs), expected), specs
-        assert torch.equal(batching.generate_batch(demo, specs[:1]), expected[:1]), specs
+            assert torch.equal(generate_batch(loaded, specs), expected), specs
+        assert torch.equal(generate_batch(demo, specs[:1]), expected[:1]), specs
     assert eight.sampler.stepper.passes < one.sampler.stepper.passes / 2.5
 
 
@@ -88,7 +82,7 @@ def test_the_default_knows_everyday_things():
     assert DEMO.stat().st_size <= 24_000_000
     loaded = load(device="cpu")
     assert sum(all(word in loaded.words for word in name.split()) for name in objects()) >= 300
-    specs = [batching.plan_image(loaded, f"a small cat on a {color} background", 1) for color in ("blue", "green")]
-    for image, color in zip(loaded.decode(batching.generate_batch(loaded, specs)), ("blue", "green")):
+    specs = [plan_image(loaded, f"a small cat on a {color} background", 1) for color in ("blue", "green")]
+    for image, color in zip(loaded.decode(generate_batch(loaded, specs)), ("blue", "green")):
         middle = image.flatten(1).median(dim=1).values * 255
         assert (middle - torch.tensor(BACKGROUNDS[color])).abs().max() < 12

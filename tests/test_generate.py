@@ -13,12 +13,12 @@ from PIL import Image
 
 import generate
 import train
+from generation.command import save_images
 from generation.loading import read_model
-from generation.output import save_images
 from models.dalle import DALLE
 from models.sampling import sample_codes
-from models.vae import load_vqgan
-from tests.builders import WholePassStepper
+from models.vqgan_files import load_vqgan
+from tests.builders import WholePassStepper, reference_weights
 from tests.conftest import ROOT
 
 VOCABULARY = ROOT / "bpe" / "bpe_yttm_vocab.txt"
@@ -113,7 +113,9 @@ def test_a_second_run_keeps_the_images_of_the_first(drawn, tmp_path):
 
 
 def saved(prompt, outputs):
-    return save_images([Image.new("RGB", (8, 8))], [{"prompt": prompt, "seed": 7}], outputs)
+    image = Image.new("RGB", (8, 8))
+    image.info.update(prompt=prompt, seed=7)
+    return save_images([image], outputs)
 
 
 def test_every_prompt_gets_its_own_folder_in_the_output_folder(tmp_path):
@@ -178,33 +180,6 @@ REFERENCE = dict(
 )
 
 
-def reference_weights(text_tokens, fmap, codes, sandwich_norm, dim=32, inner=32):
-    """Return random weights under the reference's names, without their prefix."""
-    shapes = {
-        "text_emb.weight": (text_tokens + 80, dim),
-        "image_emb.weight": (codes, dim),
-        "text_pos_emb.weight": (81, dim),
-    }
-    shapes.update({"image_pos_emb.weights_0": (1, fmap, 1, dim), "image_pos_emb.weights_1": (1, 1, fmap, dim)})
-    shapes.update({"to_logits.0.weight": (dim,), "to_logits.0.bias": (dim,)})
-    shapes.update(
-        {"to_logits.1.weight": (text_tokens + 80 + codes, dim), "to_logits.1.bias": (text_tokens + 80 + codes,)}
-    )
-    for layer in range(2):
-        attention, feed_forward = f"transformer.layers.{layer}.0", f"transformer.layers.{layer}.1"
-        for block in (attention, feed_forward):
-            shapes[f"{block}.scale"] = (1, 1, dim)
-            for norm in ("norm", "norm_out") if sandwich_norm else ("norm",):
-                shapes.update({f"{block}.fn.{norm}.weight": (dim,), f"{block}.fn.{norm}.bias": (dim,)})
-        shapes[f"{attention}.fn.fn.to_qkv.weight"] = (3 * inner, dim)
-        shapes.update({f"{attention}.fn.fn.to_out.0.weight": (dim, inner), f"{attention}.fn.fn.to_out.0.bias": (dim,)})
-        for number, rows, columns in ((0, 8 * dim, dim), (3, dim, 4 * dim)):
-            shapes[f"{feed_forward}.fn.fn.net.{number}.weight"] = (rows, columns)
-            shapes[f"{feed_forward}.fn.fn.net.{number}.bias"] = (rows,)
-    random = torch.Generator().manual_seed(1)
-    return {name: 0.3 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
-
-
 def write_reference(path, weights, vqgan, text_tokens, split=1, half=False, sandwich_norm=False, **more):
     """Write a dalle_<epoch>.pt as the reference does; `more` are further entries."""
     stored = {f"model.{name}": tensor for name, tensor in weights.items()}
@@ -242,7 +217,7 @@ def vqgan_weights(tiny_vqgan):
 @pytest.mark.parametrize("kind", [{}, {"split": 8, "half": True}, {"split": 4, "sandwich_norm": True}])
 def test_a_checkpoint_of_the_reference(drawn, tiny_vqgan, vqgan_weights, their_vocabulary, tmp_path, kind):
     sandwich_norm = kind.get("sandwich_norm", False)
-    weights = reference_weights(8192, 4, 64, sandwich_norm)
+    weights = reference_weights(sandwich_norm=sandwich_norm)
     damaged = {name: torch.zeros_like(tensor) for name, tensor in vqgan_weights.items()}  # the flags' VQGAN wins
     path = write_reference(tmp_path / "dalle_3.pt", weights, damaged, 8192, **kind)
     files = ["--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--vqgan_config_path", tiny_vqgan / "vqgan.yaml"]
@@ -275,7 +250,7 @@ def test_conv_like_is_what_the_checkpoint_was_trained_with(
     command, tiny_flags, tiny_vqgan, vqgan_weights, their_vocabulary, tmp_path, writer
 ):
     more, (above, left, right) = WINDOWS[writer]
-    weights = reference_weights(8192, 4, 64, False)
+    weights = reference_weights()
     types = {"hparams": {"attn_types": ("conv_like",)}}
     path = write_reference(tmp_path / "dalle_3.pt", weights, vqgan_weights, 8192, **types, **more)
     flags = ["--text-seq-len", 80, "--attn-types", "conv_like", "--learning-rate", 1e-30, "--max-steps", 13]
@@ -302,7 +277,7 @@ def test_conv_like_is_what_the_checkpoint_was_trained_with(
 def test_training_continues_from_a_checkpoint_of_the_reference(
     command, tiny_flags, vqgan_weights, their_vocabulary, tmp_path, moments
 ):
-    weights = reference_weights(8192, 4, 64, False)
+    weights = reference_weights()
     more = {}
     if moments:  # as PopTorch's Adam has them
         pieces = {f"model.{name}": tensor for name, tensor in weights.items() if name != "text_emb.weight"}
@@ -334,7 +309,7 @@ def test_training_continues_from_a_checkpoint_of_the_reference(
 
 def test_checkpoints_of_the_reference_are_not_replaced(command, tiny_flags, vqgan_weights, their_vocabulary, tmp_path):
     """Ours of epoch 3 has their name, and older ones than --keep-checkpoints are removed."""
-    weights = reference_weights(8192, 4, 64, False)
+    weights = reference_weights()
     for epoch in range(4):
         path = write_reference(tmp_path / f"dalle_{epoch}.pt", weights, vqgan_weights, 8192)
     before = read_bytes(tmp_path)
@@ -347,7 +322,7 @@ def test_checkpoints_of_the_reference_are_not_replaced(command, tiny_flags, vqga
 
 def test_our_vocabulary_of_the_same_name_is_refused(command, drawn, tiny_flags, tiny_vqgan, vqgan_weights, tmp_path):
     """Both have 8,192 tokens: with the wrong one, a prompt would become other words without a warning."""
-    path = write_reference(tmp_path / "dalle_3.pt", reference_weights(8192, 4, 64, False), vqgan_weights, 8192)
+    path = write_reference(tmp_path / "dalle_3.pt", reference_weights(), vqgan_weights, 8192)
     flags = ["--text-seq-len", 80, "--attn-types", "axial_row,full", "--pretrained-checkpoint", path]
     files = ["--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--bpe_path", VOCABULARY]
     for ended in (drawn("--dalle_path", path, *files, status=2), command(train.main, *tiny_flags, *flags)):
@@ -355,16 +330,8 @@ def test_our_vocabulary_of_the_same_name_is_refused(command, drawn, tiny_flags, 
         assert all(word in ended.err for word in ("dalle_3.pt", "bpe_yttm_vocab.txt", "another program"))
 
 
-def test_a_small_vqgan_inside_needs_no_configuration(tiny_vqgan, vqgan_weights, their_vocabulary, tmp_path):
-    path = write_reference(tmp_path / "dalle_3.pt", reference_weights(8192, 4, 64, False), vqgan_weights, 8192)
-    loaded, _, _ = read_model(path, bpe_path=their_vocabulary)
-    codes = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        assert torch.equal(loaded.vae.decode(codes), load_vqgan(str(tiny_vqgan)).decode(codes))
-
-
 def test_clips_vocabulary_is_the_default_and_any_bytes_make_a_caption(drawn, tiny_vqgan, vqgan_weights, tmp_path):
-    path = write_reference(tmp_path / "dalle_3.pt", reference_weights(49408, 4, 64, False), vqgan_weights, 49408)
+    path = write_reference(tmp_path / "dalle_3.pt", reference_weights(text_tokens=49408), vqgan_weights, 49408)
     flags = ["--dalle_path", path, "--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--num_images", 1]
     drawn(*flags, "--gentxt", "--temperature", 2)  # random weights: halves of characters among the 80 tokens
     (folder,) = folders(tmp_path / "out")

@@ -6,11 +6,11 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-import torch
+from PIL import Image
 
 import generate
-import generation.command
 import train
 from tests.builders import assert_same_weights, weights_in
 from tests.conftest import ROOT, STANDIN
@@ -24,8 +24,6 @@ IPU = ("--device", "ipu", "--async-dataloader")
     [
         ("unit_test", 1),
         ("L16", 4),
-        pytest.param("L16_CLIP_vocab", 4, marks=pytest.mark.slow),  # L16 with other sizes
-        pytest.param("L16_POD16", 4, marks=pytest.mark.slow),  # L16 with four replicas, one after the other
         pytest.param("L16_POD64", 4, marks=pytest.mark.slow),  # sixteen replicas one after the other
     ],
 )
@@ -81,17 +79,6 @@ def test_a_resumed_run_is_the_run_that_never_stopped(poptorch_standin, command, 
     assert_same_weights(tmp_path / "rest" / "dalle_2.pt", tmp_path / "whole" / "dalle_2.pt")
 
 
-@pytest.mark.parametrize("there, back", [("ipu", "cpu"), ("cpu", "ipu")])
-def test_a_file_goes_on_on_another_machine(poptorch_standin, command, tiny_flags, tmp_path, there, back):
-    flags = [*tiny_flags, "--checkpoint-output-dir", tmp_path]
-    assert command(train.main, *flags, "--device", there).status == 0
-    ended = command(
-        train.main, *flags, "--epochs", 2, "--device", back, "--pretrained-checkpoint", tmp_path / "dalle_0.pt"
-    )
-    assert ended.status == 0 and ("optimizer state" in ended.out and "starts afresh" in ended.out) == (back == "ipu")
-    assert (tmp_path / "dalle_1.pt").exists()
-
-
 def test_compile_only_needs_neither_data_nor_device(poptorch_standin, command, tiny_vqgan, tmp_path):
     flags = ["--config", "L16", "--hidden-size", 32, "--num-attention-heads", 2, "--dim-head", 16, "--compile-only"]
     flags += ["--gradient-accumulation", 8, "--executable-cache-dir", tmp_path / "cache", "--vae-path", tiny_vqgan]
@@ -117,10 +104,7 @@ def test_synthetic_data_is_timed_and_never_saved(poptorch_standin, command, tiny
         ("--ipus-per-replica 2 --layers-per-ipu 1,2", "adds up to 3"),
         ("--ipus-per-replica 2 --layers-per-ipu 1,1 --matmul-proportion 0.1,0.2,0.3", "--matmul-proportion"),
         ("--embedding-serialization-factor 7", "does not divide"),
-        ("--precision bf16", "bfloat16"),
         ("--executable-cache-dir /proc/cache", "--executable-cache-dir /proc/cache: cannot be written"),
-        ("--profile-dir /proc/profile", "--profile-dir /proc/profile: cannot be written"),
-        ("--optimizer Muon", "Adam or AdamW"),
         ("--gradient-accumulation 100", "one step takes 400 samples"),
     ],
 )
@@ -152,16 +136,6 @@ def test_a_device_that_fails_is_one_line(poptorch_standin, command, tiny_flags, 
     assert f"{problem}; the last good checkpoint is {tmp_path / 'dalle_0.pt'}" in ended.err
 
 
-def test_without_an_sdk_commands_say_so(command, tiny_flags, tiny_checkpoint, monkeypatch):
-    monkeypatch.delenv("POPLAR_SDK_ENABLED", raising=False)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "poptorch" not in entry])
-    for ended in (
-        command(train.main, *tiny_flags, *IPU),
-        command(generate.main, "--dalle_path", tiny_checkpoint, "--text", "a dog", "--device", "ipu"),
-    ):
-        assert ended.status == 2 and "enable.sh" in ended.err and ended.err.count("\n") == 1
-
-
 TEN_SETTINGS = [
     {"top_k": 0.5},
     {"top_k": 3},
@@ -176,27 +150,22 @@ TEN_SETTINGS = [
 ]
 
 
-def test_ten_sampling_settings_share_one_program(poptorch_standin, command, tiny_checkpoint, tmp_path, monkeypatch):
+def test_ten_sampling_settings_share_one_program(poptorch_standin, command, tiny_checkpoint, tmp_path):
     prompts = [json.dumps({"prompt": "a red circle", "seed": 5, **settings}) for settings in TEN_SETTINGS]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     flags = ["--dalle_path", tiny_checkpoint, "--prompts_file", tmp_path / "prompts.jsonl", "--num_images", 2]
-    flags += ["--executable_cache_dir", tmp_path / "programs"]
-    codes = []
-    save = generation.command.save_best
-
-    def save_and_record(settings, loaded, specs, found, clip):
-        codes.append(found)
-        save(settings, loaded, specs, found, clip)
-
-    monkeypatch.setattr(generation.command, "save_best", save_and_record)
+    flags += ["--format", "png", "--executable_cache_dir", tmp_path / "programs"]
+    images = {}
     for device in ("cpu", "ipu"):
         ended = command(generate.main, *flags, "--device", device, "--outputs_dir", tmp_path / device)
         assert ended.status == 0, ended.err
+        paths = sorted((tmp_path / device).rglob("*-seed-*.png"))
+        images[device] = np.stack([np.array(Image.open(path)) for path in paths]).astype(int)
     assert sorted(poptorch_standin.MACHINE.compiled) == ["StaticSampler", "VqganDecoder"]
     assert "FullPass" not in poptorch_standin.MACHINE.calls
     assert len(list((tmp_path / "programs").iterdir())) == 2
-    assert len(codes) == 20 and all(torch.equal(*pair) for pair in zip(codes[:10], codes[10:]))
-    assert len({tuple(row.tolist()) for part in codes[10:] for row in part}) > 10
+    assert len(images["ipu"]) == 20 and abs(images["cpu"] - images["ipu"]).max() <= 1  # pixels are rounded
+    assert len({image.tobytes() for image in images["ipu"]}) > 10
 
 
 # ---- PopRun

@@ -16,7 +16,6 @@ import generate
 import train
 from tests.builders import assert_same_weights
 from tests.conftest import ROOT
-from utils import checkpoint
 
 needs_fsdp2 = pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="fully_shard came with torch 2.6")
 
@@ -101,29 +100,6 @@ def showing(tmp_path, monkeypatch):
     return tmp_path / "showing.py"
 
 
-@pytest.mark.slow  # as is a process that dies in training
-def test_what_processes_encoded_is_kept_when_one_dies(showing, tiny_flags, tmp_path, monkeypatch):
-    """Rank 1 is killed; rank 0, ended by the launcher, writes what it has."""
-    monkeypatch.setenv("SECONDS_A_PICTURE", "0.7")
-    flags = [*tiny_flags, "--codes-cache", tmp_path / "codes"]
-    launcher = start(showing, *flags)
-    told = ""
-    while min(told.count("<0>"), told.count("<1>")) < 3:
-        line = launcher.stdout.readline()
-        assert line, launcher.communicate()[1]
-        told += line
-    os.kill(second_of(launcher), signal.SIGKILL)
-    status, out, _ = ended(launcher)
-    told += out
-    assert status != 0 and "<0>" in told and "stopped before the first step" in told
-    begun = len(re.findall("<.>", told))
-    monkeypatch.setenv("SECONDS_A_PICTURE", "0")
-    alone = subprocess.run([sys.executable, showing, *map(str, flags)], capture_output=True, text=True)
-    assert alone.returncode == 0, alone.stderr
-    again = len(re.findall("<.>", alone.stdout))
-    assert 12 - begun <= again <= 12 - begun + 2  # what both were at is lost
-
-
 def send_to_the_second(signal_number, flags, folder):
     """train.py in two processes, of which rank 1 gets the signal after some checkpoint; → how that ended."""
     launcher = start("train.py", *flags)
@@ -150,23 +126,6 @@ def test_sharded_processes_stop_together_with_a_checkpoint_that_one_process_goes
     assert resumed.status == 0 and f"at step {stopped}" in resumed.out and "afresh" not in resumed.out
 
 
-@pytest.mark.slow  # a race with the launcher's signals by its nature; run by hand
-@pytest.mark.parametrize("shard", ["--no-shard", pytest.param("--shard", marks=needs_fsdp2)])
-def test_a_process_that_dies_ends_the_run_with_a_checkpoint(command, tiny_flags, tmp_path, shard):
-    flags = [*tiny_flags, "--epochs", 4000, "--checkpoint-output-dir", tmp_path]
-    flags += ["--checkpoint-save-epochs", 100000, "--checkpoint-save-steps", 7]
-    status, out, err = send_to_the_second(signal.SIGKILL, [*flags, shard], tmp_path)
-    assert status != 0
-    told = re.search(
-        r"(another process of this run has ended|stopped after step \d+); resume with .* (\S+\.pt)", out + err
-    )
-    saved = checkpoint.read(told.group(2))
-    steps = [int(path.stem.rpartition("_")[2]) for path in tmp_path.glob("dalle_step_*.pt")]
-    assert saved["step"] == max(steps)
-    more = ("--max-steps", saved["step"] + 1, "--pretrained-checkpoint", told.group(2))
-    assert command(train.main, *flags, *more).status == 0
-
-
 def test_pictures_of_one_prompt_are_shared_out(command, tiny_checkpoint, tmp_path):
     flags = ["--dalle_path", tiny_checkpoint, "--text", "red", "--num_images", 5, "--device", "cpu"]
     flags += ["--precision", "fp32", "--batch_size", 2]
@@ -180,18 +139,3 @@ def test_pictures_of_one_prompt_are_shared_out(command, tiny_checkpoint, tmp_pat
     )
     assert len(shared) == 7 and shared == alone  # five pictures, their grid, the prompt
     assert len({shared[f"{number}-seed-{int(seed) + number}.jpg"] for number in range(5)}) == 5
-
-
-@pytest.mark.slow  # as are the images of one prompt
-def test_prompts_are_shared_out(command, tiny_checkpoint, tmp_path):
-    flags = ["--dalle_path", tiny_checkpoint, "--text", "red | blue | red | green", "--num_images", 2, "--seed", 3]
-    flags += ["--device", "cpu", "--precision", "fp32"]
-    status, out, err = ended(start("generate.py", *flags, "--outputs_dir", tmp_path / "shared"))
-    assert status == 0, err
-    assert sorted(re.findall(r"2 images of '(\w+)'", out)) == ["blue", "green", "red", "red"]
-    assert command(generate.main, *flags, "--outputs_dir", tmp_path / "alone").status == 0
-    pictures = [
-        {path.relative_to(tmp_path / where): path.read_bytes() for path in (tmp_path / where).rglob("*.jpg")}
-        for where in ("shared", "alone")
-    ]
-    assert len(pictures[0]) == 8 and pictures[0] == pictures[1]

@@ -1,9 +1,11 @@
 """train_vqgan.py as a user starts it: its files in taming's format, its figures, and how it is stopped."""
 
+import itertools
 import re
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import VectorQuantizer2
 
 import train_vqgan
-from data.images import load_image
-from models.vae import load_vqgan
+from data.images import load_image, load_images
+from data.sources import find_images
+from models.vqgan_files import load_vqgan
 from models.vqgan_training import VQGanTrainer
 from tests.conftest import ROOT
+from training.loop import EpochOrder
 
 FILES = {"vqgan.ckpt", "vqgan.yaml", "vqgan_training.pt"}
 
@@ -79,15 +83,6 @@ def test_the_files_are_tamings(trained, drawn_pictures):
     assert Image.open(folder / "reconstructions.png").size == (8 * 36, 2 * 36)  # eight, above what comes back of them
 
 
-def test_without_patches_the_yaml_is_one_that_taming_knows(trained):
-    folder, _ = trained("--patch-size", 1, "--ch-mult", 1, 1, 1, 1, "--max-steps", 2, "--continuous-steps", 1)
-    params = yaml.safe_load((folder / "vqgan.yaml").read_text())["model"]["params"]
-    assert (
-        params.keys() == {"embed_dim", "n_embed", "ddconfig", "lossconfig"} and params["ddconfig"]["in_channels"] == 3
-    )
-    assert load_vqgan(str(folder)).fmap_size == 4
-
-
 def test_pictures_come_back_better_and_better(trained):
     more = ["--optimizer", "AdamW", "--learning-rate", "0.003", "--eval-interval", 15, "--max-steps", 60]
     _, out = trained(*more)
@@ -100,42 +95,6 @@ def test_a_seed_gives_the_same_weights_and_another_gives_others(trained):
     folders = [trained(*more, "--random-seed", seed)[0] for seed in (3, 3, 4)]
     first, again, other = [load_vqgan(str(folder)).fingerprint() for folder in folders]
     assert first == again != other
-
-
-def test_held_out_pictures(trained, drawn_pictures, picture_folder):
-    (picture_folder / "00.png").write_bytes(b"")
-    (picture_folder / "01.png").write_bytes((drawn_pictures / "01.png").read_bytes()[:90])
-    _, out = trained("--input-folder", picture_folder, "--validation-split", "0.25", "--max-steps", 11)
-    assert "skipped" in out and "unreadable image" in out and "00.png" in out and "01.png" in out
-    training, held_out = map(int, re.search(r"(\d+) training images, (\d+) validation images", out).groups())
-    assert training + held_out == 10 and held_out <= 3
-    _, out = trained("--validation-folder", drawn_pictures, "--max-steps", 11)
-    assert "12 training images, 12 validation images" in out and "dB on 12 validation images" in out
-
-
-def test_ctrl_c_before_the_codebook_saves_nothing(command, flags, tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(VQGanTrainer, "step", interrupted)
-    ended = command(train_vqgan.main, *flags, "--output-dir", tmp_path / "v")
-    assert ended.status == 130 and ended.err == "" and "nothing saved" in ended.out
-    assert not list((tmp_path / "v").iterdir())
-
-
-def test_out_of_memory_saves_what_there_is(command, flags, tmp_path, monkeypatch):
-    step = VQGanTrainer.step
-
-    def short_of_memory(trainer, pictures, share):
-        if trainer.steps == 12:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return step(trainer, pictures, share)
-
-    monkeypatch.setattr(VQGanTrainer, "step", short_of_memory)
-    ended = command(train_vqgan.main, *flags, "--continuous-steps", 4, "--output-dir", tmp_path / "short")
-    assert ended.status == 2 and "error: out of memory: a --batch-size below" in ended.err
-    assert ended.err.count("\n") == 1
-    assert torch.load(tmp_path / "short" / "vqgan.ckpt", weights_only=True)["global_step"] == 12
 
 
 def test_ctrl_c_saves_what_there_is(flags, tmp_path):
@@ -235,3 +194,29 @@ def test_a_run_starts_with_another_vqgan(trained, command, flags, drawn_pictures
     assert vae.hparams == load_vqgan(str(first)).hparams and psnr(vae, drawn_pictures, 32) > before
     ended = command(train_vqgan.main, *words, *run.split(), "--ch", 64)
     assert ended.status == 2 and "argument --ch: the sizes are those of --init-from" in ended.err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_continue_without_end_and_skip_what_cannot_be_read(tmp_path, logged, workers):
+    for i in range(6):
+        Image.new("RGB", (4, 4), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    paths = find_images(tmp_path)
+
+    def reds(source, batch_size, count, first=0):
+        settings = Namespace(batch_size=batch_size, image_size=4, random_seed=3, dataloader_workers=workers)
+        batches = train_vqgan.endless_batches(source, settings, first)
+        return [batch[:, 0, 0, 0].tolist() for batch in itertools.islice(batches, count)]
+
+    images = load_images(paths, 4)
+    for size in (4, 2, 99):
+        order = EpochOrder(6, min(size, 6), seed=3)
+        expected = [[40 * index for _, index in order.batch(*order.place(number))] for number in range(9)]
+        assert reds(images, size, 9) == expected == reds(paths, size, 9)
+        assert reds(images, size, 4, first=5) == expected[5:]
+    for i in (0, 1, 2, 4):
+        paths[i].write_bytes(b"damaged")
+    assert sorted(reds(paths, 1, 8)) == [[120]] * 4 + [[200]] * 4 and len(logged.messages) == 4
+    for i in (3, 5):
+        paths[i].write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="none of 6 images can be read"):
+        reds(paths, 2, 1)

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple
 
 import torch
 
-import log
-from data.order import EpochOrder
-from data.words import EXAMPLES, summarize_captions
 from generation.loading import OPTIONS
 from utils import checkpoint
+from utils.command_line import describe_error
 from utils.files import check_writable, remove_leftovers
 from utils.interrupts import defer_signals
 
@@ -82,11 +80,8 @@ class Folder:
             remove_leftovers(self.path, *FILES)
 
     def origin(self) -> Optional[Tuple[Any, Dict[str, Any]]]:
-        """Return the path and content of the checkpoint to resume from, or None to start a new run.
-
-        If the newest checkpoint is damaged, this is logged and the previous one is used.
-        """
-        found = self.read_origin()
+        """Return the path and content of the checkpoint to resume from, or None to start a new run."""
+        found = self._read_origin()
         if found and self.written and "step" not in found[1]:
             raise ValueError(
                 f"{found[0]}: is of another program, and this run would replace that program's checkpoints; "
@@ -94,8 +89,7 @@ class Folder:
             )
         return found
 
-    def read_origin(self) -> Optional[Tuple[Path, Dict[str, Any]]]:
-        """Return what origin returns, whichever program wrote it."""
+    def _read_origin(self) -> Optional[Tuple[Path, Dict[str, Any]]]:
         if self.settings.pretrained_checkpoint:
             start = Path(self.settings.pretrained_checkpoint)
             return start, checkpoint.read(start)
@@ -239,11 +233,9 @@ def resume(run: Run, path: Any, saved: Dict[str, Any], model: DALLE) -> None:
 def enter_order(run: Run, path: Any, saved: Dict[str, Any]) -> List[str]:
     """Let the run continue after the samples that a checkpoint has seen; describe what has changed in their number."""
     batches, before = run.batches, saved.get("data_order")
-    if isinstance(before, dict):
-        images, size, seen = (before.get(key) for key in ("num_samples", "samples_per_step", "samples_seen"))
-    else:  # of an older version, which counted steps only
-        images, size = batches.num_samples, _samples_per_step(saved.get("settings", {}), run.backend.kind)
-        seen = EpochOrder(images, min(size or batches.global_batch, images)).samples_seen(run.step)
+    if not isinstance(before, dict):  # of the reference application, which counts epochs
+        return []
+    images, size, seen = (before.get(key) for key in ("num_samples", "samples_per_step", "samples_seen"))
     if not isinstance(seen, int) or seen < 0:
         raise ValueError(f"{path}: its data_order has no number of samples_seen")
     batches.enter(run.step, seen)
@@ -258,31 +250,18 @@ def enter_order(run: Run, path: Any, saved: Dict[str, Any]) -> List[str]:
     ]
 
 
-def _samples_per_step(settings: Dict[str, Any], kind: str) -> Optional[int]:
-    """Return the samples of a step with a checkpoint's settings, or None if it has none."""
-    product = 1
-    for name in ["batch_size", "gradient_accumulation", "replication_factor"] + ["device_iterations"] * (kind == "ipu"):
-        factor = settings.get(name)
-        if not isinstance(factor, int):
-            return None
-        product *= factor
-    return product
-
-
 def find_differences(saved: Dict[str, Any], run: Run) -> List[str]:
     """Describe how a run differs from the one that wrote a checkpoint."""
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
     found = []
     if "settings" in saved:
         before, now = saved["settings"], vars(run.settings)
     else:  # of the reference application, whose hparams are a part of them
         before, now = saved["hparams"], run.hparams
     for name, value in now.items():
-        if name in before and name not in MAY_DIFFER and plain(before[name]) != plain(value):
-            found.append(f"--{name.replace('_', '-')} {value}, was {before[name]}")
+        value = list(value) if isinstance(value, tuple) else value
+        was = list(before[name]) if isinstance(before.get(name), tuple) else before.get(name, value)
+        if was != value and name not in MAY_DIFFER:
+            found.append(f"--{name.replace('_', '-')} {value}, was {was}")
     version = saved.get("versions", {}).get("torch")
     if version not in (None, str(torch.__version__)):
         found.append(f"torch {torch.__version__}, was {version}")
@@ -294,10 +273,11 @@ def find_differences(saved: Dict[str, Any], run: Run) -> List[str]:
 def summarize(run: Run) -> Dict[str, Any]:
     """Return the words and some examples of the training captions; they are collected once per run."""
     if run.captions is None:
-        dataset, tokenizer = run.dataset, run.tokenizer
-        rows = [number * len(dataset) // (4 * EXAMPLES) for number in range(4 * EXAMPLES)]  # some are equal or too long
-        texts = dataset.iter_captions(tokenizer), dataset.iter_captions(tokenizer, rows)
-        run.captions = summarize_captions(*texts)
+        dataset, decode, count = run.dataset, run.tokenizer.decode, 4 * checkpoint.EXAMPLES
+        rows = [number * len(dataset) // count for number in range(count)]  # some are equal or too long
+        examples = (" ".join(decode(tokens).split()) for row in rows for tokens in dataset.captions(row)[:1])
+        texts = (decode(tokens) for row in range(len(dataset)) for tokens in dataset.captions(row))
+        run.captions = checkpoint.summarize_captions(texts, examples)
     return run.captions
 
 
@@ -333,10 +313,9 @@ def save(run: Run, name: str) -> Optional[Path]:
             if name != BEST:
                 folder.add(path)
     except OSError as error:
-        logger.warning("no checkpoint of step %d: %s%s", run.step, log.describe_error(error), describe_last(run))
+        logger.warning("no checkpoint of step %d: %s%s", run.step, describe_error(error), describe_last(run))
         return None
     logger.info("wrote %s", path)
-    run.trackers.plot()
     return path
 
 

@@ -7,22 +7,21 @@ import os
 import shutil
 import statistics
 import time
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
+from backends.memory import memory_explained
 from data.images import load_image
-from data.order import RunOrder
 from training import checkpoints
+from training.loop import RunOrder, describe_less
 
 if TYPE_CHECKING:
     from backends.base import StageEstimate
     from backends.memory import Memory
     from training.run import Run
 
-MAX_ROUNDS = 20  # of timed steps
-ENOUGH_SECONDS = 10.0  # of timed steps, after two rounds
-ENCODED_IMAGES = 2  # to measure how long encoding takes
+ROUNDS = 3  # of timed steps
 PARTS = {
     "text_emb": "text embedding",
     "image_emb": "image embedding",
@@ -59,12 +58,8 @@ def measure(run: Run) -> Iterator[Tuple[str, str]]:
     if run.backend.compile_only:
         yield "time", "unknown without a device"
     else:
-        try:
+        with memory_explained(describe_less(run)):
             seconds, peak = time_steps(run, weights)
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
-                raise
-            raise ValueError("out of memory: lower --batch-size, or use --recompute") from None
         left = run.steps - run.step
         yield (
             "time",
@@ -92,22 +87,19 @@ def describe_encoding(run: Run) -> Optional[str]:
     missing = sum(dataset.to_encode for dataset in datasets)
     if not missing:
         return None
-    seconds = []
-    if run.backend.kind != "ipu":
-        encode = run.backend.encode(run.vae)
-        for index in itertools.islice(itertools.cycle(range(len(run.dataset))), 1 + ENCODED_IMAGES):
-            started = time.monotonic()
-            try:
-                pixels = torch.from_numpy(load_image(run.dataset.image(index), run.vae.image_size))
-            except (ValueError, OSError):
-                continue
-            encode(pixels.permute(2, 0, 1)[None].float() / 255)
-            seconds.append(time.monotonic() - started)
     text = f"{missing:,} images to encode once before training"
-    if len(seconds) < 2:
+    if run.backend.kind == "ipu":
         return text
-    each = min(seconds[1:])  # the first is slower
-    return f"{text}: about {format_seconds(missing * each)} ({each:.3g} s an image, measured)"
+    encode, seconds = run.backend.encode(run.vae), 0.0
+    for index in (0, 0, 1):  # the first time is slower
+        started = time.monotonic()
+        try:
+            pixels = torch.from_numpy(load_image(run.dataset.image(index % len(run.dataset)), run.vae.image_size))
+        except (ValueError, OSError):
+            return text
+        encode(pixels.permute(2, 0, 1)[None].float() / 255)
+        seconds = time.monotonic() - started
+    return f"{text}: about {format_seconds(missing * seconds)} ({seconds:.3g} s an image, measured)"
 
 
 def describe_stage(stage: StageEstimate, of_ipu: Sequence[StageEstimate]) -> str:
@@ -128,9 +120,9 @@ def time_steps(run: Run, weights: Dict[str, torch.Tensor]) -> Tuple[float, Optio
     If a step has many micro-batches, steps of one and of two are timed: each further one takes what the second does.
     """
     micro_batches, memory = run.backend.micro_batches, run.backend.memory
-    order = RunOrder(run.batches, run.step, run.step + 2 * MAX_ROUNDS + 1)
-    times: Dict[int, list] = {}  # seconds of steps by their number of micro-batches
-    before, first = 0, None
+    order = RunOrder(run.batches, run.step, run.step + 2 + 2 * ROUNDS)  # the first round only warms up
+    times: Dict[int, List[float]] = {1: [], 2: []}  # seconds of steps by their number of micro-batches, 1 for all
+    before = 0
     run.trainer.set_lr(run.learning_rate())
     for number, batch in enumerate(run.backend.loader(run.dataset, order)):
         partly = isinstance(batch, Iterator) and micro_batches > 2
@@ -139,17 +131,12 @@ def time_steps(run: Run, weights: Dict[str, torch.Tensor]) -> Tuple[float, Optio
             if memory is not None:
                 before = memory.in_use()
                 memory.forget_peak()
-        count = (2, 1)[number % 2] if partly else micro_batches
+        count = 1 + number % 2 if partly else 1
         started = time.monotonic()
         run.trainer.step(itertools.islice(batch, count) if partly else batch)
-        if number > partly:  # the first round only warms up
-            first = first or started
-            times.setdefault(count, []).append(time.monotonic() - started)
-        rounds = min(len(times.get(n, ())) for n in ((1, 2) if partly else (micro_batches,)))
-        if rounds >= MAX_ROUNDS or (rounds >= 2 and first and time.monotonic() - first > ENOUGH_SECONDS):
-            break
-    seconds = {count: statistics.median(measured) for count, measured in times.items()}
-    step = seconds[2] + (micro_batches - 2) * max(seconds[2] - seconds[1], 0) if partly else seconds[micro_batches]
+        times[count].append(time.monotonic() - started)
+    first, second = (statistics.median(seconds[1:] or [0.0]) for seconds in times.values())
+    step = second + (micro_batches - 2) * max(second - first, 0) if partly else first
     return step, None if memory is None else describe_memory(run, memory, weights, before)
 
 
@@ -171,7 +158,8 @@ def describe_memory(run: Run, memory: Memory, weights: Dict[str, torch.Tensor], 
     total, free = memory.total(), memory.free()
     return (
         f"{format_bytes(peak)} at the peak of these steps, measured, of {format_bytes(total)} on {run.backend.kind} "
-        f"({format_bytes(free)} free){'' if peak < total else '; NOT ENOUGH'}: {_list_sizes(parts)}"
+        f"({format_bytes(free)} free){'' if peak < total else '; NOT ENOUGH'}: "
+        + ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
     )
 
 
@@ -201,10 +189,6 @@ def size_of(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(size_of, value.values()))
     return sum(map(size_of, value)) if isinstance(value, (list, tuple)) else 0
-
-
-def _list_sizes(parts: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
 
 
 def format_bytes(count: float) -> str:

@@ -21,7 +21,7 @@ from typing import Any, Deque, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 from PIL import Image
 
-import log
+from utils.command_line import describe_error
 from utils.files import atomic_write
 from utils.interrupts import defer_signals
 
@@ -47,61 +47,32 @@ class Tracker:
         """Record the sample images of a step."""
 
     def flush(self) -> None:
-        """Write everything to disk."""
-
-    def plot(self) -> None:
-        """Plot the metrics so far."""
+        """Write everything to disk; a checkpoint follows."""
 
     def close(self) -> None:
         """Write everything; the run is over."""
 
 
-class Trackers:
+class Trackers(Tracker):
     """All trackers of a run; if one raises an error, this is logged once and the run continues without it."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()):
         self.trackers = list(trackers)
 
-    def log_update(
-        self,
-        step: int,
-        epoch: int,
-        lr: float,
-        losses: Dict[str, float],
-        samples_per_second: float,
-        skipped: bool = False,
-    ) -> None:
-        """Record an update. losses: total, text, image, and grad_norm if the backend measures it."""
-        metrics: Metrics = {
-            "epoch": epoch,
-            **_prefix("loss", losses),
-            "lr": lr,
-            "samples_per_second": samples_per_second,
-        }
-        if "grad_norm" in losses:
-            metrics["grad_norm"] = losses["grad_norm"]
-        if skipped:
-            metrics["skipped"] = True
+    def log(self, step: int, metrics: Metrics) -> None:
         self._each("log", step, metrics)
 
-    def log_validation(self, step: int, losses: Dict[str, float]) -> None:
-        """Record a validation. losses: total, text, image and perplexity."""
-        self._each("log", step, {**_prefix("held-out", losses), "held-out/perplexity": losses["perplexity"]})
+    def log_losses(self, group: str, step: int, losses: Dict[str, float], **more: Any) -> None:
+        """Record the losses of an update (group "loss") or of a validation ("held-out"), and further metrics."""
+        self.log(step, {**{f"{group}/{name}": losses[name] for name in ("total", "text", "image")}, **more})
 
     def log_image(self, step: int, image: Image.Image) -> None:
-        """Record the sample images of a step."""
         self._each("log_image", step, image)
 
     def flush(self) -> None:
-        """Write everything to disk."""
         self._each("flush")
 
-    def plot(self) -> None:
-        """Plot the metrics so far."""
-        self._each("plot")
-
     def close(self) -> None:
-        """Write everything; the run is over."""
         self._each("close")
 
     def _each(self, method: str, *arguments: Any) -> None:
@@ -110,12 +81,8 @@ class Trackers:
                 getattr(tracker, method)(*arguments)
             except Exception as error:  # other people's packages may raise anything
                 self.trackers.remove(tracker)
-                reason = log.describe_error(error)
+                reason = describe_error(error)
                 logger.warning("%s: %s; the run continues without it", type(tracker).__name__, reason)
-
-
-def _prefix(group: str, losses: Dict[str, float]) -> Metrics:
-    return {f"{group}/{name}": losses[name] for name in ("total", "text", "image")}
 
 
 def open_trackers(settings: Namespace, folder: Optional[Path], step: int) -> Trackers:
@@ -151,12 +118,12 @@ def _start_wandb(wandb: Any, settings: Namespace) -> Any:
     try:
         return wandb.init(**options)
     except Exception as error:
-        reason = log.describe_error(error).rstrip(".")
+        reason = describe_error(error).rstrip(".")
         logger.warning("--wandb: %s; recording offline, `wandb sync` uploads it later", reason)
     try:
         return wandb.init(mode="offline", **options)
     except Exception as error:
-        logger.warning("--wandb: %s; the run continues without it", log.describe_error(error))
+        logger.warning("--wandb: %s; the run continues without it", describe_error(error))
         return None
 
 
@@ -205,12 +172,12 @@ class MetricsFile(Tracker):
     """
 
     def __init__(self, path: Path, step: int):
-        self.path, self.plot_path = Path(path), Path(path).with_name("loss.png")
+        self.path, self.plot_path = path, path.with_name("loss.png")
         self.lines: Deque[str] = collections.deque(maxlen=MAX_LINES)
         self.flushed_at = self.plot_due_at = time.monotonic()
         self.writable = self.can_plot = True
         try:
-            _truncate_after(self.path, step)
+            _truncate_after(path, step)
         except OSError as error:
             self._log_error(error)
 
@@ -218,9 +185,18 @@ class MetricsFile(Tracker):
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.lines.append(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         if time.monotonic() - self.flushed_at > FLUSH_SECONDS:
-            self.flush()
+            self._write()
 
     def flush(self) -> None:
+        self._write()
+        if time.monotonic() >= self.plot_due_at:
+            self._plot()
+
+    def close(self) -> None:
+        self._write()
+        self._plot()
+
+    def _write(self) -> None:
         if not self.lines:
             return
         self.flushed_at = time.monotonic()
@@ -238,23 +214,18 @@ class MetricsFile(Tracker):
             logger.warning("%s: cannot be written (%s); the run continues", self.path, error.strerror or error)
         self.writable = False
 
-    def plot(self, at_end: bool = False) -> None:
-        """Plot the losses, unless that would take more than PLOT_SHARE of the run's time."""
-        started = time.monotonic()
-        if not self.can_plot or not self.path.exists() or (started < self.plot_due_at and not at_end):
+    def _plot(self) -> None:
+        if not self.can_plot or not self.path.exists():
             return
+        started = time.monotonic()
         try:
             plot_metrics(self.path, self.plot_path)
         except Exception as error:  # a run does not need its plots
-            reason = "matplotlib is not installed" if isinstance(error, ImportError) else log.describe_error(error)
+            reason = "matplotlib is not installed" if isinstance(error, ImportError) else describe_error(error)
             logger.warning("no %s: %s", self.plot_path, reason)
             self.can_plot = isinstance(error, OSError)  # a disk may have room again
         now = time.monotonic()
         self.plot_due_at = now + (now - started) / PLOT_SHARE
-
-    def close(self) -> None:
-        self.flush()
-        self.plot(at_end=True)
 
 
 def _append(path: Path, content: bytes) -> None:
@@ -335,38 +306,26 @@ def plot_metrics(metrics_path: Path, path: Path) -> None:
     figure = Figure(figsize=(10, 6.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     losses, rates = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (5, 1)})
-    shown = []
+    shown: List[float] = []
     for name, color in COLORS.items():
-        for group, style in ((f"loss/{name}", "-"), (f"held-out/{name}", "--")):
-            steps, values = curves.get(group, ([], []))
-            if not steps:
-                continue
-            if style == "-":
-                losses.plot(steps, values, color=color, linewidth=0.7, alpha=0.2)
-            line = smooth(values) if style == "-" else np.asarray(values, dtype=float)
+        for group, style, label in (("loss", "-", name), ("held-out", "--", f"{name}, validation")):
+            steps, values = curves.get(f"{group}/{name}", ([], []))
+            line = smooth(values) if steps and group == "loss" else np.array(values, dtype=float)
             finite = line[np.isfinite(line)]
-            label = f"{name}{', validation' * (style == '--')}" + (f": {finite[-1]:.3g}" if len(finite) else "")
-            losses.plot(steps, line, style, color=color, linewidth=1.8, label=label)
-            shown.extend(finite)
+            if len(finite):
+                losses.plot(steps, line, style, color=color, linewidth=1.8, label=f"{label}: {finite[-1]:.3g}")
+                shown.extend(finite)
     skipped, _ = curves.get("skipped", ([], []))
     if skipped:
-        transform = losses.get_xaxis_transform()
-        label = f"{len(skipped)} skipped updates"
-        losses.plot(skipped, [0.01] * len(skipped), "|", color="#b00020", transform=transform, label=label)
-    if shown:  # raw losses may leave the axes, smoothed ones not
-        low, high = min(shown), max(shown)
-        if low > 0 and high > LOG_SCALE_FROM * low:
-            losses.set_yscale("log")
-            losses.set_ylim(low / 1.25, high * 1.25)
-        else:
-            margin = 0.06 * (high - low) or 0.1
-            losses.set_ylim(low - margin, high + margin)
+        at_bottom = {"transform": losses.get_xaxis_transform(), "label": f"{len(skipped)} skipped updates"}
+        losses.plot(skipped, [0.01] * len(skipped), "|", color="#b00020", **at_bottom)
+    if shown:
+        log_scale = min(shown) > 0 and max(shown) > LOG_SCALE_FROM * min(shown)
+        losses.set_yscale("log" if log_scale else "linear")
         losses.legend(frameon=False)
     losses.set_ylabel("loss")
     rates.plot(*curves.get("lr", ((), ())), color="#555555")
-    rates.set_ylim(bottom=0)
-    rates.set_ylabel("learning rate")
-    rates.set_xlabel("updates")
+    rates.set(ylim=(0, None), ylabel="learning rate", xlabel="updates")
     for axes in (losses, rates):
         axes.grid(color="#e3e3e3", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)

@@ -80,8 +80,7 @@ def compare(
         folder: for nearest.png and, in `.codes`, the codes of the training images.
     """
     vae, small = loaded.model.vae, []
-    options = {"image_seq_len": vae.image_seq_len, "num_codes": vae.num_tokens, "fingerprint": vae.fingerprint()}
-    cache = open_code_cache(training_set.folder, folder / ".codes", image_size=vae.image_size, **options)
+    cache = open_code_cache(training_set.folder, folder / ".codes", vae)
     paths = training_set.image_paths()
     rows, index = load_codes(training_set.images, loaded.encode, cache, paths=paths, batch_size=min(batch_size, 16))
     good = np.flatnonzero(index >= 0)

@@ -18,23 +18,20 @@ import backends
 import log
 from args import NETWORK
 from backends.base import Trainer, TrainingBackend
-from data.array_cache import ArrayCache
 from data.codes import load_codes, open_code_cache
 from data.files import printable
 from data.loader import GeneratedDataset, TextImageDataset, count_validation
-from data.order import EpochOrder
 from data.sources import folder_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from generation.loading import read_model
 from models.dalle import DALLE
-from models.image_tokenizer import ImageTokenizer
-from models.official_vqgan import OFFICIAL_PARAMS
-from models.vae import VQGanVAE, load_vqgan
+from models.vae import ImageTokenizer, VQGanVAE
+from models.vqgan_files import OFFICIAL_PARAMS, load_vqgan
 from training import checkpoints
+from training.loop import EpochOrder, LearningRate
 from training.metrics import Trackers, open_trackers
 from utils import checkpoint
 from utils.files import check_writable
-from utils.optimization import LearningRate
 
 logger = logging.getLogger("minidalle")
 
@@ -167,13 +164,7 @@ def build(settings: Namespace) -> Run:
         batches=batches,
         hparams=hparams,
         trainer=trainer,
-        schedule=LearningRate(
-            settings.lr_scheduler,
-            settings.learning_rate,
-            epochs=settings.epochs,
-            steps=0,  # set_length knows
-            warmup_steps=settings.warmup_steps,
-        ),
+        schedule=LearningRate(settings.lr_scheduler, settings.learning_rate, settings.warmup_steps),
         vqgan_fingerprint=vae.fingerprint(),
         data_fingerprint=dataset.fingerprint(),
     )
@@ -245,7 +236,7 @@ def open_folder(
 ) -> TextImageDataset:
     """Return a folder's pairs with pixels, or with codes from the cache, into which missing ones are encoded first."""
     cache_dir = None if settings.no_codes_cache else find_cache_dir(folder, settings.codes_cache)
-    cache = None if cache_dir is None else open_cache(folder, cache_dir, vae)
+    cache = None if cache_dir is None else open_code_cache(folder_of(folder), cache_dir, vae)
     dataset = TextImageDataset(
         folder,
         tokenizer,
@@ -262,12 +253,13 @@ def open_folder(
     if training:
         refuse_small_set(len(dataset), settings, backend)
     if not settings.codes_cache and cache_dir not in (None, dataset.folder):  # read-only, but perhaps cached before
-        complete = open_cache(folder, dataset.folder, vae)
+        complete = open_code_cache(dataset.folder, dataset.folder, vae)
         cache = complete if all(image in complete for image in dataset.images) else cache
     if cache is None:
         dataset[0]  # fails now if no image can be read
-    elif settings.dry_run:  # encoding may take hours
-        attach_empty_codes(dataset, vae, cache)
+    elif settings.dry_run:  # encoding may take hours; zeros take a step as long as any codes
+        dataset.to_encode = sum(image not in cache for image in dataset.images)
+        dataset.attach_codes(np.broadcast_to(np.uint16(0), (len(dataset), vae.image_seq_len)))
     else:
         codes, rows = load_codes(
             dataset.images,
@@ -296,18 +288,6 @@ def find_cache_dir(folder: str, given: Optional[str]) -> Path:
         return cache_dir
 
 
-def open_cache(folder: str, cache_dir: Path, vae: ImageTokenizer) -> ArrayCache:
-    """Return the cache of this image tokenizer's codes of a folder's images."""
-    return open_code_cache(
-        folder_of(folder),
-        cache_dir,
-        image_size=vae.image_size,
-        image_seq_len=vae.image_seq_len,
-        num_codes=vae.num_tokens,
-        fingerprint=vae.fingerprint(),
-    )
-
-
 def refuse_small_set(images: int, settings: Namespace, backend: TrainingBackend) -> None:
     """Raise ValueError, with flags that would fit, if an update needs more samples than the training set will have."""
     if settings.validation_split:
@@ -315,24 +295,15 @@ def refuse_small_set(images: int, settings: Namespace, backend: TrainingBackend)
     needed = backend.samples_per_step * backend.world_size
     if images >= needed:
         return
-    batch, accumulation = settings.batch_size, settings.gradient_accumulation
-    replicas = needed // (batch * accumulation)
-    flags = f"--batch-size {batch} × --gradient-accumulation {accumulation}"
-    flags += f" × {replicas} replicas or iterations" if replicas > 1 else ""
+    per_micro_batch = needed // settings.gradient_accumulation
     least = backend.least_accumulation
-    aim = max(least, images // 8)  # samples of an update; fewer than 8 updates an epoch learn little from a small set
-    fitting = 1 if replicas * least > aim else replicas
-    batch = max(1, min(batch, aim // (fitting * least)))
-    advice = f"--batch-size {batch} --gradient-accumulation {aim // (batch * fitting)}"
-    advice += " --replication-factor 1 --device-iterations 1" if fitting != replicas else ""
+    # Samples of an update; fewer than 8 updates an epoch learn little from a small set.
+    accumulation = max(least, images // 8 // per_micro_batch)
+    advice = f"--batch-size {settings.batch_size} --gradient-accumulation {accumulation}"
+    if accumulation * per_micro_batch > images:
+        advice = f"--batch-size 1 --gradient-accumulation {least} --replication-factor 1 --device-iterations 1"
     advice = advice if images >= least else f"{least} or more"
     raise ValueError(
-        f"{settings.input_folder}: one step takes {needed:,} samples ({flags}), but the set has {images:,}; {advice} "
-        "would fit, or use --config photos"
+        f"{settings.input_folder}: one step takes {needed:,} samples, but the set has {images:,}; {advice} would fit, "
+        "or use --config photos"
     )
-
-
-def attach_empty_codes(dataset: TextImageDataset, vae: ImageTokenizer, cache: Any) -> None:
-    """Attach zeros for codes, which take a step as long as any, and count the images to encode in `to_encode`."""
-    dataset.to_encode = sum(picture not in cache for picture in dataset.images)
-    dataset.attach_codes(np.broadcast_to(np.uint16(0), (len(dataset), vae.image_seq_len)))

@@ -329,7 +329,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _reconstruction(vae_path: str) -> Any:
-    from models.vae import load_vqgan
+    from models.vqgan_files import load_vqgan
 
     vae = load_vqgan(vae_path)
 

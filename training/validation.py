@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Sequence, Tuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import log
 from data.images import load_image
-from generation.output import to_image
+from generation.images import to_image
 from models.sampling import Sampling
+from utils.command_line import describe_error
 from utils.files import atomic_write
 
 if TYPE_CHECKING:
     from training.run import Run
 
-RISES = 3  # of the validation loss in a row that are no accident
 MAX_PAIRS = 8  # in a sample grid
 SIDES = 160, 256  # pixels; smaller images are enlarged, larger ones reduced
 ROWS = "real", "VQGAN", "model"
@@ -54,29 +53,6 @@ def add_perplexity(losses: Dict[str, float]) -> Dict[str, float]:
     return {**losses, "perplexity": math.exp(min(losses["image"], 700))}  # a float overflows above
 
 
-class OverfittingMonitor:
-    """Notice that the validation loss rises while the training loss falls, validation after validation."""
-
-    def __init__(self) -> None:
-        self._sum, self._count = 0.0, 0
-        self._means: List[Tuple[float, float]] = []  # training and validation loss of the latest validations
-        self._warned = False
-
-    def add(self, loss: float) -> None:
-        """Take the training loss of an update."""
-        self._sum, self._count = self._sum + loss, self._count + 1
-
-    def validated(self, loss: float) -> bool:
-        """Take a validation loss; return True once, when it has risen RISES times in a row while training's fell."""
-        if self._count:
-            self._means = [*self._means, (self._sum / self._count, loss)][-RISES - 1 :]
-            self._sum, self._count = 0.0, 0
-        steps = list(zip(self._means, self._means[1:]))
-        overfits = len(steps) == RISES and all(after[0] < before[0] and after[1] > before[1] for before, after in steps)
-        warn, self._warned = overfits and not self._warned, self._warned or overfits
-        return warn
-
-
 class Samples(NamedTuple):
     """What the sample images of a run show, the same at every step; images are float (N, 3, S, S) in [0, 1]."""
 
@@ -101,7 +77,7 @@ def write_samples(run: Run) -> None:
         if run.folder.path:
             save_samples(grid, run.samples.captions, run.folder.path / "samples", run.step)
     except (ValueError, OSError, RuntimeError) as error:  # the last one if memory runs out
-        logger.warning("no sample images of step %d: %s", run.step, log.describe_error(error))
+        logger.warning("no sample images of step %d: %s", run.step, describe_error(error))
         return
     run.trackers.log_image(run.step, grid)
 

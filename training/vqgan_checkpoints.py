@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from args import VQGAN_SIZES
-from models.vae import VQGanVAE, load_vqgan
+from models.vae import VQGanVAE
+from models.vqgan_files import load_vqgan
 from models.vqgan_training import VQGanTrainer
 from utils.checkpoint import write
 from utils.files import atomic_write, first_line

@@ -5,6 +5,7 @@ scheduler_state. Further entries are ours: step, tokenizer, sampling, settings, 
 tensors or plain values. A .safetensors file holds the weights and what generating needs, nothing of the training.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -15,13 +16,12 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from utils import dalle_pytorch
 from utils.files import AnyPath, atomic_write, first_line
 from utils.foreign_pickle import read_entries
 
@@ -37,6 +37,10 @@ KINDS = {
     **dict.fromkeys(("progress", "trainer", "versions", "captions"), dict),
     **dict.fromkeys(("step", "epoch"), int),
 }
+DALLE_PYTORCH = ("transformer.layers.layers.", "transformer.layers.blocks.")  # how its weights are named
+MAX_WORDS = 20_000  # of captions that a file keeps: the most frequent ones
+EXAMPLES = 12
+EXAMPLE_CHARACTERS = 120
 VOCABULARY = "tokenizer.vocabulary"  # name of the vocabulary's bytes among a .safetensors file's tensors
 EXPORTED_KEYS = (
     *("hparams", "vae_params", "epoch", "step", "progress", "tokenizer", "vqgan", "data", "sampling"),
@@ -115,7 +119,9 @@ def read(path: AnyPath) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; give a file that train.py wrote (dalle_<epoch>.pt)")
     checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if dalle_pytorch.is_dalle_pytorch(checkpoint):
+    if _is_dalle_pytorch(checkpoint):
+        from utils import dalle_pytorch
+
         try:
             checkpoint = dalle_pytorch.convert(checkpoint)
         except ValueError as error:
@@ -137,6 +143,18 @@ def read(path: AnyPath) -> Checkpoint:
     if "step" in checkpoint and "layout" not in checkpoint.get("versions", {}):  # the reference application has no step
         _rename_conv_like(checkpoint["hparams"])
     return checkpoint
+
+
+def _is_dalle_pytorch(saved: Any) -> bool:
+    """Return whether a file's content is a checkpoint of DALLE-pytorch's train_dalle.py."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("hparams"), dict):
+        return False
+    weights = saved.get("weights")
+    if isinstance(weights, str):  # DeepSpeed's auxiliary.pt has a hint in their place
+        return True
+    return isinstance(weights, dict) and any(
+        isinstance(name, str) and name.startswith(DALLE_PYTORCH) for name in weights
+    )
 
 
 def _rename_conv_like(hparams: Dict[str, Any]) -> None:
@@ -165,7 +183,7 @@ def _read_torch(path: Path) -> Any:
         name = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_]\w*(?:\.\w+)*)", str(error))
         with contextlib.suppress(ValueError):  # DALLE-pytorch's files may hold their settings as objects
             entries = read_entries(path, "weights")
-            if dalle_pytorch.is_dalle_pytorch(entries):
+            if _is_dalle_pytorch(entries):
                 return entries
         if name:
             problem = f"holds {name.group(1)}, neither tensor nor plain value, and was not opened"
@@ -291,3 +309,27 @@ def check_vocabulary(path: AnyPath, saved: Checkpoint, fingerprint: str, flag: s
 def short(fingerprint: Any) -> str:
     """Shorten a fingerprint for messages."""
     return str(fingerprint)[:12]
+
+
+def split_words(text: str) -> List[str]:
+    """Return the words of a text in lower case, without punctuation."""
+    return re.findall(r"\w+(?:['’-]\w+)*", text.lower())
+
+
+def summarize_captions(captions: Iterable[str], examples: Iterable[str]) -> Dict[str, Any]:
+    """Return a checkpoint's `captions` entry: {"words": {word: count}, "examples": [caption]}."""
+    counts = collections.Counter(word for caption in captions for word in split_words(caption))
+    short = (caption for caption in examples if caption and len(caption) <= EXAMPLE_CHARACTERS)
+    return {"words": dict(counts.most_common(MAX_WORDS)), "examples": list(dict.fromkeys(short))[:EXAMPLES]}
+
+
+def read_summary(entry: Any) -> Tuple[Dict[str, int], List[str]]:
+    """Return the words and examples of a checkpoint's `captions` entry, without what has no business in one."""
+    entry = entry if isinstance(entry, dict) else {}
+    words, examples = entry.get("words"), entry.get("examples")
+    words = list(words.items())[:MAX_WORDS] if isinstance(words, dict) else []
+    examples = examples[:EXAMPLES] if isinstance(examples, list) else []
+    return (
+        {word: count for word, count in words if isinstance(word, str) and isinstance(count, int)},
+        [one[:EXAMPLE_CHARACTERS] for one in examples if isinstance(one, str)],
+    )

@@ -10,17 +10,17 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 
 from utils import checkpoint
-from utils.command_line import Parser, parse
+from utils.command_line import Parser, exit_on_error, parse
 from utils.files import AnyPath, first_line
-from utils.output import exit_on_closed_output
 
 WIDTH = 118
-LABEL = 12
+LABEL = 17
+MOST_SHOWN = 100  # entries of a dict
 VQGAN = f"{checkpoint.PREFIX}vae.model."  # how names of its weights begin
 DECODER = ("decoder.", "post_quant_conv.")
 
 
-@exit_on_closed_output()
+@exit_on_error()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Print the description of a checkpoint, or write its weights alone."""
     parser = Parser("Describe a checkpoint; with --export, write its weights alone.", usage="FILE [flags]")
@@ -33,17 +33,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     arguments = parse(parser, argv)
     if arguments.export is not None and not arguments.export.endswith(".safetensors"):
         parser.error(f"argument --export: {arguments.export} does not end in .safetensors")
-    try:
-        saved = checkpoint.read(arguments.file)
-        if arguments.export is None:
-            print("\n".join(describe(arguments.file, saved)))
-        else:
-            if arguments.decoder is not None:
-                replace_decoder(saved["weights"], Path(arguments.decoder) / "vqgan.ckpt")
-            checkpoint.write_safetensors(arguments.export, saved, arguments.half)
-            print(f"wrote {arguments.export} ({_megabytes(Path(arguments.export).stat().st_size)})")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    saved = checkpoint.read(arguments.file)
+    if arguments.export is None:
+        print("\n".join(describe(arguments.file, saved)))
+        return
+    if arguments.decoder is not None:
+        replace_decoder(saved["weights"], Path(arguments.decoder) / "vqgan.ckpt")
+    checkpoint.write_safetensors(arguments.export, saved, arguments.half)
+    print(f"wrote {arguments.export} ({_megabytes(Path(arguments.export).stat().st_size)})")
 
 
 def replace_decoder(weights: Dict[str, torch.Tensor], path: Path) -> None:
@@ -70,21 +67,9 @@ def replace_decoder(weights: Dict[str, torch.Tensor], path: Path) -> None:
 
 
 def describe(path: AnyPath, saved: checkpoint.Checkpoint) -> List[str]:
-    """Return the lines that describe a file and its dict; a line without content is left out."""
-    versions, captions = _dict(saved, "versions"), _dict(saved, "captions")
-    rows = {
-        "made by": _maker(versions),
-        "progress": _progress(saved),
-        "parameters": _parameters(saved),
-        "hparams": _list(_dict(saved, "hparams")),
-        "VQGAN": _vqgan(saved),
-        "tokenizer": _tokenizer(saved),
-        "data": str(saved.get("data") or ""),
-        "captions": f"{len(_dict(captions, 'words')):,} words" if captions else "",
-        "sampling": _list(_dict(saved, "sampling")),
-        "settings": _list(_dict(saved, "settings")),
-        "also holds": _other_entries(saved),
-    }
+    """Return the lines that describe a file and the entries of its dict; one without content is left out."""
+    rows = {key: _render(value) for key, value in saved.items() if key not in ("weights", "ema_weights")}
+    rows.update({key: _count_parameters(saved[key]) for key in ("weights", "ema_weights") if saved.get(key)})
     lines = [f"{path}: {_megabytes(Path(path).stat().st_size)}"]
     for label, text in rows.items():
         text = "".join(letter if letter.isprintable() else "?" for letter in text)
@@ -93,23 +78,17 @@ def describe(path: AnyPath, saved: checkpoint.Checkpoint) -> List[str]:
     return lines
 
 
-def _maker(versions: Dict[str, Any]) -> str:
-    if "dalle-pytorch" in versions:
-        return f"DALLE-pytorch {versions['dalle-pytorch']}"
-    return f"train.py with {_list(versions)}" if versions else "unknown, as in the reference's files"
-
-
-def _dict(saved: Dict[str, Any], key: str) -> Dict[str, Any]:
-    return saved[key] if isinstance(saved.get(key), dict) else {}
-
-
-def _list(values: Dict[str, Any]) -> str:
-    """Join a dict as `name value, …`, without values that are None or off."""
-    shown = {name: value for name, value in values.items() if value is not None and value is not False}
-    return ", ".join(f"{name} {_plain(value)}" for name, value in shown.items())
-
-
-def _plain(value: Any) -> str:
+def _render(value: Any) -> str:
+    """Write settings as `name value, …` without those that are None or off, and count what else there is."""
+    if isinstance(value, dict) and len(value) <= MOST_SHOWN and all(isinstance(name, str) for name in value):
+        shown = {name: _render(one) for name, one in value.items() if one is not None and one is not False}
+        return ", ".join(f"{name} {text}" for name, text in shown.items() if text)
+    tensors = _tensors_in(value)
+    if tensors:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return f"{len(tensors)} tensor{'s' * (len(tensors) > 1)}, {_megabytes(size)}"
+    if isinstance(value, dict):
+        return f"{len(value):,} entries"
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value)) or "none"
     return "on" if value is True else str(value)
@@ -119,57 +98,18 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def _progress(saved: checkpoint.Checkpoint) -> str:
-    phrases = [f"{key} {saved[key]}" for key in ("step", "epoch") if saved.get(key) is not None]
-    formats = {"held_out_loss": "validation loss {:.4f}", "best_loss": "best {:.4f}", "skipped": "{} updates skipped"}
-    values = _dict(saved, "progress")
-    known = [name for name in formats if isinstance(values.get(name), (int, float))]
-    return ", ".join(phrases + [formats[name].format(values[name]) for name in known])
-
-
-def _parameters(saved: checkpoint.Checkpoint) -> str:
+def _count_parameters(weights: Dict[str, torch.Tensor]) -> str:
     phrases = []
     for owner, is_vqgan in (("DALL-E", False), ("VQGAN", True)):
         tensors = [
             tensor
-            for name, tensor in saved["weights"].items()
+            for name, tensor in weights.items()
             if (".vae." in f".{name}") is is_vqgan and "vae.model.loss." not in name  # the loss is not part of a VQGAN
         ]
         if tensors:
             types = " and ".join(sorted({str(tensor.dtype).partition(".")[2] for tensor in tensors}))
             phrases.append(f"{owner} {sum(tensor.numel() for tensor in tensors):,} in {types}")
     return "; ".join(phrases)
-
-
-def _vqgan(saved: checkpoint.Checkpoint) -> str:
-    params = _dict(saved, "vae_params")
-    inner = _dict(params, "params")
-    phrases = [str(params["target"])] if params.get("target") else []
-    phrases += [f"fingerprint {saved['vqgan']}"] if saved.get("vqgan") else []
-    sizes = {**_dict(inner, "ddconfig"), **{key: value for key, value in inner.items() if key != "ddconfig"}}
-    return ", ".join(phrase for phrase in [*phrases, _list(sizes or params)] if phrase)
-
-
-def _tokenizer(saved: checkpoint.Checkpoint) -> str:
-    known = _dict(saved, "tokenizer")
-    phrases = [str(known["kind"])] if known.get("kind") else []
-    phrases += [f"fingerprint {known['sha256']}"] if known.get("sha256") else []
-    if torch.is_tensor(known.get("vocabulary")):
-        phrases.append(f"its vocabulary of {known['vocabulary'].numel():,} bytes is in the file")
-    return ", ".join(phrases)
-
-
-def _other_entries(saved: checkpoint.Checkpoint) -> str:
-    phrases = ["averaged weights"] if _dict(saved, "ema_weights") else []
-    state = _tensors_in(saved.get("opt_state"))
-    if state:
-        total = sum(tensor.numel() * tensor.element_size() for tensor in state)
-        phrases.append(f"optimizer state ({len(state)} tensors, {_megabytes(total)})")
-    phrases += ["schedule state"] if saved.get("scheduler_state") else []
-    if "exported" in saved:
-        averaged = "averaged " if _dict(saved, "exported").get("averaged") else ""
-        phrases.append(f"nothing: {averaged}weights alone, exported")
-    return ", ".join(phrases) or "neither averaged weights nor optimizer state"
 
 
 def _tensors_in(value: Any) -> List[torch.Tensor]:

@@ -20,18 +20,6 @@ FIRST_UP_LEFT = (1, 5)  # the first version whose conv_like reaches up and to th
 SEQUENTIAL, REVERSIBLE = "transformer.layers.layers.", "transformer.layers.blocks."
 
 
-def is_dalle_pytorch(saved: Any) -> bool:
-    """Return whether a file's content is a checkpoint of DALLE-pytorch's train_dalle.py."""
-    if not isinstance(saved, dict) or not isinstance(saved.get("hparams"), dict):
-        return False
-    weights = saved.get("weights")
-    if isinstance(weights, str):  # DeepSpeed's auxiliary.pt has a hint in their place
-        return True
-    return isinstance(weights, dict) and any(
-        isinstance(name, str) and name.startswith((SEQUENTIAL, REVERSIBLE)) for name in weights
-    )
-
-
 def convert(saved: Dict[str, Any]) -> Dict[str, Any]:
     """Return the content of a DALLE-pytorch checkpoint in our layout; the optimizer's state is left out.
 

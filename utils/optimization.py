@@ -1,4 +1,4 @@
-"""Parameter groups and learning-rate schedules; the backends have the optimizers."""
+"""Parameter groups, states of optimizers and a schedule; the backends have the optimizers."""
 
 import math
 import re
@@ -64,77 +64,8 @@ def convert_ipu_state(
     return {**optimizer.state_dict(), "state": state}
 
 
-def multi_step(epoch: int, epochs: int) -> float:
-    """Warm up linearly over the first fifth of the epochs, then 1, then 0.1 for the second half of the rest."""
-    warmup = int(0.2 * epochs)
-    if epoch < warmup:
-        return (1 + epoch) / (1 + warmup)
-    return 1.0 if epoch < warmup + (epochs - warmup) / 2 else 0.1
-
-
-def constant(epoch: int, epochs: int) -> float:
-    """Warm up as multi_step does, then 1."""
-    warmup = int(0.2 * epochs)
-    return (1 + epoch) / (1 + warmup) if epoch < warmup else 1.0
-
-
 def cosine(step: int, steps: int, warmup: int) -> float:
     """Warm up linearly over `warmup` steps, then follow half a cosine that would reach 0 one step after the last."""
     if step < warmup:
         return (1 + step) / (1 + warmup)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def trapezoid(step: int, steps: int, warmup: int) -> float:
-    """Warm up linearly over `warmup` steps, then 1, then fall linearly towards 0 over the second half of the run."""
-    rising = (1 + step) / (1 + warmup)
-    falling = 2 * (steps - step) / steps
-    return min(rising, 1.0, falling)
-
-
-class LearningRate:
-    """The learning rate of each update; `name` is a value of --lr-scheduler.
-
-    ReduceLROnPlateau (factor 0.5, patience 10, cooldown 10, minimum 1e-6) depends on the losses given to epoch_ended,
-    the others only on step and epoch.
-    """
-
-    def __init__(self, name: str, peak: float, *, epochs: int, steps: int, warmup_steps: int = 0):
-        self.name, self.peak, self.epochs, self.steps, self.warmup_steps = name, peak, epochs, steps, warmup_steps
-        # torch's scheduler does the bookkeeping, on a parameter that is not trained.
-        self._holder = torch.optim.SGD([torch.zeros(1)], lr=peak)
-        self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self._holder, factor=0.5, patience=10, cooldown=10, min_lr=1e-6
-        )
-
-    def at(self, step: int, epoch: int) -> float:
-        """Return the learning rate of update `step` in `epoch`, both from 0."""
-        by_epoch = {"multi_step": multi_step, "constant": constant}
-        by_step = {"cosine": cosine, "trapezoid": trapezoid}
-        if self.name in by_epoch:
-            return self.peak * by_epoch[self.name](epoch, self.epochs)
-        if self.name in by_step:
-            return self.peak * by_step[self.name](step, self.steps, self.warmup_steps)
-        return self._holder.param_groups[0]["lr"]
-
-    def epoch_ended(self, loss: float) -> None:
-        """Take the validation loss, or the mean training loss, of the epoch that ended."""
-        if self.name == "ReduceLROnPlateau":
-            self._plateau.step(loss)
-
-    def state_dict(self) -> Dict[str, Any]:
-        """Return the state in plain values."""
-        plain = (int, float, list)
-        state = {key: value for key, value in self._plateau.state_dict().items() if isinstance(value, plain)}
-        return {"name": self.name, "lr": self._holder.param_groups[0]["lr"], "plateau": state}
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Load the state of a scheduler of the same name; ignore that of another.
-
-        Of the reference application's plateau only the rate counts: it compared losses of single micro-batches.
-        """
-        if state.get("name") == self.name:
-            self._holder.param_groups[0]["lr"] = state["lr"]
-            self._plateau.load_state_dict(state["plateau"])
-        elif self.name == "ReduceLROnPlateau" and isinstance(state.get("_last_lr"), list):
-            self._holder.param_groups[0]["lr"] = float(state["_last_lr"][0])

@@ -32,8 +32,8 @@ from backends.ipu.inference import (
 from backends.ipu.trainer import IpuTrainer
 from backends.native.trainer import ADAM_EPS
 from models.dalle import DALLE
-from models.image_tokenizer import ImageTokenizer
 from models.pipeline_dalle import Placement, check_micro_batches, placement, stages
+from models.vae import ImageTokenizer
 from utils import interrupts
 from utils.files import check_writable
 from utils.optimization import parameter_groups

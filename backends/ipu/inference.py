@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from backends.base import SamplesLost
 from backends.native.resilient_loader import MEMORY_ADVICE, explain_dead_worker, last_line
 from models.dalle import DALLE
-from models.image_tokenizer import ImageTokenizer
 from models.pipeline_dalle import unshare_masks
 from models.sampling import CodeCallback, Generators, Sampling, check_given_codes, gumbel_noise
 from models.static_sampling import FullPass, StaticSampler, settings_row
+from models.vae import ImageTokenizer
 
 logger = logging.getLogger("minidalle")
 

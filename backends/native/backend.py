@@ -25,7 +25,7 @@ from backends.native.inference import NativeSampler, decoder, encoder
 from backends.native.resilient_loader import read
 from backends.native.trainer import NativeTrainer, mean_losses
 from models.dalle import DALLE
-from models.image_tokenizer import ImageTokenizer
+from models.vae import ImageTokenizer
 from utils import interrupts
 
 logger = logging.getLogger("minidalle")

@@ -16,10 +16,9 @@ from torch.nn import functional as F
 
 from backends.native.captured_stepper import CapturedStepper
 from models.dalle import DALLE
-from models.image_tokenizer import ImageTokenizer
 from models.packed_sampler import LayerKernels, Pack, PackedStepper
 from models.sampling import CachedStepper, CodeCallback, Generators, Sampling, Stepper, sample_codes
-from models.vae import VQGanVAE
+from models.vae import ImageTokenizer, VQGanVAE
 
 logger = logging.getLogger("minidalle")
 ROWS = 4  # for fewer rows oneDNN takes other kernels, which are not faster and differ in the last bits

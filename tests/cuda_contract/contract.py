@@ -4,12 +4,9 @@ python tests/cuda_contract/contract.py PART…, in the project's folder
 """
 
 import contextlib
-import io
 import json
 import os
 import sys
-import tempfile
-from pathlib import Path
 
 import standin
 
@@ -18,9 +15,8 @@ sys.path[0] = os.getcwd()
 
 import torch  # noqa: E402
 
-import train  # noqa: E402
 from backends.native.backend import NativeBackend, NativeTrainingBackend  # noqa: E402
-from generation.batching import complete_caption, generate_batch, plan_image  # noqa: E402
+from generation.images import complete_caption, generate_batch, plan_image  # noqa: E402
 from generation.loading import load  # noqa: E402
 from models.sampling import Sampling  # noqa: E402
 from tests.builders import small_dalle, train_settings  # noqa: E402
@@ -59,17 +55,6 @@ def sampling():
         "replays": replays,
         "attention": sorted(gpu.attention),
     }
-
-
-def patterns():
-    """Codes of each pattern alone on both devices, and those of a GPU that cannot capture."""
-
-    def refuse(graph):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    found = codes_of(PATTERNS)
-    standin.capturing.__enter__ = refuse
-    return {**found, "uncaptured": codes_of(PATTERNS[3:])["equal"]}
 
 
 def codes_of(all_types):
@@ -135,45 +120,6 @@ def demo():
     gpu.limit = float("inf")
     found["afterwards"] = torch.equal(generate_batch(loads["cuda"], specs), codes["cpu"])
     return {**found, "captions": captions}
-
-
-def memory():
-    """A run of train.py that finds no memory in its third update."""
-    with tempfile.TemporaryDirectory() as folder:
-        step = train_step_that_leaves_no_memory()
-        words = "--config unit_test --device cuda --precision fp32 --batch-size 4 --max-steps 5 --dataloader-workers 0"
-        words += f" --generated-data --checkpoint-output-dir {folder}"
-        err = io.StringIO()
-        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-            try:
-                train.main(words.split())
-                status = 0
-            except SystemExit as end:
-                status = end.code
-        step()
-        return {
-            "status": status,
-            "err": err.getvalue(),
-            "files": sorted(path.name for path in Path(folder).glob("*.pt")),
-        }
-
-
-def train_step_that_leaves_no_memory():
-    from backends.native.trainer import NativeTrainer
-
-    plain, steps = NativeTrainer.step, []
-
-    def step(trainer, batch):
-        steps.append(None)
-        if len(steps) == 3:
-            gpu.limit = gpu.allocated
-        return plain(trainer, batch)
-
-    def restore():
-        NativeTrainer.step, gpu.limit = plain, float("inf")
-
-    NativeTrainer.step = step
-    return restore
 
 
 if __name__ == "__main__":

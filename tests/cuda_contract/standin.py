@@ -21,8 +21,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 GPUS = {  # compute capability, name, memory in bytes
     "h100": ((9, 0), "NVIDIA H100 80GB HBM3", 80 << 30),
-    "a100": ((8, 0), "NVIDIA A100-SXM4-40GB", 40 << 30),
-    "4090": ((8, 9), "NVIDIA GeForce RTX 4090", 24 << 30),
     "t4": ((7, 5), "Tesla T4", 16 << 30),
 }
 
@@ -58,7 +56,6 @@ import torch._dynamo  # noqa: E402  before torch.cuda is changed
 from torch.utils import _pytree as pytree  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
 
-aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 # Operations that launch nothing: views and metadata.
 FREE = {
@@ -183,12 +180,13 @@ class Gpu:
         tf32: fp32 convolutions that torch may compute in TF32.
         allocated, peak: bytes; above `limit`, memory runs out.
         tape: what a graph that is being captured has recorded.
+        replacements: operations whose CPU version has another name.
     """
 
     def __init__(self):
-        self.listening, self.limit, self.tape = True, float("inf"), None
+        self.limit, self.tape = float("inf"), None
         self.allocated = self.peak = 0
-        self.sizes, self.plans = {}, set()
+        self.sizes, self.plans, self.replacements = {}, set(), {}
         self.reset()
 
     def reset(self):
@@ -252,7 +250,7 @@ class Gpu:
         new_args, new_kwargs = pytree.tree_unflatten(given, spec)
         if to_cuda:
             new_kwargs.update(device=torch.device("cpu"), **({"pin_memory": False} if "pin_memory" in kwargs else {}))
-        found = AS_ON_CPU.get(name, func)(*new_args, **new_kwargs)
+        found = self.replacements.get(name, func)(*new_args, **new_kwargs)
         if self.tape is not None and not func.is_view and name not in FREE:
             self.tape.append((func, new_args, new_kwargs, found))
         back = {id(value): x for x, value in zip(flat, given) if isinstance(x, CudaTensor)}
@@ -279,8 +277,6 @@ class Gpu:
                 )
 
     def note(self, func, name, ours, cpu):
-        if not self.listening:
-            return
         if name in WAITS:
             self.waits[name] += 1
         if name in FREE or func.is_view or (name == "_to_copy" and cpu):
@@ -310,128 +306,6 @@ def unwrapped(x):
 
 def counted(counter, most=None):
     return ", ".join(f"{name} {count}" for name, count in counter.most_common(most)) or "none"
-
-
-# Attention: which kernel torch would take, and its result.
-
-
-def kernel_of(query, keys, values, mask, dropout):
-    """Return the kernel that torch takes on a GPU, by sdp_utils.cpp of torch 2.11 to 2.14."""
-    major, half = torch.cuda.get_device_capability()[0], query.dtype in (torch.float16, torch.bfloat16)
-    adjacent = all(x.stride(-1) == 1 for x in (query, keys, values))
-    width = query.shape[-1]
-    fits = half and adjacent and width % 8 == 0 and width <= 128 and keys.shape[-2] != 1
-    fits = fits and (dropout == 0 or query.shape[-2] == 1)
-    if major in (9, 10) and torch.backends.cuda.cudnn_sdp_enabled() and fits:
-        return "cudnn"
-    if half and major >= 8 and mask is None and adjacent and width <= 256:
-        return "flash"
-    if query.dtype == torch.bfloat16 and major < 8:
-        return "math"
-    return "efficient" if width % (8 if half else 4) == 0 and adjacent else "math"
-
-
-def sdpa(query, keys, values, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """torch.nn.functional.scaled_dot_product_attention of CudaTensors."""
-    if not isinstance(query, CudaTensor):
-        return PLAIN["sdpa"](query, keys, values, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if any(x is not None and not isinstance(x, CudaTensor) for x in (keys, values, attn_mask)):
-        raise Refused("Expected all tensors to be on the same device (scaled_dot_product_attention)")
-    if torch.is_autocast_enabled("cuda"):
-        query, keys, values = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, keys, values))
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
-        raise Refused(f"Expected attn_mask dtype to be bool or to match query dtype, but got {attn_mask.dtype}")
-    if not query.dtype == keys.dtype == values.dtype:
-        raise Refused("Expected query, key, and value to have the same dtype")
-    name = kernel_of(query, keys, values, attn_mask, dropout_p)
-    kind = "" if attn_mask is None else " bool mask" if attn_mask.dtype == torch.bool else " bias"
-    GPU.attention[f"{name}{kind} {str(query.dtype)[6:]}"] += 1
-    if name == "cudnn":
-        forms = tuple(
-            (tuple(x.shape), x.stride()) for x in (query, keys, values) + (attn_mask,) * (attn_mask is not None)
-        )
-        GPU.plans.add((forms, query.dtype, dropout_p, is_causal, torch.is_grad_enabled()))
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        minus = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)
-        attn_mask = torch.where(attn_mask, torch.zeros((), dtype=query.dtype, device=query.device), minus)
-    if name == "math":
-        return math_sdpa(query, keys, values, attn_mask, scale, is_causal)
-    return FusedAttention.apply(query, keys, values, attn_mask, scale, is_causal, name)
-
-
-def math_sdpa(query, keys, values, bias, scale, is_causal):
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query * scale) @ keys.transpose(-1, -2)
-    if is_causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(hidden, float("-inf"))
-    scores = scores if bias is None else scores + bias
-    return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
-
-
-class FusedAttention(torch.autograd.Function):
-    """One launch for the forward pass and one for the backward pass, computed in fp32."""
-
-    @staticmethod
-    def forward(ctx, query, keys, values, bias, scale, is_causal, name):
-        ctx.save_for_backward(query, keys, values, bias)
-        ctx.rest, ctx.name = (scale, is_causal), name
-        return one_launch(f"{name} attention", fused_forward, query, keys, values, bias, *ctx.rest)
-
-    @staticmethod
-    def backward(ctx, grad):
-        inputs = ctx.saved_tensors
-        grads = one_launch(f"{ctx.name} attention backward", fused_backward, grad, *inputs, *ctx.rest)
-        return (*grads, None, None, None, None)
-
-
-def fused_forward(query, keys, values, bias, *rest):
-    floats = (None if x is None else x.float() for x in (query, keys, values, bias))
-    out = math_sdpa(*floats, *rest).to(query.dtype)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)  # as the kernels lay it out
-
-
-def fused_backward(grad, query, keys, values, bias, *rest):
-    with torch.enable_grad():
-        leaves = [x.detach().float().requires_grad_() for x in (query, keys, values)]
-        out = math_sdpa(*leaves, None if bias is None else bias.float(), *rest)
-        grads = torch.autograd.grad(out, leaves, grad.float())
-    return tuple(x.to(query.dtype) for x in grads)
-
-
-def one_launch(name, function, *args):
-    """Apply a function to the plain tensors of its arguments and return CudaTensors."""
-    GPU.launches[name] += 1
-    inner = tuple(x.inner if isinstance(x, CudaTensor) else x for x in args)
-    with _disable_current_modes():
-        found = function(*inner)
-    if GPU.tape is not None:
-        GPU.tape.append((function, inner, {}, found))
-    return pytree.tree_map(GPU.wrapped, found)
-
-
-def flash(query, keys, values, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
-    """aten::_scaled_dot_product_flash_attention by the CPU's kernel."""
-    floats = (x.float() for x in (query, keys, values))
-    out, sums = aten._scaled_dot_product_flash_attention_for_cpu(*floats, dropout_p, is_causal, scale=scale)
-    nothing = query.new_zeros((), dtype=torch.long)
-    out = out.to(query.dtype)
-    return out, sums, None, None, query.shape[2], keys.shape[2], nothing, nothing.clone(), query.new_zeros(0)
-
-
-def flash_backward(
-    grad, query, keys, values, out, sums, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset, *, scale=None
-):
-    """aten::_scaled_dot_product_flash_attention_backward by the CPU's kernel."""
-    floats = (x.float() for x in (grad, query, keys, values, out))
-    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*floats, sums, dropout_p, is_causal, scale=scale)
-    return tuple(x.to(query.dtype) for x in grads)
-
-
-AS_ON_CPU = {
-    "_scaled_dot_product_flash_attention": flash,
-    "_scaled_dot_product_flash_attention_backward": flash_backward,
-}
 
 
 class Graph:
@@ -469,7 +343,6 @@ class capturing:
 GPU = Gpu()
 PLAIN = {
     "compatible": torch._has_compatible_shallow_copy_type,
-    "sdpa": torch.nn.functional.scaled_dot_product_attention,
     "run": threading.Thread.run,
 }
 
@@ -510,7 +383,10 @@ def install(gpu="h100"):
     }.items():
         setattr(torch.cuda, target, made)
     torch.accelerator.is_available = lambda: True
-    torch.nn.functional.scaled_dot_product_attention = sdpa
+    import attention
+
+    torch.nn.functional.scaled_dot_product_attention = attention.sdpa
+    GPU.replacements.update(attention.AS_ON_CPU)
     torch._has_compatible_shallow_copy_type = same_form
 
     def run(thread):  # both settings belong to a thread

@@ -2,15 +2,12 @@
 
 import multiprocessing
 import os
-import pickle
 import random
 import time
 
-import filelock
 import numpy as np
 import pytest
 
-from data import array_cache as cache_module
 from data.array_cache import ArrayCache
 
 FILES = [(f"{number:02d}", number, 1000 + number) for number in range(20)]
@@ -95,31 +92,6 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     assert not any(file in opened(tmp_path) for file in FILES) and filled(tmp_path)[1] == expected()
 
 
-def test_a_folder_that_can_only_be_read(tmp_path, monkeypatch):
-    filled(tmp_path)
-    monkeypatch.setattr(cache_module, "hold_lock", None)  # any writing begins with it
-    assert filled(tmp_path) == ([], expected())
-
-
-@pytest.mark.parametrize("error", [filelock.Timeout("x"), NotImplementedError(), OSError()])
-def test_without_locks_there_is_double_work_at_worst(tmp_path, monkeypatch, error):
-    def without(*_, **__):
-        raise error
-
-    monkeypatch.setattr(cache_module.FileLock, "acquire", without)
-    assert filled(tmp_path) == (FILES, expected())
-    assert filled(tmp_path)[0] == [] and suffixes(tmp_path) == [".json", ".rows"]
-
-
-def test_a_process_it_is_sent_to_maps_it_too(tmp_path):
-    filled(tmp_path)
-    values, rows = opened(tmp_path).load(FILES)
-    sent = pickle.dumps(values)
-    received = pickle.loads(sent)
-    assert len(sent) < 600 and np.array_equal(received[rows], values[rows]) and values[3].dtype == np.uint16
-    assert isinstance(values._values, np.memmap) and isinstance(received._values, np.memmap)
-
-
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
@@ -155,19 +127,6 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def test_processes_share_the_work(tmp_path):
-    logs = [tmp_path / f"{number}.log" for number in range(2)]
-    processes = [started(tmp_path, log, seconds=0.1) for log in logs]
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
-    computed = [lines(log) for log in logs]
-    assert sorted(name for names in computed for name in names) == [file[0] for file in FILES]  # each of them once
-    assert all(computed), computed
-    assert suffixes(tmp_path) == [".json", ".lock", ".rows"]
-    assert filled(tmp_path) == ([], expected())
 
 
 def test_what_a_dead_process_was_computing_another_computes(tmp_path):

@@ -1,6 +1,5 @@
 """Captions as tokens: the same from the cache as without one, and a file is tokenized again only if it changed."""
 
-import os
 import pickle
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ from data.captions import CaptionCache, encode_caption, load_captions
 from data.files import UNREAD
 from data.loader import TextImageDataset
 from data.tokenizer import load_tokenizer
-from generation.batching import encode_prompt
+from generation.images import encode_prompt
 from tests.conftest import ROOT, YTTM
 
 KINDS = {"clip": None, "yttm": ROOT / YTTM}
@@ -96,39 +95,6 @@ def test_samples_are_those_of_an_uncached_set(folder, tokenizer, tmp_path):
     assert len({tuple(plain[(epoch, 2)][0].tolist()) for epoch in range(20)}) >= 3
 
 
-def test_an_overlong_caption_is_the_same_error(folder, tokenizer, tmp_path):
-    said = []
-    for cache_dir in (None, tmp_path, tmp_path):
-        with pytest.raises(ValueError, match="tokens long, and the limit is 6.*--truncate-captions") as error:
-            TextImageDataset(folder, tokenizer, text_seq_len=6, image_size=8, cache_dir=cache_dir)
-        said.append(str(error.value))
-    first = next(i for i, texts in enumerate(TEXTS) if any(len(tokenizer.encode(text)) > 6 for text in texts))
-    assert len(set(said)) == 1 and said[0].startswith(str(folder / "words" / f"{first}.txt: "))
-    longest = max(len(tokenizer.encode(text)) for texts in TEXTS for text in texts)
-    TextImageDataset(folder, tokenizer, text_seq_len=longest, image_size=8, cache_dir=tmp_path)
-    with pytest.raises(ValueError, match=f"is {longest} tokens long"):
-        TextImageDataset(folder, tokenizer, text_seq_len=longest - 1, image_size=8, cache_dir=tmp_path)
-
-
-def test_a_long_caption_of_another_file_is_nobodys_error(folder, tokenizer, tmp_path):
-    TextImageDataset(folder, tokenizer, text_seq_len=64, image_size=8, cache_dir=tmp_path)
-    for number in (2, 3):
-        (folder / f"{number}.png").unlink()
-    TextImageDataset(folder, tokenizer, text_seq_len=13, image_size=8, cache_dir=tmp_path)
-
-
-def test_a_file_that_is_known_is_not_opened_again(folder, tokenizer, tmp_path, monkeypatch):
-    options = {"text_seq_len": 64, "image_size": 8, "cache_dir": tmp_path}
-    pictures = TextImageDataset(folder, tokenizer, **options).images
-    opened = []
-    monkeypatch.setattr("data.sources.folder._caption_fault", opened.append)
-    monkeypatch.setattr("data.files._image_fault", opened.append)
-    again = TextImageDataset(folder, tokenizer, encoded=pictures, **options)
-    assert opened == [] and again.images == pictures
-    TextImageDataset(folder, tokenizer, encoded=pictures[:1], **options)
-    assert sorted(map(os.path.basename, opened)) == ["1.png", "2.png", "3.png"]
-
-
 @pytest.mark.parametrize("damage", [b"", b"no zip", "cut", "flipped"])
 def test_a_damaged_cache_is_made_again(folder, tokenizer, tmp_path, logged, damage):
     expected = as_lists(load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer)))
@@ -145,33 +111,6 @@ def test_a_damaged_cache_is_made_again(folder, tokenizer, tmp_path, logged, dama
     assert files_of(folder)[0] in CaptionCache(folder, tmp_path, tokenizer)
 
 
-def test_an_interrupted_process_keeps_what_it_tokenized(folder, tokenizer, tmp_path, monkeypatch):
-    encode = tokenizer.encode
-
-    def interrupted(text):
-        if text.startswith("caf"):
-            raise KeyboardInterrupt
-        return encode(text)
-
-    monkeypatch.setattr(tokenizer, "encode", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer))
-    monkeypatch.setattr(tokenizer, "encode", encode)
-    seen = counting(tokenizer, monkeypatch)
-    load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer))
-    assert seen == TEXTS[2] + TEXTS[3]
-
-
-def test_a_cache_that_cannot_be_written_is_reported_and_done_without(folder, tokenizer, tmp_path, logged):
-    (tmp_path / "file").touch()
-    captions = load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path / "no", tokenizer))
-    assert "again" not in logged.text
-    cache = CaptionCache(folder, tmp_path / "later", tokenizer)
-    (tmp_path / "later").touch()
-    assert as_lists(load_captions(files_of(folder), folder, tokenizer, cache)) == as_lists(captions)
-    assert logged.text.count("captions are tokenized again in every run") == 1 and "later" in logged.text
-
-
 def test_captions_are_read_as_prompts_are(tmp_path, logged):
     """L16's vocabulary has no capitals; a prompt with some is encoded in lower case, and so is a caption."""
     tokenizer = load_tokenizer(KINDS["yttm"])
@@ -186,7 +125,7 @@ def test_captions_are_read_as_prompts_are(tmp_path, logged):
         loaded = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(text_seq_len=16))
         for index, prompt in enumerate(prompts):
             assert torch.equal(dataset[(3, index)][0], encode_prompt(loaded, prompt))
-        assert dataset.skipped == {UNREAD: [tmp_path / "2.png"]}
+        assert f"skipped 1 file ({UNREAD}): {tmp_path / '2.png'}" in logged.text
         assert "skipped 2 captions (caption that the vocabulary cannot read)" in logged.text
         assert "the vocabulary lacks 3 of 1" in logged.text
     (tmp_path / "1.txt").write_text("\u72d7\n\u732b", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,12 +45,12 @@ def files_of(folder, suffix="png"):
     return [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
-def codes_of(folder, encode, images=None, *, cache_dir=None, workers=0, **options):
+def codes_of(folder, encode, images=None, *, cache_dir=None, codebook=256, fingerprint="0123456789abcdef"):
     """(codes of the images that can be read, indices of the others)."""
-    options = {"image_size": SIZE, "image_seq_len": 4, "num_codes": 256, "fingerprint": "0123456789abcdef", **options}
-    cache = open_code_cache(folder, cache_dir or folder / ".codes", **options)
+    vae = SimpleNamespace(image_size=SIZE, image_seq_len=4, num_tokens=codebook, fingerprint=lambda: fingerprint)
+    cache = open_code_cache(folder, cache_dir or folder / ".codes", vae)
     images = files_of(folder) if images is None else images
-    codes, rows = load_codes(images, encode, cache, batch_size=3, workers=workers)
+    codes, rows = load_codes(images, encode, cache, batch_size=3)
     return codes[rows[rows >= 0]], np.flatnonzero(rows < 0).tolist()
 
 
@@ -84,7 +85,7 @@ def test_another_vqgan_codebook_crop_or_folder_has_codes_of_its_own(folder, tmp_
     encode = MeanEncoder()
     for options, seen in (
         ({"fingerprint": "0123456789abcdeX"}, 10),  # only the end differs, which the file names do not show
-        ({"num_codes": 300}, 20),
+        ({"codebook": 300}, 20),
         ({}, 20),
         ({"fingerprint": "0123456789abcdeX"}, 20),
     ):
@@ -116,16 +117,6 @@ def test_unreadable_images_are_reported_and_never_cached(folder):
     encode = MeanEncoder()
     codes, bad = codes_of(folder, encode)
     assert encode.seen == 1 and bad == [] and codes[4, 0] == 80
-
-
-def test_no_readable_image_is_an_error(folder):
-    for path in folder.rglob("*.png"):
-        path.write_bytes(b"x")
-    with pytest.raises(ValueError, match="none of 10 images can be read") as error:
-        codes_of(folder, MeanEncoder())
-    assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="no image to encode"):
-        codes_of(folder, MeanEncoder(), [])
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,9 @@ def test_captions_say_what_the_scene_is():
     words = {describe(scene, rng, first_names=True) for _ in range(60)}
     assert "two small oranges left of glasses on a blue background" in words
     assert describe(Scene((Item("owl", None),)), random.Random(1)) in ("an owl", "owl", "an owl on a white background")
+    words = {describe(Scene((Item("unicorn", None),), background="orange"), rng) for _ in range(60)}
+    assert "a unicorn on an orange background" in words and not any("an unicorn" in word for word in words)
+    assert not any(" a orange" in word for word in words)
     assert set(INVERSE) == set(RELATIONS)
 
 

@@ -1,6 +1,5 @@
 """The reader of the demo set: real drawings are read right, and what is not as the caption says is refused."""
 
-import itertools
 import random
 
 import numpy as np
@@ -12,10 +11,8 @@ from data.shapes import (
     COLORS,
     INVERSE,
     SHAPES,
-    Item,
     Scene,
     describe_scene,
-    draw_scene,
     make_sample,
     parse_caption,
 )
@@ -69,10 +66,6 @@ def test_a_caption_with_one_thing_wrong_is_not_followed(pictures):
         assert follows(describe_scene(unsized, rng), pixels)
 
 
-def cells(pixels):
-    return pixels.reshape(8, 8, 8, 8, 3).swapaxes(1, 2)  # a view: (8, 8, 8, 8, 3)
-
-
 def test_a_third_object_or_a_missing_one_is_counted(pictures):
     for pixels, captions in pictures[:40]:
         ink = (pixels != BACKGROUND).any(-1)
@@ -86,33 +79,6 @@ def test_a_third_object_or_a_missing_one_is_counted(pictures):
         missing[(missing == COLORS[parse_caption(captions[0]).first.color]).all(-1)] = BACKGROUND
         assert not follows(captions[0], missing)
     assert find_objects(np.full((64, 64, 3), BACKGROUND, np.uint8)) == []
-
-
-def test_a_scrap_of_a_shape_anywhere_is_noticed(pictures):
-    rng = random.Random(4)
-    ground = np.array(BACKGROUND, np.uint8)
-    scraps = [cell for pixels, _ in pictures[200:260] for row in cells(pixels) for cell in row]
-    scraps = [cell for cell in scraps if (np.abs(cell.astype(int) - ground).sum(-1) > 100).sum() >= 8]
-    for pixels, captions in pictures[:6]:
-        for row, column in itertools.product(range(8), range(8)):
-            if (cells(pixels)[row, column] == ground).all():
-                spoilt = pixels.copy()
-                cells(spoilt)[row, column] = rng.choice(scraps)  # often touching a shape, which hides it from the count
-                assert not follows(captions[0], spoilt)
-
-
-def test_two_shapes_of_one_color_or_two_colors_in_one_shape_are_seen():
-    pixels = draw_scene(Scene(Item("red", "star", "large"), "left", Item("blue", "star", "large")), random.Random(0))
-    same = pixels.copy()
-    (y1, x1), (y2, x2) = (np.argwhere((pixels == COLORS[c]).all(-1)).min(0) for c in ("red", "blue"))
-    caption = "a large red star left of a large blue star"
-    assert follows(caption, pixels)
-    same[y2 : y2 + 24, x2 : x2 + 22] = pixels[y1 : y1 + 24, x1 : x1 + 22][: 64 - y2, : 64 - x2]
-    assert "colour" in find_faults(caption, same)
-    half = pixels.copy()
-    top = half[: y1 + 11]
-    top[(top == COLORS["red"]).all(-1)] = COLORS["black"]
-    assert "colour" in find_faults(caption, half)
 
 
 def test_soft_noisy_and_scaled_images_are_still_read(pictures):
@@ -134,12 +100,3 @@ def test_soft_noisy_and_scaled_images_are_still_read(pictures):
     captions = [captions[0] for _, captions in sample]
     for change in (blurred, noisy, tinted, enlarged, lambda pixels: noisy(blurred(pixels))):
         assert accuracy(captions, [change(pixels) for pixels, _ in sample]) >= 0.98, change
-
-
-def test_the_reader_refuses_what_is_no_image():
-    with pytest.raises(ValueError, match="uint8"):
-        find_objects(np.zeros((64, 64, 3), np.float32))
-    with pytest.raises(ValueError, match="uint8"):
-        find_objects(np.zeros((64, 32, 3), np.uint8))
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert not follows("a red star above a blue star", noise)

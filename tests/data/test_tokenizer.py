@@ -125,12 +125,10 @@ def test_yttm_equals_youtokentome(yttm, youtokentome, captions):
 @pytest.mark.parametrize(
     "special",
     [
-        {"vocab_size": 300},
         {"vocab_size": 150, "coverage": 0.97},
         {"vocab_size": 300, "unk_id": 299, "bos_id": 7, "eos_id": 40},
-        {"vocab_size": 300, "unk_id": 2, "bos_id": -1, "eos_id": -1},
     ],
-    ids=["plain", "rare characters unknown", "special ids anywhere", "no start and end"],
+    ids=["rare characters unknown", "special ids anywhere"],
 )
 def test_any_youtokentome_model(youtokentome, tmp_path, special):
     texts = AWKWARD + random_texts(2000)
@@ -158,17 +156,6 @@ def test_tokenize_pads_with_zeros(either):
     assert either.tokenize([], 12).shape == (0, 12)
 
 
-def test_padding_is_never_decoded(either):
-    rows = either.tokenize("a dog on the grass", 12)
-    assert either.decode(rows[0]) == "a dog on the grass"
-    positions = torch.arange(12) + either.vocab_size  # the model's own id for padding at each position
-    assert either.decode(torch.where(rows[0] == 0, positions, rows[0])) == "a dog on the grass"
-    assert either.decode(rows[0].numpy()) == either.decode(rows[0].tolist()) == "a dog on the grass"
-    assert either.decode([]) == either.decode([0, 0, -1, 10**9]) == ""
-    with pytest.raises(ValueError, match="one sequence"):
-        either.decode(rows)
-
-
 def test_a_text_over_the_limit(either):
     text = "a very long caption " * 10
     length = len(either.encode(text))
@@ -178,12 +165,6 @@ def test_a_text_over_the_limit(either):
     message = str(caught.value)
     assert "a very long caption" in message and len(message) < 200 and "\n" not in message
     assert str(length) in message and str(length - 1) in message and "--truncate-captions" in message
-    assert either.tokenize(text, 5, truncate_text=True).tolist() == [either.encode(text)[:5]]
-
-
-def test_half_a_surrogate_pair_is_refused(yttm):
-    with pytest.raises(ValueError, match="Unicode"):
-        yttm.encode("a dog \ud83d")
 
 
 def test_identity_and_the_bytes_in_a_checkpoint(clip, yttm, tmp_path):
@@ -209,17 +190,6 @@ def test_the_path_of_graphcores_readme_finds_the_bundled_file(logged):
         load_tokenizer("models/bpe/other.txt")
 
 
-@pytest.mark.parametrize("packed", ["as shipped", "packed again", "not packed"])
-def test_clip_file_by_path(clip, tmp_path, packed):
-    text = gzip.decompress(CLIP_PATH.read_bytes())
-    again = gzip.compress(text, 1)
-    path = tmp_path / "vocabulary"
-    path.write_bytes({"as shipped": CLIP_PATH.read_bytes(), "packed again": again, "not packed": text}[packed])
-    tokenizer = load_tokenizer(path)
-    assert tokenizer.kind == "clip" and tokenizer.fingerprint == clip.fingerprint
-    assert tokenizer.encode("a diagram") == [320, 22697]
-
-
 MODEL, CLIP_FILE = YTTM_PATH.read_bytes(), CLIP_PATH.read_bytes()
 LINES = MODEL.splitlines(keepends=True)
 MERGE = 1 + int(LINES[0].split()[0])  # line of the first merge
@@ -234,21 +204,13 @@ def merged(line):
     {
         "empty": (b"", "empty"),
         "binary": (bytes(range(256)), "whole numbers"),
-        "pickled": (pickle.dumps({"vocab": ["a"]}), "whole numbers"),
         "absurd counts": (b"999999999 999999999\n1 2\n", "cut short"),
-        "negative counts": (b"-5 3\n1 2 3", "cut short"),
         "last number cut off": (MODEL.rstrip()[:-1], "cut short"),
         "merge of an unknown id": (merged(b"6 8191 81\n"), "6 8191 81"),
-        "id given twice": (merged(LINES[MERGE + 1]), "twice"),
-        "id too large": (merged(b"6 7 99999\n"), "99999"),
         "no such character": (b"2 0\n9601 4\n55296 5\n1 0 2 3\n", "55296"),
-        "two ids for a subword": (b"2 2\n9601 4\n97 5\n4 5 6\n4 5 7\n1 0 2 3\n", "two ids"),
-        "no word start": (b"1 0\n97 4\n1 0 2 3\n", "\u2581"),
         "no unknown token": (b"2 0\n9601 1\n97 2\n-1 0 -1 -1\n", "unknown"),
-        "id 0 not padding": (b"2 0\n9601 0\n97 2\n1 -1 -1 -1\n", "pad_id"),
         "gzip of another text": (gzip.compress(MODEL), "something else"),
         "gzip cut short": (CLIP_FILE[: len(CLIP_FILE) // 2], "damaged"),
-        "gzip damaged": (CLIP_FILE[:1000] + b"\0" * 1000 + CLIP_FILE[2000:], "damaged"),
     }.values(),
 )
 def test_bad_files(tmp_path, content, reason):
@@ -257,14 +219,3 @@ def test_bad_files(tmp_path, content, reason):
     with pytest.raises(ValueError) as caught:
         load_tokenizer(path)
     assert str(path) in str(caught.value) and reason in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_missing_and_huge_files_and_folders(tmp_path):
-    with open(tmp_path / "huge", "wb") as file:
-        file.truncate(1 << 30)  # a hole, which takes no space
-    with pytest.raises(ValueError, match="too large"):
-        load_tokenizer(tmp_path / "huge")
-    with pytest.raises(FileNotFoundError, match="absent.txt"):
-        load_tokenizer(tmp_path / "absent.txt")
-    with pytest.raises(ValueError, match="is not a file"):
-        load_tokenizer(str(tmp_path))

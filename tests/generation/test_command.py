@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import generate
-from args_generate import Request, read_requests
+from generate import Request, read_requests
 from tests.conftest import ROOT
 
 
@@ -46,12 +46,9 @@ def test_lines_and_objects(tmp_path, monkeypatch):
         (b"{", "line 1: not a JSON object"),
         (b"red\n{}", "line 2: no prompt"),
         (b'{"prompt": 3}', "prompt is 3, not text"),
-        (b'{"prompt": "a", "seed": 1.5}', "seed is 1.5, not a whole number"),
         (b'{"prompt": "a", "seed": -1}', "seed is -1"),
-        (b'{"prompt": "a", "num_images": 0}', "num_images is 0"),
         (b'{"prompt": "a", "top_p": "x"}', 'top_p is "x", not a number'),
         (b'{"prompt": "a", "top_k": 1' + 400 * b"0" + b"}", "top_k is 10+, not a number$"),
-        (b'{"prompt": "a", "seed": 1' + 400 * b"0" + b"}", "seed is 10+; it must be below"),
         (b'{"prompt": "a", "sed": 1}', "sed: unknown key; choose from prompt, num_images, seed"),
     ],
 )

@@ -5,7 +5,6 @@ import resource
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from generation.loading import load
@@ -92,11 +91,3 @@ def test_words_and_examples_go_from_training_into_exported_files(tiny_checkpoint
         assert loaded.words == models[0].words and loaded.words["circle"] > 1
         assert loaded.examples == models[0].examples and 0 < len(loaded.examples) <= 12
         assert loaded.unknown_words("A red Circle, two dogs and dogs!") == ["two", "dogs", "and"]
-
-
-@pytest.mark.parametrize("entry", [None, {"words": [], "examples": {}}])
-def test_files_without_words_warn_of_nothing(tiny_checkpoint, tmp_path, entry):
-    saved = {**checkpoint.read(tiny_checkpoint), "captions": entry}
-    torch.save(saved, tmp_path / "old.pt")
-    loaded = load(tmp_path / "old.pt", device="cpu", precision="fp32")
-    assert loaded.words == {} and loaded.examples == [] and loaded.unknown_words("a dog") == []

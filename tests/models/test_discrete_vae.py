@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from models.discrete_vae import OpenAIDiscreteVAE
-from models.image_tokenizer import ImageTokenizer
-from models.vae import build_tokenizer, load_vqgan
+from models.vae import ImageTokenizer, build_tokenizer
+from models.vqgan_files import load_vqgan
 from tests.builders import PickledCall
 
 TOUCH = "touch it_ran"

@@ -9,7 +9,6 @@ from models.sampling import (
     CachedStepper,
     Pace,
     Sampling,
-    SamplingState,
     choose_from_nucleus,
     gumbel_noise,
     keep_top_p,
@@ -124,13 +123,6 @@ def test_each_caption_passes_once(tiny_vae, monkeypatch):
     assert rows == [3]  # two captions and the empty one
 
 
-def test_packing_leaves_the_model_as_it_is(tiny_vae):
-    dalle = dalle_of(tiny_vae)
-    before = {name: tensor.clone() for name, tensor in dalle.state_dict().items()}
-    packed_stepper(dalle)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in dalle.state_dict().items())
-
-
 @pytest.mark.parametrize("window", [1, 4, 24])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_keys_stay_in_their_slots_while_they_are_seen(pattern, window):
@@ -160,29 +152,6 @@ def test_the_window_is_the_one_with_the_most_codes_per_second():
     assert Pace({1: 1.0, 2: 2.0, 4: 4.0}).window() == 1 and Pace({1: 1.0, 2: 2.0, 4: 4.0}).window(0.25) == 4
 
 
-def test_passes_are_timed_once_for_each_number_of_rows(tiny_vae, monkeypatch):
-    calls, now = [], [0.0]
-    stepper = packed_stepper(dalle_of(tiny_vae, ("full",)), 1, 2, 4, 8)
-    state = SamplingState(torch.zeros(3, 32).long(), torch.ones(3).long(), torch.zeros(3, 16, 5), torch.arange(3))
-
-    def simulate(state, sampling, window):
-        calls.append(window)
-        # Every second time another program runs, too.
-        now[0] += {1: 4, 2: 9, 4: 5, 8: 6}[window] * (1 + len(calls) % 2)
-        state.places.add_(1)
-        return state.places
-
-    monkeypatch.setattr(stepper, "advance", simulate)
-    monkeypatch.setattr("time.thread_time", lambda: now[0])
-    for _ in range(2):
-        assert stepper.time_windows(state, Sampling()) == {1: 4, 2: 5, 4: 5, 8: 6}  # a smaller pass is not slower
-    assert calls == [window for window in (1, 2, 4, 8) for _ in range(2)] and state.places.tolist() == [1, 1, 1]
-    stepper.windows = (8,)
-    assert (
-        list(stepper.time_windows(state, Sampling(cond_scale=2.0))) == [8] and len(calls) == 8
-    )  # no choice, no timing
-
-
 def test_top_k_is_a_fraction_to_drop_or_a_number_to_keep():
     kept = {0.0: 88, 0.5: 44, 0.99: 1, 1.0: 1, 5: 5, None: None}  # of 88 tokens
     assert {value: Sampling(top_k=value).codes_to_keep(88) for value in kept} == kept
@@ -191,16 +160,3 @@ def test_top_k_is_a_fraction_to_drop_or_a_number_to_keep():
     assert (
         int(Sampling(top_k=3).choose(logits, noise, 88)) == 1 and int(Sampling(top_k=4).choose(logits, noise, 88)) == 3
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("top_k", -0.1), ("top_k", 1.5), ("top_k", float("inf")), ("top_p", 0.0), ("top_p", 1.01)),
-        *(("temperature", 0.0), ("temperature", float("nan")), ("cond_scale", -1.0), ("cond_scale", float("inf"))),
-    ],
-)
-def test_settings_out_of_range_are_named(tiny_vae, name, value):
-    sampling = Sampling()._replace(**{name: value})
-    with pytest.raises(ValueError, match=f"{name} is {value}"):
-        sampling.check()

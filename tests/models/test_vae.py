@@ -1,7 +1,6 @@
 """The image tokenizer against taming's own modules, its precision and frozenness, and what load_vqgan reads."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from torch import nn
 from torch.nn import functional as F
 
-from models.vae import VQGanVAE, load_vqgan
+from models.vae import VQGanVAE
+from models.vqgan_files import load_vqgan
 
 # (resolution, ch_mult, attn_resolutions, patch_size) and what follows: (image_size, num_layers, fmap_size).
 SHAPES = [
@@ -106,14 +106,6 @@ def test_codes_pixels_and_sizes_are_tamings(shape, expected, gumbel):
 
 
 @BOTH
-def test_decoded_pixels_stay_between_zero_and_one(gumbel):
-    ours, taming = both(gumbel)
-    ours.model.decoder.conv_out.weight.mul_(100)
-    pixels = ours.decode(taming.codes(pictures(taming)).flatten(1))
-    assert pixels.min() == 0 and pixels.max() == 1 and pixels.dtype == torch.float32
-
-
-@BOTH
 def test_codes_are_looked_up_in_fp32_though_the_model_is_in_half_precision(gumbel):
     ours, taming = both(gumbel, n_embed=64)
     ours.to(torch.bfloat16)
@@ -152,60 +144,12 @@ def test_frozen_in_evaluation_mode_and_the_same_each_time(gumbel):
     assert not vae.decode(codes).requires_grad
 
 
-@BOTH
-def test_autocast_changes_nothing(gumbel):
-    ours, taming = both(gumbel)
-    images = pictures(taming)
-    codes = ours.get_codebook_indices(images)
-    pixels = ours.decode(codes)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ours.model.encode(images).dtype == torch.bfloat16  # it is on
-        assert torch.equal(ours.get_codebook_indices(images), codes)
-        assert torch.equal(ours.decode(codes), pixels)
-
-
-def test_codes_are_computed_without_tf32(monkeypatch):
-    """Convolutions here round to TF32's ten bits if torch may, as those of Ampere do."""
-    ours, taming = both(False)
-    images, convolve = pictures(taming), torch.nn.Conv2d._conv_forward
-
-    def rounded(x):
-        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-    def convolve_in_tf32(layer, x, weight, bias):
-        if torch.backends.cudnn.allow_tf32:
-            x, weight = rounded(x), rounded(weight)
-        return convolve(layer, x, weight, bias)
-
-    with torch.no_grad():
-        latents = ours.model.encode(2 * images - 1)
-        monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", convolve_in_tf32)
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-        rough = ours.model.encode(2 * images - 1)
-        entries = torch.stack((latents, rough)).permute(0, 1, 3, 4, 2).flatten(0, 3)
-        ours.model.quantize.embedding = torch.nn.Embedding.from_pretrained(entries)
-        expected = ours.model.nearest(latents)
-        assert not torch.equal(ours.model.nearest(rough), expected)
-    assert torch.equal(ours.get_codebook_indices(images), expected.flatten(1))
-    assert torch.backends.cudnn.allow_tf32
-
-
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 3, 16, 8), (2, 16, 16, 3)])
 def test_images_and_codes_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"takes \(batch, 3, 16, 16\)"):
         VQGanVAE(sizes()).get_codebook_indices(torch.zeros(shape))
     with pytest.raises(ValueError, match="side"):
         VQGanVAE(sizes()).decode(torch.zeros((2, 5), dtype=torch.long))
-
-
-def test_the_network_can_be_built_again_from_its_hparams():
-    for gumbel in (False, True):
-        vae = VQGanVAE(sizes(patch_size=2, resolution=8, gumbel=gumbel, remap="x", lossconfig={}), gumbel)
-        hparams = json.loads(json.dumps(vae.hparams))
-        assert hparams["target"] == ("GumbelVQ" if gumbel else "VQModel")
-        again = VQGanVAE(hparams["params"], hparams["target"] == "GumbelVQ")
-        again.load_state_dict(vae.state_dict())
-        assert again.hparams == vae.hparams and again.fingerprint() == vae.fingerprint()
 
 
 def test_the_fingerprint_tells_networks_apart():
@@ -218,31 +162,6 @@ def test_the_fingerprint_tells_networks_apart():
     weight = vae.model.decoder.conv_out.weight
     weight[0, 0, 0, 0] = torch.nextafter(weight[0, 0, 0, 0], torch.tensor(9.0))
     assert vae.fingerprint() != mark
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [
-        ("n_embed", None, "n_embed is missing"),
-        ("n_embed", 0, "n_embed must be a whole number from 1"),
-        ("embed_dim", True, "embed_dim must be a whole number"),
-        ("ddconfig", [], "ddconfig must be a mapping"),
-        ("patch_size", 3, "patch_size must be a power of two, not 3"),
-        ("patch_size", 2, "in_channels must be 3 . patch_size² = 12, not 3"),
-        ("ddconfig.ch", 48, "ch must be a multiple of 32"),
-        ("ddconfig.ch_mult", [1, 1.5], "ch_mult must be a whole number"),
-        ("ddconfig.resolution", 17, "resolution 17 cannot be halved 1 times"),
-        ("ddconfig.double_z", True, "double_z must be false"),
-        ("ddconfig.dropout", "no", "dropout must be a number"),
-        ("ddconfig.out_ch", 1, "out_ch must be 3"),
-    ],
-)
-def test_sizes_that_cannot_be_built_are_named(place, value, message):
-    params = sizes()
-    *above, name = place.split(".")
-    (params[above[0]] if above else params)[name] = value
-    with pytest.raises(ValueError, match=message):
-        VQGanVAE(params)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,29 +240,6 @@ def test_safetensors_and_configurations_of_latent_diffusion(tmp_path):
         assert torch.equal(load_vqgan(tmp_path)(images), taming.codes(images).flatten(1))
 
 
-def test_latent_diffusions_networks_without_attention(tmp_path):
-    path, taming = write_pair(tmp_path, attn_resolutions=())
-    taming.encoder.mid.attn_1 = taming.decoder.mid.attn_1 = nn.Identity()
-    torch.save({"state_dict": taming.state_dict()}, path)
-    config = yaml.safe_load(path.with_suffix(".yaml").read_text())
-    config["model"]["params"]["ddconfig"]["attn_type"] = "none"
-    path.with_suffix(".yaml").write_text(yaml.safe_dump(config))
-    images, vae = pictures(taming), load_vqgan(path)
-    assert torch.equal(vae(images), taming.codes(images).flatten(1))
-    again = VQGanVAE(vae.hparams["params"])
-    again.load_state_dict(vae.state_dict())
-    assert again.fingerprint() == vae.fingerprint()
-
-
-def test_a_folder_without_or_with_two_checkpoints_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: .* exactly one file of weights .*; this one has 0"):
-        load_vqgan(tmp_path)
-    write_pair(tmp_path)
-    write_pair(tmp_path, name="best")
-    with pytest.raises(FileNotFoundError, match="this one has 2"):
-        load_vqgan(tmp_path)
-
-
 def test_missing_files_are_named(tmp_path):
     path, _ = write_pair(tmp_path)
     with pytest.raises(FileNotFoundError, match="gone.ckpt: no such VQGAN checkpoint"):
@@ -362,11 +258,9 @@ def test_missing_files_are_named(tmp_path):
     [
         ("model: {target: taming.models.vqgan.VQModel}", "it has no model.params"),
         ("model: [1, 2", "not a yaml file"),
-        ("[" * 5000, "not a yaml file"),
-        (b"\x80\x02\xff", "not a yaml file"),
         ("model: {params: !!python/object/apply:os.getcwd []}", "not a yaml file"),
+        ("model: {target: a.b.VQModel, params: {n_embed: 4}}", "ddconfig must be a mapping"),
         ("model: {target: a.b.AutoencoderKL, params: {}}", "'a.b.AutoencoderKL' is neither a VQModel nor a GumbelVQ"),
-        ("model: {target: os.VQModel, params: {n_embed: 4}}", "ddconfig must be a mapping"),
     ],
 )
 def test_a_yaml_that_describes_no_vqgan_is_named(tmp_path, text, message):

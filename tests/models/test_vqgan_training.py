@@ -13,7 +13,7 @@ SIZE = 32
 
 def settings(**changed):
     wanted = {"codebook_weight": 1.0, "commitment": 0.25, "rate_weight": 0.0, "revival_interval": 0, "disc_weight": 0.0}
-    wanted.update(edge_weight=0.0, decoder_of=None)
+    wanted.update(edge_weight=0.0, decoder_of=None, learning_rate=2e-3)
     return SimpleNamespace(**{**wanted, "disc_start": 0, "batch_size": 4, "max_steps": 100, **changed})
 
 
@@ -31,7 +31,7 @@ def trainer_of(**changed):
     sizes = {"ch": 32, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "resolution": 4, "z_channels": 16}
     sizes.update(in_channels=192, out_ch=192, double_z=False)
     model = VQGan(check_params({"ddconfig": sizes, "n_embed": 12, "embed_dim": 8, "patch_size": 8}))
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    optimizer = torch.optim.Adam(model.parameters())
     return VQGanTrainer(model, [optimizer], settings(**changed), torch.device("cpu"))
 
 
@@ -48,6 +48,15 @@ def test_learns_to_give_pictures_back(pictures):
     assert after.psnr > before + 10
     assert after.psnr == pytest.approx(-10 * torch.log10(figures["mse"]).item(), abs=3)
     assert 2 <= after.codes_used <= 5
+
+
+def test_a_resumed_run_may_have_another_learning_rate(pictures):
+    trainer = trainer_of()
+    trainer.step(pictures, 1.0)
+    resumed = trainer_of(learning_rate=5e-4)
+    resumed.load_state_dict(trainer.state_dict())
+    resumed.step(pictures, 0.5)
+    assert [group["lr"] for group in resumed.optimizers[0].param_groups] == [2.5e-4]
 
 
 def test_an_entry_begins_at_the_mean_latent_of_the_cells_that_look_alike(pictures):

@@ -65,7 +65,7 @@ def until(holds, seconds=20):
 def running(loaded, *flags, port=0):
     """Page and API of app.py on a port of this machine, 0: a free one, in a thread → the port."""
     import app
-    from args_app import app_arguments
+    from app import app_arguments
     from service.queue import GenerationQueue
 
     settings = app_arguments(list(map(str, flags)))

@@ -1,4 +1,4 @@
-"""The OpenAPI document: a fuzz of all routes against it, and the page of documentation written from it."""
+"""The OpenAPI document: a fuzz of all routes against it."""
 
 import pytest
 
@@ -15,16 +15,7 @@ def port(tiny_checkpoint):
         yield port
 
 
-def test_documentation_is_complete_and_needs_no_other_host(port):
-    from service.validation import GenerateRequest, JobRequest
-    from tests.service.test_security import answer_to
-
-    status, headers, page = answer_to(port, "GET", "/docs")
-    page = page.decode()
-    assert status == 200 and headers["content-type"].startswith("text/html")
-    for name in (*GenerateRequest.model_fields, *JobRequest.model_fields, "DELETE /api/jobs/{id}", "GET /health"):
-        assert name in page
-    assert "<script" not in page and "style=" not in page and "//" not in page.replace("<!--", "")
+def test_every_route_is_documented(port):
     assert set(call(port, "GET", "/openapi.json")[1]["paths"]) == {
         *("/health", "/api/model", "/api/generate", "/api/jobs", "/api/jobs/{id}", "/api/jobs/{id}/events")
     }
@@ -59,10 +50,4 @@ def fuzz(port, examples):
 
 def test_made_up_requests_are_answered_as_documented(port):
     assert fuzz(port, 10) > 20
-    assert call(port)[0] == 200
-
-
-@pytest.mark.slow
-def test_many_made_up_requests_are_answered_as_documented(port):
-    assert fuzz(port, 300) > 1000
     assert call(port)[0] == 200

@@ -1,15 +1,12 @@
 """Who draws next, what is drawn together, and what happens where somebody leaves or a drawing fails."""
 
 import asyncio
-import threading
 
 import pytest
 import torch
 
-from generation.batching import generate_batch, plan_image
-from generation.output import to_image
+from generation.images import generate_batch, plan_image, to_image
 from service.queue import Busy, GenerationQueue
-from tests.service.running import until
 
 PROMPT = "a red circle"
 
@@ -82,26 +79,6 @@ def test_pictures_that_go_with_no_others_get_their_turn(loaded, drawing, queue):
     assert drawing.batches[turn] == [99] and turn <= 2
 
 
-def test_who_was_served_much_does_not_wait_longer_afterwards(loaded, drawing, queue):
-    """The count begins anew: having drawn yesterday is no reason to wait today."""
-    wait(queue.submit("old", pictures(loaded, *range(12))))
-    first = occupied_again(queue, loaded, drawing)
-    new = queue.submit("new", pictures(loaded, *range(100, 108)))
-    old = queue.submit("old", pictures(loaded, *range(200, 208)))
-    drawing.release()
-    wait(first, new, old)
-    for batch in drawing.batches[-4:]:
-        assert sum(seed >= 200 for seed in batch) == 2
-
-
-def occupied_again(queue, loaded, drawing):
-    drawing.hold()
-    count = len(drawing.batches)
-    job = queue.submit("first", pictures(loaded, 1000))
-    drawing.began(count + 1)
-    return job
-
-
 def test_cancelled_pictures_that_wait_are_never_drawn(loaded, drawing, queue):
     first = occupied(queue, loaded, drawing)
     gone = queue.submit("gone", pictures(loaded, *range(10)))
@@ -123,19 +100,6 @@ def test_a_drawing_that_nobody_waits_for_is_given_up(loaded, drawing, queue):
     codes = loaded.model.image_seq_len
     assert drawing.codes == codes + 1  # one of the drawing that was held up, then it ended
     assert queue.images_generated == 1 and job.images == [None]
-
-
-def test_a_batch_goes_on_for_those_who_stay(loaded, drawing, queue):
-    first = occupied(queue, loaded, drawing)
-    leaves, stays = queue.submit("leaves", pictures(loaded, 1)), queue.submit("stays", pictures(loaded, 2))
-    drawing.release()
-    wait(first)
-    drawing.hold()
-    until(lambda: leaves.started or leaves.ended.is_set())
-    queue.cancel(leaves)
-    drawing.release()
-    wait(stays)
-    assert stays.ready == 1 and stays.error is None
 
 
 def test_the_worker_survives_a_drawing_that_fails(loaded, drawing, queue):
@@ -204,24 +168,6 @@ def test_rows_and_previews_reach_those_who_want_them(loaded, drawing, queue):
     job = queue.submit("me", pictures(loaded, 3))
     asyncio.run(follow(job))
     assert job.previews == {} and job.ready == 1
-
-
-def test_what_waits_for_previews_is_drawn_first_in_a_batch(loaded, drawing, queue):
-    first = occupied(queue, loaded, drawing)
-    blind = queue.submit("a", pictures(loaded, 1))
-    sees = queue.submit("b", pictures(loaded, 2), every=1)
-    drawing.release()
-    wait(first, blind, sees)
-    assert drawing.batches[1] == [2, 1]
-
-
-def test_calls_run_in_the_model_thread_and_survive_clients_that_leave(loaded, drawing, queue):
-    first = occupied(queue, loaded, drawing)
-    gone, fails, works = queue.call(int, "1"), queue.call(int, "x"), queue.call(threading.get_ident)
-    assert gone.cancel()
-    drawing.release()
-    assert works.result(20) == queue.thread.ident and isinstance(fails.exception(), ValueError)
-    wait(first, queue.submit("me", pictures(loaded, 1)))
 
 
 def test_stopping_ends_jobs_and_calls_while_the_model_computes(loaded, drawing):

@@ -11,9 +11,12 @@ from training import run as run_module
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--batch-size 2 --gradient-accumulation 8192", "--batch-size 1 --gradient-accumulation 1 would fit"),
-        ("--batch-size 4 --gradient-accumulation 2 --replication-factor 2", "--replication-factor 1"),
-        ("--batch-size 12 --validation-split 0.1", "one step takes 12 samples"),
+        ("--batch-size 2 --gradient-accumulation 8192", "--batch-size 2 --gradient-accumulation 1 would fit"),
+        (
+            "--batch-size 4 --gradient-accumulation 2 --replication-factor 2",
+            "--batch-size 4 --gradient-accumulation 1 would",
+        ),
+        ("--batch-size 12 --validation-split 0.1", "12 samples, but the set has 11; --batch-size 1 "),
     ],
 )
 def test_a_set_that_is_too_small_is_refused_before_it_is_encoded(
@@ -31,8 +34,8 @@ def test_a_pipeline_of_ipus_takes_the_flags_that_would_fit(poptorch_standin, com
     flags = [*tiny_flags, "--device", "ipu", "--no-async-dataloader", "--max-steps", 1]
     flags += ["--ipus-per-replica", 2, "--layers-per-ipu", "1,1", "--batch-size", 2, "--gradient-accumulation", 64]
     ended = command(train.main, *flags)
-    assert "--batch-size 1 --gradient-accumulation 3 would fit" in ended.err
-    assert command(train.main, *flags, "--batch-size", 1, "--gradient-accumulation", 3).status == 0
+    assert "--batch-size 2 --gradient-accumulation 3 would fit" in ended.err
+    assert command(train.main, *flags, "--gradient-accumulation", 3).status == 0
     assert "the set has 2; 3 or more would fit" in command(train.main, *flags, "--validation-split", 0.8).err
 
 

@@ -57,19 +57,6 @@ def test_a_run_that_was_killed_and_resumed_has_the_lines_of_one_that_was_not(com
     assert not list(killed.glob("*.tmp"))
 
 
-def test_lines_are_on_disk_before_the_checkpoint(command, flags, tmp_path, monkeypatch):
-    seen, original = [], checkpoint.write
-
-    def write(path, content):
-        seen.append((content["step"], lines_of(tmp_path)[-1]))
-        original(path, content)
-
-    monkeypatch.setattr(checkpoint, "write", write)
-    assert command(train.main, *flags, "--checkpoint-output-dir", tmp_path).status == 0
-    assert {step for step, _ in seen} >= {2, 4, 6}
-    assert all(last["step"] == step and "held-out/total" in last for step, last in seen)
-
-
 def test_lines_of_other_runs_and_damage_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(
@@ -85,39 +72,3 @@ def test_what_is_not_finite_is_null(tmp_path):
     file.close()
     (line,) = lines_of(tmp_path)
     assert line == {"step": 1, "loss/total": None, "grad_norm": None, "epoch": 0, "skipped": True}
-
-
-def test_a_full_disk_is_told_once_and_lines_follow_when_there_is_room(tmp_path, logged, monkeypatch):
-    file = metrics.MetricsFile(tmp_path / "metrics.jsonl", 0)
-    file.log(1, {"lr": 0.5})
-    file.flush()
-    whole, original = (tmp_path / "metrics.jsonl").read_bytes(), open
-
-    class Full:
-        """A file with room for ten bytes more."""
-
-        def __init__(self, *given, **named):
-            self.file = original(*given, **named)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self.file.close()
-
-        def write(self, content):
-            return self.file.write(content[:10])
-
-    monkeypatch.setattr(metrics, "open", Full, raising=False)
-    for step in (2, 3):
-        file.log(step, {"lr": 0.5})
-        file.flush()
-    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
-    (told,) = [record for record in logged.records if "metrics.jsonl" in record.message]
-    assert "No space left on device" in told.message
-    monkeypatch.delattr(metrics, "open")
-    file.close()
-    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]

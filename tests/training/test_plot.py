@@ -37,21 +37,10 @@ def test_a_long_file_is_read_in_part_with_all_that_is_rare(tmp_path):
     )
 
 
-def test_smoothing_keeps_a_level_and_passes_over_what_is_missing():
-    values = np.full(300, 3.0)
-    values[[0, 100, 101, 299]] = np.nan
-    assert plot.smooth(values) == pytest.approx(np.full(300, 3.0))
-    noisy = np.random.default_rng(0).normal(5, 1, 3000)
-    line = plot.smooth(noisy)
-    assert len(line) == 3000 and abs(line - 5).max() < 0.6 and line.std() < 0.2
-    assert plot.smooth([2.0, 4.0]).tolist() == [2.0, 4.0]
-    assert np.isnan(plot.smooth([np.nan, np.nan])).all()
-
-
 @pytest.mark.parametrize("lines", [1, 1200])
 def test_a_plot_has_its_curves(tmp_path, lines):
     write(tmp_path / "metrics.jsonl", lines)
-    plot.MetricsFile(tmp_path / "metrics.jsonl", 10**6).plot()
+    plot.MetricsFile(tmp_path / "metrics.jsonl", 10**6).close()
     pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"), dtype=int)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
     for colour in plot.COLORS.values():

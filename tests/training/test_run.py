@@ -8,7 +8,8 @@ import torch
 import train
 from generation.loading import read_model
 from models.discrete_vae import DiscreteVAE
-from tests.test_generate import reference_weights, their_vocabulary, write_reference  # noqa: F401
+from tests.builders import reference_weights
+from tests.test_generate import their_vocabulary, write_reference  # noqa: F401
 from tests.utils.test_dalle_pytorch import SHAPES, save, theirs  # noqa: F401  # a fixture
 from utils import checkpoint
 from utils.checkpoint_info import main as export
@@ -42,7 +43,7 @@ def files(kind, request, tmp_path):
         stored = torch.load(request.getfixturevalue("tiny_vqgan") / "vqgan.ckpt", weights_only=True)["state_dict"]
         vqgan = {name: tensor for name, tensor in stored.items() if not name.startswith("loss.")}
         vocabulary = ["--bpe-path", request.getfixturevalue("their_vocabulary")]
-        return write_reference(tmp_path / "dalle_3.pt", reference_weights(8192, 4, 64, False), vqgan, 8192), vocabulary
+        return write_reference(tmp_path / "dalle_3.pt", reference_weights(), vqgan, 8192), vocabulary
     ours = request.getfixturevalue("tiny_checkpoint")
     if kind == "safetensors":
         export([str(ours), "--export", str(tmp_path / "dalle.safetensors")])

@@ -16,20 +16,21 @@ def test_a_file_of_train(command, tiny_checkpoint):
     for wanted in (
         f"{tiny_checkpoint}: {tiny_checkpoint.stat().st_size / 1e6:.1f} MB",
         f"torch {torch.__version__}",
-        "step 3, epoch 0",
+        "epoch 0",
+        "step 3",
         f"DALL-E {trained:,} in float32; VQGAN {sum(t.numel() for t in weights.values()) - trained:,} in float32",
         "dim 32, depth 2",
-        f"VQModel, fingerprint {saved['vqgan']}, ch 32",
-        f"yttm, fingerprint {saved['tokenizer']['sha256']}, its vocabulary of 104,134 bytes is in the file",
+        f"vqgan {saved['vqgan']}",
+        f"kind yttm, sha256 {saved['tokenizer']['sha256']}, vocabulary 1 tensor, 0.1 MB",
         saved["data"],
         "learning_rate 0.003",
         "caption_dropout 0.1",
         "ff_dropout 0.0",
-        "optimizer state (",
-        "schedule state",
+        "opt_state",
+        "scheduler_state",
     ):
         assert wanted in text, wanted
-    assert "averaged" not in text and max(map(len, ended.out.splitlines())) <= 118
+    assert "ema_weights" not in text and max(map(len, ended.out.splitlines())) <= 118
 
 
 def test_a_file_of_the_reference(command, tmp_path):
@@ -43,13 +44,12 @@ def test_a_file_of_the_reference(command, tmp_path):
         ended = command(checkpoint_info.main, tmp_path / "dalle_7.pt")
         assert ended.status == 0 and ended.err == ""
         for wanted in (
-            "unknown, as in",
-            "epoch 7",
+            "epoch            7",
             "DALL-E 18 in float16; VQGAN 5 in float16",
             "attn_types axial_row,full",
         ):
             assert wanted in ended.out, wanted
-        assert "optimizer state (1 tensors, 1.0 MB), schedule state" in ended.out and "tokenizer" not in ended.out
+        assert "state 1 tensor, 1.0 MB" in ended.out and "tokenizer" not in ended.out
 
 
 def test_a_decoder_of_the_same_codes_is_exported(command, tiny_checkpoint, tmp_path):
@@ -69,30 +69,9 @@ def test_a_decoder_of_the_same_codes_is_exported(command, tiny_checkpoint, tmp_p
         assert ended.status == 2 and reason in ended.err and not out.exists()
 
 
-def test_odd_contents_are_shown_as_they_are(command, tmp_path):
-    odd = {
-        "hparams": {1: "\x1b[31mred\nline"},
-        "weights": {"a": torch.zeros(())},
-        "scheduler_state": 3,
-        "opt_state": {1},
-    }
-    odd.update(step=10**30, tokenizer={"kind": 3}, vae_params={"params": 3}, versions={}, vqgan=4, exported=5)
-    checkpoint.write(tmp_path / "c.pt", odd)
-    ended = command(checkpoint_info.main, tmp_path / "c.pt")
-    assert ended.status == 0 and "\x1b" not in ended.out and "?[31mred?line" in ended.out
-
-
 @pytest.mark.parametrize("name", ["README.md", "missing", "."])
 def test_what_is_no_checkpoint_is_told_in_one_line(command, name, tmp_path):
     for flags in ([], ["--export", tmp_path / "w.safetensors"]):
         ended = command(checkpoint_info.main, ROOT / name, *flags)
         assert ended.status == 2 and ended.out == "" and ended.err.count("\n") == 1 and str(ROOT / name) in ended.err
     assert not [*tmp_path.iterdir()]
-
-
-def test_an_export_under_another_name_or_into_a_file_is_refused(command, tiny_checkpoint, tmp_path):
-    ended = command(checkpoint_info.main, tiny_checkpoint, "--export", tmp_path / "w.pt")
-    assert ended.status == 2 and "w.pt does not end in .safetensors" in ended.err
-    (tmp_path / "file").touch()
-    ended = command(checkpoint_info.main, tiny_checkpoint, "--export", tmp_path / "file" / "w.safetensors")
-    assert ended.status == 2 and ended.err.count("\n") == 1 and str(tmp_path / "file") in ended.err, ended

@@ -85,18 +85,6 @@ def test_training_begins_anew_from_the_weights(command, tiny_flags, export, tmp_
     assert ended.status == 2 and "of an earlier run" in ended.err
 
 
-def test_tensors_that_share_memory_and_files_of_the_reference(tmp_path):
-    rows = torch.arange(12.0).view(4, 3)
-    weights = {f"model.text_emb.split_embeddings.{i}.weight": rows[2 * i : 2 * i + 2].half() for i in range(2)}
-    weights.update({"model.a": rows, "model.b": rows, "model.c": rows.t(), "model.vae.model.n": torch.tensor(3)})
-    saved = {"hparams": {"attn_types": ("full",)}, "vae_params": None, "epoch": 2, "weights": weights}
-    checkpoint.write_safetensors(tmp_path / "w.safetensors", {**saved, "opt_state": {}, "scheduler_state": {}})
-    back = checkpoint.read(tmp_path / "w.safetensors")
-    assert all(torch.equal(back["weights"][name], tensor) for name, tensor in weights.items())
-    assert back["weights"].keys() == weights.keys() and back["epoch"] == 2
-    assert torch.equal(checkpoint.model_weights(back["weights"])["text_emb.weight"], rows)
-
-
 def test_a_damaged_file_is_refused_in_one_line(export, tmp_path):
     path = export()
     whole = path.read_bytes()
@@ -118,7 +106,6 @@ def test_a_damaged_file_is_refused_in_one_line(export, tmp_path):
     [
         (None, "it has no hparams"),
         ({"hparams": "{"}, "its header is not JSON"),
-        ({"hparams": "[" * 100000}, "its header is not JSON"),
         ({"hparams": "3"}, "is not a dict"),
         ({"hparams": "{}", "crc32": "0"}, "checksum differs"),
     ],
@@ -129,15 +116,3 @@ def test_a_foreign_file_is_refused_in_one_line(metadata, told, command, tmp_path
     ended = command(generate.main, "--dalle_path", path, "--text", "a", "--outputs_dir", tmp_path / "out")
     assert ended.status == 2 and ended.err.count("\n") == 1 and str(path) in ended.err and told in ended.err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_full_disk_and_an_export_that_fails_leave_nothing(averaged, tmp_path, monkeypatch, command):
-    def half_a_file(tensors, path, metadata):
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise checkpoint.SafetensorError("No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", half_a_file)
-    ended = command(checkpoint_info.main, averaged, "--export", tmp_path / "w.safetensors")
-    assert ended.status == 2 and "w.safetensors: could not be written (No space left on device)" in ended.err
-    assert not [*tmp_path.iterdir()]

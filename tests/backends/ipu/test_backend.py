@@ -4,14 +4,12 @@ import pytest
 import torch
 
 import backends
-from backends.base import Backend, Trainer
 from backends.ipu import backend as ipu
 from backends.native import backend as native
-from data.loader import GeneratedDataset, TextImageDataset
-from data.order import EpochOrder, RunOrder
-from data.tokenizer import load_tokenizer
+from data.loader import GeneratedDataset
 from tests.backends.ipu.ipu_runs import samples, settings
 from tests.builders import small_dalle
+from training.loop import EpochOrder, RunOrder
 
 
 def test_auto_is_an_ipu_where_the_sdk_is_enabled(poptorch_standin, monkeypatch):
@@ -38,13 +36,6 @@ def test_without_an_sdk_one_line_says_how_to_enable_it(monkeypatch):
         backends.for_training(settings())
 
 
-def test_it_has_what_the_contract_asks(poptorch_standin, tiny_vae):
-    backend = backends.for_training(settings())
-    for contract, ours in ((Backend, backend), (Trainer, backend.trainer(small_dalle(tiny_vae)))):
-        for name in [*vars(contract).get("__annotations__", ()), *vars(contract)]:
-            assert name.startswith("_") or hasattr(ours, name), name
-
-
 @pytest.mark.parametrize(
     "flags, refusal",
     [
@@ -61,83 +52,45 @@ def test_what_no_ipu_can_run_is_refused_at_once(poptorch_standin, flags, refusal
     assert "\n" not in str(error.value)
 
 
-def test_a_serialization_that_does_not_divide_is_refused(poptorch_standin, tiny_vae):
-    backend = backends.for_training(settings("--embedding-serialization-factor 3"))
-    with pytest.raises(ValueError, match="factor 3 does not divide the 64 text tokens with padding; 2 does"):
-        backend.trainer(small_dalle(tiny_vae))
-
-
 def test_a_batch_of_another_size_is_refused(poptorch_standin, tiny_vae):
     trainer = backends.for_training(settings()).trainer(small_dalle(tiny_vae))
     with pytest.raises(ValueError, match="a batch of 4 samples; .* are 3"):
         trainer.compile(samples(4))
 
 
-def test_options_are_those_of_the_flags(poptorch_standin):
-    flags = "--device-iterations 2 --replication-factor 2 --matmul-proportion 0.2,0.3 --stochastic-rounding"
-    flags += " --enable-half-partials --enable-rts --optimizer-state-offchip --random-seed 7"
-    plain, given = (backends.for_training(settings(text)).options() for text in ("", flags))
-    assert (plain.device_iterations, plain.replication_factor, plain.Training.gradient_accumulation) == (1, 1, 3)
-    assert (given.device_iterations, given.replication_factor, given.Training.gradient_accumulation) == (2, 2, 3)
-    assert given.output_mode == plain.output_mode == poptorch_standin.OutputMode.Sum
-    assert backends.for_training(settings(flags)).samples_per_step == 1 * 3 * 2 * 2
-
-
-def recorded(monkeypatch, poptorch, *flags):
-    """Every call of a setter that options() makes for these flags, as {name: arguments}."""
-    calls = {}
-
-    class Recorder:
-        def __init__(self, path=""):
-            self.path = path
-
-        def __getattr__(self, name):
-            if name in ("Training", "Precision", "TensorLocations", "_Popart"):
-                return Recorder(f"{name}.")
-
-            def call(*arguments, **keywords):
-                key = self.path + name
-                calls[f"{key} {arguments[0]}" if name == "set" else key] = arguments[-1] if arguments else keywords
-                return self
-
-            return call
-
-    monkeypatch.setattr(poptorch, "Options", Recorder)
-    monkeypatch.setattr(poptorch, "TensorLocationSettings", lambda: Recorder("location."))
-    backend = backends.for_training(settings(*flags))
-    calls.clear()
-    backend.options()
-    return calls
+def options_by(*flags):
+    """Return what these flags set: PopTorch's setters of options and of parts of them, with their values."""
+    options = backends.for_training(settings(*flags)).options()
+    found = dict(options._values)
+    for part in (options.Training, options.Precision, options._Popart):
+        found.update(part._values)
+    found.update(options.TensorLocations._values["setOptimizerLocation"]._values)
+    return found
 
 
 def test_each_flag_reaches_its_option(poptorch_standin, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    plain = recorded(monkeypatch, poptorch_standin)
-    assert plain["setAvailableMemoryProportion"] == {"IPU0": 0.6, "IPU1": 0.6}
+    plain = options_by()
     assert isinstance(plain["setExecutionStrategy"], poptorch_standin.PipelinedExecution)
-    assert plain["autoRoundNumIPUs"] is True and plain["randomSeed"] == 42
-    assert plain["Precision.enableStochasticRounding"] is False
-    assert plain["Precision.setPartialsType"] == torch.float32
-    assert plain["location.useOnChipStorage"] is True and plain["location.useReplicatedTensorSharding"] is False
-    assert plain["Training.accumulationAndReplicationReductionType"] == poptorch_standin.ReductionType.Mean
-    optional = {"enableExecutableCaching", "enableProfiling", "enableSyntheticData", "useOfflineIpuTarget"}
-    assert not plain.keys() & {*optional, "Training.setAutomaticLossScaling"}
-    given = recorded(
-        monkeypatch,
-        poptorch_standin,
+    assert plain["outputMode"] is poptorch_standin.OutputMode.Sum and plain["autoRoundNumIPUs"] is True
+    assert plain["reduction"] is poptorch_standin.ReductionType.Mean and plain["gradientAccumulation"] == 3
+    expected = {"setAvailableMemoryProportion": {"IPU0": 0.6, "IPU1": 0.6}, "randomSeed": 42, "replicationFactor": 1}
+    expected.update(enableStochasticRounding=False, setPartialsType=torch.float32, useOnChipStorage=True)
+    expected.update(useReplicatedTensorSharding=False)
+    assert {name: plain[name] for name in expected} == expected
+    optional = {"enableExecutableCaching", "enableProfiling", "enableSyntheticData", "offline"}
+    assert not plain.keys() & {*optional, "setAutomaticLossScaling"}
+    given = options_by(
         "--matmul-proportion 0.2,0.3 --random-seed 7 --stochastic-rounding --enable-half-partials --enable-als",
         "--optimizer-state-offchip --enable-rts --replication-factor 2 --executable-cache-dir cache",
         "--profile-dir profile --synthetic-data --compile-only",
     )
-    assert given["setAvailableMemoryProportion"] == {"IPU0": 0.2, "IPU1": 0.3} and given["randomSeed"] == 7
-    assert given["Precision.enableStochasticRounding"] is True
-    assert given["Precision.setPartialsType"] == torch.float16
-    assert given["location.useOnChipStorage"] is False and given["location.useReplicatedTensorSharding"] is True
-    assert given["Training.setAutomaticLossScaling"] is True
-    assert (given["enableExecutableCaching"], given["enableProfiling"]) == ("cache", "profile")
-    assert given["enableSyntheticData"] is True and given["useOfflineIpuTarget"] == {"ipu_version": 2}
-    alone = recorded(monkeypatch, poptorch_standin, "--enable-rts")  # nothing to shard over
-    assert alone["location.useReplicatedTensorSharding"] is False
+    expected = {"setAvailableMemoryProportion": {"IPU0": 0.2, "IPU1": 0.3}, "randomSeed": 7, "replicationFactor": 2}
+    expected.update(enableStochasticRounding=True, setPartialsType=torch.float16, useOnChipStorage=False)
+    expected.update(useReplicatedTensorSharding=True, setAutomaticLossScaling=True, enableExecutableCaching="cache")
+    expected.update(enableProfiling="profile", enableSyntheticData=True, offline=2)
+    assert {name: given[name] for name in expected} == expected
+    assert options_by("--enable-rts")["useReplicatedTensorSharding"] is False  # nothing to shard over
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -157,33 +110,3 @@ def test_batches_are_the_orders(poptorch_standin, mode, workers, shape, monkeypa
     for (text, codes), keys in zip(found, order):
         assert torch.equal(text, torch.stack([dataset[key][0] for key in keys]))
         assert torch.equal(codes, torch.stack([dataset[key][1] for key in keys]))
-
-
-def test_a_folder_of_pictures_can_be_read_by_another_process(poptorch_standin, picture_folder, tiny_vqgan):
-    tokenizer = load_tokenizer("bpe/bpe_yttm_vocab.txt")
-    dataset = TextImageDataset(picture_folder, tokenizer, text_seq_len=6, image_size=32, truncate_captions=True)
-    backend = backends.for_training(settings("--async-dataloader"))
-    order = RunOrder(EpochOrder(len(dataset), 3), 0, 4)
-    for (text, image), keys in zip(backend.loader(dataset, order), order):
-        assert torch.equal(text, torch.stack([dataset[key][0] for key in keys])) and image.shape == (3, 3, 32, 32)
-
-
-@pytest.mark.parametrize("kind", ["AssertionError", "poptorch.Error"])
-def test_a_fault_in_the_loaders_process_is_told_in_one_line(poptorch_standin, monkeypatch, kind):
-    error = AssertionError if kind == "AssertionError" else poptorch_standin.Error
-
-    def broken(*arguments, **keywords):
-        class Broken:
-            terminated = False
-
-            def __iter__(self):
-                raise error("An error occurred in the data fetcher")
-
-            def terminate(self):
-                Broken.terminated = True
-
-        return Broken()
-
-    monkeypatch.setattr(poptorch_standin, "DataLoader", broken)
-    with pytest.raises(OSError, match="samples could not be read"):
-        next(iter(backends.for_training(settings()).loader([1], [[0]])))

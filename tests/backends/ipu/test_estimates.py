@@ -6,10 +6,7 @@ import pytest
 
 import backends
 from backends.ipu import estimates
-from models.official_vqgan import OFFICIAL_PARAMS
 from models.pipeline_dalle import placement
-from models.vae import VQGanVAE
-from tests.backends.ipu.ipu_runs import settings
 from tests.builders import small_dalle
 
 
@@ -34,14 +31,6 @@ def test_a_sampler_of_l16_in_fp16(poptorch_standin, l16):
     assert sum(estimates.sampler_memory(l16, 16, 2).values()) <= estimates.SAMPLER_SHARE * estimates.MEMORY
     assert sum(estimates.sampler_memory(l16, 32, 2).values()) > estimates.SAMPLER_SHARE * estimates.MEMORY
     assert backends.for_inference("ipu", "fp32").images_at_once(l16) == 4
-
-
-def test_a_sampler_tells_its_estimate(poptorch_standin, tiny_vae, logged):
-    model = small_dalle(tiny_vae)
-    backend = backends.for_inference("ipu")
-    assert backend.images_at_once(model) == estimates.MAX_SEQUENCES
-    backend.sampler(model, 3)
-    assert "4 sequences a call" in logged.text and "of 941 MB of an IPU: weights" in logged.text
 
 
 L16 = estimates.Training(size=2, moments=6, batch_size=2)
@@ -82,18 +71,3 @@ def test_a_vqgan_and_a_full_ipu_get_fewer_layers(l16, monkeypatch):
     found = balanced(costs)
     stages = estimates.estimate_stages(placement(16, layers_per_ipu=found), costs, L16)
     assert all(sum(stage.memory.values()) < 0.9 * 330e6 for stage in stages) and found[0] < 4
-
-
-def test_the_encoder_of_the_official_vqgan():
-    cost = estimates.encoder_cost(VQGanVAE(OFFICIAL_PARAMS))
-    assert cost.frozen == pytest.approx(29.6e6, rel=0.01) and cost.operations == pytest.approx(138e9, rel=0.01)
-
-
-def test_auto_names_what_it_chose(poptorch_standin, tiny_vae, logged):
-    backend = backends.for_training(settings("--gradient-accumulation 3 --layers-per-ipu auto"))
-    backend.trainer(small_dalle(tiny_vae))
-    assert backend.settings.layers_per_ipu == [1, 1] and "--layers-per-ipu auto: 1,1" in logged.text
-    with pytest.raises(ValueError, match="pipeline of 2 stages needs 3 micro-batches"):
-        backends.for_training(settings("--gradient-accumulation 2 --layers-per-ipu auto")).trainer(
-            small_dalle(tiny_vae)
-        )

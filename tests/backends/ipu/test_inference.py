@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import backends
-from backends.ipu import backend as ipu
 from models.sampling import Sampling
-from models.vae import load_vqgan
+from models.vqgan_files import load_vqgan
 from tests.backends.ipu.ipu_runs import samples, settings
 from tests.builders import small_dalle
 
@@ -64,20 +63,6 @@ def test_one_call_a_code_if_the_loop_does_not_compile(poptorch_standin, no_loop,
     assert "the sampler does not compile" in warning and "out of memory" in warning and "\n" not in warning
 
 
-def test_one_program_of_each_role_holds_an_ipu(poptorch_standin, tiny_vqgan):
-    """Two encoders, as for training and validation images, leave the four IPUs of a machine to training."""
-    vae, other = load_vqgan(tiny_vqgan), load_vqgan(tiny_vqgan)
-    backend = backends.for_training(settings("--gradient-accumulation 7 --ipus-per-replica 4 --layers-per-ipu 0,1,1,0"))
-    first, second = backend.encode(vae), backend.encode(other)
-    pixels = torch.rand(2, 3, 32, 32)
-    codes = first(pixels)
-    for encode in (second, first):
-        assert torch.equal(encode(pixels), codes)
-        assert list(poptorch_standin.MACHINE.holders.values()) == [1]
-    backend.trainer(small_dalle(vae)).compile(samples(7))
-    assert list(poptorch_standin.MACHINE.holders.values()) == [4]
-
-
 def test_a_compilers_error_is_one_line(poptorch_standin, tiny_vae, tiny_vqgan):
     poptorch_standin.MACHINE.ipus = 0
     backend, vae = backends.for_training(settings()), load_vqgan(tiny_vqgan)
@@ -91,21 +76,6 @@ def test_a_compilers_error_is_one_line(poptorch_standin, tiny_vae, tiny_vqgan):
         with pytest.raises(ValueError, match=r"IPU: the \w+ does not compile: .*Failed to acquire \d IPU") as error:
             fail()
         assert "\n" not in str(error.value)
-
-
-def test_large_models_draw_in_fp16_and_small_ones_in_fp32(poptorch_standin, tiny_vae, monkeypatch, logged):
-    model = small_dalle(tiny_vae)
-    for precision, limit, half in (
-        ("auto", 300e6, False),
-        ("auto", 1e4, True),
-        ("fp32", 1e4, False),
-        ("fp16", 300e6, True),
-    ):
-        monkeypatch.setattr(ipu, "FP32_WEIGHTS", limit)
-        sampler = backends.for_inference("ipu", precision).sampler(model, 2)
-        assert sampler.model.text_emb.weight.dtype == (torch.float16 if half else torch.float32)
-        codes = sampler(samples(2)[0], generator=torch.Generator().manual_seed(0))
-        assert codes.shape == (2, 16) and int(codes.min()) >= 0 and int(codes.max()) < 32
 
 
 def test_the_vqgan_runs_on_the_device_both_ways(poptorch_standin, tiny_vqgan):
@@ -135,3 +105,17 @@ def test_losses_are_those_of_a_cpu_whatever_the_batches(poptorch_standin, tiny_v
     with torch.no_grad():
         assert expected["image"] == pytest.approx(float(model(text, codes, return_loss=True).image), rel=1e-5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_one_program_of_each_role_holds_an_ipu(poptorch_standin, tiny_vqgan):
+    """Two encoders, as for training and validation images, leave the four IPUs of a machine to training."""
+    vae, other = load_vqgan(tiny_vqgan), load_vqgan(tiny_vqgan)
+    backend = backends.for_training(settings("--gradient-accumulation 7 --ipus-per-replica 4 --layers-per-ipu 0,1,1,0"))
+    first, second = backend.encode(vae), backend.encode(other)
+    pixels = torch.rand(2, 3, 32, 32)
+    codes = first(pixels)
+    for encode in (second, first):
+        assert torch.equal(encode(pixels), codes)
+        assert list(poptorch_standin.MACHINE.holders.values()) == [1]
+    backend.trainer(small_dalle(vae)).compile(samples(7))
+    assert list(poptorch_standin.MACHINE.holders.values()) == [4]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import backends
-from models.vae import load_vqgan
+from models.vqgan_files import load_vqgan
 from tests.backends.ipu.ipu_runs import samples, settings, trainer_of
 from tests.builders import small_dalle
 from utils import checkpoint
@@ -76,16 +76,6 @@ def test_the_host_model_stays_as_it_was(poptorch_standin, tiny_vae):
     assert not torch.equal(weights["text_emb.weight"], model.text_emb.weight)
 
 
-def test_fp16_follows_fp32(poptorch_standin, tiny_vae):
-    flags = "--loss-scaling 1024 --learning-rate 1e-3"
-    losses = {}
-    for precision in ("fp32", "fp16"):
-        trainer, batch = trainer_of(tiny_vae, flags, f"--precision {precision}")
-        losses[precision] = [trainer.step(batch)["total"] for _ in range(5)]
-    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=2e-2)
-    assert losses["fp16"] != losses["fp32"] and losses["fp16"][-1] < losses["fp16"][0]
-
-
 @pytest.mark.parametrize("flags", ["", "--embedding-serialization-factor 4 --optimizer AdamW --weight-decay 0.1"])
 def test_a_state_that_went_through_a_file_goes_on_exactly(poptorch_standin, tiny_vae, tmp_path, flags, logged):
     trainer, batch = trainer_of(tiny_vae, flags)
@@ -112,18 +102,6 @@ def test_a_state_that_went_through_a_file_goes_on_exactly(poptorch_standin, tiny
     fresh.load_state_dict({**saved, "opt_state": None})
     fresh.compile(batch)
     assert [fresh.step(batch) for _ in range(3)] != expected  # without moments it is another run
-
-
-@pytest.mark.parametrize("flags", ["--embedding-serialization-factor 4", "--precision fp16"])
-def test_weights_go_on_where_the_optimizers_state_does_not_fit(poptorch_standin, tiny_vae, flags, logged):
-    trainer, batch = trainer_of(tiny_vae)
-    trainer.step(batch)
-    state = trainer.state_dict()
-    other = backends.for_training(settings(flags)).trainer(small_dalle(tiny_vae))
-    other.load_state_dict(state)
-    assert "starts afresh" in logged.text
-    other.compile(batch)
-    assert other.step(batch)["total"] == pytest.approx(trainer.step(batch)["total"], rel=2e-3)
 
 
 def test_states_go_from_machine_to_machine(poptorch_standin, tiny_vae, logged):
@@ -166,16 +144,6 @@ def test_evaluation_changes_nothing(poptorch_standin, tiny_vae):
         assert step == watched.step(batch) != losses
 
 
-@pytest.mark.parametrize(
-    "count, expected",
-    [(1, 4), (4, 4), (7, 8), (600, 600), (601, 602), (2 * 8192, 16384), (2 * 8192 + 1, 8194), (50000, 12500)],
-)
-def test_a_call_evaluates_what_the_set_fills(poptorch_standin, count, expected):
-    """Not the 16,384 samples of a step, but enough for two stages, and about equal parts of larger sets."""
-    backend = backends.for_training(settings("--gradient-accumulation 8192 --batch-size 2"))
-    assert backend.evaluation_samples(count) == expected
-
-
 def test_a_small_set_is_evaluated_exactly(poptorch_standin, tiny_vae):
     flags = "--gradient-accumulation 20 --replication-factor 2"  # 40 samples a step
     trainer, _ = trainer_of(tiny_vae, flags)
@@ -187,37 +155,6 @@ def test_a_small_set_is_evaluated_exactly(poptorch_standin, tiny_vae):
     with torch.no_grad():
         expected = small_dalle(tiny_vae).eval()(text, codes, return_loss=True)
     assert losses == pytest.approx({name: float(loss) for name, loss in expected._asdict().items()}, rel=1e-5)
-
-
-def test_an_interrupted_evaluation_gives_the_ipus_back(poptorch_standin, tiny_vae):
-    trainer, _ = trainer_of(tiny_vae, "--replication-factor 2")
-    batch = samples(6)
-
-    def interrupted():
-        yield batch
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        trainer.evaluate(interrupted())
-    trainer.step(batch)
-    assert list(poptorch_standin.MACHINE.holders) == [trainer.executor]
-
-
-def test_compile_only_wants_no_device(poptorch_standin, tiny_vae, tmp_path):
-    flags = f"--compile-only --executable-cache-dir {tmp_path / 'cache'} --profile-dir {tmp_path / 'profile'}"
-    trainer, batch = trainer_of(tiny_vae, flags)
-    assert trainer.backend.compile_only and not trainer.executor.isAttachedToDevice()
-    with pytest.raises(Exception, match="offline"):
-        trainer.step(batch)
-    assert list((tmp_path / "cache").iterdir()) and list((tmp_path / "profile").iterdir())
-    assert trainer.state_dict()["weights"].keys() == small_dalle(tiny_vae).state_dict().keys()
-    again, _ = trainer_of(tiny_vae, flags)
-    assert again.executor.trace.cache_hit and not trainer.executor.trace.cache_hit
-
-
-def test_synthetic_data_brings_no_losses_back(poptorch_standin, tiny_vae):
-    trainer, batch = trainer_of(tiny_vae, "--synthetic-data")
-    assert trainer.step(batch) == {"total": 0, "text": 0, "image": 0}  # not what an idle buffer holds
 
 
 def test_files_have_the_canonical_names(poptorch_standin, tiny_vqgan):

@@ -5,13 +5,11 @@
 FOLDER/start_<optimizer>.pt is a state to go on from; FOLDER/<rank>.pt tells what came of it.
 """
 
-import functools
 import sys
 from pathlib import Path
 
 import torch
 
-from backends.native import fast_layers
 from backends.native.backend import NativeTrainingBackend
 from tests.backends.native.test_backend import OPTIMIZERS, samples, settings
 from tests.backends.native.test_sharding import PER_STEP, SETTINGS, STEPS, dalle_with_vqgan, pictures
@@ -54,24 +52,16 @@ def run(optimizer, folder):
     }
 
 
-def half_precision(compiled=False):
+def half_precision():
     given = {**SETTINGS, "precision": "bf16", "max_grad_norm": None}
     backend = NativeTrainingBackend(settings(shard=True, optimizer="AdamW", **given))
     trainer = backend.trainer(dalle_with_vqgan())
-    if compiled:  # without code generation, which takes a minute
-        fast_layers.WORTH_COMPILING, torch.compile = 0, functools.partial(torch.compile, backend="eager")
-        before = trainer.model.transformer.layers[0].compute
-        trainer.compile_layers(recompute=False)
-        assert trainer.model.transformer.layers[0].compute is not before
     return [trainer.step(own(samples(PER_STEP, seed), backend.rank)) for seed in range(STEPS)]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     place = Path(sys.argv[1])
-    if "compiled" in sys.argv:
-        print([half_precision(compiled) for compiled in (False, True)])
-        sys.exit()
     results = {optimizer: run(optimizer, place) for optimizer in OPTIMIZERS}
     results["bf16"] = half_precision()
     torch.save(results, place / f"{torch.distributed.get_rank()}.pt")

@@ -4,9 +4,6 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +11,7 @@ import torch
 import data.loader
 import train
 from backends.native.resilient_loader import RESTARTS
-from data.tokenizer import load_tokenizer
 from training.loop import Loop
-from utils import interrupts
 
 
 @pytest.fixture
@@ -103,19 +98,6 @@ def test_when_no_picture_is_left_the_run_saves_and_ends(trained, picture_folder,
     assert "12 images could not be read" in ended.out
 
 
-def test_a_replacement_is_never_held_out(picture_folder, monkeypatch):
-    dataset = data.loader.TextImageDataset(picture_folder, load_tokenizer(), image_size=8, text_seq_len=32)
-    held_out = {name for name, _, _ in dataset.split_off(0.25).images}
-    read = data.loader.load_image
-    seen = []
-    monkeypatch.setattr(data.loader, "load_image", lambda path, size: seen.append(path.name) or read(path, size))
-    for name, _, _ in dataset.images[1:]:
-        (picture_folder / name).unlink()
-    for index in range(len(dataset)):
-        dataset[index]
-    assert seen and not held_out & set(seen) and len(held_out) == 3
-
-
 def test_a_picture_that_kills_workers_is_left_out(trained, monkeypatch, picture_folder):
     worker_reads(monkeypatch, lambda path: path.name == "03.png" and kill_this_process())
     folder, ended = trained()
@@ -177,30 +159,3 @@ def test_workers_that_go_on_being_killed_end_the_run_after_saving(trained, monke
     assert ended.out.count("new workers continue") == RESTARTS
     step = torch.load(said[2], weights_only=True)["step"]
     assert said[2] == str(folder / f"dalle_step_{step}.pt") and step >= 2
-
-
-def test_on_an_ipu_the_run_saves_and_names_the_picture(poptorch_standin, trained, monkeypatch, picture_folder):
-    worker_reads(monkeypatch, lambda path: path.name == "03.png" and kill_this_process())
-    flags = ["--device", "ipu", "--no-async-dataloader", "--dataloader-workers", 1, "--batch-size", 1]
-    folder, ended = trained(*flags, "--random-seed", 3, "--epochs", 12)  # read after a step or more
-    assert ended.status == 2 and len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out, ended
-    assert f"reading {picture_folder / '03.png'}; if memory ran out" in ended.err
-    if "resume with" in ended.err:
-        assert Path(ended.err.split()[-1]).parent == folder and Path(ended.err.split()[-1]).exists()
-
-
-def test_what_is_done_about_a_child_waits(monkeypatch):
-    done = []
-    before = signal.signal(signal.SIGCHLD, lambda *_: done.append(1))
-    try:
-        with interrupts.defer_sigchld():
-            subprocess.run([sys.executable, "-c", ""], check=True)
-            assert not done
-        assert done == [1]
-        with pytest.raises(ZeroDivisionError), interrupts.defer_sigchld():
-            subprocess.run([sys.executable, "-c", ""], check=True)
-            raise ZeroDivisionError
-        assert done == [1]  # an error that is on its way is not overtaken
-        assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGCHLD, before)

@@ -11,50 +11,30 @@ def init():
     _ready.append(True)
 
 
-def _check():
+def _size():
     if not _ready:
         raise ValueError("Horovod has not been initialized; use hvd.init().")
-
-
-def rank():
-    _check()
-    return popdist.getInstanceIndex() if popdist.isPopdistEnvSet() else 0
-
-
-def size():
-    _check()
     return popdist.getNumInstances() if popdist.isPopdistEnvSet() else 1
 
 
-def local_rank():
-    """Return rank(): all instances are on one machine."""
-    return rank()
-
-
-def broadcast(tensor, root_rank, name=None):
+def broadcast(tensor, root_rank):
     """Return a copy of the root's tensor."""
-    _check()
-    tensor = tensor.detach().clone()
-    group = popdist._group()
-    if not 0 <= root_rank < size():
-        raise ValueError(f"root_rank {root_rank} of {size()}")
+    if not 0 <= root_rank < _size():
+        raise ValueError(f"root_rank {root_rank} of {_size()}")
+    tensor, group = tensor.detach().clone(), popdist._group()
     if group is not None:
         group.broadcast(tensor, root_rank)
     return tensor
 
 
-def allreduce(tensor, average=None, name=None, op=None):
-    """Return the mean over all instances, or the sum with op=Sum or average=False."""
-    _check()
-    if average is not None and op is not None:
-        raise ValueError("give op or average, not both")
-    if op not in (None, Average, Sum):
+def allreduce(tensor, op=Average):
+    """Return the mean over all instances, or the sum with op=Sum."""
+    if op not in (Average, Sum):
         raise ValueError(f"op is Average or Sum, not {op!r}")
-    mean = average if average is not None else op in (None, Average)
-    tensor = tensor.detach().clone()
-    group = popdist._group()
+    size = _size()
+    tensor, group = tensor.detach().clone(), popdist._group()
     if group is not None:
         group.all_reduce(tensor)
-        if mean:
-            tensor = tensor / size() if tensor.is_floating_point() else tensor // size()
+        if op == Average:
+            tensor = tensor / size if tensor.is_floating_point() else tensor // size
     return tensor

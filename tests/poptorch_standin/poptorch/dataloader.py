@@ -8,7 +8,6 @@ import pickle
 
 import torch
 from torch.utils.data import DataLoader as TorchLoader
-from torch.utils.data import IterableDataset, Subset
 
 from .device import tensors_in
 from .options import DataLoaderMode, Options, check_instance, check_int
@@ -22,24 +21,21 @@ class DataLoader(TorchLoader):
         options,
         dataset,
         batch_size=1,
-        shuffle=None,
+        *,
+        shuffle=False,
         num_workers=0,
         drop_last=True,
-        persistent_workers=None,
         auto_distributed_partitioning=True,
         mode=DataLoaderMode.Sync,
-        async_options=None,
         rebatched_worker_size=None,
-        batch_sampler=None,
-        **kwargs,
+        worker_init_fn=None,
     ):
-        if not isinstance(options, Options):
-            raise TypeError(f"DataLoader takes poptorch.Options first, not {type(options).__name__}")
-        if isinstance(dataset, IterableDataset) or async_options is not None or batch_sampler is not None:
-            raise NotImplementedError("iterable datasets, async_options and batch_sampler are not in the stand-in")
+        check_instance("DataLoader's options", options, Options)
+        if shuffle or not drop_last or (auto_distributed_partitioning and options.Distributed.numProcesses > 1):
+            raise NotImplementedError("the stand-in reads whole batches in order, of a dataset for this process")
         options._freeze()
         self._mode = check_instance("mode", mode, DataLoaderMode)
-        self._terminated, self._drop_last = False, drop_last
+        self._terminated = False
         self.combinedBatchSize = loaded = check_int("batch_size", batch_size) * options._micro_batches
         if mode is DataLoaderMode.AsyncRebatched:
             if loaded == 1:
@@ -50,24 +46,20 @@ class DataLoader(TorchLoader):
                 raise ValueError(f"rebatched_worker_size {loaded} exceeds the combined batch {self.combinedBatchSize}")
         elif rebatched_worker_size is not None:
             raise ValueError("rebatched_worker_size is for DataLoaderMode.AsyncRebatched")
-        if persistent_workers and num_workers == 0:
-            raise ValueError("persistent_workers=True needs num_workers > 0")
-        if auto_distributed_partitioning and options.Distributed.numProcesses > 1:
-            if "sampler" in kwargs:
-                raise ValueError("a sampler covers the whole dataset: pass auto_distributed_partitioning=False")
-            dataset = _share_of(dataset, options.Distributed.processId, options.Distributed.numProcesses)
         if mode is not DataLoaderMode.Sync:
-            dataset, kwargs = _pickled_copy((dataset, kwargs))
+            dataset, worker_init_fn = _pickled_copy((dataset, worker_init_fn))
         # The last of small worker batches may be short; whole batches are made of them afterwards.
-        kwargs.update(batch_size=loaded, shuffle=shuffle, drop_last=drop_last and loaded == self.combinedBatchSize)
-        persistent = num_workers > 0 if persistent_workers is None else persistent_workers
-        super().__init__(dataset, num_workers=num_workers, persistent_workers=persistent, **kwargs)
+        super().__init__(
+            dataset,
+            batch_size=loaded,
+            num_workers=num_workers,
+            drop_last=loaded == self.combinedBatchSize,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=worker_init_fn,
+        )
 
     def __len__(self):
-        if self._mode is not DataLoaderMode.AsyncRebatched:
-            return super().__len__()
-        whole, rest = divmod(len(self.dataset), self.combinedBatchSize)
-        return whole + (1 if rest and not self._drop_last else 0)
+        return len(self.dataset) // self.combinedBatchSize
 
     def __iter__(self):
         if self._terminated:
@@ -82,11 +74,9 @@ class DataLoader(TorchLoader):
         pending = None
         for batch in source:
             pending = batch if pending is None else _map(lambda *pair: torch.cat(pair), pending, batch)
-            while _length(pending) >= self.combinedBatchSize:
+            while len(next(tensors_in(pending))) >= self.combinedBatchSize:
                 yield _map(lambda tensor: tensor[: self.combinedBatchSize], pending)
                 pending = _map(lambda tensor: tensor[self.combinedBatchSize :], pending)
-        if pending is not None and _length(pending) and not self._drop_last:
-            yield pending
 
     def _through_ring(self, source):
         """Yield batches in reused buffers: a slot is filled again as soon as the batch after it is asked for."""
@@ -111,12 +101,6 @@ class DataLoader(TorchLoader):
         self._terminated = True
 
 
-def _share_of(dataset, process, processes):
-    """Return the contiguous part of the dataset that this process reads; a remainder is dropped."""
-    size = len(dataset) // processes
-    return Subset(dataset, range(process * size, (process + 1) * size))
-
-
 def _pickled_copy(parts):
     """Return what a worker process gets: a copy, through pickle."""
     try:
@@ -135,7 +119,3 @@ def _map(function, *batches):
     if type(first) in (list, tuple):
         return type(first)(_map(function, *members) for members in zip(*batches))
     raise TypeError(f"an asynchronous loader's batches are tensors in lists, tuples and dicts, not {type(first)}")
-
-
-def _length(batch):
-    return len(next(tensors_in(batch)))

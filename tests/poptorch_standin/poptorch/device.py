@@ -10,6 +10,7 @@ int64 stays int64 between operators, though inputs and outputs are narrowed to 3
 import functools
 import re
 import weakref
+from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -49,6 +50,16 @@ BOOKKEEPING = _names("detach alias lift_fresh lift _to_copy empty empty_like emp
 # What these do in themselves, though forward may not: check the classes and, in torch 2.0, average a smoothed loss.
 INTERNAL = {"one_hot": {"_local_scalar_dense"}, "cross_entropy": {"masked_select"}}
 TOO_SMALL = {torch.bfloat16, *(getattr(torch, name) for name in dir(torch) if name.startswith("float8"))}
+
+
+def _read_operators():
+    """Read operators.txt, all but the comments."""
+    lines = Path(__file__).with_name("operators.txt").read_text(encoding="utf-8").splitlines()
+    return _names(" ".join(line for line in lines if not line.startswith("#")))
+
+
+OPERATORS = _read_operators()
+ASSIGNMENTS = _names("copy_ fill_ zero_ normal_ uniform_ random_ exponential_ index_put_ requires_grad_")
 
 
 class Mark:
@@ -290,8 +301,8 @@ class Run(TorchFunctionMode):
             raise RuntimeError(f"{name}: weight is unsupported")
         if name in ("index_put_", "index_put") and (kwargs.get("accumulate") or (len(args) > 3 and args[3])):
             raise RuntimeError(f"{name}: accumulate would be ignored")
-        if name in ("tril", "triu", "tril_", "triu_") and not all(mark.constant for mark in marks):
-            raise RuntimeError(f"aten::{name} works on constants only")
+        if re.fullmatch(r"[^_].*[^_]_", name) and name not in ASSIGNMENTS and args[0]._is_view():
+            raise RuntimeError(f"{name}: the write goes through a view and is lost; assign instead")
 
     def _on_host(self, func, name, args, kwargs):
         """Translate a call to the host's: the device's name means the CPU, float64 means float32."""
@@ -316,6 +327,9 @@ class Run(TorchFunctionMode):
             return
         runs = any(operator not in BOOKKEEPING for operator in operators)
         if runs and marks and not all(mark.constant for mark in marks):
+            unknown = [operator for operator in operators if not OPERATORS & {operator, operator.rstrip("_")}]
+            if unknown:
+                raise Error(f"{name}: PopTorch 3.4 has no handler for aten::{unknown[0]}, or for constants only")
             trace.place(name, [mark.name for mark in marks if mark.name is not None])
 
     def _mark(self, name, result, kwargs, tensors, marks):

@@ -300,11 +300,6 @@ class Executor:
         if self._weights is not None:
             self._weights.upload()
 
-    def copyWeightsToHost(self):
-        self._need_compiled("copyWeightsToHost")
-        self._stale = False
-        self._weights.download()
-
     def copyWeightsToDevice(self):
         self._need_compiled("copyWeightsToDevice")
         self._stale = False

@@ -125,4 +125,6 @@ def dynamic_update(input, src, dim, start, size):
         raise RuntimeError(f"dynamic_update of {input.dtype} with {src.dtype}")
     if src.shape[dim] != size:
         raise RuntimeError(f"dynamic_update: src has {src.shape[dim]} along dimension {dim}, size is {size}")
-    return input.index_copy(dim, start.reshape(1) + torch.arange(size), src)
+    shape = [1] * input.dim()
+    shape[dim] = size
+    return input.scatter(dim, (start.reshape(1) + torch.arange(size)).view(shape).expand(src.shape), src)

@@ -4,7 +4,6 @@ import http.server
 import io
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -13,8 +12,7 @@ import zipfile
 import pytest
 import torch
 
-from models.official_vqgan import OFFICIAL_FILES, download_official_vqgan
-from models.vae import load_vqgan
+from models.vqgan_files import OFFICIAL_FILES, download_official_vqgan, load_vqgan
 from tests.conftest import ROOT
 
 CHECKPOINT, CONFIG = "vqgan.1024.model.ckpt", "vqgan.1024.config.yml"
@@ -118,18 +116,6 @@ def test_downloaded_once(cache, server):
     assert len(server.asked) == 2
 
 
-def test_without_variables_it_is_the_home_folder_and_the_official_address(server, tmp_path, monkeypatch):
-    monkeypatch.delenv("DALLE_CACHE")
-    monkeypatch.setenv("MINIDALLE_VQGAN_URL", "")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in OFFICIAL_FILES:
-        monkeypatch.setitem(OFFICIAL_FILES, name, f"{server.url}/elsewhere/{name}")
-    folder = tmp_path / ".cache" / "dalle"
-    assert download_official_vqgan() == (folder / CHECKPOINT, folder / CONFIG)
-    assert server.asked == [f"/mirror/elsewhere/{CHECKPOINT}", f"/mirror/elsewhere/{CONFIG}"]
-    assert_whole(folder, server)
-
-
 @pytest.mark.parametrize("name", [CHECKPOINT, CONFIG])
 def test_a_broken_connection_leaves_nothing_under_the_name(cache, server, name):
     server.cut.add(name)
@@ -140,31 +126,16 @@ def test_a_broken_connection_leaves_nothing_under_the_name(cache, server, name):
     assert_whole(cache, server)
 
 
-@pytest.mark.parametrize("name", [CHECKPOINT])
-def test_a_web_page_instead_of_the_file_is_not_kept(cache, server, name):
-    server.files[name] = b"\n<!doctype html><title>Please log in</title>"
-    assert_fails(r"\(what arrived is (not a checkpoint|a web page)\)")
-    assert name not in names(cache)
-
-
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "nowhere/at/all"])
-def test_an_address_that_does_not_answer_is_named(cache, server, monkeypatch, address):
+def test_an_address_that_does_not_answer_is_named(cache, server, monkeypatch):
+    address = "http://127.0.0.1:9"
     monkeypatch.setenv("MINIDALLE_VQGAN_URL", address)
     assert_fails(f"could not download {address.rstrip('/')}/{CHECKPOINT}")
     assert names(cache) == []
 
 
-def test_a_folder_that_cannot_be_written_is_named(cache, server, monkeypatch):
-    cache.write_text("a file")
-    assert_fails(f"could not write to {cache} .*exists")
-    monkeypatch.setenv("DALLE_CACHE", str(cache / "below"))
-    assert_fails(f"could not write to {cache / 'below'} .*[Nn]ot a directory")
-    assert server.asked == []
-
-
 def start():
     """Another process that says "ready" and downloads; it prints what it was given."""
-    code = "from models.official_vqgan import download_official_vqgan as get; print('ready', flush=True); print(*get())"
+    code = "from models.vqgan_files import download_official_vqgan as get; print('ready', flush=True); print(*get())"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     return process
@@ -184,18 +155,6 @@ def test_of_two_processes_one_downloads_and_both_have_whole_files(cache, server)
         assert process.returncode == 0, error
         assert out.decode().split() == [str(cache / CHECKPOINT), str(cache / CONFIG)]
     assert len(server.asked) == 2
-    assert_whole(cache, server)
-
-
-def test_a_killed_download_is_no_obstacle(cache, server):
-    server.gate.clear()
-    process = start()
-    assert server.half_sent.wait(60)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    server.gate.set()
-    assert CHECKPOINT not in names(cache)
-    download_official_vqgan()
     assert_whole(cache, server)
 
 

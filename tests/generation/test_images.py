@@ -5,10 +5,16 @@ import pytest
 import torch
 
 from generation import previews, ranking
-from generation.batching import batch_key, generate_batch, generate_lists, group_into_batches, plan_image
-from generation.image_prompts import count_kept_rows, encode_kept_rows, read_prompt
+from generation.image_prompts import encode_kept_rows
+from generation.images import (
+    batch_key,
+    generate_batch,
+    generate_lists,
+    group_into_batches,
+    plan_image,
+    to_image,
+)
 from generation.loading import load
-from generation.output import encode_image, image_metadata, to_image
 
 PROMPTS = ["a red circle", "a small blue star above a large green heart", "two", "little pink square"]
 
@@ -125,25 +131,6 @@ def test_an_image_prompt_keeps_its_rows(loaded, drawn_pictures):
         circles(loaded, 1, torch.zeros(16, dtype=torch.long))
 
 
-@pytest.mark.parametrize("keep, rows", [(1, 1), (3, 3), (0.1, 1), (0.5, 2), (0.74, 3), (4, None), (0.9, None)])
-def test_kept_rows(loaded, keep, rows):
-    if rows is None:
-        with pytest.raises(ValueError, match="keep_rows is"):
-            count_kept_rows(loaded, keep)
-    else:
-        assert count_kept_rows(loaded, keep) == rows
-
-
-@pytest.mark.parametrize("format", ["png", "jpg"])
-def test_a_file_has_its_prompt_in_it(loaded, tmp_path, format):
-    spec, path = mixed_specs(loaded)[0]._replace(prompt="a réd circle"), tmp_path / f"it.{format}"
-    image = to_image(torch.full((3, 32, 32), 0.5))
-    path.write_bytes(encode_image(image, image_metadata(spec, loaded), format))
-    assert read_prompt(path) == "a réd circle"
-    image.save(tmp_path / "other.png")
-    assert read_prompt(tmp_path / "other.png") is None and read_prompt(tmp_path / "missing.png") is None
-
-
 def test_scores_are_those_of_the_models_own_logits(loaded):
     text = torch.stack([spec.tokens for spec in mixed_specs(loaded)[:3]])
     codes = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -166,7 +153,6 @@ def test_the_best_are_kept_in_order(loaded):
     assert [index for index, _ in best] == scores.argsort(descending=True)[:2].tolist()
     found = [values["likelihood"] for _, values in best]
     assert found == pytest.approx(scores.sort().values.flip(0)[:2].tolist(), abs=1e-3)
-    assert ranking.best_of(loaded, specs, codes, 6) == [(index, None) for index in range(6)]
 
     def greenness(images, prompts):  # in place of CLIP
         assert set(prompts) == {"a red circle"}
@@ -193,20 +179,3 @@ def test_previews_show_the_rows_so_far(loaded):
     rows = []
     generate_batch(loaded, specs, previews.Preview(loaded, 2, lambda images, row: rows.append(row), share=1e9))
     assert rows == [2]
-
-
-@pytest.mark.parametrize("cost, known, expected", [(0.2, 0, [1, 2, 3]), (0.3, 0, [1, 2]), (3, 0, [1]), (3, 3, [])])
-def test_previews_that_would_cost_too_much_are_skipped(loaded, monkeypatch, cost, known, expected):
-    """With a simulated clock: a code takes one second, a preview `cost` seconds per row, of which 1.6 are allowed."""
-    now, rows = [0.0], []
-    monkeypatch.setattr(previews.time, "monotonic", lambda: now[0])
-
-    def show(images, row):
-        now[0] += cost * row
-        rows.append(row)
-
-    preview = previews.Preview(loaded, 1, show, share=0.1, row_cost=known)
-    for count in range(1, 17):
-        now[0] += 1
-        preview(torch.zeros(1, count, dtype=torch.long))
-    assert rows == expected

@@ -1,19 +1,24 @@
-"""From prompts to codes: what defines an image, which images can share a batch, and sampling a batch.
+"""From prompts to codes to images: what defines an image, which images can share a batch, and image files in memory.
 
 An image depends on its own seed, prompt, settings and given codes alone, not on its batch.
 """
 
+import io
+import json
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
 from backends.memory import OutOfMemory, memory_explained
-from data.captions import encode_text
+from data.tokenizer import encode_text
 from generation.loading import LoadedModel
 from models.sampling import CodeCallback, Sampling, evaluation_mode, gumbel_noise, keep_top_p
+from utils.checkpoint import short
 
 TOO_LARGE = "the model is too large for this device; try --precision bf16, or --device cpu"
 
@@ -171,3 +176,51 @@ def generate_batch(loaded: LoadedModel, specs: Sequence[ImageSpec], on_code: Opt
     except OutOfMemory:
         vars(loaded).pop("sampler", None)  # it holds the keys of this batch
         raise
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Convert pixels, float (3, H, W) in [0, 1], to an image; values are rounded, contrast stays as it is."""
+    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def make_grid(images: Sequence[Image.Image], columns: Optional[int] = None, gap: int = 2) -> Image.Image:
+    """Arrange images of one size row by row on white, about as many rows as columns by default."""
+    columns = columns or max(1, round(len(images) ** 0.5))
+    rows = -(-len(images) // columns)
+    width, height = images[0].width + gap, images[0].height + gap
+    grid = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        grid.paste(image, (gap + column * width, gap + row * height))
+    return grid
+
+
+def image_metadata(spec: ImageSpec, loaded: LoadedModel, scores: Optional[Dict[str, float]] = None) -> Dict[str, Any]:
+    """Return what is needed to generate an image again, as plain values, and its scores."""
+    return {
+        "prompt": spec.prompt,
+        "seed": spec.seed,
+        **spec.sampling._asdict(),
+        **({"kept_rows": len(spec.given_codes) // loaded.side} if len(spec.given_codes) else {}),
+        "checkpoint": Path(loaded.path).name,
+        "fingerprint": short(loaded.fingerprint),
+        **({"scores": scores} if scores else {}),
+    }
+
+
+def encode_image(image: Image.Image, metadata: Mapping[Any, Any], format: str = "png") -> bytes:
+    """Return the bytes of a PNG or JPEG file that has the metadata as JSON in its comment.
+
+    Args:
+        format: png or jpg.
+    """
+    comment, file = json.dumps(metadata, ensure_ascii=False), io.BytesIO()
+    if format == "png":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt("Description", metadata["prompt"])
+        chunks.add_itxt("Software", "Mini DALL-E")
+        chunks.add_itxt("Comment", comment)
+        image.save(file, "PNG", pnginfo=chunks)
+    else:
+        image.save(file, "JPEG", quality=95, subsampling=0, comment=comment.encode())
+    return file.getvalue()

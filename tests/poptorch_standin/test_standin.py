@@ -1,0 +1,267 @@
+"""The stand-in refuses what PopTorch would, and trains as plain torch does."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@pytest.fixture
+def poptorch(poptorch_standin):
+    return poptorch_standin
+
+
+class Net(nn.Module):
+    """Two layers and a loss."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def scores(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+    def forward(self, x, y):
+        out = self.scores(x)
+        return F.cross_entropy(out, y), out
+
+
+class Through(nn.Module):
+    """forward is a function of the module and its inputs."""
+
+    def __init__(self, function, **members):
+        super().__init__()
+        for name, member in members.items():
+            setattr(self, name, member)
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(self, *inputs)
+
+
+def batch_of(size, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 4, generator=generator), torch.randint(0, 3, (size,), generator=generator)
+
+
+def options_of(poptorch, iterations=1, accumulation=1, replicas=1):
+    options = poptorch.Options().deviceIterations(iterations).replicationFactor(replicas)
+    options.Training.gradientAccumulation(accumulation)
+    return options
+
+
+def trainer_of(poptorch, model=None, options=None, **attributes):
+    """An executor, and the host model and optimizer that it was made of."""
+    model = Net() if model is None else model
+    optimizer = poptorch.optim.AdamW(model.parameters(), **{"lr": 1e-2, **attributes})
+    return poptorch.trainingModel(model, options, optimizer), model, optimizer
+
+
+def torch_training(kind, batches, accumulation, clip=None, **attributes):
+    """Return the weights after one optimizer step of plain torch per entry of `batches`."""
+    model = Net()
+    optimizer = getattr(torch.optim, kind)(model.parameters(), **attributes)
+    for x, y in batches:
+        optimizer.zero_grad()
+        for rows in range(0, len(x), len(x) // accumulation):
+            part = slice(rows, rows + len(x) // accumulation)
+            (F.cross_entropy(model.scores(x[part]), y[part]) / accumulation).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    return dict(model.named_parameters())
+
+
+def assert_same_weights(found, wanted, tolerance=1e-6):
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name].float(), weight.detach().float(), rtol=0, atol=tolerance)
+
+
+def test_shapes_are_fixed(poptorch):
+    trainer, _, _ = trainer_of(poptorch)
+    x, y = batch_of(4)
+    trainer.compile(x, y)
+    for batch in ((x[:2], y[:2]), (x.half(), y), (x, y, y)):
+        with pytest.raises(poptorch.Error, match="fixed at compile time"):
+            trainer(*batch)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (lambda m, x: x * x.sum().item(), "no value to read"),
+        (lambda m, x: x if x.sum() > 0 else -x, "no value to read"),
+        (lambda m, x: x.cpu(), "no value to read"),
+        (lambda m, x: x.nonzero(), "determined by the tensor values"),
+        (lambda m, x: x[x > 0], "determined by the tensor values"),
+        (lambda m, x: F.one_hot(x.long()), "num classes must be specified"),
+        (lambda m, x: x.tril(), "no handler for aten::tril"),
+        (lambda m, x: x.nan_to_num(), "no handler for aten::nan_to_num"),
+        (lambda m, x: x.t().add_(1), "goes through a view"),
+        (lambda m, x: x.bfloat16(), "bfloat16"),
+        (lambda m, x: torch.rand(2, 3, device=x.device, generator=torch.Generator()), "no torch.Generator"),
+        (lambda m, x: x + m.plain, r"Expected an IPU tensor but got tensor\(device=cpu, shape=\[3\]"),
+        (lambda m, x: x + torch.ones(3, device="cpu"), "Expected an IPU tensor"),
+        (lambda m, x: m.plain.copy_(x[0]), "Expected an IPU tensor"),
+        (lambda m, x: setattr(m, "kept", x + 1) or x, "left IPU tensors in kept"),
+        (lambda m, x: setattr(m, "mask", m.mask + 1) or x, "'mask' was reassigned"),
+    ],
+)
+def test_forward_is_traced(poptorch, function, message):
+    model = Through(function, plain=torch.ones(3))
+    model.register_buffer("mask", torch.ones(3))
+    with pytest.raises((poptorch.Error, RuntimeError), match=message):
+        poptorch.inferenceModel(model).compile(torch.ones(2, 3))
+    assert model.mask.tolist() == [1, 1, 1] and model.mask.device.type == "cpu"
+
+
+def test_buffers_of_two_modules(poptorch):
+    """One tensor in two modules becomes two on the IPU; state_dict() decides whether they are made one again."""
+
+    def shared(persistent):
+        model = Through(lambda m, x: m.b(m.a(x)), a=nn.Linear(2, 2), b=nn.Linear(2, 2))
+        mask = torch.ones(1)
+        model.a.register_buffer("mask", mask, persistent=persistent)
+        model.b.register_buffer("mask", mask, persistent=persistent)
+        return poptorch.inferenceModel(model)
+
+    with pytest.raises(KeyError, match="b.mask: the same tensor as a.mask"):
+        shared(False).compile(torch.ones(1, 2))
+    shared(True).compile(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    "ids, accumulation, message",
+    [
+        ([("a", 0), ("b", 1), ("c", 2)], 4, "gradientAccumulation of at least 5, not 4"),
+        ([("a", 0), ("b", 1), ("a", 0)], 9, "cannot go backwards"),
+        ([("a", 0), ("b", 1), ("a", 1)], 9, "on IPU 0 and on IPU 1"),
+        ([None, ("b", 1), ("c", 2)], 9, "linear comes before the first block"),
+    ],
+)
+def test_pipelines_are_refused(poptorch, ids, accumulation, message):
+    layers = nn.Sequential(*(nn.Linear(3, 3) for _ in ids))
+    for layer, pair in zip(layers, ids):
+        if pair is not None:
+            poptorch.BeginBlock(layer, *pair)
+    options = options_of(poptorch, accumulation=accumulation).autoRoundNumIPUs(True)
+    options.setExecutionStrategy(poptorch.PipelinedExecution(poptorch.AutoStage.AutoIncrement))
+    trainer, _, _ = trainer_of(poptorch, Through(lambda m, x: F.mse_loss(m.layers(x), x), layers=layers), options)
+    with pytest.raises(poptorch.Error, match=message):
+        trainer.compile(torch.ones(accumulation, 3))
+
+
+@pytest.mark.parametrize(
+    "loop, error",
+    [
+        (lambda p, m, x: p.for_loop(x, lambda a: [a], [x]), TypeError),
+        (lambda p, m, x: p.for_loop(2, lambda a: [a, a], [x]), RuntimeError),
+        (lambda p, m, x: p.for_loop(2, lambda a: [torch.cat([a, a])], [x]), RuntimeError),
+        (lambda p, m, x: p.for_loop(2, lambda a: [m.cache.add_(1) * a], [x]), RuntimeError),
+        (lambda p, m, x: p.for_loop(2, lambda a: [m.host * a], [x]), RuntimeError),
+        (lambda p, m, x: [p.dynamic_update(x, x, 0, 1, 2)], TypeError),
+        (lambda p, m, x: [p.dynamic_update(x, x.half(), 0, x[:1].long(), 2)], RuntimeError),
+        (lambda p, m, x: [p.dynamic_update(x, x, 0, x[:1].long(), 1)], RuntimeError),
+    ],
+)
+def test_loops_and_updates_refuse(poptorch, loop, error):
+    model = Through(lambda m, x: loop(poptorch, m, x)[0], host=torch.ones(2))
+    model.register_buffer("cache", torch.zeros(2))
+    with pytest.raises(error):
+        poptorch.inferenceModel(model).compile(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "error, calls",
+    [
+        (
+            ValueError,
+            [
+                lambda p, o: o.deviceIterations(0),
+                lambda p, o: o.setAvailableMemoryProportion({"IPU0": 1.5}),
+                lambda p, o: o.Training.gradientAccumulation(-1),
+                lambda p, o: o.Distributed.configureProcessId(2, 2),
+            ],
+        ),
+        (
+            TypeError,
+            [
+                lambda p, o: o.deviceIterations(2.0),
+                lambda p, o: o.replicationFactor(True),
+                lambda p, o: o.outputMode("All"),
+                lambda p, o: o.setAvailableMemoryProportion({"IPU0": 1}),
+                lambda p, o: o.Training.accumulationAndReplicationReductionType("mean"),
+                lambda p, o: o.Precision.setPartialsType(torch.bfloat16),
+                lambda p, o: o.TensorLocations.setOptimizerLocation(True),
+                lambda p, o: p.Options(deviceIterations=2),
+            ],
+        ),
+        (AttributeError, [lambda p, o: o.Training.gradientClipping(1.0), lambda p, o: o.autoRoundNumIpus(True)]),
+        (KeyError, [lambda p, o: o._Popart.set("outlineTreshold", 10.0)]),
+        (NotImplementedError, [lambda p, o: o.Training.accumulationAndReplicationReductionType(p.ReductionType.Sum)]),
+    ],
+)
+def test_options_refuse(poptorch, error, calls):
+    for call in calls:
+        with pytest.raises(error):
+            call(poptorch, poptorch.Options())
+
+
+def test_asynchronous_batches_must_be_cloned(poptorch):
+    def stay_as_they_were(mode):
+        loader = poptorch.DataLoader(poptorch.Options(), list(range(20)), batch_size=2, mode=mode)
+        kept = [(batch, batch.tolist()) for batch in loader]
+        return [batch.tolist() == was for batch, was in kept]
+
+    assert all(stay_as_they_were(poptorch.DataLoaderMode.Sync))
+    assert stay_as_they_were(poptorch.DataLoaderMode.Async) == 7 * [False] + 3 * [True]
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+@pytest.mark.parametrize("iterations, accumulation, replicas, clip", [(1, 1, 1, None), (2, 3, 2, 0.05)])
+def test_training_equals_torch(poptorch, kind, iterations, accumulation, replicas, clip):
+    attributes = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    model, micro_batches = Net(), accumulation * replicas
+    optimizer = getattr(poptorch.optim, kind)(model.parameters(), loss_scaling=64.0, max_grad_norm=clip, **attributes)
+    options = options_of(poptorch, iterations, accumulation, replicas)
+    trainer = poptorch.trainingModel(model, options, optimizer)
+    calls = [batch_of(iterations * micro_batches * 2, seed) for seed in range(3)]
+    updates = [part for x, y in calls for part in zip(x.chunk(iterations), y.chunk(iterations))]
+    for x, y in calls:
+        trainer(x, y)
+    wanted = torch_training(kind, updates, micro_batches, clip, **attributes)
+    assert_same_weights(trainer.state_dict(), wanted)
+    assert (model.first.weight - Net().first.weight).abs().max() > 1e-3
+
+
+def test_half_precision(poptorch):
+    """fp16 weights run in fp16, moments are kept as asked, and an fp16 accumulator does not overflow as a mean."""
+    half = dict.fromkeys(("accum_type", "first_order_momentum_accum_type"), torch.float16)
+    options = options_of(poptorch, accumulation=4)
+    trainer, model, optimizer = trainer_of(poptorch, Net().half(), options, loss_scaling=2.0**12, **half)
+    x, y = batch_of(8)
+    loss, out = trainer(x.half(), y)
+    state = optimizer.state_dict()["ipu_state"]
+    assert out.dtype == torch.float16 and model.first.weight.dtype == torch.float16
+    assert state["Accl1___first.weight"].dtype == torch.float16
+    assert state["Accl2___first.weight"].dtype == torch.float32
+    assert_same_weights(trainer.state_dict(), torch_training("AdamW", [(x, y)], 4, lr=1e-2), 2e-3)
+
+
+@pytest.mark.parametrize(
+    "loss, message",
+    [
+        (lambda p, a, b: a + b, "Couldn't find a loss"),
+        (lambda p, a, b: F.mse_loss(a, b) + F.l1_loss(a, b), "Multiple independent losses.*mse_loss, l1_loss"),
+        (lambda p, a, b: [p.identity_loss(a, "sum"), p.identity_loss(b, "sum")], "Multiple independent losses"),
+        (lambda p, a, b: p.identity_loss(a, "none"), "must be reduced"),
+        (lambda p, a, b: F.cross_entropy(a, b.argmax(1), label_smoothing=0.1), "must go through identity_loss"),
+        (lambda p, a, b: F.cross_entropy(a, b.argmax(1), weight=a.detach()[0]), "weight is unsupported"),
+        (lambda p, a, b: p.identity_loss(a.sum(), "none").backward(), "no value to read"),
+    ],
+)
+def test_losses_are_refused(poptorch, loss, message):
+    model = Through(lambda m, x: loss(poptorch, m.a(x), x), a=nn.Linear(3, 3))
+    with pytest.raises((poptorch.Error, RuntimeError), match=message):
+        trainer_of(poptorch, model)[0].compile(torch.ones(2, 3))
