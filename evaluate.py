@@ -26,6 +26,7 @@ from utils.command_line import (
     SEED,
     Parser,
     check_vqgan_files,
+    exit_on_error,
     machine_flags,
     number,
     parse,
@@ -57,7 +58,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure the checkpoint that the flags name."""
     settings = evaluate_arguments(argv)
     log.set_up()
-    with log.exit_on_interrupt(), log.exit_on_bad_input(), contextlib.ExitStack() as stack:
+    with exit_on_error(), contextlib.ExitStack() as stack:
         from backends.memory import memory_explained
         from generation.loading import load_from_flags
         from utils import checkpoint
