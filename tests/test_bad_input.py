@@ -110,61 +110,65 @@ def refused(command, things, tiny_flags, drawn_pictures, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("folder", ["missing", "folder", "README.md", "unreadable"])
-@pytest.mark.parametrize("name", ["train", "train_vqgan"])
-def test_folders_without_pictures(refused, name, folder):
-    refused(name, f"--input-folder {{place}}/{folder}", f"{{place}}/{folder}")
+def named(path, *commands):
+    """Return a case for each command with its flag: the path is named."""
+    return [(*command.split(" "), path) for command in commands]
+
+
+CHECKPOINTS = ("train --pretrained-checkpoint", "generate --dalle_path", "evaluate --dalle_path")
+PLACES = [
+    *(case for name in ("missing", "folder", "unreadable") for case in named(name, "train --input-folder")),
+    *(case for name in ("missing", "folder", "README.md") for case in named(name, "train_vqgan --input-folder")),
+    *(case for name in ("missing", "empty_file", "binary", "good") for case in named(name, "train --bpe-path")),
+    *(case for name in ("folder", "README.md") for case in named(name, "generate --bpe-path")),
+    *(case for name in ("missing", "folder", "no_params", "other_sizes") for case in named(name, "train --vae-path")),
+    *(case for name in ("no_yaml", "pickled_vqgan") for case in named(name, "generate --vqgan_model_path")),
+    *(case for name in BROKEN_CHECKPOINTS for case in named(name, *CHECKPOINTS)),
+]
+
+
+@pytest.mark.parametrize("name, flag, path", PLACES)
+def test_files_that_cannot_be_read(refused, name, flag, path):
+    refused(name, f"{flag} {{place}}/{path}", f"{{place}}/{path}")
+
+
+CONTINUED = "--epochs 2 --pretrained-checkpoint {place}/good "
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "name, flags, words",
     [
-        ("--input-folder {place}/uncaptioned", "12 images and 0 .txt files"),
-        ("--input-folder {place}/latin1", "12 × neither UTF-8 nor UTF-16"),
-        ("--input-folder {place}/unreadable --no-codes-cache", "{place}/unreadable"),
-        ("--text-seq-len 4", "--truncate-captions"),
-        ("--batch-size 13", "13 samples"),
+        ("train", "--input-folder {place}/uncaptioned", ["12 images and 0 .txt files"]),
+        ("train", "--input-folder {place}/latin1", ["12 × neither UTF-8 nor UTF-16"]),
+        ("train", "--input-folder {place}/unreadable --no-codes-cache", ["{place}/unreadable"]),
+        ("train", "--text-seq-len 4", ["--truncate-captions"]),
+        ("train", "--batch-size 13", ["13 samples"]),
+        ("train", CONTINUED + "--hidden-size 64", ["{place}/good", "text_emb.weight is (8208, 32), not (8208, 64)"]),
+        ("train", CONTINUED + "--num-hidden-layers 3", ["{place}/good", "transformer.layers.2"]),
+        ("train", CONTINUED + "--sandwich-norm", ["{place}/good", "norm_out"]),
+        ("train", CONTINUED + "--epochs 1", ["{place}/good", "give more --epochs or --max-steps"]),
+        ("train", "--no-such-flag", ["--no-such-flag"]),
+        ("train", "--checkpoint-output-dir {place}/README.md/below", ["{place}/README.md"]),
+        ("train", "--codes-cache {place}/README.md/below", ["{place}/README.md"]),
+        ("train_vqgan", "--image-size 36", ["--image-size", "36"]),
+        ("train_vqgan", "--output-dir {place}/README.md/below", ["{place}/README.md"]),
+        ("generate", ["--text", "\u2581"], ["--text", "no words"]),
+        ("generate", ["--text", "red \udcff"], ["not valid Unicode"]),
+        ("generate", ["--text", "red " * 17], ["--text", "17 tokens", "16"]),
+        ("generate", "--outputs_dir {place}/README.md/below", ["{place}/README.md"]),
+        ("evaluate", "--max-pairs 3", ["--max-pairs", "--input-folder"]),
+        ("evaluate", "--prompt-set train", ["--prompt-set", "score"]),
+        ("evaluate", "--outputs-dir {place}/README.md/below", ["{place}/README.md"]),
+        ("process_captions", "--captions {place}/missing.json", ["{place}/missing.json"]),
+        ("process_captions", "--captions {place}/not_coco.json", ["{place}/not_coco.json", "annotation 0"]),
+        ("process_captions", "--out-dir {place}/README.md/below", ["{place}/README.md"]),
+        *((name, "--device abacus", ["--device"]) for name in ("train_vqgan", "evaluate")),
+        *((name, f"--device {device}", ["--device"]) for name in ("train", "generate") for device in ("ipu", "cuda")),
     ],
 )
-def test_folders_that_train_cannot_use(refused, flags, words):
-    refused("train", flags, words)
-
-
-@pytest.mark.parametrize("vocabulary", ["missing", "folder", "empty_file", "README.md", "binary", "good"])
-def test_vocabularies(refused, vocabulary):
-    for name in ("train", "generate"):
-        refused(name, f"--bpe-path {{place}}/{vocabulary}", f"{{place}}/{vocabulary}", "vocabulary")
-
-
-@pytest.mark.parametrize("vqgan", ["missing", "folder", "no_params", "no_yaml", "other_sizes", "pickled_vqgan"])
-@pytest.mark.parametrize("flags", ["train --vae-path", "generate --vqgan_model_path"])
-def test_vqgans(refused, flags, vqgan):
-    name, flag = flags.split()
-    refused(name, f"{flag} {{place}}/{vqgan}", f"{{place}}/{vqgan}")
-
-
-@pytest.mark.parametrize("file", BROKEN_CHECKPOINTS)
-def test_checkpoints(refused, file):
-    for name, flag in (
-        ("train", "--pretrained-checkpoint"),
-        ("generate", "--dalle_path"),
-        ("evaluate", "--dalle_path"),
-    ):
-        refused(name, f"{flag} {{place}}/{file}", f"{{place}}/{file}")
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--hidden-size 64", "text_emb.weight is (8208, 32), not (8208, 64)"),
-        ("--num-hidden-layers 3", "transformer.layers.2"),
-        ("--sandwich-norm", "norm_out"),
-        ("--text-seq-len 17", "(8208, 32)"),
-        ("--epochs 1", "give more --epochs or --max-steps"),
-    ],
-)
-def test_checkpoints_that_do_not_fit(refused, flags, words):
-    refused("train", f"--epochs 2 --pretrained-checkpoint {{place}}/good {flags}", "{place}/good", words)
+def test_values_that_cannot_be_used(refused, monkeypatch, name, flags, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(name, flags, *words)
 
 
 def test_a_checkpoint_of_another_vqgan_or_vocabulary(refused, things, tiny_vqgan, tmp_path):
@@ -181,48 +185,6 @@ def test_a_checkpoint_of_another_vqgan_or_vocabulary(refused, things, tiny_vqgan
     refused("train", f"{going_on} --bpe-path {tmp_path}/swapped.txt", "{place}/good", "--bpe-path")
     refused("generate", f"--bpe_path {tmp_path}/swapped.txt", f"{tmp_path}/swapped.txt", "{place}/good")
     refused("generate", f"--vqgan_model_path {tmp_path}/other", f"{tmp_path}/other", "{place}/good", *sides)
-
-
-@pytest.mark.parametrize(
-    "name, flags, words",
-    [
-        ("train", "--no-such-flag", ["--no-such-flag"]),
-        ("train_vqgan", "--image-size 36", ["--image-size", "36"]),
-        ("generate", ["--text", "\u2581"], ["--text", "no words"]),
-        ("generate", ["--text", "\u65e5\u672c"], ["--text", "no words"]),
-        ("generate", ["--text", "red \udcff"], ["not valid Unicode"]),
-        ("generate", ["--text", "red " * 17], ["--text", "17 tokens", "16"]),
-        ("evaluate", "--max-pairs 3", ["--max-pairs", "--input-folder"]),
-        ("evaluate", "--prompt-set train", ["--prompt-set", "score"]),
-        ("process_captions", "--captions {place}/missing.json", ["{place}/missing.json"]),
-        ("process_captions", "--captions {place}/not_coco.json", ["{place}/not_coco.json", "annotation 0"]),
-    ],
-)
-def test_values(refused, name, flags, words):
-    refused(name, flags, *words)
-
-
-@pytest.mark.parametrize("name", ["train", "train_vqgan", "generate", "evaluate"])
-def test_devices(refused, monkeypatch, name):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for device in ("ipu", "cuda", "abacus"):
-        refused(name, f"--device {device}", "--device", device)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "train --checkpoint-output-dir",
-        "train --codes-cache",
-        "train_vqgan --output-dir",
-        "generate --outputs_dir",
-        "evaluate --outputs-dir",
-        "process_captions --out-dir",
-    ],
-)
-def test_output_folders(refused, flags):
-    name, flag = flags.split()
-    refused(name, f"{flag} {{place}}/README.md/below", "{place}/README.md")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(command, tiny_flags, tmp_path):

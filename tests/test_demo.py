@@ -10,7 +10,7 @@ import generate
 from data.scene_captions import BACKGROUNDS, objects
 from data.shapes import parse_caption, validation_prompts
 from evaluate import judge, shape_faults
-from generation.images import complete_caption, encode_prompt, generate_batch, generate_lists, plan_image
+from generation.images import complete_caption, generate_batch, generate_lists, plan_image
 from generation.loading import DEMO, load
 from tests.conftest import ROOT, SHAPES
 
@@ -62,12 +62,6 @@ def test_it_completes_captions(demo):
             continue
         right += caption.startswith("a small red ")
     assert right >= 18
-
-
-def test_capital_letters_are_read_as_small_ones(demo):
-    assert encode_prompt(demo, PROMPT.title()).tolist() == encode_prompt(demo, PROMPT).tolist()
-    with pytest.raises(ValueError, match="no words that the vocabulary knows"):
-        encode_prompt(demo, "日本")
 
 
 @pytest.mark.parametrize("count", [16, pytest.param(1000, marks=pytest.mark.slow)])

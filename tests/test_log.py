@@ -1,6 +1,5 @@
 """The lines that benchmarks.yml reads, the one line that bad input ends in, and what samples a second counts."""
 
-import logging
 import os
 import re
 import subprocess
@@ -10,6 +9,7 @@ import pytest
 
 import log
 from tests.conftest import ROOT
+from utils.command_line import exit_on_error
 
 # As examples_utils has them; the last match in a run's output counts.
 THROUGHPUT = r"throughput: *(.*?) samples/sec"
@@ -43,17 +43,6 @@ def program_log():
     yield log.logger
     log.logger.handlers, log.logger.propagate = kept[0], kept[2]
     log.logger.setLevel(kept[1])
-
-
-def test_lines_go_to_stdout_with_the_time_and_only_once(program_log, capsys):
-    log.set_up()
-    program_log.info("wrote %s", "this")
-    program_log.debug("not this")
-    printed = capsys.readouterr()
-    assert re.fullmatch(r"\d\d:\d\d:\d\d wrote this\n", printed.out) and printed.err == ""
-    log.set_up(logging.DEBUG)
-    program_log.debug("now this")
-    assert capsys.readouterr().out.endswith(" now this\n")
 
 
 def test_the_benchmark_finds_its_numbers(program_log, clock, capsys):
@@ -108,16 +97,16 @@ def test_what_lies_between_updates_is_no_training_but_takes_time(program_log, cl
 )
 def test_bad_input_ends_in_one_line_and_status_2(error, line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["some/where/train.py"])
-    with pytest.raises(SystemExit) as end, log.exit_on_bad_input():
+    with pytest.raises(SystemExit) as end, exit_on_error():
         raise error
     printed = capsys.readouterr()
     assert end.value.code == 2 and printed.out == ""
     assert printed.err.endswith(line) and printed.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a fault"), KeyError("a fault"), KeyboardInterrupt(), SystemExit(5)])
+@pytest.mark.parametrize("error", [RuntimeError("a fault"), KeyError("a fault"), SystemExit(5)])
 def test_other_errors_pass_through(error, capsys):
-    with pytest.raises(type(error)) as passed, log.exit_on_bad_input():
+    with pytest.raises(type(error)) as passed, exit_on_error():
         raise error
     assert passed.value is error and capsys.readouterr().err == ""
 

@@ -69,10 +69,10 @@ def torch_aliases(tree):
 def uses(tree, may_check=False):
     """Every use of torch, "torch.nn.Linear" or with a keyword "torch.nn.Linear bias="; later methods as ".name".
 
-    may_check: names may be used without being reported where hasattr() found them.
+    may_check: names for which the file asks hasattr() are left out.
     """
     aliases, imported = torch_aliases(tree)
-    found = set(imported)
+    found, checked, inner = set(imported), set(), set()
 
     def dotted(node):
         if isinstance(node, ast.Attribute):
@@ -80,42 +80,24 @@ def uses(tree, may_check=False):
             return before and f"{before}.{node.attr}"
         return aliases.get(node.id) if isinstance(node, ast.Name) else None
 
-    def checked(test):
-        """Names that are there if `test` is true."""
-        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
-            return {name for part in test.values for name in checked(part)}
-        if isinstance(test, ast.Call) and getattr(test.func, "id", "") == "hasattr" and dotted(test.args[0]):
-            return {f"{dotted(test.args[0])}.{getattr(test.args[1], 'value', '')}"}
-        return set()
-
-    def visit(node, there):
-        if isinstance(node, (ast.If, ast.IfExp)) and may_check:
-            known = there | checked(node.test)
-            visit(node.test, known)
-            for part in node.body if isinstance(node, ast.If) else [node.body]:
-                visit(part, known)
-            for part in node.orelse if isinstance(node, ast.If) else [node.orelse]:
-                visit(part, there)
-            return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name, method = dotted(node.func), getattr(node.func, "attr", "")
+            if getattr(node.func, "id", "") == "hasattr" and dotted(node.args[0]):
+                checked.add(f"{dotted(node.args[0])}.{getattr(node.args[1], 'value', '')}")
             for keyword in node.keywords:
-                if name and name not in there and keyword.arg:
+                if name and keyword.arg:
                     found.add(f"{name} {keyword.arg}=")
                 elif not name and (method, keyword.arg) in LATER_KEYWORDS:
                     found.add(f".{method} {keyword.arg}=")
         name = dotted(node)
-        if name:
-            if name not in there:
-                found.add(name)
-            return
-        if isinstance(node, ast.Attribute) and node.attr in LATER_METHODS:
+        if name and node not in inner:  # of torch.nn.Linear, not torch.nn as well
+            found.add(name)
+        elif isinstance(node, ast.Attribute) and not name and node.attr in LATER_METHODS:
             found.add(f".{node.attr}")
-        for child in ast.iter_child_nodes(node):
-            visit(child, there)
-
-    visit(tree, set())
-    return found
+        if name and isinstance(node, ast.Attribute):
+            inner.add(node.value)
+    return {use for use in found if not may_check or use.partition(" ")[0] not in checked}
 
 
 def listed():

@@ -1,8 +1,6 @@
 """The check of a folder: it reports what training skips, no more and no less."""
 
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -95,20 +93,6 @@ def test_what_is_worth_knowing(tmp_path, tokenizer, noise):
         checks.ONE_COLOR: ["one_colour.png"],
         checks.SAME_IMAGE: ["same.png as plain.png"],
     }
-
-
-def test_a_image_that_kills_its_reader_is_named(every_fault, tokenizer, monkeypatch):
-    parent, look = os.getpid(), checks.load_image
-
-    def dying(path, size):
-        if os.getpid() != parent and path.name in ("cut_1.png", "good_2.png"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return look(path, size)
-
-    monkeypatch.setattr(checks, "load_image", dying)
-    report = checks.check(every_fault, tokenizer, text_seq_len=16, image_size=32, workers=2)
-    assert report.faults[checks.DEADLY] == ["cut_1.png", "good_2.png"]
-    assert report.faults[files.UNREADABLE] == ["cut_2.png"] and report.pairs == 1
 
 
 def test_the_command(every_fault, tmp_path, drawn_pictures, command):

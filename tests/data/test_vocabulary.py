@@ -131,21 +131,6 @@ def test_a_vocabulary_is_trained_on_the_captions_of_a_folder(command, picture_fo
     assert len(tokenizer.encode("a wee yellow star")) < len(b"a wee yellow star") / 2
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("train --out x.json", "give --input-folder FOLDER and --out FILE.json"),
-        ("train --input-folder . --out x.txt", "x.txt does not end in .json"),
-        ("train --input-folder {empty} --out x.json", "{empty}"),
-        ("train --input-folder . --out x.json --size 256", "must be a whole number of at least 257"),
-    ],
-)
-def test_bad_flags_are_one_line(command, tmp_path, flags, message):
-    words = flags.replace("{empty}", str(tmp_path)).split()
-    ended = command(vocabulary.main, *words)
-    assert ended.status == 2 and message.replace("{empty}", str(tmp_path)) in ended.err and ended.err.count("\n") == 1
-
-
 def test_a_run_with_a_trained_vocabulary_generates_by_itself(command, picture_folder, tiny_flags, tmp_path):
     import generate
     import train

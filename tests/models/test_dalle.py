@@ -140,9 +140,3 @@ def test_pixels_bytes_and_codes_are_one(tiny_vae):
     expected = dalle(text, codes, return_loss=True).total
     assert torch.equal(dalle(text, as_bytes, return_loss=True).total, expected)
     assert torch.equal(dalle(text, as_bytes.float() / 255, return_loss=True).total, expected)
-
-
-def test_parameter_count_of_l16(tiny_vae):
-    tiny_vae.image_size, tiny_vae.num_layers, tiny_vae.num_tokens = 256, 4, 1024
-    dalle = DALLE(vae=tiny_vae, dim=512, num_text_tokens=8192, text_seq_len=80, depth=16, heads=16, dim_head=64)
-    assert sum(p.numel() for p in dalle.parameters() if p.requires_grad) == 93_604_432

@@ -4,16 +4,13 @@ Skips without the packages of requirements-metrics.txt.
 """
 
 import importlib.util
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import evaluate
 from models import image_scores
-from tests.builders import PickledCall
 
 NAME = "ViT-S-32-alt"  # the smallest
 TEXTS = ["a red circle", "two blue stars above a heart", ""]
@@ -98,26 +95,3 @@ def test_fid_is_that_of_torchmetrics(inception_file, pictures):
         theirs.update(batch, real=which == "real")
     assert ours.distance() == pytest.approx(float(theirs.compute()), rel=1e-3) and ours.distance() > 1
     assert abs(same.distance()) < 1e-2 * ours.distance()
-
-
-def test_other_weights_of_inception_are_refused_and_run_nothing(inception_file, tmp_path, tiny_checkpoint):
-    torch.save({"fc.weight": PickledCall((tmp_path / "marker").mkdir)}, tmp_path / "code.pth")
-    for path in (tiny_checkpoint, tmp_path / "code.pth"):
-        with pytest.raises(ValueError, match="no weights of FID's InceptionV3") as error:
-            image_scores.InceptionDistance(path, torch.device("cpu"))
-        assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "marker").exists()
-
-
-@pytest.mark.parametrize("package, flag", [("open_clip", "--clip-weights"), ("torch_fidelity", "--fid-weights")])
-def test_a_missing_package_or_file_is_told_before_anything_is_drawn(
-    command, tiny_checkpoint, drawn_pictures, tmp_path, monkeypatch, package, flag
-):
-    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    fixed = ["--dalle_path", tiny_checkpoint, "--outputs-dir", tmp_path, "--input-folder", drawn_pictures]
-    for path, words in ((tiny_checkpoint, ["requirements-metrics.txt"]), (tmp_path / "none", [str(tmp_path / "none")])):
-        ended = command(evaluate.main, *fixed, flag, path)
-        assert ended.status == 2 and ended.err.count("\n") == 1, ended
-        assert flag in ended.err and all(word in ended.err for word in words) and not [*tmp_path.iterdir()]

@@ -122,13 +122,6 @@ def test_strided_shared_and_wrapped_tensors_come_back(path, zipped):
     assert weights["view"][0, 0] == -1 and weights["turned"][2, 1] == -1 and weights["alone"].sum() == 0
 
 
-@pytest.mark.parametrize("protocol", [1, 5])
-def test_every_pickle_protocol_is_read(path, protocol):
-    network = nn.Sequential(nn.Conv2d(2, 3, 1), nn.GroupNorm(1, 3))
-    torch.save({"state_dict": network.state_dict(), "nested": [{}, (), (1, 2, 3, 4)]}, path, pickle_protocol=protocol)
-    assert_same(read_weights(path), network.state_dict())
-
-
 @BOTH_FORMATS
 def test_a_lightning_checkpoint_opens_without_its_classes(path, zipped, monkeypatch):
     module = types.ModuleType("vanished")

@@ -58,61 +58,39 @@ def test_a_batch_of_another_size_is_refused(poptorch_standin, tiny_vae):
         trainer.compile(samples(4))
 
 
-def recorded(monkeypatch, poptorch, *flags):
-    """Every call of a setter that options() makes for these flags, as {name: arguments}."""
-    calls = {}
-
-    class Recorder:
-        def __init__(self, path=""):
-            self.path = path
-
-        def __getattr__(self, name):
-            if name in ("Training", "Precision", "TensorLocations", "_Popart"):
-                return Recorder(f"{name}.")
-
-            def call(*arguments, **keywords):
-                key = self.path + name
-                calls[f"{key} {arguments[0]}" if name == "set" else key] = arguments[-1] if arguments else keywords
-                return self
-
-            return call
-
-    monkeypatch.setattr(poptorch, "Options", Recorder)
-    monkeypatch.setattr(poptorch, "TensorLocationSettings", lambda: Recorder("location."))
-    backend = backends.for_training(settings(*flags))
-    calls.clear()
-    backend.options()
-    return calls
+def options_by(*flags):
+    """Return what these flags set: PopTorch's setters of options and of parts of them, with their values."""
+    options = backends.for_training(settings(*flags)).options()
+    found = dict(options._values)
+    for part in (options.Training, options.Precision, options._Popart):
+        found.update(part._values)
+    found.update(options.TensorLocations._values["setOptimizerLocation"]._values)
+    return found
 
 
 def test_each_flag_reaches_its_option(poptorch_standin, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    plain = recorded(monkeypatch, poptorch_standin)
-    assert plain["setAvailableMemoryProportion"] == {"IPU0": 0.6, "IPU1": 0.6}
+    plain = options_by()
     assert isinstance(plain["setExecutionStrategy"], poptorch_standin.PipelinedExecution)
-    assert plain["autoRoundNumIPUs"] is True and plain["randomSeed"] == 42
-    assert plain["Precision.enableStochasticRounding"] is False
-    assert plain["Precision.setPartialsType"] == torch.float32
-    assert plain["location.useOnChipStorage"] is True and plain["location.useReplicatedTensorSharding"] is False
-    assert plain["Training.accumulationAndReplicationReductionType"] == poptorch_standin.ReductionType.Mean
-    optional = {"enableExecutableCaching", "enableProfiling", "enableSyntheticData", "useOfflineIpuTarget"}
-    assert not plain.keys() & {*optional, "Training.setAutomaticLossScaling"}
-    given = recorded(
-        monkeypatch,
-        poptorch_standin,
+    assert plain["outputMode"] is poptorch_standin.OutputMode.Sum and plain["autoRoundNumIPUs"] is True
+    assert plain["reduction"] is poptorch_standin.ReductionType.Mean and plain["gradientAccumulation"] == 3
+    expected = {"setAvailableMemoryProportion": {"IPU0": 0.6, "IPU1": 0.6}, "randomSeed": 42, "replicationFactor": 1}
+    expected.update(enableStochasticRounding=False, setPartialsType=torch.float32, useOnChipStorage=True)
+    expected.update(useReplicatedTensorSharding=False)
+    assert {name: plain[name] for name in expected} == expected
+    optional = {"enableExecutableCaching", "enableProfiling", "enableSyntheticData", "offline"}
+    assert not plain.keys() & {*optional, "setAutomaticLossScaling"}
+    given = options_by(
         "--matmul-proportion 0.2,0.3 --random-seed 7 --stochastic-rounding --enable-half-partials --enable-als",
         "--optimizer-state-offchip --enable-rts --replication-factor 2 --executable-cache-dir cache",
         "--profile-dir profile --synthetic-data --compile-only",
     )
-    assert given["setAvailableMemoryProportion"] == {"IPU0": 0.2, "IPU1": 0.3} and given["randomSeed"] == 7
-    assert given["Precision.enableStochasticRounding"] is True
-    assert given["Precision.setPartialsType"] == torch.float16
-    assert given["location.useOnChipStorage"] is False and given["location.useReplicatedTensorSharding"] is True
-    assert given["Training.setAutomaticLossScaling"] is True
-    assert (given["enableExecutableCaching"], given["enableProfiling"]) == ("cache", "profile")
-    assert given["enableSyntheticData"] is True and given["useOfflineIpuTarget"] == {"ipu_version": 2}
-    alone = recorded(monkeypatch, poptorch_standin, "--enable-rts")  # nothing to shard over
-    assert alone["location.useReplicatedTensorSharding"] is False
+    expected = {"setAvailableMemoryProportion": {"IPU0": 0.2, "IPU1": 0.3}, "randomSeed": 7, "replicationFactor": 2}
+    expected.update(enableStochasticRounding=True, setPartialsType=torch.float16, useOnChipStorage=False)
+    expected.update(useReplicatedTensorSharding=True, setAutomaticLossScaling=True, enableExecutableCaching="cache")
+    expected.update(enableProfiling="profile", enableSyntheticData=True, offline=2)
+    assert {name: given[name] for name in expected} == expected
+    assert options_by("--enable-rts")["useReplicatedTensorSharding"] is False  # nothing to shard over
 
 
 @pytest.mark.parametrize("workers", [0, 2])
