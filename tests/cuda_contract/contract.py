@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import standin
 
@@ -14,8 +16,11 @@ gpu = standin.install("h100")
 sys.path[0] = os.getcwd()
 
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from backends.native.backend import NativeBackend, NativeTrainingBackend  # noqa: E402
+from data.loader import TextImageDataset  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
 from generation.images import complete_caption, generate_batch, plan_image  # noqa: E402
 from generation.loading import load  # noqa: E402
 from models.sampling import Sampling  # noqa: E402
@@ -98,6 +103,29 @@ def training():
         trainer.evaluate([batch])
         attention |= set(gpu.attention)
     return {"losses": losses, "costs": costs, "attention": sorted(attention)}
+
+
+def loading():
+    """What the samples of a step cost if a set of codes is on the device, and whether they are the CPU's."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(8):
+            Image.new("RGB", (8, 8)).save(f"{folder}/{number}.png")
+            Path(folder, f"{number}.txt").write_text("red\nblue blue\n"[: 4 if number % 2 else None])
+        dataset = TextImageDataset(folder, load_tokenizer(), text_seq_len=6, image_size=8, caption_dropout=0.3)
+    dataset.attach_codes(samples(8)[1].numpy().astype("uint16"))
+    dataset = dataset.split_off(0.75)
+    dataset.caption_dropout, order = 0.3, [[(epoch, index) for index in (3, 0, -1, 4)] for epoch in range(6)]
+    steps, costs = {}, {}
+    for device in ("cpu", "cuda"):
+        backend = NativeTrainingBackend(train_settings("--batch-size 2 --gradient-accumulation 2", device=device))
+        backend.samples_per_step, loader = 4, backend.loader(dataset, order)
+        first = list(next(loader))
+        gpu.reset()
+        read = [first, *(list(step) for step in loader)]
+        costs[device] = {name: count / 5 for name, count in gpu.counts().items()}
+        steps[device] = [[torch.cat(parts).cpu() for parts in zip(*step)] for step in read]
+    pairs = zip(*(sum(read, []) for read in steps.values()))
+    return {"equal": all(torch.equal(*pair) for pair in pairs), "per_step": costs["cuda"]}
 
 
 def demo():

@@ -35,7 +35,7 @@ def contract(*parts):
 
 @pytest.fixture(scope="module")
 def found():
-    return contract("sampling", "training", "demo")
+    return contract("sampling", "training", "loading", "demo")
 
 
 def test_codes_in_fp32_are_the_cpus(found):
@@ -62,6 +62,12 @@ def test_training_equals_the_cpus_and_costs_few_launches_and_waits(found):
     for rest, most in (("AdamW", 470), ("Muon --ema-decay 0.9", 680)):
         costs = found["training"]["costs"][rest]
         assert costs["launches"] <= most and costs["copies"] <= 7 and costs["waits"] <= 2, (rest, costs)
+
+
+def test_a_step_s_samples_are_gathered_on_the_device(found):
+    """One copy of their rows, whatever the number of micro-batches."""
+    costs = found["loading"]["per_step"]
+    assert found["loading"]["equal"] and costs["copies"] == 1 and costs["waits"] == 0 and costs["launches"] <= 6, costs
 
 
 def test_no_boolean_mask_meets_attention(found):
