@@ -17,12 +17,15 @@ from utils.command_line import (
     COUNT,
     Parser,
     check_vqgan_files,
+    describe_error,
+    exit_on_error,
     machine_flags,
     number,
     parse,
     vqgan_file_flags,
     window_flag,
 )
+from utils.interrupts import sigterm_as_ctrl_c
 
 if TYPE_CHECKING:
     import uvicorn
@@ -36,7 +39,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     """Load the model and serve until Ctrl-C or SIGTERM."""
     settings = app_arguments(argv)
     log.set_up()
-    with log.exit_on_interrupt(), log.sigterm_as_ctrl_c(), log.exit_on_bad_input(), contextlib.ExitStack() as stack:
+    with exit_on_error(), sigterm_as_ctrl_c(), contextlib.ExitStack() as stack:
         listening = stack.enter_context(listen(settings.host, settings.port))
         check_packages()
         from generation.loading import load_from_flags
@@ -76,9 +79,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen(128)
     except OSError as error:
-        raise ValueError(
-            f"--host {host} --port {port}: {log.describe_error(error)}; give another host or port"
-        ) from None
+        raise ValueError(f"--host {host} --port {port}: {describe_error(error)}; give another host or port") from None
     return listening
 
 

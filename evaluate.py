@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional,
 
 import log
 from args_evaluate import evaluate_arguments
+from utils.command_line import exit_on_error
 from utils.files import atomic_write, check_writable
 
 if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
@@ -45,7 +46,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure the checkpoint that the flags name."""
     settings = evaluate_arguments(argv)
     log.set_up()
-    with log.exit_on_interrupt(), log.exit_on_bad_input(), contextlib.ExitStack() as stack:
+    with exit_on_error(), contextlib.ExitStack() as stack:
         from backends.memory import memory_explained
         from generation.loading import load_from_flags
         from utils import checkpoint

@@ -22,6 +22,7 @@ from utils.command_line import (
     SEED,
     Parser,
     check_vqgan_files,
+    exit_on_error,
     machine_flags,
     number,
     parse,
@@ -50,7 +51,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line."""
     settings = generate_arguments(argv)
     log.set_up()
-    with log.exit_on_interrupt(), log.exit_on_bad_input():
+    with exit_on_error():
         from generation.command import run
 
         run(settings)

@@ -1,22 +1,20 @@
-"""The logger, a run's progress with the lines that benchmarks.yml reads, and one-line errors.
+"""The logger, and a run's progress with the lines that benchmarks.yml reads.
 
-Log lines go to stdout, the progress bar and errors to stderr. benchmarks.yml looks for `throughput: X samples/sec`
+Log lines go to stdout, the progress bar to stderr. benchmarks.yml looks for `throughput: X samples/sec`
 (images/sec in generate.py), `loss: X` and `Compiled model in X secs`.
 """
 
 import contextlib
 import logging
-import signal
 import sys
 import time
 from typing import Dict, Iterator
 
 from tqdm import tqdm
 
-from utils.command_line import discard_output, exit_on_closed_output
+from utils.command_line import discard_output
 
 LINE_SECONDS = 10  # between log lines of losses, at least; the bar moves with every update
-EXIT_INTERRUPTED = 130
 
 logger = logging.getLogger("minidalle")
 
@@ -41,47 +39,6 @@ def set_up(level: int = logging.INFO) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
-
-
-@contextlib.contextmanager
-def exit_on_bad_input() -> Iterator[None]:
-    """End the program with one line and status 2 if the block raises ValueError or OSError."""
-    try:
-        with exit_on_closed_output():
-            yield
-    except (ValueError, OSError) as error:
-        logger.debug("raised here:", exc_info=True)
-        program = sys.argv[0].rpartition("/")[2]
-        print(f"{program}: error: {describe_error(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def describe_error(error: BaseException) -> str:
-    """Return an exception's message in one line, without the error number of OSError."""
-    message = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(message.split())
-
-
-@contextlib.contextmanager
-def exit_on_interrupt() -> Iterator[None]:
-    """End the program with one line and status 130 if Ctrl-C interrupts the block."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
-
-
-@contextlib.contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Treat SIGTERM, which launchers and schedulers send, like Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Progress:

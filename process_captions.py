@@ -1,12 +1,26 @@
-"""Write COCO's captions as one text file per image; the work is done in data/process_trainset.py."""
+"""Convert COCO's captions file to one text file per image; needs no images.
 
+COCO (Lin et al., 2014) keeps the captions of all images, about five each, in one JSON file:
+
+    {"images": [{"id": 139, "file_name": "000000000139.jpg"}, ...],
+     "annotations": [{"image_id": 139, "caption": "A room with chairs."}, ...]}
+
+They become the lines of 000000000139.txt. Training reads such a file itself (data/sources/captions_json.py); text files
+are for other programs, and for captions that are to be edited.
+"""
+
+import json
+import re
 import sys
-from typing import Optional, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from utils.command_line import Parser, exit_on_closed_output
+from tqdm import tqdm
+
+from utils.command_line import Parser, exit_status
+from utils.files import atomic_write, check_writable
 
 
-@exit_on_closed_output()
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command; return the exit status, 2 for bad arguments or files."""
     parser = Parser("Write COCO's captions as one .txt per image, one caption per line, named like the image.")
@@ -15,16 +29,67 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add("--captions", metavar="JSON", default=captions, help="COCO captions file")
     add("--out-dir", "--out_dir", metavar="DIR", default=out, help="folder for the .txt files; created if missing")
     settings = parser.parse_args(argv)
-    from data.process_trainset import write_caption_files  # imports torch, which --help does not need
+    return exit_status(lambda: write_caption_files(Path(settings.captions), Path(settings.out_dir)))
 
-    try:
-        written = write_caption_files(settings.captions, settings.out_dir)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    skipped = f", {written.empty:,} empty ones skipped" if written.empty else ""
-    print(f"{written.captions:,} captions of {written.files:,} images in {settings.out_dir}{skipped}")
-    return 0
+
+def write_caption_files(captions_file: Path, out_dir: Path) -> None:
+    """Write a file in UTF-8 for each image, one caption per line, in the order of the file.
+
+    A file is called like its image; if the JSON does not say how that is called, <image id, 12 digits>.txt. White space
+    within a caption, including line breaks, becomes one space; nothing else is changed. Nothing is written until the
+    whole file has been checked. Existing files are replaced.
+
+    Raises:
+        ValueError: `captions_file` is not a COCO captions file, or `out_dir` cannot be written.
+        OSError: one of the files cannot be read or written.
+    """
+    lines, empty = read_captions(captions_file)
+    check_writable(out_dir, "--out-dir")
+    for name, captions in tqdm(lines.items(), desc="captions", unit="file", mininterval=0.5, disable=None):
+        with atomic_write(out_dir / name, text=True) as file:
+            file.writelines(caption + "\n" for caption in captions)
+    skipped = f", {empty:,} empty ones skipped" if empty else ""
+    print(f"{sum(map(len, lines.values())):,} captions of {len(lines):,} images in {out_dir}{skipped}")
+
+
+def read_captions(path: Path) -> Tuple[Dict[str, List[str]], int]:
+    """Return the captions of a COCO captions file by the name of their text file, and the number of empty ones."""
+    from data.sources.captions_json import default_name, image_names, read_json  # torch, which --help does not need
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; utils/download_coco_dataset.sh downloads COCO's captions")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; a captions JSON file is needed")
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
+        raise ValueError(f'{path} has no list "annotations"; it is not a COCO captions file')
+    names, captions, empty = image_names(content), {}, 0  # type: ignore[var-annotated]
+    for index, entry in enumerate(content["annotations"]):
+        if not _is_caption(entry, names):
+            raise ValueError(
+                f"{path}: annotation {index} is {json.dumps(entry)[:80]}, without an image_id or a valid caption; "
+                "is it one of COCO's captions_*.json?"
+            )
+        caption = " ".join((entry["caption"] or "").split())  # some exports have null for images without captions
+        key = str(entry["image_id"])
+        if caption:
+            name = PurePosixPath(names.get(key) or default_name(key)).with_suffix(".txt").name
+            captions.setdefault(name, []).append(caption)
+        empty += not caption
+    if not captions:
+        raise ValueError(f"{path} has no caption")
+    return captions, empty
+
+
+def _is_caption(entry: Any, names: Dict[str, str]) -> bool:
+    """Return whether an annotation names an image, by a whole number or an id of "images", and has a text or null."""
+    if not isinstance(entry, dict) or not {"image_id", "caption"} <= entry.keys():
+        return False
+    image_id, caption = entry["image_id"], entry["caption"]
+    is_number = isinstance(image_id, int) and not isinstance(image_id, bool) and image_id >= 0
+    # JSON can spell half a surrogate pair, which UTF-8 cannot.
+    is_text = caption is None or (isinstance(caption, str) and not re.search("[\ud800-\udfff]", caption))
+    return (is_number or (isinstance(image_id, str) and image_id in names)) and is_text
 
 
 if __name__ == "__main__":

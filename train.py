@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Optional, Sequence
 
 import args
 import log
-from utils.interrupts import defer_signals
+from utils.command_line import exit_on_error
+from utils.interrupts import defer_signals, sigterm_as_ctrl_c
 
 if TYPE_CHECKING:  # importing torch takes seconds, so flags are checked first
     from training.run import Run
@@ -19,7 +20,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Build the run that the flags describe, then train it, or report what it needs if --dry-run is given."""
     settings = args.train_arguments(argv)
     log.set_up()
-    with log.exit_on_interrupt(), log.sigterm_as_ctrl_c(), log.exit_on_bad_input():
+    with exit_on_error(), sigterm_as_ctrl_c():
         try:
             from training import dry_run
             from training.run import build

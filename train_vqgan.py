@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 from args import vqgan_arguments
-from log import EXIT_INTERRUPTED, exit_on_bad_input, set_up
+from log import set_up
+from utils.command_line import EXIT_INTERRUPTED, exit_on_error
 from utils.files import atomic_write, check_writable, remove_leftovers
 
 if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
@@ -42,7 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Train the VQGAN that the flags describe."""
     settings = vqgan_arguments(argv)
     set_up()
-    with exit_on_bad_input():
+    with exit_on_error():
         train(settings)
 
 

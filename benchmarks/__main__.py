@@ -19,13 +19,12 @@ from typing import Any, Dict, Optional, Sequence
 
 from tqdm import tqdm
 
-import log
 from backends.native.backend import pick_device, pick_precision
 from benchmarks import peer
 from benchmarks.limits import describe_machine
 from benchmarks.plot import format_number, plot_speed
 from benchmarks.rows import ROWS, measure_row
-from utils.command_line import Parser
+from utils.command_line import Parser, exit_on_error
 from utils.files import atomic_write, check_writable
 
 HEAD = f"{'':34}{'here':>9} {'':10} {'(min - max)':>17} {'passes':>6} {'of limit':>8} {'MB':>7}"
@@ -38,7 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if flags.list:
         print("\n".join(f"{name:12} {row.what}" for name, row in ROWS.items()))
         return
-    with log.exit_on_interrupt(), log.exit_on_bad_input():
+    with exit_on_error():
         check_writable(flags.output_dir, "--output-dir")
         folder, device = Path(flags.output_dir), pick_device("auto")
         results: Dict[str, Any] = {
@@ -67,7 +66,7 @@ def parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = Parser((__doc__ or "").splitlines()[0])
     add = parser.heading("what is measured")
     add("only", None, "rows to measure, by name or pattern such as generate-*; none: all", nargs="+", metavar="PATTERN")
-    add("peer", False, "measure dalle-pytorch 1.6.6, its loader and taming's VQGAN as well", type=bool)
+    add("peer", False, "measure dalle-pytorch 1.6.6, a plain loader and taming's VQGAN as well", type=bool)
     add("quick", False, "small networks and few samples", type=bool)
     add("list", False, "name the rows and measure nothing", type=bool)
     add("output-dir", "output/benchmarks", "folder for results.json and results.png")

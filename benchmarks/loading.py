@@ -1,7 +1,6 @@
 """Rows about loading: captions with photograph-sized images, or with codes that were computed before.
 
-The benchmark makes the images, 640 × 480 JPEGs of about 80 KB. The peer is dalle-pytorch's loader or, if that cannot be
-imported because torchvision is missing, a plain loop with PIL; the table says which.
+The benchmark makes the images, 640 × 480 JPEGs of about 80 KB. The peer is a plain loop with PIL.
 """
 
 import contextlib
@@ -20,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from backends.native.backend import NativeTrainingBackend
-from benchmarks import peer
 from benchmarks.limits import Measurement
 from benchmarks.networks import parse_settings
 from data.loader import TextImageDataset
@@ -130,19 +128,10 @@ class PlainImages(Dataset):
 
 
 def load_peer(quick: bool) -> List[float]:
-    """Measure the peer's dataset in torch's DataLoader, with as many workers as ours."""
+    """Measure PlainImages in torch's DataLoader, with as many workers as ours."""
     count, rows, steps = choose_sizes(quick)
-    settings, dataset_class = parse_settings(quick), peer.load_dataset_class()
-    tokenizer, length = load_tokenizer(settings.bpe_path), settings.text_seq_len
+    settings = parse_settings(quick)
     with image_folder(count) as folder:
-        if dataset_class is None:
-            dataset = PlainImages(folder, tokenizer, length)
-        else:
-            dataset = dataset_class(str(folder), text_len=length, image_size=SIDE, tokenizer=tokenizer, shuffle=True)
+        dataset = PlainImages(folder, load_tokenizer(settings.bpe_path), settings.text_seq_len)
         order = RandomSampler(dataset, replacement=True, num_samples=rows * count_batches(steps))
         return time_batches(DataLoader(dataset, rows, sampler=order, num_workers=WORKERS), rows, steps)
-
-
-def peer_name() -> str:
-    """Return what load_peer measures."""
-    return "a plain PIL loop" if peer.load_dataset_class() is None else "dalle-pytorch's loader"

@@ -48,16 +48,6 @@ def build_dalle(module: Any, vae: Any, **sizes: Any) -> Any:
     return module.DALLE(vae=small, rotary_emb=False, shift_tokens=False, **sizes)
 
 
-def load_dataset_class() -> Optional[Any]:
-    """Return dalle-pytorch's TextImageDataset, or None if it or torchvision, which it needs, cannot be imported."""
-    if load() is None:
-        return None
-    try:
-        return importlib.import_module("dalle_pytorch.loader").TextImageDataset
-    except (ImportError, RuntimeError):  # the latter: torchvision was built for another torch
-        return None
-
-
 class TamingVQGAN(nn.Module):
     """taming's VQModel from its own parts, untrained, in fp32, without Lightning and without the loss."""
 

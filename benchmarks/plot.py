@@ -1,6 +1,6 @@
-"""Bar charts of the results: speed and memory of each row, and how many prompts the demo follows."""
+"""A bar chart of the results: speed and memory of each row."""
 
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Sequence, Tuple
 
 from matplotlib.figure import Figure
 
@@ -46,26 +46,12 @@ def plot_speed(rows: Sequence[Dict[str, Any]], title: str, path: AnyPath) -> Non
     speed.invert_yaxis()
     speed.set_title(title, loc="left", fontsize=10)
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
-    _save(figure, path)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _label(row: Dict[str, Any], side: str) -> str:
     text = f"{format_number(row[side]['median'])} {row['unit']}"
     return f"{text}, {format_number(row['ratio'])}× the peer" if side == "ours" and row["ratio"] else text
-
-
-def plot_shares(names: List[str], shares: List[float], label: str, path: AnyPath) -> None:
-    """Save shares, in percent, as named bars."""
-    figure = Figure(figsize=(7, 0.35 * len(names) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    axes.bar_label(axes.barh(names, shares, color=OURS), fmt="%.1f %%", padding=3)
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 112), xlabel=label)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: AnyPath) -> None:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)

@@ -82,7 +82,7 @@ ROWS = {
     "encode": Row("images to codes", "images/s", networks.encode, networks.encode_peer, "taming"),
     "decode": Row("codes to images", "images/s", networks.decode, networks.decode_peer, "taming"),
     "load-pixels": Row(
-        "loading images", "samples/s", partial(loading.load, codes=False), loading.load_peer, "a loader"
+        "loading images", "samples/s", partial(loading.load, codes=False), loading.load_peer, "a plain PIL loop"
     ),
     "load-tar": Row(
         "loading images from tar shards",
@@ -118,8 +118,8 @@ def measure_row(
         seconds = min(seconds, *ours["seconds"])  # what the row reached is possible, whatever was measured after it
         found.update(limit=_convert(seconds, row.unit), of_limit=seconds / statistics.median(ours["seconds"]))
     if with_peer and row.theirs is not None:
-        found["peer_name"] = loading.peer_name() if name == "load-pixels" else row.peer
-        report(f"{row.what}, {found['peer_name']} ...")
+        found["peer_name"] = row.peer
+        report(f"{row.what}, {row.peer} ...")
         theirs = run_in_process(name, quick, "theirs")
         found["peer"] = _summarize(theirs, row.unit)
         found["ratio"] = statistics.median(theirs["seconds"]) / statistics.median(ours["seconds"])

@@ -33,7 +33,7 @@ from data.images import load_image
 from data.loader import WorkerTracker, describe_set, describe_unknown
 from data.sources import ImageSource, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
-from utils.command_line import COUNT, NATURAL, Parser, exit_on_closed_output, read_entry
+from utils.command_line import COUNT, NATURAL, Parser, exit_on_error, read_entry
 from utils.interrupts import ignore_interrupts_in_worker
 
 DEADLY = "image whose reading kills the process"
@@ -200,7 +200,7 @@ def describe(folder: Path, report: Report, examples: Optional[int]) -> str:
     return "\n".join(lines)
 
 
-@exit_on_closed_output()
+@exit_on_error()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command; exit with 0: clean, 1: training would skip or refuse something, 2: bad arguments."""
     parser = Parser("Check images and captions before a long run.")
@@ -237,9 +237,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     except (ValueError, OSError, RuntimeError) as error:  # no pair, or workers that are killed
         print(f"{parser.prog}: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
     print(describe(folder, report, None if settings.all else 3))
     raise SystemExit(1 if any(report.faults.values()) else 0)
 

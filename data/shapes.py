@@ -1,12 +1,11 @@
 """Draw the demo set: captioned images of two colored shapes.
 
 `python -m data.shapes` writes 64 × 64 images such as "a small red circle above a large blue square": 8 colors, 5
-shapes, 2 sizes and 4 relations, five captions per image. data/shapes_reader.py reads such images back. The layout is
-COCO's, in one folder per split:
+shapes, 2 sizes and 4 relations, five captions per image. data/shapes_reader.py reads such images back. There is
+one folder per split:
 
     data/shapes/train/images/000000000001.png      data/shapes/train/captions/000000000001.txt   one caption per line
     data/shapes/val/images/000000020001.png        data/shapes/val/captions/000000020001.txt
-    data/shapes/annotations/captions_train.json    data/shapes/annotations/captions_val.json     COCO captions format
     data/shapes/dataset.json                       settings
 
 Image ids continue from `train` to `val`, so no stem occurs twice. A tenth of the (color, shape, relation, color, shape)
@@ -19,7 +18,6 @@ per cell then meets only 449 different patches.
 
 import hashlib
 import itertools
-import json
 import math
 import random
 import re
@@ -293,21 +291,13 @@ def make_sample(split: str, index: int, seed: int = 0, size: int = 64) -> Tuple[
 
 def _write_split(root: Path, split: str, count: int, first_id: int, seed: int, size: int) -> None:
     images, captions = root / split / "images", root / split / "captions"
-    for folder in (images, captions, root / "annotations"):
-        folder.mkdir(parents=True, exist_ok=True)
-    listed, annotations = [], []
+    images.mkdir(parents=True)
+    captions.mkdir()
     for index in tqdm(range(count), desc=f"drawing {split}", unit="image", disable=None):
         pixels, texts = make_sample(split, index, seed, size)
-        image_id = first_id + index
-        name = f"{image_id:012d}"
+        name = f"{first_id + index:012d}"
         Image.fromarray(pixels).save(images / f"{name}.png", compress_level=1)
         (captions / f"{name}.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-        listed.append({"id": image_id, "file_name": f"{name}.png", "height": size, "width": size})
-        caption_ids = itertools.count((image_id - 1) * CAPTIONS_PER_IMAGE + 1)
-        annotations += [{"id": next(caption_ids), "image_id": image_id, "caption": text} for text in texts]
-    info = {"description": "Two coloured shapes, drawn by data/shapes.py", "version": str(VERSION)}
-    listing = {"info": info, "licenses": [], "images": listed, "annotations": annotations}
-    (root / "annotations" / f"captions_{split}.json").write_text(json.dumps(listing), encoding="utf-8")
 
 
 def write_dataset(out: str, pictures: int = 20000, val: int = 1000, seed: int = 0, size: int = 64) -> bool:

@@ -120,7 +120,7 @@ class Streams:
                 cancelled = {"cancelled": True} if job.cancelled else {}
                 stream.emit("done", seconds=round(time.monotonic() - began, 3), **cancelled)
         finally:
-            job.images, job.previews = [], {}
+            job.images, job.previews = [None] * len(job.specs), {}  # a batch may still bring some of a cancelled job
             stream.ended, stream.since = True, time.monotonic()
             stream.changed.set()
 

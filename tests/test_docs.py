@@ -26,7 +26,7 @@ ELSEWHERE = {
     "bash run_tests.sh": "this is how the tests start",
     "bash run_train.sh": "trains for minutes; run by hand before every release",
     "bash utils/download_coco_dataset.sh": "needs a network; its test runs it on a small mirror",
-    "python process_captions.py": "needs COCO; tests/data/test_process_trainset.py runs it on a small set",
+    "python process_captions.py": "needs COCO; tests/test_process_captions.py runs it on a small set",
     "python3 -m examples_utils": "needs Graphcore's tool; tests/test_benchmarks_yml.py runs the entries' commands",
     "python -m benchmarks": "takes an hour; tests/test_benchmarks.py runs it with --quick",
     "python -m data.check FOLDER": "tests/data/test_check.py runs it",

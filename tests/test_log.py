@@ -9,6 +9,7 @@ import pytest
 
 import log
 from tests.conftest import ROOT
+from utils.command_line import exit_on_error
 
 # As examples_utils has them; the last match in a run's output counts.
 THROUGHPUT = r"throughput: *(.*?) samples/sec"
@@ -96,7 +97,7 @@ def test_what_lies_between_updates_is_no_training_but_takes_time(program_log, cl
 )
 def test_bad_input_ends_in_one_line_and_status_2(error, line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["some/where/train.py"])
-    with pytest.raises(SystemExit) as end, log.exit_on_bad_input():
+    with pytest.raises(SystemExit) as end, exit_on_error():
         raise error
     printed = capsys.readouterr()
     assert end.value.code == 2 and printed.out == ""

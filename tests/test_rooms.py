@@ -32,7 +32,7 @@ ALLOWED = {
     "args_evaluate.py": {"args", "utils.command_line"},
     "utils/command_line.py": {"yaml"},
     "log.py": {"tqdm", "utils.command_line"},
-    "process_captions.py": {"data", "utils"},
+    "process_captions.py": {"data", "utils", "tqdm"},
 }
 GUARDS = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}
 FORBIDDEN = {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "torch.jit.load", "torch.hub.load", "eval", "exec"}

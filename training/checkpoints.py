@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Set, Tuple
 
 import torch
 
-import log
 from generation.loading import OPTIONS
 from utils import checkpoint
+from utils.command_line import describe_error
 from utils.files import check_writable, remove_leftovers
 from utils.interrupts import defer_signals
 
@@ -313,7 +313,7 @@ def save(run: Run, name: str) -> Optional[Path]:
             if name != BEST:
                 folder.add(path)
     except OSError as error:
-        logger.warning("no checkpoint of step %d: %s%s", run.step, log.describe_error(error), describe_last(run))
+        logger.warning("no checkpoint of step %d: %s%s", run.step, describe_error(error), describe_last(run))
         return None
     logger.info("wrote %s", path)
     return path

@@ -21,7 +21,7 @@ from typing import Any, Deque, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 from PIL import Image
 
-import log
+from utils.command_line import describe_error
 from utils.files import atomic_write
 from utils.interrupts import defer_signals
 
@@ -81,7 +81,7 @@ class Trackers(Tracker):
                 getattr(tracker, method)(*arguments)
             except Exception as error:  # other people's packages may raise anything
                 self.trackers.remove(tracker)
-                reason = log.describe_error(error)
+                reason = describe_error(error)
                 logger.warning("%s: %s; the run continues without it", type(tracker).__name__, reason)
 
 
@@ -118,12 +118,12 @@ def _start_wandb(wandb: Any, settings: Namespace) -> Any:
     try:
         return wandb.init(**options)
     except Exception as error:
-        reason = log.describe_error(error).rstrip(".")
+        reason = describe_error(error).rstrip(".")
         logger.warning("--wandb: %s; recording offline, `wandb sync` uploads it later", reason)
     try:
         return wandb.init(mode="offline", **options)
     except Exception as error:
-        logger.warning("--wandb: %s; the run continues without it", log.describe_error(error))
+        logger.warning("--wandb: %s; the run continues without it", describe_error(error))
         return None
 
 
@@ -221,7 +221,7 @@ class MetricsFile(Tracker):
         try:
             plot_metrics(self.path, self.plot_path)
         except Exception as error:  # a run does not need its plots
-            reason = "matplotlib is not installed" if isinstance(error, ImportError) else log.describe_error(error)
+            reason = "matplotlib is not installed" if isinstance(error, ImportError) else describe_error(error)
             logger.warning("no %s: %s", self.plot_path, reason)
             self.can_plot = isinstance(error, OSError)  # a disk may have room again
         now = time.monotonic()

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Sequence, Tuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import log
 from data.images import load_image
 from generation.images import to_image
 from models.sampling import Sampling
+from utils.command_line import describe_error
 from utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def write_samples(run: Run) -> None:
         if run.folder.path:
             save_samples(grid, run.samples.captions, run.folder.path / "samples", run.step)
     except (ValueError, OSError, RuntimeError) as error:  # the last one if memory runs out
-        logger.warning("no sample images of step %d: %s", run.step, log.describe_error(error))
+        logger.warning("no sample images of step %d: %s", run.step, describe_error(error))
         return
     run.trackers.log_image(run.step, grid)
 

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 
 from utils import checkpoint
-from utils.command_line import Parser, exit_on_closed_output, parse
+from utils.command_line import Parser, exit_on_error, parse
 from utils.files import AnyPath, first_line
 
 WIDTH = 118
@@ -20,7 +20,7 @@ VQGAN = f"{checkpoint.PREFIX}vae.model."  # how names of its weights begin
 DECODER = ("decoder.", "post_quant_conv.")
 
 
-@exit_on_closed_output()
+@exit_on_error()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Print the description of a checkpoint, or write its weights alone."""
     parser = Parser("Describe a checkpoint; with --export, write its weights alone.", usage="FILE [flags]")
@@ -33,17 +33,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     arguments = parse(parser, argv)
     if arguments.export is not None and not arguments.export.endswith(".safetensors"):
         parser.error(f"argument --export: {arguments.export} does not end in .safetensors")
-    try:
-        saved = checkpoint.read(arguments.file)
-        if arguments.export is None:
-            print("\n".join(describe(arguments.file, saved)))
-        else:
-            if arguments.decoder is not None:
-                replace_decoder(saved["weights"], Path(arguments.decoder) / "vqgan.ckpt")
-            checkpoint.write_safetensors(arguments.export, saved, arguments.half)
-            print(f"wrote {arguments.export} ({_megabytes(Path(arguments.export).stat().st_size)})")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    saved = checkpoint.read(arguments.file)
+    if arguments.export is None:
+        print("\n".join(describe(arguments.file, saved)))
+        return
+    if arguments.decoder is not None:
+        replace_decoder(saved["weights"], Path(arguments.decoder) / "vqgan.ckpt")
+    checkpoint.write_safetensors(arguments.export, saved, arguments.half)
+    print(f"wrote {arguments.export} ({_megabytes(Path(arguments.export).stat().st_size)})")
 
 
 def replace_decoder(weights: Dict[str, torch.Tensor], path: Path) -> None:

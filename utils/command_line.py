@@ -7,6 +7,7 @@ names with underscores, and their values pass through the same checks. Imports n
 import argparse
 import contextlib
 import difflib
+import logging
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequ
 import yaml
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs.yaml"
+EXIT_INTERRUPTED = 130
 EXIT_CLOSED_OUTPUT = 141  # what a shell reports for SIGPIPE
 HELP_COLUMN = 38
 HELP_WIDTH = 120
@@ -43,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        with exit_on_closed_output():
+        with exit_on_error():
             print(message, end="", file=file)
 
     def heading(self, title: str) -> Callable[..., None]:
@@ -320,31 +322,49 @@ def _is_output_closed() -> bool:
 
 
 @contextlib.contextmanager
-def exit_on_closed_output() -> Iterator[None]:
-    """End the program, without a message, if this block writes to a stdout that nobody reads any more."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        if not (_discarded or _is_output_closed()):  # another pipe broke
-            raise
-        discard_output()
-        raise SystemExit(EXIT_CLOSED_OUTPUT) from None
+def exit_on_error(requirements: str = "requirements.txt") -> Iterator[None]:
+    """End the program with one line if this block raises what its user can mend.
 
-
-def exit_status(work: Callable[[], None], requirements: str = "requirements.txt") -> int:
-    """Call work() and return the program's exit status: 0, or 2 after an error that its user can mend, in one line.
+    The status is 2 after a ValueError, an OSError or a missing package, 130 after Ctrl-C, and 141, without a line, if
+    nobody reads stdout any more, as after `| head`.
 
     Args:
         requirements: the file that lists what may be missing.
     """
     try:
-        with exit_on_closed_output():
-            work()
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is missing: pip install -r {requirements}", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        line, status = "stopped", EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not (_discarded or _is_output_closed()):  # another pipe broke
+            raise
+        discard_output()
+        raise SystemExit(EXIT_CLOSED_OUTPUT) from None
+    except (ModuleNotFoundError, ValueError, OSError) as error:
+        logging.getLogger("minidalle").debug("raised here:", exc_info=True)
+        line, status = f"{sys.argv[0].rpartition('/')[2]}: error: {describe_error(error)}", 2
+        if isinstance(error, ModuleNotFoundError):
+            line += f": pip install -r {requirements}"
     else:
-        return 0
-    return 2
+        return
+    print(line, file=sys.stderr)
+    raise SystemExit(status)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an exception's message in one line, without the error number of OSError."""
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(message.split())
+
+
+def exit_status(work: Callable[[], None], requirements: str = "requirements.txt") -> int:
+    """Call work() within exit_on_error and return the exit status."""
+    try:
+        with exit_on_error(requirements):
+            work()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0

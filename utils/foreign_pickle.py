@@ -1,8 +1,9 @@
 """Read the weights of other programs' checkpoints without running code that is pickled in them.
 
 A pickle may call any function by name. Here only the functions that describe tensors are called. Any other name becomes
-a `Name`, and the result of calling it an `Inert` object, so that a file's settings, callbacks and paths do no harm and
-need no packages; `weights_only=True` refuses such files.
+a class of `Inert` objects, so that a file's settings, callbacks and paths do no harm and need no packages;
+`weights_only=True` refuses such files. torch.load with an unpickler of our own would not do: it believes the sizes that
+a file states, and reads memory past the end of a storage.
 """
 
 import contextlib
@@ -36,12 +37,10 @@ DTYPES = {
     "Bool": torch.bool,
 }
 STREAM_HEADER = [0x1950A86A20F9469CFC6C, 1001]  # magic number and version of the format before torch 1.6
-NEWOBJ, NEWOBJ_EX = 0x81, 0x92  # opcodes that make an object of a class without calling it
 MODULE_DEPTH = 32  # of modules in modules
 MOST_MODULES = 100_000  # a few that refer to each other many times would take forever
 MOST_DICTS = 1000  # that are searched for a state dict
-MOST_VALUES = 4096  # in a list or dict of plain values
-MOST_VALUES_IN_ALL = 100_000  # of lists in lists, which may be one list many times
+MOST_VALUES = 128  # in a list or dict of plain values; lists in a list may be one list many times
 LARGEST_COUNT = 1 << 48  # more elements than any file holds; keeps products of sizes far from overflow
 
 
@@ -67,13 +66,12 @@ class TensorRecord(NamedTuple):
 
 
 class Inert:
-    """What a file describes as an object of another program: it has a name, perhaps a state, and does nothing."""
+    """What a file describes as an object of another program: it has perhaps a state, and does nothing."""
 
-    __slots__ = ("name", "state")
+    state: Any = None
 
-    def __init__(self, name: str):
-        self.name = name
-        self.state: Any = None
+    def __new__(cls, *arguments: Any, **keywords: Any) -> "Inert":
+        return super().__new__(cls)
 
     def __call__(self, *arguments: Any) -> "Inert":
         return self
@@ -81,30 +79,20 @@ class Inert:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass  # a pickle adds items to objects in these ways
+    def append(self, *item: Any) -> None:
+        """Ignore an item; a pickle adds some to objects in these ways."""
 
-    def append(self, value: Any) -> None:
-        """Ignore an item."""
-
-    add = append
-
-    def extend(self, values: Any) -> None:
-        """Ignore items."""
-
-    update = extend
+    __init__ = add = extend = update = __setitem__ = append  # type: ignore[assignment]
 
 
-class Name:
-    """A function or class that the file names. Only FUNCTIONS are called; calls of others give Inert objects."""
-
-    __slots__ = ("name",)
+class Function:
+    """A function of FUNCTIONS that the file names."""
 
     def __init__(self, name: str):
         self.name = name
 
     def __call__(self, *arguments: Any) -> Any:
-        return FUNCTIONS[self.name](*arguments) if self.name in FUNCTIONS else Inert(self.name)
+        return FUNCTIONS[self.name](*arguments)
 
     def __setstate__(self, state: Any) -> None:
         raise ValueError(f"wants to change {self.name}")
@@ -233,38 +221,14 @@ def _parameters(module: Any) -> Iterator[Tuple[str, Any]]:
 
 
 def plain(value: Any, depth: int = 3) -> Any:
-    """Return numbers, texts, and tuples, lists and dicts of them; None for anything else.
-
-    Raises:
-        ValueError: these are more values than the settings of any program.
-    """
-    count = 0
-
-    def convert(value: Any, depth: int) -> Any:
-        nonlocal count
-        count += 1
-        if count > MOST_VALUES_IN_ALL:
-            raise ValueError(f"has more than {MOST_VALUES_IN_ALL} values beside its tensors")
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        if isinstance(value, (list, tuple)) and depth and len(value) <= MOST_VALUES:
-            return tuple(convert(one, depth - 1) for one in value)
-        if isinstance(value, dict) and depth and len(value) <= MOST_VALUES:
-            return {key: convert(one, depth - 1) for key, one in value.items() if isinstance(key, str)}
-        return None
-
-    return convert(value, depth)
-
-
-def _make_inert(unpickler: Any) -> None:
-    """Put an object of the class below the arguments on the stack."""
-    _, name = unpickler.stack.pop(), unpickler.stack.pop()
-    unpickler.append(Inert(getattr(name, "name", "something")))
-
-
-def _make_inert_with_keywords(unpickler: Any) -> None:
-    unpickler.stack.pop()
-    _make_inert(unpickler)
+    """Return numbers, texts, and tuples, lists and short dicts of them; None for anything else."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)) and depth and len(value) <= MOST_VALUES:
+        return tuple(plain(one, depth - 1) for one in value)
+    if isinstance(value, dict) and depth and len(value) <= MOST_VALUES:
+        return {key: plain(one, depth - 1) for key, one in value.items() if isinstance(key, str)}
+    return None
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # C's allocates what a forged memo index asks for
@@ -272,24 +236,22 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # C's alloca
         super().__init__(file, encoding="latin-1")
         self.storages: Dict[str, Storage] = {}
 
-    def find_class(self, module: str, name: str) -> Name:
-        return Name(f"{module}.{name}")
+    def find_class(self, module: str, name: str) -> Any:
+        name = f"{module}.{name}"
+        return Function(name) if name in FUNCTIONS else type(name, (Inert,), {})
 
     def persistent_load(self, reference: Any) -> Any:
         """Return the storage that torch.save describes as ("storage", type, key, device, element count)."""
         if reference[0] == "module":  # a class with its source text, of a file with a whole module
             return reference[1]
         tag, kind, key, _, count, *view = reference
-        dtype = DTYPES.get(kind.name.rpartition(".")[2].replace("Storage", ""))
+        dtype = DTYPES.get(kind.__name__.rpartition(".")[2].replace("Storage", ""))
         if tag != "storage" or dtype is None or not isinstance(key, str) or view not in ([], [None]):
             raise ValueError("refers to something that is not a storage")
         storage = Storage(key, dtype, _check_counts((count,))[0])
         if self.storages.setdefault(key, storage) != storage:
             raise ValueError(f"describes storage {key} in two ways")
         return storage
-
-
-_Unpickler.dispatch = {**_Unpickler.dispatch, NEWOBJ: _make_inert, NEWOBJ_EX: _make_inert_with_keywords}
 
 
 def _open_zip(file: BinaryIO) -> Tuple[Any, Callable[[Storage], bytearray]]:
@@ -345,8 +307,7 @@ def _read_tensors(state_dict: Dict[Any, Any], read: Callable[[Storage], bytearra
     storages: Dict[Storage, torch.Tensor] = {}
     for name, record in state_dict.items():
         if not isinstance(name, str) or not isinstance(record, TensorRecord):
-            kind = f", but {record.name}" if isinstance(record, (Inert, Name)) else ""
-            raise ValueError(f"{name[:60]!r} is not a tensor{kind}" if isinstance(name, str) else "a name is not text")
+            raise ValueError(f"{str(name)[:60]!r} is not a tensor, but {type(record).__name__[:60]}")
         storage = record.storage
         if storage not in storages:
             content = read(storage) if storage.length else None

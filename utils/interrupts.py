@@ -1,4 +1,4 @@
-"""Defer Ctrl-C, SIGTERM and SIGCHLD until an update, a checkpoint or a batch is complete."""
+"""Treat SIGTERM like Ctrl-C, and defer both and SIGCHLD until an update, a checkpoint or a batch is complete."""
 
 import contextlib
 import signal
@@ -76,3 +76,13 @@ def ignore_interrupts_in_worker(worker: int = 0) -> None:
     """Make a worker process ignore Ctrl-C, which reaches it too; the parent ends it by SIGTERM (a `worker_init_fn`)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Treat SIGTERM, which launchers and schedulers send, like Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.process_trainset import write_caption_files
+from process_captions import write_caption_files
 from tests.conftest import ROOT
 
 
@@ -71,10 +71,13 @@ GOOD = {"image_id": 1, "caption": "A dog."}
         (json.dumps({"annotations": [GOOD] * 50}).encode()[:-20], "cut short"),
         (b"[" * 100000, "not a JSON file"),
         (json.dumps({"annotations": [{"image_id": 1, "caption": "  "}]}).encode(), "no caption"),
-        (json.dumps({"annotations": [GOOD, "A dog."]}).encode(), "annotation 1 is not an object"),
-        (json.dumps({"annotations": [GOOD, {"image_id": 1, "bbox": [1]}]}).encode(), 'annotation 1 has no "caption"'),
+        (json.dumps({"annotations": [GOOD, "A dog."]}).encode(), 'annotation 1 is "A dog."'),
+        (
+            json.dumps({"annotations": [GOOD, {"image_id": 1, "bbox": [1]}]}).encode(),
+            'annotation 1 is {"image_id": 1, "bbox"',
+        ),
         (json.dumps({"annotations": [{**GOOD, "image_id": "000000000001"}]}).encode(), "000000000001"),
-        (b'{"annotations": [{"image_id": 1, "caption": "half \\ud83d"}]}', "not valid Unicode"),
+        (b'{"annotations": [{"image_id": 1, "caption": "half \\ud83d"}]}', "without an image_id or a valid caption"),
     ],
 )
 def test_bad_files(tmp_path, content, reason):
