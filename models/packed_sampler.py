@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.dalle import DALLE
-from models.sampling import Sampling, SamplingState, Stepper
+from models.sampling import Sampling, SamplingState, Stepper, guide
 from models.transformer import LayerScale, PrefixCache
 
 MOST_ROWS = 256  # of a pass; the time of larger ones grows with their rows on any machine
@@ -234,7 +234,7 @@ class PackedStepper(Stepper):
         self.to_logits = pack(projection.weight[codes], projection.bias[codes])
 
     @torch.no_grad()
-    def begin(self, text: Tensor, codes: Tensor) -> Tensor:
+    def begin(self, text: Tensor, codes: Tensor, cond_scale: float = 1.0) -> Tensor:
         """See Stepper. Each different row of text and codes passes through the model once."""
         dalle = self.dalle
         self.positions = dalle.image_pos_emb()[0]  # (L, dim)
@@ -249,7 +249,7 @@ class PackedStepper(Stepper):
         self.images = torch.arange(len(rows), device=rows.device)[:, None]
         for (_, layer), prefix in zip(self.layers, prefixes):
             layer.start(prefix, rows)
-        return self.compute_logits(x.float())[rows]
+        return self.compute_logits(x.float()[rows], None, 1, cond_scale)[:, 0]
 
     def release(self, state: SamplingState) -> SamplingState:
         """See Stepper. Only those rows are copied that take the place of a complete one."""
@@ -269,7 +269,7 @@ class PackedStepper(Stepper):
         return SamplingState(*(tensor[:left] for tensor in state))
 
     @torch.no_grad()
-    def next(self, codes: Tensor, places: Tensor) -> Tensor:
+    def next(self, codes: Tensor, places: Tensor, cond_scale: float = 1.0) -> Tensor:
         """See Stepper."""
         self.passes += 1
         width = codes.shape[1]
@@ -281,7 +281,7 @@ class PackedStepper(Stepper):
         added = None
         for name, layer in self.layers:
             x, added = layer(x, added, self.images, *found[name])
-        return self.compute_logits(x, added).unflatten(0, (-1, width))
+        return self.compute_logits(x, added, width, cond_scale)
 
     def last_place(self, inputs: Tensor) -> int:
         """Return the last of a pass's places, or a later one; what is read depends on it."""
@@ -301,7 +301,7 @@ class PackedStepper(Stepper):
         for window in windows if len(windows) > 1 else ():
             started = clock()
             times: List[float] = []
-            while len(times) < 2 or (len(times) < 8 and clock() < started + 0.02):
+            while len(times) < 2 or (len(times) < 8 and clock() < started + 0.01):
                 before = clock()
                 self.advance(state, sampling, window).tolist()
                 times.append(clock() - before)
@@ -314,5 +314,10 @@ class PackedStepper(Stepper):
             found[window] = least = min(least, found.get(window, 1.0))
         return found
 
-    def compute_logits(self, x: Tensor, added: Optional[Tensor] = None) -> Tensor:
-        return self.to_logits(self.kernels.add_and_normalize(x, added, self.norm)[1])
+    def compute_logits(self, x: Tensor, added: Optional[Tensor], width: int, cond_scale: float) -> Tensor:
+        """Return the logits (B, w, V) of x float32 (R·w, dim) plus what is added.
+
+        Guidance comes before the projection, which is linear, so that an image's two rows share it.
+        """
+        normed = self.kernels.add_and_normalize(x, added, self.norm)[1].unflatten(0, (-1, width))
+        return self.to_logits(guide(normed, cond_scale).flatten(0, 1)).unflatten(0, (-1, width))

@@ -20,6 +20,7 @@ from typing import (
     Union,
 )
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -80,18 +81,14 @@ class Sampling(NamedTuple):
         """Choose one code for each image, or for each of several places.
 
         Args:
-            logits: (B, …, V); with guidance (2B, …, V), an image's row and then its row for an empty caption.
+            logits: (B, …, V), see `guide`.
             noise: Gumbel noise (B, …, V).
             num_tokens: size of the text and image vocabulary together.
 
         Returns:
             int64 (B, …).
         """
-        logits = logits.float()
-        if self.is_guided:  # arXiv 2207.12598
-            conditional, unconditional = logits.unflatten(0, (-1, 2)).unbind(1)
-            logits = unconditional + self.cond_scale * (conditional - unconditional)
-        logits = logits / self.temperature
+        logits = logits.float() / self.temperature
         count = self.codes_to_keep(num_tokens)
         if count is not None:
             logits = keep_top_k(logits, count)
@@ -128,16 +125,21 @@ class Stepper:
     def __init__(self, dalle: DALLE):
         self.dalle = dalle
 
-    def begin(self, text: Tensor, codes: Tensor) -> Tensor:
-        """Read text int64 (B, T) and codes int64 (B, n), n ≥ 0; return the logits (B, V) of the next code."""
+    def begin(self, text: Tensor, codes: Tensor, cond_scale: float = 1.0) -> Tensor:
+        """Read text int64 (R, T) and codes int64 (R, n), n ≥ 0; return the logits (B, V) of the next code.
+
+        Args:
+            cond_scale: the strength of guidance. R is B for 1, and else 2B; see `guide`.
+        """
         raise NotImplementedError
 
-    def next(self, codes: Tensor, places: Tensor) -> Tensor:
+    def next(self, codes: Tensor, places: Tensor, cond_scale: float = 1.0) -> Tensor:
         """Compute the logits of a window of w places of each image.
 
         Args:
-            codes: int64 (B, w), the codes at one place before each. They replace what earlier calls got for these.
-            places: int64 (B,), the first place of each image's window, above 0.
+            codes: int64 (R, w), the codes at one place before each. They replace what earlier calls got for these.
+            places: int64 (R,), the first place of each image's window, above 0.
+            cond_scale: see `begin`.
 
         Returns:
             (B, w, V); for places past the end of the image they mean nothing.
@@ -164,7 +166,8 @@ class Stepper:
         inside = torch.arange(window, device=places.device)
         ahead = places[:, None] + inside  # (B, w)
         guesses = codes.gather(1, ahead - 1)  # the first is certain
-        logits = self.next(guesses.repeat_interleave(copies, 0), places.repeat_interleave(copies))
+        rows = guesses.repeat_interleave(copies, 0), places.repeat_interleave(copies)
+        logits = self.next(*rows, sampling.cond_scale)
         images = torch.arange(len(places), device=places.device)[:, None]
         answers = sampling.choose(logits, noise[images, ahead.clamp(max=length - 1)], self.dalle.num_tokens)
         add_answers(state, answers)
@@ -180,6 +183,21 @@ class Stepper:
         return {1: 1.0}
 
 
+def guide(x: Tensor, cond_scale: float) -> Tensor:
+    """Apply classifier-free guidance (arXiv 2207.12598) to logits, or to what a projection turns into logits.
+
+    Args:
+        x: (2B, …), an image's row and then its row for an empty caption; (B, …) if cond_scale is 1.
+
+    Returns:
+        (B, …).
+    """
+    if cond_scale == 1:
+        return x
+    conditional, unconditional = x.float().unflatten(0, (-1, 2)).unbind(1)
+    return unconditional + cond_scale * (conditional - unconditional)
+
+
 def add_answers(state: SamplingState, answers: Tensor) -> None:
     """Write answers int64 (B, w) after the codes that each image has; the last one is the guess of what follows."""
     ahead = torch.arange(state.noise.shape[1], device=answers.device)
@@ -191,7 +209,7 @@ class Pace:
     """Chooses the window of each pass: the one that promises the most codes per second.
 
     Args:
-        seconds: the time of a pass for each window.
+        seconds: the time of a pass with all images of the batch, for each window.
     """
 
     def __init__(self, seconds: Dict[int, float]):
@@ -201,15 +219,22 @@ class Pace:
         self.guesses = {window: [3.0, 1.0] for window in seconds}
         self.last = 1
 
-    def window(self) -> int:
-        """Return the window of the next pass, as if each guess in it were right with the same probability."""
-        self.last = max(self.seconds, key=self.codes_per_second)
+    def window(self, share: float = 1.0) -> int:
+        """Return the window of the next pass, as if each guess in it were right with the same probability.
+
+        Args:
+            share: of the batch's images, those that are left. A pass takes as long as one of all images with as many
+                codes.
+        """
+        codes = [window * share for window in self.seconds]
+        seconds = np.interp(codes, [*self.seconds], [*self.seconds.values()])
+        self.last = max(zip(self.seconds, seconds), key=lambda pair: self.promised_codes(pair[0]) / pair[1])[0]
         return self.last
 
-    def codes_per_second(self, window: int) -> float:
-        """Return what a window promises."""
+    def promised_codes(self, window: int) -> float:
+        """Return how many codes of an image a pass will probably add."""
         right, wrong = self.guesses[window]
-        return sum((right / (right + wrong)) ** guess for guess in range(window)) / self.seconds[window]
+        return sum((right / (right + wrong)) ** guess for guess in range(window))
 
     def record(self, right: int, wrong: int) -> None:
         """Learn from a pass how many guesses were right and how many images had a wrong one, which hides the rest."""
@@ -228,7 +253,7 @@ class CachedStepper(Stepper):
         super().__init__(dalle)
         self.autocast = autocast
 
-    def begin(self, text: Tensor, codes: Tensor) -> Tensor:
+    def begin(self, text: Tensor, codes: Tensor, cond_scale: float = 1.0) -> Tensor:
         dalle = self.dalle
         self.cache = [KeyValueCache(dalle.text_seq_len + dalle.image_seq_len) for _ in dalle.transformer.layers]
         self.count = codes.shape[1]
@@ -236,14 +261,15 @@ class CachedStepper(Stepper):
         if self.count:
             x = torch.cat((x, dalle.embed_codes(codes)), dim=1)
         with self.autocast():
-            return dalle.image_logits(dalle.transformer(x, cache=self.cache)[:, -1])
+            return guide(dalle.image_logits(dalle.transformer(x, cache=self.cache)[:, -1]), cond_scale)
 
-    def next(self, codes: Tensor, places: Tensor) -> Tensor:
+    def next(self, codes: Tensor, places: Tensor, cond_scale: float = 1.0) -> Tensor:
         dalle = self.dalle
         x = dalle.embed_codes(codes, start=self.count)
         self.count += 1
         with self.autocast():
-            return dalle.image_logits(dalle.transformer(x, cache=self.cache, start=dalle.text_seq_len + self.count))
+            x = dalle.transformer(x, cache=self.cache, start=dalle.text_seq_len + self.count)
+            return guide(dalle.image_logits(x), cond_scale)
 
 
 @torch.no_grad()
@@ -290,7 +316,7 @@ def sample_codes(
     whole = SamplingState(codes, torch.full((len(text),), count, device=text.device), noise, images)
     pace = None
     with evaluation_mode(dalle):
-        logits = stepper.begin(branches, given.repeat_interleave(copies, 0))
+        logits = stepper.begin(branches, given.repeat_interleave(copies, 0), sampling.cond_scale)
         state = whole = stepper.hold(whole)
         add_answers(state, sampling.choose(logits, state.noise[:, count], dalle.num_tokens)[:, None])
         state.places.add_(1)
@@ -307,7 +333,7 @@ def sample_codes(
             if pace is None:
                 pace = Pace(stepper.time_windows(state, sampling))
             state = stepper.release(state)
-            window = min(pace.window(), length - complete)
+            window = min(pace.window(len(state.places) / len(text)), length - complete)
             complete, *guesses = stepper.advance(state, sampling, window).tolist()
             pace.record(*guesses)
 
@@ -357,9 +383,11 @@ def gumbel_noise(
             run = pool.map if batch >= 16 else map  # threads take longer to start than a few images
             return torch.cat([*run(lambda one: gumbel_noise(1, length, num_codes, one, device), generator)])
     source = device if generator is None else generator.device
-    uniform = torch.rand(batch, length, num_codes, generator=generator, device=source).to(device)
+    noise = torch.rand(batch, length, num_codes, generator=generator, device=source).to(device)
     tiny = torch.finfo(torch.float32).tiny
-    return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
+    for _ in range(2):  # −log(−log u), in place because the tensor is large
+        noise.clamp_min_(tiny).log_().neg_()
+    return noise
 
 
 def keep_top_k(logits: Tensor, count: int) -> Tensor:

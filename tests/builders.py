@@ -10,7 +10,7 @@ from torch import Tensor
 
 import args
 from models.dalle import DALLE
-from models.sampling import Stepper
+from models.sampling import Stepper, guide
 from utils import checkpoint
 
 SIZES = {"dim": 32, "num_text_tokens": 58, "text_seq_len": 6, "depth": 2, "heads": 2, "dim_head": 16}
@@ -71,14 +71,15 @@ def train_settings(flags: str = "", device: str = "cpu", **changes: Any) -> argp
 class WholePassStepper(Stepper):
     """A Stepper that computes the whole sequence for every code, without a cache: slow, and the reference."""
 
-    def begin(self, text: Tensor, codes: Tensor) -> Tensor:
+    def begin(self, text: Tensor, codes: Tensor, cond_scale: float = 1.0) -> Tensor:
         """See models.sampling.Stepper."""
         self.text, self.codes = text, codes
-        return self.dalle(text, codes if codes.shape[1] else None)[:, -1, self.dalle.num_text_tokens :]
+        logits = self.dalle(text, codes if codes.shape[1] else None)[:, -1, self.dalle.num_text_tokens :]
+        return guide(logits, cond_scale)
 
-    def next(self, codes: Tensor, places: Tensor) -> Tensor:
+    def next(self, codes: Tensor, places: Tensor, cond_scale: float = 1.0) -> Tensor:
         """See models.sampling.Stepper."""
-        return self.begin(self.text, torch.cat((self.codes, codes), dim=1))[:, None]
+        return self.begin(self.text, torch.cat((self.codes, codes), dim=1), cond_scale)[:, None]
 
 
 def weights_in(path: Any) -> Dict[str, Tensor]:

@@ -29,7 +29,6 @@ ALLOWED = {
     "service/queue.py": {"generation", "PIL", "log"},
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
     "args.py": {"utils.command_line"},
-    "args_evaluate.py": {"args", "utils.command_line"},
     "utils/command_line.py": {"yaml"},
     "log.py": {"tqdm", "utils.command_line"},
     "process_captions.py": {"data", "utils", "tqdm"},

@@ -7,7 +7,7 @@ trained VQGAN on photographs. Features newer than torch 2.0 are used only after 
 import contextlib
 import copy
 import logging
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 from taming.modules.diffusionmodules.model import ResnetBlock
@@ -22,7 +22,11 @@ from models.vae import ImageTokenizer, VQGanVAE
 
 logger = logging.getLogger("minidalle")
 ROWS = 4  # for fewer rows oneDNN takes other kernels, which are not faster and differ in the last bits
-WINDOWS = (1, 2, 4, 8, 16)  # codes that a pass may compute for each image
+# Sums of at most so many terms in fp32 are left to MKL, with columns stored together, because each call of oneDNN takes
+# 15 µs more. MKL divides longer sums in ways that depend on the number of rows.
+SHORT = 256
+WINDOWS = (1, 2, 3, 4, 6, 8, 16)  # codes that a pass may compute for each image
+GPU_WINDOWS = (1, 2, 4, 8, 16)  # each is captured once for a batch size
 Product = Callable[[Tensor], Tensor]
 CACHE_BYTES = 16 * 2**20  # a layer's output that fits a CPU's cache; larger batches are slower than one by one
 GPU_BATCH = 32  # images; the widest layer of the official network then takes 0.5 GB in bf16
@@ -36,7 +40,9 @@ class NativeSampler:
         on_cpu = backend.device.type == "cpu"
         cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend five times slower in bf16
         pack = packer(backend.device, backend.dtype)
-        windows = WINDOWS if window is None else (min(window, model.image_seq_len),)
+        windows: Sequence[int] = WINDOWS if on_cpu else GPU_WINDOWS
+        if window is not None:
+            windows = (min(window, model.image_seq_len),)
         self.stepper: Stepper
         if model.transformer.is_plain:
             kind = PackedStepper if on_cpu else CapturedStepper
@@ -115,26 +121,35 @@ def onednn_packer(dtype: torch.dtype) -> Pack:
         raise AttributeError("this build of torch has no packed linear operator")
 
     def pack(weight: Tensor, bias: Optional[Tensor], geglu: Optional[Product] = None) -> Product:
+        if dtype == torch.float32 and weight.shape[1] <= SHORT:
+            return pad_rows(plain_packer(dtype)(weight.t().contiguous().t(), bias, geglu), weight.shape[1], dtype)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        few = torch.zeros(ROWS, weight.shape[1], dtype=dtype)
         parts = [reorder(part.contiguous(), ROWS) for part in weight.chunk(1 if geglu is None else 2)]
         biases = (None, None) if bias is None else bias.chunk(len(parts))
 
         def product(x: Tensor) -> Tensor:
-            count = len(x)
-            if count < ROWS:
-                few[:count] = x
-                x = few
-            else:
-                x = x.to(dtype)
             out = multiply(x, parts[0], biases[0], "none", [], "")
             if len(parts) == 2:  # GEGLU within the products
                 out = out * multiply(x, parts[1], biases[1], "gelu", [], "none")
-            return out[:count]
+            return out
 
-        return product
+        return pad_rows(product, weight.shape[1], dtype)
 
     return pack
+
+
+def pad_rows(product: Product, terms: int, dtype: torch.dtype) -> Product:
+    """Return a product of x (B, terms) that computes at least ROWS rows."""
+    few = torch.zeros(ROWS, terms, dtype=dtype)
+
+    def padded(x: Tensor) -> Tensor:
+        count = len(x)
+        if count >= ROWS:
+            return product(x.to(dtype))
+        few[:count] = x
+        return product(few)[:count]
+
+    return padded
 
 
 class FusedResnetBlock(ResnetBlock):

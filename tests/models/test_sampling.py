@@ -91,7 +91,7 @@ def test_a_complete_image_leaves_the_batch(tiny_vae, monkeypatch, sampling):
     dalle, text, rows = dalle_of(tiny_vae), captions(8), []
     stepper, seen = packed_stepper(dalle, 5), []
     monkeypatch.setattr(
-        stepper, "next", lambda codes, places: rows.append(len(codes)) or type(stepper).next(stepper, codes, places)
+        stepper, "next", lambda codes, *others: rows.append(len(codes)) or type(stepper).next(stepper, codes, *others)
     )
     given = torch.randint(0, 32, (8, 3), generator=seeded())
     generators = [seeded(i) for i in range(8)]
@@ -148,6 +148,8 @@ def test_the_window_is_the_one_with_the_most_codes_per_second():
         pace.window()
     assert pace.window() == 1
     assert Pace({16: 1.0}).window() == 16
+    # A pass of a quarter of the images with 4 codes each takes as long as one of all with 1.
+    assert Pace({1: 1.0, 2: 2.0, 4: 4.0}).window() == 1 and Pace({1: 1.0, 2: 2.0, 4: 4.0}).window(0.25) == 4
 
 
 def test_top_k_is_a_fraction_to_drop_or_a_number_to_keep():
