@@ -21,8 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import log
-from args_evaluate import evaluate_arguments
-from utils.command_line import exit_on_error
+from utils.command_line import (
+    COUNT,
+    SEED,
+    Parser,
+    check_vqgan_files,
+    exit_on_error,
+    machine_flags,
+    number,
+    parse,
+    sampling_flags,
+    vqgan_file_flags,
+    window_flag,
+)
 from utils.files import atomic_write, check_writable
 
 if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
@@ -36,6 +47,7 @@ logger = logging.getLogger("minidalle")
 
 FindFaults = Callable[[int, Any], List[str]]  # of the image of prompt number N, uint8 (S, S, 3)
 
+DEMO_PROMPTS = 400
 GRID_IMAGES = 36
 GRID_PAIRS = 8
 NEAREST_IMAGES = 32
@@ -47,7 +59,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     settings = evaluate_arguments(argv)
     log.set_up()
     with exit_on_error(), contextlib.ExitStack() as stack:
-        from backends.memory import memory_explained
+        from backends import memory_explained
         from generation.loading import load_from_flags
         from utils import checkpoint
 
@@ -78,13 +90,63 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print(f"all figures: {folder / 'results.json'}")
 
 
+def evaluate_parser() -> Parser:
+    """Return the parser of evaluate.py."""
+    parser = Parser(
+        "Measure a DALL-E: losses and reconstructions of a folder's pairs, or accuracy on prompts of shapes or scenes."
+    )
+    add = parser.heading("What to measure")
+    add("dalle-path", None, "checkpoint of train.py", required=True)
+    add("input-folder", None, "images and captions to measure losses and reconstructions on, as train.py takes them")
+    add("nearest", None, "images that the model was trained on; shows which are nearest to generated ones")
+    add("max-pairs", None, "use at most this many pairs, spread over the folder", COUNT)
+    add("truncate-captions", None, "cut captions that are too long; none: as in training", bool)
+    prompts = f"validation prompts of shapes or scenes to generate; none: {DEMO_PROMPTS}, or 0 with one of the above"
+    add("prompts", None, prompts, number(int, low=1, high=1120))
+    kinds = ("shapes", "scenes")
+    add("prompts-of", None, "their kind; none: scenes if the checkpoint knows its objects", choices=kinds)
+    sets = ("choose", "score")
+    add("prompt-set", "score", "choose: for choosing settings; score: for the final accuracy", choices=sets)
+    folder = "folder for results.json and grids; none: ./output/evaluation with one of the above, else ./output/demo"
+    add("outputs-dir", None, folder)
+    add("seed", 0, "seed of prompts and images", SEED)
+    add("batch-size", 64, "images or pairs at once", COUNT)
+    window_flag(add)
+    sampling_flags(parser.heading("Sampling (none: what the checkpoint recommends)"))
+    machine_flags(parser)
+    add = parser.heading("Scores of generated images (needs requirements-metrics.txt)")
+    add("clip-weights", None, "compute the CLIP score with these weights of --clip-model, in open_clip's format")
+    add("clip-model", "ViT-B-32", "open_clip model of the weights; ViT-B-32-quickgelu for OpenAI's")
+    add("fid-weights", None, "compute FID against the folder's images with these InceptionV3 weights of torch-fidelity")
+    add = parser.heading("Files that the checkpoint does not contain")
+    add("bpe-path", None, "vocabulary file; none: the checkpoint's, else CLIP's")
+    vqgan_file_flags(add)
+    return parser
+
+
+def evaluate_arguments(argv: Optional[Sequence[str]] = None) -> Namespace:
+    """Return the namespace of evaluate.py; `prompts` is 0 if no image is to be generated for prompts."""
+    parser = evaluate_parser()
+    settings = parse(parser, argv)
+    check_vqgan_files(parser, settings)
+    if settings.max_pairs and not settings.input_folder:
+        parser.error("argument --max-pairs: needs --input-folder")
+    if settings.fid_weights and not settings.input_folder:
+        parser.error("argument --fid-weights: needs --input-folder with images to compare with")
+    if settings.prompts is None:
+        settings.prompts = 0 if settings.input_folder or settings.nearest else DEMO_PROMPTS
+    if settings.outputs_dir is None:
+        settings.outputs_dir = "./output/evaluation" if settings.input_folder or settings.nearest else "./output/demo"
+    return settings
+
+
 def load_scorers(settings: Namespace, device: torch.device) -> Tuple[Any, Any]:
     """Return CLIP score and FID, each None unless its weights are given."""
+    clip = distance = None
     if not (settings.clip_weights or settings.fid_weights):
-        return None, None
+        return clip, distance
     from models import image_scores
 
-    clip = distance = None
     if settings.clip_weights:
         clip = image_scores.clip_score(settings.clip_weights, settings.clip_model, device)
     if settings.fid_weights:
@@ -174,7 +236,8 @@ def score_captions(
 
     text = [dataset.text(0, index) for index in range(len(dataset))]
     captions = [loaded.tokenizer.decode(tokens) for tokens in text]
-    images, used = generate_prompts(loaded, captions, text, settings, sampling)
+    codes, used = generate_codes(loaded, captions, text, settings, sampling)
+    images = loaded.decode(codes)
     found = {"seed": settings.seed, "sampling": used}
     if clip:
         found["clip_score"] = mean_clip_score(clip, images, captions, settings)
@@ -219,7 +282,8 @@ def evaluate_prompts(
     kind = settings.prompts_of or ("scenes" if knows_scenes(loaded.words) else "shapes")
     prompts, find_faults = load_prompts(kind, settings)
     text = list(loaded.tokenizer.tokenize(prompts, loaded.model.text_seq_len))
-    images, used = generate_prompts(loaded, prompts, text, settings, sampling)
+    codes, used = generate_codes(loaded, prompts, text, settings, sampling)
+    images = loaded.decode(codes)
     accuracy, wrong = judge(images, find_faults)
     make_grid([to_image(pixels) for pixels in images[:GRID_IMAGES]]).save(folder / "grid.png")
     (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_IMAGES]) + "\n", encoding="utf-8")
@@ -266,14 +330,6 @@ def evaluate_nearest(
     with torch.no_grad():
         found = nearest.compare(loaded, training_set, captions, codes, folder, settings.batch_size)
     return {**found, "captions": captions, "sampling": used}
-
-
-def generate_prompts(
-    loaded: LoadedModel, prompts: Sequence[str], text: Sequence[torch.Tensor], settings: Namespace, sampling: Sampling
-) -> Tuple[torch.Tensor, Dict[str, Any]]:
-    """Return an image for each prompt, float (N, 3, S, S) in [0, 1], and the sampling settings."""
-    codes, used = generate_codes(loaded, prompts, text, settings, sampling)
-    return loaded.decode(codes), used
 
 
 def generate_codes(

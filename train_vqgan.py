@@ -52,7 +52,7 @@ def train(settings: Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from backends.memory import OutOfMemory, memory_explained
+    from backends import OutOfMemory, memory_explained
     from backends.native.backend import pick_device
     from models.vae import VQGan
     from models.vqgan_training import SEED_CELLS, VQGanTrainer
@@ -96,12 +96,11 @@ def train(settings: Namespace) -> None:
     seeded = trainer.has_codebook and not settings.decoder_of
     batches = endless_batches(images, settings, first=trainer.steps + seed_batches * seeded)
 
-    # A finished VQGAN keeps its place until a longer run ends.
-    place = output_dir if finished is None else output_dir / checkpoints.UNFINISHED
+    if finished is not None:
+        checkpoints.move_earlier(output_dir, finished)
 
-    def report(place: Path) -> None:
-        place.mkdir(exist_ok=True)
-        figures = measure(model, validation_images, settings.batch_size, place)
+    def report() -> None:
+        figures = measure(model, validation_images, settings.batch_size, output_dir)
         logger.info(
             "step %d: PSNR %.2f dB on %d %s, %d of %d codes used (perplexity %.0f)",
             trainer.steps,
@@ -112,8 +111,7 @@ def train(settings: Namespace) -> None:
             settings.n_embed,
             figures.perplexity,
         )
-        checkpoints.save(trainer, params, place)
-        checkpoints.save_state(trainer, output_dir)
+        checkpoints.save(trainer, params, output_dir)
 
     try:
         with memory_explained(f"a --batch-size below {settings.batch_size} needs less"), tqdm(
@@ -133,22 +131,15 @@ def train(settings: Namespace) -> None:
                 if (step + 1) % SHOW_EVERY == 0 or step + 1 == settings.max_steps:
                     show(bar, losses, trainer, step)
                 if settings.eval_interval and (step + 1) % settings.eval_interval == 0 and trainer.has_codebook:
-                    report(place)
-        if finished is not None:
-            checkpoints.move_earlier(output_dir, finished)
-        report(output_dir)
+                    report()
+        report()
     except (KeyboardInterrupt, OutOfMemory) as reason:
         if not trainer.has_codebook:
             logger.info("interrupted at step %d, before the codebook was started: nothing saved", trainer.steps)
         else:
-            place.mkdir(exist_ok=True)
-            checkpoints.save(trainer, params, place)
-            checkpoints.save_state(trainer, output_dir)
-            logger.info(
-                "interrupted at step %d of %d; saved the VQGAN so far, --resume continues",
-                trainer.steps,
-                settings.max_steps,
-            )
+            checkpoints.save(trainer, params, output_dir)
+            so_far = f"interrupted at step {trainer.steps} of {settings.max_steps}"
+            logger.info("%s; saved the VQGAN so far, --resume continues", so_far)
         if isinstance(reason, OutOfMemory):
             raise
         raise SystemExit(EXIT_INTERRUPTED) from None

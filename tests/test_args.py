@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import args
-import args_evaluate
+import evaluate
 import generate
 from models.sampling import Sampling
 from tests.conftest import ROOT
@@ -19,13 +19,13 @@ PARSERS = {
     "train.py": args.train_parser,
     "generate.py": generate.generate_parser,
     "train_vqgan.py": args.vqgan_parser,
-    "evaluate.py": args_evaluate.evaluate_parser,
+    "evaluate.py": evaluate.evaluate_parser,
 }
 COMMANDS = {
     "train.py": (args.train_arguments, ["--generated-data"]),
     "generate.py": (generate.generate_arguments, ["--dalle_path", "c.pt", "--text", "a cat"]),
     "train_vqgan.py": (args.vqgan_arguments, ["--input-folder", "pictures"]),
-    "evaluate.py": (args_evaluate.evaluate_arguments, ["--dalle_path", "c.pt"]),
+    "evaluate.py": (evaluate.evaluate_arguments, ["--dalle_path", "c.pt"]),
 }
 
 # The reference application's flags: a word that each takes, and what becomes of it.

@@ -8,7 +8,7 @@ import pytest
 import generate
 from app import app_parser
 from args import train_parser, vqgan_parser
-from args_evaluate import evaluate_parser
+from evaluate import evaluate_parser
 from generate import generate_parser
 from tests.conftest import ROOT
 from utils import checkpoint_info

@@ -24,12 +24,11 @@ ALLOWED = {
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL", "numpy"},
     "generation/command.py": {"generation", "backends", "models", "utils", "torch", "PIL", "tqdm"}
     | {"log", "generate"},
-    "service": {"service", "generation", "data", "utils", "log", "torch", "PIL"}
+    "service": {"service", "generation", "data", "models.sampling", "utils", "log", "torch", "PIL"}
     | {"h11", "uvicorn", "fastapi", "starlette", "pydantic"},
     "service/queue.py": {"generation", "PIL", "log"},
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
     "args.py": {"utils.command_line"},
-    "args_evaluate.py": {"args", "utils.command_line"},
     "utils/command_line.py": {"yaml"},
     "log.py": {"tqdm", "utils.command_line"},
     "process_captions.py": {"data", "utils", "tqdm"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from argparse import Namespace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,13 +20,12 @@ from utils.files import atomic_write, first_line
 
 logger = logging.getLogger("minidalle")
 
-STATE_FILE = "vqgan_training.pt"  # in --output-dir, for --resume
-UNFINISHED = "unfinished"  # folder of a resumed run's VQGAN, until the run ends
+STATE_FILE = "vqgan_training.pt"  # with which --resume continues exactly
 FILES = (STATE_FILE, "vqgan.*", "reconstructions.png", ".writable")
 
 
 def save(trainer: VQGanTrainer, params: Dict[str, Any], output_dir: Path) -> None:
-    """Write vqgan.yaml and vqgan.ckpt in taming-transformers' format, each complete or not at all.
+    """Write vqgan.yaml and vqgan.ckpt in taming-transformers' format and STATE_FILE, each complete or not at all.
 
     The weights of vqgan.ckpt are rounded to values of fp16, so that a checkpoint in half precision has the same codes.
     """
@@ -41,11 +39,6 @@ def save(trainer: VQGanTrainer, params: Dict[str, Any], output_dir: Path) -> Non
     rounded = {name: tensor.half().float() for name, tensor in state_dict.items()}
     finished = trainer.steps >= trainer.settings.max_steps
     write(output_dir / "vqgan.ckpt", {"state_dict": rounded, "global_step": trainer.steps, "finished": finished})
-
-
-def save_state(trainer: VQGanTrainer, output_dir: Path) -> None:
-    """Write STATE_FILE, with which --resume continues exactly."""
-    state_dict = {name: tensor.detach().cpu() for name, tensor in trainer.model.state_dict().items()}
     write(output_dir / STATE_FILE, {"state_dict": state_dict, **trainer.state_dict()})
 
 
@@ -76,13 +69,12 @@ def check_earlier_run(settings: Namespace, output_dir: Path) -> Optional[int]:
 
 
 def move_earlier(output_dir: Path, steps: int) -> None:
-    """Move a finished VQGAN into a folder that is named for its steps, and remove the unfinished one."""
+    """Move a finished VQGAN, which a longer run will replace, into a folder that is named for its steps."""
     folder = output_dir / f"step_{steps}"
     folder.mkdir(exist_ok=True)
     for name in ("vqgan.ckpt", "vqgan.yaml", "reconstructions.png"):
         if (output_dir / name).exists():
             (output_dir / name).replace(folder / name)
-    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
 
 
 def load_initial(settings: Namespace) -> VQGanVAE:

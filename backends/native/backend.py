@@ -78,7 +78,6 @@ class NativeBackend(Backend):
                 torch.backends.cuda.enable_cudnn_sdp(False)
         self.precision = pick_precision(precision, self.device, fp16, loss_scaling)
         self.dtype = DTYPES[self.precision]
-        self.memory = Memory(self.device)
         if not self.rank:
             logger.info("running on %s in %s%s", self.kind, self.precision, self.describe_processes())
 
@@ -113,7 +112,7 @@ class NativeBackend(Backend):
         positions = model.text_seq_len + model.image_seq_len
         noise = model.image_seq_len * model.num_image_tokens
         image = 4 * (2 * keys_and_values * positions + 2 * noise + 64 * 3 * model.vae.image_size**2)  # with guidance
-        return int(max(1, min(AT_ONCE[self.kind], self.memory.free() // 2 // image)))
+        return int(max(1, min(AT_ONCE[self.kind], Memory(self.device).free() // 2 // image)))
 
     def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` with packed weights."""

@@ -31,9 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 from backends.base import Losses, Trainer
 from backends.native.fast_layers import compile_layers, use_fast_layers
 from backends.native.inference import NativeSampler
-from models.dalle import DALLE
+from models.dalle import DALLE, parameter_groups
 from utils.muon import Muon, orthogonal
-from utils.optimization import convert_ipu_state, load_keeping_flags, parameter_groups
+from utils.optimization import convert_ipu_state, load_keeping_flags
 
 if TYPE_CHECKING:
     from backends.native.backend import NativeBackend, NativeTrainingBackend

@@ -55,7 +55,7 @@ def test_no_file_of_the_machine_is_read_or_revealed(port):
             status, _, body = answer_to(port, "GET", place)
             assert status == 404 and b"root:" not in body and b"import" not in body, place
     there, missing = (generate(port, prompt=PROMPT, image=path) for path in ("/etc/passwd", "/etc/no-such-file"))
-    assert there == missing == (422, {"error": "image is not base64."})
+    assert there == missing == (422, {"error": "The image is not base64."})
     for image in (
         {"path": "/etc/passwd"},
         ["/dev/zero"],
