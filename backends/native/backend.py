@@ -177,7 +177,7 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
         """
         if self.kind == "cuda":
             if dataset not in self.sets:
-                self.sets[dataset] = SetOnDevice(dataset, self.device, self.memory.free())
+                self.sets[dataset] = SetOnDevice(dataset, self.device, Memory(self.device).free())
             if self.sets[dataset].fits:
                 yield from ([step] for step in self._interruptible(map(self.sets[dataset].gather, order)))
                 return
