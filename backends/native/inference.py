@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from backends.native.captured_stepper import CapturedStepper
 from models.dalle import DALLE
-from models.packed_sampler import LayerKernels, Pack, PackedStepper
-from models.sampling import CachedStepper, CodeCallback, Generators, Sampling, Stepper, sample_codes
+from models.packed_sampler import CachedStepper, LayerKernels, Pack, PackedStepper
+from models.sampling import CodeCallback, Generators, Sampling, Stepper, sample_codes
 from models.vae import ImageTokenizer, VQGanVAE
 
 logger = logging.getLogger("minidalle")
