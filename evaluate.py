@@ -59,7 +59,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     settings = evaluate_arguments(argv)
     log.set_up()
     with exit_on_error(), contextlib.ExitStack() as stack:
-        from backends.memory import memory_explained
+        from backends import memory_explained
         from generation.loading import load_from_flags
         from utils import checkpoint
 

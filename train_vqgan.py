@@ -52,7 +52,7 @@ def train(settings: Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from backends.memory import OutOfMemory, memory_explained
+    from backends import OutOfMemory, memory_explained
     from backends.native.backend import pick_device
     from models.vae import VQGan
     from models.vqgan_training import SEED_CELLS, VQGanTrainer

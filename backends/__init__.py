@@ -1,8 +1,11 @@
 """Choose the machine that runs a model: base.py is the contract; native/ serves CPUs and GPUs, ipu/ Graphcore IPUs."""
 
+import contextlib
 import os
 from argparse import Namespace
-from typing import Optional
+from typing import Iterator, Optional
+
+import torch
 
 from backends.base import Backend, TrainingBackend
 from backends.native import backend as native_backend
@@ -48,3 +51,24 @@ def _may_use_ipu(device: str) -> bool:
     """Return whether to ask for an IPU: if the user does, or if the Poplar SDK is enabled and there is no GPU."""
     wanted = device == "auto" and bool(os.environ.get("POPLAR_SDK_ENABLED"))
     return device == "ipu" or (wanted and not native_backend.has_cuda())
+
+
+class OutOfMemory(ValueError):
+    """Memory ran out; the message is one line that says what needs less."""
+
+
+@contextlib.contextmanager
+def memory_explained(advice: str) -> Iterator[None]:
+    """Raise OutOfMemory in place of the errors of torch and Python for memory that ran out.
+
+    Args:
+        advice: what needs less memory, the rest of a sentence.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = " ".join(str(error).split())
+        # torch 2.0 has no type for the CPU's.
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "can't allocate memory" not in reason:
+            raise
+        raise OutOfMemory(f"out of memory: {advice}") from None

@@ -9,7 +9,6 @@ from typing import Any, Callable, ContextManager, Dict, Iterable, List, NamedTup
 import torch
 from torch import Tensor
 
-from backends.memory import Memory
 from models.dalle import DALLE
 from models.vae import ImageTokenizer
 
@@ -95,7 +94,6 @@ class Backend(Protocol):
         rank: the number of this process; rank 0 writes and logs.
         world_size: the number of processes.
         can_gather: whether `gather` works here.
-        memory: the device's memory; None if it cannot be measured.
     """
 
     kind: str
@@ -103,7 +101,6 @@ class Backend(Protocol):
     rank: int
     world_size: int
     can_gather: bool
-    memory: Optional[Memory]
 
     def autocast(self) -> ContextManager[Any]:
         """Return a context in which plain PyTorch modules compute in the backend's precision."""

@@ -1,32 +1,10 @@
-"""Measure memory in bytes, the GPU's if this process computes on one, otherwise the machine's; say when it ran out."""
+"""Measure memory in bytes: the GPU's if this process computes on one, otherwise the machine's."""
 
-import contextlib
 import os
 import sys
-from typing import Iterator, Optional
+from typing import Optional
 
 import torch
-
-
-class OutOfMemory(ValueError):
-    """Memory ran out; the message is one line that says what needs less."""
-
-
-@contextlib.contextmanager
-def memory_explained(advice: str) -> Iterator[None]:
-    """Raise OutOfMemory in place of the errors of torch and Python for memory that ran out.
-
-    Args:
-        advice: what needs less memory, the rest of a sentence.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        reason = " ".join(str(error).split())
-        # torch 2.0 has no type for the CPU's.
-        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "can't allocate memory" not in reason:
-            raise
-        raise OutOfMemory(f"out of memory: {advice}") from None
 
 
 class Memory:

@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import log
+from backends import memory_explained
 from backends.base import Backend
-from backends.memory import memory_explained
 from generation import image_prompts, previews, ranking
 from generation.images import (
     ImageSpec,

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
-from backends.memory import OutOfMemory, memory_explained
+from backends import OutOfMemory, memory_explained
 from data.tokenizer import encode_text
 from generation.loading import LoadedModel
 from models.sampling import CodeCallback, Sampling, evaluation_mode, gumbel_noise, keep_top_p

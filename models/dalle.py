@@ -4,7 +4,7 @@
  t₁  …  t_T c₁  …    c_L         what each position predicts
 """
 
-from typing import Any, Callable, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -185,3 +185,15 @@ class DALLE(nn.Module):
         positions, tokens = self.is_image_position
         forbidden = (positions[: x.shape[1]] != tokens).to(x.device)
         return logits.masked_fill(forbidden, -torch.finfo(logits.dtype).max)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
+    """Return the trainable parameters as two groups for torch: matrices with weight_decay, all others without.
+
+    LayerScale (1, 1, dim) and the axial positions (1, H, 1, dim) count as vectors. The order within a group is that of
+    model.parameters().
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() == 2]
+    others = [parameter for parameter in trained if parameter.dim() != 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -2,18 +2,19 @@
 
 import asyncio
 import logging
-import mimetypes
 import time
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
 
-from generation.image_prompts import encode_kept_rows
+from data.tokenizer import encode_text
+from generation.image_prompts import KEEP, encode_kept_rows
 from generation.loading import LoadedModel
 from service import uploads, validation
 from service.events import Streams, describe_images
@@ -38,7 +39,6 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
     """Return the FastAPI application with all routes; the caller starts and stops the queue."""
     app = FastAPI(title="Mini DALL-E", version="1", docs_url=None, redoc_url=None, responses=FAILURES)
     started, decoding = time.monotonic(), asyncio.Lock()  # one image is decoded at a time, since that takes memory
-    files = {path.name: path.read_bytes() for path in PAGE.glob("*.*")}
 
     def get(path, **options):
         """Register a route for GET, and for HEAD without a line in the documentation."""
@@ -55,7 +55,7 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
 
     @app.exception_handler(ValueError)
     async def refuse_request(_, error):
-        return refuse(422, str(error))
+        return refuse(422, validation.as_sentence(error))
 
     @app.exception_handler(Busy)
     async def refuse_for_now(_, error):
@@ -66,18 +66,11 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
         logger.error("a request failed", exc_info=error)
         return refuse(500, "The request failed inside the program; its log says why.")
 
-    def find_file(name):
-        if name not in files:
-            raise HTTPException(404)
-        return Response(files[name], media_type=mimetypes.guess_type(name)[0] or "application/octet-stream")
-
     @get("/", include_in_schema=False)
     async def page():
-        return find_file("index.html")
+        return FileResponse(PAGE / "index.html")
 
-    @get("/static/{name}", include_in_schema=False)
-    async def static(name: str):
-        return find_file(name)
+    app.mount("/static", StaticFiles(directory=PAGE))
 
     @get("/health", response_model=validation.Health)
     async def health():
@@ -111,7 +104,7 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
             "known_words": len(loaded.words),
         }
         if prompt is not None:
-            tokens = len(loaded.tokenizer.encode(prompt))
+            tokens = len(encode_text(loaded.tokenizer, prompt))
             about["prompt"] = {"tokens": tokens, "unknown_words": loaded.unknown_words(prompt)}
         return JSONResponse(about)
 
@@ -122,15 +115,11 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
             size = loaded.model.vae.image_size
             async with decoding:
                 image = await run_in_threadpool(uploads.decode, wanted.image, size)
-            try:
-                rows = 0.5 if keep is None else keep
-                given = await asyncio.wrap_future(queue.call(encode_kept_rows, loaded, image, rows))
-            except ValueError as error:
-                raise ValueError(validation.as_sentence(error)) from None
+            rows = KEEP if keep is None else keep
+            given = await asyncio.wrap_future(queue.call(encode_kept_rows, loaded, image, rows))
         elif keep is not None:
             raise ValueError("The number of rows to keep needs an image to keep them of.")
-        count = 1 if wanted.num_images is None else wanted.num_images
-        return validation.plan_images(loaded, limits, prompts, count, wanted.seed, wanted.sampling(), given)
+        return validation.plan_images(loaded, limits, wanted, prompts, given)
 
     @app.post("/api/generate", response_model=validation.Generated)
     async def generate(wanted: validation.GenerateRequest, request: Request):

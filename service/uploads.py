@@ -21,7 +21,7 @@ def decode(text: str, size: int) -> Image.Image:
     try:
         data = base64.b64decode(text, validate=True)
     except ValueError:
-        raise ValueError("image is not base64.") from None
+        raise ValueError("The image is not base64.") from None
     if len(data) > MAX_BYTES:
         raise ValueError(
             f"The image file has {len(data) / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB are accepted."

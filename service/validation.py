@@ -9,6 +9,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from generation.images import ImageSpec, plan_image
 from generation.loading import LoadedModel
+from models.sampling import Sampling
 
 SEEDS = 2**63
 Number = Annotated[Optional[float], Field(allow_inf_nan=False)]
@@ -41,10 +42,6 @@ class Settings(BaseModel):
         validation_alias=AliasChoices("keep_rows", "keep"),
         description="rows of codes of `image` to keep, or a share below 1; 0.5 by default",
     )
-
-    def sampling(self) -> Dict[str, Optional[float]]:
-        """Return the four sampling settings."""
-        return {key: getattr(self, key) for key in ("top_k", "top_p", "temperature", "cond_scale")}
 
 
 class GenerateRequest(Settings):
@@ -128,26 +125,26 @@ class Health(BaseModel):
 def plan_images(
     loaded: LoadedModel,
     limits: Limits,
+    wanted: Settings,
     prompts: List[str],
-    count: int,
-    seed: Optional[int],
-    sampling: Dict[str, Optional[float]],
     given: Optional[torch.Tensor] = None,
 ) -> List[ImageSpec]:
-    """Return the ImageSpecs of `count` images for each prompt, with seeds from `seed` on (None: a random one).
+    """Return the ImageSpecs of a request: of each prompt, those with seeds from the wanted one on, or a random one.
 
     Raises:
-        ValueError: With a sentence for the user.
+        ValueError: something is out of its range.
     """
     if len(prompts) > limits.prompts:
         raise ValueError(f"There are {len(prompts)} prompts; at most {limits.prompts} are accepted.")
-    if not 1 <= count <= limits.images:
+    count, seed = wanted.num_images or 1, wanted.seed
+    if count > limits.images:
         raise ValueError(f"{count} images are asked for; from 1 to {limits.images} can be generated at once.")
     seed = secrets.randbelow(2**31) if seed is None else seed
     if seed >= SEEDS - limits.images:
         raise ValueError(f"The seed is {seed}; it must be a whole number from 0 to {SEEDS - limits.images - 1}.")
-    if not loaded.guidable and sampling.get("cond_scale") not in (None, 1):
+    if not loaded.guidable and wanted.cond_scale not in (None, 1):
         raise ValueError("This model was trained without caption dropout and cannot be guided; leave cond_scale at 1.")
+    sampling = {name: getattr(wanted, name) for name in Sampling._fields}
     specs: List[ImageSpec] = []
     for place, prompt in enumerate(prompts, 1):
         which = f"Prompt {place}" if len(prompts) > 1 else "The prompt"
@@ -157,10 +154,7 @@ def plan_images(
         prompt = " ".join(prompt.split())
         if not prompt:
             raise ValueError(f"{which} is empty; write what the image should show.")
-        try:
-            spec = plan_image(loaded, prompt, seed, sampling, given)
-        except ValueError as error:
-            raise ValueError(as_sentence(error)) from None
+        spec = plan_image(loaded, prompt, seed, sampling, given)
         specs.extend(spec._replace(seed=seed + number) for number in range(count))
     return specs
 

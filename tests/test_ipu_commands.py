@@ -24,12 +24,10 @@ IPU = ("--device", "ipu", "--async-dataloader")
     [
         ("unit_test", 1),
         ("L16", 4),
-        pytest.param("L16_POD64", 4, marks=pytest.mark.slow),  # sixteen replicas one after the other
     ],
 )
 def test_a_configuration_runs_to_its_end(poptorch_standin, command, tiny_vqgan, tmp_path, name, stages):
     """At reduced width and accumulation; its file opens on a CPU and draws there and on an IPU."""
-    poptorch_standin.MACHINE.ipus = int(name.partition("POD")[2] or 4)
     reduced = "--hidden-size 32 --num-attention-heads 2 --dim-head 16 --max-steps 2 --batch-size 1"
     places = ("--gradient-accumulation", 7, "--vae-path", tiny_vqgan, "--checkpoint-output-dir", tmp_path)
     ended = command(train.main, "--config", name, "--generated-data", *IPU, *reduced.split(), *places)

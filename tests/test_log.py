@@ -104,13 +104,6 @@ def test_bad_input_ends_in_one_line_and_status_2(error, line, monkeypatch, capsy
     assert printed.err.endswith(line) and printed.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a fault"), KeyError("a fault"), SystemExit(5)])
-def test_other_errors_pass_through(error, capsys):
-    with pytest.raises(type(error)) as passed, exit_on_error():
-        raise error
-    assert passed.value is error and capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize("words", ["train.py --help", "train.py"])
 def test_a_program_whose_output_nobody_reads_ends_quietly(words, tmp_path, tiny_flags):
     command = [sys.executable, *words.split()]

@@ -61,14 +61,6 @@ def test_captions_stay_as_they_are_but_for_white_space(tmp_path):
     assert done.stderr == ""  # no progress bar where nobody looks
 
 
-def test_a_file_that_cannot_be_replaced_leaves_no_half_written_one(tmp_path):
-    source = captions_json(tmp_path / "captions.json", [(1, "A dog."), (2, "A cat.")])
-    (tmp_path / "out" / "000000000002.txt").mkdir(parents=True)
-    with pytest.raises(OSError, match="000000000002.txt"):
-        write_caption_files(source, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000000001.txt", "000000000002.txt"]
-
-
 GOOD = {"image_id": 1, "caption": "A dog."}
 
 

@@ -24,7 +24,7 @@ ALLOWED = {
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL", "numpy"},
     "generation/command.py": {"generation", "backends", "models", "utils", "torch", "PIL", "tqdm"}
     | {"log", "generate"},
-    "service": {"service", "generation", "data", "utils", "log", "torch", "PIL"}
+    "service": {"service", "generation", "data", "models.sampling", "utils", "log", "torch", "PIL"}
     | {"h11", "uvicorn", "fastapi", "starlette", "pydantic"},
     "service/queue.py": {"generation", "PIL", "log"},
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence,
 
 import torch
 
-from backends.memory import memory_explained
+from backends import memory_explained
+from backends.memory import Memory
 from data.images import load_image
 from training import checkpoints
 from training.loop import RunOrder, describe_less
 
 if TYPE_CHECKING:
     from backends.base import StageEstimate
-    from backends.memory import Memory
     from training.run import Run
 
 ROUNDS = 3  # of timed steps
@@ -119,7 +119,9 @@ def time_steps(run: Run, weights: Dict[str, torch.Tensor]) -> Tuple[float, Optio
 
     If a step has many micro-batches, steps of one and of two are timed: each further one takes what the second does.
     """
-    micro_batches, memory = run.backend.micro_batches, run.backend.memory
+    micro_batches, memory = run.backend.micro_batches, None
+    if run.backend.kind != "ipu":
+        memory = Memory(run.backend.device)
     order = RunOrder(run.batches, run.step, run.step + 2 + 2 * ROUNDS)  # the first round only warms up
     times: Dict[int, List[float]] = {1: [], 2: []}  # seconds of steps by their number of micro-batches, 1 for all
     before = 0

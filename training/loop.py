@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 import log
+from backends import OutOfMemory, memory_explained
 from backends.base import DeviceLost, SamplesLost
-from backends.memory import OutOfMemory, memory_explained
 from data.files import count
 from data.loader import epoch_order, random_bits
 from training import checkpoints, validation

@@ -1,24 +1,12 @@
-"""Parameter groups, states of optimizers and a schedule; the backends have the optimizers."""
+"""States of optimizers, and a schedule; the backends have the optimizers."""
 
 import math
 import re
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 import torch
 
 from utils.checkpoint import model_weights
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
-    """Return the trainable parameters as two groups for torch: matrices with weight_decay, all others without.
-
-    LayerScale (1, 1, dim) and the axial positions (1, H, 1, dim) count as vectors. The order within a group is that of
-    model.parameters().
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.dim() == 2]
-    others = [parameter for parameter in trained if parameter.dim() != 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def load_keeping_flags(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:

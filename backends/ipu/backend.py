@@ -31,12 +31,11 @@ from backends.ipu.inference import (
 )
 from backends.ipu.trainer import IpuTrainer
 from backends.native.trainer import ADAM_EPS
-from models.dalle import DALLE
+from models.dalle import DALLE, parameter_groups
 from models.pipeline_dalle import Placement, check_micro_batches, placement, stages
 from models.vae import ImageTokenizer
 from utils import interrupts
 from utils.files import check_writable
-from utils.optimization import parameter_groups
 
 logger = logging.getLogger("minidalle")
 OPTIMIZERS = ("Adam", "AdamW")  # that PopTorch has
@@ -132,7 +131,6 @@ class IpuBackend(Backend):
     kind = "ipu"
     device = torch.device("cpu")
     can_gather = False
-    memory = None
     device_errors = staticmethod(device_errors)
 
     def __init__(self, precision: str = "auto", executable_cache_dir: Optional[str] = None, replicas: int = 1):

@@ -31,9 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 from backends.base import Losses, Trainer
 from backends.native.fast_layers import compile_layers, use_fast_layers
 from backends.native.inference import NativeSampler
-from models.dalle import DALLE
+from models.dalle import DALLE, parameter_groups
 from utils.muon import Muon, orthogonal
-from utils.optimization import convert_ipu_state, load_keeping_flags, parameter_groups
+from utils.optimization import convert_ipu_state, load_keeping_flags
 
 if TYPE_CHECKING:
     from backends.native.backend import NativeBackend, NativeTrainingBackend
@@ -91,7 +91,7 @@ class NativeTrainer(Trainer):
         # Masks are constants, and gloo of torch 2.0 sends no bool.
         buffers = [name for name, _ in self.model.named_buffers(remove_duplicate=False)]
         self.model._ddp_params_and_buffers_to_ignore = buffers  # type: ignore[assignment]
-        return DistributedDataParallel(self.model, device_ids=on)
+        return DistributedDataParallel(self.model, device_ids=on, gradient_as_bucket_view=True)
 
     def compile(self, batch: Any) -> None:
         """Compile the layers on GPUs; elsewhere kernels are chosen when they are called."""

@@ -1,129 +1,137 @@
-"""Run small models on the stand-in and print what was found as JSON, for test_contract.py.
+"""What the program promises of a CUDA GPU, on the stand-in; test_contract.py runs these tests in another process."""
 
-python tests/cuda_contract/contract.py PART…, in the project's folder
-"""
-
-import contextlib
-import json
-import os
-import sys
-
+import pytest
 import standin
+import torch
+from PIL import Image
 
-gpu = standin.install("h100")
-sys.path[0] = os.getcwd()
+from backends.native.backend import NativeBackend, NativeTrainingBackend
+from data.loader import TextImageDataset
+from data.tokenizer import load_tokenizer
+from generation.images import complete_caption, generate_batch, plan_image
+from generation.loading import load
+from models.sampling import Sampling
+from tests.builders import small_dalle, train_settings
+from tests.conftest import SHAPES
 
-import torch  # noqa: E402
-
-from backends.native.backend import NativeBackend, NativeTrainingBackend  # noqa: E402
-from generation.images import complete_caption, generate_batch, plan_image  # noqa: E402
-from generation.loading import load  # noqa: E402
-from models.sampling import Sampling  # noqa: E402
-from tests.builders import small_dalle, train_settings  # noqa: E402
-from tests.conftest import SHAPES, TinyTokenizer  # noqa: E402
-
+GPU = standin.GPU
 PATTERNS = ("full", "axial_row", "axial_col", "conv_like")
-SETTINGS = {
-    "plain": Sampling(),
-    "nucleus, guided": Sampling(top_k=None, top_p=0.9, temperature=0.9, cond_scale=1.5),
-    "given codes": Sampling(top_k=8.0),
-}
 
 
-def samples(count, seed=0):
-    random = torch.Generator().manual_seed(seed)
+def samples(count):
+    random = torch.Generator().manual_seed(0)
     text = torch.randint(1, 50, (count, 6), generator=random)
     text[::2, 4:] = 0
     return text, torch.randint(0, 32, (count, 16), generator=random)
 
 
-def sampling():
-    """What a code costs in bf16, one at a time."""
+def assert_no_boolean_mask(causal):
+    """Causal layers need no mask, other patterns have a bias that is made once."""
+    assert causal in GPU.attention and not any("bool" in kind for kind in GPU.attention), GPU.attention
+
+
+def test_a_code_costs_few_launches_and_waits(tiny_vae):
+    """One code at a time; a pass and the choice of its codes are one launch, of a captured graph."""
     text, codes = samples(2)
-    model = small_dalle(TinyTokenizer(), attn_types=PATTERNS, depth=4, dim_head=32)
-    sample = NativeBackend("cuda", "bf16").sampler(model, 2, 1)
-    costs = []
+    model = small_dalle(tiny_vae, attn_types=PATTERNS, depth=4, dim_head=32)
+    sample, costs = NativeBackend("cuda", "bf16").sampler(model, 2, 1), []
     for count in (0, 12):  # codes that are given, so that the difference is the cost of twelve codes
-        gpu.reset()
+        GPU.reset()
         sample(text, image_codes=codes[:, :count])
-        costs.append(gpu.counts())
+        costs.append(GPU.counts())
     per_code = {name: (costs[0][name] - costs[1][name]) / 12 for name in costs[0]}
-    replays = gpu.launches["graph"]
-    return {
-        **codes_of((",".join(PATTERNS),)),
-        "per_code": per_code,
-        "replays": replays,
-        "attention": sorted(gpu.attention),
-    }
+    assert per_code["launches"] <= 19 and per_code["copies"] == 0 and per_code["waits"] <= 1.1, per_code
+    assert GPU.launches["graph"] == 3  # of the last four codes, the first comes from the pass over the captions
+    assert_no_boolean_mask("flash bfloat16")
+    assert not GPU.plans  # cuDNN would build one for each form of input
 
 
-def codes_of(all_types):
-    """Sample with each setting on both devices, in fp32; return which codes are equal, and cuDNN's plans."""
+@pytest.mark.parametrize(
+    "sampling, given, window",
+    [
+        (Sampling(), 0, 1),
+        (Sampling(top_k=None, top_p=0.9, temperature=0.9, cond_scale=1.5), 0, 4),
+        (Sampling(top_k=8.0), 5, 4),
+    ],
+)
+def test_codes_in_fp32_are_the_cpus(tiny_vae, sampling, given, window):
     text, codes = samples(5)
-    text = text[[0, 0, 1, 1, 2]]
-    equal = {}
-    for types in all_types:
-        model = small_dalle(TinyTokenizer(), weight_std=0.3, attn_types=tuple(types.split(",")), depth=4)
-        for name, settings in SETTINGS.items():
-            given = codes[:, : 5 if name == "given codes" else 0]
-            found = []
-            for device in ("cpu", "cuda"):
-                noise = [torch.Generator().manual_seed(seed) for seed in range(5)]
-                sample = NativeBackend(device, "fp32").sampler(model, 5, 1 if name == "plain" else 4)
-                found.append(sample(text, settings, generator=noise, image_codes=given))
-            equal[f"{types} {name}"] = torch.equal(*found)
-    return {"equal": equal, "plans": len(gpu.plans)}
-
-
-def training():
-    """Losses on both devices, and what a step costs in bf16."""
-    losses, costs, attention = {}, {}, set()
-    flags = "--batch-size 2 --gradient-accumulation 3 --max-grad-norm 1 --optimizer "
+    model = small_dalle(tiny_vae, weight_std=0.3, attn_types=PATTERNS, depth=4)
+    found = []
     for device in ("cpu", "cuda"):
-        backend = NativeTrainingBackend(train_settings(flags + "AdamW", device=device))
-        trainer = backend.trainer(small_dalle(TinyTokenizer(), attn_types=PATTERNS, depth=4))
+        noise = [torch.Generator().manual_seed(seed) for seed in range(5)]
+        sample = NativeBackend(device, "fp32").sampler(model, 5, window)
+        found.append(sample(text[[0, 0, 1, 1, 2]], sampling, generator=noise, image_codes=codes[:, :given]))
+    assert torch.equal(*found) and not GPU.plans
+
+
+FLAGS = "--batch-size 2 --gradient-accumulation 3 --max-grad-norm 1 --optimizer "
+
+
+def test_training_equals_the_cpus(tiny_vae):
+    losses = []
+    for device in ("cpu", "cuda"):
+        trainer = NativeTrainingBackend(train_settings(FLAGS + "AdamW", device=device)).trainer(
+            small_dalle(tiny_vae, attn_types=PATTERNS, depth=4)
+        )
         trainer.set_lr(1e-3)
         text, codes = samples(6)
-        losses[device] = [trainer.step(zip(text.split(2), codes.split(2))) for _ in range(3)]
-        losses[device].append(trainer.evaluate([zip(text.split(4), codes.split(4))]))
-    for rest in ("AdamW", "Muon --ema-decay 0.9"):
-        backend = NativeTrainingBackend(train_settings(flags + rest, device="cuda", precision="bf16"))
-        trainer = backend.trainer(small_dalle(TinyTokenizer(), attn_types=PATTERNS, depth=4, dim_head=32))
-        batch = [[part.pin_memory() for part in pair] for pair in zip(text.split(2), codes.split(2))]
-        trainer.compile(iter(batch))
-        trainer.step(batch)
-        gpu.reset()
-        trainer.step(batch)
-        costs[rest] = gpu.counts()
-        trainer.evaluate([batch])
-        attention |= set(gpu.attention)
-    return {"losses": losses, "costs": costs, "attention": sorted(attention)}
+        losses.append([trainer.step(zip(text.split(2), codes.split(2))) for _ in range(3)])
+        losses[-1].append(trainer.evaluate([zip(text.split(4), codes.split(4))]))
+    for expected, ours in zip(*losses):
+        assert ours == pytest.approx(expected, rel=1e-5)
 
 
-def demo():
-    """The bundled model: codes, a completed caption, encoding, and what happens without memory."""
-    loads = {device: load(SHAPES, device=device) for device in ("cpu", "cuda")}
-    codes, captions, encoded = {}, {}, {}
-    for device, loaded in loads.items():
-        specs = [plan_image(loaded, "a small red circle above a large blue square", seed) for seed in range(2)]
-        codes[device] = generate_batch(loaded, specs)
-        captions[device] = complete_caption(loaded, "a small red", 1)[1]  # the sampler has moved the model
-        pixels = loads["cpu"].decode(codes["cpu"])
-        gpu.reset()
-        encoded[device] = loaded.encode(pixels)
-    found = {"codes": torch.equal(*codes.values()), "encoded": torch.equal(*encoded.values()), "tf32": dict(gpu.tf32)}
-    gpu.limit = gpu.allocated + 2**19
-    try:
-        generate_batch(loads["cuda"], specs)
-    except ValueError as error:
-        found["out_of_memory"] = str(error)
-    gpu.limit = float("inf")
-    found["afterwards"] = torch.equal(generate_batch(loads["cuda"], specs), codes["cpu"])
-    return {**found, "captions": captions}
+@pytest.mark.parametrize("rest, most", [("AdamW", 470), ("Muon --ema-decay 0.9", 680)])
+def test_an_update_costs_few_launches_and_waits(tiny_vae, rest, most):
+    backend = NativeTrainingBackend(train_settings(FLAGS + rest, device="cuda", precision="bf16"))
+    trainer = backend.trainer(small_dalle(tiny_vae, attn_types=PATTERNS, depth=4, dim_head=32))
+    batch = [[part.pin_memory() for part in pair] for pair in zip(*(part.split(2) for part in samples(6)))]
+    trainer.compile(iter(batch))
+    trainer.step(batch)
+    GPU.reset()
+    trainer.step(batch)
+    costs = GPU.counts()
+    trainer.evaluate([batch])
+    assert costs["launches"] <= most and costs["copies"] <= 7 and costs["waits"] <= 2, costs
+    assert_no_boolean_mask("cudnn bfloat16")
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with contextlib.redirect_stdout(sys.stderr):
-        found = {part: globals()[part]() for part in sys.argv[1:]}
-    print(json.dumps(found))
+def test_the_samples_of_an_update_are_gathered_on_the_device(tmp_path):
+    """They are the CPU's, and cost one copy of their rows, whatever the number of micro-batches."""
+    for number in range(8):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("red" if number % 2 else "red\nblue blue")
+    dataset = TextImageDataset(tmp_path, load_tokenizer(), text_seq_len=6, image_size=8)
+    dataset.attach_codes(samples(8)[1].numpy().astype("uint16"))
+    dataset = dataset.split_off(0.75)
+    dataset.caption_dropout, order = 0.3, [[(epoch, index) for index in (3, 0, -1, 4)] for epoch in range(6)]
+    found = []
+    for device in ("cpu", "cuda"):
+        backend = NativeTrainingBackend(train_settings("--batch-size 2 --gradient-accumulation 2", device=device))
+        steps = backend.loader(dataset, order)
+        first = list(next(steps))
+        GPU.reset()
+        found.append([first, *(list(step) for step in steps)])
+        costs = GPU.counts()
+    ours, expected = ([[torch.cat(parts).cpu() for parts in zip(*step)] for step in steps] for steps in found)
+    assert all(torch.equal(*pair) for pair in zip(sum(ours, []), sum(expected, [])))
+    assert costs["copies"] == 5 and costs["waits"] == 0 and costs["launches"] <= 20, costs
+
+
+def test_the_bundled_model():
+    """Codes, completed captions and encoding are the CPU's; out of memory is one line."""
+    ours, theirs = (load(SHAPES, device=device) for device in ("cuda", "cpu"))
+    specs = [plan_image(theirs, "a small red circle above a large blue square", seed) for seed in range(2)]
+    codes = generate_batch(theirs, specs)
+    assert torch.equal(generate_batch(ours, specs), codes)
+    captions = [complete_caption(loaded, "a small red", 1)[1] for loaded in (ours, theirs)]
+    assert captions[0] == captions[1] and captions[0].startswith("a small red ")
+    pixels = theirs.decode(codes)
+    GPU.reset()
+    assert torch.equal(ours.encode(pixels), theirs.encode(pixels)) and not GPU.tf32
+    GPU.limit = GPU.allocated + 2**19
+    with pytest.raises(ValueError, match="^out of memory: 2 images at once are too many; --batch_size 1 needs half$"):
+        generate_batch(ours, specs)
+    GPU.limit = float("inf")
+    assert torch.equal(generate_batch(ours, specs), codes)

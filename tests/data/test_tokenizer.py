@@ -122,28 +122,6 @@ def test_yttm_equals_youtokentome(yttm, youtokentome, captions):
         assert yttm.decode(ids) == original.decode([ids], ignore_ids=[0, 1, 2, 3])[0].strip(" "), ids
 
 
-@pytest.mark.parametrize(
-    "special",
-    [
-        {"vocab_size": 150, "coverage": 0.97},
-        {"vocab_size": 300, "unk_id": 299, "bos_id": 7, "eos_id": 40},
-    ],
-    ids=["rare characters unknown", "special ids anywhere"],
-)
-def test_any_youtokentome_model(youtokentome, tmp_path, special):
-    texts = AWKWARD + random_texts(2000)
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n".join(texts[:1500]), encoding="utf-8")
-    original = youtokentome.BPE.train(str(corpus), str(tmp_path / "model"), n_threads=1, **special)
-    ours = load_tokenizer(tmp_path / "model")
-    assert ours.vocab_size == original.vocab_size() == special["vocab_size"]
-    for text, expected in zip(texts, original.encode(texts)):
-        assert ours.encode(text) == expected, text
-    ids = list(range(ours.vocab_size))
-    named = [0, special.get("unk_id", 1), special.get("bos_id", 2), special.get("eos_id", 3)]
-    assert ours.decode(ids) == original.decode([ids], ignore_ids=named)[0].strip(" ")
-
-
 def test_tokenize_pads_with_zeros(either):
     texts = ["A dog", "", "A brown dog runs over the grass"]
     rows = either.tokenize(texts, context_length=12)

@@ -25,7 +25,6 @@ KINDS = {  # model, trainer, padding token, unknown token, first of its special 
     "BPE with padding": ("bpe", "<pad>", None, ["<s>", "<pad>"]),
     "WordPiece as BERT's": ("wordpiece", "[PAD]", "[UNK]", ["[PAD]", "[UNK]", "[CLS]"]),
     "Unigram with unknown as 0": ("unigram", "<pad>", "<unk>", ["<unk>", "<s>", "<pad>"]),
-    "words without padding": ("words", None, "[UNK]", ["[UNK]"]),
 }
 
 
@@ -41,14 +40,10 @@ def train_json(kind):
         tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=unknown))
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
         trainer = trainers.WordPieceTrainer(vocab_size=80, special_tokens=special)
-    elif model == "unigram":
+    else:
         tokenizer = tokenizers.Tokenizer(models.Unigram())
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
         trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token=unknown)
-    else:
-        tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token=unknown))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        trainer = trainers.WordLevelTrainer(special_tokens=special)
     tokenizer.train_from_iterator(CAPTIONS, trainer)
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=9, **({"pad_id": tokenizer.token_to_id(padding)} if padding else {}))

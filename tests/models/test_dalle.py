@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.dalle import DALLE
+from models.dalle import DALLE, parameter_groups
 from models.transformer import Transformer, pattern_mask
+from tests.builders import small_dalle
 from utils.dalle_pytorch import convert
 
 SIZES = dict(dim=32, num_text_tokens=50, text_seq_len=6, depth=4, heads=2, dim_head=16)
@@ -140,3 +141,23 @@ def test_pixels_bytes_and_codes_are_one(tiny_vae):
     expected = dalle(text, codes, return_loss=True).total
     assert torch.equal(dalle(text, as_bytes, return_loss=True).total, expected)
     assert torch.equal(dalle(text, as_bytes.float() / 255, return_loss=True).total, expected)
+
+
+@pytest.mark.parametrize("sandwich_norm", [False, True])
+def test_matrices_decay_and_nothing_else(tiny_vae, sandwich_norm):
+    tiny_vae.frozen = torch.nn.Linear(3, 3)
+    dalle = small_dalle(tiny_vae, sandwich_norm=sandwich_norm)
+    names = {id(parameter): name for name, parameter in dalle.named_parameters()}
+    decaying, others = parameter_groups(dalle, 0.25)
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.25, 0.0)
+    expected = ["text_emb.weight", "image_emb.weight", "text_pos_emb.weight"]
+    for layer in "01":
+        attention, feed_forward = (f"transformer.layers.{layer}.{block}.fn.fn" for block in "01")
+        expected += [f"{attention}.to_qkv.weight", f"{attention}.to_out.0.weight"]
+        expected += [f"{feed_forward}.net.0.weight", f"{feed_forward}.net.3.weight"]
+    expected += ["to_logits.1.weight"]
+    assert [names[id(parameter)] for parameter in decaying["params"]] == expected
+    rest = {names[id(parameter)] for parameter in others["params"]}
+    assert len(rest) == len(others["params"])
+    assert rest == {name for name in names.values() if not name.startswith("vae.")} - set(expected)
+    assert {"image_pos_emb.weights_0", "transformer.layers.0.0.scale", "to_logits.1.bias"} <= rest

@@ -1,14 +1,12 @@
 """The IPU's annotations: where modules go, what stays as it was (results, names in files), what is refused."""
 
 import copy
-from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from models.pipeline_dalle import (
-    AxialAttention,
     SerializedEmbedding,
     WrappedDALLE,
     axial_attention,
@@ -119,14 +117,6 @@ def test_every_annotated_module_is_entered_on_its_ipu(poptorch_standin, dalle):
     assert {getattr(mode, "name", mode) for mode, _, _ in products} == {"OutputChannels"}
 
 
-def test_masks_are_no_longer_shared(poptorch_standin, dalle):
-    shared = [layer[0].fn.fn.mask for layer in dalle.transformer.layers]
-    assert shared[0] is shared[2]
-    WrappedDALLE(dalle, placement(4, layers_per_ipu=[4]))
-    masks = [layer[0].fn.fn.mask for layer in dalle.transformer.layers]
-    assert len({mask.data_ptr() for mask in masks}) == 4 and torch.equal(masks[0], shared[0])
-
-
 def test_a_serialized_embedding_is_an_embedding():
     plain = nn.Embedding(12, 5)
     pieces = SerializedEmbedding(plain.weight, 3)
@@ -164,21 +154,3 @@ def test_axial_attention_is_the_dense_one(columns, text_len, side):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     for ours, theirs in zip(*(torch.autograd.grad(out, inputs, upstream) for out in (found, expected))):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-
-
-def test_only_axial_layers_are_sparse_and_fp16_keeps_its_softmax(poptorch_standin, tiny_vae):
-    dalle = small_dalle(tiny_vae, depth=4, attn_types=("full", "axial_row", "axial_col", "conv_like"))
-    wrapped = WrappedDALLE(dalle, placement(4, layers_per_ipu=[4]))
-    kinds = [layer[0].fn.fn.attend for layer in wrapped.model.transformer.layers]
-    assert [isinstance(kind, AxialAttention) for kind in kinds] == [False, True, True, False]
-    half = torch.zeros(1, 1, 22, 4, dtype=torch.float16)
-    softmax, seen = torch.Tensor.softmax, set()
-
-    def record(scores, dim):
-        seen.add(scores.dtype)
-        return softmax(scores, dim)
-
-    with mock.patch.object(torch.Tensor, "softmax", record):
-        for layer, kind in zip(wrapped.model.transformer.layers, kinds):
-            assert kind(half, half, half, layer[0].fn.fn.mask).dtype == torch.float16
-    assert seen == {torch.float16}

@@ -63,26 +63,3 @@ def test_one_batch_serves_all_settings(tiny_vae, patterns, plans):
         chosen = FullPass(dalle)(text, noise, codes, settings, torch.tensor([place]))[:, 0]
         codes[:, place] = torch.where(place < settings[:, -1], given[:, place], chosen)
     assert torch.equal(codes[: len(plans)], expected)
-
-
-def test_loop_and_writes_are_the_callers(tiny_vae):
-    counts, places = [], []
-
-    def loop(count, body, inputs):
-        counts.append(count)
-        for _ in range(count):
-            inputs = body(*[tensor.clone() for tensor in inputs])
-        return inputs
-
-    def update(tensor, source, dim, start, size):
-        assert start.shape == (1,) and size == 1 and source.shape[dim] == 1 and source.dtype == tensor.dtype
-        places.append((dim, int(start)))
-        return tensor.index_copy(dim, start.long(), source)
-
-    dalle = small_dalle(tiny_vae, depth=4, attn_types=PATTERNS[:4]).eval()
-    inputs = sequences(dalle, *images(), UNGUIDED)
-    assert torch.equal(StaticSampler(dalle, loop, update)(*inputs), StaticSampler(dalle)(*inputs))
-    assert counts == [15]
-    # Keys and values of each layer at the positions after <bos> and six tokens, and codes from the second on.
-    assert [place for dim, place in places if dim == 2] == [7 + step for step in range(15) for _ in range(8)]
-    assert [place for dim, place in places if dim == 1] == list(range(1, 16))

@@ -81,14 +81,13 @@ def test_pictures_that_go_bad_are_replaced_and_counted(trained, picture_folder, 
     assert "2 images could not be read" in ended.out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_when_no_picture_is_left_the_run_saves_and_ends(trained, picture_folder, monkeypatch, workers):
+def test_when_no_picture_is_left_the_run_saves_and_ends(trained, picture_folder, monkeypatch):
     def spoil():
         for path in picture_folder.glob("*.png"):
             path.unlink()
 
     after_updates(monkeypatch, 4, spoil)
-    folder, ended = trained("--dataloader-workers", workers)
+    folder, ended = trained()
     assert ended.status == 2 and len(ended.err.splitlines()) == 1 and "Traceback" not in ended.out, ended
     said = re.search(
         r"none of its 12 images can be read any more; resume with --pretrained-checkpoint (\S+)", ended.err
