@@ -39,9 +39,11 @@ def main(argv: Optional[List[str]] = None) -> None:
     """Load the model and serve until Ctrl-C or SIGTERM."""
     settings = app_arguments(argv)
     log.set_up()
-    with exit_on_error(), sigterm_as_ctrl_c(), contextlib.ExitStack() as stack:
+    with exit_on_error("requirements-app.txt"), sigterm_as_ctrl_c(), contextlib.ExitStack() as stack:
         listening = stack.enter_context(listen(settings.host, settings.port))
-        check_packages()
+        import fastapi  # noqa: F401  # a missing package is reported before the model is loaded
+        import uvicorn  # noqa: F401
+
         from generation.loading import load_from_flags
         from service.queue import GenerationQueue
 
@@ -57,17 +59,6 @@ def main(argv: Optional[List[str]] = None) -> None:
         netloc = f"[{host}]" if ":" in host else host
         print(f"http://{netloc}:{port} generates with {queue.loaded.path}; Ctrl-C ends it", flush=True)
         server.run(sockets=[listening])
-
-
-def check_packages() -> None:
-    """Raise ValueError, in one line, if a package that the service needs is missing."""
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"{error.name} is missing; pip install -r requirements-app.txt brings it (Python 3.10 or later)"
-        ) from None
 
 
 def listen(host: str, port: int) -> socket.socket:

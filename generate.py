@@ -10,7 +10,6 @@ work is in generation/command.py; torch is imported only after the flags are rea
 
 import argparse
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -43,6 +42,7 @@ SAMPLING = ("top_k", "top_p", "temperature", "cond_scale")
 KEYS = {"prompt": str, "num_images": int, "seed": int, **dict.fromkeys(SAMPLING, float)}
 KEYS.update(image_prompt=str, keep_rows=float)
 LINE_BREAK = re.compile(r"\r\n|\r|\n")  # str.splitlines would also cut at U+2028 inside a prompt
+LARGEST = 1e300  # a setting is smaller, even if it is a whole number of hundreds of digits
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number"}
 RESULT_KEYS = {"file", "checkpoint", "fingerprint", "scores"}  # of results.jsonl, whose lines are one image each
 
@@ -165,7 +165,7 @@ def parse_line(line: str, source: str) -> Request:
         if key not in KEYS:
             raise ValueError(f"{source}: {key}: unknown key; choose from {', '.join(KEYS)}")
         fits = isinstance(value, (int, float) if KEYS[key] is float else KEYS[key]) and not isinstance(value, bool)
-        if not fits or (KEYS[key] is float and not _is_finite(value)):
+        if not fits or (KEYS[key] is float and not abs(value) < LARGEST):
             raise ValueError(f"{source}: {key} is {json.dumps(value)[:40]}, not {TYPE_NAMES[KEYS[key]]}")
     prompt = " ".join(entry.pop("prompt", "").split())
     if not prompt:
@@ -176,13 +176,6 @@ def parse_line(line: str, source: str) -> Request:
             raise ValueError(f"{source}: {key} is {str(entry[key])[:40]}; it must be {problem}")
     sampling = {key: entry.pop(key) for key in SAMPLING if key in entry}
     return Request(prompt, sampling=sampling, source=source, **entry)
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number of hundreds of digits
-        return False
 
 
 def auto_or_count(text: str) -> Optional[int]:

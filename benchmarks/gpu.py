@@ -18,7 +18,8 @@ from backends.native.backend import NativeBackend, NativeTrainingBackend
 from backends.native.inference import NativeSampler
 from benchmarks import limits, networks
 from models.dalle import DALLE
-from models.sampling import CachedStepper, Sampling, sample_codes
+from models.packed_sampler import CachedStepper
+from models.sampling import Sampling, sample_codes
 from utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent

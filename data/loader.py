@@ -263,10 +263,44 @@ class TextImageDataset(Dataset):
 
     def text(self, epoch: int, index: int) -> torch.Tensor:
         """Return the tokens of an image's caption in an epoch, int64 (text_seq_len,), zero-padded."""
-        if random_bits(self.seed, _DROPOUT, epoch, index) < self.caption_dropout * 2.0**64:
-            return self._pad(())
         captions = self._captions[index]
-        return self._pad(captions[random_bits(self.seed, _CAPTION, epoch, index) % len(captions)])
+        number = self._choose_caption(epoch, index, len(captions))
+        return self._pad(() if number is None else captions[number])
+
+    def _choose_caption(self, epoch: int, index: int, count: int) -> Optional[int]:
+        """Return which of an image's captions an epoch uses; None: none of them."""
+        if random_bits(self.seed, _DROPOUT, epoch, index) < self.caption_dropout * 2.0**64:
+            return None
+        return random_bits(self.seed, _CAPTION, epoch, index) % count
+
+    def tables(self, most: float) -> Optional[Tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
+        """Return everything that `rows` refers to, if it takes at most `most` bytes and codes are attached.
+
+        Returns:
+            texts int32 (1 + captions, text_seq_len), first an empty one; codes int32 (N, image_seq_len); and int64
+            (N + 1,), the number of captions before each image.
+        """
+        if self._codes is None:
+            return None
+        ends = [0, *(len(self._captions[index]) for index in range(len(self)))]
+        before = np.cumsum(ends, dtype=np.int64)
+        if 4 * ((1 + before[-1]) * self.text_seq_len + len(self) * self._codes.shape[1]) > most:
+            return None
+        texts = np.zeros((1 + before[-1], self.text_seq_len), dtype=np.int32)
+        captions = (caption for index in range(len(self)) for caption in self._captions[index])
+        for row, caption in zip(texts[1:], captions):
+            row[: len(caption)] = caption[: self.text_seq_len]
+        codes = self._codes[self._code_rows].astype(np.int32)
+        return torch.from_numpy(texts), torch.from_numpy(codes), before
+
+    def rows(self, keys: Sequence[Key], before: np.ndarray) -> torch.Tensor:
+        """Return the rows int64 (2, B) of samples in the texts and codes of `tables`."""
+        found = []
+        for epoch, index in (key if isinstance(key, tuple) else (0, key) for key in keys):
+            index = range(len(self))[index]
+            number = self._choose_caption(epoch, index, int(before[index + 1] - before[index]))
+            found.append((0 if number is None else 1 + int(before[index]) + number, index))
+        return torch.tensor(found).T.contiguous()
 
     def first_caption(self, index: int) -> torch.Tensor:
         """Return the first caption of an image, int64 (text_seq_len,), zero-padded."""
@@ -334,6 +368,9 @@ class GeneratedDataset(Dataset):
     def exclude_images_of(self, message: str) -> List[str]:
         """Return an empty list: no image was read."""
         return []
+
+    def tables(self, most: float) -> None:
+        """Return None: samples are generated when they are read."""
 
     def fingerprint(self) -> str:
         """Return what identifies the samples."""

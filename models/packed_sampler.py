@@ -4,6 +4,8 @@ It computes what the model computes in a pass over everything, but reads less me
 - keys and values of earlier positions stay in a cache, which keeps only those that a pattern may still see;
 - weights are in the form that the machine multiplies fastest (`pack`), with LayerScale folded in;
 - each different caption passes through the model once.
+
+CachedStepper is the plain one, for models with options that it lacks.
 """
 
 import contextlib
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 from models.dalle import DALLE
 from models.sampling import Sampling, SamplingState, Stepper, guide
-from models.transformer import LayerScale, PrefixCache
+from models.transformer import KeyValueCache, LayerScale, PrefixCache
 
 MOST_ROWS = 256  # of a pass; the time of larger ones grows with their rows on any machine
 Norm = Tuple[Tensor, Tensor]  # weight, bias
@@ -321,3 +323,33 @@ class PackedStepper(Stepper):
         """
         normed = self.kernels.add_and_normalize(x, added, self.norm)[1].unflatten(0, (-1, width))
         return self.to_logits(guide(normed, cond_scale).flatten(0, 1)).unflatten(0, (-1, width))
+
+
+class CachedStepper(Stepper):
+    """Computes one position for each code; keys and values of earlier positions stay in a cache.
+
+    Args:
+        autocast: returns the context in which the model computes.
+    """
+
+    def __init__(self, dalle: DALLE, autocast: Callable[[], ContextManager] = contextlib.nullcontext):
+        super().__init__(dalle)
+        self.autocast = autocast
+
+    def begin(self, text: Tensor, codes: Tensor, cond_scale: float = 1.0) -> Tensor:
+        dalle = self.dalle
+        self.cache = [KeyValueCache(dalle.text_seq_len + dalle.image_seq_len) for _ in dalle.transformer.layers]
+        self.count = codes.shape[1]
+        x = dalle.embed_text(dalle.number_padding(text))
+        if self.count:
+            x = torch.cat((x, dalle.embed_codes(codes)), dim=1)
+        with self.autocast():
+            return guide(dalle.image_logits(dalle.transformer(x, cache=self.cache)[:, -1]), cond_scale)
+
+    def next(self, codes: Tensor, places: Tensor, cond_scale: float = 1.0) -> Tensor:
+        dalle = self.dalle
+        x = dalle.embed_codes(codes, start=self.count)
+        self.count += 1
+        with self.autocast():
+            x = dalle.transformer(x, cache=self.cache, start=dalle.text_seq_len + self.count)
+            return guide(dalle.image_logits(x), cond_scale)

@@ -7,18 +7,7 @@ of prompts, files or pixels.
 import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import (
-    Any,
-    Callable,
-    ContextManager,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Union,
-)
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
@@ -26,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.dalle import DALLE
-from models.transformer import KeyValueCache
 
 Generators = Union[None, torch.Generator, List[torch.Generator]]
 CodeCallback = Callable[[Tensor], Any]
@@ -240,36 +228,6 @@ class Pace:
         """Learn from a pass how many guesses were right and how many images had a wrong one, which hides the rest."""
         self.guesses[self.last][0] += right
         self.guesses[self.last][1] += wrong
-
-
-class CachedStepper(Stepper):
-    """Computes one position for each code; keys and values of earlier positions stay in a cache.
-
-    Args:
-        autocast: returns the context in which the model computes.
-    """
-
-    def __init__(self, dalle: DALLE, autocast: Callable[[], ContextManager] = contextlib.nullcontext):
-        super().__init__(dalle)
-        self.autocast = autocast
-
-    def begin(self, text: Tensor, codes: Tensor, cond_scale: float = 1.0) -> Tensor:
-        dalle = self.dalle
-        self.cache = [KeyValueCache(dalle.text_seq_len + dalle.image_seq_len) for _ in dalle.transformer.layers]
-        self.count = codes.shape[1]
-        x = dalle.embed_text(dalle.number_padding(text))
-        if self.count:
-            x = torch.cat((x, dalle.embed_codes(codes)), dim=1)
-        with self.autocast():
-            return guide(dalle.image_logits(dalle.transformer(x, cache=self.cache)[:, -1]), cond_scale)
-
-    def next(self, codes: Tensor, places: Tensor, cond_scale: float = 1.0) -> Tensor:
-        dalle = self.dalle
-        x = dalle.embed_codes(codes, start=self.count)
-        self.count += 1
-        with self.autocast():
-            x = dalle.transformer(x, cache=self.cache, start=dalle.text_seq_len + self.count)
-            return guide(dalle.image_logits(x), cond_scale)
 
 
 @torch.no_grad()

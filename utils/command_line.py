@@ -343,9 +343,10 @@ def exit_on_error(requirements: str = "requirements.txt") -> Iterator[None]:
         raise SystemExit(EXIT_CLOSED_OUTPUT) from None
     except (ModuleNotFoundError, ValueError, OSError) as error:
         logging.getLogger("minidalle").debug("raised here:", exc_info=True)
-        line, status = f"{sys.argv[0].rpartition('/')[2]}: error: {describe_error(error)}", 2
+        problem = describe_error(error)
         if isinstance(error, ModuleNotFoundError):
-            line += f": pip install -r {requirements}"
+            problem = f"{error.name} is missing: pip install -r {requirements}"
+        line, status = f"{sys.argv[0].rpartition('/')[2]}: error: {problem}", 2
     else:
         return
     print(line, file=sys.stderr)

@@ -12,7 +12,7 @@ import logging
 import os
 import warnings
 from argparse import Namespace
-from typing import Any, Callable, ContextManager, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from backends.base import Backend, Losses, StageEstimate, Trainer, TrainingBacke
 from backends.memory import Memory
 from backends.native.gpu_attention import use_cudnn_attention, use_fused_attention
 from backends.native.inference import NativeSampler, decoder, encoder
-from backends.native.resilient_loader import read
+from backends.native.resilient_loader import SetOnDevice, read
 from backends.native.trainer import NativeTrainer, mean_losses
 from models.dalle import DALLE
 from models.vae import ImageTokenizer
@@ -137,6 +137,7 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
     compile_only = False
 
     def __init__(self, settings: Namespace):
+        self.sets: Dict[Any, SetOnDevice] = {}
         self.settings, self.shard = settings, settings.shard
         super().__init__(settings.device, settings.precision, settings.fp16, loss_scaling=not self.shard)
         if self.kind == "cuda":
@@ -170,7 +171,16 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
         return self.samples_per_step
 
     def loader(self, dataset: Any, order: Sequence[List[Any]], samples: Optional[int] = None) -> Iterator[Iterable]:
-        """Yield for each step an iterator over its (text, image) micro-batches, which are read on demand."""
+        """Yield for each step an iterator over its (text, image) micro-batches, which are read on demand.
+
+        Of a set that is on the GPU, a step's samples are one micro-batch.
+        """
+        if self.kind == "cuda":
+            if dataset not in self.sets:
+                self.sets[dataset] = SetOnDevice(dataset, self.device, Memory(self.device).free())
+            if self.sets[dataset].fits:
+                yield from ([step] for step in self._interruptible(map(self.sets[dataset].gather, order)))
+                return
         workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would compete for cores
         stream = self._interruptible(read(dataset, order, self.batch_size, workers, self.kind == "cuda"))
         for first in stream:

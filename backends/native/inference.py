@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 from backends.native.captured_stepper import CapturedStepper
 from models.dalle import DALLE
-from models.packed_sampler import LayerKernels, Pack, PackedStepper
-from models.sampling import CachedStepper, CodeCallback, Generators, Sampling, Stepper, sample_codes
+from models.packed_sampler import CachedStepper, LayerKernels, Pack, PackedStepper
+from models.sampling import CodeCallback, Generators, Sampling, Stepper, sample_codes
 from models.vae import ImageTokenizer, VQGanVAE
 
 logger = logging.getLogger("minidalle")
 ROWS = 4  # for fewer rows oneDNN takes other kernels, which are not faster and differ in the last bits
-# Sums of at most so many terms in fp32 are left to MKL, with columns stored together, because each call of oneDNN takes
+# Sums of at most this many terms in fp32 are left to MKL, with columns stored together, because a call of oneDNN takes
 # 15 µs more. MKL divides longer sums in ways that depend on the number of rows.
 SHORT = 256
 WINDOWS = (1, 2, 3, 4, 6, 8, 16)  # codes that a pass may compute for each image

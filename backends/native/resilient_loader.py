@@ -1,7 +1,7 @@
-"""Read micro-batches in worker processes, and start new workers if one is killed.
+"""Read the samples of each step: from a GPU's memory if the set fits there, otherwise in worker processes.
 
-Torch raises its error for a killed worker wherever the program is at that moment, for example in an update. Here it is
-deferred until the next micro-batch is due, when nothing is half done.
+If a worker is killed, new ones start. Torch raises its error for a killed worker wherever the program is at that
+moment, for example in an update. Here it is deferred until the next micro-batch is due, when nothing is half done.
 """
 
 import itertools
@@ -9,6 +9,7 @@ import logging
 import time
 from typing import Any, Iterable, Iterator, List, Sequence, Tuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -18,7 +19,29 @@ from utils import interrupts
 logger = logging.getLogger("minidalle")
 NOTICE_SECONDS = 5.0  # in which torch reports a worker whose pipe has broken
 RESTARTS = 3  # of the workers; without a limit, a machine short of memory would kill them forever
+SHARE = 0.1  # of a GPU's free memory for a set; COCO's takes 0.3 GB
 MEMORY_ADVICE = "; if memory ran out, fewer --dataloader-workers need less"
+
+
+class SetOnDevice:
+    """The captions and codes of a set on a GPU, where samples are gathered; one small copy each step.
+
+    Attributes:
+        fits: whether they take at most SHARE of the free memory, and can be uploaded at all.
+    """
+
+    def __init__(self, dataset: Any, device: torch.device, free: int):
+        self.dataset, self.device = dataset, device
+        tables = dataset.tables(SHARE * free)
+        self.fits = tables is not None
+        if tables is not None:
+            texts, codes, self.before = tables
+            self.texts, self.codes = texts.to(device), codes.to(device)
+
+    def gather(self, keys: Sequence[Any]) -> Tuple[Tensor, Tensor]:
+        """Return text and codes of samples, int64 (B, …), on the device."""
+        rows = self.dataset.rows(keys, self.before).pin_memory().to(self.device, non_blocking=True)
+        return self.texts[rows[0]].long(), self.codes[rows[1]].long()
 
 
 class MicroBatches:

@@ -91,7 +91,7 @@ class NativeTrainer(Trainer):
         # Masks are constants, and gloo of torch 2.0 sends no bool.
         buffers = [name for name, _ in self.model.named_buffers(remove_duplicate=False)]
         self.model._ddp_params_and_buffers_to_ignore = buffers  # type: ignore[assignment]
-        return DistributedDataParallel(self.model, device_ids=on)
+        return DistributedDataParallel(self.model, device_ids=on, gradient_as_bucket_view=True)
 
     def compile(self, batch: Any) -> None:
         """Compile the layers on GPUs; elsewhere kernels are chosen when they are called."""

@@ -3,8 +3,11 @@
 import pytest
 import standin
 import torch
+from PIL import Image
 
 from backends.native.backend import NativeBackend, NativeTrainingBackend
+from data.loader import TextImageDataset
+from data.tokenizer import load_tokenizer
 from generation.images import complete_caption, generate_batch, plan_image
 from generation.loading import load
 from models.sampling import Sampling
@@ -92,6 +95,28 @@ def test_an_update_costs_few_launches_and_waits(tiny_vae, rest, most):
     trainer.evaluate([batch])
     assert costs["launches"] <= most and costs["copies"] <= 7 and costs["waits"] <= 2, costs
     assert_no_boolean_mask("cudnn bfloat16")
+
+
+def test_the_samples_of_an_update_are_gathered_on_the_device(tmp_path):
+    """They are the CPU's, and cost one copy of their rows, whatever the number of micro-batches."""
+    for number in range(8):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("red" if number % 2 else "red\nblue blue")
+    dataset = TextImageDataset(tmp_path, load_tokenizer(), text_seq_len=6, image_size=8)
+    dataset.attach_codes(samples(8)[1].numpy().astype("uint16"))
+    dataset = dataset.split_off(0.75)
+    dataset.caption_dropout, order = 0.3, [[(epoch, index) for index in (3, 0, -1, 4)] for epoch in range(6)]
+    found = []
+    for device in ("cpu", "cuda"):
+        backend = NativeTrainingBackend(train_settings("--batch-size 2 --gradient-accumulation 2", device=device))
+        steps = backend.loader(dataset, order)
+        first = list(next(steps))
+        GPU.reset()
+        found.append([first, *(list(step) for step in steps)])
+        costs = GPU.counts()
+    ours, expected = ([[torch.cat(parts).cpu() for parts in zip(*step)] for step in steps] for steps in found)
+    assert all(torch.equal(*pair) for pair in zip(sum(ours, []), sum(expected, [])))
+    assert costs["copies"] == 5 and costs["waits"] == 0 and costs["launches"] <= 20, costs
 
 
 def test_the_bundled_model():

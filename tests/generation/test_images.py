@@ -7,10 +7,8 @@ import torch
 from generation import previews, ranking
 from generation.image_prompts import encode_kept_rows
 from generation.images import (
-    batch_key,
     generate_batch,
     generate_lists,
-    group_into_batches,
     plan_image,
     to_image,
 )
@@ -47,14 +45,6 @@ def test_an_image_is_the_same_in_any_batch(tiny_checkpoint, loaded, size):
     assert [len(part) for part in codes] == [4, 1, 6] and sum(counts) == 11 and max(counts) <= size
     assert torch.equal(torch.cat(codes), torch.stack(alone))
     assert len({tuple(row.tolist()) for row in alone}) == 11
-
-
-def test_batches_have_equal_settings(loaded):
-    specs = mixed_specs(loaded)
-    batches = group_into_batches(specs, 3)
-    assert sorted(index for batch in batches for index in batch) == list(range(11))
-    assert all(len(batch) <= 3 and len({batch_key(specs[index]) for index in batch}) == 1 for batch in batches)
-    assert group_into_batches(circles(loaded, 7), 3) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_out_of_memory_is_one_line_that_says_what_would_fit(loaded, monkeypatch):

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.packed_sampler import PackedStepper, plan_slots
+from models.packed_sampler import CachedStepper, PackedStepper, plan_slots
 from models.sampling import (
-    CachedStepper,
     Pace,
     Sampling,
     choose_from_nucleus,

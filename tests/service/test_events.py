@@ -113,15 +113,6 @@ def test_a_cancelled_job_leaves_those_that_share_its_batch(port, drawing):
     assert read_events(port, first)[-1][1] == "done"
 
 
-def test_a_batch_that_fails_is_an_error_event(port, drawing):
-    def fail(seeds):
-        raise RuntimeError("/secret/path")
-
-    drawing.before = fail
-    events = read_events(port, create(port)["id"])
-    assert events[-1][1:] == ("error", {"error": "The images could not be generated; the program's log says why."})
-
-
 def test_the_model_is_described(port, loaded):
     status, about = call(port, "GET", "/api/model?prompt=a+red+circle+above+a+dog")
     assert status == 200 and about["prompt"]["unknown_words"] == ["dog"] and about["prompt"]["tokens"] > 5

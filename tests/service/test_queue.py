@@ -1,7 +1,5 @@
 """Who draws next, what is drawn together, and what happens where somebody leaves or a drawing fails."""
 
-import asyncio
-
 import pytest
 import torch
 
@@ -149,25 +147,6 @@ def test_a_full_queue_says_so(loaded, drawing, queue):
         queue.submit("greedy", pictures(loaded, 4, 5))
     drawing.release()
     wait(own)
-
-
-def test_rows_and_previews_reach_those_who_want_them(loaded, drawing, queue):
-    rows, previews = [], []
-
-    async def follow(job):
-        async for _ in job.changes():
-            rows.append(job.row)
-            previews.append([image.size for _, image in job.previews.values()])
-
-    drawing.seconds = 0.02
-    side, size = loaded.model.fmap_size, loaded.model.vae.image_size
-    asyncio.run(follow(queue.submit("me", pictures(loaded, 1, 2), every=1)))
-    assert set(rows) >= set(range(1, side)) and rows[-1] == 0
-    assert [(size, size // side)] * 2 in previews and previews[-1] == []
-
-    job = queue.submit("me", pictures(loaded, 3))
-    asyncio.run(follow(job))
-    assert job.previews == {} and job.ready == 1
 
 
 def test_stopping_ends_jobs_and_calls_while_the_model_computes(loaded, drawing):

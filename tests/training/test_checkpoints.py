@@ -1,6 +1,7 @@
 """A run's folder of checkpoints: which file is the newest, what a second run may do there, what is told apart."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -174,3 +175,12 @@ def test_a_folder_that_grew_continues_at_its_samples_and_replaces_no_file(
         "dalle_step_12.pt",
         "dalle_step_18.pt",
     }
+
+
+def test_age_is_steps_whatever_the_times_and_names(folder):
+    names = ["dalle_step_2.pt", "dalle_0.pt", "dalle_step_4.pt", "dalle_1.pt", "dalle_step_8.pt", "dalle_2.pt"]
+    for number, path in enumerate(sorted(folder.glob("*.pt"))):
+        os.utime(path, (number, number))  # as a copy in order of names leaves them
+    (folder / "dalle_best.pt").write_bytes(b"no number")
+    assert [path.name for path in checkpoints.sort_by_age(folder)] == names
+    assert [checkpoint.step_of(folder / name) for name in names] == [2, 3, 4, 6, 8, 9]

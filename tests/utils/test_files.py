@@ -1,6 +1,7 @@
 """Files and folders that appear complete or not at all."""
 
 import errno
+import os
 
 import pytest
 
@@ -69,3 +70,19 @@ def test_a_folder_is_tried_before_hours_are_spent(tmp_path):
             check_writable(folder, "--output-dir")
         assert str(caught.value).startswith(f"--output-dir {folder}: cannot be written (")
     assert files_in(tmp_path) == ["file", "new"] and (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "old").touch()
+    replace = os.replace
+
+    def refuse(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError), replace_folder(tmp_path / "set") as draft:
+        (draft / "new").touch()
+    assert files_in(tmp_path) == ["set"] and files_in(tmp_path / "set") == ["old"]
