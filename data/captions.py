@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import numpy as np
 from tqdm import tqdm
 
-from data.array_cache import cache_path, hold_lock
+from data.codes import cache_path, hold_lock
 from data.files import File, printable, read_captions
 from data.tokenizer import Tokenizer, encode_text
 from utils.files import atomic_write
