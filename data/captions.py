@@ -22,8 +22,10 @@ from utils.files import atomic_write
 
 logger = logging.getLogger("minidalle")
 
+MOST_UNKNOWN = 0.01  # share of unknown tokens above which a warning is logged
 MOST_UNREAD = 0.5  # share of a caption's characters that the vocabulary may lack
 _PROGRESS_FROM = 2000  # files
+OTHER_VOCABULARY = "use a --bpe-path for their language, or none: CLIP's reads every character"
 
 ReadCaptions = Callable[[str], List[str]]  # from the name of a file to its captions
 
@@ -48,6 +50,19 @@ class TokenCounts(NamedTuple):
             f"{len(self.lengths):,} captions; tokens per caption: minimum {low}, median {middle}, 95th percentile "
             f"{high}, maximum {top}; {share:.3%} are unknown"
         )
+
+
+def describe_set(path: Union[str, Path], form: str, images: int, counts: TokenCounts) -> str:
+    """Summarize a set in one line."""
+    return f"{printable(path)}: {form}, {images:,} usable images with {counts.describe()}"
+
+
+def describe_unknown(counts: TokenCounts) -> Optional[str]:
+    """Return a warning if a vocabulary lacks more than MOST_UNKNOWN of a set's tokens."""
+    total = int(counts.lengths.sum())
+    if counts.unknown <= MOST_UNKNOWN * total:
+        return None
+    return f"the vocabulary lacks {counts.unknown:,} of {total:,} caption tokens; {OTHER_VOCABULARY}"
 
 
 class Captions:
