@@ -134,7 +134,7 @@ class VQGanTrainer:
     def _choose(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the codes (B, h, w) of latents (B, D, h, w); `rate_weight` favors codes in frequent use.
 
-        A code's handicap is the bits that it costs, −log2 of its frequency, times rate_weight and the latents' variance.
+        A code's handicap is its −log2 frequency in bits, times rate_weight and the latents' variance.
         Without it, a plain background gets dozens of codes that look the same, and the transformer has to learn which
         of them comes where.
         """
