@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from data.array_cache import MappedRows
 from data.captions import CaptionCache, TokenCounts, load_captions
+from data.codes import MappedRows
 from data.files import UNREAD, UNREADABLE, File, describe_others, printable, report_skipped
 from data.images import load_image
 from data.sources import ImagePath, folder_of, open_source
