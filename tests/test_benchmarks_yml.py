@@ -57,13 +57,6 @@ def figures(name, log):
     return found
 
 
-def test_there_is_an_entry_for_each_pod_and_for_a_plain_computer():
-    for pod in ("pod4", "pod16", "pod64"):
-        assert {f"pytorch_minidalle_train_real_{pod}", f"pytorch_minidalle_train_gen_{pod}"} <= ENTRIES.keys()
-    assert "pytorch_minidalle_train_real_pod64_conv" in ENTRIES  # with the three _real_ ones, the original's names
-    assert {"pytorch_minidalle_generate_pod4", "pytorch_minidalle_train_gen_cpu"} <= ENTRIES.keys()
-
-
 @pytest.mark.parametrize("name", ENTRIES)
 def test_an_entry_is_what_the_tool_takes(name):
     entry = ENTRIES[name]

@@ -24,19 +24,6 @@ def write(path, steps):
         file.write('{"step": 1234, "loss/to')
 
 
-def test_a_long_file_is_read_in_part_with_all_that_is_rare(tmp_path):
-    write(tmp_path / "metrics.jsonl", 10_000)
-    curves = plot.read_curves(tmp_path / "metrics.jsonl", points=100)
-    steps, values = curves["loss/total"]
-    assert 90 <= len(steps) <= 110 and steps == sorted(steps) and steps[0] == 1
-    assert curves["held-out/total"][0] == list(range(500, 10_001, 500))
-    assert curves["skipped"][0] == [777] and np.isnan(values[steps.index(777)])
-    assert plot.read_curves(tmp_path / "metrics.jsonl", points=20_000)["lr"] == (
-        list(range(1, 10_001)),
-        [1e-3] * 10_000,
-    )
-
-
 @pytest.mark.parametrize("lines", [1, 1200])
 def test_a_plot_has_its_curves(tmp_path, lines):
     write(tmp_path / "metrics.jsonl", lines)
