@@ -1,10 +1,7 @@
 """Scores of generated images, and the choice of the best.
 
-The model's own score needs no pixels. A DALL-E gives p(codes | caption) exactly, in one pass, and by Bayes' rule
-log p(caption | codes) = log p(codes | caption) − log p(codes) + log p(caption), whose last term is the same for all
-images of a caption. p(codes) is what the model says for an empty caption. It knows that less well, and only if it was
-trained with caption dropout: with full weight, images would win that look odd to it without a caption. With weight
-CONTRAST, the score is a mean of log p(caption | codes) and log p(codes | caption).
+The model's own score needs no pixels: it is log p(codes | caption), from one pass. Measured against alternatives in
+docs/experiments.md.
 """
 
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
@@ -18,8 +15,6 @@ from generation.images import ImageSpec, to_image
 from generation.loading import LoadedModel
 from models.dalle import DALLE
 
-# Of 0, 0.25, 0.5, 0.75 and 1 the best for the demo, best of 2, 4 and 8 images (captions of --prompt-set choose).
-CONTRAST = 0.25
 ClipScore = Callable[[List[Image.Image], List[str]], Tensor]
 
 
@@ -30,19 +25,6 @@ def log_likelihood(dalle: DALLE, text: Tensor, codes: Tensor) -> Tensor:
     x = dalle.transformer(x)  # (B, T + L, dim)
     logits = dalle.image_logits(x[:, dalle.text_seq_len :]).float()  # (B, L, V)
     return -F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").sum(dim=1)
-
-
-def caption_score(dalle: DALLE, text: Tensor, codes: Tensor, contrast: float = CONTRAST) -> Tensor:
-    """Return contrast · log p(text | codes) + (1 − contrast) · log p(codes | text), up to a constant of each caption.
-
-    Args:
-        contrast: 0 for a model that was trained without caption dropout; the score then prefers plain images.
-
-    Returns:
-        float32 (B,), in nats.
-    """
-    score = log_likelihood(dalle, text, codes)
-    return score - contrast * log_likelihood(dalle, torch.zeros_like(text), codes) if contrast else score
 
 
 def best_of(
@@ -70,9 +52,8 @@ def _likelihoods(loaded: LoadedModel, specs: Sequence[ImageSpec], codes: Tensor)
     device = next(loaded.model.parameters()).device
     text = torch.stack([spec.tokens for spec in specs]).to(device)
     parts = zip(text.split(loaded.batch_size), codes.to(device).split(loaded.batch_size))
-    contrast = CONTRAST if loaded.guidable else 0
     with loaded.backend.autocast():
-        return torch.cat([caption_score(loaded.model, *part, contrast=contrast).cpu() for part in parts])
+        return torch.cat([log_likelihood(loaded.model, *part).cpu() for part in parts])
 
 
 def _clip_scores(loaded: LoadedModel, specs: Sequence[ImageSpec], codes: Tensor, clip: ClipScore) -> Tensor:
