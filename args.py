@@ -16,7 +16,6 @@ from utils.command_line import (
     SHARE,
     Add,
     Parser,
-    boolean,
     check_vqgan_files,
     flags_given,
     list_of,
@@ -114,10 +113,7 @@ def train_parser() -> Parser:
     add("truncate-captions", False, "cut captions longer than --text-seq-len tokens instead of refusing them", bool)
     add("caption-dropout", 0.0, "share of captions to empty, which guidance (--cond-scale) needs", SHARE)
     add("codes-cache", None, "folder for VQGAN codes and caption tokens; none: next to the images", path)
-    add(
-        "no-codes-cache", False, "encode pixels in every step and cache nothing", boolean, nargs="?", const=True,
-        metavar="",
-    )  # fmt: skip
+    add("no-codes-cache", False, "encode pixels in every step and cache nothing", bool)
     add("byteio", False, "send pixels as bytes and scale them on the device", bool)
     vqgan_file_flags(add)
 
@@ -154,13 +150,8 @@ def train_parser() -> Parser:
     add("layers-per-ipu", None, "layers on each IPU, such as 0,6,6,4; auto: balanced", layer_counts, nargs="+")
     add("cls-ipu-id", None, "IPU of the head; none: the last", NATURAL)
     add("embedding-ipu-id", 0, "IPU of the image embedding", NATURAL)
-    add(
-        "matmul-proportion",
-        [0.6],
-        "memory share for matrix products, one for all or one per IPU",
-        list_of(SHARE),
-        nargs="+",
-    )
+    share = "memory share for matrix products, one for all or one per IPU"
+    add("matmul-proportion", [0.6], share, list_of(SHARE), nargs="+")
     add("async-dataloader", True, "read batches ahead in a separate process", bool)
     add("synthetic-data", False, "time the device alone with random data; nothing is saved", bool)
     add("compile-only", False, "compile for a machine without IPUs, then stop", bool)
@@ -178,12 +169,7 @@ def vqgan_parser() -> Parser:
     parser = Parser("Train a VQGAN, the image tokenizer, on a folder of images.", usage="--config NAME [flags]")
     add = parser.heading("Everyday flags")
     config_flag(add)
-    add(
-        "input-folder",
-        None,
-        "folder of images, searched recursively, or any form of data that train.py takes",
-        path,
-    )
+    add("input-folder", None, "folder of images, searched recursively, or any form of train.py's data", path)
     add("output-dir", "./output/vqgan", "folder for vqgan.ckpt, vqgan.yaml and reconstructions.png", path)
     add("batch-size", 8, "images in one update", COUNT)
     add("max-steps", 100000, "updates", COUNT)
@@ -191,12 +177,8 @@ def vqgan_parser() -> Parser:
     add("init-from", None, "start with the weights and sizes of this VQGAN: a folder, or its weights", path)
     add("image-size", 256, "side of the images in pixels", COUNT)
     add("device", "auto", "auto takes CUDA, else the CPU", choices=("auto", "cpu", "cuda"))
-    add(
-        "precision",
-        "auto",
-        "arithmetic of the networks; auto takes bf16 where it is fast",
-        choices=("auto", "fp32", "bf16"),
-    )
+    precisions = ("auto", "fp32", "bf16")
+    add("precision", "auto", "arithmetic of the networks; auto takes bf16 if it is fast", choices=precisions)
     add("random-seed", 42, "seed of weights, data order and validation images", SEED)
     add("dataloader-workers", 4, "processes that decode images", NATURAL)
 
@@ -225,12 +207,7 @@ def vqgan_parser() -> Parser:
     add("codebook-weight", 1.0, "weight of the codebook loss relative to the reconstruction loss", POSITIVE)
     add("commitment", 0.25, "weight of the encoder's share in the codebook loss", NOT_NEGATIVE)
     add("decoder-of", None, "train only the decoder, from this folder's VQGAN on; its codes stay the same", path)
-    add(
-        "edge-weight",
-        0.0,
-        "additional weight of edges in the reconstruction loss; about 5 for line drawings",
-        NOT_NEGATIVE,
-    )
+    add("edge-weight", 0.0, "additional weight of edges in the loss; about 5 for line drawings", NOT_NEGATIVE)
     add("rate-weight", 0.0, "attraction of frequent codes; simple images then use few codes", NOT_NEGATIVE)
     add("revival-interval", 50, "steps after which an unused code is reset; 0: never", NATURAL)
     add("disc-weight", 0.0, "weight of the patch discriminator; 0: none", NOT_NEGATIVE)

@@ -5,8 +5,8 @@ COCO (Lin et al., 2014) keeps the captions of all images, about five each, in on
     {"images": [{"id": 139, "file_name": "000000000139.jpg"}, ...],
      "annotations": [{"image_id": 139, "caption": "A room with chairs."}, ...]}
 
-They become the lines of 000000000139.txt. Training reads such a file itself (data/sources/captions_json.py); text files
-are for other programs, and for captions that are to be edited.
+They become the lines of 000000000139.txt. Training reads such a file itself (data/sources/captions_lists.py); text
+files are for other programs, and for captions that are to be edited.
 """
 
 import json
@@ -54,7 +54,7 @@ def write_caption_files(captions_file: Path, out_dir: Path) -> None:
 
 def read_captions(path: Path) -> Tuple[Dict[str, List[str]], int]:
     """Return the captions of a COCO captions file by the name of their text file, and the number of empty ones."""
-    from data.sources.captions_json import default_name, image_names, read_json  # torch, which --help does not need
+    from data.sources.captions_lists import default_name, image_names, read_json  # torch, which --help does not need
 
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; utils/download_coco_dataset.sh downloads COCO's captions")

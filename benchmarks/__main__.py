@@ -5,7 +5,7 @@
     python -m benchmarks --only 'generate-*' encode         some rows; --list names them all
     python -m benchmarks --quick --peer                 small networks, to see that everything runs
 
-Prints a table and writes results.json and results.png. The figures are medians, followed by the least and the greatest
+Prints a table and writes results.json. The figures are medians, followed by the least and the greatest
 value. A peer is measured right after the row that it is compared with.
 """
 
@@ -22,7 +22,6 @@ from tqdm import tqdm
 from backends.native.backend import pick_device, pick_precision
 from benchmarks import peer
 from benchmarks.limits import describe_machine
-from benchmarks.plot import format_number, plot_speed
 from benchmarks.rows import ROWS, measure_row
 from utils.command_line import Parser, exit_on_error
 from utils.files import atomic_write, check_writable
@@ -56,9 +55,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 sys.stdout.flush()
                 with atomic_write(folder / "results.json", text=True) as file:  # after each row: a run may be ended
                     file.write(json.dumps(results, indent=1) + "\n")
-                plot_speed(results["rows"], title, folder / "results.png")
                 bar.update()
-    print(f"wrote {folder / 'results.json'} and results.png")
+    print(f"wrote {folder / 'results.json'}")
 
 
 def parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -69,7 +67,7 @@ def parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     add("peer", False, "measure dalle-pytorch 1.6.6, a plain loader and taming's VQGAN as well", type=bool)
     add("quick", False, "small networks and few samples", type=bool)
     add("list", False, "name the rows and measure nothing", type=bool)
-    add("output-dir", "output/benchmarks", "folder for results.json and results.png")
+    add("output-dir", "output/benchmarks", "folder for results.json")
     flags = parser.parse_args(argv)
     patterns = flags.only or ["*"]
     for pattern in patterns:
@@ -87,6 +85,11 @@ def make_title(results: Dict[str, Any]) -> str:
     name = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     size = "small networks" if results["quick"] else "L16"
     return f"{size} in {results['precision']}, {name}, torch {machine['torch']}, {results['date'][:10]}"
+
+
+def format_number(value: float) -> str:
+    """Format a number with three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def format_row(row: Dict[str, Any]) -> str:

@@ -9,23 +9,23 @@ import json
 import logging
 import os
 import re
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 from tqdm import tqdm
 
-from data.array_cache import cache_path, hold_lock
+from data.codes import cache_path, hold_lock
 from data.files import File, printable, read_captions
 from data.tokenizer import Tokenizer, encode_text
 from utils.files import atomic_write
 
 logger = logging.getLogger("minidalle")
 
-SAVE_SECONDS = 60.0  # at most this much work is lost when the process is killed
+MOST_UNKNOWN = 0.01  # share of unknown tokens above which a warning is logged
 MOST_UNREAD = 0.5  # share of a caption's characters that the vocabulary may lack
 _PROGRESS_FROM = 2000  # files
+OTHER_VOCABULARY = "use a --bpe-path for their language, or none: CLIP's reads every character"
 
 ReadCaptions = Callable[[str], List[str]]  # from the name of a file to its captions
 
@@ -50,6 +50,19 @@ class TokenCounts(NamedTuple):
             f"{len(self.lengths):,} captions; tokens per caption: minimum {low}, median {middle}, 95th percentile "
             f"{high}, maximum {top}; {share:.3%} are unknown"
         )
+
+
+def describe_set(path: Union[str, Path], form: str, images: int, counts: TokenCounts) -> str:
+    """Summarize a set in one line."""
+    return f"{printable(path)}: {form}, {images:,} usable images with {counts.describe()}"
+
+
+def describe_unknown(counts: TokenCounts) -> Optional[str]:
+    """Return a warning if a vocabulary lacks more than MOST_UNKNOWN of a set's tokens."""
+    total = int(counts.lengths.sum())
+    if counts.unknown <= MOST_UNKNOWN * total:
+        return None
+    return f"the vocabulary lacks {counts.unknown:,} of {total:,} caption tokens; {OTHER_VOCABULARY}"
 
 
 class Captions:
@@ -155,26 +168,16 @@ class CaptionCache:
         Raises:
             ValueError, OSError: a file cannot be read, or its captions cannot be tokenized.
         """
-        with contextlib.ExitStack() as stack:
-            if not all(file in self for file in files):
+        if not all(file in self for file in files):
+            with contextlib.ExitStack() as stack:
                 with contextlib.suppress(OSError):  # cannot be written, which _save logs
                     stack.enter_context(hold_lock(self.path.with_suffix(".lock")))
                 self.refresh()
-                self._add([file for file in files if file not in self], files, read)
+                missing = [file for file in files if file not in self]
+                if missing:
+                    tokens = tokenize_files(missing, self.folder, self.tokenizer, read)
+                    self._save(files, dict(zip(missing, tokens)))
         return self._captions.select(np.array([self._rows[file] for file in files]))
-
-    def _add(self, missing: Sequence[File], files: Sequence[File], read: Optional[ReadCaptions]) -> None:
-        new: Dict[File, np.ndarray] = {}
-        saved = time.monotonic()
-        try:
-            for file, tokens in zip(missing, tokenize_files(missing, self.folder, self.tokenizer, read)):
-                new[file] = tokens
-                if time.monotonic() - saved >= SAVE_SECONDS:
-                    self._save(files, new)
-                    saved = time.monotonic()
-        finally:
-            if new:
-                self._save(files, new)
 
     def _save(self, files: Sequence[File], new: Dict[File, np.ndarray]) -> None:
         """Write the cache again with `new`: first `files`, in their order, then what is known of others."""

@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.captions import TokenCounts, encode_caption
+from data.captions import TokenCounts, describe_set, describe_unknown, encode_caption
 from data.files import (
     LABEL_FILE,
     NOT_LISTED,
@@ -29,8 +29,7 @@ from data.files import (
     printable,
     read_bytes,
 )
-from data.images import load_image
-from data.loader import WorkerTracker, describe_set, describe_unknown
+from data.images import WorkerTracker, load_image
 from data.sources import ImageSource, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
 from utils.command_line import COUNT, NATURAL, Parser, exit_on_error, read_entry

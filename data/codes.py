@@ -1,27 +1,237 @@
 """Encode a folder's images once: the VQGAN is frozen and the crop is fixed, so their codes never change.
 
-The caller passes the function from pixels to codes; this module never sees a model.
+The caller passes the function from pixels to codes; this module never sees a model. Codes are kept in a cache, in which
+an image's entry is valid while the file's size and mtime stay the same. A cache consists of these files:
+
+    NAME.json    what the cache holds, and which file each row belongs to; replaced as a whole when files are added
+    NAME.rows    one record per row: a checksum of the file's state and the values, then the values
+    NAME.lock    held while NAME.json is replaced
+    NAME.locks/  one lock per share of the rows, while they are being filled; processes divide the work by shares
+
+A row whose checksum does not match is missing. This covers rows that were never written, damaged or cut off, and rows
+of an earlier state of a file, so a process may be killed at any moment. Locks only prevent double work.
 """
 
+import contextlib
+import hashlib
+import json
+import logging
 import os
 import re
+import shutil
+import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-from data.array_cache import ArrayCache, Computed, MappedRows
 from data.files import File, printable
 from data.images import ImagePath, read_images
+from utils.files import atomic_write
+
+logger = logging.getLogger("minidalle")
 
 PRECISION = "fp32"  # of the encoder on every machine; TF32 changes one code in 1,500, bf16 one in 220
 CROP = "upright, middle square, bilinear"  # what load_image does; a change there must change this
+SHARES = 16  # more processes than this cannot fill one cache together
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # float32 (B, 3, S, S) in [0, 1] -> integers (B, image_seq_len)
+Computed = Tuple[Sequence[int], np.ndarray]  # indices of files, and their values (len(indices), width)
 
 
-def open_code_cache(folder: Union[str, Path], cache_dir: Union[str, Path], vae: Any) -> ArrayCache:
+class MappedRows:
+    """The rows of a cache, mapped from disk; pickled as the name of the file, which the receiving process maps too."""
+
+    def __init__(self, path: Path, record: np.dtype):
+        """Map the complete records of `path`."""
+        self._path, self._record = path, record
+        count = path.stat().st_size // record.itemsize
+        self._values = np.memmap(path, record, mode="r", shape=(count,))["values"]
+        self.shape: Tuple[int, ...] = self._values.shape
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return np.asarray(self._values[rows])
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return MappedRows, (self._path, self._record)
+
+
+class CodeCache:
+    """The codes of a folder's images. `file in cache` tells whether those of a file, as it is now, are there."""
+
+    def __init__(
+        self,
+        cache_dir: Union[str, Path],
+        name: str,
+        folder: Union[str, Path],
+        dtype: Any,
+        width: int,
+        key: Dict[str, Any],
+    ):
+        """Open the cache; it may not exist yet.
+
+        Args:
+            name: how its file names begin, for humans; `key` identifies the cache.
+            folder: what file names are relative to. A cache inside it stays valid when the folder is moved.
+            dtype, width: of each file's codes.
+            key: plain values that say how the codes are computed.
+
+        Raises:
+            OSError: `cache_dir` exists and cannot be read.
+        """
+        self.folder, self.key, self.width = Path(folder), key, width
+        self._path = cache_path(cache_dir, name, folder, {**key, "width": width}, ".json")
+        self._rows_path = self._path.with_suffix(".rows")
+        values = np.dtype(dtype).newbyteorder("<")
+        self._record = np.dtype([("checksum", "<u4"), ("values", values, (width,))])
+        self.refresh()
+
+    def __contains__(self, file: Any) -> bool:
+        row = self._rows.get(file)
+        return row is not None and bool(self._present[row])
+
+    def refresh(self) -> None:
+        """Read the cache again, with what other processes have added."""
+        try:
+            index = json.loads(self._path.read_bytes())
+            self._take(list(zip(index["names"], index["sizes"], index["mtimes"])))
+        except FileNotFoundError:
+            self._take([])
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("%s: damaged, computing its content again (%s)", printable(self._path), error)
+            self._take([])
+
+    def _take(self, files: List[File]) -> None:
+        self._files = files  # the file of each row
+        self._rows = {file: row for row, file in enumerate(files)}
+        self._present = np.zeros(len(files), dtype=bool)  # per row
+        self._check(range(len(files)))
+
+    def fill(
+        self,
+        files: Sequence[File],
+        compute: Callable[[Iterator[List[int]]], Iterable[Computed]],
+        batch_size: int,
+    ) -> None:
+        """Compute and store what is missing; return when all is there, whichever process computed it.
+
+        Args:
+            compute: takes batches of at most batch_size indices into `files`, yields the values of each. What it leaves
+                out is not asked for again.
+
+        Raises:
+            OSError: `cache_dir` cannot be written.
+        """
+        missing = [i for i, file in enumerate(files) if file not in self]
+        if not missing:
+            return
+        logger.info("encoding images: %s images, once", f"{len(missing):,}")
+        self._add(files)
+        self._rows_path.touch()
+        # A process that does not log shows no bar; None: a bar on a terminal only.
+        hidden = None if logger.isEnabledFor(logging.INFO) else True
+        tried: Set[int] = set()
+        with tqdm(total=len(missing), desc="encoding images", unit="image", disable=hidden) as bar:
+            while missing:
+                busy: List[FileLock] = []
+                with contextlib.ExitStack() as held:
+                    for indices, values in compute(self._claim(files, missing, batch_size, held, busy, tried)):
+                        self._write([files[i] for i in indices], values)
+                        bar.update(len(indices))
+                if busy:
+                    # Wait until the other process has finished this share, or has died. The last one removes the locks.
+                    with contextlib.suppress(OSError), busy[0]:
+                        pass
+                self._add(files)
+                missing = [i for i in missing if i not in tried and files[i] not in self]
+            bar.update((bar.total or 0) - bar.n)
+        shutil.rmtree(self._path.with_suffix(".locks"), ignore_errors=True)
+
+    def load(self, files: Sequence[File]) -> Tuple[MappedRows, np.ndarray]:
+        """Return all rows, mapped from disk, and the row of each file: int64 (files,), -1 for a file without one."""
+        rows = np.array([self._rows[file] if file in self else -1 for file in files], dtype=np.int64)
+        return MappedRows(self._rows_path, self._record), rows
+
+    def _add(self, files: Sequence[File]) -> None:
+        """Give each file a row. Rows keep their numbers; a file that changed keeps its row."""
+        with hold_lock(self._path.with_suffix(".lock")):
+            self.refresh()
+            new = [file for file in files if file not in self._rows]
+            if not new:
+                return
+            row_of_name = {name: row for row, (name, _, _) in enumerate(self._files)}
+            for file in new:
+                row = row_of_name.setdefault(file[0], len(self._files))
+                self._files[row : row + 1] = [file]
+            names, sizes, mtimes = zip(*self._files)
+            with atomic_write(self._path, text=True, sync=True) as index:
+                json.dump({"key": self.key, "names": names, "sizes": sizes, "mtimes": mtimes}, index)
+            self.refresh()
+
+    def _claim(
+        self,
+        files: Sequence[File],
+        missing: Sequence[int],
+        batch_size: int,
+        held: contextlib.ExitStack,
+        busy: List[FileLock],
+        tried: Set[int],
+    ) -> Iterator[List[int]]:
+        """Yield batches of the shares that no other process is working on."""
+        locks = self._path.with_suffix(".locks")
+        locking = locks_work(locks)
+        size = -(-len(self._files) // (SHARES * batch_size)) * batch_size  # rows in a share: whole batches
+        shares: Dict[int, List[int]] = {}
+        for i in missing:
+            shares.setdefault(self._rows[files[i]] // size, []).append(i)
+        for share, indices in shares.items():
+            if locking:
+                lock = FileLock(str(locks / str(share)))
+                try:
+                    held.enter_context(lock.acquire(timeout=0))
+                except Timeout:
+                    busy.append(lock)
+                    continue
+                except OSError:  # another process has finished and removed the locks
+                    pass
+            self._check(self._rows[files[i]] for i in indices)  # another process may have worked on it before
+            indices = [i for i in indices if files[i] not in self]
+            for start in range(0, len(indices), batch_size):
+                tried.update(indices[start : start + batch_size])
+                yield indices[start : start + batch_size]
+
+    def _write(self, files: Sequence[File], values: np.ndarray) -> None:
+        records = np.zeros(len(files), self._record)
+        records["values"] = values
+        with open(self._rows_path, "r+b") as content:
+            for file, record in zip(files, records):
+                record["checksum"] = zlib.crc32(record["values"].tobytes(), _state_checksum(file))
+                content.seek(self._rows[file] * self._record.itemsize)
+                content.write(record.tobytes())
+        for file in files:
+            self._present[self._rows[file]] = True
+
+    def _check(self, rows: Iterable[int]) -> None:
+        """Note which of these rows are whole and belong to the present state of their file."""
+        size = self._record.itemsize
+        try:
+            count = self._rows_path.stat().st_size // size
+        except FileNotFoundError:
+            return
+        if not count:
+            return
+        records = np.asarray(np.memmap(self._rows_path, np.uint8, mode="r", shape=(count, size)))
+        checksums = records[:, :4].copy().view("<u4")[:, 0].tolist()
+        for row in rows:
+            if row < count and not self._present[row]:
+                checksum = zlib.crc32(records[row, 4:].tobytes(), _state_checksum(self._files[row]))
+                self._present[row] = checksum == checksums[row]
+
+
+def open_code_cache(folder: Union[str, Path], cache_dir: Union[str, Path], vae: Any) -> CodeCache:
     """Open the cache in `cache_dir` with an image tokenizer's codes of `folder`'s images; it may be empty.
 
     Raises:
@@ -32,13 +242,13 @@ def open_code_cache(folder: Union[str, Path], cache_dir: Union[str, Path], vae: 
     key.update(image_size=vae.image_size, num_codes=vae.num_tokens)
     vqgan = re.sub("[^A-Za-z0-9]", "", fingerprint)[:12]
     dtype = np.uint16 if vae.num_tokens <= 65536 else np.uint32
-    return ArrayCache(cache_dir, f"codes-{vqgan}-{vae.image_size}", folder, dtype, vae.image_seq_len, key)
+    return CodeCache(cache_dir, f"codes-{vqgan}-{vae.image_size}", folder, dtype, vae.image_seq_len, key)
 
 
 def load_codes(
     images: Sequence[File],
     encode: Encode,
-    cache: ArrayCache,
+    cache: CodeCache,
     *,
     paths: Optional[Sequence[ImagePath]] = None,
     batch_size: int = 16,
@@ -71,7 +281,7 @@ def load_codes(
                 codes = encode(batch.pixels.float().div_(255))
                 yield batch.indices, _check_codes(codes, (len(batch.indices), cache.width), cache.key["num_codes"])
 
-    cache.fill(images, compute, batch_size=batch_size, title="encoding images", unit="image")
+    cache.fill(images, compute, batch_size)
     if not any(image in cache for image in images):
         reason = next(iter(reasons.values()))
         raise ValueError(f"{printable(cache.folder)}: none of {len(images)} images can be read ({reason})")
@@ -86,3 +296,51 @@ def _check_codes(codes: torch.Tensor, shape: Tuple[int, int], num_codes: int) ->
             f"encode returned codes {int(codes.min())} to {int(codes.max())}; the codebook has {num_codes}"
         )
     return codes.cpu().numpy()
+
+
+def cache_path(
+    cache_dir: Union[str, Path], name: str, folder: Union[str, Path], key: Dict[str, Any], suffix: str
+) -> Path:
+    """Return the path of a cache: `name`, then a hash of the key and of where `folder` lies.
+
+    Raises:
+        OSError: `cache_dir` exists and cannot be read.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.listdir(cache_dir)
+    place = os.path.realpath(folder)
+    with contextlib.suppress(ValueError):  # another drive of Windows
+        place = os.path.relpath(place, os.path.realpath(cache_dir))
+    content = json.dumps({**key, "folder": place}, sort_keys=True)
+    path = Path(cache_dir) / f"{name}-{hashlib.sha256(content.encode('ascii')).hexdigest()[:16]}{suffix}"
+    if not path.exists() and any(path.parent.glob(f"{name}-*.npy")):
+        logger.info("%s: cache files of an older version are ignored: %s-*.npy", printable(cache_dir), name)
+    return path
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Hold the lock of the file `path`, which stays; proceed without it on a file system that has no locks."""
+    with contextlib.ExitStack() as stack:
+        if locks_work(path.parent):
+            stack.enter_context(FileLock(str(path)))
+        yield
+
+
+def locks_work(folder: Path) -> bool:
+    """Return whether files in `folder`, which is created if missing, can be locked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f"{os.getpid()}.lock"
+    try:
+        with FileLock(str(probe), timeout=0):
+            return True
+    except (Timeout, NotImplementedError, OSError):
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def _state_checksum(file: File) -> int:
+    name, size, mtime = file
+    return zlib.crc32(os.fsencode(name) + f"/{size}/{mtime}".encode("ascii"))

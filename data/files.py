@@ -8,11 +8,10 @@ import json
 import logging
 import os
 import re
-import time
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -73,8 +72,7 @@ class Listing(NamedTuple):
 
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")  # str.splitlines would also cut at form feeds and U+2028 inside a caption
 _PROGRESS_FROM = 2000  # files; fewer are checked before a progress bar could be read
-_THREADS = 4  # for a slow disk or network; for files in memory they only contend for the interpreter lock
-_SLOW = 3e-4  # seconds per file, five times what parsing takes
+_THREADS = 4  # for a slow disk or network
 _CHUNK = 128
 
 
@@ -242,30 +240,15 @@ def check_files(
             files[name] = (name, 0, 0)  # find_fault reports it
         if not known_good(files[name]):
             unknown.append(name)
-    for name, fault in zip(unknown, _find_faults(find_fault, [root + name for name in unknown])):
-        if fault:
-            skipped.setdefault(fault, []).append(name)
-            del files[name]
+    hidden = None if len(unknown) > _PROGRESS_FROM else True  # None: a bar on a terminal only
+    with ThreadPool(_THREADS) as pool:
+        faults = pool.imap(find_fault, [root + name for name in unknown], chunksize=_CHUNK)
+        bar = tqdm(faults, total=len(unknown), desc="checking files", disable=hidden, leave=False)
+        for name, fault in zip(unknown, bar):
+            if fault:
+                skipped.setdefault(fault, []).append(name)
+                del files[name]
     return files
-
-
-def _find_faults(find_fault: Callable[[str], Optional[str]], paths: Sequence[str]) -> List[Optional[str]]:
-    """Return the fault of every path; use several threads if the first files are slow to open."""
-    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-
-    def check_chunk(chunk: Sequence[str]) -> List[Optional[str]]:
-        return [find_fault(path) for path in chunk]
-
-    started = time.monotonic()
-    results = check_chunk(chunks[0]) if chunks else []
-    slow = time.monotonic() - started > _SLOW * len(results)
-    hidden = None if len(paths) > _PROGRESS_FROM else True  # None: a bar on a terminal only
-    bar = tqdm(total=len(paths), initial=len(results), desc="checking files", disable=hidden, leave=False)
-    with bar, ThreadPoolExecutor(_THREADS if slow else 1) as pool:
-        for part in pool.map(check_chunk, chunks[1:]):
-            results += part
-            bar.update(len(part))
-    return results
 
 
 def _image_fault(path: str) -> Optional[str]:

@@ -2,19 +2,21 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from data.files import UNREADABLE, StoredImage, open_image, printable, report_skipped
 from utils.interrupts import ignore_interrupts_in_worker
 
 ImagePath = Union[str, Path, StoredImage]
+_SLOTS = 256  # workers of one DataLoader; more of them share slots, and the latest mark is kept
 _BATCH = 64  # images that a worker hands over together
 
 
@@ -67,6 +69,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+class WorkerTracker:
+    """Which sample each worker process is reading, in memory that outlives the worker.
+
+    Create it before the workers start.
+    """
+
+    def __init__(self) -> None:
+        self._slots = torch.full((_SLOTS, 2), -1, dtype=torch.int64).share_memory_()  # process, index or -1
+
+    def mark(self, index: int) -> None:
+        """Note which sample this worker is reading from now on (-1: none); do nothing outside of workers."""
+        worker = get_worker_info()
+        if worker is not None:
+            self._slots[worker.id % _SLOTS] = torch.tensor([os.getpid(), index])
+
+    def of_dead(self, message: str) -> List[int]:
+        """Return what the workers named in torch's error ("DataLoader worker (pid 12) is killed") were reading."""
+        named = re.search(r"\(pid(?:\(s\))? ([\d, ]+)\)", message)
+        processes = {int(number) for number in named[1].split(",")} if named else set()
+        return [index for process, index in self._slots.tolist() if process in processes and index >= 0]
 
 
 class ImageBatch(NamedTuple):

@@ -9,55 +9,29 @@ import copy
 import hashlib
 import logging
 import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Container, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
-from data.array_cache import MappedRows
-from data.captions import CaptionCache, TokenCounts, load_captions
+from data.captions import OTHER_VOCABULARY, CaptionCache, describe_set, describe_unknown, load_captions
+from data.codes import MappedRows
 from data.files import UNREAD, UNREADABLE, File, describe_others, printable, report_skipped
-from data.images import load_image
+from data.images import WorkerTracker, load_image
 from data.sources import ImagePath, folder_of, open_source
 from data.tokenizer import Tokenizer, check_length, encode_text
 
 logger = logging.getLogger("minidalle")
 
-_SLOTS = 256  # workers of one DataLoader; more of them share slots, and the latest mark is kept
-MOST_UNKNOWN = 0.01  # share of unknown tokens above which a warning is logged
-OTHER_VOCABULARY = "use a --bpe-path for their language, or none: CLIP's reads every character"
 _LOGGED_UNREADABLE = 20  # images reported one by one; a disk that goes away would fill the log
 # Flags of images: an unreadable one is tried again; one whose reading killed a worker is not.
 _READABLE, _UNREADABLE, _DEADLY = 0, 1, 2
 _CAPTION, _DROPOUT, _ORDER, _GENERATED, _VALIDATION = range(5)  # first names of random numbers
 
 Key = Union[int, Tuple[int, int]]  # (epoch, index), or an index alone, in epoch 0
-
-
-class WorkerTracker:
-    """Which sample each worker process is reading, in memory that outlives the worker.
-
-    Create it before the workers start.
-    """
-
-    def __init__(self) -> None:
-        self._slots = torch.full((_SLOTS, 2), -1, dtype=torch.int64).share_memory_()  # process, index or -1
-
-    def mark(self, index: int) -> None:
-        """Note which sample this worker is reading from now on (-1: none); do nothing outside of workers."""
-        worker = get_worker_info()
-        if worker is not None:
-            self._slots[worker.id % _SLOTS] = torch.tensor([os.getpid(), index])
-
-    def of_dead(self, message: str) -> List[int]:
-        """Return what the workers named in torch's error ("DataLoader worker (pid 12) is killed") were reading."""
-        named = re.search(r"\(pid(?:\(s\))? ([\d, ]+)\)", message)
-        processes = {int(number) for number in named[1].split(",")} if named else set()
-        return [index for process, index in self._slots.tolist() if process in processes and index >= 0]
 
 
 class TextImageDataset(Dataset):
@@ -324,19 +298,6 @@ class TextImageDataset(Dataset):
 def count_validation(images: int, share: float) -> int:
     """Return how many of a set's images a share to validate on has."""
     return max(1, round(share * images))
-
-
-def describe_set(path: Union[str, Path], form: str, images: int, counts: TokenCounts) -> str:
-    """Summarize a set in one line."""
-    return f"{printable(path)}: {form}, {images:,} usable images with {counts.describe()}"
-
-
-def describe_unknown(counts: TokenCounts) -> Optional[str]:
-    """Return a warning if a vocabulary lacks more than MOST_UNKNOWN of a set's tokens."""
-    total = int(counts.lengths.sum())
-    if counts.unknown <= MOST_UNKNOWN * total:
-        return None
-    return f"the vocabulary lacks {counts.unknown:,} of {total:,} caption tokens; {OTHER_VOCABULARY}"
 
 
 @dataclass(eq=False)

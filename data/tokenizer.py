@@ -23,7 +23,7 @@ import os
 import re
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Container, Dict, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import Any, Callable, Container, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import ftfy
 import torch
@@ -347,28 +347,22 @@ def _parse_yttm(data: bytes) -> Vocabulary:
         )
     merges_start = 2 + 2 * n_characters
     special_ids = [i for i in numbers[-4:] if i != -1]
-    subwords = [""] * (n_characters + n_merges + len(special_ids))
-    defined: Set[int] = set()
-
-    def define(token: int, subword: str) -> None:
-        if not 0 <= token < len(subwords) or token in defined:
-            raise ValueError(f"its id {token} is given twice or is not below the number of tokens, {len(subwords):,}")
-        subwords[token] = subword
-        defined.add(token)
-
-    for token in special_ids:
-        define(token, "")
-    for code_point, token in zip(numbers[2:merges_start:2], numbers[3:merges_start:2]):
+    characters = list(zip(numbers[2:merges_start:2], numbers[3:merges_start:2]))
+    rules = [numbers[start : start + 3] for start in range(merges_start, length - 4, 3)]
+    tokens = [*special_ids, *(token for _, token in characters), *(token for _, _, token in rules)]
+    if sorted(tokens) != list(range(len(tokens))):
+        raise ValueError(f"its ids are not the numbers from 0 to {len(tokens) - 1:,}, each once")
+    subwords = [""] * len(tokens)
+    for code_point, token in characters:
         if not 0 <= code_point < 0x110000 or 0xD800 <= code_point < 0xE000:
             raise ValueError(f"{code_point} is not a Unicode character")
-        define(token, chr(code_point))
+        subwords[token] = chr(code_point)
     merges: List[Tuple[str, str]] = []
-    for start in range(merges_start, len(numbers) - 4, 3):
-        left, right, token = numbers[start : start + 3]
+    for left, right, token in rules:
         if not all(0 <= part < len(subwords) and subwords[part] for part in (left, right)):
             raise ValueError(f"its merge {left} {right} {token} joins an id that no earlier line defines")
         merges.append((subwords[left], subwords[right]))
-        define(token, subwords[left] + subwords[right])
+        subwords[token] = subwords[left] + subwords[right]
 
     unknown = numbers[-4]
     ids = {subword: i for i, subword in enumerate(subwords) if subword}

@@ -132,11 +132,11 @@ class VQGanTrainer:
 
     @torch.no_grad()
     def _choose(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, D, h, w) latents -> (B, h, w) codes; those in frequent use attract more by `rate_weight`.
+        """Return the codes (B, h, w) of latents (B, D, h, w); `rate_weight` favors codes in frequent use.
 
-        A code that costs -log2 of its frequency in bits is handicapped by as many times rate_weight times the latents'
-        variance. Without this, a plain background falls apart into dozens of codes that look the same, and the
-        transformer has to learn which of them comes where.
+        A code's handicap is its −log2 frequency in bits, times rate_weight and the latents' variance.
+        Without it, a plain background gets dozens of codes that look the same, and the transformer has to learn which
+        of them comes where.
         """
         handicap = None
         if self.settings.rate_weight:
@@ -165,11 +165,11 @@ class VQGanTrainer:
 
     @torch.no_grad()
     def start_codebook(self, pictures: torch.Tensor) -> int:
-        """From now on latents are quantized. Begins the codebook from (N, 3, H, W) uint8 pictures -> entries in use.
+        """Start to quantize with a codebook made from uint8 images (N, 3, H, W); return the number of entries in use.
 
-        The cells are clustered by how they look, with k-means++ seeds, and an entry begins at the mean latent of its
-        cluster. Clustering latents instead would spend most entries on neighbourhoods of the commonest cell: an
-        encoder that is not quantized yet lets a cell's surroundings shine through.
+        The cells are clustered by their pixels, with k-means++ seeds, and an entry is the mean latent of a cluster.
+        Clusters of latents would spend most entries on the neighborhoods of the most frequent cell, because the latents
+        of an encoder without quantization depend on the surroundings of a cell.
         """
         latents, cells = [], []
         for batch in pictures.split(self.settings.batch_size):
@@ -235,9 +235,9 @@ def reconstruction_loss(decoded: torch.Tensor, pixels: torch.Tensor, edge_weight
 
 
 def _seed_indices(points: torch.Tensor, count: int) -> torch.Tensor:
-    """k-means++: up to `count` rows of (N, F) points, each drawn with its squared distance to those before it.
+    """Return up to `count` indices into points (N, F) by k-means++; fewer if there are not as many different points.
 
-    Fewer when there are no more different rows.
+    The probability of a point is proportional to its squared distance from the nearest of the points before it.
     """
     squares = points.square().sum(dim=1)
 
@@ -253,12 +253,12 @@ def _seed_indices(points: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class Evaluation(NamedTuple):
-    """What a VQGAN makes of pictures that it was not trained on."""
+    """How well a VQGAN reconstructs images that it was not trained on."""
 
-    psnr: float  # dB, mean over pictures
+    psnr: float  # dB, mean over images
     codes_used: int
     perplexity: float  # 2 to the power of the codes' entropy in bits: the number of codes in even use
-    pictures: torch.Tensor  # (N, 3, H, W) uint8: the first ones as they come back
+    pictures: torch.Tensor  # (N, 3, H, W) uint8: reconstructions of the first images
 
 
 @torch.no_grad()

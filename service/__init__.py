@@ -1,1 +1,1 @@
-"""Drawing for many people at once: a queue before the model, a JSON API, and a web page."""
+"""The web service: a queue before the model, a JSON API, and a web page."""

@@ -4,18 +4,15 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from benchmarks import __main__ as benchmark
-from benchmarks import limits, networks, peer, plot, rows
+from benchmarks import limits, networks, peer, rows
 
 
 def run(folder, capfd, *flags):
     benchmark.main(["--quick", *flags, "--output-dir", str(folder)])
     result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    with Image.open(folder / "results.png") as image:
-        assert image.format == "PNG" and image.height > 60 * len(result["rows"])
     return result, capfd.readouterr().out
 
 
@@ -37,7 +34,7 @@ def test_a_quick_run_prints_and_saves_rows(capfd, tmp_path, names):
         assert 0 < ours["min"] <= ours["median"] <= ours["max"] and ours["repetitions"] >= 1 and row["peer"] is None
         assert 100 < ours["peak_memory_mb"] < 5000
         (line,) = [line for line in printed.splitlines() if line.startswith(row["what"])]
-        assert f" {plot.format_number(ours['median'])} {row['unit']}" in line
+        assert f" {benchmark.format_number(ours['median'])} {row['unit']}" in line
         if row["limit"] is None:
             assert row["name"].startswith("load-") or row["name"] in ("start", "service")
         else:

@@ -42,26 +42,18 @@ def nearest_by_codes(codes: Tensor, others: Tensor, exclude: Sequence[int] = ())
     Args:
         exclude: for each image the index of one that does not count, such as itself.
     """
-    return _nearest(codes, others, lambda one: (one != others).float().mean(dim=1), exclude, invert=True)
+    equal = torch.stack([(one == others).float().mean(dim=1) for one in codes])  # (N, M)
+    if exclude:
+        equal[range(len(codes)), list(exclude)] = -1
+    share, which = equal.max(dim=1)
+    return Found(which, share)
 
 
 def nearest_by_pixels(pixels: Tensor, others: Tensor) -> Found:
     """Return for each of pixels (N, 3, s, s) which of `others` (M, 3, s, s), both in [0, 255], differs least."""
-    return _nearest(
-        pixels, others, lambda one: (one.float() - others.float()).square().flatten(1).mean(dim=1).sqrt() / 255, ()
-    )
-
-
-def _nearest(ones: Tensor, others: Tensor, distance: Any, exclude: Sequence[int], invert: bool = False) -> Found:
-    index, figure = [], []
-    for number, one in enumerate(ones):
-        distances = distance(one)
-        if len(exclude):
-            distances[exclude[number]] = float("inf")
-        best = int(distances.argmin())
-        index.append(best)
-        figure.append(1 - float(distances[best]) if invert else float(distances[best]))
-    return Found(torch.tensor(index), torch.tensor(figure))
+    squares = torch.stack([(one.float() - others.float()).square().flatten(1).mean(dim=1) for one in pixels])  # (N, M)
+    least, which = squares.min(dim=1)
+    return Found(which, least.sqrt() / 255)
 
 
 def compare(

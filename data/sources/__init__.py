@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 from data.files import IMAGE_SUFFIXES, File, Listing, describe_others, list_files, printable
-from data.sources import captions_json, captions_table, tar
+from data.sources import captions_lists, tar
 from data.sources.base import SPLIT_NAME, ImagePath, ImageSource, files_of_split
 from data.sources.folder import Folder, NoPairs, possible_pairs
 from data.sources.rows import ROW_SUFFIXES, Rows
@@ -178,14 +178,14 @@ def _read_list(folder: Path, name: str, chosen: bool) -> Optional[Tuple[str, Ite
     path, place = folder / name, name[: name.rfind("/") + 1]
     suffix = path.suffix.lower()
     if not chosen and (
-        suffix not in (".json", ".txt", *captions_table.TABLE_SUFFIXES) or path.name.startswith(OTHER_LISTS)
+        suffix not in (".json", ".txt", *captions_lists.TABLE_SUFFIXES) or path.name.startswith(OTHER_LISTS)
     ):
         return None
     if suffix == ".json":
-        content = captions_json.read_json(path)
-        if captions_json.is_captions(content):
-            return COCO, captions_json.read_entries(content, path, place)
-    rows = captions_table.read_entries(path, place)
+        content = captions_lists.read_json(path)
+        if captions_lists.is_captions(content):
+            return COCO, captions_lists.coco_entries(content, path, place)
+    rows = captions_lists.read_entries(path, place)
     return None if rows is None else (f"captions in {SPLIT_NAME.sub('*', path.name)}", rows)
 
 

@@ -1,4 +1,4 @@
-"""The code cache: what is encoded, with what, and what is found again. How files survive is test_array_cache.py's."""
+"""The code cache: what is encoded, with what, and what is found again. How files survive is test_code_cache.py's."""
 
 import os
 import shutil

@@ -8,13 +8,13 @@ import time
 import numpy as np
 import pytest
 
-from data.array_cache import ArrayCache
+from data.codes import CodeCache
 
 FILES = [(f"{number:02d}", number, 1000 + number) for number in range(20)]
 
 
 def opened(folder, by="this"):
-    return ArrayCache(folder / "cache", "kind", folder, np.uint16, 2, {"version": 1, "by": by})
+    return CodeCache(folder / "cache", "kind", folder, np.uint16, 2, {"version": 1, "by": by})
 
 
 def values_of(file):
@@ -35,7 +35,7 @@ def computing(files, seen):
 def filled(folder, files=FILES, **options):
     """(what fill() asked for, the values of each file)."""
     seen, cache = [], opened(folder, **options)
-    cache.fill(files, computing(files, seen), batch_size=3, title="test", unit="file")
+    cache.fill(files, computing(files, seen), 3)
     values, rows = cache.load(files)
     return seen, values[rows].tolist()
 
@@ -107,7 +107,7 @@ def work(folder, log, seconds, count):
                 file.write("".join(f"{files[i][0]}\n" for i in batch))
 
     cache = opened(folder)
-    cache.fill(files, compute, batch_size=1, title="test", unit="file")
+    cache.fill(files, compute, 1)
     values, rows = cache.load(files)
     assert values[rows].tolist() == expected(files)
 
