@@ -21,7 +21,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -133,20 +133,15 @@ class CodeCache:
         self._rows_path.touch()
         # A process that does not log shows no bar; None: a bar on a terminal only.
         hidden = None if logger.isEnabledFor(logging.INFO) else True
-        tried: Set[int] = set()
+        busy: List[int] = []
         with tqdm(total=len(missing), desc="encoding images", unit="image", disable=hidden) as bar:
-            while missing:
-                busy: List[FileLock] = []
+            # What others work on comes second, when they have finished it or have died; no lock is held by then.
+            for left, timeout in ((missing, 0), (busy, -1)):
                 with contextlib.ExitStack() as held:
-                    for indices, values in compute(self._claim(files, missing, batch_size, held, busy, tried)):
+                    claimed = self._claim(files, left, batch_size, held, timeout, busy)
+                    for indices, values in compute(claimed) if left else ():
                         self._write([files[i] for i in indices], values)
                         bar.update(len(indices))
-                if busy:
-                    # Wait until the other process has finished this share, or has died. The last one removes the locks.
-                    with contextlib.suppress(OSError), busy[0]:
-                        pass
-                self._add(files)
-                missing = [i for i in missing if i not in tried and files[i] not in self]
             bar.update((bar.total or 0) - bar.n)
         shutil.rmtree(self._path.with_suffix(".locks"), ignore_errors=True)
 
@@ -177,30 +172,31 @@ class CodeCache:
         missing: Sequence[int],
         batch_size: int,
         held: contextlib.ExitStack,
-        busy: List[FileLock],
-        tried: Set[int],
+        timeout: int,
+        busy: List[int],
     ) -> Iterator[List[int]]:
-        """Yield batches of the shares that no other process is working on."""
+        """Yield batches of the shares that no other process is working on, and add the others to `busy`.
+
+        With a timeout of -1, wait for the others instead; all processes do so in the order of the shares.
+        """
         locks = self._path.with_suffix(".locks")
         locking = locks_work(locks)
         size = -(-len(self._files) // (SHARES * batch_size)) * batch_size  # rows in a share: whole batches
         shares: Dict[int, List[int]] = {}
         for i in missing:
             shares.setdefault(self._rows[files[i]] // size, []).append(i)
-        for share, indices in shares.items():
+        for share, indices in sorted(shares.items()):
             if locking:
-                lock = FileLock(str(locks / str(share)))
                 try:
-                    held.enter_context(lock.acquire(timeout=0))
+                    held.enter_context(FileLock(str(locks / str(share))).acquire(timeout=timeout))
                 except Timeout:
-                    busy.append(lock)
+                    busy += indices
                     continue
                 except OSError:  # another process has finished and removed the locks
                     pass
             self._check(self._rows[files[i]] for i in indices)  # another process may have worked on it before
             indices = [i for i in indices if files[i] not in self]
             for start in range(0, len(indices), batch_size):
-                tried.update(indices[start : start + batch_size])
                 yield indices[start : start + batch_size]
 
     def _write(self, files: Sequence[File], values: np.ndarray) -> None:

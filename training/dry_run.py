@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
 import statistics
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
 from backends import memory_explained
-from backends.memory import Memory
+from backends.native.backend import free_memory, read_status, total_memory
 from data.images import load_image
 from training import checkpoints
 from training.loop import RunOrder, describe_less
@@ -119,9 +121,8 @@ def time_steps(run: Run, weights: Dict[str, torch.Tensor]) -> Tuple[float, Optio
 
     If a step has many micro-batches, steps of one and of two are timed: each further one takes what the second does.
     """
-    micro_batches, memory = run.backend.micro_batches, None
-    if run.backend.kind != "ipu":
-        memory = Memory(run.backend.device)
+    micro_batches, device = run.backend.micro_batches, run.backend.device
+    measures = run.backend.kind != "ipu"
     order = RunOrder(run.batches, run.step, run.step + 2 + 2 * ROUNDS)  # the first round only warms up
     times: Dict[int, List[float]] = {1: [], 2: []}  # seconds of steps by their number of micro-batches, 1 for all
     before = 0
@@ -130,21 +131,52 @@ def time_steps(run: Run, weights: Dict[str, torch.Tensor]) -> Tuple[float, Optio
         partly = isinstance(batch, Iterator) and micro_batches > 2
         if number == 0:
             run.trainer.compile(batch)
-            if memory is not None:
-                before = memory.in_use()
-                memory.forget_peak()
+            if measures:
+                before = memory_in_use(device)
+                forget_peak(device)
         count = 1 + number % 2 if partly else 1
         started = time.monotonic()
         run.trainer.step(itertools.islice(batch, count) if partly else batch)
         times[count].append(time.monotonic() - started)
     first, second = (statistics.median(seconds[1:] or [0.0]) for seconds in times.values())
     step = second + (micro_batches - 2) * max(second - first, 0) if partly else first
-    return step, None if memory is None else describe_memory(run, memory, weights, before)
+    return step, describe_memory(run, weights, before) if measures else None
 
 
-def describe_memory(run: Run, memory: Memory, weights: Dict[str, torch.Tensor], before: int) -> str:
+def forget_peak(device: torch.device) -> None:
+    """Start a new measurement of `peak_memory`; has no effect on systems other than Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # not Linux, or not permitted
+        file.write("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has used since `forget_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    measured = read_status("VmHWM")
+    if measured is not None:
+        return measured
+    try:
+        import resource  # POSIX only
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Return the bytes that this process uses now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    measured = read_status("VmRSS")
+    return peak_memory(device) if measured is None else measured
+
+
+def describe_memory(run: Run, weights: Dict[str, torch.Tensor], before: int) -> str:
     """Describe the measured peak and what it consists of, in bytes counted from tensors."""
-    peak = memory.peak()
+    device = run.backend.device
+    peak, total, free = peak_memory(device), total_memory(device), free_memory(device)
     state = run.trainer.state_dict()
     model = size_of(weights)
     trained = size_of({name: tensor for name, tensor in weights.items() if not name.startswith("vae.")})
@@ -157,7 +189,6 @@ def describe_memory(run: Run, memory: Memory, weights: Dict[str, torch.Tensor], 
         "program and data": max(before - model - average, 0),
         "activations": max(peak - before - trained - optimizer, 0),
     }
-    total, free = memory.total(), memory.free()
     return (
         f"{format_bytes(peak)} at the peak of these steps, measured, of {format_bytes(total)} on {run.backend.kind} "
         f"({format_bytes(free)} free){'' if peak < total else '; NOT ENOUGH'}: "

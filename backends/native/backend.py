@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from backends.base import Backend, Losses, StageEstimate, Trainer, TrainingBackend
-from backends.memory import Memory
 from backends.native.gpu_attention import use_cudnn_attention, use_fused_attention
 from backends.native.inference import NativeSampler, decoder, encoder
 from backends.native.resilient_loader import SetOnDevice, read
@@ -112,7 +111,7 @@ class NativeBackend(Backend):
         positions = model.text_seq_len + model.image_seq_len
         noise = model.image_seq_len * model.num_image_tokens
         image = 4 * (2 * keys_and_values * positions + 2 * noise + 64 * 3 * model.vae.image_size**2)  # with guidance
-        return int(max(1, min(AT_ONCE[self.kind], Memory(self.device).free() // 2 // image)))
+        return int(max(1, min(AT_ONCE[self.kind], free_memory(self.device) // 2 // image)))
 
     def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         """Return `generate_codes` with packed weights."""
@@ -177,7 +176,7 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
         """
         if self.kind == "cuda":
             if dataset not in self.sets:
-                self.sets[dataset] = SetOnDevice(dataset, self.device, Memory(self.device).free())
+                self.sets[dataset] = SetOnDevice(dataset, self.device, free_memory(self.device))
             if self.sets[dataset].fits:
                 yield from ([step] for step in self._interruptible(map(self.sets[dataset].gather, order)))
                 return
@@ -357,3 +356,38 @@ def split_step(batch_size: int, micro_batches: int, size: int) -> Tuple[int, int
         )
     largest = max(rows for rows in range(1, batch_size + 1) if each % rows == 0)
     return largest, each // largest
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the most bytes that this process can have: the GPU's, or the machine's within a container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    limits = [_of_machine("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(path) as file:  # no such file, or "max"
+            limits.append(int(file.read()))
+    return min(limits)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process can still allocate."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    measured = read_status("MemAvailable", "/proc/meminfo")
+    return min(total_memory(device), _of_machine("SC_AVPHYS_PAGES") if measured is None else measured)
+
+
+def _of_machine(pages: str) -> int:
+    """Return an amount that the system counts in pages, in bytes; 4 GiB on systems that do not say."""
+    try:
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 4 * 2**30
+
+
+def read_status(name: str, path: str = "/proc/self/status") -> Optional[int]:
+    """Return the bytes of a line `name: number kB`, or None without such a line."""
+    found: List[str] = []
+    with contextlib.suppress(OSError), open(path) as file:
+        found = [line.split()[1] for line in file if line.startswith(f"{name}:")]
+    return int(found[0]) * 1024 if found else None

@@ -260,3 +260,18 @@ def test_slow_requests_are_closed(port, monkeypatch):
             raw.sendall(sent)
             assert seconds - 0.1 < closed_after(raw, b"x", limit=10) < seconds + 2.5
     assert connections.HEADER_SECONDS + 1 < 30 and generate(port, prompt=PROMPT)[0] == 200
+
+
+def test_a_job_that_nobody_reads_is_cancelled(port, drawing, monkeypatch):
+    from service import events
+
+    monkeypatch.setattr(events, "UNREAD_SECONDS", 1)
+    drawing.hold()
+    body = json.dumps({"prompts": [PROMPT] * 8, "num_images": 8})
+    identity = json.loads(answer_to(port, "POST", "/api/jobs", body)[2])["id"]
+    assert call(port)[1]["waiting"] == 1
+    until(lambda: call(port)[1]["waiting"] == 0)
+    drawing.release()
+    status, _, text = answer_to(port, "GET", f"/api/jobs/{identity}/events")
+    assert status == 200 and b"cancelled" in text and b"event: image" not in text
+    assert generate(port, prompt=PROMPT)[0] == 200
