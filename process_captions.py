@@ -11,25 +11,25 @@ files are for other programs, and for captions that are to be edited.
 
 import json
 import re
-import sys
 from pathlib import Path, PurePosixPath
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
-from utils.command_line import Parser, exit_status
+from utils.command_line import Parser, exit_on_error
 from utils.files import atomic_write, check_writable
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command; return the exit status, 2 for bad arguments or files."""
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Write the caption files that the flags ask for."""
     parser = Parser("Write COCO's captions as one .txt per image, one caption per line, named like the image.")
     add = parser.add_argument
     captions, out = "./data/COCO/annotations/captions_train2017.json", "./data/COCO/train2017_captions"
     add("--captions", metavar="JSON", default=captions, help="COCO captions file")
     add("--out-dir", "--out_dir", metavar="DIR", default=out, help="folder for the .txt files; created if missing")
     settings = parser.parse_args(argv)
-    return exit_status(lambda: write_caption_files(Path(settings.captions), Path(settings.out_dir)))
+    with exit_on_error():
+        write_caption_files(Path(settings.captions), Path(settings.out_dir))
 
 
 def write_caption_files(captions_file: Path, out_dir: Path) -> None:
@@ -93,4 +93,4 @@ def _is_caption(entry: Any, names: Dict[str, str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

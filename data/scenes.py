@@ -23,7 +23,6 @@ import itertools
 import multiprocessing
 import os
 import random
-import sys
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +44,7 @@ from data.scene_captions import (
     training_scene,
     withheld_scene,
 )
-from utils.command_line import Parser, exit_status
+from utils.command_line import Parser, exit_on_error
 from utils.files import replace_folder
 
 VERSION = 2  # of the renderings and captions: raised when the same settings would give other files
@@ -255,8 +254,8 @@ Changes: cropped, scaled and placed on colored backgrounds. The images are under
 """
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command; return the exit status, 2 for bad arguments."""
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command that the flags describe."""
     parser = Parser("Render scenes of everyday things from OpenMoji's drawings.")
     parser.prog = "python -m data.scenes"
     parser.add_argument("--out", default="./data/scenes", help="folder for the set")
@@ -267,13 +266,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--size", type=int, default=192, help="pixels per side, a multiple of 12")
     flags = parser.parse_args(argv)
 
-    def work() -> None:
+    with exit_on_error("requirements-scenes.txt"):
         drawn = write_dataset(flags.out, flags.images, flags.val, flags.crowds, flags.seed, flags.size)
         done = "rendered into" if drawn else "already rendered in"
         print(f"{flags.images} training and {flags.val} validation images {done} {flags.out}")
 
-    return exit_status(work, "requirements-scenes.txt")
-
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -21,7 +21,6 @@ import itertools
 import math
 import random
 import re
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -31,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.rendered_set import is_rendered, write_settings
-from utils.command_line import Parser, exit_status
+from utils.command_line import Parser, exit_on_error
 from utils.files import replace_folder
 
 VERSION = 1  # of the drawings and captions: raised when the same settings would give other files
@@ -322,8 +321,8 @@ def write_dataset(out: str, pictures: int = 20000, val: int = 1000, seed: int = 
     return True
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command; return the exit status, 2 for bad arguments."""
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command that the flags describe."""
     parser = Parser("Draw the demo set of colored shapes.")
     parser.prog = "python -m data.shapes"
     parser.add_argument("--out", default="./data/shapes", help="folder for the set")
@@ -333,13 +332,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--size", type=int, default=64, help="pixels per side, a multiple of 8")
     flags = parser.parse_args(argv)
 
-    def work() -> None:
+    with exit_on_error():
         drawn = write_dataset(flags.out, flags.pictures, flags.val, flags.seed, flags.size)
         done = "drawn into" if drawn else "already drawn in"
         print(f"{flags.pictures} training and {flags.val} validation images {done} {flags.out}")
 
-    return exit_status(work)
-
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

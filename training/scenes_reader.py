@@ -11,7 +11,6 @@ one, and in which size. The background is the palette's color that most pixels a
 
 import itertools
 import random
-import sys
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from data.scene_captions import BACKGROUNDS, Scene, objects, withheld_scene
 from data.scenes import CELLS, GRID, Placed, draw, place, place_crowd
 from utils.checkpoint import write
-from utils.command_line import Parser, exit_status
+from utils.command_line import Parser, exit_on_error
 from utils.muon import has_amx
 from utils.optimization import cosine
 
@@ -304,8 +303,8 @@ def save_reader(reader: Reader, path: Path = WEIGHTS) -> None:
     write(path, {"names": list(_NAMES), "weights": reader.network.state_dict()})
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command; return the exit status, 2 for bad arguments."""
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command that the flags describe."""
     parser = Parser("Train and measure the reader of scenes.")
     parser.prog = "python -m training.scenes_reader"
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="file of the weights")
@@ -314,7 +313,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--measure", action="store_true", help="measure the reader in --out instead of training one")
     flags = parser.parse_args(argv)
 
-    def work() -> None:
+    with exit_on_error("requirements-scenes.txt"):
         reconstruct = _reconstruction(flags.vae_path) if flags.vae_path else None
         reader = load_reader(flags.out) if flags.measure else train_reader(flags.steps, reconstruct=reconstruct)
         if not flags.measure:
@@ -324,8 +323,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 shares = measure(reader, function)
                 line = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
                 print(f"{TEST_IMAGES} withheld {title} read right: {line}")
-
-    return exit_status(work, "requirements-scenes.txt")
 
 
 def _reconstruction(vae_path: str) -> Any:
@@ -342,4 +339,4 @@ def _reconstruction(vae_path: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -359,13 +359,3 @@ def describe_error(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(message.split())
-
-
-def exit_status(work: Callable[[], None], requirements: str = "requirements.txt") -> int:
-    """Call work() within exit_on_error and return the exit status."""
-    try:
-        with exit_on_error(requirements):
-            work()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0

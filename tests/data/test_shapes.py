@@ -127,7 +127,8 @@ def test_a_finished_set_is_kept_and_one_of_other_settings_replaced(tmp_path):
 def test_someone_elses_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "mine.jpg").write_bytes(b"precious")
-    assert shapes.main(["--out", str(tmp_path), "--pictures", "2", "--val", "1"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        shapes.main(["--out", str(tmp_path), "--pictures", "2", "--val", "1"])
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error: --out" in error and str(tmp_path) in error
     assert files(tmp_path) == {"train/mine.jpg": b"precious"}
