@@ -168,6 +168,8 @@ def as_sentence(error: Exception) -> str:
 
 def describe_error(error: Mapping[str, Any]) -> str:
     """Return one of pydantic's errors as a sentence."""
+    if error["type"] == "json_invalid":
+        return "The request's body is not JSON."
     places = [part for part in error["loc"] if part not in ("body", "query", "path", "header")]
     key = str(places[0])[:40].encode("ascii", "backslashreplace").decode() if places else "The request's body"
     return f"{key}: {error['msg'][:1].lower()}{error['msg'][1:]}."

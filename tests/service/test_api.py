@@ -159,6 +159,12 @@ def test_a_sentence_names_what_is_wrong(port, wanted, sentence):
     assert status == 422 and answer["error"].startswith(sentence)
 
 
+def test_a_body_that_is_cut_short_is_no_json(port):
+    for path in ("/api/generate", "/api/jobs"):
+        status, answer = call(port, "POST", path, b'{"prompt": "a red', "application/json")
+        assert (status, answer) == (400, {"error": "The request's body is not JSON."})
+
+
 def test_a_large_body_is_refused_before_it_is_sent(port):
     for path, size in (("/api/generate", 500_000_000), ("/api/generate", 15 << 20), ("/gradio_api/upload", 15 << 20)):
         header = f"POST {path} {HEAD}Connection: close\r\nContent-Length: {size}\r\n\r\n"
