@@ -10,6 +10,7 @@ one, and in which size. The background is the palette's color that most pixels a
 """
 
 import itertools
+import logging
 import random
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -27,6 +28,7 @@ from utils.command_line import Parser, exit_on_error
 from utils.muon import has_amx
 from utils.optimization import cosine
 
+logger = logging.getLogger("minidalle")
 WEIGHTS = Path("output/scenes/reader.pt")
 SIDE = 96  # pixels; images are read at this size
 CHANNELS = 128
@@ -283,6 +285,7 @@ def load_reader(path: Path = WEIGHTS) -> Reader:
         ModuleNotFoundError: there is none, and the drawings to train one are not installed.
     """
     if not path.is_file():
+        logger.info("%s: not there yet; training the reader once, which takes minutes", path)
         reader = train_reader()
         save_reader(reader, path)
         return reader
