@@ -250,6 +250,11 @@ def enter_order(run: Run, path: Any, saved: Dict[str, Any]) -> List[str]:
     ]
 
 
+def as_flag(value: Any) -> Any:
+    """Return a setting as one writes it after its flag: lists with commas, other values as they are."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
 def find_differences(saved: Dict[str, Any], run: Run) -> List[str]:
     """Describe how a run differs from the one that wrote a checkpoint."""
     found = []
@@ -258,8 +263,7 @@ def find_differences(saved: Dict[str, Any], run: Run) -> List[str]:
     else:  # of the reference application, whose hparams are a part of them
         before, now = saved["hparams"], run.hparams
     for name, value in now.items():
-        value = list(value) if isinstance(value, tuple) else value
-        was = list(before[name]) if isinstance(before.get(name), tuple) else before.get(name, value)
+        value, was = as_flag(value), as_flag(before.get(name, value))
         if was != value and name not in MAY_DIFFER:
             found.append(f"--{name.replace('_', '-')} {value}, was {was}")
     version = saved.get("versions", {}).get("torch")
