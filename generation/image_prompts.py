@@ -59,7 +59,10 @@ def read_prompt(path: str) -> str:
 
     Raises:
         ValueError: the file has none.
+        FileNotFoundError: there is no such file.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"--variations {path}: no such file")
     try:
         with Image.open(Path(path)) as image:
             comment = image.info.get("Comment", image.info.get("comment", b""))

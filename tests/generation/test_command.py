@@ -118,6 +118,8 @@ def test_image_prompts_ranking_animations_and_variations(command, tiny_checkpoin
     assert ended.status == 0 and (tmp_path / "b" / "a_red_circle" / "1-seed-2.png").exists(), ended
     ended = command(generate.main, *flags, "--variations", image, "--outputs_dir", tmp_path / "c")
     assert ended.status == 2 and "--text" in ended.err and not (tmp_path / "c").exists()
+    ended = command(generate.main, *flags, "--variations", tmp_path / "no.png", "--outputs_dir", tmp_path / "c")
+    assert ended.status == 2 and "no.png: no such file" in ended.err
 
 
 def test_the_library_call(tiny_checkpoint):
