@@ -19,8 +19,8 @@ from torch import nn
 
 from benchmarks import peer
 from data.shapes import make_sample
+from tests.builders import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ROOT / "demo" / "shapes.safetensors"  # a small checkpoint that follows its prompts
 YTTM = "bpe/bpe_yttm_vocab.txt"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -179,6 +179,16 @@ class Ended(NamedTuple):
     out: str
     err: str
 
+    def ok(self):
+        """Assert that the command succeeded."""
+        assert self.status == 0, self
+        return self
+
+    def refused(self, *words):
+        """Assert that the command ended with one line on stderr, which contains these words."""
+        assert self.status == 2 and self.err.count("\n") == 1 and all(word in self.err for word in words), self
+        return self
+
 
 @pytest.fixture
 def command(capsys):
@@ -187,7 +197,7 @@ def command(capsys):
     def run(main, *argv):
         capsys.readouterr()
         try:
-            main([str(word) for word in argv])
+            main([*map(str, argv)])
             status = 0
         except SystemExit as end:
             status = end.code

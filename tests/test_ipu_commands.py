@@ -19,13 +19,7 @@ from utils import checkpoint
 IPU = ("--device", "ipu", "--async-dataloader")
 
 
-@pytest.mark.parametrize(
-    "name, stages",
-    [
-        ("unit_test", 1),
-        ("L16", 4),
-    ],
-)
+@pytest.mark.parametrize("name, stages", [("unit_test", 1), ("L16", 4)])
 def test_a_configuration_runs_to_its_end(poptorch_standin, command, tiny_vqgan, tmp_path, name, stages):
     """At reduced width and accumulation; its file opens on a CPU and draws there and on an IPU."""
     reduced = "--hidden-size 32 --num-attention-heads 2 --dim-head 16 --max-steps 2 --batch-size 1"

@@ -8,14 +8,7 @@ import pytest
 from PIL import Image
 
 from data import shapes
-from data.shapes import (
-    COLORS,
-    INVERSE,
-    SHAPES,
-    make_sample,
-    parse_caption,
-    write_dataset,
-)
+from data.shapes import COLORS, INVERSE, SHAPES, make_sample, parse_caption, write_dataset
 
 # --------------------------------------------------------------------------------------------------- captions
 

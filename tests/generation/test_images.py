@@ -6,12 +6,7 @@ import torch
 
 from generation import previews, ranking
 from generation.image_prompts import encode_kept_rows
-from generation.images import (
-    generate_batch,
-    generate_lists,
-    plan_image,
-    to_image,
-)
+from generation.images import generate_batch, generate_lists, plan_image, to_image
 from generation.loading import load
 
 PROMPTS = ["a red circle", "a small blue star above a large green heart", "two", "little pink square"]

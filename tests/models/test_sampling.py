@@ -5,14 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from models.packed_sampler import CachedStepper, PackedStepper, plan_slots
-from models.sampling import (
-    Pace,
-    Sampling,
-    choose_from_nucleus,
-    gumbel_noise,
-    keep_top_p,
-    sample_codes,
-)
+from models.sampling import Pace, Sampling, choose_from_nucleus, gumbel_noise, keep_top_p, sample_codes
 from models.transformer import GEGLU, PATTERNS, pattern_mask
 from tests.builders import WholePassStepper, small_dalle
 

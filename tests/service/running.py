@@ -7,6 +7,7 @@ import threading
 import time
 
 from generation.loading import load
+from tests.builders import until
 
 
 class Drawing:
@@ -51,14 +52,6 @@ class Drawing:
 
 def loaded_for_tests(checkpoint, batch_size=4):
     return load(str(checkpoint), device="cpu", precision="fp32", batch_size=batch_size)
-
-
-def until(holds, seconds=20):
-    """Wait until holds() is true."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
 
 
 @contextlib.contextmanager

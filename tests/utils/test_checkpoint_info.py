@@ -43,11 +43,7 @@ def test_a_file_of_the_reference(command, tmp_path):
         torch.save({**saved, "scheduler_state": {"last_epoch": 3}}, tmp_path / "dalle_7.pt")
         ended = command(checkpoint_info.main, tmp_path / "dalle_7.pt")
         assert ended.status == 0 and ended.err == ""
-        for wanted in (
-            "epoch            7",
-            "DALL-E 18 in float16; VQGAN 5 in float16",
-            "attn_types axial_row,full",
-        ):
+        for wanted in ("epoch            7", "DALL-E 18 in float16; VQGAN 5 in float16", "attn_types axial_row,full"):
             assert wanted in ended.out, wanted
         assert "state 1 tensor, 1.0 MB" in ended.out and "tokenizer" not in ended.out
 
