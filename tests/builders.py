@@ -130,6 +130,9 @@ class PickledCall:
     def __init__(self, function: Any, *arguments: Any):
         self.call = function, arguments
 
+    def __call__(self) -> None:
+        """Look callable, so that the function of a call can be a call itself."""
+
     def __reduce__(self) -> Any:
         return self.call
 

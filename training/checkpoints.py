@@ -357,11 +357,7 @@ def contents(run: Run, state: Dict[str, Any]) -> Dict[str, Any]:
         "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
         "settings": dict(vars(settings)),
         "captions": summarize(run),
-        "versions": {
-            "layout": checkpoint.LAYOUT,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-        },
+        "versions": {"layout": checkpoint.LAYOUT, "python": platform.python_version(), "torch": str(torch.__version__)},
     }
     if "ema_weights" in state:
         content["ema_weights"] = checkpoint.canonical_weights(state.pop("ema_weights"))

@@ -52,11 +52,7 @@ def recomputed(compute: Callable, layer: Layer, x: Tensor, rotation: Optional[Ro
 
 
 def compile_layers(
-    model: DALLE,
-    rows: int,
-    autocast: Callable,
-    recompute: bool = False,
-    try_out: Optional[Callable[[], Any]] = None,
+    model: DALLE, rows: int, autocast: Callable, recompute: bool = False, try_out: Optional[Callable[[], Any]] = None
 ) -> None:
     """Compile the layers of a large model with torch; if that fails, log it and change nothing.
 

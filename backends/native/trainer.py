@@ -351,10 +351,7 @@ def build_optimizers(model: DALLE, settings: Namespace, muon: Type[Muon] = Muon)
     in_layers = {id(parameter) for parameter in model.transformer.layers.parameters() if parameter.dim() == 2}
     matrices = [parameter for parameter in groups[0]["params"] if id(parameter) in in_layers]
     groups[0]["params"] = [parameter for parameter in groups[0]["params"] if id(parameter) not in in_layers]
-    return [
-        muon(matrices, settings.learning_rate, settings.weight_decay),
-        fused(torch.optim.AdamW, groups, **adam),
-    ]
+    return [muon(matrices, settings.learning_rate, settings.weight_decay), fused(torch.optim.AdamW, groups, **adam)]
 
 
 def fused(optimizer: Callable, groups: Sequence[Dict[str, Any]], **flags: Any) -> torch.optim.Optimizer:

@@ -7,14 +7,7 @@ import torch
 
 from backends.native import fast_layers
 from backends.native.backend import NativeTrainingBackend
-from backends.native.fast_layers import (
-    AxialAttention,
-    DenseAttention,
-    HeadLosses,
-    axial_bias,
-    bias_of,
-    use_fast_layers,
-)
+from backends.native.fast_layers import AxialAttention, DenseAttention, HeadLosses, axial_bias, bias_of, use_fast_layers
 from models.transformer import PATTERNS, KeyValueCache, attend, pattern_mask
 from tests.backends.native.test_backend import settings
 from tests.builders import small_dalle
