@@ -180,8 +180,8 @@ class Ended(NamedTuple):
     err: str
 
     def ok(self):
-        """Assert that the command succeeded."""
-        assert self.status == 0, self
+        """Assert that the command succeeded, without a word on stderr."""
+        assert self.status == 0 and self.err == "", self
         return self
 
     def refused(self, *words):

@@ -88,8 +88,7 @@ def test_a_missing_package_is_one_line(command, monkeypatch):
 
     monkeypatch.setattr(os, "environ", {**os.environ})
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    ended = command(app.main, "--port", 0)
-    assert ended.status == 2 and ended.err.count("\n") == 1
+    ended = command(app.main, "--port", 0).refused()
     assert "uvicorn is missing: pip install -r requirements-app.txt" in ended.err
 
 

@@ -28,8 +28,7 @@ def evaluated(command, tiny_checkpoint, tmp_path):
     """evaluated(*flags): runs evaluate.py on a checkpoint that has learnt next to nothing → its output."""
 
     def run(*flags):
-        ended = command(evaluate.main, "--dalle_path", tiny_checkpoint, "--outputs-dir", tmp_path / "out", *flags)
-        assert ended.status == 0 and ended.err == "", ended
+        ended = command(evaluate.main, "--dalle_path", tiny_checkpoint, "--outputs-dir", tmp_path / "out", *flags).ok()
         return ended.out
 
     return run
@@ -83,8 +82,7 @@ def validated(tiny_flags, drawn_pictures, tmp_path_factory):
 
 def evaluate_folder(command, path, drawn_pictures, out, *flags):
     fixed = ["--dalle_path", path, "--input-folder", drawn_pictures, "--outputs-dir", out, "--precision", "fp32"]
-    ended = command(evaluate.main, *fixed, "--device", "cpu", *flags)
-    assert ended.status == 0 and ended.err == "", ended
+    ended = command(evaluate.main, *fixed, "--device", "cpu", *flags).ok()
     return ended.out, results(out)
 
 
@@ -143,5 +141,4 @@ def test_captions_that_are_too_long_are_cut_where_it_is_said(command, tiny_check
 
 def test_it_runs_in_one_process(command, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    ended = command(evaluate.main, "--dalle_path", tiny_checkpoint, "--outputs-dir", tmp_path)
-    assert ended.status == 2 and "without torchrun" in ended.err and ended.err.count("\n") == 1
+    command(evaluate.main, "--dalle_path", tiny_checkpoint, "--outputs-dir", tmp_path).refused("without torchrun")

@@ -18,6 +18,7 @@ from data.loader import TextImageDataset
 from data.sources import find_images, open_source, tar
 from data.sources.table import NO_TEXT
 from data.tokenizer import load_tokenizer
+from tests.builders import one_line
 from tests.conftest import ROOT, YTTM
 
 CAPTIONS = {"a": ["a dog", "two dogs, and a cat"], "b": ["a red bus"], "c": ["a man's hat"]}
@@ -259,9 +260,8 @@ def test_tables_of_many_programs(tmp_path):
 )
 def test_lists_that_cannot_be_used(tmp_path, name, content, words):
     (bare_images(tmp_path) / name).write_text(content, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(ValueError, match=words) as error:
+    with one_line(words):
         open_source(tmp_path / name)
-    assert "\n" not in str(error.value)
 
 
 def test_damaged_shards_keep_what_can_be_read(tmp_path):
