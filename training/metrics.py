@@ -22,8 +22,7 @@ import numpy as np
 from PIL import Image
 
 from utils.command_line import describe_error
-from utils.files import atomic_write
-from utils.interrupts import defer_signals
+from utils.files import atomic_write, defer_signals
 
 FLUSH_SECONDS = 5
 MAX_LINES = 100_000  # that wait in memory while the disk is full

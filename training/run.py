@@ -19,8 +19,9 @@ import log
 from args import NETWORK
 from backends.base import Trainer, TrainingBackend
 from data.codes import load_codes, open_code_cache
+from data.dataset import TextImageDataset
 from data.files import printable
-from data.loader import GeneratedDataset, TextImageDataset, count_validation
+from data.loader import EpochOrder, GeneratedDataset, count_validation
 from data.sources import folder_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from generation.loading import read_model
@@ -28,12 +29,75 @@ from models.dalle import DALLE
 from models.vae import ImageTokenizer, VQGanVAE
 from models.vqgan_files import OFFICIAL_PARAMS, load_vqgan
 from training import checkpoints
-from training.loop import EpochOrder, LearningRate
 from training.metrics import Trackers, open_trackers
 from utils import checkpoint
 from utils.files import check_writable
+from utils.optimization import cosine
 
 logger = logging.getLogger("minidalle")
+
+
+def multi_step(epoch: int, epochs: int, late: float = 0.1) -> float:
+    """Warm up linearly over the first fifth of the epochs, then 1, then `late` for the second half of the rest."""
+    warmup = int(0.2 * epochs)
+    if epoch < warmup:
+        return (1 + epoch) / (1 + warmup)
+    return 1.0 if epoch < warmup + (epochs - warmup) / 2 else late
+
+
+def trapezoid(step: int, steps: int, warmup: int) -> float:
+    """Warm up linearly over `warmup` steps, then 1, then fall linearly towards 0 over the second half of the run."""
+    return min((1 + step) / (1 + warmup), 1.0, 2 * (steps - step) / steps)
+
+
+class LearningRate:
+    """The learning rate of each update of a run of `steps` updates in `epochs` epochs.
+
+    ReduceLROnPlateau (factor 0.5, patience 10, cooldown 10, minimum 1e-6) depends on the losses given to epoch_ended,
+    the others only on step and epoch.
+    """
+
+    steps = epochs = 1
+
+    def __init__(self, name: str, peak: float, warmup_steps: int = 0):
+        """Take a value of --lr-scheduler and its flags."""
+        self.name, self.peak, self.warmup_steps = name, peak, warmup_steps
+        # torch's scheduler does the bookkeeping, on a parameter that is not trained.
+        self._holder = torch.optim.SGD([torch.zeros(1)], lr=peak)
+        self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self._holder, factor=0.5, patience=10, cooldown=10, min_lr=1e-6
+        )
+
+    def at(self, step: int, epoch: int) -> float:
+        """Return the learning rate of update `step` in `epoch`, both from 0."""
+        if self.name in ("multi_step", "constant"):
+            return self.peak * multi_step(epoch, self.epochs, late=0.1 if self.name == "multi_step" else 1.0)
+        if self.name in ("cosine", "trapezoid"):
+            factor = cosine if self.name == "cosine" else trapezoid
+            return self.peak * factor(step, self.steps, self.warmup_steps)
+        return self._holder.param_groups[0]["lr"]
+
+    def epoch_ended(self, loss: float) -> None:
+        """Take the validation loss, or the mean training loss, of the epoch that ended."""
+        if self.name == "ReduceLROnPlateau":
+            self._plateau.step(loss)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the state in plain values."""
+        plain = (int, float, list)
+        state = {key: value for key, value in self._plateau.state_dict().items() if isinstance(value, plain)}
+        return {"name": self.name, "lr": self._holder.param_groups[0]["lr"], "plateau": state}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Load the state of a scheduler of the same name; ignore that of another.
+
+        Of the reference application's plateau only the rate counts: it compared losses of single micro-batches.
+        """
+        if state.get("name") == self.name:
+            self._holder.param_groups[0]["lr"] = state["lr"]
+            self._plateau.load_state_dict(state["plateau"])
+        elif self.name == "ReduceLROnPlateau" and isinstance(state.get("_last_lr"), list):
+            self._holder.param_groups[0]["lr"] = float(state["_last_lr"][0])
 
 
 @dataclasses.dataclass

@@ -11,11 +11,10 @@ from backends.native import backend as native
 from backends.native.backend import NativeBackend, NativeTrainingBackend, pick_device, pick_precision
 from backends.native.inference import packer
 from backends.native.trainer import build_optimizers
-from data.loader import GeneratedDataset
+from data.loader import EpochOrder, GeneratedDataset, RunOrder
 from models.packed_sampler import LayerKernels
 from models.sampling import Sampling, sample_codes
 from tests.builders import WholePassStepper, small_dalle, train_settings
-from training.loop import EpochOrder, RunOrder
 from utils import checkpoint
 from utils.muon import Muon
 
