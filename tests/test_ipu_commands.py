@@ -170,12 +170,12 @@ def test_ten_sampling_settings_share_one_program(poptorch_standin, command, tiny
 
 SHOW_SHARES = """
 import sys
-import data.dataset, train, training.run, utils.checkpoint
-write = utils.checkpoint.write
+import data.dataset, train, training.checkpoints, training.run
+write = training.checkpoints.write
 def writing(path, what):
     print("writes", path.name)
     write(path, what)
-utils.checkpoint.write = writing
+training.checkpoints.write = writing
 load_codes = training.run.load_codes
 def encoding(images, encode, *places, **more):
     def encode_and_print(pixels):

@@ -28,7 +28,7 @@ from generation.loading import read_model
 from models.dalle import DALLE
 from models.vae import ImageTokenizer, VQGanVAE
 from models.vqgan_files import OFFICIAL_PARAMS, load_vqgan
-from training import checkpoints
+from training import checkpoints, resume
 from training.metrics import Trackers, open_trackers
 from utils import checkpoint
 from utils.files import check_writable
@@ -178,14 +178,14 @@ def build(settings: Namespace) -> Run:
             raise FileNotFoundError(f"--{flag.replace('_', '-')} {folder}: no such folder")
     # The checkpoint is read before images are encoded, which may take hours.
     folder = checkpoints.Folder(settings, writes=not backend.rank and not settings.dry_run)
-    origin = folder.origin()
+    origin = resume.find_origin(settings, folder) if settings.pretrained_checkpoint or settings.resume else None
     folder.prepare()
     torch.manual_seed(settings.random_seed)
     if tokenizer is None:
         initial, tokenizer, options = read_initial_model(settings)
         vae = initial.vae
     else:
-        initial, options = None, checkpoints.network_options(origin)
+        initial, options = None, resume.network_options(origin[1]) if origin else {}
         vae = build_vqgan(settings, generated)
     hparams = {
         "num_text_tokens": tokenizer.vocab_size,
@@ -195,7 +195,7 @@ def build(settings: Namespace) -> Run:
         "heads": settings.num_attention_heads,
         "dim_head": settings.dim_head,
         "loss_img_weight": settings.loss_img_weight,
-        "attn_types": checkpoints.attention_patterns(settings, origin),
+        "attn_types": resume.attention_patterns(settings, origin) if origin else tuple(settings.attn_types),
         "ff_dropout": settings.ff_dropout,
         "attn_dropout": settings.attn_dropout,
         "sandwich_norm": settings.sandwich_norm,
@@ -234,7 +234,7 @@ def build(settings: Namespace) -> Run:
     )
     run.set_length()
     if origin is not None:
-        checkpoints.resume(run, *origin, model)
+        resume.load_progress(run, *origin, model)
     if not backend.rank and not settings.dry_run:
         run.trackers = open_trackers(settings, folder.path, run.step)  # last, when nothing else can fail
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -254,7 +254,7 @@ def read_initial_model(settings: Namespace) -> Tuple[DALLE, Tokenizer, Dict[str,
     for name, key in NETWORK.items():
         setattr(settings, name, saved["hparams"][key])
     logger.info("%s: a new run starts with its weights, network, vocabulary and VQGAN", path)
-    return model, tokenizer, checkpoints.network_options((path, saved))
+    return model, tokenizer, resume.network_options(saved)
 
 
 def build_vqgan(settings: Namespace, generated: bool) -> ImageTokenizer:
