@@ -30,7 +30,7 @@ ALLOWED = {
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
     "args.py": {"utils.command_line"},
     "utils/command_line.py": {"yaml"},
-    "log.py": {"tqdm", "utils.command_line"},
+    "log.py": {"tqdm", "utils", "numpy", "matplotlib", "PIL"},
     "process_captions.py": {"data", "utils", "tqdm"},
 }
 GUARDS = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}

@@ -29,7 +29,6 @@ from models.dalle import DALLE
 from models.vae import ImageTokenizer, VQGanVAE
 from models.vqgan_files import OFFICIAL_PARAMS, load_vqgan
 from training import checkpoints, resume
-from training.metrics import Trackers, open_trackers
 from utils import checkpoint
 from utils.files import check_writable
 from utils.optimization import cosine
@@ -127,7 +126,7 @@ class Run:
     best_loss: Optional[float] = None
     post_update_done: bool = True  # whether validation and the end of the epoch have followed the last update
 
-    trackers: Trackers = dataclasses.field(default_factory=Trackers)
+    trackers: log.Trackers = dataclasses.field(default_factory=log.Trackers)
     samples: Any = None  # what sample images show, once read
     captions: Optional[Dict[str, Any]] = None  # words and examples of the training captions, once collected
 
@@ -243,6 +242,16 @@ def build(settings: Namespace) -> Run:
         logger.info("%d images in the validation set", len(validation_set))
     logger.info("%s trainable parameters, %d text tokens", f"{trainable:,}", tokenizer.vocab_size)
     return run
+
+
+def open_trackers(settings: Namespace, folder: Optional[Path], step: int) -> log.Trackers:
+    """Return the trackers of a run that has had `step` updates; ValueError if a package is missing."""
+    trackers = []
+    if settings.wandb or settings.tensorboard:
+        from training import trackers as packages
+
+        trackers = packages.open_trackers(settings, folder, step)
+    return log.Trackers(([log.MetricsFile(folder / "metrics.jsonl", step)] if folder else []) + trackers)
 
 
 def read_initial_model(settings: Namespace) -> Tuple[DALLE, Tokenizer, Dict[str, Any]]:
