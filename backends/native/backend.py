@@ -21,11 +21,11 @@ from torch import Tensor
 from backends.base import Backend, Losses, StageEstimate, Trainer, TrainingBackend
 from backends.native.gpu_attention import use_cudnn_attention, use_fused_attention
 from backends.native.inference import NativeSampler, decoder, encoder
-from backends.native.resilient_loader import SetOnDevice, read
 from backends.native.trainer import NativeTrainer, mean_losses
+from data.loader import SetOnDevice, read_in_workers
 from models.dalle import DALLE
 from models.vae import ImageTokenizer
-from utils import interrupts
+from utils.files import raise_if_pending
 
 logger = logging.getLogger("minidalle")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -181,7 +181,7 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
                 yield from ([step] for step in self._interruptible(map(self.sets[dataset].gather, order)))
                 return
         workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would compete for cores
-        stream = self._interruptible(read(dataset, order, self.batch_size, workers, self.kind == "cuda"))
+        stream = self._interruptible(read_in_workers(dataset, order, self.batch_size, workers, self.kind == "cuda"))
         for first in stream:
             yield itertools.chain([first], itertools.islice(stream, self.micro_batches - 1))
 
@@ -189,7 +189,7 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
         """Yield micro-batches; a single process abandons its step on a signal, several finish it and then agree."""
         for micro_batch in micro_batches:
             if self.world_size == 1:
-                interrupts.raise_if_pending()
+                raise_if_pending()
             yield micro_batch
 
     def trainer(self, model: DALLE) -> Trainer:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from backends.native.backend import NativeBackend, NativeTrainingBackend
-from data.loader import TextImageDataset
+from data.dataset import TextImageDataset
 from data.tokenizer import load_tokenizer
 from generation.images import complete_caption, generate_batch, plan_image
 from generation.loading import load
