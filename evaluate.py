@@ -39,7 +39,7 @@ from utils.files import atomic_write, check_writable
 if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
     import torch
 
-    from data.loader import TextImageDataset
+    from data.dataset import TextImageDataset
     from generation.loading import LoadedModel
     from models.sampling import Sampling
 
@@ -158,7 +158,7 @@ def open_pairs(
     settings: Namespace, saved: Dict[str, Any], loaded: LoadedModel, folder: Optional[str] = None
 ) -> TextImageDataset:
     """Return the pairs of --input-folder, or of another, with the captions that train.py would use."""
-    from data.loader import TextImageDataset
+    from data.dataset import TextImageDataset
 
     trained = saved.get("settings", {})
     truncate = settings.truncate_captions
@@ -220,7 +220,12 @@ def evaluate_pairs(loaded: LoadedModel, dataset: TextImageDataset, settings: Nam
     mean = sum(psnr) / len(psnr)
     print(f"losses of {len(psnr)} pairs: {line} perplexity {losses['perplexity']:.2f}")
     print(f"reconstruction: {mean:.2f} dB PSNR; {folder / 'reconstructions.png'} has originals above reconstructions")
-    return {"input_folder": settings.input_folder, "pairs": len(psnr), "losses": losses, "reconstruction_psnr": mean}
+    return {
+        "input_folder": settings.input_folder,
+        "pairs": len(psnr),
+        "losses": losses,
+        "reconstruction_psnr": mean,
+    }
 
 
 def score_captions(

@@ -111,7 +111,10 @@ class CodeCache:
         self._check(range(len(files)))
 
     def fill(
-        self, files: Sequence[File], compute: Callable[[Iterator[List[int]]], Iterable[Computed]], batch_size: int
+        self,
+        files: Sequence[File],
+        compute: Callable[[Iterator[List[int]]], Iterable[Computed]],
+        batch_size: int,
     ) -> None:
         """Compute and store what is missing; return when all is there, whichever process computed it.
 

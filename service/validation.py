@@ -123,7 +123,11 @@ class Health(BaseModel):
 
 
 def plan_images(
-    loaded: LoadedModel, limits: Limits, wanted: Settings, prompts: List[str], given: Optional[torch.Tensor] = None
+    loaded: LoadedModel,
+    limits: Limits,
+    wanted: Settings,
+    prompts: List[str],
+    given: Optional[torch.Tensor] = None,
 ) -> List[ImageSpec]:
     """Return the ImageSpecs of a request: of each prompt, those with seeds from the wanted one on, or a random one.
 

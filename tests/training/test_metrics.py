@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import log
 import train
-from training import metrics
 from utils import checkpoint
 
 
@@ -62,7 +62,7 @@ def test_a_run_that_was_killed_and_resumed_has_the_lines_of_one_that_was_not(com
 def test_damage_is_dropped_and_what_is_not_finite_is_null(tmp_path):
     good = b'{"step": 1}\n{"step": 2, "loss/total": null}\n'
     (tmp_path / "metrics.jsonl").write_bytes(b'\x00\x00\x00\n[1]\n{"lr": 2}\n"step"\n' + good + b'{"step": 3}\n')
-    file = metrics.MetricsFile(tmp_path / "metrics.jsonl", 2)
+    file = log.MetricsFile(tmp_path / "metrics.jsonl", 2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == good
     file.log(3, {"loss/total": float("nan"), "grad_norm": float("inf"), "epoch": 0, "skipped": True})
     file.close()
@@ -85,10 +85,10 @@ def write(path, steps):
 @pytest.mark.parametrize("lines", [1, 1200])
 def test_a_plot_has_its_curves(tmp_path, lines):
     write(tmp_path / "metrics.jsonl", lines)
-    metrics.MetricsFile(tmp_path / "metrics.jsonl", 10**6).close()
+    log.MetricsFile(tmp_path / "metrics.jsonl", 10**6).close()
     pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"), dtype=int)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
-    for colour in metrics.COLORS.values():
+    for colour in log.COLORS.values():
         wanted = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)])
         seen = (abs(pixels - wanted).sum(-1) < 30).sum()
         assert seen > 300 if lines > 1 else seen < 300

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.builders import PickledCall, one_line, small_dalle
+from training import checkpoints
 from utils import checkpoint
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])  # torch.save's two file formats
@@ -32,14 +33,14 @@ def files_in(folder):
 
 def test_what_is_written_is_read_again(tmp_path):
     path = tmp_path / "new" / "folder" / "dalle_2.pt"
-    checkpoint.write(path, content())
+    checkpoints.write(path, content())
     back, expected = checkpoint.read(str(path)), content()
     assert back.keys() == expected.keys() and back["hparams"] == expected["hparams"] and back["epoch"] == 2
     assert list(back["weights"]) == ["model.a", "model.b"]
     torch.testing.assert_close(back["weights"], dict(expected["weights"]), rtol=0, atol=0)
     assert torch.equal(back["opt_state"][0]["state"][0], torch.zeros(2))
     assert files_in(path.parent) == ["dalle_2.pt"]
-    checkpoint.write(path, {**content(), "epoch": 3})
+    checkpoints.write(path, {**content(), "epoch": 3})
     assert checkpoint.read(path)["epoch"] == 3 and files_in(path.parent) == ["dalle_2.pt"]
 
 
@@ -84,7 +85,7 @@ def test_something_else_than_a_dall_e_is_refused(tmp_path):
         ({"hparams": [], "weights": {}}, "is not a dict"),
         ({"hparams": {}, "weights": {"a": 3}}, "not tensors under names"),
     ):
-        checkpoint.write(tmp_path / "c.pt", saved)
+        checkpoints.write(tmp_path / "c.pt", saved)
         message = refusal(tmp_path / "c.pt")
         assert "not a DALL-E checkpoint" in message and message.endswith(told)
 
@@ -125,7 +126,7 @@ def test_the_first_misfit_is_named(tiny_vae):
 
 def test_words_are_counted_without_case_and_punctuation():
     captions = ["A red circle, above a Square!", "the artist's well-known red-ish dog…", "año 中文 \u0301"]
-    entry = checkpoint.summarize_captions(captions, ["", *captions, captions[0], "x" * 200])
+    entry = checkpoints.summarize_captions(captions, ["", *captions, captions[0], "x" * 200])
     once = "red circle above square the artist's well-known red-ish dog año 中文"
     assert entry["words"] == {"a": 2, **dict.fromkeys(once.split(), 1)}
     assert entry["examples"] == captions
