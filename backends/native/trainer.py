@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backends.base import Losses, Trainer
 from backends.native.fast_layers import compile_model, use_fast_layers
+from backends.native.gpu_attention import use_fused_attention
 from backends.native.inference import NativeSampler
 from models.dalle import DALLE, parameter_groups
 from utils.muon import Muon, orthogonal
@@ -82,7 +83,9 @@ class NativeTrainer(Trainer):
 
     def place(self, model: DALLE) -> DALLE:
         """Move a model to the device and give it fast layers."""
-        model = self.backend.place(model)
+        model = model.to(self.backend.device)
+        if self.backend.kind == "cuda":
+            use_fused_attention(model, self.backend.dtype)
         use_fast_layers(model, self.backend.device, self.backend.dtype, self.backend.settings.recompute)
         return model
 
