@@ -99,8 +99,8 @@ BAD_VALUES = {
         cls-ipu-id=1 layers-per-ipu=17,-1 layers-per-ipu=16.0 layers-per-ipu= matmul-proportion=1.5 matmul-proportion=x
         learning-rate=0 learning-rate=nan learning-rate=fast adam-betas=0.9,1 adam-betas=0.9 max-grad-norm=0
         attn-dropout=1 attn-dropout=-0.1 loss-img-weight=-1 loss-img-weight=nan caption-dropout=1.5
-        attn-types=full,sparse attn-types= optimizer=SGD device=tpu precision=fp8 fp16=maybe top-k=1.1 top-k=-0.1 top-p=0
-        top-p=1.1 temperature=0 temperature=inf cond-scale=-1""",
+        attn-types=full,sparse attn-types= optimizer=SGD device=tpu precision=fp8 fp16=maybe top-k=1.1 top-k=-0.1
+        top-p=0 top-p=1.1 temperature=0 temperature=inf cond-scale=-1""",
     "generate.py": "top-k=1.1 top-k=ninety seed=-1 seed=x text= text=\u3000 text=a||b text=a|",
     "train_vqgan.py": "ch=48 ch-mult=1,0 patch-size=3 image-size=250 validation-split=1 continuous-steps=100000",
     "evaluate.py": "prompts=1121 prompt-set=train",
