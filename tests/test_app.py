@@ -93,8 +93,8 @@ def test_ctrl_c_ends_it_at_once_while_it_generates(tiny_checkpoint, tmp_path):
         with contextlib.suppress(ConnectionError):
             answers.append(generate(port, **wanted))
 
-    threads = [threading.Thread(target=ask) for _ in range(20)]
-    threads += [threading.Thread(target=follow) for _ in range(3)]
+    threads = [threading.Thread(target=follow) for _ in range(3)]
+    threads += [threading.Thread(target=ask) for _ in range(20)]
     for thread in threads:
         thread.start()
     until(lambda: call(port)[1]["waiting"] > 12)

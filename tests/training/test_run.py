@@ -8,8 +8,7 @@ import torch
 import train
 from generation.loading import read_model
 from models.discrete_vae import DiscreteVAE
-from tests.builders import reference_weights
-from tests.test_generate import their_vocabulary, write_reference  # noqa: F401
+from tests.test_generate import their_vocabulary, weights_of, write_reference  # noqa: F401
 from tests.utils.test_dalle_pytorch import SHAPES, save, theirs  # noqa: F401  # a fixture
 from utils import checkpoint
 from utils.checkpoint_info import main as export
@@ -40,10 +39,8 @@ def files(kind, request, tmp_path):
     if kind == "dalle-pytorch":
         return save(tmp_path / "dalle.pt", request.getfixturevalue("theirs")), ["--bpe-path", SHAPES]
     if kind == "reference":
-        stored = torch.load(request.getfixturevalue("tiny_vqgan") / "vqgan.ckpt", weights_only=True)["state_dict"]
-        vqgan = {name: tensor for name, tensor in stored.items() if not name.startswith("loss.")}
         vocabulary = ["--bpe-path", request.getfixturevalue("their_vocabulary")]
-        return write_reference(tmp_path / "dalle_3.pt", reference_weights(), vqgan, 8192), vocabulary
+        return write_reference(tmp_path / "dalle_3.pt", weights_of(request.getfixturevalue("tiny_vqgan"))), vocabulary
     ours = request.getfixturevalue("tiny_checkpoint")
     if kind == "safetensors":
         export([str(ours), "--export", str(tmp_path / "dalle.safetensors")])
