@@ -302,3 +302,11 @@ def test_our_vocabulary_of_the_same_name_is_refused(command, drawn, tiny_flags, 
     files = ["--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--bpe_path", VOCABULARY]
     for ended in (drawn("--dalle_path", path, *files), command(train.main, *tiny_flags, *flags)):
         ended.refused("dalle_3.pt", "bpe_yttm_vocab.txt", "another program")
+
+
+def test_clips_vocabulary_is_the_default_and_any_bytes_make_a_caption(drawn, tiny_vqgan, tmp_path):
+    weights, more = reference_weights(text_tokens=49408), {"hparams": {"num_text_tokens": 49408}}
+    path = write_reference(tmp_path / "dalle_3.pt", weights_of(tiny_vqgan), weights, **more)
+    flags = ["--dalle_path", path, "--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--num_images", 1]
+    drawn(*flags, "--gentxt", "--temperature", 2).ok()  # random weights: halves of characters among the 80 tokens
+    drawn(*flags, "--bpe_path", VOCABULARY).refused("49408 text tokens", "8192", "--bpe_path")
