@@ -47,7 +47,6 @@ RIVALS = ({"validation_folder", "validation_split"}, {"vae_path", "vqgan_model_p
 
 
 def attention_types(text: str) -> Tuple[str, ...]:
-    """Parse a comma list of attention patterns."""
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in ATTENTION_TYPES:
@@ -61,7 +60,6 @@ def layer_counts(text: str) -> List[Union[int, str]]:
 
 
 def train_parser() -> Parser:
-    """Return the parser of train.py."""
     parser = Parser("Train a DALL-E on a folder of captioned images.", usage="--config NAME [flags]")
     add = parser.heading("Everyday flags")
     config_flag(add)
@@ -165,7 +163,6 @@ def config_flag(add: Add) -> None:
 
 
 def vqgan_parser() -> Parser:
-    """Return the parser of train_vqgan.py."""
     parser = Parser("Train a VQGAN, the image tokenizer, on a folder of images.", usage="--config NAME [flags]")
     add = parser.heading("Everyday flags")
     config_flag(add)
@@ -275,7 +272,6 @@ def check_init_from(parser: Parser, settings: argparse.Namespace, given: Set[str
 
 
 def vqgan_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Return the settings of train_vqgan.py."""
     parser = vqgan_parser()
     settings = parse(parser, argv)
     if not settings.input_folder:

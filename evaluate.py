@@ -91,7 +91,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def evaluate_parser() -> Parser:
-    """Return the parser of evaluate.py."""
     parser = Parser(
         "Measure a DALL-E: losses and reconstructions of a folder's pairs, or accuracy on prompts of shapes or scenes."
     )

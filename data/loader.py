@@ -138,7 +138,6 @@ class RunOrder(Sequence):
 
 
 def count_validation(images: int, share: float) -> int:
-    """Return how many of a set's images a share to validate on has."""
     return max(1, round(share * images))
 
 
@@ -176,7 +175,6 @@ class GeneratedDataset(Dataset):
         """Return None: samples are generated when they are read."""
 
     def fingerprint(self) -> str:
-        """Return what identifies the samples."""
         return f"{self.length} generated samples of seed {self.seed}"
 
     def captions(self, index: int) -> List[np.ndarray]:

@@ -93,7 +93,6 @@ def agree_on_seed(settings: Namespace, backend: Backend) -> Tuple[int, bool]:
 
 
 def new_seed() -> int:
-    """Return a random seed that fits any generator."""
     return random.SystemRandom().randrange(2**31)
 
 
@@ -270,7 +269,6 @@ def save_images(
 
 
 def save_grid(images: Sequence[Image.Image], path: Path) -> None:
-    """Save make_grid's image as a PNG file."""
     with atomic_write(path) as file:
         make_grid(images).save(file, "PNG")
 

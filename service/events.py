@@ -138,7 +138,6 @@ def describe_image(loaded: LoadedModel, spec: ImageSpec, image: Image.Image) -> 
 
 
 def to_base64(data: bytes) -> str:
-    """Return bytes as base64 text."""
     return base64.b64encode(data).decode()
 
 

@@ -281,7 +281,6 @@ def check_vocabulary(path: AnyPath, saved: Checkpoint, fingerprint: str, flag: s
 
 
 def short(fingerprint: Any) -> str:
-    """Shorten a fingerprint for messages."""
     return str(fingerprint)[:12]
 
 

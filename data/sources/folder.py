@@ -39,7 +39,6 @@ class Folder(ImageSource):
         super().__init__(folder, [image for image, _ in pairs], [text for _, text in pairs], skipped)
 
     def captions(self, name: str) -> List[str]:
-        """Return the captions in a file."""
         return read_captions(self.folder / name)
 
 

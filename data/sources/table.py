@@ -75,7 +75,6 @@ class Table(ImageSource):
         )
 
     def captions(self, name: str) -> List[str]:
-        """Return the captions that the files list for an image."""
         return self._captions[name]
 
 

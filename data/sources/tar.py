@@ -51,7 +51,6 @@ class TarImage(StoredImage):
         return f"{self.path}/{self.name}"
 
     def read(self) -> bytes:
-        """Return the bytes of the image file."""
         return read_part(self.path, self.offset, self.size)
 
 
@@ -97,12 +96,10 @@ class TarShards(ImageSource):
         self.holders = shards
 
     def image(self, name: str) -> ImagePath:
-        """Return the place of an image in its shard."""
         shard, sample = self._samples[name]
         return TarImage(self.folder / shard, *sample.image)
 
     def captions(self, name: str) -> List[str]:
-        """Return the captions of a sample."""
         shard, sample = self._samples[name]
         return parse_captions(sample.text[0], read_part(self.folder / shard, *sample.text[1:]))
 
