@@ -71,7 +71,7 @@ class EpochOrder:
         ValueError: the set is smaller than one global batch.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, *, seed: int = 42, rank: int = 0, world_size: int = 1):
+    def __init__(self, num_samples: int, batch_size: int, seed: int = 42, rank: int = 0, world_size: int = 1):
         self.global_batch = batch_size * world_size
         if num_samples < self.global_batch:
             raise ValueError(f"one step takes {self.global_batch} samples, but the set has {num_samples}")

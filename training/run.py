@@ -203,13 +203,7 @@ def build(settings: Namespace) -> Run:
         raise ValueError(f"{', '.join(options)}: options of DALLE-pytorch that do not run on IPUs; use --device cpu")
     trainer = backend.trainer(model)
     dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
-    batches = EpochOrder(
-        len(dataset),
-        backend.samples_per_step,
-        seed=settings.random_seed,
-        rank=backend.rank,
-        world_size=backend.world_size,
-    )
+    batches = EpochOrder(len(dataset), backend.samples_per_step, settings.random_seed, backend.rank, backend.world_size)
     run = Run(
         settings=settings,
         backend=backend,
