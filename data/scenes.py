@@ -47,7 +47,7 @@ from data.scene_captions import (
 from utils.command_line import Parser, exit_on_error
 from utils.files import replace_folder
 
-VERSION = 2  # of the renderings and captions: raised when the same settings would give other files
+VERSION = 3  # of the renderings and captions: raised when the same settings would give other files
 
 GRID = 12  # cells per side
 CELLS = {"small": 4, "large": 6}  # cells per side of an object
