@@ -25,7 +25,7 @@ from utils.command_line import (
     vqgan_file_flags,
     window_flag,
 )
-from utils.interrupts import sigterm_as_ctrl_c
+from utils.files import sigterm_as_ctrl_c
 
 if TYPE_CHECKING:
     import uvicorn

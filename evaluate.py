@@ -39,7 +39,7 @@ from utils.files import atomic_write, check_writable
 if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
     import torch
 
-    from data.loader import TextImageDataset
+    from data.dataset import TextImageDataset
     from generation.loading import LoadedModel
     from models.sampling import Sampling
 
@@ -159,7 +159,7 @@ def open_pairs(
     settings: Namespace, saved: Dict[str, Any], loaded: LoadedModel, folder: Optional[str] = None
 ) -> TextImageDataset:
     """Return the pairs of --input-folder, or of another, with the captions that train.py would use."""
-    from data.loader import TextImageDataset
+    from data.dataset import TextImageDataset
 
     trained = saved.get("settings", {})
     truncate = settings.truncate_captions

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Optional, Sequence
 import args
 import log
 from utils.command_line import exit_on_error
-from utils.interrupts import defer_signals, sigterm_as_ctrl_c
+from utils.files import defer_signals, sigterm_as_ctrl_c
 
 if TYPE_CHECKING:  # importing torch takes seconds, so flags are checked first
     from training.run import Run

@@ -15,10 +15,6 @@ from models.vae import ImageTokenizer
 Losses = Dict[str, float]  # total, text and image loss, in nats
 
 
-class SamplesLost(OSError):
-    """The loader can give no more samples; the message is one line."""
-
-
 class DeviceLost(ValueError):
     """A device failed, and the weights on it are lost; the message is one line."""
 

@@ -15,7 +15,6 @@ from typing import Any, Callable, Dict, Iterator, List
 import torch
 
 from backends.native.backend import NativeBackend, NativeTrainingBackend
-from backends.native.inference import NativeSampler
 from benchmarks import limits, networks
 from models.dalle import DALLE
 from models.packed_sampler import CachedStepper
@@ -168,7 +167,7 @@ def generation() -> None:
         with attempt(f"codes of {images} images at once"):
             peak_gb()
             _, model = networks.build_ours(REHEARSAL)
-            sampler = NativeSampler(model.eval(), backend)
+            sampler = backend.sampler(model, images)
             text = networks.random_batch(model, 1)[0].repeat(images, 1)
             noise: Any = lambda images=images: [torch.Generator().manual_seed(seed) for seed in range(images)]  # noqa: E731
             began = time.perf_counter()

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from backends.native.backend import NativeTrainingBackend
 from benchmarks.limits import Measurement
 from benchmarks.networks import parse_settings
-from data.loader import TextImageDataset
+from data.dataset import TextImageDataset
+from data.loader import EpochOrder, RunOrder
 from data.shapes import make_sample
 from data.tokenizer import load_tokenizer
-from training.loop import EpochOrder, RunOrder
 
 SIDE, CODES = 256, 256
 WINDOWS = 5

@@ -23,7 +23,6 @@ from torch import Tensor
 
 import args
 from backends.native.backend import NativeBackend, NativeTrainingBackend
-from backends.native.inference import NativeSampler
 from benchmarks import peer
 from benchmarks.limits import (
     DTYPES,
@@ -141,7 +140,7 @@ def time_sampling(
     backend: Any, model: DALLE, text: Tensor, sampling: Sampling, images: int, quick: bool
 ) -> Measurement:
     """Measure a sampler with one caption int64 (1, T)."""
-    sampler, text = NativeSampler(model, backend), text.repeat(images, 1)
+    sampler, text = backend.sampler(model, images), text.repeat(images, 1)
     stepper: Any = sampler.stepper
     passes: List[int] = []
 

@@ -33,7 +33,7 @@ from data.images import WorkerTracker, load_image
 from data.sources import ImageSource, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
 from utils.command_line import COUNT, NATURAL, Parser, exit_on_error, read_entry
-from utils.interrupts import ignore_interrupts_in_worker
+from utils.files import ignore_interrupts_in_worker
 
 DEADLY = "image whose reading kills the process"
 TOO_LONG = "caption file with more than {} tokens per caption"

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from data.files import UNREADABLE, StoredImage, open_image, printable, report_skipped
-from utils.interrupts import ignore_interrupts_in_worker
+from utils.files import ignore_interrupts_in_worker
 
 ImagePath = Union[str, Path, StoredImage]
 _SLOTS = 256  # workers of one DataLoader; more of them share slots, and the latest mark is kept

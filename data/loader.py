@@ -1,298 +1,140 @@
-"""Captioned images as training samples: those of a source (data/sources), or generated ones.
+"""Which samples each update takes, and the worker processes that read them.
 
 Everything random is a function of numbers that name it: an epoch's order of (seed, epoch), a caption's choice of (seed,
 epoch, index), a generated sample of (seed, index). So workers, processes and resumed runs share no state. Keys carry
 the epoch: `dataset[(epoch, index)]` returns that sample.
 """
 
-import copy
-import hashlib
+import itertools
 import logging
-import os
+import time
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Container, List, Optional, Sequence, Tuple, Union
+from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from data.captions import OTHER_VOCABULARY, CaptionCache, describe_set, describe_unknown, load_captions
-from data.codes import MappedRows
-from data.files import UNREAD, UNREADABLE, File, describe_others, printable, report_skipped
-from data.images import WorkerTracker, load_image
-from data.sources import ImagePath, folder_of, open_source
-from data.tokenizer import Tokenizer, check_length, encode_text
+from utils.files import defer_sigchld, ignore_interrupts_in_worker
 
 logger = logging.getLogger("minidalle")
-
-_LOGGED_UNREADABLE = 20  # images reported one by one; a disk that goes away would fill the log
-# Flags of images: an unreadable one is tried again; one whose reading killed a worker is not.
-_READABLE, _UNREADABLE, _DEADLY = 0, 1, 2
-_CAPTION, _DROPOUT, _ORDER, _GENERATED, _VALIDATION = range(5)  # first names of random numbers
+NOTICE_SECONDS = 5.0  # in which torch reports a worker whose pipe has broken
+RESTARTS = 3  # of the workers; without a limit, a machine short of memory would kill them forever
+SHARE = 0.1  # of a GPU's free memory for a set; COCO's takes 0.3 GB
+MEMORY_ADVICE = "; if memory ran out, fewer --dataloader-workers need less"
+CAPTION, DROPOUT, _ORDER, _GENERATED, _VALIDATION = range(5)  # first names of random numbers
 
 Key = Union[int, Tuple[int, int]]  # (epoch, index), or an index alone, in epoch 0
 
 
-class TextImageDataset(Dataset):
-    """The pairs of a folder or file: `dataset[index]` or `dataset[(epoch, index)]` is (text, image).
+class SamplesLost(OSError):
+    """The loader can give no more samples; the message is one line."""
 
-    text   int64 (text_seq_len,): the zero-padded tokens of one of the image's captions, another one in each epoch; all
-           zeros with probability `caption_dropout`
-    image  float32 (3, image_size, image_size) in [0, 1]; uint8 in [0, 255] if `byteio`; int64 (image_seq_len,) if codes
-           are attached
 
-    An image that cannot be read during training is replaced by the next one that can. It is logged once, and counted in
-    `lost`, in whichever process it was found.
+# SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014) turns a counter into 64
+# random bits. It carries no state and takes about 1 µs per number; seeding a torch or numpy generator takes 10 µs.
+_MASK = 0xFFFFFFFFFFFFFFFF
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(bits: Any) -> Any:
+    """Apply SplitMix64's output function, a bijection of 64-bit numbers, to an int or a uint64 array."""
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB & _MASK
+    return bits ^ (bits >> 31)
+
+
+def random_bits(*names: int) -> int:
+    """Return 64 random bits, an int in [0, 2**64), that depend only on the given numbers and their order."""
+    bits = 0
+    for name in names:
+        bits = _mix((bits + _GOLDEN + name) & _MASK)
+    return bits
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the permutation of an epoch, int64 (num_samples,), equal on every machine and with every numpy."""
+    start = random_bits(seed, _ORDER, epoch)
+    weights = _mix(np.arange(1, num_samples + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(start))
+    return np.argsort(weights, kind="stable")
+
+
+class EpochOrder:
+    """The batches of every epoch, as lists of (epoch, index).
+
+    The order of an epoch is a permutation that depends on (seed, epoch) alone. It is cut into global batches of
+    batch_size × world_size samples, and process `rank` takes its own batch_size of each: N processes together see the
+    batches that one process with an N times larger batch_size sees. The rest of an epoch is dropped.
+
+    Raises:
+        ValueError: the set is smaller than one global batch.
     """
 
-    to_encode = 0  # images without codes, if a dry run attached zeros in their place
+    def __init__(self, num_samples: int, batch_size: int, *, seed: int = 42, rank: int = 0, world_size: int = 1):
+        self.global_batch = batch_size * world_size
+        if num_samples < self.global_batch:
+            raise ValueError(f"one step takes {self.global_batch} samples, but the set has {num_samples}")
+        self.num_samples, self.batch_size, self.seed, self.rank = num_samples, batch_size, seed, rank
+        self.batches_per_epoch = num_samples // self.global_batch
+        self._latest: Optional[Tuple[int, np.ndarray]] = None  # epoch and order used last
+        self.enter(0, 0)
 
-    def __init__(
-        self,
-        folder: Union[str, Path],
-        tokenizer: Tokenizer,
-        *,
-        text_seq_len: int = 80,
-        image_size: int = 256,
-        truncate_captions: bool = False,
-        byteio: bool = False,
-        caption_dropout: float = 0.0,
-        seed: int = 42,
-        cache_dir: Union[str, Path, None] = None,
-        encoded: Container[File] = (),
-        validation: bool = False,
-    ):
-        """Find the pairs and tokenize all captions.
+    def enter(self, step: int, samples_seen: int) -> None:
+        """Let update `step` continue after the first `samples_seen` of the run, as `samples_seen` counts them."""
+        epoch, taken = divmod(samples_seen, self.num_samples)
+        if self.num_samples - taken < self.global_batch:  # too few are left in this epoch
+            epoch, taken = epoch + 1, 0
+        self._entered = step, epoch, taken
+        self._left = (self.num_samples - taken) // self.global_batch  # batches in that epoch
 
-        Args:
-            folder: what --input-folder names; data/sources lists the forms.
-            cache_dir: where tokens are cached. Caption files in the cache are known to be good and not opened.
-            encoded: images that are known to be good and not opened.
-            validation: of a form with splits, read those to validate on.
+    def place(self, step: int) -> Tuple[int, int]:
+        """Return the epoch of update `step`, and how many samples of the epoch come before it."""
+        first, epoch, taken = self._entered
+        if step - first < self._left:
+            return epoch, taken + (step - first) * self.global_batch
+        epochs, number = divmod(step - first - self._left, self.batches_per_epoch)
+        return epoch + 1 + epochs, number * self.global_batch
 
-        Raises:
-            FileNotFoundError, PermissionError, ValueError: the folder has no pair, a caption is too long, or the
-                vocabulary cannot read most of the captions.
-        """
-        self.path, self.folder = Path(folder), folder_of(folder)
-        self.text_seq_len = text_seq_len
-        self.image_size = image_size
-        self.byteio = byteio
-        self.caption_dropout = caption_dropout
-        self.seed = seed
-        cache = None if cache_dir is None else CaptionCache(self.folder, cache_dir, tokenizer)
-        self.source = open_source(
-            folder,
-            lambda file: file in encoded or (cache is not None and file in cache),
-            None if cache_dir is None else Path(cache_dir),
-            validation,
-        )
-        captions = load_captions(self.source.texts, self.folder, tokenizer, cache, self.source.captions)
-        self.counts = captions.counts(tokenizer.unknown)
-        self._captions = captions.without_unread(tokenizer.unknown)
-        good = self._captions.stops > self._captions.starts
-        unread = (len(captions.tokens) - len(self._captions.tokens)) // 2  # each is one id and its end
-        texts = [text for text, keep in zip(self.source.texts, good) if keep]
-        no_captions = [self.folder / file[0] for file, keep in zip(self.source.images, good) if not keep]
-        self.images: List[File] = [file for file, keep in zip(self.source.images, good) if keep]
-        self._captions = self._captions.select(good)
-        self._report(unread, no_captions)
-        if not truncate_captions:
-            self._refuse_long_captions(texts, tokenizer)
-        self._codes: Union[np.ndarray, MappedRows, None] = None
-        self._code_rows = np.zeros(0, dtype=np.int64)  # of each image
-        # One flag per image, in memory that worker processes share with their parent.
-        self._flags = torch.zeros(len(self.images), dtype=torch.uint8).share_memory_()
-        self._tracker = WorkerTracker()
+    def samples_seen(self, step: int) -> int:
+        """Return how many samples come before update `step`, with those that were dropped at the ends of epochs."""
+        epoch, taken = self.place(step)
+        return epoch * self.num_samples + taken
 
-    def _report(self, unread: int, no_captions: List[Path]) -> None:
-        """Log what the set holds and what is skipped; ValueError if the vocabulary cannot read most captions."""
-        number, path = len(self.counts.lengths), printable(self.path)
-        if 2 * unread > number:
-            raise ValueError(
-                f"{path}: the vocabulary reads only {number - unread:,} of {number:,} captions; {OTHER_VOCABULARY}"
-            )
-        logger.info("%s", describe_set(self.path, self.source.form, len(self), self.counts))
-        if unread:
-            logger.warning("skipped %s captions (%s)", f"{unread:,}", UNREAD)
-        warning = describe_unknown(self.counts)
-        if warning:
-            logger.warning("%s", warning)
-        report_skipped({**self.source.skipped, UNREAD: no_captions})
-        if self.source.others:
-            logger.info("not used: %s", describe_others(self.source.others))
+    def equivalent_step(self, step: int) -> int:
+        """Return the number that update `step` would have if the whole run had had batches of this size."""
+        epoch, taken = self.place(step)
+        return epoch * self.batches_per_epoch + taken // self.global_batch
 
-    def _refuse_long_captions(self, texts: List[File], tokenizer: Tokenizer) -> None:
-        index = self._captions.first_longer_than(self.text_seq_len)
-        if index is None:
-            return
-        name = texts[index][0]
-        path = printable(self.folder / name)
-        try:
-            for text in self.source.captions(name):
-                check_length(text, encode_text(tokenizer, text), self.text_seq_len)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        raise ValueError(f"{path}: changed while it was read")
+    def steps_of(self, epochs: int) -> int:
+        """Return the number of updates until `epochs` epochs have ended."""
+        first, epoch, _ = self._entered
+        return first + self._left + (epochs - epoch - 1) * self.batches_per_epoch if epochs > epoch else first
 
-    def attach_codes(self, codes: Union[np.ndarray, MappedRows], rows: Optional[np.ndarray] = None) -> None:
-        """Return codes instead of pixels from now on; call this before workers start.
+    def batch(self, epoch: int, taken: int) -> List[Tuple[int, int]]:
+        """Return this process's keys (epoch, index) of the global batch after the first `taken` samples of an epoch."""
+        if self._latest is None or self._latest[0] != epoch:
+            self._latest = epoch, epoch_order(self.num_samples, self.seed, epoch)
+        start = taken + self.rank * self.batch_size
+        return [(epoch, index) for index in self._latest[1][start : start + self.batch_size].tolist()]
 
-        Args:
-            codes: integers (N, image_seq_len).
-            rows: the row of each image in `codes` (default: in order). Images with row -1 leave the dataset.
-        """
-        rows = np.arange(len(self)) if rows is None else rows
-        good = rows >= 0
-        if len(codes.shape) != 2 or len(rows) != len(self) or rows.max() >= codes.shape[0]:
-            raise ValueError(f"codes of shape {tuple(codes.shape)} and {len(rows)} rows for {len(self)} images")
-        if not good.any():
-            raise ValueError(f"{printable(self.folder)}: none of its {len(self)} images could be encoded")
-        report_skipped({UNREADABLE: [self.folder / self.images[index][0] for index in np.flatnonzero(~good)]})
-        self._codes, self._code_rows = codes, rows
-        self._keep(np.flatnonzero(good))
 
-    def _keep(self, indices: np.ndarray) -> None:
-        self.images = [self.images[index] for index in indices]
-        self._captions = self._captions.select(indices)
-        self._flags = self._flags[torch.from_numpy(indices)].share_memory_()
-        self._tracker = WorkerTracker()  # a new one, because a copy of this dataset keeps other images
-        if self._codes is not None:
-            self._code_rows = self._code_rows[indices]
+class RunOrder(Sequence):
+    """The batches of a run from update `first` to before update `last`, epoch after epoch.
 
-    def split_off(self, share: float) -> "TextImageDataset":
-        """Remove a share of the pairs, at least one, and return them as a dataset without caption dropout.
+    A picklable sequence, so that a loader in another process can start anywhere in it.
+    """
 
-        A hash of the image's name selects them: the same images with every seed, and mostly the same after the folder
-        has grown.
-
-        Raises:
-            ValueError: nothing would be left.
-        """
-        names = [os.fsencode(name) for name, _, _ in self.images]
-        order = sorted(range(len(names)), key=lambda index: hashlib.sha256(names[index]).digest())
-        count = count_validation(len(order), share)
-        if count >= len(order):
-            raise ValueError(f"{printable(self.folder)}: {len(order)} pairs are too few to split off {share:g} of them")
-        validation_set = copy.copy(self)
-        validation_set.caption_dropout = 0.0
-        validation_set._keep(np.sort(order[:count]))
-        self._keep(np.sort(order[count:]))
-        return validation_set
-
-    def fingerprint(self) -> str:
-        """Return a hash of the image names and the tokens of their captions."""
-        digest = hashlib.sha256()
-        for index, (name, _, _) in enumerate(self.images):
-            digest.update(os.fsencode(name) + b"\0" + self._captions.file_tokens(index).tobytes())
-        return digest.hexdigest()
-
-    @property
-    def lost(self) -> int:
-        """Number of images that became unreadable after the scan."""
-        return int((self._flags != _READABLE).sum())
-
-    def exclude_images_of(self, message: str) -> List[str]:
-        """Never read again what the dead workers of torch's error message were reading; return the names."""
-        indices = self._tracker.of_dead(message)
-        self._flags[indices] = _DEADLY
-        return [printable(self.folder / self.images[index][0]) for index in indices]
+    def __init__(self, batches: EpochOrder, first: int, last: int):
+        self.batches, self.first, self.last = batches, first, last
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.last - self.first
 
-    def image(self, index: int) -> ImagePath:
-        """Return where to read the image of this index."""
-        return self.source.image(self.images[index][0])
-
-    def image_paths(self) -> List[ImagePath]:
-        """Return where to read each image."""
-        return [self.image(index) for index in range(len(self))]
-
-    def __getitem__(self, key: Key) -> Tuple[torch.Tensor, torch.Tensor]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        index = range(len(self))[index]
-        if self._codes is not None:
-            codes = self._codes[self._code_rows[index]]
-            return self.text(epoch, index), torch.from_numpy(codes.astype(np.int64))
-        for candidate in [*range(index, len(self)), *range(index)]:
-            if self._flags[candidate] == _DEADLY:
-                continue
-            self._tracker.mark(candidate)
-            try:
-                pixels = load_image(self.image(candidate), self.image_size)
-            except (ValueError, OSError) as error:
-                self._note_unreadable(candidate, error)
-                continue
-            finally:
-                self._tracker.mark(-1)
-            image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (size, size, 3) -> (3, size, size)
-            return self.text(epoch, candidate), image if self.byteio else image.float().div_(255)
-        raise ValueError(f"{printable(self.folder)}: none of its {len(self)} images can be read any more")
-
-    def captions(self, index: int) -> List[np.ndarray]:
-        """Return the tokens of all captions of an image."""
-        return self._captions[index]
-
-    def text(self, epoch: int, index: int) -> torch.Tensor:
-        """Return the tokens of an image's caption in an epoch, int64 (text_seq_len,), zero-padded."""
-        captions = self._captions[index]
-        number = self._choose_caption(epoch, index, len(captions))
-        return self._pad(() if number is None else captions[number])
-
-    def _choose_caption(self, epoch: int, index: int, count: int) -> Optional[int]:
-        """Return which of an image's captions an epoch uses; None: none of them."""
-        if random_bits(self.seed, _DROPOUT, epoch, index) < self.caption_dropout * 2.0**64:
-            return None
-        return random_bits(self.seed, _CAPTION, epoch, index) % count
-
-    def tables(self, most: float) -> Optional[Tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
-        """Return everything that `rows` refers to, if it takes at most `most` bytes and codes are attached.
-
-        Returns:
-            texts int32 (1 + captions, text_seq_len), first an empty one; codes int32 (N, image_seq_len); and int64
-            (N + 1,), the number of captions before each image.
-        """
-        if self._codes is None:
-            return None
-        ends = [0, *(len(self._captions[index]) for index in range(len(self)))]
-        before = np.cumsum(ends, dtype=np.int64)
-        if 4 * ((1 + before[-1]) * self.text_seq_len + len(self) * self._codes.shape[1]) > most:
-            return None
-        texts = np.zeros((1 + before[-1], self.text_seq_len), dtype=np.int32)
-        captions = (caption for index in range(len(self)) for caption in self._captions[index])
-        for row, caption in zip(texts[1:], captions):
-            row[: len(caption)] = caption[: self.text_seq_len]
-        codes = self._codes[self._code_rows].astype(np.int32)
-        return torch.from_numpy(texts), torch.from_numpy(codes), before
-
-    def rows(self, keys: Sequence[Key], before: np.ndarray) -> torch.Tensor:
-        """Return the rows int64 (2, B) of samples in the texts and codes of `tables`."""
-        found = []
-        for epoch, index in (key if isinstance(key, tuple) else (0, key) for key in keys):
-            index = range(len(self))[index]
-            number = self._choose_caption(epoch, index, int(before[index + 1] - before[index]))
-            found.append((0 if number is None else 1 + int(before[index]) + number, index))
-        return torch.tensor(found).T.contiguous()
-
-    def first_caption(self, index: int) -> torch.Tensor:
-        """Return the first caption of an image, int64 (text_seq_len,), zero-padded."""
-        return self._pad(self._captions[index][0])
-
-    def _pad(self, tokens: Union[Sequence[int], np.ndarray]) -> torch.Tensor:
-        text = np.zeros(self.text_seq_len, dtype=np.int64)
-        tokens = tokens[: self.text_seq_len]
-        text[: len(tokens)] = tokens
-        return torch.from_numpy(text)
-
-    def _note_unreadable(self, index: int, error: Exception) -> None:
-        if self._flags[index] != _READABLE:
-            return
-        self._flags[index] = _UNREADABLE
-        if self.lost <= _LOGGED_UNREADABLE:
-            more = "; further ones are only counted" if self.lost == _LOGGED_UNREADABLE else ""
-            logger.warning("%s; using another image instead%s", error, more)
+    def __getitem__(self, place: Any) -> List[Tuple[int, int]]:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        return self.batches.batch(*self.batches.place(self.first + place))
 
 
 def count_validation(images: int, share: float) -> int:
@@ -353,29 +195,96 @@ class GeneratedDataset(Dataset):
         return text, torch.from_numpy(random.random(shape, dtype=np.float32))
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the permutation of an epoch, int64 (num_samples,), equal on every machine and with every numpy."""
-    start = random_bits(seed, _ORDER, epoch)
-    weights = _mix(np.arange(1, num_samples + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(start))
-    return np.argsort(weights, kind="stable")
+class SetOnDevice:
+    """The captions and codes of a set on a GPU, where samples are gathered; one small copy each step.
+
+    Attributes:
+        fits: whether they take at most SHARE of the free memory, and can be uploaded at all.
+    """
+
+    def __init__(self, dataset: Any, device: torch.device, free: int):
+        self.dataset, self.device = dataset, device
+        tables = dataset.tables(SHARE * free)
+        self.fits = tables is not None
+        if tables is not None:
+            texts, codes, self.before = tables
+            self.texts, self.codes = texts.to(device), codes.to(device)
+
+    def gather(self, keys: Sequence[Any]) -> Tuple[Tensor, Tensor]:
+        """Return text and codes of samples, int64 (B, …), on the device."""
+        rows = self.dataset.rows(keys, self.before).pin_memory().to(self.device, non_blocking=True)
+        return self.texts[rows[0]].long(), self.codes[rows[1]].long()
 
 
-# SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014) turns a counter into 64
-# random bits. It carries no state and takes about 1 µs per number; seeding a torch or numpy generator takes 10 µs.
-_MASK = 0xFFFFFFFFFFFFFFFF
-_GOLDEN = 0x9E3779B97F4A7C15
+class MicroBatches:
+    """A batch sampler that cuts each list of keys into micro-batches of `size`, skipping the first `done`."""
+
+    def __init__(self, order: Iterable[List[Any]], size: int, done: int = 0):
+        self.order, self.size, self.done = order, size, done
+
+    def __iter__(self) -> Iterator[List[Any]]:
+        """Yield the keys of each micro-batch; none has keys of two lists."""
+        cut = (keys[first : first + self.size] for keys in self.order for first in range(0, len(keys), self.size))
+        return itertools.islice(cut, self.done, None)
 
 
-def _mix(bits: Any) -> Any:
-    """Apply SplitMix64's output function, a bijection of 64-bit numbers, to an int or a uint64 array."""
-    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB & _MASK
-    return bits ^ (bits >> 31)
+def read_in_workers(
+    dataset: Any, order: Sequence[List[Any]], size: int, workers: int, pin_memory: bool
+) -> Iterator[Tuple[Tensor, Tensor]]:
+    """Yield the (text, image) tensors of each micro-batch.
+
+    A sample depends on its key alone, so new workers continue at the missing micro-batch after one was killed; another
+    image replaces the one that it was reading.
+
+    Raises:
+        SamplesLost: workers keep being killed, or no image can be read any more.
+    """
+    done = killed = 0
+    while True:
+        loader = DataLoader(
+            dataset,
+            batch_sampler=MicroBatches(order, size, done),
+            num_workers=workers,
+            worker_init_fn=ignore_interrupts_in_worker,
+            pin_memory=pin_memory,
+        )
+        try:
+            for micro_batch in loader:
+                done += 1
+                with defer_sigchld():
+                    yield micro_batch
+            return
+        except (RuntimeError, ConnectionError) as error:
+            reason, names = explain_dead_worker(error, dataset)
+        except (ValueError, OSError) as error:
+            raise SamplesLost(last_line(error)) from None
+        killed += 1
+        if killed > RESTARTS:
+            raise SamplesLost(reason + MEMORY_ADVICE)
+        replaced = "another image replaces it, and " if names else ""
+        logger.warning("%s; %snew workers continue", reason, replaced)
 
 
-def random_bits(*names: int) -> int:
-    """Return 64 random bits, an int in [0, 2**64), that depend only on the given numbers and their order."""
-    bits = 0
-    for name in names:
-        bits = _mix((bits + _GOLDEN + name) & _MASK)
-    return bits
+def explain_dead_worker(error: Exception, dataset: Any) -> Tuple[str, List[str]]:
+    """Return a line about the killed worker, and the names of the images that it was reading.
+
+    Any other error is raised again.
+    """
+    if isinstance(error, ConnectionError):  # its pipe broke before torch noticed its end
+        try:
+            time.sleep(NOTICE_SECONDS)
+        except RuntimeError as noticed:
+            error = noticed
+        else:
+            return "DataLoader worker has ended", []
+    reason = str(error).splitlines()[0].rstrip(". ")
+    if not reason.startswith("DataLoader worker"):
+        raise error
+    names = dataset.exclude_images_of(reason)
+    return f"{reason}, reading {' and '.join(names)}" if names else reason, names
+
+
+def last_line(error: Exception) -> str:
+    """Return an exception's message; of one from a worker, which holds a whole traceback, the last line's."""
+    message = str(error).strip()
+    return message.splitlines()[-1].partition(": ")[2] if "in DataLoader worker process" in message else message

@@ -12,9 +12,8 @@ import torch
 
 import args
 import backends
-from data.loader import GeneratedDataset
+from data.loader import EpochOrder, GeneratedDataset, RunOrder
 from models.dalle import DALLE
-from training.loop import EpochOrder, RunOrder
 
 STEPS = 10
 STANDIN_TOLERANCE = 1e-5

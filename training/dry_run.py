@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence,
 import torch
 
 from backends import memory_explained
-from backends.native.backend import free_memory, read_status, total_memory
+from backends.native.inference import free_memory, read_status, total_memory
 from data.images import load_image
+from data.loader import RunOrder
 from training import checkpoints
-from training.loop import RunOrder, describe_less
+from training.loop import describe_less
 
 if TYPE_CHECKING:
     from backends.base import StageEstimate

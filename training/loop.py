@@ -1,8 +1,7 @@
 """Advance a run update by update, so that it can stop at any moment and resume exactly.
 
 An update, its count and its log line are never separated by a signal. Validation and the end of an epoch may be
-interrupted: the checkpoint then records that they are still to be done, and the resumed run begins with them. The
-samples of an update are a function of seed and step, and its learning rate of step, epoch and earlier losses.
+interrupted: the checkpoint then records that they are still to be done, and the resumed run begins with them.
 """
 
 from __future__ import annotations
@@ -11,19 +10,17 @@ import contextlib
 import logging
 import math
 import time
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Tuple
 
-import numpy as np
 import torch
 
 import log
 from backends import OutOfMemory, memory_explained
-from backends.base import DeviceLost, SamplesLost
+from backends.base import DeviceLost
 from data.files import count
-from data.loader import epoch_order, random_bits
+from data.loader import RunOrder, SamplesLost, random_bits
 from training import checkpoints, validation
-from utils.interrupts import defer_signals, signal_pending
-from utils.optimization import cosine
+from utils.files import defer_signals, signal_pending
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -209,143 +206,3 @@ class OverfittingMonitor:
         overfits = len(steps) == RISES and all(after[0] < before[0] and after[1] > before[1] for before, after in steps)
         warn, self._warned = overfits and not self._warned, self._warned or overfits
         return warn
-
-
-class EpochOrder:
-    """The batches of every epoch, as lists of (epoch, index).
-
-    The order of an epoch is a permutation that depends on (seed, epoch) alone. It is cut into global batches of
-    batch_size × world_size samples, and process `rank` takes its own batch_size of each: N processes together see the
-    batches that one process with an N times larger batch_size sees. The rest of an epoch is dropped.
-
-    Raises:
-        ValueError: the set is smaller than one global batch.
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, *, seed: int = 42, rank: int = 0, world_size: int = 1):
-        self.global_batch = batch_size * world_size
-        if num_samples < self.global_batch:
-            raise ValueError(f"one step takes {self.global_batch} samples, but the set has {num_samples}")
-        self.num_samples, self.batch_size, self.seed, self.rank = num_samples, batch_size, seed, rank
-        self.batches_per_epoch = num_samples // self.global_batch
-        self._latest: Optional[Tuple[int, np.ndarray]] = None  # epoch and order used last
-        self.enter(0, 0)
-
-    def enter(self, step: int, samples_seen: int) -> None:
-        """Let update `step` continue after the first `samples_seen` of the run, as `samples_seen` counts them."""
-        epoch, taken = divmod(samples_seen, self.num_samples)
-        if self.num_samples - taken < self.global_batch:  # too few are left in this epoch
-            epoch, taken = epoch + 1, 0
-        self._entered = step, epoch, taken
-        self._left = (self.num_samples - taken) // self.global_batch  # batches in that epoch
-
-    def place(self, step: int) -> Tuple[int, int]:
-        """Return the epoch of update `step`, and how many samples of the epoch come before it."""
-        first, epoch, taken = self._entered
-        if step - first < self._left:
-            return epoch, taken + (step - first) * self.global_batch
-        epochs, number = divmod(step - first - self._left, self.batches_per_epoch)
-        return epoch + 1 + epochs, number * self.global_batch
-
-    def samples_seen(self, step: int) -> int:
-        """Return how many samples come before update `step`, with those that were dropped at the ends of epochs."""
-        epoch, taken = self.place(step)
-        return epoch * self.num_samples + taken
-
-    def equivalent_step(self, step: int) -> int:
-        """Return the number that update `step` would have if the whole run had had batches of this size."""
-        epoch, taken = self.place(step)
-        return epoch * self.batches_per_epoch + taken // self.global_batch
-
-    def steps_of(self, epochs: int) -> int:
-        """Return the number of updates until `epochs` epochs have ended."""
-        first, epoch, _ = self._entered
-        return first + self._left + (epochs - epoch - 1) * self.batches_per_epoch if epochs > epoch else first
-
-    def batch(self, epoch: int, taken: int) -> List[Tuple[int, int]]:
-        """Return this process's keys (epoch, index) of the global batch after the first `taken` samples of an epoch."""
-        if self._latest is None or self._latest[0] != epoch:
-            self._latest = epoch, epoch_order(self.num_samples, self.seed, epoch)
-        start = taken + self.rank * self.batch_size
-        return [(epoch, index) for index in self._latest[1][start : start + self.batch_size].tolist()]
-
-
-class RunOrder(Sequence):
-    """The batches of a run from update `first` to before update `last`, epoch after epoch.
-
-    A picklable sequence, so that a loader in another process can start anywhere in it.
-    """
-
-    def __init__(self, batches: EpochOrder, first: int, last: int):
-        self.batches, self.first, self.last = batches, first, last
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __getitem__(self, place: Any) -> List[Tuple[int, int]]:
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        return self.batches.batch(*self.batches.place(self.first + place))
-
-
-def multi_step(epoch: int, epochs: int, late: float = 0.1) -> float:
-    """Warm up linearly over the first fifth of the epochs, then 1, then `late` for the second half of the rest."""
-    warmup = int(0.2 * epochs)
-    if epoch < warmup:
-        return (1 + epoch) / (1 + warmup)
-    return 1.0 if epoch < warmup + (epochs - warmup) / 2 else late
-
-
-def trapezoid(step: int, steps: int, warmup: int) -> float:
-    """Warm up linearly over `warmup` steps, then 1, then fall linearly towards 0 over the second half of the run."""
-    return min((1 + step) / (1 + warmup), 1.0, 2 * (steps - step) / steps)
-
-
-class LearningRate:
-    """The learning rate of each update of a run of `steps` updates in `epochs` epochs.
-
-    ReduceLROnPlateau (factor 0.5, patience 10, cooldown 10, minimum 1e-6) depends on the losses given to epoch_ended,
-    the others only on step and epoch.
-    """
-
-    steps = epochs = 1
-
-    def __init__(self, name: str, peak: float, warmup_steps: int = 0):
-        """Take a value of --lr-scheduler and its flags."""
-        self.name, self.peak, self.warmup_steps = name, peak, warmup_steps
-        # torch's scheduler does the bookkeeping, on a parameter that is not trained.
-        self._holder = torch.optim.SGD([torch.zeros(1)], lr=peak)
-        self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self._holder, factor=0.5, patience=10, cooldown=10, min_lr=1e-6
-        )
-
-    def at(self, step: int, epoch: int) -> float:
-        """Return the learning rate of update `step` in `epoch`, both from 0."""
-        if self.name in ("multi_step", "constant"):
-            return self.peak * multi_step(epoch, self.epochs, late=0.1 if self.name == "multi_step" else 1.0)
-        if self.name in ("cosine", "trapezoid"):
-            factor = cosine if self.name == "cosine" else trapezoid
-            return self.peak * factor(step, self.steps, self.warmup_steps)
-        return self._holder.param_groups[0]["lr"]
-
-    def epoch_ended(self, loss: float) -> None:
-        """Take the validation loss, or the mean training loss, of the epoch that ended."""
-        if self.name == "ReduceLROnPlateau":
-            self._plateau.step(loss)
-
-    def state_dict(self) -> Dict[str, Any]:
-        """Return the state in plain values."""
-        plain = (int, float, list)
-        state = {key: value for key, value in self._plateau.state_dict().items() if isinstance(value, plain)}
-        return {"name": self.name, "lr": self._holder.param_groups[0]["lr"], "plateau": state}
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Load the state of a scheduler of the same name; ignore that of another.
-
-        Of the reference application's plateau only the rate counts: it compared losses of single micro-batches.
-        """
-        if state.get("name") == self.name:
-            self._holder.param_groups[0]["lr"] = state["lr"]
-            self._plateau.load_state_dict(state["plateau"])
-        elif self.name == "ReduceLROnPlateau" and isinstance(state.get("_last_lr"), list):
-            self._holder.param_groups[0]["lr"] = float(state["_last_lr"][0])

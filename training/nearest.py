@@ -20,7 +20,7 @@ from training.validation import make_sample_grid
 from utils.files import atomic_write
 
 if TYPE_CHECKING:
-    from data.loader import TextImageDataset
+    from data.dataset import TextImageDataset
     from generation.loading import LoadedModel
 
 SIDE = 32  # pixels that images are reduced to for the comparison

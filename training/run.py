@@ -19,21 +19,84 @@ import log
 from args import NETWORK
 from backends.base import Trainer, TrainingBackend
 from data.codes import load_codes, open_code_cache
+from data.dataset import TextImageDataset
 from data.files import printable
-from data.loader import GeneratedDataset, TextImageDataset, count_validation
+from data.loader import EpochOrder, GeneratedDataset, count_validation
 from data.sources import folder_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from generation.loading import read_model
 from models.dalle import DALLE
 from models.vae import ImageTokenizer, VQGanVAE
 from models.vqgan_files import OFFICIAL_PARAMS, load_vqgan
-from training import checkpoints
-from training.loop import EpochOrder, LearningRate
-from training.metrics import Trackers, open_trackers
+from training import checkpoints, resume
 from utils import checkpoint
 from utils.files import check_writable
+from utils.optimization import cosine
 
 logger = logging.getLogger("minidalle")
+
+
+def multi_step(epoch: int, epochs: int, late: float = 0.1) -> float:
+    """Warm up linearly over the first fifth of the epochs, then 1, then `late` for the second half of the rest."""
+    warmup = int(0.2 * epochs)
+    if epoch < warmup:
+        return (1 + epoch) / (1 + warmup)
+    return 1.0 if epoch < warmup + (epochs - warmup) / 2 else late
+
+
+def trapezoid(step: int, steps: int, warmup: int) -> float:
+    """Warm up linearly over `warmup` steps, then 1, then fall linearly towards 0 over the second half of the run."""
+    return min((1 + step) / (1 + warmup), 1.0, 2 * (steps - step) / steps)
+
+
+class LearningRate:
+    """The learning rate of each update of a run of `steps` updates in `epochs` epochs.
+
+    ReduceLROnPlateau (factor 0.5, patience 10, cooldown 10, minimum 1e-6) depends on the losses given to epoch_ended,
+    the others only on step and epoch.
+    """
+
+    steps = epochs = 1
+
+    def __init__(self, name: str, peak: float, warmup_steps: int = 0):
+        """Take a value of --lr-scheduler and its flags."""
+        self.name, self.peak, self.warmup_steps = name, peak, warmup_steps
+        # torch's scheduler does the bookkeeping, on a parameter that is not trained.
+        self._holder = torch.optim.SGD([torch.zeros(1)], lr=peak)
+        self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self._holder, factor=0.5, patience=10, cooldown=10, min_lr=1e-6
+        )
+
+    def at(self, step: int, epoch: int) -> float:
+        """Return the learning rate of update `step` in `epoch`, both from 0."""
+        if self.name in ("multi_step", "constant"):
+            return self.peak * multi_step(epoch, self.epochs, late=0.1 if self.name == "multi_step" else 1.0)
+        if self.name in ("cosine", "trapezoid"):
+            factor = cosine if self.name == "cosine" else trapezoid
+            return self.peak * factor(step, self.steps, self.warmup_steps)
+        return self._holder.param_groups[0]["lr"]
+
+    def epoch_ended(self, loss: float) -> None:
+        """Take the validation loss, or the mean training loss, of the epoch that ended."""
+        if self.name == "ReduceLROnPlateau":
+            self._plateau.step(loss)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the state in plain values."""
+        plain = (int, float, list)
+        state = {key: value for key, value in self._plateau.state_dict().items() if isinstance(value, plain)}
+        return {"name": self.name, "lr": self._holder.param_groups[0]["lr"], "plateau": state}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Load the state of a scheduler of the same name; ignore that of another.
+
+        Of the reference application's plateau only the rate counts: it compared losses of single micro-batches.
+        """
+        if state.get("name") == self.name:
+            self._holder.param_groups[0]["lr"] = state["lr"]
+            self._plateau.load_state_dict(state["plateau"])
+        elif self.name == "ReduceLROnPlateau" and isinstance(state.get("_last_lr"), list):
+            self._holder.param_groups[0]["lr"] = float(state["_last_lr"][0])
 
 
 @dataclasses.dataclass
@@ -63,7 +126,7 @@ class Run:
     best_loss: Optional[float] = None
     post_update_done: bool = True  # whether validation and the end of the epoch have followed the last update
 
-    trackers: Trackers = dataclasses.field(default_factory=Trackers)
+    trackers: log.Trackers = dataclasses.field(default_factory=log.Trackers)
     samples: Any = None  # what sample images show, once read
     captions: Optional[Dict[str, Any]] = None  # words and examples of the training captions, once collected
 
@@ -114,14 +177,14 @@ def build(settings: Namespace) -> Run:
             raise FileNotFoundError(f"--{flag.replace('_', '-')} {folder}: no such folder")
     # The checkpoint is read before images are encoded, which may take hours.
     folder = checkpoints.Folder(settings, writes=not backend.rank and not settings.dry_run)
-    origin = folder.origin()
+    origin = resume.find_origin(settings, folder) if settings.pretrained_checkpoint or settings.resume else None
     folder.prepare()
     torch.manual_seed(settings.random_seed)
     if tokenizer is None:
         initial, tokenizer, options = read_initial_model(settings)
         vae = initial.vae
     else:
-        initial, options = None, checkpoints.network_options(origin)
+        initial, options = None, resume.network_options(origin[1]) if origin else {}
         vae = build_vqgan(settings, generated)
     hparams = {
         "num_text_tokens": tokenizer.vocab_size,
@@ -131,7 +194,7 @@ def build(settings: Namespace) -> Run:
         "heads": settings.num_attention_heads,
         "dim_head": settings.dim_head,
         "loss_img_weight": settings.loss_img_weight,
-        "attn_types": checkpoints.attention_patterns(settings, origin),
+        "attn_types": resume.attention_patterns(settings, origin) if origin else tuple(settings.attn_types),
         "ff_dropout": settings.ff_dropout,
         "attn_dropout": settings.attn_dropout,
         "sandwich_norm": settings.sandwich_norm,
@@ -170,7 +233,7 @@ def build(settings: Namespace) -> Run:
     )
     run.set_length()
     if origin is not None:
-        checkpoints.resume(run, *origin, model)
+        resume.load_progress(run, *origin, model)
     if not backend.rank and not settings.dry_run:
         run.trackers = open_trackers(settings, folder.path, run.step)  # last, when nothing else can fail
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -179,6 +242,16 @@ def build(settings: Namespace) -> Run:
         logger.info("%d images in the validation set", len(validation_set))
     logger.info("%s trainable parameters, %d text tokens", f"{trainable:,}", tokenizer.vocab_size)
     return run
+
+
+def open_trackers(settings: Namespace, folder: Optional[Path], step: int) -> log.Trackers:
+    """Return the trackers of a run that has had `step` updates; ValueError if a package is missing."""
+    trackers = []
+    if settings.wandb or settings.tensorboard:
+        from training import trackers as packages
+
+        trackers = packages.open_trackers(settings, folder, step)
+    return log.Trackers(([log.MetricsFile(folder / "metrics.jsonl", step)] if folder else []) + trackers)
 
 
 def read_initial_model(settings: Namespace) -> Tuple[DALLE, Tokenizer, Dict[str, Any]]:
@@ -190,7 +263,7 @@ def read_initial_model(settings: Namespace) -> Tuple[DALLE, Tokenizer, Dict[str,
     for name, key in NETWORK.items():
         setattr(settings, name, saved["hparams"][key])
     logger.info("%s: a new run starts with its weights, network, vocabulary and VQGAN", path)
-    return model, tokenizer, checkpoints.network_options((path, saved))
+    return model, tokenizer, resume.network_options(saved)
 
 
 def build_vqgan(settings: Namespace, generated: bool) -> ImageTokenizer:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.scene_captions import BACKGROUNDS, Scene, objects, withheld_scene
 from data.scenes import CELLS, GRID, Placed, draw, place, place_crowd
-from utils.checkpoint import write
+from training.checkpoints import write
 from utils.command_line import Parser, exit_on_error
 from utils.muon import has_amx
 from utils.optimization import cosine

@@ -15,7 +15,7 @@ from args import VQGAN_SIZES
 from models.vae import VQGanVAE
 from models.vqgan_files import load_vqgan
 from models.vqgan_training import VQGanTrainer
-from utils.checkpoint import write
+from training.checkpoints import write
 from utils.files import atomic_write, first_line
 
 logger = logging.getLogger("minidalle")

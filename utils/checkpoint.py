@@ -5,7 +5,6 @@ scheduler_state. Further entries are ours: step, tokenizer, sampling, settings, 
 tensors or plain values. A .safetensors file holds the weights and what generating needs, nothing of the training.
 """
 
-import collections
 import contextlib
 import json
 import os
@@ -16,7 +15,7 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,26 +45,6 @@ EXPORTED_KEYS = (
     *("hparams", "vae_params", "epoch", "step", "progress", "tokenizer", "vqgan", "data", "sampling"),
     *("settings", "versions", "captions", "exported"),
 )
-
-
-def write(path: AnyPath, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint with torch.save and read it back before it gets its name.
-
-    Raises:
-        OSError: the file cannot be written; an older one of that name is still there.
-    """
-    try:
-        with atomic_write(path, sync=True) as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            with zipfile.ZipFile(file.name) as archive:
-                if archive.testzip() is not None:
-                    raise zipfile.BadZipFile("checksum differs")
-    except zipfile.BadZipFile as error:
-        raise OSError(f"{path}: what was written cannot be read back ({first_line(error)})") from error
-    except RuntimeError as error:  # torch's writer raises it when the disk is full
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"{path}: could not be written ({first_line(reason)})") from error
 
 
 def write_safetensors(path: AnyPath, checkpoint: Checkpoint, half: bool = False) -> None:
@@ -237,11 +216,6 @@ def step_of(path: AnyPath) -> Optional[int]:
     return None
 
 
-def canonical_weights(state: Tensors) -> Tensors:
-    """Return a DALLE's state dict under the names that files use."""
-    return {PREFIX + name: tensor.detach().cpu() for name, tensor in state.items()}
-
-
 def model_weights(weights: Tensors) -> Tensors:
     """Return a file's weights under a DALLE's own names: embeddings that were split joined, floating point as fp32.
 
@@ -314,13 +288,6 @@ def short(fingerprint: Any) -> str:
 def split_words(text: str) -> List[str]:
     """Return the words of a text in lower case, without punctuation."""
     return re.findall(r"\w+(?:['’-]\w+)*", text.lower())
-
-
-def summarize_captions(captions: Iterable[str], examples: Iterable[str]) -> Dict[str, Any]:
-    """Return a checkpoint's `captions` entry: {"words": {word: count}, "examples": [caption]}."""
-    counts = collections.Counter(word for caption in captions for word in split_words(caption))
-    short = (caption for caption in examples if caption and len(caption) <= EXAMPLE_CHARACTERS)
-    return {"words": dict(counts.most_common(MAX_WORDS)), "examples": list(dict.fromkeys(short))[:EXAMPLES]}
 
 
 def read_summary(entry: Any) -> Tuple[Dict[str, int], List[str]]:

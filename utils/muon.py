@@ -52,8 +52,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         gradients: List[Any] = [parameter.grad for parameter in parameters]
-        torch._foreach_mul_(averages, momentum)
-        torch._foreach_add_(averages, gradients, alpha=1 - momentum)
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
         ahead = torch._foreach_mul(gradients, 1 - momentum)  # Nesterov's
         torch._foreach_add_(ahead, averages, alpha=momentum)
         return [x.flatten(1) for x in ahead]
@@ -84,5 +83,5 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)

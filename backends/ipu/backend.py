@@ -34,8 +34,7 @@ from backends.native.trainer import ADAM_EPS
 from models.dalle import DALLE, parameter_groups
 from models.pipeline_dalle import Placement, check_micro_batches, placement, stages
 from models.vae import ImageTokenizer
-from utils import interrupts
-from utils.files import check_writable
+from utils.files import check_writable, defer_sigchld, ignore_interrupts_in_worker
 
 logger = logging.getLogger("minidalle")
 OPTIMIZERS = ("Adam", "AdamW")  # that PopTorch has
@@ -340,12 +339,12 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
                 drop_last=True,
                 auto_distributed_partitioning=False,  # the order holds only this instance's samples
                 mode=mode,
-                worker_init_fn=interrupts.ignore_interrupts_in_worker,
+                worker_init_fn=ignore_interrupts_in_worker,
                 **rebatching,
             )
             try:
                 for batch in batches:
-                    with interrupts.defer_sigchld():
+                    with defer_sigchld():
                         yield batch
             finally:
                 batches.terminate()

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from backends.base import SamplesLost
-from backends.native.resilient_loader import MEMORY_ADVICE, explain_dead_worker, last_line
+from data.loader import MEMORY_ADVICE, SamplesLost, explain_dead_worker, last_line
 from models.dalle import DALLE
 from models.pipeline_dalle import unshare_masks
 from models.sampling import CodeCallback, Generators, Sampling, check_given_codes, gumbel_noise

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from backends.base import Backend, Losses, StageEstimate, Trainer, TrainingBackend
 from backends.native.gpu_attention import use_cudnn_attention, use_fused_attention
-from backends.native.inference import NativeSampler, decoder, encoder
-from backends.native.resilient_loader import SetOnDevice, read
+from backends.native.inference import NativeSampler, decoder, encoder, free_memory, images_at_once
 from backends.native.trainer import NativeTrainer, mean_losses
+from data.loader import SetOnDevice, read_in_workers
 from models.dalle import DALLE
 from models.vae import ImageTokenizer
-from utils import interrupts
+from utils.files import raise_if_pending
 
 logger = logging.getLogger("minidalle")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,9 +51,6 @@ IPU_ONLY = {  # flags without effect here, with their defaults
     "enable_als": False,
     "enable_half_first_order_momentum": False,
 }
-
-
-AT_ONCE = {"cpu": 32, "cuda": 256}  # images from which on larger batches are no faster
 
 
 class NativeBackend(Backend):
@@ -85,40 +82,28 @@ class NativeBackend(Backend):
         return f", in {self.world_size} processes" if self.world_size > 1 else ""
 
     def autocast(self) -> ContextManager[Any]:
-        """Return a context in which modules compute in the backend's precision."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.kind, self.dtype)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Return the rows (n, …) of all processes, rank 0's first."""
         self.processes.connect(torch.device("cpu"))
         with self.processes.losses_explained():
             return self.processes.gather(rows)
 
     def encode(self, vae: ImageTokenizer) -> Callable[[Tensor], Tensor]:
-        """Return a function from pixels to codes."""
         return encoder(vae, self.device)
 
     def decode(self, vae: ImageTokenizer) -> Callable[..., Tensor]:
-        """Return a function from codes to pixels."""
         return decoder(vae, self.device, self.precision)
 
     def images_at_once(self, model: DALLE) -> int:
-        """Return how many images are fast and fit half of the free memory."""
-        attention = model.transformer.layers[0][0].fn.fn
-        keys_and_values = 2 * len(model.transformer.layers) * attention.heads * attention.dim_head  # of one position
-        positions = model.text_seq_len + model.image_seq_len
-        noise = model.image_seq_len * model.num_image_tokens
-        image = 4 * (2 * keys_and_values * positions + 2 * noise + 64 * 3 * model.vae.image_size**2)  # with guidance
-        return int(max(1, min(AT_ONCE[self.kind], free_memory(self.device) // 2 // image)))
+        return images_at_once(model, self.device)
 
     def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
-        """Return `generate_codes` with packed weights."""
-        return NativeSampler(model, self, window)
+        return NativeSampler(self.place(model), self, window)
 
     def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
-        """Return a function from batches to mean losses."""
         model = self.place(model).eval()
         return lambda batches: mean_losses(model, batches, self)
 
@@ -160,14 +145,12 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
         return super().describe_processes() + (" that shard the model" if self.shard else "")
 
     def any_process(self, wish: bool) -> bool:
-        """Return whether any process wishes it."""
         if self.world_size == 1:
             return wish
         return bool(self.processes.mean(torch.tensor(float(wish), device=self.device)) > 0)
 
     def evaluation_samples(self, count: int) -> int:
-        """Return samples_per_step: evaluation takes the same time per sample."""
-        return self.samples_per_step
+        return self.samples_per_step  # evaluation takes the same time per sample
 
     def loader(self, dataset: Any, order: Sequence[List[Any]], samples: Optional[int] = None) -> Iterator[Iterable]:
         """Yield for each step an iterator over its (text, image) micro-batches, which are read on demand.
@@ -181,7 +164,7 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
                 yield from ([step] for step in self._interruptible(map(self.sets[dataset].gather, order)))
                 return
         workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would compete for cores
-        stream = self._interruptible(read(dataset, order, self.batch_size, workers, self.kind == "cuda"))
+        stream = self._interruptible(read_in_workers(dataset, order, self.batch_size, workers, self.kind == "cuda"))
         for first in stream:
             yield itertools.chain([first], itertools.islice(stream, self.micro_batches - 1))
 
@@ -189,11 +172,10 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
         """Yield micro-batches; a single process abandons its step on a signal, several finish it and then agree."""
         for micro_batch in micro_batches:
             if self.world_size == 1:
-                interrupts.raise_if_pending()
+                raise_if_pending()
             yield micro_batch
 
     def trainer(self, model: DALLE) -> Trainer:
-        """Return a trainer for this model; one that holds a share of it with --shard."""
         if self.shard:
             from backends.native.sharding import ShardedTrainer
 
@@ -201,8 +183,43 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
         return NativeTrainer(model, self)
 
     def stage_estimates(self) -> List[StageEstimate]:
-        """Return an empty list: there is no pipeline."""
-        return []
+        return []  # there is no pipeline
+
+
+def for_training(settings: Namespace) -> TrainingBackend:
+    """Return the backend that trains with train.py's settings.
+
+    Raises:
+        ValueError: this machine lacks the device, or the device cannot run these settings; one line.
+    """
+    if not may_use_ipu(settings.device):
+        return NativeTrainingBackend(settings)
+    from backends.ipu import backend as ipu
+
+    if settings.device == "auto" and not (settings.optimizer in ipu.OPTIMIZERS and ipu.is_enabled()):
+        return NativeTrainingBackend(settings)
+    if settings.shard:
+        raise ValueError("--shard: for CPUs and GPUs only; on IPUs, --enable-rts shards the optimizer's state")
+    return ipu.IpuTrainingBackend(settings)
+
+
+def for_inference(device: str = "auto", precision: str = "auto", executable_cache_dir: Optional[str] = None) -> Backend:
+    """Return the backend that samples and evaluates; ValueError if this machine lacks the device or its precision.
+
+    Args:
+        executable_cache_dir: folder for programs compiled for IPUs.
+    """
+    if may_use_ipu(device):
+        from backends.ipu import backend as ipu
+
+        if device == "ipu" or ipu.is_enabled():
+            return ipu.IpuBackend(precision, executable_cache_dir)
+    return NativeBackend(device, precision)
+
+
+def may_use_ipu(device: str) -> bool:
+    """Return whether to ask for an IPU: if the user does, or if the Poplar SDK is enabled and there is no GPU."""
+    return device == "ipu" or (device == "auto" and bool(os.environ.get("POPLAR_SDK_ENABLED")) and not has_cuda())
 
 
 def has_cuda() -> bool:
@@ -358,36 +375,22 @@ def split_step(batch_size: int, micro_batches: int, size: int) -> Tuple[int, int
     return largest, each // largest
 
 
-def total_memory(device: torch.device) -> int:
-    """Return the most bytes that this process can have: the GPU's, or the machine's within a container's limit."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    limits = [_of_machine("SC_PHYS_PAGES")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError), open(path) as file:  # no such file, or "max"
-            limits.append(int(file.read()))
-    return min(limits)
+class OutOfMemory(ValueError):
+    """Memory ran out; the message is one line that says what needs less."""
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that this process can still allocate."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    measured = read_status("MemAvailable", "/proc/meminfo")
-    return min(total_memory(device), _of_machine("SC_AVPHYS_PAGES") if measured is None else measured)
+@contextlib.contextmanager
+def memory_explained(advice: str) -> Iterator[None]:
+    """Raise OutOfMemory in place of the errors of torch and Python for memory that ran out.
 
-
-def _of_machine(pages: str) -> int:
-    """Return an amount that the system counts in pages, in bytes; 4 GiB on systems that do not say."""
+    Args:
+        advice: what needs less memory, the rest of a sentence.
+    """
     try:
-        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 4 * 2**30
-
-
-def read_status(name: str, path: str = "/proc/self/status") -> Optional[int]:
-    """Return the bytes of a line `name: number kB`, or None without such a line."""
-    found: List[str] = []
-    with contextlib.suppress(OSError), open(path) as file:
-        found = [line.split()[1] for line in file if line.startswith(f"{name}:")]
-    return int(found[0]) * 1024 if found else None
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = " ".join(str(error).split())
+        # torch 2.0 has no type for the CPU's.
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "can't allocate memory" not in reason:
+            raise
+        raise OutOfMemory(f"out of memory: {advice}") from None

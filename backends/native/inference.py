@@ -7,6 +7,7 @@ trained VQGAN on photographs. Features newer than torch 2.0 are used only after 
 import contextlib
 import copy
 import logging
+import os
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -29,6 +30,7 @@ GPU_WINDOWS = (1, 2, 4, 8, 16)  # each is captured once for a batch size
 Product = Callable[[Tensor], Tensor]
 CACHE_BYTES = 16 * 2**20  # a layer's output that fits a CPU's cache; larger batches are slower than one by one
 MOST_GRAPHS = 16  # for other windows or settings of the same batch size
+AT_ONCE = {"cpu": 32, "cuda": 256}  # images from which on larger batches are no faster
 GPU_BATCH = 32  # images; the widest layer of the official network then takes 0.5 GB in bf16
 
 
@@ -36,7 +38,7 @@ class NativeSampler:
     """The function that Backend.sampler of a NativeBackend returns."""
 
     def __init__(self, model: DALLE, backend: Any, window: Optional[int] = None):
-        self.model, self.device = backend.place(model).eval(), backend.device
+        self.model, self.device = model.eval(), backend.device
         on_cpu = backend.device.type == "cpu"
         cache_dtype = torch.float32 if on_cpu else backend.dtype  # CPUs attend five times slower in bf16
         pack = packer(backend.device, backend.dtype)
@@ -280,3 +282,48 @@ def fast_copy(vae: ImageTokenizer, without: str, dtype: torch.dtype, device: tor
         if type(module) is ResnetBlock:
             module.__class__ = FusedResnetBlock
     return fast
+
+
+def images_at_once(model: DALLE, device: torch.device) -> int:
+    """Return how many images are fast and fit half of the free memory."""
+    attention = model.transformer.layers[0][0].fn.fn
+    keys_and_values = 2 * len(model.transformer.layers) * attention.heads * attention.dim_head  # of one position
+    positions = model.text_seq_len + model.image_seq_len
+    noise = model.image_seq_len * model.num_image_tokens
+    image = 4 * (2 * keys_and_values * positions + 2 * noise + 64 * 3 * model.vae.image_size**2)  # with guidance
+    return int(max(1, min(AT_ONCE[device.type], free_memory(device) // 2 // image)))
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the most bytes that this process can have: the GPU's, or the machine's within a container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    limits = [_of_machine("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(path) as file:  # no such file, or "max"
+            limits.append(int(file.read()))
+    return min(limits)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process can still allocate."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    measured = read_status("MemAvailable", "/proc/meminfo")
+    return min(total_memory(device), _of_machine("SC_AVPHYS_PAGES") if measured is None else measured)
+
+
+def _of_machine(pages: str) -> int:
+    """Return an amount that the system counts in pages, in bytes; 4 GiB on systems that do not say."""
+    try:
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 4 * 2**30
+
+
+def read_status(name: str, path: str = "/proc/self/status") -> Optional[int]:
+    """Return the bytes of a line `name: number kB`, or None without such a line."""
+    found: List[str] = []
+    with contextlib.suppress(OSError), open(path) as file:
+        found = [line.split()[1] for line in file if line.startswith(f"{name}:")]
+    return int(found[0]) * 1024 if found else None

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backends.base import Losses, Trainer
 from backends.native.fast_layers import compile_layers, use_fast_layers
+from backends.native.gpu_attention import use_fused_attention
 from backends.native.inference import NativeSampler
 from models.dalle import DALLE, parameter_groups
 from utils.muon import Muon, orthogonal
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from backends.native.backend import NativeBackend, NativeTrainingBackend
 
 logger = logging.getLogger("minidalle")
+LOSSES = ("total", "text", "image")
 ADAM_EPS = 1e-6
 WORKING_SET = 2800 * 512  # positions times width that a CPU computes at once
 GPU_POSITIONS = 2**16  # that a GPU computes at once; more would not be faster
@@ -81,7 +83,9 @@ class NativeTrainer(Trainer):
 
     def place(self, model: DALLE) -> DALLE:
         """Move a model to the device and give it fast layers."""
-        model = self.backend.place(model)
+        model = model.to(self.backend.device)
+        if self.backend.kind == "cuda":
+            use_fused_attention(model, self.backend.dtype)
         use_fast_layers(model, self.backend.device, self.backend.dtype, self.backend.settings.recompute)
         return model
 
@@ -142,20 +146,20 @@ class NativeTrainer(Trainer):
         stream = iter(batch)
         with self.backend.processes.losses_explained():
             try:
-                losses = self.backpropagate(remember(stream, read))
+                sums = self.backpropagate(remember(stream, read))
             except torch.cuda.OutOfMemoryError:
                 if self.fitting <= self.backend.batch_size or self.backend.world_size > 1:
                     raise
                 self.fitting = self.backend.batch_size
-                losses = None
-            if losses is None:  # outside of the handler, which keeps the failed pass in memory
+                sums = None
+            if sums is None:  # outside of the handler, which keeps the failed pass in memory
                 logger.warning("out of memory; continuing with %d samples at once", self.fitting)
                 self.model.zero_grad(set_to_none=True)
-                losses = self.backpropagate(itertools.chain(read, stream))
-            return {**losses, "grad_norm": self.update()}
+                sums = self.backpropagate(itertools.chain(read, stream))
+            return self.update(sums)
 
-    def backpropagate(self, batch: Iterable) -> Losses:
-        """Accumulate the gradients of all micro-batches and return the losses, means over all processes."""
+    def backpropagate(self, batch: Iterable) -> Tensor:
+        """Accumulate the gradients of all micro-batches and return their mean losses (3,), on the device."""
         sums = torch.zeros(3, device=self.backend.device)
         whole, left = self.backend.samples_per_step, self.backend.samples_per_step
         for text, image in self.regroup(batch):
@@ -165,7 +169,7 @@ class NativeTrainer(Trainer):
                 losses = compute_losses(self.network, text, image, self.backend)
                 self.scaler.scale(losses.total * share).backward()
             sums += torch.stack(losses).detach().float() * share
-        return name_losses(self.backend.processes.mean(sums))
+        return sums
 
     def without_exchange(self) -> ContextManager[Any]:
         """Return a context whose backward passes leave gradients in this process."""
@@ -185,12 +189,14 @@ class NativeTrainer(Trainer):
             text, image = (torch.cat(parts) for parts in zip(*waiting))
             yield text, image
 
-    def update(self) -> float:
-        """Update the weights, unless the gradient is not finite, and return the gradient's norm."""
+    def update(self, losses: Tensor) -> Losses:
+        """Update the weights, unless the gradient is not finite; return the losses by name, and the gradient's norm."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = clip_gradient(self.model.parameters(), self.backend.settings.max_grad_norm)
-        if math.isfinite(norm):
+        # The host waits here, and nowhere else: all that it has to know is read at once. Processes agree on the norm.
+        found = self.backend.processes.mean(torch.cat((losses, norm.to(losses)[None]))).tolist()
+        if math.isfinite(found[-1]):
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
             self.updates += 1
@@ -199,7 +205,7 @@ class NativeTrainer(Trainer):
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        return norm
+        return dict(zip((*LOSSES, "grad_norm"), found))
 
     @torch.no_grad()
     def update_average(self, average: DALLE) -> None:
@@ -207,8 +213,7 @@ class NativeTrainer(Trainer):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         pairs = zip(average.parameters(), self.model.parameters())
         averaged, current = zip(*(pair for pair in pairs if pair[1].requires_grad))
-        torch._foreach_mul_(averaged, decay)
-        torch._foreach_add_(averaged, current, alpha=1 - decay)
+        torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def evaluate(self, batches: Iterable) -> Losses:
         """Return the mean losses of the average, or of the weights without --ema-decay."""
@@ -294,12 +299,7 @@ def mean_losses(network: nn.Module, batches: Iterable, backend: "NativeBackend")
         losses = torch.stack(compute_losses(network, text, image, backend)).float()
         sums += len(text) * torch.cat((losses, losses.new_ones(1)))
     sums = backend.processes.mean(sums)
-    return name_losses(sums[:3] / sums[3])
-
-
-def name_losses(losses: Tensor) -> Losses:
-    """Return the three losses of a tensor by name."""
-    return dict(zip(("total", "text", "image"), losses.tolist()))
+    return dict(zip(LOSSES, (sums[:3] / sums[3]).tolist()))
 
 
 def remember(stream: Iterable, read: List[Any]) -> Iterator[Any]:
@@ -336,10 +336,10 @@ def copy_for_average(model: DALLE) -> DALLE:
     return copy.deepcopy(model, {id(model.vae): model.vae}).requires_grad_(False).eval()
 
 
-def clip_gradient(parameters: Iterable[nn.Parameter], limit: Optional[float]) -> float:
+def clip_gradient(parameters: Iterable[nn.Parameter], limit: Optional[float]) -> Tensor:
     """Scale all gradients together down to a norm of at most `limit`, if any, and return the norm before that."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of all shards together
+    norm: Any = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards together
 
 
 def build_optimizers(model: DALLE, settings: Namespace, muon: Type[Muon] = Muon) -> List[torch.optim.Optimizer]:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from backends.native.backend import NativeBackend, NativeTrainingBackend
-from data.loader import TextImageDataset
+from data.dataset import TextImageDataset
 from data.tokenizer import load_tokenizer
 from generation.images import complete_caption, generate_batch, plan_image
 from generation.loading import load
@@ -82,7 +82,7 @@ def test_training_equals_the_cpus(tiny_vae):
         assert ours == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("rest, most", [("AdamW", 470), ("Muon --ema-decay 0.9", 680)])
+@pytest.mark.parametrize("rest, most", [("AdamW", 345), ("Muon --ema-decay 0.9", 450)])
 def test_an_update_costs_few_launches_and_waits(tiny_vae, rest, most):
     backend = NativeTrainingBackend(train_settings(FLAGS + rest, device="cuda", precision="bf16"))
     trainer = backend.trainer(small_dalle(tiny_vae, attn_types=PATTERNS, depth=4, dim_head=32))
@@ -93,7 +93,7 @@ def test_an_update_costs_few_launches_and_waits(tiny_vae, rest, most):
     trainer.step(batch)
     costs = GPU.counts()
     trainer.evaluate([batch])
-    assert costs["launches"] <= most and costs["copies"] <= 7 and costs["waits"] <= 2, costs
+    assert costs["launches"] <= most and costs["copies"] <= 7 and costs["waits"] <= 1, costs
     assert_no_boolean_mask("cudnn bfloat16")
 
 

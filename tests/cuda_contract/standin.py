@@ -53,6 +53,7 @@ preload()
 
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402  before torch.cuda is changed
+from torch.utils import _foreach_utils  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
 
@@ -236,6 +237,7 @@ class Gpu:
             return False
         if to_cpu or (name == "copy_" and cpu and not isinstance(args[0], CudaTensor)):
             self.copies["to the host"] += 1
+            self.waits["copy to the host"] += 1
             if name == "copy_":
                 return args[0].copy_(args[1].inner)
             out = func(ours[0].inner, **{**kwargs, "device": "cpu"})
@@ -388,6 +390,7 @@ def install(gpu="h100"):
     torch.nn.functional.scaled_dot_product_attention = attention.sdpa
     GPU.replacements.update(attention.AS_ON_CPU)
     torch._has_compatible_shallow_copy_type = same_form
+    _foreach_utils._foreach_supported_types.append(CudaTensor)  # as optimizers and gradient clipping ask
 
     def run(thread):  # both settings belong to a thread
         torch._C._set_only_lift_cpu_tensors(True)

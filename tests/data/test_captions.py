@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from data.captions import CaptionCache, encode_caption, load_captions
+from data.dataset import TextImageDataset
 from data.files import UNREAD
-from data.loader import TextImageDataset
 from data.tokenizer import load_tokenizer
 from generation.images import encode_prompt
 from tests.conftest import ROOT, YTTM

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data import check as checks
 from data import files
-from data.loader import TextImageDataset
+from data.dataset import TextImageDataset
 from data.tokenizer import load_tokenizer
 from tests.builders import png_of
 from tests.conftest import ROOT

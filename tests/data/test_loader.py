@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.loader import GeneratedDataset, TextImageDataset, epoch_order, random_bits
+from data.dataset import TextImageDataset
+from data.loader import EpochOrder, GeneratedDataset, RunOrder, epoch_order, random_bits
 from data.tokenizer import load_tokenizer
-from training.loop import EpochOrder, RunOrder
 
 LENGTH = 24
 

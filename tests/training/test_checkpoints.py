@@ -69,7 +69,7 @@ def test_resume_of_a_finished_run_ends_well_and_of_none_begins(folder, command, 
 def test_differences_are_told(folder, command, tiny_flags, picture_folder):
     (picture_folder / "00.txt").write_text("a caption of its own\n")
     newest = folder / "dalle_2.pt"
-    checkpoint.write(newest, {**checkpoint.read(newest), "versions": {"torch": "1.2.3"}})
+    checkpoints.write(newest, {**checkpoint.read(newest), "versions": {"torch": "1.2.3"}})
     flags = ["--epochs", 4, "--learning-rate", 0.5, "--input-folder", picture_folder]
     ended = resumed(command, tiny_flags, folder, *flags)
     told = [line for line in ended.out.splitlines() if "unlike the run that wrote it" in line]
@@ -80,7 +80,7 @@ def test_differences_are_told(folder, command, tiny_flags, picture_folder):
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(command, tiny_flags, tmp_path, monkeypatch):
-    written, original = [], checkpoint.write
+    written, original = [], checkpoints.write
 
     def full(path, content):
         if content["step"] == 4:
@@ -88,7 +88,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(command, tiny
         written.append(content["step"])
         original(path, content)
 
-    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr(checkpoints, "write", full)
     flags = ["--checkpoint-save-steps", 2, "--epochs", 2, "--checkpoint-output-dir", tmp_path, "--keep-checkpoints", 1]
     ended = command(train.main, *tiny_flags, *flags)
     assert ended.status == 0 and written == [2, 3, 6]

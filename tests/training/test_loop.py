@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import epoch_order
-from training.loop import EpochOrder, LearningRate, OverfittingMonitor, RunOrder, multi_step, trapezoid
+from data.loader import EpochOrder, RunOrder, epoch_order
+from training.loop import OverfittingMonitor
+from training.run import LearningRate, multi_step, trapezoid
 
 PEAK = 5e-3
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
+import log
 import train
-from training import metrics
 from utils import checkpoint
 
 
@@ -62,12 +62,12 @@ def test_lines_of_other_runs_and_damage_are_dropped(tmp_path):
     path.write_bytes(
         b'{"step": 1}\n\x00\x00\x00\n[1]\n{"lr": 2}\n"step"\n{"step": 2, "loss/total": null}\n{"step": 3}\n'
     )
-    metrics.MetricsFile(path, 2)
+    log.MetricsFile(path, 2)
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2, "loss/total": null}\n'
 
 
 def test_what_is_not_finite_is_null(tmp_path):
-    file = metrics.MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file = log.MetricsFile(tmp_path / "metrics.jsonl", 0)
     file.log(1, {"loss/total": float("nan"), "grad_norm": float("inf"), "epoch": 0, "skipped": True})
     file.close()
     (line,) = lines_of(tmp_path)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import log as plot
 import train
-from training import metrics as plot
 
 
 def write(path, steps):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.builders import PickledCall, small_dalle
+from training import checkpoints
 from utils import checkpoint
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])  # torch.save's two file formats
@@ -33,14 +34,14 @@ def files_in(folder):
 
 def test_what_is_written_is_read_again(tmp_path):
     path = tmp_path / "new" / "folder" / "dalle_2.pt"
-    checkpoint.write(path, content())
+    checkpoints.write(path, content())
     back, expected = checkpoint.read(str(path)), content()
     assert back.keys() == expected.keys() and back["hparams"] == expected["hparams"] and back["epoch"] == 2
     assert list(back["weights"]) == ["model.a", "model.b"] and back["weights"]["model.b"].dtype == torch.float16
     assert all(torch.equal(back["weights"][name], tensor) for name, tensor in expected["weights"].items())
     assert torch.equal(back["opt_state"][0]["state"][0], torch.zeros(2))
     assert files_in(path.parent) == ["dalle_2.pt"]
-    checkpoint.write(path, {**content(), "epoch": 3})
+    checkpoints.write(path, {**content(), "epoch": 3})
     assert checkpoint.read(path)["epoch"] == 3 and files_in(path.parent) == ["dalle_2.pt"]
 
 
@@ -89,17 +90,17 @@ def test_pickled_code_never_runs(place, zipped, tmp_path):
     ],
 )
 def test_something_else_than_a_dall_e_is_refused(saved, told, tmp_path):
-    checkpoint.write(tmp_path / "c.pt", saved)
+    checkpoints.write(tmp_path / "c.pt", saved)
     message = refusal(tmp_path / "c.pt")
     assert "not a DALL-E checkpoint" in message and message.endswith(told)
 
 
 def test_weights_go_through_a_file_unchanged(tiny_vae, tmp_path):
     dalle = small_dalle(tiny_vae, sandwich_norm=True)
-    named = checkpoint.canonical_weights(dalle.state_dict())
+    named = checkpoints.canonical_weights(dalle.state_dict())
     assert named.keys() == {f"model.{name}" for name in dalle.state_dict()}
     assert not any(tensor.requires_grad for tensor in named.values())
-    checkpoint.write(tmp_path / "c.pt", {"hparams": {}, "weights": named})
+    checkpoints.write(tmp_path / "c.pt", {"hparams": {}, "weights": named})
     back = checkpoint.model_weights(checkpoint.read(tmp_path / "c.pt")["weights"])
     assert checkpoint.first_misfit(dalle, back) is None
     assert all(torch.equal(back[name], tensor) for name, tensor in dalle.state_dict().items())
@@ -141,7 +142,7 @@ def test_the_first_misfit_is_named(tiny_vae):
 
 def test_words_are_counted_without_case_and_punctuation():
     captions = ["A red circle, above a Square!", "the artist's well-known red-ish dog…", "año 中文 \u0301"]
-    entry = checkpoint.summarize_captions(captions, ["", *captions, captions[0], "x" * 200])
+    entry = checkpoints.summarize_captions(captions, ["", *captions, captions[0], "x" * 200])
     once = "red circle above square the artist's well-known red-ish dog año 中文"
     assert entry["words"] == {"a": 2, **dict.fromkeys(once.split(), 1)}
     assert entry["examples"] == captions

@@ -6,10 +6,9 @@ import torch
 import backends
 from backends.ipu import backend as ipu
 from backends.native import backend as native
-from data.loader import GeneratedDataset
+from data.loader import EpochOrder, GeneratedDataset, RunOrder
 from tests.backends.ipu.ipu_runs import samples, settings
 from tests.builders import small_dalle
-from training.loop import EpochOrder, RunOrder
 
 
 def test_auto_is_an_ipu_where_the_sdk_is_enabled(poptorch_standin, monkeypatch):

@@ -9,6 +9,7 @@ import backends
 from models.vqgan_files import load_vqgan
 from tests.backends.ipu.ipu_runs import samples, settings, trainer_of
 from tests.builders import small_dalle
+from training import checkpoints
 from utils import checkpoint
 
 
@@ -169,7 +170,7 @@ def test_files_have_the_canonical_names(poptorch_standin, tiny_vqgan):
         batch = (text, codes) if not flags else (text, pixels if "byteio" not in flags else (pixels * 255).byte())
         trainer.compile(batch)
         trainer.step(batch)
-        weights = checkpoint.canonical_weights(trainer.state_dict()["weights"])
+        weights = checkpoints.canonical_weights(trainer.state_dict()["weights"])
         assert checkpoint.first_misfit(model, checkpoint.model_weights(weights)) is None
         assert vae.fingerprint() == fingerprint
         for name, tensor in vae.state_dict().items():

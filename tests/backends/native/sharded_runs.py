@@ -36,8 +36,7 @@ def run(optimizer, folder):
     unevenly = [own(samples(PER_STEP), 0), own(samples(PER_STEP), 1)] if backend.rank else []
     unevenly = trainer.evaluate(unevenly)
     state = trainer.state_dict()
-    trainer.update = lambda: None  # which would clear gradients
-    trainer.step(own(samples(PER_STEP), backend.rank))
+    trainer.backpropagate(own(samples(PER_STEP), backend.rank))
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     moments = [value for each in trainer.optimizers for kept in each.state.values() for value in kept.values()]
     return {

@@ -11,11 +11,11 @@ from backends.native import backend as native
 from backends.native.backend import NativeBackend, NativeTrainingBackend, pick_device, pick_precision
 from backends.native.inference import packer
 from backends.native.trainer import build_optimizers
-from data.loader import GeneratedDataset
+from data.loader import EpochOrder, GeneratedDataset, RunOrder
 from models.packed_sampler import LayerKernels
 from models.sampling import Sampling, sample_codes
 from tests.builders import WholePassStepper, small_dalle, train_settings
-from training.loop import EpochOrder, RunOrder
+from training import checkpoints
 from utils import checkpoint
 from utils.muon import Muon
 
@@ -143,8 +143,8 @@ def test_resumed_through_a_file_equals_uninterrupted(tiny_vae, optimizer, tmp_pa
     uninterrupted, _ = trained(tiny_vae, 5, **given)
     stopped, _ = trained(tiny_vae, 2, **given)
     state = stopped.state_dict()
-    named = checkpoint.canonical_weights(state["weights"])
-    checkpoint.write(tmp_path / "c.pt", {"hparams": {}, "weights": named, "opt_state": state["opt_state"]})
+    named = checkpoints.canonical_weights(state["weights"])
+    checkpoints.write(tmp_path / "c.pt", {"hparams": {}, "weights": named, "opt_state": state["opt_state"]})
     saved = checkpoint.read(tmp_path / "c.pt")  # refuses all but tensors and plain values
     backend = NativeTrainingBackend(settings(**given))
     resumed = backend.trainer(small_dalle(tiny_vae))

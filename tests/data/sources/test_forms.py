@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from data.codes import load_codes, open_code_cache
+from data.dataset import TextImageDataset
 from data.files import NO_CAPTION, NO_IMAGE, ZERO_BYTES
 from data.images import load_image
-from data.loader import TextImageDataset
 from data.sources import find_images, open_source, tar
 from data.sources.table import NO_TEXT
 from data.tokenizer import load_tokenizer

@@ -8,9 +8,9 @@ import signal
 import pytest
 import torch
 
-import data.loader
+import data.dataset
 import train
-from backends.native.resilient_loader import RESTARTS
+from data.loader import RESTARTS
 from training.loop import Loop
 
 
@@ -52,14 +52,14 @@ def after_updates(monkeypatch, count, act):
 
 def worker_reads(monkeypatch, act):
     """act(path) before a worker reads a picture."""
-    parent, read = os.getpid(), data.loader.load_image
+    parent, read = os.getpid(), data.dataset.load_image
 
     def reading(path, size):
         if os.getpid() != parent:
             act(path)
         return read(path, size)
 
-    monkeypatch.setattr(data.loader, "load_image", reading)
+    monkeypatch.setattr(data.dataset, "load_image", reading)
 
 
 def kill_this_process():
