@@ -17,7 +17,6 @@ from torch import distributed as dist
 from torch.distributed import fsdp
 
 from backends.base import Losses
-from backends.native.fast_layers import compile_layers
 from backends.native.trainer import NativeTrainer, SharedMuon, compute_losses
 from models.dalle import DALLE
 
@@ -110,16 +109,9 @@ class ShardedTrainer(NativeTrainer):
         """Return 0: micro-batches stay as they are."""
         return 0
 
-    def compile_layers(self, recompute: bool) -> None:
-        """Compile the layers in a pass of the whole model, because processes gather their weights in its order."""
-
-        def try_out() -> None:
-            sizes = self.model.text_seq_len, self.model.image_seq_len
-            text, codes = (torch.zeros(self.rows(), size, dtype=torch.long) for size in sizes)
-            compute_losses(self.network, text, codes, backend=self.backend).total.backward()
-            self.model.zero_grad(set_to_none=True)
-
-        compile_layers(self.model, self.rows(), self.backend.autocast, recompute, try_out)
+    def try_out(self, rows: int, exchange: bool = True) -> None:
+        """Exchange gradients, too, because FSDP2 keeps those that it has not exchanged."""
+        super().try_out(rows, exchange)
 
     def rows(self) -> int:
         """Return the rows of a micro-batch."""

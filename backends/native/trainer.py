@@ -29,7 +29,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from backends.base import Losses, Trainer
-from backends.native.fast_layers import compile_layers, use_fast_layers
+from backends.native.fast_layers import compile_model, use_fast_layers
 from backends.native.gpu_attention import use_fused_attention
 from backends.native.inference import NativeSampler
 from models.dalle import DALLE, parameter_groups
@@ -98,38 +98,42 @@ class NativeTrainer(Trainer):
         return DistributedDataParallel(self.model, device_ids=on, gradient_as_bucket_view=True)
 
     def compile(self, batch: Any) -> None:
-        """Compile the layers on GPUs; elsewhere kernels are chosen when they are called."""
+        """Compile layers and losses on GPUs; elsewhere kernels are chosen when they are called."""
         if self.backend.kind == "cuda":
             settings = self.backend.settings
             if not settings.no_codes_cache:  # the VQGAN would need memory, too
                 self.fitting = max(self.fitting, self.measure_rows())
-            self.compile_layers(settings.recompute)
+            models = [self.model] if self.average is None else [self.model, self.average]
+            compile_model(models, lambda: self.try_out(self.rows()), settings.recompute)
+            self.model.zero_grad(set_to_none=True)
 
-    def compile_layers(self, recompute: bool) -> None:
-        """Compile the layers, if they are large."""
-        compile_layers(self.model, self.rows(), self.backend.autocast, recompute)
+    def try_out(self, rows: int, exchange: bool = False) -> None:
+        """Make a forward and a backward pass over `rows` empty images, with or without exchange of gradients."""
+        sizes, device = (self.model.text_seq_len, self.model.image_seq_len), self.backend.device
+        text, codes = (torch.zeros(rows, size, dtype=torch.long, device=device) for size in sizes)
+        own = [device] if device.type == "cuda" else []  # by default, fork_rng starts a context on every GPU
+        with torch.random.fork_rng(own), contextlib.nullcontext() if exchange else self.without_exchange():
+            compute_losses(self.network, text, codes, self.backend).total.backward()
 
     def measure_rows(self) -> int:
         """Return how many rows fit the GPU's free memory at once, by the memory that a few take."""
-        model, device = self.model, self.backend.device
-        sizes, most = (model.text_seq_len, model.image_seq_len), self.backend.samples_per_step
-        weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        device, most = self.backend.device, self.backend.samples_per_step
+        weights = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         taken = 0
         try:
             for rows in (1, min(2, most)):  # the first also allocates gradients and workspaces
-                text, codes = (torch.zeros(rows, size, dtype=torch.long, device=device) for size in sizes)
                 torch.cuda.reset_peak_memory_stats(device)
                 before = torch.cuda.memory_allocated(device)
-                with torch.random.fork_rng([device]), self.without_exchange():
-                    compute_losses(self.network, text, codes, self.backend).total.backward()
+                self.try_out(rows)
                 taken = (torch.cuda.max_memory_allocated(device) - before) // rows
         except torch.cuda.OutOfMemoryError:
             return 0
         finally:
-            model.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0] - OPTIMIZER_BYTES * weights
-        return min(int(0.8 * free / max(taken, 1)), GPU_POSITIONS // sum(sizes))
+        positions = self.model.text_seq_len + self.model.image_seq_len
+        return min(int(0.8 * free / max(taken, 1)), GPU_POSITIONS // positions)
 
     def rows(self) -> int:
         """Return how many rows of a step to compute at once: as many as fit, in equal parts."""

@@ -1,10 +1,13 @@
 """What the program promises of a CUDA GPU, on the stand-in; test_contract.py runs these tests in another process."""
 
+import collections
+
 import pytest
 import standin
 import torch
 from PIL import Image
 
+from backends.native import fast_layers
 from backends.native.backend import NativeBackend, NativeTrainingBackend
 from data.dataset import TextImageDataset
 from data.tokenizer import load_tokenizer
@@ -95,6 +98,23 @@ def test_an_update_costs_few_launches_and_waits(tiny_vae, rest, most):
     trainer.evaluate([batch])
     assert costs["launches"] <= most and costs["copies"] <= 7 and costs["waits"] <= 1, costs
     assert_no_boolean_mask("cudnn bfloat16")
+
+
+def test_layers_and_losses_are_compiled_for_training_and_for_evaluating_the_average(tiny_vae, monkeypatch):
+    calls = collections.Counter()
+
+    def compiled(function):
+        return lambda *given: calls.update([function.__name__]) or function(*given)
+
+    monkeypatch.setattr(fast_layers, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(torch, "compile", compiled)
+    backend = NativeTrainingBackend(train_settings(FLAGS + "AdamW --ema-decay 0.9", device="cuda", precision="bf16"))
+    trainer = backend.trainer(small_dalle(tiny_vae, attn_types=PATTERNS, depth=4, dim_head=32))
+    trainer.compile(None)
+    for use in (trainer.step, lambda batch: trainer.evaluate([batch])):
+        calls.clear()
+        use([samples(6)])
+        assert calls == {"compute_layer": 4, "fusible_row_losses": 2}
 
 
 def test_the_samples_of_an_update_are_gathered_on_the_device(tmp_path):

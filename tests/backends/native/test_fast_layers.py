@@ -1,20 +1,22 @@
 """The native trainer's faster layers and losses against the plain ones of models/, which they stand in for."""
 
 import copy
+import functools
+import shutil
 
 import pytest
 import torch
 
-from backends.native import fast_layers
+from backends.native import fast_layers, fast_losses
 from backends.native.backend import NativeTrainingBackend
 from backends.native.fast_layers import (
     AxialAttention,
     DenseAttention,
-    HeadLosses,
     axial_bias,
     bias_of,
     use_fast_layers,
 )
+from backends.native.fast_losses import HeadLosses, compute_losses, fusible_row_losses, row_losses
 from models.transformer import PATTERNS, KeyValueCache, attend, pattern_mask
 from tests.backends.native.test_backend import settings
 from tests.builders import small_dalle
@@ -94,9 +96,10 @@ def test_attention_has_its_own_gradient(pattern, queries, monkeypatch):
     assert torch.autograd.gradcheck(fast, qkv)
 
 
+@pytest.mark.parametrize("of_rows", [row_losses, fusible_row_losses])
 @pytest.mark.parametrize("rows", [1024, 5])
-def test_head_losses_have_their_own_gradient(rows, monkeypatch):
-    monkeypatch.setattr(fast_layers, "ROWS", rows)
+def test_head_losses_have_their_own_gradient(rows, of_rows, monkeypatch):
+    monkeypatch.setattr(fast_losses, "ROWS", rows)
     torch.manual_seed(0)
     shapes = (8, 4), (12, 4), (11, 4), (11,)
     floats = [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -106,14 +109,14 @@ def test_head_losses_have_their_own_gradient(rows, monkeypatch):
         torch.nn.functional.cross_entropy(text_x @ weight[:7].t() + bias[:7], text),
         torch.nn.functional.cross_entropy(codes_x @ weight[7:].t() + bias[7:], codes),
     )
-    ours = HeadLosses.apply(*floats, text, codes, 7, True)
+    ours = HeadLosses.apply(*floats, text, codes, 7, True, of_rows)
     for one, other in zip(ours, expected):
         torch.testing.assert_close(one, other)
     gradients = [torch.autograd.grad(2 * one + 3 * other, floats) for one, other in (ours, expected)]
     for one, other in zip(*gradients):
         torch.testing.assert_close(one, other)
     with torch.no_grad():
-        torch.testing.assert_close(HeadLosses.apply(*floats, text, codes, 7, False), expected)
+        torch.testing.assert_close(HeadLosses.apply(*floats, text, codes, 7, False, of_rows), expected)
 
 
 def test_a_cache_and_a_caption_alone_go_the_plain_way(tiny_vae):
@@ -164,3 +167,47 @@ def test_a_micro_batch_in_parts_trains_as_one(tiny_vae, recompute, monkeypatch):
         assert losses == pytest.approx(found[2][0], rel=1e-5)
         for name, weight in weights.items():
             torch.testing.assert_close(weight, found[2][1][name], atol=2e-5, rtol=0, msg=name)
+
+
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
+
+
+@pytest.mark.skipif(not hasattr(getattr(torch, "compiler", None), "set_stance"), reason="compiled from torch 2.6 on")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_a_compiler])])
+def test_compiled_layers_and_losses_equal_the_plain_ones(tiny_vae, monkeypatch, logged, backend):
+    """In the model that trains and in its average; if torch cannot compile, both stay as they were."""
+    plain = dalle(tiny_vae, attn_types=("axial_row", "full"), depth=2).train()
+    fast, average = copy.deepcopy(plain), copy.deepcopy(plain).eval()
+    for model in (fast, average):
+        model.compute_losses = functools.partial(compute_losses, dtype=torch.float32)
+    some = batch()
+    used = [[layer.compute for layer in model.transformer.layers] for model in (fast, average)]
+    used.append([fast.compute_losses, average.compute_losses])
+
+    def pass_both_ways():
+        fast(*some, return_loss=True).total.backward()
+
+    def no_compiler(graph, inputs):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(fast_layers, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(fast_losses, "ROWS", 20)  # of 48 positions of codes
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_with(function, backend=no_compiler))
+    fast_layers.compile_model([fast, average], pass_both_ways)
+    now = [[layer.compute for layer in model.transformer.layers] for model in (fast, average)]
+    assert [*now, [fast.compute_losses, average.compute_losses]] == used
+    (record,) = logged.records
+    assert record.message.startswith("the model is not compiled, which only costs speed: ")
+    assert record.message.endswith("OSError: no compiler")
+
+    frames = torch._dynamo.utils.counters["frames"]
+    frames.clear()
+    monkeypatch.setattr(torch, "compile", lambda function: compile_with(function, backend=backend))
+    fast_layers.compile_model([fast, average], pass_both_ways)
+    assert len(logged.records) == 1 and frames["ok"] == 3  # layers of one kind, losses of text, losses of codes
+    expected = losses_and_gradients(plain, *some)
+    assert_same(losses_and_gradients(fast, *some), expected, atol=2e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(average(*some, return_loss=True), plain.eval()(*some, return_loss=True))
+    assert frames["ok"] == 5 and set(frames) == {"total", "ok"}  # without a gradient; nothing is left uncompiled
