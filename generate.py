@@ -179,7 +179,6 @@ def parse_line(line: str, source: str) -> Request:
 
 
 def auto_or_count(text: str) -> Optional[int]:
-    """Parse "auto" as None, or a whole number of at least 1."""
     return None if text == "auto" else COUNT(text)
 
 
@@ -192,7 +191,6 @@ def rows(text: str) -> float:
 
 
 def generate_parser() -> Parser:
-    """Build the parser of generate.py's flags."""
     parser = Parser("Generate images for prompts with a trained DALL-E; without --dalle_path, with the bundled one.")
     add = parser.heading("What to generate")
     add("dalle-path", None, "checkpoint of train.py; default: the bundled model, which knows 322 everyday things", path)

@@ -40,7 +40,6 @@ LOG_EVERY = 50  # steps, if there is no progress bar
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Train the VQGAN that the flags describe."""
     settings = vqgan_arguments(argv)
     set_up()
     with exit_on_error():
@@ -177,7 +176,6 @@ def build_optimizers(model: VQGan, settings: Namespace) -> List[torch.optim.Opti
 
 
 def codes_per_side(settings: Namespace) -> int:
-    """Return the side of an image's code grid."""
     return settings.image_size // settings.patch_size // 2 ** (len(settings.ch_mult) - 1)
 
 

@@ -53,7 +53,6 @@ class TokenCounts(NamedTuple):
 
 
 def describe_set(path: Union[str, Path], form: str, images: int, counts: TokenCounts) -> str:
-    """Summarize a set in one line."""
     return f"{printable(path)}: {form}, {images:,} usable images with {counts.describe()}"
 
 
@@ -144,7 +143,6 @@ class CaptionCache:
         return file in self._rows
 
     def refresh(self) -> None:
-        """Read what another process has written."""
         self._rows: Dict[File, int] = {}
         self._captions = Captions.join([], _dtype(self.tokenizer))
         try:

@@ -46,7 +46,6 @@ class MappedRows:
     """The rows of a cache, mapped from disk; pickled as the name of the file, which the receiving process maps too."""
 
     def __init__(self, path: Path, record: np.dtype):
-        """Map the complete records of `path`."""
         self._path, self._record = path, record
         count = path.stat().st_size // record.itemsize
         self._values = np.memmap(path, record, mode="r", shape=(count,))["values"]

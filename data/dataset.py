@@ -174,7 +174,6 @@ class TextImageDataset(Dataset):
         return validation_set
 
     def fingerprint(self) -> str:
-        """Return a hash of the image names and the tokens of their captions."""
         digest = hashlib.sha256()
         for index, (name, _, _) in enumerate(self.images):
             digest.update(os.fsencode(name) + b"\0" + self._captions.file_tokens(index).tobytes())
@@ -195,11 +194,9 @@ class TextImageDataset(Dataset):
         return len(self.images)
 
     def image(self, index: int) -> ImagePath:
-        """Return where to read the image of this index."""
         return self.source.image(self.images[index][0])
 
     def image_paths(self) -> List[ImagePath]:
-        """Return where to read each image."""
         return [self.image(index) for index in range(len(self))]
 
     def __getitem__(self, key: Key) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -224,7 +221,6 @@ class TextImageDataset(Dataset):
         raise ValueError(f"{printable(self.folder)}: none of its {len(self)} images can be read any more")
 
     def captions(self, index: int) -> List[np.ndarray]:
-        """Return the tokens of all captions of an image."""
         return self._captions[index]
 
     def text(self, epoch: int, index: int) -> torch.Tensor:

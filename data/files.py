@@ -139,11 +139,6 @@ def open_image(path: Union[str, Path, StoredImage]) -> Image.Image:
     return image
 
 
-def read_bytes(path: Union[str, Path, StoredImage]) -> bytes:
-    """Return the bytes of an image file."""
-    return path.read() if isinstance(path, StoredImage) else Path(path).read_bytes()
-
-
 def printable(path: Union[str, Path, StoredImage]) -> str:
     """Return the path for a message; printing bytes of a file name that are not UTF-8 would fail."""
     return os.fsencode(str(path)).decode("utf-8", "replace")
@@ -214,13 +209,6 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def check_images(
-    folder: Path, names: Sequence[str], known_good: Callable[[File], bool], skipped: Dict[str, List[str]]
-) -> Dict[str, File]:
-    """Return the state of each image whose header can be read, in order; add the others to `skipped` by reason."""
-    return check_files(names, folder, known_good, _image_fault, skipped)
-
-
 def check_files(
     names: Sequence[str],
     folder: Path,
@@ -228,7 +216,7 @@ def check_files(
     find_fault: Callable[[str], Optional[str]],
     skipped: Dict[str, List[str]],
 ) -> Dict[str, File]:
-    """Return the state of each file without a fault, in order; add the others to `skipped` by the fault."""
+    """Return the state of each file without a fault (None), in order; add the others to `skipped` by the fault."""
     root = os.path.join(str(folder), "")
     files: Dict[str, File] = {}
     unknown = []
@@ -251,7 +239,7 @@ def check_files(
     return files
 
 
-def _image_fault(path: str) -> Optional[str]:
+def image_fault(path: str) -> Optional[str]:
     """Return why this file cannot be an image, judged by its header."""
     if not os.path.isfile(path):
         return CANNOT_OPEN

@@ -25,7 +25,6 @@ def is_rendered(out: str, settings: Dict[str, Any]) -> bool:
 
 
 def write_settings(folder: Path, settings: Dict[str, Any]) -> None:
-    """Write the settings of a set, which is then finished."""
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 

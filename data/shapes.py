@@ -82,11 +82,9 @@ class Scene(NamedTuple):
 
     @property
     def combination(self) -> Combination:
-        """What the image shows, without sizes."""
         return (self.first.color, self.first.shape, self.relation, self.second.color, self.second.shape)
 
     def inverse(self) -> "Scene":
-        """Return the same image as described from the other shape."""
         return Scene(self.second, INVERSE[self.relation], self.first)
 
 
@@ -322,7 +320,6 @@ def write_dataset(out: str, pictures: int = 20000, val: int = 1000, seed: int = 
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the command that the flags describe."""
     parser = Parser("Draw the demo set of colored shapes.")
     parser.prog = "python -m data.shapes"
     parser.add_argument("--out", default="./data/shapes", help="folder for the set")

@@ -21,7 +21,6 @@ SIZE = number(int, low=BYTES + 1, high=1 << 20)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Train a vocabulary and write it."""
     parser = Parser("Train a vocabulary on captions.", usage="train --input-folder FOLDER --out FILE.json")
     parser.prog = "python -m data.vocabulary"
     parser.add_argument("task", choices=["train"], metavar="train", help="what to do")

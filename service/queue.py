@@ -64,7 +64,6 @@ class Job:
 
     @property
     def ready(self) -> int:
-        """The number of finished images."""
         return sum(image is not None for image in self.images)
 
     async def changes(self) -> AsyncIterator[None]:
@@ -107,7 +106,6 @@ class GenerationQueue:
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
         self.thread.start()
 
     def stop(self, seconds: Optional[float] = None) -> None:

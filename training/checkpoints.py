@@ -81,10 +81,6 @@ class Folder:
             return self.unused_name(f"dalle_step_{run.step}.pt")
         return None
 
-    def reserve_names(self) -> None:
-        """Replace none of the checkpoints that the folder has now."""
-        self.reserved = set() if self.path is None else {path.name for path in self.path.glob("dalle_*.pt")} - {BEST}
-
     def unused_name(self, *names: str) -> str:
         """Return the first of these names that is not reserved, or the last one with a number."""
         stem = names[-1][: -len(".pt")]

@@ -119,8 +119,10 @@ def read(path: AnyPath) -> Checkpoint:
         if not all(map(_is_whole, weights.values())):
             raise ValueError(f"{path}: damaged: a tensor of its {key} has more values than the file holds")
     checkpoint = {key: value for key, value in checkpoint.items() if value is not None}
-    if "step" in checkpoint and "layout" not in checkpoint.get("versions", {}):  # the reference application has no step
-        _rename_conv_like(checkpoint["hparams"])
+    hparams = checkpoint["hparams"]
+    ours = "step" in checkpoint  # which the reference application does not have
+    if ours and "layout" not in checkpoint.get("versions", {}) and isinstance(hparams.get("attn_types"), (list, tuple)):
+        hparams["attn_types"] = tuple({"conv_like": "conv_up_left"}.get(name, name) for name in hparams["attn_types"])
     return checkpoint
 
 
@@ -134,12 +136,6 @@ def _is_dalle_pytorch(saved: Any) -> bool:
     return isinstance(weights, dict) and any(
         isinstance(name, str) and name.startswith(DALLE_PYTORCH) for name in weights
     )
-
-
-def _rename_conv_like(hparams: Dict[str, Any]) -> None:
-    patterns = hparams.get("attn_types")
-    if isinstance(patterns, (list, tuple)):
-        hparams["attn_types"] = tuple("conv_up_left" if name == "conv_like" else name for name in patterns)
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
@@ -281,7 +277,6 @@ def check_vocabulary(path: AnyPath, saved: Checkpoint, fingerprint: str, flag: s
 
 
 def short(fingerprint: Any) -> str:
-    """Shorten a fingerprint for messages."""
     return str(fingerprint)[:12]
 
 

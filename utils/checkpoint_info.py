@@ -22,7 +22,6 @@ DECODER = ("decoder.", "post_quant_conv.")
 
 @exit_on_error()
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Print the description of a checkpoint, or write its weights alone."""
     parser = Parser("Describe a checkpoint; with --export, write its weights alone.", usage="FILE [flags]")
     parser.prog = "python -m utils.checkpoint_info"
     parser.add_argument("file", metavar="FILE", help="checkpoint of train.py or of the reference, or .safetensors")

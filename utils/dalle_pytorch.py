@@ -82,7 +82,8 @@ def _rename(weights: Tensors, text_len: int) -> Tensors:
     renamed = {}
     for name, tensor in weights.items():
         name = name.replace(SEQUENTIAL, "transformer.layers.")
-        name = re.sub(r"transformer\.layers\.blocks\.(\d+)\.([fg])\.net\.", _block, name)
+        name = re.sub(r"transformer\.layers\.blocks\.(\d+)\.f\.net\.", r"transformer.layers.\1.0.", name)
+        name = re.sub(r"transformer\.layers\.blocks\.(\d+)\.g\.net\.", r"transformer.layers.\1.1.", name)
         name = re.sub(r"(?:\.fn)+\.(to_qkv|to_out|net)\.", r".fn.fn.\1.", name)
         name = re.sub(r"^image_pos_emb\.weights\.(\d)$", r"image_pos_emb.weights_\1", name)
         if name.startswith("vae.") and not name.startswith("vae.model."):
@@ -94,10 +95,6 @@ def _rename(weights: Tensors, text_len: int) -> Tensors:
                 tensor = F.pad(tensor, (0, 0, 0, 1))
         renamed[name] = tensor
     return renamed
-
-
-def _block(match: "re.Match[str]") -> str:
-    return f"transformer.layers.{match.group(1)}.{'fg'.index(match.group(2))}."
 
 
 def _split_shared_embedding(weights: Tensors, num_text_tokens: int) -> None:

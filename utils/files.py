@@ -161,7 +161,6 @@ def defer_signals() -> Iterator[None]:
 
 
 def signal_pending() -> bool:
-    """Return whether a deferred signal is waiting."""
     return bool(_pending)
 
 

@@ -335,14 +335,10 @@ def _check_counts(values: Any) -> Tuple[int, ...]:
     return tuple(values)
 
 
-def _first_argument(data: Optional[TensorRecord], *_: Any) -> Optional[TensorRecord]:
-    return data
-
-
 FUNCTIONS: Dict[str, Callable] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _first_argument,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
     "collections.OrderedDict": StateDict,
     "torch.Size": _check_counts,
 }

@@ -49,7 +49,6 @@ def sampler_sequences(model: DALLE, size: int) -> int:
 
 
 def trained_parameters(module: nn.Module) -> int:
-    """Return the number of trained parameters."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 

@@ -26,7 +26,6 @@ class RowImage(StoredImage):
         return f"{printable(self.path)}, row {self.number}"
 
     def read(self) -> bytes:
-        """Return the bytes of the image file."""
         value = _read_group(self.path, self.group, self.column)[self.row].as_py()
         content, elsewhere = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if content is None and elsewhere:
@@ -67,11 +66,9 @@ class Rows(ImageSource):
         super().__init__(folder, images, texts, skipped)
 
     def image(self, name: str) -> ImagePath:
-        """Return the image of a row."""
         return self._images[name]
 
     def captions(self, name: str) -> List[str]:
-        """Return the captions of a row."""
         return self._captions[name]
 
 
