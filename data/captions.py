@@ -129,11 +129,7 @@ class CaptionCache:
     """
 
     def __init__(self, folder: Union[str, Path], cache_dir: Union[str, Path], tokenizer: Tokenizer):
-        """Open the cache in `cache_dir`; it may not exist yet.
-
-        Raises:
-            OSError: `cache_dir` exists and cannot be read.
-        """
+        """Open the cache in `cache_dir`, which may not exist yet; OSError if that cannot be read."""
         self.folder, self.tokenizer = Path(folder), tokenizer
         name = "captions-" + re.sub("[^A-Za-z0-9]", "", tokenizer.fingerprint)[:12]
         self.path = cache_path(cache_dir, name, folder, {"version": 3, "tokenizer": tokenizer.fingerprint}, ".npz")

@@ -110,10 +110,7 @@ class CodeCache:
         self._check(range(len(files)))
 
     def fill(
-        self,
-        files: Sequence[File],
-        compute: Callable[[Iterator[List[int]]], Iterable[Computed]],
-        batch_size: int,
+        self, files: Sequence[File], compute: Callable[[Iterator[List[int]]], Iterable[Computed]], batch_size: int
     ) -> None:
         """Compute and store what is missing; return when all is there, whichever process computed it.
 
@@ -227,11 +224,7 @@ class CodeCache:
 
 
 def open_code_cache(folder: Union[str, Path], cache_dir: Union[str, Path], vae: Any) -> CodeCache:
-    """Open the cache in `cache_dir` with an image tokenizer's codes of `folder`'s images; it may be empty.
-
-    Raises:
-        OSError: `cache_dir` exists and cannot be read.
-    """
+    """Open the cache, perhaps empty, of a tokenizer's codes of `folder`'s images; OSError if it cannot be read."""
     fingerprint = vae.fingerprint()
     key = {"version": 2, "vqgan": fingerprint, "precision": PRECISION, "crop": CROP}
     key.update(image_size=vae.image_size, num_codes=vae.num_tokens)
@@ -296,11 +289,7 @@ def _check_codes(codes: torch.Tensor, shape: Tuple[int, int], num_codes: int) ->
 def cache_path(
     cache_dir: Union[str, Path], name: str, folder: Union[str, Path], key: Dict[str, Any], suffix: str
 ) -> Path:
-    """Return the path of a cache: `name`, then a hash of the key and of where `folder` lies.
-
-    Raises:
-        OSError: `cache_dir` exists and cannot be read.
-    """
+    """Return the path of a cache: `name`, then a hash of the key and of where `folder` lies; see open_code_cache."""
     with contextlib.suppress(FileNotFoundError):
         os.listdir(cache_dir)
     place = os.path.realpath(folder)

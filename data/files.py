@@ -86,22 +86,13 @@ def report_skipped(skipped: Skipped, examples: int = 3) -> None:
 
 
 def read_captions(path: Union[str, Path]) -> List[str]:
-    """Return the captions of a file of one image.
-
-    Raises:
-        ValueError: it cannot be read as text, or as JSON if that is its suffix.
-        OSError: it cannot be opened.
-    """
+    """Return the captions of a file of one image; ValueError or OSError if it cannot be read."""
     with open(path, "rb") as file:
         return parse_captions(str(path), file.read())
 
 
 def parse_captions(name: str, content: bytes) -> List[str]:
-    """Return the captions in a file of one image: its non-blank lines, stripped, or those of a .json's object.
-
-    Raises:
-        ValueError: the file is neither UTF-8 nor UTF-16, or not JSON.
-    """
+    """Return the captions of a file of one image: its lines, or those in JSON; ValueError if it is neither."""
     text = decode_text(content)
     if not name.lower().endswith(".json"):
         return [line.strip() for line in _LINE_BREAK.split(text) if line.strip()]

@@ -142,11 +142,7 @@ def _collate(items: List[Tuple[int, Union[torch.Tensor, str]]]) -> ImageBatch:
 
 
 def load_images(paths: Sequence[ImagePath], size: int, workers: int = 0) -> torch.Tensor:
-    """Return all images that can be read as uint8 (N, 3, size, size); log how many cannot.
-
-    Raises:
-        ValueError: none can be read.
-    """
+    """Return all images that can be read as uint8 (N, 3, size, size), ValueError if none; log how many cannot."""
     batches = [range(start, min(start + _BATCH, len(paths))) for start in range(0, len(paths), _BATCH)]
     decoded, unreadable = [], []
     with tqdm(total=len(paths), desc="reading images", unit="image", leave=False, disable=None) as bar:

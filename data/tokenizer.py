@@ -93,11 +93,7 @@ class Tokenizer:
         self._entries = entries
 
     def encode(self, text: str) -> List[int]:
-        """Return the ids of a text without special tokens; [] for white space.
-
-        Raises:
-            ValueError: the text is not valid Unicode.
-        """
+        """Return the ids of a text without special tokens, [] for white space; ValueError if it is not Unicode."""
         text = self._entries.clean(text)
         try:
             text.encode("utf-8")
@@ -117,11 +113,7 @@ class Tokenizer:
         return self._entries.decode([i for i in ids if 0 < i < self.vocab_size]).strip(" ")
 
     def tokenize(self, texts: Union[str, List[str]], context_length: int = 256) -> torch.Tensor:
-        """Return int64 (B, context_length), each row the ids of one text followed by zeros.
-
-        Raises:
-            ValueError: a text has more than `context_length` ids.
-        """
+        """Return int64 (B, context_length), the ids of each text and then zeros; ValueError if one is longer."""
         texts = [texts] if isinstance(texts, str) else texts
         rows = torch.zeros(len(texts), context_length, dtype=torch.long)
         for row, text in zip(rows, texts):

@@ -55,12 +55,7 @@ def count_kept_rows(loaded: LoadedModel, keep_rows: float) -> int:
 
 
 def read_prompt(path: str) -> str:
-    """Return the prompt of an image that generate.py saved.
-
-    Raises:
-        ValueError: the file has none.
-        FileNotFoundError: there is no such file.
-    """
+    """Return the prompt of an image that generate.py saved; ValueError if it has none, OSError if it does not exist."""
     if not Path(path).exists():
         raise FileNotFoundError(f"--variations {path}: no such file")
     try:

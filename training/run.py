@@ -155,11 +155,7 @@ class Run:
 
 
 def build(settings: Namespace) -> Run:
-    """Return a run that is ready to train.
-
-    Raises:
-        ValueError, OSError: the settings or files do not allow it; the message is one line.
-    """
+    """Return a run that is ready to train; ValueError or OSError, in one line, if settings or files do not allow it."""
     backend = backends.for_training(settings)
     if backend.rank:
         log.set_up(logging.WARNING)

@@ -43,12 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def replace_decoder(weights: Dict[str, torch.Tensor], path: Path) -> None:
-    """Replace the VQGAN's decoder among a DALL-E's weights by that of a taming checkpoint.
-
-    Raises:
-        ValueError: the file is damaged, or its VQGAN has other codes.
-        FileNotFoundError: there is no such file.
-    """
+    """Replace the VQGAN's decoder by that of a taming checkpoint; ValueError if it is for other codes, or damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"--decoder {path}: no such file")
     try:

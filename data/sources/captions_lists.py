@@ -185,11 +185,7 @@ def _read_text(path: Path) -> str:
 
 
 def _find_columns(path: Path, header: Sequence[str]) -> Optional[Columns]:
-    """Return the columns of a table by their names, or None if it has none of images.
-
-    Raises:
-        ValueError: it has images but no captions.
-    """
+    """Return the columns of a table by their names; None without images, ValueError with images but no captions."""
     names = [name.strip().lower() for name in header]
     image = next((names.index(name) for name in IMAGE_COLUMNS if name in names), None)
     if image is None:
