@@ -245,9 +245,6 @@ def endless_batches(
     Args:
         images: in memory, as load_images returns them, or paths, which workers decode in every epoch.
         first: number of batches to skip, for a resumed run.
-
-    Raises:
-        ValueError: no path of a whole epoch can be read.
     """
     import torch
 

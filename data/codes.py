@@ -70,16 +70,13 @@ class CodeCache:
         width: int,
         key: Dict[str, Any],
     ):
-        """Open the cache; it may not exist yet.
+        """Open the cache, which may not exist yet; OSError if it cannot be read.
 
         Args:
             name: how its file names begin, for humans; `key` identifies the cache.
             folder: what file names are relative to. A cache inside it stays valid when the folder is moved.
             dtype, width: of each file's codes.
             key: plain values that say how the codes are computed.
-
-        Raises:
-            OSError: `cache_dir` exists and cannot be read.
         """
         self.folder, self.key, self.width = Path(folder), key, width
         self._path = cache_path(cache_dir, name, folder, {**key, "width": width}, ".json")
@@ -117,9 +114,6 @@ class CodeCache:
         Args:
             compute: takes batches of at most batch_size indices into `files`, yields the values of each. What it leaves
                 out is not asked for again.
-
-        Raises:
-            OSError: `cache_dir` cannot be written.
         """
         missing = [i for i, file in enumerate(files) if file not in self]
         if not missing:

@@ -150,10 +150,7 @@ def list_files(folder: Union[str, Path], skipped: Dict[str, List[str]]) -> Listi
     """List the files of a folder and below; add folders that cannot be opened to `skipped`.
 
     Folders are entered before links to them, so that a link does not give a file a second name. Hidden files count as
-    images or texts only.
-
-    Raises:
-        FileNotFoundError, PermissionError, ValueError: the folder cannot be read.
+    images or texts only. ValueError or OSError if the folder itself cannot be read.
     """
     folder = Path(folder)
     if not folder.exists():

@@ -44,9 +44,7 @@ def load_image(path: ImagePath, size: int) -> np.ndarray:
 def crop_square(image: Image.Image, size: int) -> np.ndarray:
     """Return what load_image returns, for an open image; raise whatever PIL raises for a damaged one."""
     image = image.copy()
-    with contextlib.suppress(
-        Exception
-    ):  # a damaged EXIF block; in place, so that the pixels are turned before it matters
+    with contextlib.suppress(Exception):  # a damaged EXIF block; in place, since pixels are turned before it matters
         ImageOps.exif_transpose(image, in_place=True)
     if image.width != image.height:
         side = min(image.size)

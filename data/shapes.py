@@ -173,9 +173,6 @@ def validation_prompts(split: str, count: int = 256, seed: int = 0) -> List[str]
     Args:
         split: "choose" (to choose sampling settings) or "score" (for reported figures); they share no combination.
         count: a shorter list is the beginning of a longer one with the same seed.
-
-    Raises:
-        ValueError: unknown split, or count out of range.
     """
     splits = dict(zip(("choose", "score"), _combinations()[1:]))
     if split not in splits:

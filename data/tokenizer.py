@@ -53,22 +53,14 @@ LARGEST_FILE = 64 << 20  # bytes; a model of a million tokens is a third of this
 
 
 class Vocabulary(NamedTuple):
-    """The content of a vocabulary file, ready for use.
+    """The content of a vocabulary file, ready for use."""
 
-    kind     "clip", "yttm", "json" or "sentencepiece"
-    size     number of ids
-    unknown  see Tokenizer
-    clean    prepares a text
-    encode   returns the ids of a prepared text
-    decode   returns the text of ids without padding
-    """
-
-    kind: str
-    size: int
-    unknown: Optional[int]
-    clean: Callable[[str], str]
-    encode: Callable[[str], List[int]]
-    decode: Callable[[List[int]], str]
+    kind: str  # "clip", "yttm", "json" or "sentencepiece"
+    size: int  # number of ids
+    unknown: Optional[int]  # see Tokenizer
+    clean: Callable[[str], str]  # prepares a text
+    encode: Callable[[str], List[int]]  # of a prepared text
+    decode: Callable[[List[int]], str]  # of ids without padding
 
 
 class Tokenizer:
@@ -153,8 +145,6 @@ def load_tokenizer(
         FileNotFoundError: there is no such file.
         ValueError: it is no vocabulary of a kind above, or sentencepiece is needed and not installed.
     """
-    if vocabulary is not None and bpe_path is not None:
-        raise ValueError("give a vocabulary file or its bytes, not both")
     if vocabulary is not None:
         name, path, data = "the vocabulary given as bytes", None, vocabulary
     else:

@@ -20,11 +20,7 @@ KEEP = 0.5  # default fraction of the rows
 
 
 def encode_kept_rows(loaded: LoadedModel, image: Union[str, Path, Image.Image], keep_rows: float = KEEP) -> Tensor:
-    """Return the codes int64 (n,) of the upper rows of an image's middle square.
-
-    Args:
-        image: a path, or an image.
-        keep_rows: see count_kept_rows.
+    """Return the codes int64 (n,) of the upper rows of an image's middle square; see count_kept_rows.
 
     Raises:
         ValueError, OSError: the image cannot be read, or keep_rows is out of its range; one line.

@@ -48,8 +48,7 @@ def plan_image(
         tokens: the prompt's tokens, if they are known.
 
     Raises:
-        ValueError: in one sentence, if the model cannot read the prompt or was not trained for guidance, or if a
-            setting is unknown or out of its range.
+        ValueError: one sentence, if the model cannot do it or a setting is out of its range.
     """
     tokens = encode_prompt(loaded, prompt) if tokens is None else tokens
     if not isinstance(sampling, Sampling):

@@ -65,10 +65,7 @@ class DiscreteVAE(ImageTokenizer):
 
     Args:
         params: the arguments of dalle_pytorch.DiscreteVAE, which has defaults for most; those for training alone are
-            ignored.
-
-    Raises:
-        ValueError: a size is not a whole number, or the images have no three channels.
+            ignored. ValueError if one is not a whole number, or the images have no three channels.
     """
 
     DEFAULTS = {"image_size": 256, "num_tokens": 512, "codebook_dim": 512, "num_layers": 3, "hidden_dim": 64}
@@ -160,10 +157,7 @@ class OpenAIDiscreteVAE(ImageTokenizer):
 
     Args:
         params: sizes that differ from OpenAI's: num_tokens, width (of the encoder's first level and the decoder's
-            last), first_width (of the decoder) and blocks (of a group).
-
-    Raises:
-        ValueError: a size is not a whole number.
+            last), first_width (of the decoder) and blocks (of a group). ValueError if one is no whole number.
     """
 
     DEFAULTS = {"num_tokens": 8192, "width": 256, "first_width": 128, "blocks": 2}

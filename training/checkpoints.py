@@ -148,7 +148,7 @@ def save(run: Run, name: str) -> Optional[Path]:
         return None
     try:
         state = run.trainer.state_dict()  # called by all processes, which may each hold a part
-    except ConnectionError:  # one of them is gone, so the last checkpoint is what there is
+    except ConnectionError:  # one of them is gone, so the last checkpoint stays the newest
         return folder.written[-1] if folder.written and not run.backend.rank else None
     folder.saved_at = time.monotonic()
     if run.backend.rank:
@@ -168,7 +168,7 @@ def save(run: Run, name: str) -> Optional[Path]:
 
 
 def describe_last(run: Run) -> str:
-    """Name the last good checkpoint, as the end of a sentence ("" if there is none)."""
+    """Name the last good checkpoint, as the end of a sentence ("" without one)."""
     return f"; the last good checkpoint is {run.folder.written[-1]}" if run.folder.written else ""
 
 

@@ -61,7 +61,7 @@ def replace_decoder(weights: Dict[str, torch.Tensor], path: Path) -> None:
 
 
 def describe(path: AnyPath, saved: checkpoint.Checkpoint) -> List[str]:
-    """Return the lines that describe a file and the entries of its dict; one without content is left out."""
+    """Return the lines that describe a file and the entries of its dict that have content."""
     rows = {key: _render(value) for key, value in saved.items() if key not in ("weights", "ema_weights")}
     rows.update({key: _count_parameters(saved[key]) for key in ("weights", "ema_weights") if saved.get(key)})
     lines = [f"{path}: {_megabytes(Path(path).stat().st_size)}"]

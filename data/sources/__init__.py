@@ -79,7 +79,7 @@ def open_source(
 
 
 def find_images(path: Union[str, Path]) -> List[ImagePath]:
-    """Return where to read all images of a folder, by path, or of a file; ValueError or OSError if there are none."""
+    """Return where to read all images of a folder, by path, or of a file; ValueError or OSError without any."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{printable(path)}: no such folder; a folder of images is needed")

@@ -241,7 +241,7 @@ def coco_entries(content: Any, path: Path, place: str = "") -> Iterator[Entry]:
 
 
 def image_names(content: Dict[str, Any]) -> Dict[str, str]:
-    """Return the file names of COCO's "images" by their ids as texts; empty if there are none."""
+    """Return the file names of COCO's "images" by their ids as texts."""
     images = content.get("images")
     entries = [image for image in (images if isinstance(images, list) else []) if isinstance(image, dict)]
     return {str(image.get("id")): image["file_name"] for image in entries if isinstance(image.get("file_name"), str)}
