@@ -67,7 +67,7 @@ def train_parser() -> Parser:
     add("generated-data", False, "random images and captions instead of a folder", bool)
     add("vae-path", None, "VQGAN: a folder of train_vqgan.py, or its .ckpt", path)
     add("checkpoint-output-dir", "./output/ckpt", "folder for checkpoints, metrics and samples; '': none", path)
-    add("resume", False, "continue from the newest good checkpoint in that folder, or start if there is none", bool)
+    add("resume", False, "continue from the newest good checkpoint in that folder, or else start", bool)
     add("init-from", None, "start with this checkpoint's weights, and its network, vocabulary and VQGAN", path)
     add("batch-size", 1, "samples that pass through the model at once (micro-batch)", COUNT)
     add("gradient-accumulation", 1, "micro-batches in one update", COUNT)

@@ -124,11 +124,7 @@ class Request(NamedTuple):
 
 
 def read_requests(text: Optional[str] = None, file: Optional[str] = None) -> List[Request]:
-    """Read requests from --text, parts separated by |, or from a file; "-" is standard input.
-
-    Raises:
-        ValueError, OSError: there are no prompts, or a line is wrong; one line.
-    """
+    """Read requests from --text, separated by |, or from a file, "-" for standard input; ValueError without prompts."""
     if text is not None:
         parts = [" ".join(part.split()) for part in text.split("|")]
         if not all(parts):

@@ -245,9 +245,6 @@ def endless_batches(
     Args:
         images: in memory, as load_images returns them, or paths, which workers decode in every epoch.
         first: number of batches to skip, for a resumed run.
-
-    Raises:
-        ValueError: no path of a whole epoch can be read.
     """
     import torch
 
@@ -280,11 +277,7 @@ def endless_batches(
 
 
 def show(bar: Any, losses: Dict[str, torch.Tensor], trainer: VQGanTrainer, step: int) -> None:
-    """Show loss, PSNR of the batch and codes in use in the bar, or log them if there is none.
-
-    Raises:
-        ValueError: the loss is not finite.
-    """
+    """Show loss, PSNR of the batch and codes in use, in the bar or the log; ValueError if the loss is not finite."""
     loss = losses["loss"].item()
     if not math.isfinite(loss):
         raise ValueError(f"the loss is no longer finite at step {step}; use a lower --learning-rate")

@@ -87,11 +87,7 @@ class _Samples(Dataset):
 
 
 def _examine(samples: _Samples, workers: int) -> List[Optional[Findings]]:
-    """Return the findings about every sample; None if reading it killed the process.
-
-    Raises:
-        RuntimeError: a worker is killed while it reads nothing.
-    """
+    """Return the findings about each sample, None if it killed a worker; RuntimeError if an idle worker is killed."""
     results: List[Optional[Findings]] = [None] * len(samples)
     deadly: Set[int] = set()
     with tqdm(total=len(samples), desc="checking images", unit="image", disable=None, leave=False) as bar:

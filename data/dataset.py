@@ -157,10 +157,7 @@ class TextImageDataset(Dataset):
         """Remove a share of the pairs, at least one, and return them as a dataset without caption dropout.
 
         A hash of the image's name selects them: the same images with every seed, and mostly the same after the folder
-        has grown.
-
-        Raises:
-            ValueError: nothing would be left.
+        has grown. ValueError if nothing would be left.
         """
         names = [os.fsencode(name) for name, _, _ in self.images]
         order = sorted(range(len(names)), key=lambda index: hashlib.sha256(names[index]).digest())

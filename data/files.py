@@ -86,22 +86,13 @@ def report_skipped(skipped: Skipped, examples: int = 3) -> None:
 
 
 def read_captions(path: Union[str, Path]) -> List[str]:
-    """Return the captions of a file of one image.
-
-    Raises:
-        ValueError: it cannot be read as text, or as JSON if that is its suffix.
-        OSError: it cannot be opened.
-    """
+    """Return the captions of a file of one image; ValueError or OSError if it cannot be read."""
     with open(path, "rb") as file:
         return parse_captions(str(path), file.read())
 
 
 def parse_captions(name: str, content: bytes) -> List[str]:
-    """Return the captions in a file of one image: its non-blank lines, stripped, or those of a .json's object.
-
-    Raises:
-        ValueError: the file is neither UTF-8 nor UTF-16, or not JSON.
-    """
+    """Return the captions of a file of one image: its lines, or those in JSON; ValueError if it is neither."""
     text = decode_text(content)
     if not name.lower().endswith(".json"):
         return [line.strip() for line in _LINE_BREAK.split(text) if line.strip()]
@@ -159,10 +150,7 @@ def list_files(folder: Union[str, Path], skipped: Dict[str, List[str]]) -> Listi
     """List the files of a folder and below; add folders that cannot be opened to `skipped`.
 
     Folders are entered before links to them, so that a link does not give a file a second name. Hidden files count as
-    images or texts only.
-
-    Raises:
-        FileNotFoundError, PermissionError, ValueError: the folder cannot be read.
+    images or texts only. ValueError or OSError if the folder itself cannot be read.
     """
     folder = Path(folder)
     if not folder.exists():

@@ -55,11 +55,7 @@ def read_captions(folder: str) -> Iterator[str]:
 
 
 def train(captions: Sequence[str], size: int) -> Tokenizer:
-    """Return a byte-level BPE of at most `size` tokens; captions of few words have fewer.
-
-    Raises:
-        ValueError: there is no caption.
-    """
+    """Return a byte-level BPE of at most `size` tokens, of fewer for few words; ValueError without a caption."""
     if not captions:
         raise ValueError("there is no caption to train a vocabulary on")
     model = Tokenizer(models.BPE())

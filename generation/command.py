@@ -107,11 +107,7 @@ def new_seed() -> int:
 
 
 def plan_images(settings: Namespace, loaded: LoadedModel, seed: int) -> List[List[ImageSpec]]:
-    """Return the images of each request; all are checked before the first is generated.
-
-    Raises:
-        ValueError, OSError: a prompt, an image or a setting cannot be used; one line.
-    """
+    """Return the images of each request; ValueError or OSError, in one line, before the first is generated."""
     encode_rows = functools.lru_cache(maxsize=None)(functools.partial(image_prompts.encode_kept_rows, loaded))
     plans = []
     for request in settings.requests:

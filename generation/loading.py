@@ -40,9 +40,6 @@ class LoadedModel:
     """A model that is ready to generate.
 
     Attributes:
-        path: the checkpoint's.
-        model: the DALLE, in evaluation mode.
-        tokenizer: see data/tokenizer.py.
         recommended: the checkpoint's sampling settings.
         guidable: whether the model was trained without captions, too, which guidance needs.
         words: {word: count} of the training captions; empty if the file does not have them.

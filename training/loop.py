@@ -1,4 +1,4 @@
-"""Advance a run update by update, so that it can stop at any moment and resume exactly.
+"""Advance a run update by update; it can stop at any moment and resume exactly.
 
 An update, its count and its log line are never separated by a signal. Validation and the end of an epoch may be
 interrupted: the checkpoint then records that they are still to be done, and the resumed run begins with them.

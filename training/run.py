@@ -138,7 +138,7 @@ class Run:
         return self.schedule.at(self.batches.equivalent_step(self.step), self.epoch())
 
     def set_length(self) -> None:
-        """Set `steps` and the length of the schedule from the flags and the place where the run was entered."""
+        """Set `steps` and the length of the schedule from the flags and the update that the run starts with."""
         self.steps = self.batches.steps_of(self.settings.epochs)
         if self.settings.max_steps is not None:
             self.steps = min(self.steps, self.settings.max_steps)
@@ -155,11 +155,7 @@ class Run:
 
 
 def build(settings: Namespace) -> Run:
-    """Return a run that is ready to train.
-
-    Raises:
-        ValueError, OSError: the settings or files do not allow it; the message is one line.
-    """
+    """Return a run that is ready to train; ValueError or OSError, in one line, if settings or files do not allow it."""
     backend = backends.for_training(settings)
     if backend.rank:
         log.set_up(logging.WARNING)

@@ -59,7 +59,7 @@ class Cost(NamedTuple):
         parameters: trained ones.
         frozen: parameters that are not trained.
         operations: multiplications and additions of a micro-batch, forward and backward.
-        kept: bytes of a micro-batch that are kept for the backward pass.
+        kept: bytes of a micro-batch that the backward pass needs.
         temporary: bytes that are alive at once in the backward pass.
     """
 

@@ -41,11 +41,7 @@ class Rows(ImageSource):
     form = "Hugging Face data set"
 
     def __init__(self, folder: Path, files: Sequence[str], validation: bool = False):
-        """Read the texts of all rows.
-
-        Raises:
-            ValueError: pyarrow is not installed, or a file is damaged or has no columns of images and of texts.
-        """
+        """Read the texts of all rows; ValueError without pyarrow, or if a file is damaged or has not both columns."""
         self.holders = files_of_split(folder, _without_replaced(folder, files), validation)
         self._images: Dict[str, RowImage] = {}
         self._captions: Dict[str, List[str]] = {}

@@ -46,11 +46,7 @@ class Table(ImageSource):
         known_good: Callable[[File], bool],
         validation: bool = False,
     ):
-        """Find the images of all entries among the files `images` of the folder.
-
-        Raises:
-            ValueError: no entry has an image and a caption, or none is to validate on.
-        """
+        """Find the images of all entries among the files `images` of the folder; ValueError if no entry can be used."""
         self.form = form
         skipped: Dict[str, List[str]] = {}
         self._captions: Dict[str, List[str]] = {}

@@ -55,11 +55,7 @@ class TarShards(ImageSource):
     form = "tar shards"
 
     def __init__(self, folder: Path, shards: Sequence[str], cache_dir: Optional[Path] = None):
-        """Read the index in `cache_dir`, or index the shards.
-
-        Raises:
-            ValueError: no shard has an image with a caption.
-        """
+        """Read the index in `cache_dir`, or index the shards; ValueError if none has an image with a caption."""
         self._samples: Dict[str, Tuple[str, Sample]] = {}  # name -> shard, places
         images: List[File] = []
         texts: List[File] = []
