@@ -122,7 +122,6 @@ def make_server(queue: "GenerationQueue", settings: argparse.Namespace) -> "uvic
 
 
 def app_parser() -> Parser:
-    """Return the parser of app.py's flags."""
     parser = Parser("Serves a web page and an HTTP API that generate images for prompts; see requirements-app.txt.")
     add = parser.heading("Model")
     add("dalle-path", None, "checkpoint of train.py; default: the bundled model")
@@ -172,7 +171,6 @@ def token(text: str) -> str:
 
 
 def app_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    """Return the validated namespace of app.py."""
     parser = app_parser()
     settings = parse(parser, argv)
     check_vqgan_files(parser, settings)

@@ -14,7 +14,6 @@ from utils.command_line import (
     POSITIVE,
     SEED,
     SHARE,
-    Add,
     Parser,
     check_vqgan_files,
     flags_given,
@@ -41,13 +40,13 @@ NETWORK = {  # settings that a checkpoint decides, and their names in its hparam
 }
 VQGAN_SIZES = {"image_size", "patch_size", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels"}
 VQGAN_SIZES |= {"embed_dim", "n_embed"}
+CONFIG_HELP = "entry of configs.yaml to start from; flags override it"
 DROPOUT = number(float, low=0, below=1)
 # Settings that exclude each other: one on the command line replaces the configuration's other one.
 RIVALS = ({"validation_folder", "validation_split"}, {"vae_path", "vqgan_model_path"})
 
 
 def attention_types(text: str) -> Tuple[str, ...]:
-    """Parse a comma list of attention patterns."""
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in ATTENTION_TYPES:
@@ -61,15 +60,14 @@ def layer_counts(text: str) -> List[Union[int, str]]:
 
 
 def train_parser() -> Parser:
-    """Return the parser of train.py."""
     parser = Parser("Train a DALL-E on a folder of captioned images.", usage="--config NAME [flags]")
     add = parser.heading("Everyday flags")
-    config_flag(add)
+    add("config", None, CONFIG_HELP)
     add("input-folder", None, "captioned images: a folder, or another form of docs/training.md", path)
     add("generated-data", False, "random images and captions instead of a folder", bool)
     add("vae-path", None, "VQGAN: a folder of train_vqgan.py, or its .ckpt", path)
     add("checkpoint-output-dir", "./output/ckpt", "folder for checkpoints, metrics and samples; '': none", path)
-    add("resume", False, "continue from the newest good checkpoint in that folder, or start if there is none", bool)
+    add("resume", False, "continue from the newest good checkpoint in that folder, or else start", bool)
     add("init-from", None, "start with this checkpoint's weights, and its network, vocabulary and VQGAN", path)
     add("batch-size", 1, "samples that pass through the model at once (micro-batch)", COUNT)
     add("gradient-accumulation", 1, "micro-batches in one update", COUNT)
@@ -159,16 +157,10 @@ def train_parser() -> Parser:
     return parser
 
 
-def config_flag(add: Add) -> None:
-    """Add --config."""
-    add("config", None, "entry of configs.yaml to start from; flags override it")
-
-
 def vqgan_parser() -> Parser:
-    """Return the parser of train_vqgan.py."""
     parser = Parser("Train a VQGAN, the image tokenizer, on a folder of images.", usage="--config NAME [flags]")
     add = parser.heading("Everyday flags")
-    config_flag(add)
+    add("config", None, CONFIG_HELP)
     add("input-folder", None, "folder of images, searched recursively, or any form of train.py's data", path)
     add("output-dir", "./output/vqgan", "folder for vqgan.ckpt, vqgan.yaml and reconstructions.png", path)
     add("batch-size", 8, "images in one update", COUNT)
@@ -226,12 +218,8 @@ def train_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         settings.layers_per_ipu, layers = "auto", None
     proportions = len(settings.matmul_proportion)
     if layers is not None and sum(layers) != settings.num_hidden_layers:
-        refuse(
-            parser,
-            "layers-per-ipu",
-            f"{','.join(map(str, layers))} adds up to {sum(layers)} layers, "
-            f"but --num-hidden-layers is {settings.num_hidden_layers}",
-        )
+        total = f"{','.join(map(str, layers))} adds up to {sum(layers)} layers"
+        refuse(parser, "layers-per-ipu", f"{total}, but --num-hidden-layers is {settings.num_hidden_layers}")
     if layers is not None and len(layers) != ipus:
         refuse(parser, "layers-per-ipu", f"{len(layers)} numbers for --ipus-per-replica {ipus}; give one per IPU")
     if proportions not in (1, ipus):
@@ -275,7 +263,6 @@ def check_init_from(parser: Parser, settings: argparse.Namespace, given: Set[str
 
 
 def vqgan_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Return the settings of train_vqgan.py."""
     parser = vqgan_parser()
     settings = parse(parser, argv)
     if not settings.input_folder:

@@ -91,7 +91,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def evaluate_parser() -> Parser:
-    """Return the parser of evaluate.py."""
     parser = Parser(
         "Measure a DALL-E: losses and reconstructions of a folder's pairs, or accuracy on prompts of shapes or scenes."
     )
@@ -110,6 +109,7 @@ def evaluate_parser() -> Parser:
     folder = "folder for results.json and grids; none: ./output/evaluation with one of the above, else ./output/demo"
     add("outputs-dir", None, folder)
     add("seed", 0, "seed of prompts and images", SEED)
+    add("rank", 1, "generate this many images for each prompt and measure the likeliest, as generate.py --rank", COUNT)
     add("batch-size", 64, "images or pairs at once", COUNT)
     window_flag(add)
     sampling_flags(parser.heading("Sampling (none: what the checkpoint recommends)"))
@@ -305,6 +305,7 @@ def evaluate_prompts(
         "prompt_accuracy": accuracy,
         "faults": dict(wrong),
         "seed": settings.seed,
+        "rank": settings.rank,
         "sampling": used,
     }
 
@@ -335,20 +336,24 @@ def evaluate_nearest(
 def generate_codes(
     loaded: LoadedModel, prompts: Sequence[str], text: Sequence[torch.Tensor], settings: Namespace, sampling: Sampling
 ) -> Tuple[torch.Tensor, Dict[str, Any]]:
-    """Return the codes of an image for each prompt, int64 (N, L), and the sampling settings."""
+    """Return the codes of each prompt's image, the likeliest of --rank: int64 (N, L), and the sampling settings."""
+    import torch
     from tqdm import tqdm
 
     from generation.images import ImageSpec, generate_lists, plan_image
+    from generation.ranking import best_of
 
     sampling = plan_image(loaded, prompts[0], 0, sampling).sampling
     no_codes = text[0].new_zeros(0)
-    specs = [
-        ImageSpec(prompt, tokens, settings.seed + number, sampling, no_codes)
-        for number, (prompt, tokens) in enumerate(zip(prompts, text))
-    ]
-    with tqdm(total=len(specs), desc="generating", unit="image", disable=None) as bar:
-        (codes,) = generate_lists(loaded, [specs], on_batch=bar.update)
-    return codes, sampling._asdict()
+    plans = []
+    for index, (prompt, tokens) in enumerate(zip(prompts, text)):
+        first = ImageSpec(prompt, tokens, settings.seed + index * settings.rank, sampling, no_codes)
+        plans.append([first._replace(seed=first.seed + number) for number in range(settings.rank)])
+    chosen = []
+    with tqdm(total=settings.rank * len(plans), desc="generating", unit="image", disable=None) as bar:
+        for specs, codes in zip(plans, generate_lists(loaded, plans, on_batch=bar.update)):
+            chosen.append(codes[best_of(loaded, specs, codes, 1)[0][0] if settings.rank > 1 else 0])
+    return torch.stack(chosen), sampling._asdict()
 
 
 def knows_scenes(words: Dict[str, int]) -> bool:

@@ -124,11 +124,7 @@ class Request(NamedTuple):
 
 
 def read_requests(text: Optional[str] = None, file: Optional[str] = None) -> List[Request]:
-    """Read requests from --text, parts separated by |, or from a file; "-" is standard input.
-
-    Raises:
-        ValueError, OSError: there are no prompts, or a line is wrong; one line.
-    """
+    """Read requests from --text, separated by |, or from a file, "-" for standard input; ValueError without prompts."""
     if text is not None:
         parts = [" ".join(part.split()) for part in text.split("|")]
         if not all(parts):
@@ -179,7 +175,6 @@ def parse_line(line: str, source: str) -> Request:
 
 
 def auto_or_count(text: str) -> Optional[int]:
-    """Parse "auto" as None, or a whole number of at least 1."""
     return None if text == "auto" else COUNT(text)
 
 
@@ -192,7 +187,6 @@ def rows(text: str) -> float:
 
 
 def generate_parser() -> Parser:
-    """Build the parser of generate.py's flags."""
     parser = Parser("Generate images for prompts with a trained DALL-E; without --dalle_path, with the bundled one.")
     add = parser.heading("What to generate")
     add("dalle-path", None, "checkpoint of train.py; default: the bundled model, which knows 322 everyday things", path)

@@ -130,7 +130,6 @@ class Progress:
         return self.samples_per_step / max(seconds, 1e-9)
 
     def close(self) -> None:
-        """Remove the bar."""
         self.bar.close()
 
 

@@ -38,10 +38,6 @@ def write_caption_files(captions_file: Path, out_dir: Path) -> None:
     A file is called like its image; if the JSON does not say how that is called, <image id, 12 digits>.txt. White space
     within a caption, including line breaks, becomes one space; nothing else is changed. Nothing is written until the
     whole file has been checked. Existing files are replaced.
-
-    Raises:
-        ValueError: `captions_file` is not a COCO captions file, or `out_dir` cannot be written.
-        OSError: one of the files cannot be read or written.
     """
     lines, empty = read_captions(captions_file)
     check_writable(out_dir, "--out-dir")

@@ -6,12 +6,28 @@
 # bash run_train.sh NAME [flags]            install, then run train.py --config NAME [flags]
 set -euo pipefail
 cd "$(dirname "$0")"
+name=${1:-demo}
+case "$name" in
+-h | --help)
+    sed -n 's/^# //p' run_train.sh
+    exit
+    ;;
+-*)
+    echo "run_train.sh: the first word should be a configuration's name, not $name; --help lists the forms" >&2
+    exit 2
+    ;;
+photos)
+    if [ $# -lt 2 ]; then
+        echo "run_train.sh: photos needs your folder of captioned images: bash run_train.sh photos FOLDER" >&2
+        exit 2
+    fi
+    ;;
+esac
 . ./install.sh
 install requirements.txt
 
-name=${1:-demo}
 if [ "$name" = photos ]; then
-    folder=${2:?give a folder: bash run_train.sh photos FOLDER}
+    folder=$2
     python train_vqgan.py --config vqgan_photos --resume --input-folder "$folder"
     exec python train.py --config photos --resume --input-folder "$folder" "${@:3}"
 fi
@@ -26,7 +42,7 @@ if [ "$name" = scenes ]; then
     python train_vqgan.py --config vqgan_scenes_decoder --resume
     python -m utils.checkpoint_info "$(ls -t output/scenes/ckpt/dalle_*.pt | head -n 1)" \
         --export output/scenes/dalle.safetensors --half --decoder output/scenes/vqgan_sharp
-    [ -f output/scenes/reader.pt ] || python -m training.scenes_reader --vae-path output/scenes/vqgan
+    [ -f output/scenes/reader.pt ] || python -m training.scenes_reader --vae-path output/scenes/vqgan_sharp
     exec python evaluate.py --dalle_path output/scenes/dalle.safetensors --prompts-of scenes --outputs-dir output/scenes
 fi
 if [ "$name" = demo ] || [ "$name" = demo_long ]; then

@@ -40,7 +40,6 @@ LOG_EVERY = 50  # steps, if there is no progress bar
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Train the VQGAN that the flags describe."""
     settings = vqgan_arguments(argv)
     set_up()
     with exit_on_error():
@@ -177,7 +176,6 @@ def build_optimizers(model: VQGan, settings: Namespace) -> List[torch.optim.Opti
 
 
 def codes_per_side(settings: Namespace) -> int:
-    """Return the side of an image's code grid."""
     return settings.image_size // settings.patch_size // 2 ** (len(settings.ch_mult) - 1)
 
 
@@ -247,9 +245,6 @@ def endless_batches(
     Args:
         images: in memory, as load_images returns them, or paths, which workers decode in every epoch.
         first: number of batches to skip, for a resumed run.
-
-    Raises:
-        ValueError: no path of a whole epoch can be read.
     """
     import torch
 
@@ -282,11 +277,7 @@ def endless_batches(
 
 
 def show(bar: Any, losses: Dict[str, torch.Tensor], trainer: VQGanTrainer, step: int) -> None:
-    """Show loss, PSNR of the batch and codes in use in the bar, or log them if there is none.
-
-    Raises:
-        ValueError: the loss is not finite.
-    """
+    """Show loss, PSNR of the batch and codes in use, in the bar or the log; ValueError if the loss is not finite."""
     loss = losses["loss"].item()
     if not math.isfinite(loss):
         raise ValueError(f"the loss is no longer finite at step {step}; use a lower --learning-rate")

@@ -71,7 +71,7 @@ class Trainer(Protocol):
     def state_dict(self) -> Dict[str, Any]:
         """Return weights (with the DALLE's own names), opt_state and other state; tensors and plain values only.
 
-        If the trainer keeps an average of the weights, `ema_weights` holds it, without the VQGAN.
+        If the trainer keeps an average of the weights, `ema_weights` has it, without the VQGAN.
         """
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:

@@ -53,7 +53,6 @@ class TokenCounts(NamedTuple):
 
 
 def describe_set(path: Union[str, Path], form: str, images: int, counts: TokenCounts) -> str:
-    """Summarize a set in one line."""
     return f"{printable(path)}: {form}, {images:,} usable images with {counts.describe()}"
 
 
@@ -130,11 +129,7 @@ class CaptionCache:
     """
 
     def __init__(self, folder: Union[str, Path], cache_dir: Union[str, Path], tokenizer: Tokenizer):
-        """Open the cache in `cache_dir`; it may not exist yet.
-
-        Raises:
-            OSError: `cache_dir` exists and cannot be read.
-        """
+        """Open the cache in `cache_dir`, which may not exist yet; OSError if that cannot be read."""
         self.folder, self.tokenizer = Path(folder), tokenizer
         name = "captions-" + re.sub("[^A-Za-z0-9]", "", tokenizer.fingerprint)[:12]
         self.path = cache_path(cache_dir, name, folder, {"version": 3, "tokenizer": tokenizer.fingerprint}, ".npz")
@@ -144,7 +139,6 @@ class CaptionCache:
         return file in self._rows
 
     def refresh(self) -> None:
-        """Read what another process has written."""
         self._rows: Dict[File, int] = {}
         self._captions = Captions.join([], _dtype(self.tokenizer))
         try:
@@ -163,10 +157,7 @@ class CaptionCache:
         """Return the captions of these files, after tokenizing those that the cache lacks.
 
         If several processes call this at once, one tokenizes and the others wait. A cache that cannot be written is
-        reported in the log.
-
-        Raises:
-            ValueError, OSError: a file cannot be read, or its captions cannot be tokenized.
+        reported in the log. ValueError or OSError if a file cannot be read or tokenized.
         """
         if not all(file in self for file in files):
             with contextlib.ExitStack() as stack:
@@ -208,13 +199,10 @@ def load_captions(
     cache: Optional[CaptionCache] = None,
     read: Optional[ReadCaptions] = None,
 ) -> Captions:
-    """Return the captions of these files of `folder`, from the cache if there is one.
+    """Return the captions of these files of `folder`, from the cache if there is one; see CaptionCache.load.
 
     Args:
         read: returns the captions of a name; None: the lines of the text file of that name.
-
-    Raises:
-        ValueError, OSError: a file cannot be read, or its captions cannot be tokenized.
     """
     if cache is not None:
         return cache.load(files, read)

@@ -17,18 +17,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data import files
 from data.captions import TokenCounts, describe_set, describe_unknown, encode_caption
-from data.files import (
-    LABEL_FILE,
-    NOT_LISTED,
-    OTHER_SPLIT,
-    UNREAD,
-    UNREADABLE,
-    describe_others,
-    open_image,
-    printable,
-    read_bytes,
-)
+from data.files import StoredImage, printable
 from data.images import WorkerTracker, load_image
 from data.sources import ImageSource, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -83,23 +74,20 @@ class _Samples(Dataset):
         """Return the kinds of image that this one is, and a digest of its bytes; raise what load_image raises."""
         path = self.source.image(self.source.images[index][0])
         pixels = load_image(path, self.image_size)
-        with open_image(path) as image:
+        with files.open_image(path) as image:
             short, long = sorted(image.size)
         kinds = {
             SMALL.format(self.image_size): short < self.image_size,
             LONG: long > 3 * short,
             ONE_COLOR: bool((pixels == pixels[0, 0]).all()),
         }
-        digest = hashlib.blake2b(read_bytes(path), digest_size=16).digest()
+        content = path.read() if isinstance(path, StoredImage) else Path(path).read_bytes()
+        digest = hashlib.blake2b(content, digest_size=16).digest()
         return tuple(kind for kind, applies in kinds.items() if applies), digest
 
 
 def _examine(samples: _Samples, workers: int) -> List[Optional[Findings]]:
-    """Return the findings about every sample; None if reading it killed the process.
-
-    Raises:
-        RuntimeError: a worker is killed while it reads nothing.
-    """
+    """Return the findings about each sample, None if it killed a worker; RuntimeError if an idle worker is killed."""
     results: List[Optional[Findings]] = [None] * len(samples)
     deadly: Set[int] = set()
     with tqdm(total=len(samples), desc="checking images", unit="image", disable=None, leave=False) as bar:
@@ -152,7 +140,8 @@ def check(
         reason: [printable(os.path.relpath(path, source.folder)) for path in paths]
         for reason, paths in source.skipped.items()
     }
-    notes: Dict[str, List[str]] = {kind: faults.pop(kind, []) for kind in (LABEL_FILE, NOT_LISTED, OTHER_SPLIT)}
+    harmless = files.LABEL_FILE, files.NOT_LISTED, files.OTHER_SPLIT
+    notes: Dict[str, List[str]] = {kind: faults.pop(kind, []) for kind in harmless}
     first: Dict[bytes, str] = {}  # digest of an image -> the first file that has it
     lengths: List[int] = []
     unknown = usable = 0
@@ -160,12 +149,12 @@ def check(
     for (image, _, _), (text, _, _), found in zip(source.images, source.texts, all_findings):
         image_name, text_name = printable(image), printable(text)
         if found is None or found.unreadable:
-            faults.setdefault(DEADLY if found is None else UNREADABLE, []).append(image_name)
+            faults.setdefault(DEADLY if found is None else files.UNREADABLE, []).append(image_name)
             continue
         lengths += found.lengths
         unknown += found.unknown
         if found.unread:
-            faults.setdefault(UNREAD, []).append(text_name)
+            faults.setdefault(files.UNREAD, []).append(text_name)
         if found.unread == len(found.lengths):
             continue
         usable += 1
@@ -193,7 +182,7 @@ def describe(folder: Path, report: Report, examples: Optional[int]) -> str:
         for kind, names in kinds.items():
             rest = ", …" if examples is not None and len(names) > examples else ""
             lines.append(f"{len(names):9,} × {kind}: {', '.join(names[:examples])}{rest}")
-    lines += [f"not used: {describe_others(report.others)}"] if report.others else []
+    lines += [f"not used: {files.describe_others(report.others)}"] if report.others else []
     count = sum(map(len, report.faults.values()))
     lines.append(f"training would skip or refuse {count:,} of these files" if count else "nothing would be skipped")
     return "\n".join(lines)

@@ -46,7 +46,6 @@ class MappedRows:
     """The rows of a cache, mapped from disk; pickled as the name of the file, which the receiving process maps too."""
 
     def __init__(self, path: Path, record: np.dtype):
-        """Map the complete records of `path`."""
         self._path, self._record = path, record
         count = path.stat().st_size // record.itemsize
         self._values = np.memmap(path, record, mode="r", shape=(count,))["values"]
@@ -71,16 +70,13 @@ class CodeCache:
         width: int,
         key: Dict[str, Any],
     ):
-        """Open the cache; it may not exist yet.
+        """Open the cache, which may not exist yet; OSError if it cannot be read.
 
         Args:
             name: how its file names begin, for humans; `key` identifies the cache.
             folder: what file names are relative to. A cache inside it stays valid when the folder is moved.
             dtype, width: of each file's codes.
             key: plain values that say how the codes are computed.
-
-        Raises:
-            OSError: `cache_dir` exists and cannot be read.
         """
         self.folder, self.key, self.width = Path(folder), key, width
         self._path = cache_path(cache_dir, name, folder, {**key, "width": width}, ".json")
@@ -111,19 +107,13 @@ class CodeCache:
         self._check(range(len(files)))
 
     def fill(
-        self,
-        files: Sequence[File],
-        compute: Callable[[Iterator[List[int]]], Iterable[Computed]],
-        batch_size: int,
+        self, files: Sequence[File], compute: Callable[[Iterator[List[int]]], Iterable[Computed]], batch_size: int
     ) -> None:
         """Compute and store what is missing; return when all is there, whichever process computed it.
 
         Args:
             compute: takes batches of at most batch_size indices into `files`, yields the values of each. What it leaves
                 out is not asked for again.
-
-        Raises:
-            OSError: `cache_dir` cannot be written.
         """
         missing = [i for i, file in enumerate(files) if file not in self]
         if not missing:
@@ -228,11 +218,7 @@ class CodeCache:
 
 
 def open_code_cache(folder: Union[str, Path], cache_dir: Union[str, Path], vae: Any) -> CodeCache:
-    """Open the cache in `cache_dir` with an image tokenizer's codes of `folder`'s images; it may be empty.
-
-    Raises:
-        OSError: `cache_dir` exists and cannot be read.
-    """
+    """Open the cache, perhaps empty, of a tokenizer's codes of `folder`'s images; OSError if it cannot be read."""
     fingerprint = vae.fingerprint()
     key = {"version": 2, "vqgan": fingerprint, "precision": PRECISION, "crop": CROP}
     key.update(image_size=vae.image_size, num_codes=vae.num_tokens)
@@ -297,11 +283,7 @@ def _check_codes(codes: torch.Tensor, shape: Tuple[int, int], num_codes: int) ->
 def cache_path(
     cache_dir: Union[str, Path], name: str, folder: Union[str, Path], key: Dict[str, Any], suffix: str
 ) -> Path:
-    """Return the path of a cache: `name`, then a hash of the key and of where `folder` lies.
-
-    Raises:
-        OSError: `cache_dir` exists and cannot be read.
-    """
+    """Return the path of a cache: `name`, then a hash of the key and of where `folder` lies; see open_code_cache."""
     with contextlib.suppress(FileNotFoundError):
         os.listdir(cache_dir)
     place = os.path.realpath(folder)

@@ -157,10 +157,7 @@ class TextImageDataset(Dataset):
         """Remove a share of the pairs, at least one, and return them as a dataset without caption dropout.
 
         A hash of the image's name selects them: the same images with every seed, and mostly the same after the folder
-        has grown.
-
-        Raises:
-            ValueError: nothing would be left.
+        has grown. ValueError if nothing would be left.
         """
         names = [os.fsencode(name) for name, _, _ in self.images]
         order = sorted(range(len(names)), key=lambda index: hashlib.sha256(names[index]).digest())
@@ -174,7 +171,6 @@ class TextImageDataset(Dataset):
         return validation_set
 
     def fingerprint(self) -> str:
-        """Return a hash of the image names and the tokens of their captions."""
         digest = hashlib.sha256()
         for index, (name, _, _) in enumerate(self.images):
             digest.update(os.fsencode(name) + b"\0" + self._captions.file_tokens(index).tobytes())
@@ -195,11 +191,9 @@ class TextImageDataset(Dataset):
         return len(self.images)
 
     def image(self, index: int) -> ImagePath:
-        """Return where to read the image of this index."""
         return self.source.image(self.images[index][0])
 
     def image_paths(self) -> List[ImagePath]:
-        """Return where to read each image."""
         return [self.image(index) for index in range(len(self))]
 
     def __getitem__(self, key: Key) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -224,7 +218,6 @@ class TextImageDataset(Dataset):
         raise ValueError(f"{printable(self.folder)}: none of its {len(self)} images can be read any more")
 
     def captions(self, index: int) -> List[np.ndarray]:
-        """Return the tokens of all captions of an image."""
         return self._captions[index]
 
     def text(self, epoch: int, index: int) -> torch.Tensor:

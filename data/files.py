@@ -86,22 +86,13 @@ def report_skipped(skipped: Skipped, examples: int = 3) -> None:
 
 
 def read_captions(path: Union[str, Path]) -> List[str]:
-    """Return the captions of a file of one image.
-
-    Raises:
-        ValueError: it cannot be read as text, or as JSON if that is its suffix.
-        OSError: it cannot be opened.
-    """
+    """Return the captions of a file of one image; ValueError or OSError if it cannot be read."""
     with open(path, "rb") as file:
         return parse_captions(str(path), file.read())
 
 
 def parse_captions(name: str, content: bytes) -> List[str]:
-    """Return the captions in a file of one image: its non-blank lines, stripped, or those of a .json's object.
-
-    Raises:
-        ValueError: the file is neither UTF-8 nor UTF-16, or not JSON.
-    """
+    """Return the captions of a file of one image: its lines, or those in JSON; ValueError if it is neither."""
     text = decode_text(content)
     if not name.lower().endswith(".json"):
         return [line.strip() for line in _LINE_BREAK.split(text) if line.strip()]
@@ -139,11 +130,6 @@ def open_image(path: Union[str, Path, StoredImage]) -> Image.Image:
     return image
 
 
-def read_bytes(path: Union[str, Path, StoredImage]) -> bytes:
-    """Return the bytes of an image file."""
-    return path.read() if isinstance(path, StoredImage) else Path(path).read_bytes()
-
-
 def printable(path: Union[str, Path, StoredImage]) -> str:
     """Return the path for a message; printing bytes of a file name that are not UTF-8 would fail."""
     return os.fsencode(str(path)).decode("utf-8", "replace")
@@ -164,10 +150,7 @@ def list_files(folder: Union[str, Path], skipped: Dict[str, List[str]]) -> Listi
     """List the files of a folder and below; add folders that cannot be opened to `skipped`.
 
     Folders are entered before links to them, so that a link does not give a file a second name. Hidden files count as
-    images or texts only.
-
-    Raises:
-        FileNotFoundError, PermissionError, ValueError: the folder cannot be read.
+    images or texts only. ValueError or OSError if the folder itself cannot be read.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -214,13 +197,6 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def check_images(
-    folder: Path, names: Sequence[str], known_good: Callable[[File], bool], skipped: Dict[str, List[str]]
-) -> Dict[str, File]:
-    """Return the state of each image whose header can be read, in order; add the others to `skipped` by reason."""
-    return check_files(names, folder, known_good, _image_fault, skipped)
-
-
 def check_files(
     names: Sequence[str],
     folder: Path,
@@ -228,7 +204,7 @@ def check_files(
     find_fault: Callable[[str], Optional[str]],
     skipped: Dict[str, List[str]],
 ) -> Dict[str, File]:
-    """Return the state of each file without a fault, in order; add the others to `skipped` by the fault."""
+    """Return the state of each file without a fault (None), in order; add the others to `skipped` by the fault."""
     root = os.path.join(str(folder), "")
     files: Dict[str, File] = {}
     unknown = []
@@ -251,7 +227,7 @@ def check_files(
     return files
 
 
-def _image_fault(path: str) -> Optional[str]:
+def image_fault(path: str) -> Optional[str]:
     """Return why this file cannot be an image, judged by its header."""
     if not os.path.isfile(path):
         return CANNOT_OPEN

@@ -44,9 +44,7 @@ def load_image(path: ImagePath, size: int) -> np.ndarray:
 def crop_square(image: Image.Image, size: int) -> np.ndarray:
     """Return what load_image returns, for an open image; raise whatever PIL raises for a damaged one."""
     image = image.copy()
-    with contextlib.suppress(
-        Exception
-    ):  # a damaged EXIF block; in place, so that the pixels are turned before it matters
+    with contextlib.suppress(Exception):  # a damaged EXIF block; in place, since pixels are turned before it matters
         ImageOps.exif_transpose(image, in_place=True)
     if image.width != image.height:
         side = min(image.size)
@@ -142,11 +140,7 @@ def _collate(items: List[Tuple[int, Union[torch.Tensor, str]]]) -> ImageBatch:
 
 
 def load_images(paths: Sequence[ImagePath], size: int, workers: int = 0) -> torch.Tensor:
-    """Return all images that can be read as uint8 (N, 3, size, size); log how many cannot.
-
-    Raises:
-        ValueError: none can be read.
-    """
+    """Return all images that can be read as uint8 (N, 3, size, size), ValueError if none; log how many cannot."""
     batches = [range(start, min(start + _BATCH, len(paths))) for start in range(0, len(paths), _BATCH)]
     decoded, unreadable = [], []
     with tqdm(total=len(paths), desc="reading images", unit="image", leave=False, disable=None) as bar:

@@ -71,7 +71,7 @@ class EpochOrder:
         ValueError: the set is smaller than one global batch.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, *, seed: int = 42, rank: int = 0, world_size: int = 1):
+    def __init__(self, num_samples: int, batch_size: int, seed: int = 42, rank: int = 0, world_size: int = 1):
         self.global_batch = batch_size * world_size
         if num_samples < self.global_batch:
             raise ValueError(f"one step takes {self.global_batch} samples, but the set has {num_samples}")
@@ -138,7 +138,6 @@ class RunOrder(Sequence):
 
 
 def count_validation(images: int, share: float) -> int:
-    """Return how many of a set's images a share to validate on has."""
     return max(1, round(share * images))
 
 
@@ -176,7 +175,6 @@ class GeneratedDataset(Dataset):
         """Return None: samples are generated when they are read."""
 
     def fingerprint(self) -> str:
-        """Return what identifies the samples."""
         return f"{self.length} generated samples of seed {self.seed}"
 
     def captions(self, index: int) -> List[np.ndarray]:

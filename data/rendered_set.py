@@ -9,11 +9,7 @@ SETTINGS_FILE = "dataset.json"
 
 
 def is_rendered(out: str, settings: Dict[str, Any]) -> bool:
-    """Return whether a folder holds the set with these settings, among them `drawn_by`, the file that renders it.
-
-    Raises:
-        ValueError: it is a file, or holds something else than a set that `drawn_by` rendered.
-    """
+    """Return whether a folder holds the set with these settings; ValueError if it holds something else."""
     target = Path(os.path.realpath(out))
     if target.exists() and not target.is_dir():
         raise ValueError(f"--out {out} is a file: it should be a folder")
@@ -25,7 +21,6 @@ def is_rendered(out: str, settings: Dict[str, Any]) -> bool:
 
 
 def write_settings(folder: Path, settings: Dict[str, Any]) -> None:
-    """Write the settings of a set, which is then finished."""
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 

@@ -47,7 +47,7 @@ from data.scene_captions import (
 from utils.command_line import Parser, exit_on_error
 from utils.files import replace_folder
 
-VERSION = 2  # of the renderings and captions: raised when the same settings would give other files
+VERSION = 3  # of the renderings and captions: raised when the same settings would give other files
 
 GRID = 12  # cells per side
 CELLS = {"small": 4, "large": 6}  # cells per side of an object
@@ -112,7 +112,7 @@ def place(scene: Scene, rng: random.Random) -> List[Placed]:
     if relation in ("below", "right") or (relation == "next" and rng.random() < 0.5):
         relation, items = INVERSE[relation], items[::-1]
     boxes = []
-    for item in items:  # a group stands in a row, or in a column beside the other object
+    for item in items:  # a group stands in a row, or in a column if the other object is left or right of it
         side, length = CELLS[str(item.size)], item.count * CELLS[str(item.size)] + item.count - 1
         boxes.append((side, length) if relation == "above" else (length, side))
     row1, column1, row2, column2 = rng.choice(_relation_places(relation, *boxes))

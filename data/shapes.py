@@ -82,11 +82,9 @@ class Scene(NamedTuple):
 
     @property
     def combination(self) -> Combination:
-        """What the image shows, without sizes."""
         return (self.first.color, self.first.shape, self.relation, self.second.color, self.second.shape)
 
     def inverse(self) -> "Scene":
-        """Return the same image as described from the other shape."""
         return Scene(self.second, INVERSE[self.relation], self.first)
 
 
@@ -158,11 +156,7 @@ _CAPTION = re.compile(rf"(?:there is )?{_ITEM} ({_RELATION}) {_ITEM}\.?")
 
 
 def parse_caption(text: str) -> Scene:
-    """Return the scene that a caption describes.
-
-    Raises:
-        ValueError: the caption is outside the grammar.
-    """
+    """Return the scene that a caption describes; ValueError if it is outside the grammar."""
     match = _CAPTION.fullmatch(" ".join(text.lower().split()))
     if match is None:
         raise ValueError(
@@ -179,9 +173,6 @@ def validation_prompts(split: str, count: int = 256, seed: int = 0) -> List[str]
     Args:
         split: "choose" (to choose sampling settings) or "score" (for reported figures); they share no combination.
         count: a shorter list is the beginning of a longer one with the same seed.
-
-    Raises:
-        ValueError: unknown split, or count out of range.
     """
     splits = dict(zip(("choose", "score"), _combinations()[1:]))
     if split not in splits:
@@ -300,11 +291,7 @@ def _write_split(root: Path, split: str, count: int, first_id: int, seed: int, s
 
 
 def write_dataset(out: str, pictures: int = 20000, val: int = 1000, seed: int = 0, size: int = 64) -> bool:
-    """Draw the set into `out`; return False if it already holds the same set, and replace one of other settings.
-
-    Raises:
-        ValueError: settings are out of range, or the folder holds something else.
-    """
+    """Draw the set into `out`, unless it is there; ValueError for bad settings, or a folder of something else."""
     for name, value in (("pictures", pictures), ("val", val)):
         if value < 1:
             raise ValueError(f"--{name} {value} is out of range: it should be at least 1")
@@ -322,7 +309,6 @@ def write_dataset(out: str, pictures: int = 20000, val: int = 1000, seed: int = 
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the command that the flags describe."""
     parser = Parser("Draw the demo set of colored shapes.")
     parser.prog = "python -m data.shapes"
     parser.add_argument("--out", default="./data/shapes", help="folder for the set")

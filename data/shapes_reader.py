@@ -176,10 +176,7 @@ def find_faults(caption: str, pixels: np.ndarray) -> Tuple[str, ...]:
     """Return what an image, uint8 (S, S, 3), gets wrong: among "count", "colour", "shape", "size" and "relation".
 
     Anything but two objects is ("count",) alone. The two are assigned to the caption's items so that fewest faults
-    remain. A size that the caption does not name is never wrong.
-
-    Raises:
-        ValueError: parse_caption does not understand the caption.
+    remain. A size that the caption does not name is never wrong. ValueError as for parse_caption.
     """
     scene = parse_caption(caption)
     seen = find_objects(pixels)

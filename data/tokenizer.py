@@ -53,22 +53,14 @@ LARGEST_FILE = 64 << 20  # bytes; a model of a million tokens is a third of this
 
 
 class Vocabulary(NamedTuple):
-    """The content of a vocabulary file, ready for use.
+    """The content of a vocabulary file, ready for use."""
 
-    kind     "clip", "yttm", "json" or "sentencepiece"
-    size     number of ids
-    unknown  see Tokenizer
-    clean    prepares a text
-    encode   returns the ids of a prepared text
-    decode   returns the text of ids without padding
-    """
-
-    kind: str
-    size: int
-    unknown: Optional[int]
-    clean: Callable[[str], str]
-    encode: Callable[[str], List[int]]
-    decode: Callable[[List[int]], str]
+    kind: str  # "clip", "yttm", "json" or "sentencepiece"
+    size: int  # number of ids
+    unknown: Optional[int]  # see Tokenizer
+    clean: Callable[[str], str]  # prepares a text
+    encode: Callable[[str], List[int]]  # of a prepared text
+    decode: Callable[[List[int]], str]  # of ids without padding
 
 
 class Tokenizer:
@@ -93,11 +85,7 @@ class Tokenizer:
         self._entries = entries
 
     def encode(self, text: str) -> List[int]:
-        """Return the ids of a text without special tokens; [] for white space.
-
-        Raises:
-            ValueError: the text is not valid Unicode.
-        """
+        """Return the ids of a text without special tokens, [] for white space; ValueError if it is not Unicode."""
         text = self._entries.clean(text)
         try:
             text.encode("utf-8")
@@ -117,11 +105,7 @@ class Tokenizer:
         return self._entries.decode([i for i in ids if 0 < i < self.vocab_size]).strip(" ")
 
     def tokenize(self, texts: Union[str, List[str]], context_length: int = 256) -> torch.Tensor:
-        """Return int64 (B, context_length), each row the ids of one text followed by zeros.
-
-        Raises:
-            ValueError: a text has more than `context_length` ids.
-        """
+        """Return int64 (B, context_length), the ids of each text and then zeros; ValueError if one is longer."""
         texts = [texts] if isinstance(texts, str) else texts
         rows = torch.zeros(len(texts), context_length, dtype=torch.long)
         for row, text in zip(rows, texts):
@@ -161,8 +145,6 @@ def load_tokenizer(
         FileNotFoundError: there is no such file.
         ValueError: it is no vocabulary of a kind above, or sentencepiece is needed and not installed.
     """
-    if vocabulary is not None and bpe_path is not None:
-        raise ValueError("give a vocabulary file or its bytes, not both")
     if vocabulary is not None:
         name, path, data = "the vocabulary given as bytes", None, vocabulary
     else:

@@ -21,7 +21,6 @@ SIZE = number(int, low=BYTES + 1, high=1 << 20)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Train a vocabulary and write it."""
     parser = Parser("Train a vocabulary on captions.", usage="train --input-folder FOLDER --out FILE.json")
     parser.prog = "python -m data.vocabulary"
     parser.add_argument("task", choices=["train"], metavar="train", help="what to do")
@@ -56,11 +55,7 @@ def read_captions(folder: str) -> Iterator[str]:
 
 
 def train(captions: Sequence[str], size: int) -> Tokenizer:
-    """Return a byte-level BPE of at most `size` tokens; captions of few words have fewer.
-
-    Raises:
-        ValueError: there is no caption.
-    """
+    """Return a byte-level BPE of at most `size` tokens, of fewer for few words; ValueError without a caption."""
     if not captions:
         raise ValueError("there is no caption to train a vocabulary on")
     model = Tokenizer(models.BPE())

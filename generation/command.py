@@ -13,7 +13,7 @@ import random
 import re
 import time
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -57,27 +57,37 @@ def run(settings: Namespace) -> None:
     backend = loaded.backend
     seed, share_images = agree_on_seed(settings, backend)
     plans = plan_images(settings, loaded, seed)
-    clip = load_clip(settings, backend)
+    clip = None  # without it, the model itself chooses
+    if settings.clip_weights is not None:
+        from models.image_scores import clip_score  # few installations have its package
+
+        clip = clip_score(settings.clip_weights, settings.clip_model, backend.device)
     check_writable(settings.outputs_dir, "--outputs_dir")
     logger.info("seed %d, %s", seed, describe_sampling(plans[0][0].sampling, loaded.recommended))
+    rank, processes = backend.rank, backend.world_size
     if share_images:
-        parts = [own_part(specs, backend) for specs in plans]
-    else:
-        parts = plans = own_prompts(plans, backend)
+        parts = [specs[len(specs) * rank // processes : len(specs) * (rank + 1) // processes] for specs in plans]
+    else:  # equal prompts belong to one process, because they have one folder
+        prompts = [specs[0].prompt for specs in plans]
+        parts = plans = [specs for specs in plans if prompts.index(specs[0].prompt) % processes == rank]
     total = sum(map(len, parts))
     loaded.batch_size = max(1, min(loaded.batch_size, total))
     start = time.monotonic()
     bar = tqdm(total=total, unit="image", desc="generating", disable=None)
-    with bar, preview_callback(settings, loaded) as make_on_code:
+    saving: List[Future] = []  # files are written while the next images are generated
+    with bar, preview_callback(settings, loaded) as make_on_code, ThreadPoolExecutor(1) as saver:
         for specs, codes in zip(plans, generate_lists(loaded, parts, make_on_code, bar.update)):
             if share_images:
                 codes = backend.gather(codes)
                 if backend.rank:
                     continue
             images, codes = finish_images(loaded, specs, codes, len(specs) // settings.rank, clip)
-            frames = previews.animation_frames(loaded, codes) if settings.animate else None
-            folder = save_images(images, settings.outputs_dir, settings.format, frames)
-            tqdm.write(f"{len(images)} images of '{specs[0].prompt}' in {folder}")
+            frames = previews.animation_frames(loaded, codes) if settings.animate else ()
+            while saving:
+                saving.pop().result()  # raises what went wrong
+            saving.append(saver.submit(save_images, images, settings.outputs_dir, settings.format, frames))
+    for last in saving:
+        last.result()
     logger.info("throughput: %.3f images/sec", total / max(time.monotonic() - start, 1e-9))
 
 
@@ -93,16 +103,11 @@ def agree_on_seed(settings: Namespace, backend: Backend) -> Tuple[int, bool]:
 
 
 def new_seed() -> int:
-    """Return a random seed that fits any generator."""
     return random.SystemRandom().randrange(2**31)
 
 
 def plan_images(settings: Namespace, loaded: LoadedModel, seed: int) -> List[List[ImageSpec]]:
-    """Return the images of each request; all are checked before the first is generated.
-
-    Raises:
-        ValueError, OSError: a prompt, an image or a setting cannot be used; one line.
-    """
+    """Return the images of each request; ValueError or OSError, in one line, before the first is generated."""
     encode_rows = functools.lru_cache(maxsize=None)(functools.partial(image_prompts.encode_kept_rows, loaded))
     plans = []
     for request in settings.requests:
@@ -139,18 +144,6 @@ def plan_request(
     return [first._replace(seed=seed + number) for number in range(count)]
 
 
-def own_part(specs: List[ImageSpec], backend: Backend) -> List[ImageSpec]:
-    """Return this process's share of a prompt's images."""
-    start, end = (len(specs) * rank // backend.world_size for rank in (backend.rank, backend.rank + 1))
-    return specs[start:end]
-
-
-def own_prompts(plans: List[List[ImageSpec]], backend: Backend) -> List[List[ImageSpec]]:
-    """Return the requests of this process; equal prompts belong to one process, because they have one folder."""
-    prompts = [specs[0].prompt for specs in plans]
-    return [specs for specs in plans if prompts.index(specs[0].prompt) % backend.world_size == backend.rank]
-
-
 def finish_images(
     loaded: LoadedModel, specs: List[ImageSpec], codes: Tensor, count: int, clip: Optional[ranking.ClipScore] = None
 ) -> Tuple[List[Image.Image], Tensor]:
@@ -177,15 +170,6 @@ def describe_sampling(sampling: Sampling, recommended: Sampling) -> str:
     )
 
 
-def load_clip(settings: Namespace, backend: Backend) -> Optional[ranking.ClipScore]:
-    """Load the CLIP model of --clip-weights, or return None, so that the model itself chooses."""
-    if settings.clip_weights is None:
-        return None
-    from models.image_scores import clip_score  # few installations have its package
-
-    return clip_score(settings.clip_weights, settings.clip_model, backend.device)
-
-
 @contextlib.contextmanager
 def preview_callback(
     settings: Namespace, loaded: LoadedModel
@@ -195,12 +179,8 @@ def preview_callback(
         yield lambda specs: None
         return
     path = Path(settings.outputs_dir) / PREVIEW
-
-    def save(images: List[Image.Image], row: int) -> None:
-        save_grid(images, path)
-
     try:
-        yield lambda specs: previews.Preview(loaded, settings.preview, save)
+        yield lambda specs: previews.Preview(loaded, settings.preview, lambda images, row: save_grid(images, path))
     finally:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
@@ -232,12 +212,9 @@ def prompt_folder(prompt: str, outputs_dir: str) -> Path:
 
 
 def save_images(
-    images: Sequence[Image.Image],
-    outputs_dir: str,
-    format: str = "jpg",
-    frames: Optional[List[List[Image.Image]]] = None,
+    images: Sequence[Image.Image], outputs_dir: str, format: str = "jpg", frames: Sequence[List[Image.Image]] = ()
 ) -> Path:
-    """Save the images of one prompt, a grid of them, and a line for each in results.jsonl.
+    """Save the images of one prompt, a grid of them, and a line for each in results.jsonl; print where they are.
 
     Args:
         images: with image_metadata as `info`.
@@ -262,22 +239,18 @@ def save_images(
     suffix = "" if first == 0 else f"-{first}"
     save_grid(images, folder / f"grid{suffix}.png")
     if frames:
-        save_animation([make_grid(frame) for frame in frames], folder / f"forming{suffix}.webp")
+        grids = [make_grid(frame) for frame in frames]
+        durations = [MILLISECONDS] * (len(grids) - 1) + [LAST_MILLISECONDS]
+        options = {"save_all": True, "duration": durations, "loop": 0, "lossless": True, "method": 3}
+        with atomic_write(folder / f"forming{suffix}.webp") as file:
+            grids[0].save(file, "WEBP", append_images=grids[1:], **options)
     path = Path(outputs_dir) / RESULTS
     with errors_name(path), open(path, "a", encoding="utf-8") as results:
         results.write("".join(lines))  # one write, because other processes append to the file, too
+    tqdm.write(f"{len(images)} images of '{images[0].info['prompt']}' in {folder}")
     return folder
 
 
 def save_grid(images: Sequence[Image.Image], path: Path) -> None:
-    """Save make_grid's image as a PNG file."""
     with atomic_write(path) as file:
         make_grid(images).save(file, "PNG")
-
-
-def save_animation(frames: Sequence[Image.Image], path: Path) -> None:
-    """Save frames as an animated WebP file that starts over after the last one."""
-    durations = [MILLISECONDS] * (len(frames) - 1) + [LAST_MILLISECONDS]
-    options = {"save_all": True, "duration": durations, "loop": 0, "lossless": True, "method": 3}
-    with atomic_write(path) as file:
-        frames[0].save(file, "WEBP", append_images=frames[1:], **options)

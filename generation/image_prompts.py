@@ -20,11 +20,7 @@ KEEP = 0.5  # default fraction of the rows
 
 
 def encode_kept_rows(loaded: LoadedModel, image: Union[str, Path, Image.Image], keep_rows: float = KEEP) -> Tensor:
-    """Return the codes int64 (n,) of the upper rows of an image's middle square.
-
-    Args:
-        image: a path, or an image.
-        keep_rows: see count_kept_rows.
+    """Return the codes int64 (n,) of the upper rows of an image's middle square; see count_kept_rows.
 
     Raises:
         ValueError, OSError: the image cannot be read, or keep_rows is out of its range; one line.
@@ -55,12 +51,7 @@ def count_kept_rows(loaded: LoadedModel, keep_rows: float) -> int:
 
 
 def read_prompt(path: str) -> str:
-    """Return the prompt of an image that generate.py saved.
-
-    Raises:
-        ValueError: the file has none.
-        FileNotFoundError: there is no such file.
-    """
+    """Return the prompt of an image that generate.py saved; ValueError if it has none, OSError if it does not exist."""
     if not Path(path).exists():
         raise FileNotFoundError(f"--variations {path}: no such file")
     try:

@@ -48,8 +48,7 @@ def plan_image(
         tokens: the prompt's tokens, if they are known.
 
     Raises:
-        ValueError: in one sentence, if the model cannot read the prompt or was not trained for guidance, or if a
-            setting is unknown or out of its range.
+        ValueError: one sentence, if the model cannot do it or a setting is out of its range.
     """
     tokens = encode_prompt(loaded, prompt) if tokens is None else tokens
     if not isinstance(sampling, Sampling):
@@ -71,11 +70,7 @@ def plan_image(
 
 
 def encode_prompt(loaded: LoadedModel, prompt: str) -> Tensor:
-    """Return a prompt's tokens, int64 (text_seq_len,), as those of a training caption.
-
-    Raises:
-        ValueError: the prompt has too many tokens, or no word that the vocabulary knows.
-    """
+    """Return a prompt's tokens, int64 (text_seq_len,); ValueError if there are too many, or no known word."""
     tokens = encode_text(loaded.tokenizer, prompt)
     if not loaded.tokenizer.decode(tokens):  # no tokens, or unknown ones alone
         raise ValueError(f"'{prompt[:60]}' has no words that the vocabulary knows")

@@ -40,14 +40,11 @@ class LoadedModel:
     """A model that is ready to generate.
 
     Attributes:
-        path: the checkpoint's.
-        model: the DALLE, in evaluation mode.
-        tokenizer: see data/tokenizer.py.
         recommended: the checkpoint's sampling settings.
         guidable: whether the model was trained without captions, too, which guidance needs.
         words: {word: count} of the training captions; empty if the file does not have them.
         examples: some training captions; empty if the file does not have them.
-        fingerprint: SHA-256 of the weights.
+        fingerprint: SHA-256 (hex) of all weights as they are used, the VQGAN's included.
         backend: the machine that runs the model.
         batch_size: images at once; it may be lowered before the first use of `sampler`.
         window: see `load`.
@@ -70,7 +67,7 @@ class LoadedModel:
         self.recommended = recommended if self.guidable else recommended._replace(cond_scale=1.0)
         self.words, self.examples = checkpoint.read_summary(saved.get("captions"))
         self.backend, self.batch_size, self.window = backend, batch_size, window
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = hash_tensors(model.state_dict(), hashlib.sha256())
 
     @property
     def side(self) -> int:
@@ -256,8 +253,3 @@ def check_fingerprint(name: str, found: str, path: AnyPath, expected: Optional[s
             f"{name}: fingerprint {checkpoint.short(found)}, but {path} was trained with {checkpoint.short(expected)}; "
             f"leave {flag} out"
         )
-
-
-def fingerprint(model: DALLE) -> str:
-    """Return the SHA-256 (hex) of all weights as they are used, the VQGAN's included."""
-    return hash_tensors(model.state_dict(), hashlib.sha256())

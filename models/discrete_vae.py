@@ -65,10 +65,7 @@ class DiscreteVAE(ImageTokenizer):
 
     Args:
         params: the arguments of dalle_pytorch.DiscreteVAE, which has defaults for most; those for training alone are
-            ignored.
-
-    Raises:
-        ValueError: a size is not a whole number, or the images have no three channels.
+            ignored. ValueError if one is not a whole number, or the images have no three channels.
     """
 
     DEFAULTS = {"image_size": 256, "num_tokens": 512, "codebook_dim": 512, "num_layers": 3, "hidden_dim": 64}
@@ -160,10 +157,7 @@ class OpenAIDiscreteVAE(ImageTokenizer):
 
     Args:
         params: sizes that differ from OpenAI's: num_tokens, width (of the encoder's first level and the decoder's
-            last), first_width (of the decoder) and blocks (of a group).
-
-    Raises:
-        ValueError: a size is not a whole number.
+            last), first_width (of the decoder) and blocks (of a group). ValueError if one is no whole number.
     """
 
     DEFAULTS = {"num_tokens": 8192, "width": 256, "first_width": 128, "blocks": 2}
@@ -188,11 +182,7 @@ class OpenAIDiscreteVAE(ImageTokenizer):
 
 
 def infer_openai_params(weights: Mapping[str, Tensor]) -> Dict[str, Any]:
-    """Return the params of an OpenAIDiscreteVAE with these weights, named enc.blocks… and dec.blocks….
-
-    Raises:
-        ValueError: a tensor that tells a size is missing.
-    """
+    """Return the params of an OpenAIDiscreteVAE with these weights; ValueError if one that tells a size is missing."""
     names = {
         "num_tokens": "enc.blocks.output.conv.w",
         "width": "enc.blocks.input.w",
@@ -208,11 +198,7 @@ def infer_openai_params(weights: Mapping[str, Tensor]) -> Dict[str, Any]:
 
 
 def load_discrete_vae(path: Path) -> Optional[DiscreteVAE]:
-    """Load a vae.pt of DALLE-pytorch's train_vae.py; None if the file is something else.
-
-    Raises:
-        ValueError: the weights do not fit the sizes in the file; names file and key.
-    """
+    """Load a vae.pt of train_vae.py; None if it is something else, ValueError if its weights do not fit its sizes."""
     try:
         saved = read_entries(path, "weights")
     except ValueError:
@@ -234,11 +220,7 @@ def find_openai_files(folder: Path) -> Optional[List[Path]]:
 
 
 def load_openai_dvae(paths: List[Path]) -> OpenAIDiscreteVAE:
-    """Load OpenAI's encoder.pkl and decoder.pkl; the classes in them are not needed and not run.
-
-    Raises:
-        ValueError: a file is damaged or something else; names it.
-    """
+    """Load OpenAI's encoder.pkl and decoder.pkl without running the classes in them; ValueError if damaged."""
     weights = {
         f"{part}.{name}": tensor
         for part, path in zip(("enc", "dec"), paths)

@@ -20,11 +20,7 @@ INSTALL = "pip install -r requirements-metrics.txt"
 
 
 def clip_score(weights: str, name: str, device: torch.device) -> Callable[..., Tensor]:
-    """Load a CLIP model; return score(PIL images, their texts): 100 × each pair's cosine, float (K,).
-
-    Args:
-        weights: path of a file.
-        name: a model of open_clip.
+    """Load a CLIP model of open_clip; return score(PIL images, their texts): 100 × each pair's cosine, float (K,).
 
     Raises:
         ValueError, FileNotFoundError: a package or file is missing, or the weights are not this model's; one line.
@@ -56,8 +52,7 @@ class InceptionDistance:
     """FID between two sets of images: add() any number to "generated" and "real", then call distance().
 
     Args:
-        weights: path of InceptionV3's weights for torch-fidelity and torchmetrics,
-            weights-inception-2015-12-05-….pth.
+        weights: path of torch-fidelity's weights-inception-2015-12-05-….pth.
 
     Raises:
         ValueError, FileNotFoundError: a package or file is missing, or the weights are others; one line.

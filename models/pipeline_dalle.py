@@ -146,7 +146,6 @@ class AxialAttention:
         return text_len**2 + side**2 * (text_len + side)
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, dropout: float = 0.0) -> Tensor:
-        """Attend from query to keys and values, (B, H, N, D) each, with `mask` bool (N, N)."""
         count, side = self.text_len, self.side
         step = side if self.columns else 1  # between the codes of a line
         of_line = mask[count : count + step * side : step, count : count + step * side : step]
@@ -213,7 +212,6 @@ class SerializedEmbedding(nn.Module):
             self.register_parameter(f"piece_{number}", nn.Parameter(piece.clone()))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up int (B, n) as (B, n, dim)."""
         found: Any = 0
         for number, piece in enumerate(self.parameters()):
             local = ids - number * self.rows
@@ -241,7 +239,6 @@ class SerializedLinear:
         self.factor = factor
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Map x (B, n, dim) to (B, n, V), with weight (V, dim) and bias (V,)."""
         import poptorch
 
         # Flat, because PopTorch can only split a plain matrix product.

@@ -35,10 +35,7 @@ def pattern_mask(pattern: str, text_len: int, fmap_size: int) -> Tensor:
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     code = torch.arange(fmap_size**2)
     row, col = code // fmap_size, code % fmap_size
-    up, left = (
-        row[:, None] - row[None, :],
-        col[:, None] - col[None, :],
-    )  # distance from the query to the key
+    up, left = (row[:, None] - row[None, :], col[:, None] - col[None, :])  # distance from the query to the key
     visible = {
         "full": torch.ones(len(code), len(code), dtype=torch.bool),
         "axial_row": up == 0,

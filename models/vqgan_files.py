@@ -25,7 +25,7 @@ from utils.checkpoint import first_misfit
 from utils.files import atomic_write, first_line, remove_leftovers
 from utils.foreign_pickle import read_weights
 
-# File name in the cache -> address at Heidelberg University, where the authors of taming-transformers publish it.
+# File name in the cache -> address at Heidelberg University, as the authors of taming-transformers publish it.
 OFFICIAL_FILES = {
     "vqgan.1024.model.ckpt": "https://heibox.uni-heidelberg.de/f/140747ba53464f49b476/?dl=1",
     "vqgan.1024.config.yml": "https://heibox.uni-heidelberg.de/f/6ecf2af6c658432c8298/?dl=1",
@@ -151,10 +151,7 @@ def infer_params(weights: Mapping[str, torch.Tensor], fmap_size: int) -> Tuple[D
     """Return the params of a VQGAN with these weights, under the names of VQGan, and whether it is a GumbelVQ.
 
     Args:
-        fmap_size: side of its code grid, which weights do not tell.
-
-    Raises:
-        ValueError: a tensor that tells a size is missing.
+        fmap_size: side of its code grid, which weights do not tell; ValueError if they lack another size.
     """
     gumbel = "quantize.embed.weight" in weights
     try:
@@ -202,21 +199,15 @@ def download_official_vqgan() -> Tuple[Path, Path]:
         lock = FileLock(folder / "vqgan.1024.lock")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held = (
-                lock.acquire()
-            )  # waits for another process; the system releases the lock even if its holder is killed
+            held = lock.acquire()  # the system releases the lock even if its holder is killed
         except OSError as error:
             raise _by_hand(f"could not write to {folder} ({error.strerror})", folder) from error
         with held:
             for path in paths:
                 if not path.is_file():  # another process may have downloaded it while this one waited
-                    _download(_address(path.name), path)
+                    mirror = os.environ.get("MINIDALLE_VQGAN_URL")
+                    _download(f"{mirror.rstrip('/')}/{path.name}" if mirror else OFFICIAL_FILES[path.name], path)
     return paths[0], paths[1]
-
-
-def _address(name: str) -> str:
-    mirror = os.environ.get("MINIDALLE_VQGAN_URL")
-    return f"{mirror.rstrip('/')}/{name}" if mirror else OFFICIAL_FILES[name]
 
 
 def _by_hand(problem: str, folder: Path) -> OSError:

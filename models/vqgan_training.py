@@ -219,7 +219,7 @@ def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def reconstruction_loss(decoded: torch.Tensor, pixels: torch.Tensor, edge_weight: float) -> torch.Tensor:
-    """Return the squared error of (B, 3, H, W) images in [-1, 1], with larger weights where the original has edges.
+    """Return the squared error of (B, 3, H, W) images in [-1, 1], with larger weights at the original's edges.
 
     A pixel's weight is 1 + edge_weight × contrast, the range of brightness in its 3 × 3 neighborhood in [0, 1]; the
     weights of a batch are then scaled to a mean of 1. Thin lines, a few percent of the pixels of a drawing, would

@@ -30,26 +30,21 @@ class Connection(H11Protocol):
             self.drop(max(idle, key=lambda one: (counts[one.client and one.client[0]], -one.since), default=self))
 
     def is_waiting(self) -> bool:
-        """Return whether the client has yet to send the rest of a request."""
         return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
 
     def data_received(self, data: bytes) -> None:
-        """Count the bytes of a request."""
         self.received += len(data)
         super().data_received(data)
 
     def on_response_complete(self) -> None:
-        """Start to wait for the next request."""
         self.received, self.since = 0, self.loop.time()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """Note since when the client takes nothing."""
         self.blocked = self.loop.time()
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """Note that the client takes its answer."""
         self.blocked = None
         super().resume_writing()
 
@@ -63,6 +58,5 @@ class Connection(H11Protocol):
 
     @staticmethod
     def drop(connection: "Connection") -> None:
-        """Close a connection at once."""
         connection.connections.discard(connection)
         connection.transport.abort()

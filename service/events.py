@@ -127,18 +127,16 @@ class Streams:
 
 async def describe_images(loaded: LoadedModel, job: Job, indices: Iterable[int]) -> List[Dict[str, Any]]:
     """Return finished images of a job as answers carry them."""
+
+    def describe(spec: ImageSpec, image: Image.Image) -> Dict[str, Any]:
+        metadata = image_metadata(spec, loaded)
+        return {"png": to_base64(encode_image(image, metadata, "png")), "seed": spec.seed, "metadata": metadata}
+
     chosen = [(job.specs[index], image) for index in indices for image in [job.images[index]] if image is not None]
-    return await run_in_threadpool(lambda: [describe_image(loaded, *one) for one in chosen]) if chosen else []
-
-
-def describe_image(loaded: LoadedModel, spec: ImageSpec, image: Image.Image) -> Dict[str, Any]:
-    """Return a finished image as answers carry it."""
-    metadata = image_metadata(spec, loaded)
-    return {"png": to_base64(encode_image(image, metadata, "png")), "seed": spec.seed, "metadata": metadata}
+    return await run_in_threadpool(lambda: [describe(*one) for one in chosen]) if chosen else []
 
 
 def to_base64(data: bytes) -> str:
-    """Return bytes as base64 text."""
     return base64.b64encode(data).decode()
 
 

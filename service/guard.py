@@ -67,7 +67,6 @@ class Guard:
         self.held: Dict[str, int] = {}  # client → bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -156,7 +155,6 @@ class Body:
             raise HTTPException(400, "The request has too many values.")
 
     def release(self) -> None:
-        """Take the body off the account of its client."""
         if self.charged:
             self.held[self.client] -= self.charged
             if not self.held[self.client]:

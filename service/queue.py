@@ -42,9 +42,8 @@ class Job:
     """The images that one client waits for.
 
     Attributes:
-        specs: What to generate, a list of ImageSpec.
         every: Rows of codes between two previews, or None for no previews.
-        images: PIL images, None for each that is not ready.
+        images: None for each that is not ready.
         previews: {index: (rows, PIL image of these upper rows)} of images in the current batch.
         active: Indices of the images in the current batch; `row` is the number of rows that they have.
         error: A sentence if the job failed.
@@ -64,7 +63,6 @@ class Job:
 
     @property
     def ready(self) -> int:
-        """The number of finished images."""
         return sum(image is not None for image in self.images)
 
     async def changes(self) -> AsyncIterator[None]:
@@ -88,7 +86,7 @@ class Job:
 class GenerationQueue:
     """Generate the images of jobs in fair batches.
 
-    One thread does all computation, because each thread gets an OpenMP pool of its own, and two pools on the same
+    One thread does all computation, because each thread gets its own OpenMP pool, and two pools on the same
     cores halve the speed.
     """
 
@@ -107,7 +105,6 @@ class GenerationQueue:
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
         self.thread.start()
 
     def stop(self, seconds: Optional[float] = None) -> None:

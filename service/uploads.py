@@ -13,11 +13,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
 def decode(text: str, size: int) -> Image.Image:
-    """Return the middle square of an image in base64 as a PIL image of `size` pixels a side (the first frame only).
-
-    Raises:
-        ValueError: With a sentence, for what is not an image, too large or damaged.
-    """
+    """Return the middle square of a base64 image's first frame, with `size` pixels a side; ValueError is a sentence."""
     try:
         data = base64.b64decode(text, validate=True)
     except ValueError:

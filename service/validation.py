@@ -123,17 +123,9 @@ class Health(BaseModel):
 
 
 def plan_images(
-    loaded: LoadedModel,
-    limits: Limits,
-    wanted: Settings,
-    prompts: List[str],
-    given: Optional[torch.Tensor] = None,
+    loaded: LoadedModel, limits: Limits, wanted: Settings, prompts: List[str], given: Optional[torch.Tensor] = None
 ) -> List[ImageSpec]:
-    """Return the ImageSpecs of a request: of each prompt, those with seeds from the wanted one on, or a random one.
-
-    Raises:
-        ValueError: something is out of its range.
-    """
+    """Return the ImageSpecs of a request, with seeds from the wanted or a random one on; ValueError if out of range."""
     if len(prompts) > limits.prompts:
         raise ValueError(f"There are {len(prompts)} prompts; at most {limits.prompts} are accepted.")
     count, seed = wanted.num_images or 1, wanted.seed

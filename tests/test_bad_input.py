@@ -194,3 +194,10 @@ def test_exit_status_and_stderr_of_a_process(things, tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("train.py: error: ") and f"{things}/pickled" in done.stderr
     assert not list(tmp_path.iterdir()) and not (things / "marker").exists()
+
+
+@pytest.mark.parametrize("words, named", [(["photos"], "FOLDER"), (["--config", "demo"], "--config")])
+def test_run_train_sh_refuses_before_it_installs(words, named, tmp_path):
+    done = subprocess.run(["bash", ROOT / "run_train.sh", *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    assert named in done.stderr and len(done.stderr.splitlines()) == 1

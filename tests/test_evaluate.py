@@ -11,13 +11,15 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 import evaluate
+import generate
 import log
 import train
 from data.images import load_images
 from data.shapes import COLORS, draw_scene, parse_caption, validation_prompts
+from generation.images import make_grid
 from generation.loading import read_model
 from models.vqgan_training import evaluate as evaluate_vqgan
 from training import checkpoints
@@ -49,6 +51,14 @@ def test_a_seed_repeats_and_the_batch_size_changes_nothing(evaluated, tmp_path):
         evaluated("--prompts", 4, *flags)
         grids.append((tmp_path / "out" / "grid.png").read_bytes())
     assert grids[0] == grids[1] and len(set(grids)) == 3
+
+
+def test_the_likeliest_of_several_images_is_the_one_that_generate_keeps(evaluated, tiny_checkpoint, tmp_path):
+    evaluated("--prompts", 2, "--rank", 3)
+    loaded = generate.load(tiny_checkpoint)
+    prompts = validation_prompts("score", 2, 0)
+    kept = [generate.generate(loaded, prompt, seed=3 * number, rank=3)[0] for number, prompt in enumerate(prompts)]
+    assert ImageChops.difference(Image.open(tmp_path / "out" / "grid.png"), make_grid(kept)).getbbox() is None
 
 
 def test_pictures_of_known_content_get_their_marks():

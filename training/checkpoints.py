@@ -81,10 +81,6 @@ class Folder:
             return self.unused_name(f"dalle_step_{run.step}.pt")
         return None
 
-    def reserve_names(self) -> None:
-        """Replace none of the checkpoints that the folder has now."""
-        self.reserved = set() if self.path is None else {path.name for path in self.path.glob("dalle_*.pt")} - {BEST}
-
     def unused_name(self, *names: str) -> str:
         """Return the first of these names that is not reserved, or the last one with a number."""
         stem = names[-1][: -len(".pt")]
@@ -152,7 +148,7 @@ def save(run: Run, name: str) -> Optional[Path]:
         return None
     try:
         state = run.trainer.state_dict()  # called by all processes, which may each hold a part
-    except ConnectionError:  # one of them is gone, so the last checkpoint is what there is
+    except ConnectionError:  # one of them is gone, so the last checkpoint stays the newest
         return folder.written[-1] if folder.written and not run.backend.rank else None
     folder.saved_at = time.monotonic()
     if run.backend.rank:
@@ -172,7 +168,7 @@ def save(run: Run, name: str) -> Optional[Path]:
 
 
 def describe_last(run: Run) -> str:
-    """Name the last good checkpoint, as the end of a sentence ("" if there is none)."""
+    """Name the last good checkpoint, as the end of a sentence ("" without one)."""
     return f"; the last good checkpoint is {run.folder.written[-1]}" if run.folder.written else ""
 
 
@@ -205,11 +201,7 @@ def contents(run: Run, state: Dict[str, Any]) -> Dict[str, Any]:
         "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
         "settings": dict(vars(settings)),
         "captions": summarize(run),
-        "versions": {
-            "layout": LAYOUT,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-        },
+        "versions": {"layout": LAYOUT, "python": platform.python_version(), "torch": str(torch.__version__)},
     }
     if "ema_weights" in state:
         content["ema_weights"] = canonical_weights(state.pop("ema_weights"))
@@ -222,11 +214,7 @@ def canonical_weights(state: Tensors) -> Tensors:
 
 
 def write(path: AnyPath, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint with torch.save and read it back before it gets its name.
-
-    Raises:
-        OSError: the file cannot be written; an older one of that name is still there.
-    """
+    """Write a checkpoint and read it back before it replaces an older one; OSError, with that one still there."""
     try:
         with atomic_write(path, sync=True) as file:
             torch.save(checkpoint, file)

@@ -167,7 +167,6 @@ def peak_memory(device: torch.device) -> int:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Return the bytes that this process uses now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     measured = read_status("VmRSS")
@@ -226,12 +225,10 @@ def size_of(value: Any) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Format bytes as MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
 
 
 def format_seconds(seconds: float) -> str:
-    """Format seconds as s, min or h."""
     if seconds < 100:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"

@@ -1,4 +1,4 @@
-"""Advance a run update by update, so that it can stop at any moment and resume exactly.
+"""Advance a run update by update; it can stop at any moment and resume exactly.
 
 An update, its count and its log line are never separated by a signal. Validation and the end of an epoch may be
 interrupted: the checkpoint then records that they are still to be done, and the resumed run begins with them.
@@ -85,7 +85,6 @@ class Loop:
         self._finish_interrupted()
 
     def update(self, batch: Any) -> Dict[str, float]:
-        """Make one optimizer update and return its losses."""
         run = self.run
         run.trainer.set_lr(run.learning_rate())
         # Dropout depends only on seed, step and process, so no random state has to be stored.
@@ -194,7 +193,6 @@ class OverfittingMonitor:
         self._warned = False
 
     def add(self, loss: float) -> None:
-        """Take the training loss of an update."""
         self._sum, self._count = self._sum + loss, self._count + 1
 
     def validated(self, loss: float) -> bool:

@@ -88,26 +88,18 @@ def load_progress(run: Run, path: Path, saved: checkpoint.Checkpoint, model: DAL
         ("--vae-path", saved.get("vqgan"), run.vqgan_fingerprint),
     ):
         if theirs not in (None, ours):
-            raise ValueError(
-                f"{path}: was trained with another {flag} "
-                f"(fingerprint {checkpoint.short(theirs)}, this run's is {checkpoint.short(ours)})"
-            )
+            reason = f"fingerprint {checkpoint.short(theirs)}, this run's is {checkpoint.short(ours)}"
+            raise ValueError(f"{path}: was trained with another {flag} ({reason})")
     checkpoint.check_vocabulary(path, saved, run.tokenizer.fingerprint, "--bpe-path")
     if "exported" in saved:
         run.trainer.load_state_dict({"weights": weights})
         logger.info("%s: loaded the weights of step %s; new optimizer, from step 0", path, saved.get("step"))
         return
     opt_state = saved.get("opt_state")
-    if not isinstance(opt_state, list):  # the reference application has one optimizer, we have a list
-        opt_state = [opt_state]
-    run.trainer.load_state_dict(
-        {
-            "weights": weights,
-            "ema_weights": checkpoint.model_weights(saved.get("ema_weights", {})),
-            "opt_state": opt_state,
-            **saved.get("trainer", {}),
-        }
-    )
+    state: Dict[str, Any] = {"weights": weights, "ema_weights": checkpoint.model_weights(saved.get("ema_weights", {}))}
+    # The reference application has one optimizer, we have a list.
+    state["opt_state"] = opt_state if isinstance(opt_state, list) else [opt_state]
+    run.trainer.load_state_dict({**state, **saved.get("trainer", {})})
     try:
         run.schedule.load_state_dict(saved.get("scheduler_state") or {})
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -126,7 +118,8 @@ def load_progress(run: Run, path: Path, saved: checkpoint.Checkpoint, model: DAL
         )
     logger.info("resuming from %s at step %d", path, run.step)
     if changes:
-        run.folder.reserve_names()
+        if run.folder.path is not None:
+            run.folder.reserved = {path.name for path in run.folder.path.glob("dalle_*.pt")} - {BEST}
         epoch, taken = run.batches.place(run.step)
         logger.warning(
             "%s: continuing in epoch %d after %d of %d samples, %d steps to go",
@@ -146,19 +139,9 @@ def enter_order(run: Run, path: Any, saved: Dict[str, Any]) -> List[str]:
         raise ValueError(f"{path}: its data_order has no number of samples_seen")
     batches.enter(run.step, seen)
     run.set_length()
-    return [
-        f"{now:,} {what}, was {then:,}"
-        for what, now, then in (
-            ("samples a step", batches.global_batch, size),
-            ("training images", batches.num_samples, images),
-        )
-        if isinstance(then, int) and now != then
-    ]
-
-
-def as_flag(value: Any) -> Any:
-    """Return a setting as one writes it after its flag: lists with commas, other values as they are."""
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+    numbers = ("samples a step", batches.global_batch, size), ("training images", batches.num_samples, images)
+    changed = [(what, now, then) for what, now, then in numbers if isinstance(then, int) and now != then]
+    return [f"{now:,} {what}, was {then:,}" for what, now, then in changed]
 
 
 def find_differences(saved: Dict[str, Any], run: Run) -> List[str]:
@@ -169,7 +152,8 @@ def find_differences(saved: Dict[str, Any], run: Run) -> List[str]:
     else:  # of the reference application, whose hparams are a part of them
         before, now = saved["hparams"], run.hparams
     for name, value in now.items():
-        value, was = as_flag(value), as_flag(before.get(name, value))
+        pair = value, before.get(name, value)
+        value, was = (",".join(map(str, one)) if isinstance(one, (list, tuple)) else one for one in pair)
         if was != value and name not in MAY_DIFFER:
             found.append(f"--{name.replace('_', '-')} {value}, was {was}")
     version = saved.get("versions", {}).get("torch")

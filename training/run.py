@@ -59,7 +59,6 @@ class LearningRate:
     steps = epochs = 1
 
     def __init__(self, name: str, peak: float, warmup_steps: int = 0):
-        """Take a value of --lr-scheduler and its flags."""
         self.name, self.peak, self.warmup_steps = name, peak, warmup_steps
         # torch's scheduler does the bookkeeping, on a parameter that is not trained.
         self._holder = torch.optim.SGD([torch.zeros(1)], lr=peak)
@@ -82,7 +81,6 @@ class LearningRate:
             self._plateau.step(loss)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return the state in plain values."""
         plain = (int, float, list)
         state = {key: value for key, value in self._plateau.state_dict().items() if isinstance(value, plain)}
         return {"name": self.name, "lr": self._holder.param_groups[0]["lr"], "plateau": state}
@@ -131,19 +129,16 @@ class Run:
     captions: Optional[Dict[str, Any]] = None  # words and examples of the training captions, once collected
 
     def epoch(self) -> int:
-        """Return the epoch of the next update, from 0."""
         return self.batches.place(self.step)[0]
 
     def epoch_begins(self) -> bool:
-        """Return whether the next update is the first of an epoch."""
         return self.batches.place(self.step)[1] == 0
 
     def learning_rate(self) -> float:
-        """Return the learning rate of the next update."""
         return self.schedule.at(self.batches.equivalent_step(self.step), self.epoch())
 
     def set_length(self) -> None:
-        """Set `steps` and the length of the schedule from the flags and the place where the run was entered."""
+        """Set `steps` and the length of the schedule from the flags and the update that the run starts with."""
         self.steps = self.batches.steps_of(self.settings.epochs)
         if self.settings.max_steps is not None:
             self.steps = min(self.steps, self.settings.max_steps)
@@ -160,11 +155,7 @@ class Run:
 
 
 def build(settings: Namespace) -> Run:
-    """Return a run that is ready to train.
-
-    Raises:
-        ValueError, OSError: the settings or files do not allow it; the message is one line.
-    """
+    """Return a run that is ready to train; ValueError or OSError, in one line, if settings or files do not allow it."""
     backend = backends.for_training(settings)
     if backend.rank:
         log.set_up(logging.WARNING)
@@ -208,13 +199,7 @@ def build(settings: Namespace) -> Run:
         raise ValueError(f"{', '.join(options)}: options of DALLE-pytorch that do not run on IPUs; use --device cpu")
     trainer = backend.trainer(model)
     dataset, validation_set = build_datasets(settings, backend, tokenizer, vae, generated)
-    batches = EpochOrder(
-        len(dataset),
-        backend.samples_per_step,
-        seed=settings.random_seed,
-        rank=backend.rank,
-        world_size=backend.world_size,
-    )
+    batches = EpochOrder(len(dataset), backend.samples_per_step, settings.random_seed, backend.rank, backend.world_size)
     run = Run(
         settings=settings,
         backend=backend,

@@ -4,7 +4,7 @@
     python -m training.scenes_reader --vae-path output/scenes/vqgan     the same, and on VQGAN reconstructions
     python -m training.scenes_reader --measure                          measure the one that exists
 
-The reader is a small convolutional network of its own, trained on crowds of objects with blur and noise. It knows
+The reader is a small convolutional network, trained on crowds of objects with blur and noise. It knows
 where objects can lie (data/scenes.py's grid of 12 × 12 cells) and asks for every place whether one lies there, which
 one, and in which size. The background is the palette's color that most pixels are nearest to.
 """
@@ -211,7 +211,7 @@ def _blur_and_noise(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _targets(crowds: Sequence[Sequence[Placed]]) -> Tuple[Tensor, Tensor]:
-    """Return presence (B, 2, 12, 12) as 0 or 1 and classes int64 (B, 12, 12), -1 where no object is."""
+    """Return presence (B, 2, 12, 12) as 0 or 1 and classes int64 (B, 12, 12), -1 for no object."""
     presence = torch.zeros(len(crowds), len(_SIZES), GRID, GRID)
     classes = torch.full((len(crowds), GRID, GRID), -1)
     for index, crowd in enumerate(crowds):
@@ -278,11 +278,11 @@ def measure(reader: Reader, reconstruct: Any = None, count: int = TEST_IMAGES, s
 
 
 def load_reader(path: Path = WEIGHTS) -> Reader:
-    """Load the reader, or train and save it if there is none, which takes minutes.
+    """Load the reader; if the file does not exist, train one and save it, which takes minutes.
 
     Raises:
         ValueError: the file is damaged or of another list of objects.
-        ModuleNotFoundError: there is none, and the drawings to train one are not installed.
+        ModuleNotFoundError: the file does not exist, and the drawings to train a reader are not installed.
     """
     if not path.is_file():
         logger.info("%s: not there yet; training the reader once, which takes minutes", path)

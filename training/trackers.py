@@ -60,8 +60,6 @@ def _start_wandb(wandb: Any, settings: Namespace) -> Any:
 
 
 class WeightsAndBiases(Tracker):
-    """A run at Weights & Biases."""
-
     def __init__(self, wandb: Any, run: Any):
         self.wandb, self.run = wandb, run
 

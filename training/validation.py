@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
@@ -63,7 +62,7 @@ class Samples(NamedTuple):
 
 
 def write_samples(run: Run) -> None:
-    """Write samples/step_<step>.png and log it to the trackers.
+    """Write samples/step_<step>.png and captions.txt, one caption a line, and log the image to the trackers.
 
     Rank 0 samples, and the other processes wait for it before their next update. An error is logged and the run
     continues.
@@ -75,7 +74,11 @@ def write_samples(run: Run) -> None:
         if grid is None:
             return
         if run.folder.path:
-            save_samples(grid, run.samples.captions, run.folder.path / "samples", run.step)
+            folder = run.folder.path / "samples"
+            with atomic_write(folder / "captions.txt", text=True) as file:
+                file.writelines(f"{text}\n" for text in run.samples.captions)
+            with atomic_write(folder / f"step_{run.step}.png") as file:
+                grid.save(file, "PNG")
     except (ValueError, OSError, RuntimeError) as error:  # the last one if memory runs out
         logger.warning("no sample images of step %d: %s", run.step, describe_error(error))
         return
@@ -144,11 +147,3 @@ def make_sample_grid(
     for column, text in enumerate(texts):
         pen.multiline_text((MARGIN + column * pitch, above + len(rows) * pitch + GAP), text, "#222222", font)
     return grid
-
-
-def save_samples(grid: Image.Image, captions: Sequence[str], folder: Path, step: int) -> None:
-    """Write step_<step>.png and captions.txt, one caption a line."""
-    with atomic_write(folder / "captions.txt", text=True) as file:
-        file.writelines(f"{text}\n" for text in captions)
-    with atomic_write(folder / f"step_{step}.png") as file:
-        grid.save(file, "PNG")

@@ -43,11 +43,7 @@ def save(trainer: VQGanTrainer, params: Dict[str, Any], output_dir: Path) -> Non
 
 
 def check_earlier_run(settings: Namespace, output_dir: Path) -> Optional[int]:
-    """Return the steps of a finished VQGAN in the folder that --resume continues; None if there is none.
-
-    Raises:
-        ValueError: the folder has a VQGAN that this run would replace.
-    """
+    """Return the steps of the finished VQGAN that --resume continues, or None; ValueError if one would be replaced."""
     path = output_dir / "vqgan.ckpt"
     if not path.exists():
         return None
@@ -78,12 +74,7 @@ def move_earlier(output_dir: Path, steps: int) -> None:
 
 
 def load_initial(settings: Namespace) -> VQGanVAE:
-    """Return the VQGAN of --init-from, and give its sizes to `settings`.
-
-    Raises:
-        ValueError: it is not a VQModel, the only kind that is trained here.
-        FileNotFoundError: there is no such file.
-    """
+    """Return the VQGAN of --init-from, and give its sizes to `settings`; ValueError if it is not a VQModel."""
     vae = load_vqgan(settings.init_from)
     if not isinstance(vae, VQGanVAE) or vae.hparams["target"] != "VQModel":
         raise ValueError(
@@ -98,12 +89,7 @@ def load_initial(settings: Namespace) -> VQGanVAE:
 
 
 def load_codes(trainer: VQGanTrainer, folder: str) -> None:
-    """Begin with the weights of a trained VQGAN of the same shape, whose codes are to stay.
-
-    Raises:
-        ValueError: it has another shape.
-        FileNotFoundError: the folder has no VQGAN.
-    """
+    """Begin with a trained VQGAN, whose codes are to stay; ValueError if it has another shape."""
     try:
         trainer.model.load_state_dict(load_vqgan(folder).model.state_dict())
     except RuntimeError as error:
@@ -112,11 +98,7 @@ def load_codes(trainer: VQGanTrainer, folder: str) -> None:
 
 
 def resume(trainer: VQGanTrainer, output_dir: Path) -> None:
-    """Load weights and training state of a stopped run.
-
-    Raises:
-        ValueError: the file is damaged, or of a VQGAN of another shape.
-    """
+    """Load weights and state of a stopped run; ValueError if the file is damaged, or of a VQGAN of another shape."""
     path = output_dir / STATE_FILE
     try:
         state = torch.load(path, map_location=trainer.device, weights_only=True)

@@ -51,13 +51,8 @@ def write_safetensors(path: AnyPath, checkpoint: Checkpoint, half: bool = False)
     """Write a checkpoint's weights, averaged ones if it has them, its vocabulary and plain values to .safetensors.
 
     Args:
-        path: the file; it appears complete or not at all.
-        checkpoint: as `read` returns it.
         half: store floating-point weights in fp16, except angles of positions, and those of the VQGAN that this would
             change: its codes would change, too. train_vqgan.py's weights have values of fp16.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     averaged = checkpoint.get("ema_weights", {})
     tensors = {**checkpoint["weights"], **averaged}
@@ -119,8 +114,10 @@ def read(path: AnyPath) -> Checkpoint:
         if not all(map(_is_whole, weights.values())):
             raise ValueError(f"{path}: damaged: a tensor of its {key} has more values than the file holds")
     checkpoint = {key: value for key, value in checkpoint.items() if value is not None}
-    if "step" in checkpoint and "layout" not in checkpoint.get("versions", {}):  # the reference application has no step
-        _rename_conv_like(checkpoint["hparams"])
+    hparams = checkpoint["hparams"]
+    ours = "step" in checkpoint  # which the reference application does not have
+    if ours and "layout" not in checkpoint.get("versions", {}) and isinstance(hparams.get("attn_types"), (list, tuple)):
+        hparams["attn_types"] = tuple({"conv_like": "conv_up_left"}.get(name, name) for name in hparams["attn_types"])
     return checkpoint
 
 
@@ -134,12 +131,6 @@ def _is_dalle_pytorch(saved: Any) -> bool:
     return isinstance(weights, dict) and any(
         isinstance(name, str) and name.startswith(DALLE_PYTORCH) for name in weights
     )
-
-
-def _rename_conv_like(hparams: Dict[str, Any]) -> None:
-    patterns = hparams.get("attn_types")
-    if isinstance(patterns, (list, tuple)):
-        hparams["attn_types"] = tuple("conv_up_left" if name == "conv_like" else name for name in patterns)
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
@@ -194,7 +185,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
 
 
 def _checksum(tensors: Tensors) -> str:
-    """Return the CRC-32 of all tensors' bytes, ordered by name; the safetensors format has none of its own."""
+    """Return the CRC-32 of all tensors' bytes, ordered by name; the safetensors format has none."""
     crc = 0
     for _, tensor in sorted(tensors.items()):
         crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
@@ -219,10 +210,7 @@ def step_of(path: AnyPath) -> Optional[int]:
 def model_weights(weights: Tensors) -> Tensors:
     """Return a file's weights under a DALLE's own names: embeddings that were split joined, floating point as fp32.
 
-    The VQGAN's training loss (`vae.model.loss.…`) is left out, because a DALLE has none.
-
-    Raises:
-        ValueError: the pieces of an embedding do not fit together.
+    The VQGAN's training loss (`vae.model.loss.…`) is omitted. ValueError if an embedding's pieces do not fit together.
     """
     joined: Tensors = {}
     pieces: Dict[str, Dict[int, torch.Tensor]] = {}
@@ -260,17 +248,9 @@ def first_misfit(model: torch.nn.Module, weights: Tensors) -> Optional[str]:
 
 
 def check_vocabulary(path: AnyPath, saved: Checkpoint, fingerprint: str, flag: str) -> None:
-    """Refuse our bpe_yttm_vocab.txt for a checkpoint of another program, whose file of that name differs.
+    """Raise ValueError if another program's checkpoint is used with our bpe_yttm_vocab.txt, which has `fingerprint`.
 
-    Both files have 8,192 tokens, so the sizes fit, but almost every id means another word.
-
-    Args:
-        path: where the checkpoint `saved` was read.
-        fingerprint: of the vocabulary that it is to be used with.
-        flag: the spelling of --bpe-path for the message.
-
-    Raises:
-        ValueError: that is so.
+    That program's file of this name has 8,192 tokens, too, so the sizes fit, but almost every id means another word.
     """
     ours = "step" in saved or saved.get("tokenizer", {}).get("sha256") is not None
     if fingerprint == BUNDLED_VOCABULARY and not ours:
@@ -281,7 +261,6 @@ def check_vocabulary(path: AnyPath, saved: Checkpoint, fingerprint: str, flag: s
 
 
 def short(fingerprint: Any) -> str:
-    """Shorten a fingerprint for messages."""
     return str(fingerprint)[:12]
 
 

@@ -22,7 +22,6 @@ DECODER = ("decoder.", "post_quant_conv.")
 
 @exit_on_error()
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Print the description of a checkpoint, or write its weights alone."""
     parser = Parser("Describe a checkpoint; with --export, write its weights alone.", usage="FILE [flags]")
     parser.prog = "python -m utils.checkpoint_info"
     parser.add_argument("file", metavar="FILE", help="checkpoint of train.py or of the reference, or .safetensors")
@@ -44,12 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def replace_decoder(weights: Dict[str, torch.Tensor], path: Path) -> None:
-    """Replace the VQGAN's decoder among a DALL-E's weights by that of a taming checkpoint.
-
-    Raises:
-        ValueError: the file is damaged, or its VQGAN has other codes.
-        FileNotFoundError: there is no such file.
-    """
+    """Replace the VQGAN's decoder by that of a taming checkpoint; ValueError if it is for other codes, or damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"--decoder {path}: no such file")
     try:
@@ -67,7 +61,7 @@ def replace_decoder(weights: Dict[str, torch.Tensor], path: Path) -> None:
 
 
 def describe(path: AnyPath, saved: checkpoint.Checkpoint) -> List[str]:
-    """Return the lines that describe a file and the entries of its dict; one without content is left out."""
+    """Return the lines that describe a file and the entries of its dict that have content."""
     rows = {key: _render(value) for key, value in saved.items() if key not in ("weights", "ema_weights")}
     rows.update({key: _count_parameters(saved[key]) for key in ("weights", "ema_weights") if saved.get(key)})
     lines = [f"{path}: {_megabytes(Path(path).stat().st_size)}"]

@@ -80,7 +80,6 @@ class Parser(argparse.ArgumentParser):
         return f" (did you mean --{' or --'.join(found[:3])}?)" if found else ""
 
     def flags(self) -> Set[str]:
-        """Return the names of all flags that a configuration may set, with underscores."""
         return {action.dest for action in self._actions} - {"help", "config"}
 
     def format_help(self) -> str:
@@ -262,7 +261,6 @@ top_k.metavar = "X"  # type: ignore[attr-defined]
 
 
 def machine_flags(parser: Parser) -> None:
-    """Add the flags that choose device and precision."""
     add = parser.heading("Machine")
     add("device", "auto", "auto takes CUDA, else an IPU with its SDK enabled, else the CPU", choices=DEVICES)
     add("precision", "auto", "arithmetic of the transformer; auto takes bf16 if it is fast", choices=PRECISIONS)
@@ -270,12 +268,10 @@ def machine_flags(parser: Parser) -> None:
 
 
 def window_flag(add: Add) -> None:
-    """Add the flag for how many codes of an image are computed at once."""
     add("window", None, "codes of an image that a pass computes; default: what is fastest", COUNT, metavar="N")
 
 
 def vqgan_file_flags(add: Add) -> None:
-    """Add the flags that name a VQGAN's files."""
     add("vqgan-model-path", None, "VQGAN weights (.ckpt of taming); none: download the official ImageNet one", path)
     add("vqgan-config-path", None, "its .yaml; none: the file of the same stem next to the .ckpt", path)
 
@@ -297,12 +293,10 @@ def check_vqgan_files(parser: Parser, settings: argparse.Namespace) -> None:
 
 
 def refuse(parser: Parser, flag: str, problem: str) -> NoReturn:
-    """End the program with an error in one line that names the flag."""
     parser.error(f"argument --{flag}: {problem}")
 
 
 def discard_output() -> None:
-    """Let further output to stdout vanish."""
     global _discarded
     _discarded = True
     null = os.open(os.devnull, os.O_WRONLY)

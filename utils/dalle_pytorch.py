@@ -21,7 +21,7 @@ SEQUENTIAL, REVERSIBLE = "transformer.layers.layers.", "transformer.layers.block
 
 
 def convert(saved: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the content of a DALLE-pytorch checkpoint in our layout; the optimizer's state is left out.
+    """Return the content of a DALLE-pytorch checkpoint in our layout, without the optimizer's state.
 
     Raises:
         ValueError: the file has no weights, or the network has layers that this program lacks; says which.
@@ -82,7 +82,8 @@ def _rename(weights: Tensors, text_len: int) -> Tensors:
     renamed = {}
     for name, tensor in weights.items():
         name = name.replace(SEQUENTIAL, "transformer.layers.")
-        name = re.sub(r"transformer\.layers\.blocks\.(\d+)\.([fg])\.net\.", _block, name)
+        name = re.sub(r"transformer\.layers\.blocks\.(\d+)\.f\.net\.", r"transformer.layers.\1.0.", name)
+        name = re.sub(r"transformer\.layers\.blocks\.(\d+)\.g\.net\.", r"transformer.layers.\1.1.", name)
         name = re.sub(r"(?:\.fn)+\.(to_qkv|to_out|net)\.", r".fn.fn.\1.", name)
         name = re.sub(r"^image_pos_emb\.weights\.(\d)$", r"image_pos_emb.weights_\1", name)
         if name.startswith("vae.") and not name.startswith("vae.model."):
@@ -90,18 +91,14 @@ def _rename(weights: Tensors, text_len: int) -> Tensors:
         if name == "transformer.pos_emb":
             tensor = tensor.reshape(1, *tensor.shape[-2:])
             codes = tensor.shape[1] - text_len
-            if math.isqrt(max(codes, 0)) ** 2 != codes:  # version 1.1 left out the last code, which is never an input
+            if math.isqrt(max(codes, 0)) ** 2 != codes:  # version 1.1 lacks the last code, which is never an input
                 tensor = F.pad(tensor, (0, 0, 0, 1))
         renamed[name] = tensor
     return renamed
 
 
-def _block(match: "re.Match[str]") -> str:
-    return f"transformer.layers.{match.group(1)}.{'fg'.index(match.group(2))}."
-
-
 def _split_shared_embedding(weights: Tensors, num_text_tokens: int) -> None:
-    """Give embeddings that are the head's matrix (share_input_output_emb) tensors of their own."""
+    """Give embeddings that are the head's matrix (share_input_output_emb) their own tensors."""
     if "text_emb.linear.weight" in weights:
         matrix = weights["text_emb.linear.weight"]
         weights["text_emb.weight"], weights["image_emb.weight"] = matrix[:num_text_tokens], matrix[num_text_tokens:]

@@ -94,11 +94,7 @@ def replace_folder(folder: AnyPath) -> Iterator[Path]:
 
 
 def check_writable(folder: AnyPath, flag: str) -> None:
-    """Create the folder and a file in it, then remove the file.
-
-    Raises:
-        ValueError: the folder cannot be written; names the flag, before hours of work are lost.
-    """
+    """Create and remove a file in the folder; if that fails, ValueError, before hours of work are lost."""
     probe = Path(folder) / f".writable.{os.getpid()}.tmp"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -109,11 +105,7 @@ def check_writable(folder: AnyPath, flag: str) -> None:
 
 
 def decode_text(content: bytes) -> str:
-    """Return the text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, or in UTF-16 without one.
-
-    Raises:
-        ValueError: it is none of them.
-    """
+    """Return the text of a file in UTF-8, UTF-16, or UTF-32 with a byte order mark; ValueError for anything else."""
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
     if encoding == "utf-8" and b"\0" in content:  # UTF-16 of mostly ASCII has a zero in every other byte
         even, odd = content[::2].count(0), content[1::2].count(0)
@@ -161,7 +153,6 @@ def defer_signals() -> Iterator[None]:
 
 
 def signal_pending() -> bool:
-    """Return whether a deferred signal is waiting."""
     return bool(_pending)
 
 

@@ -130,11 +130,7 @@ def read_weights(path: Union[str, Path], skip: Sequence[str] = (), anchor: Optio
 
 
 def read_entries(path: Union[str, Path], weights: str) -> Dict[str, Any]:
-    """Read a dict of plain values, without those that are something else, and the state dict in its entry `weights`.
-
-    Raises:
-        ValueError: see read_weights.
-    """
+    """Read a dict's plain values and the state dict in its entry `weights`; ValueError as for read_weights."""
     path = Path(path)
     with _describing_damage(path, "checkpoint"), path.open("rb") as file:
         saved, read = _open(file)
@@ -145,11 +141,7 @@ def read_entries(path: Union[str, Path], weights: str) -> Dict[str, Any]:
 
 
 def read_module(path: Union[str, Path]) -> Tensors:
-    """Read the weights of a file that holds a whole module, as torch.save(module) writes it, under their names.
-
-    Raises:
-        ValueError: see read_weights.
-    """
+    """Read the weights of a pickled module, as torch.save(module) writes it; ValueError as for read_weights."""
     path = Path(path)
     with _describing_damage(path, "module"), path.open("rb") as file:
         saved, read = _open(file)
@@ -335,14 +327,10 @@ def _check_counts(values: Any) -> Tuple[int, ...]:
     return tuple(values)
 
 
-def _first_argument(data: Optional[TensorRecord], *_: Any) -> Optional[TensorRecord]:
-    return data
-
-
 FUNCTIONS: Dict[str, Callable] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _first_argument,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
     "collections.OrderedDict": StateDict,
     "torch.Size": _check_counts,
 }

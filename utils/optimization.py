@@ -12,9 +12,7 @@ from utils.checkpoint import model_weights
 def load_keeping_flags(optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
     """Load a saved state into an optimizer, but keep this run's decay rates, weight decay and the like.
 
-    Raises:
-        ValueError: a moment has another shape than its parameter; nothing is changed then. torch would only notice
-            during an update.
+    ValueError, and no change, if a moment has another shape than its parameter; torch would notice during an update.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, moments in state["state"].items():
@@ -40,7 +38,7 @@ def convert_ipu_state(
         moment, _, name = key.partition("___")
         # models.pipeline_dalle and the reference application name the pieces of a split embedding differently.
         parts.setdefault(moment, {})[re.sub(r"\.piece_(\d+)$", r".split_embeddings.\1.weight", name)] = value
-    # Without bias correction, nothing counts the steps there; after so many, torch corrects nothing, either.
+    # Without bias correction, nothing counts the steps there; after a million, torch corrects nothing, either.
     step = max((float(value.flatten()[0]) for value in parts["Step"].values()), default=1e6)
     first, second = model_weights(parts["Accl1"]), model_weights(parts["Accl2"])
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -112,7 +112,6 @@ class Instances:
         return poptorch.Options().replicationFactor(self.replicas if replicas is None else replicas)
 
     def mean(self, values: List[float]) -> List[float]:
-        """Return the means over all instances."""
         if not self.horovod:
             return values
         return self.horovod.allreduce(torch.tensor(values), op=self.horovod.Average).tolist()
@@ -202,7 +201,6 @@ class IpuBackend(Backend):
         return lambda pixels: encoder(pixels).long()
 
     def decode(self, vae: ImageTokenizer) -> Callable[..., Tensor]:
-        """Return a function from codes to pixels."""
         return decode_upper_rows(self._row_by_row("decoder", VqganDecoder(vae)))
 
     def images_at_once(self, model: DALLE) -> int:
@@ -269,7 +267,6 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
         self.least_accumulation = check_micro_batches(self.places, settings.gradient_accumulation)
 
     def any_process(self, wish: bool) -> bool:
-        """Return whether any instance wishes it."""
         return self.instances.mean([float(wish)])[0] > 0
 
     def evaluation_samples(self, count: int) -> int:
@@ -350,7 +347,6 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
                 batches.terminate()
 
     def trainer(self, model: DALLE) -> Trainer:
-        """Return a trainer for this model, which stays as it is."""
         logger.info("training on IPUs in %s", "fp16" if self.half else "fp32")
         settings = self.settings
         self.costs = estimates.module_costs(model, self.training, pixels=settings.no_codes_cache)
@@ -364,7 +360,6 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
         return IpuTrainer(model, self)
 
     def stage_estimates(self) -> List[StageEstimate]:
-        """Return what each stage of the last trainer needs."""
         return estimates.estimate_stages(self.places, self.costs, self.training)
 
     def optimizer(self, model: nn.Module) -> Any:
@@ -385,7 +380,6 @@ class IpuTrainingBackend(IpuBackend, TrainingBackend):
         return getattr(poptorch.optim, settings.optimizer)(groups, **flags)
 
     def training_model(self, model: nn.Module, optimizer: Any) -> Any:
-        """Return the program that trains a model."""
         import poptorch
 
         return poptorch.trainingModel(model, options=self.options(), optimizer=optimizer)

@@ -49,7 +49,6 @@ def sampler_sequences(model: DALLE, size: int) -> int:
 
 
 def trained_parameters(module: nn.Module) -> int:
-    """Return the number of trained parameters."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
@@ -60,7 +59,7 @@ class Cost(NamedTuple):
         parameters: trained ones.
         frozen: parameters that are not trained.
         operations: multiplications and additions of a micro-batch, forward and backward.
-        kept: bytes of a micro-batch that are kept for the backward pass.
+        kept: bytes of a micro-batch that the backward pass needs.
         temporary: bytes that are alive at once in the backward pass.
     """
 

@@ -44,7 +44,6 @@ class VqganDecoder(nn.Module):
         self.vae = vae
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Decode codes."""
         return self.vae.decode(codes)
 
 
@@ -56,7 +55,6 @@ class DeviceLosses(nn.Module):
         self.model = model
 
     def forward(self, row: Tensor) -> Tensor:
-        """Compute the losses."""
         text, codes = row[:, : self.model.text_seq_len], row[:, self.model.text_seq_len :]
         return torch.stack(self.model(text, codes, return_loss=True)).float()[None]
 
@@ -119,7 +117,6 @@ class Program:
         self.holders[self.slot] = self
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Run the module."""
         self.compile(*inputs)
         with self.errors(f"the {self.role} stopped"):
             return self.executor(*inputs)
@@ -145,7 +142,6 @@ class RowByRow:
         self.rows = 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Apply the module to x."""
         if self.program is None:
             iterations = -(-len(x) // self.replicas)
             self.rows = iterations * self.replicas
@@ -222,7 +218,6 @@ class OrderedSamples(Dataset):
         self.keys: List[Any] = []
 
     def __len__(self) -> int:
-        """Return the number of samples of all steps."""
         return len(self.order) * self.samples_per_step
 
     def __getitem__(self, index: int) -> Any:

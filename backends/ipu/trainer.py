@@ -52,7 +52,6 @@ class IpuTrainer(Trainer):
         return self.backend.device_errors(problem, DeviceLost)
 
     def step(self, batch: Any) -> Losses:
-        """Make one update and return the mean losses."""
         with self.device_errors("training stopped"):
             sums = self.executor(*batch)
         return self.means(sums, len(batch[0]))
@@ -97,7 +96,6 @@ class IpuTrainer(Trainer):
         """Return None: the IPUs hold the training program."""
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate, on the device too."""
         if lr == self.lr:
             return
         for group in self.optimizer.param_groups:
@@ -139,7 +137,6 @@ class IpuTrainer(Trainer):
             logger.warning("the checkpoint's optimizer state is not for this optimizer on IPUs; it starts afresh")
 
     def close(self) -> None:
-        """Give up the IPUs."""
         for executor in (self.executor, self.evaluator):
             if executor is not None:
                 # It reads the weights, which fails if the device has failed before.

@@ -79,11 +79,7 @@ def open_source(
 
 
 def find_images(path: Union[str, Path]) -> List[ImagePath]:
-    """Return where to read every image of a folder, sorted by relative path, with or without captions; or of a file.
-
-    Raises:
-        FileNotFoundError, PermissionError, ValueError: it cannot be read, or has no image.
-    """
+    """Return where to read all images of a folder, by path, or of a file; ValueError or OSError without any."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{printable(path)}: no such folder; a folder of images is needed")

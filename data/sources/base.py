@@ -67,11 +67,7 @@ def split_of(name: str) -> str:
 
 
 def choose_splits(splits: Collection[str], validation: bool, folder: Path) -> Set[str]:
-    """Return which of a folder's splits to train or to validate on.
-
-    Raises:
-        ValueError: there are splits, but none to validate on.
-    """
+    """Return which of a folder's splits to train or to validate on; ValueError if none of several is for the latter."""
     if not any(splits):
         return {""}
     if validation:

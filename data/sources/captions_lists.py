@@ -185,11 +185,7 @@ def _read_text(path: Path) -> str:
 
 
 def _find_columns(path: Path, header: Sequence[str]) -> Optional[Columns]:
-    """Return the columns of a table by their names, or None if it has none of images.
-
-    Raises:
-        ValueError: it has images but no captions.
-    """
+    """Return the columns of a table by their names; None without images, ValueError with images but no captions."""
     names = [name.strip().lower() for name in header]
     image = next((names.index(name) for name in IMAGE_COLUMNS if name in names), None)
     if image is None:
@@ -245,7 +241,7 @@ def coco_entries(content: Any, path: Path, place: str = "") -> Iterator[Entry]:
 
 
 def image_names(content: Dict[str, Any]) -> Dict[str, str]:
-    """Return the file names of COCO's "images" by their ids as texts; empty if there are none."""
+    """Return the file names of COCO's "images" by their ids as texts."""
     images = content.get("images")
     entries = [image for image in (images if isinstance(images, list) else []) if isinstance(image, dict)]
     return {str(image.get("id")): image["file_name"] for image in entries if isinstance(image.get("file_name"), str)}

@@ -4,28 +4,8 @@ import os
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Union
 
-from data.files import (
-    CANNOT_OPEN,
-    CAPTION_SUFFIX,
-    CAPTION_TAKEN,
-    EMPTY_CAPTION,
-    IMAGE_SUFFIXES,
-    LABEL_FILE,
-    NO_CAPTION,
-    NO_IMAGE,
-    NOT_JSON,
-    NOT_UTF8,
-    File,
-    Listing,
-    Skipped,
-    check_files,
-    check_images,
-    count,
-    list_files,
-    printable,
-    read_captions,
-    same_name,
-)
+from data import files
+from data.files import File, Listing, Skipped, count, printable, read_captions, same_name
 from data.sources.base import ImageSource
 
 
@@ -39,7 +19,6 @@ class Folder(ImageSource):
         super().__init__(folder, [image for image, _ in pairs], [text for _, text in pairs], skipped)
 
     def captions(self, name: str) -> List[str]:
-        """Return the captions in a file."""
         return read_captions(self.folder / name)
 
 
@@ -55,7 +34,7 @@ def find_pairs(
 
     Args:
         known_good: whether a file is known to be an image or to hold captions; such files are not opened.
-        listing: what list_files(folder) returns, if it is known.
+        listing: what files.list_files(folder) returns, if it is known.
 
     Returns:
         The pairs (image, caption file), sorted by the image's path, each file in its state before it was opened; and
@@ -67,11 +46,11 @@ def find_pairs(
     """
     folder = Path(folder)
     skipped: Dict[str, List[str]] = {}
-    images, texts, _ = listing or list_files(folder, skipped)
+    images, texts, _ = listing or files.list_files(folder, skipped)
     caption_names, image_names = possible_pairs(images, texts)
-    captions = check_files(caption_names, folder, known_good, _caption_fault, skipped)
+    captions = files.check_files(caption_names, folder, known_good, _caption_fault, skipped)
     _, image_names = possible_pairs(image_names, list(captions))
-    usable = check_images(folder, image_names, known_good, skipped)
+    usable = files.check_files(image_names, folder, known_good, files.image_fault, skipped)
 
     matched = _match(list(usable), list(captions))
     taken = set(matched.values())
@@ -79,10 +58,10 @@ def find_pairs(
     named_by_caption = set(image_names)
     for name in images:
         if name not in matched and name not in refused:
-            skipped.setdefault(CAPTION_TAKEN if name in named_by_caption else NO_CAPTION, []).append(name)
+            skipped.setdefault(files.CAPTION_TAKEN if name in named_by_caption else files.NO_CAPTION, []).append(name)
     for name in texts:
         if name not in taken and name not in refused:
-            skipped.setdefault(NO_IMAGE, []).append(name)
+            skipped.setdefault(files.NO_IMAGE, []).append(name)
     if not matched:
         raise NoPairs(_no_pair(folder, images, texts, skipped))
     pairs = [(usable[name], captions[matched[name]]) for name in sorted(matched)]
@@ -101,16 +80,16 @@ def is_label_file(lines: Iterable[str]) -> bool:
 
 def _caption_fault(path: str) -> Optional[str]:
     if not os.path.isfile(path):  # a broken link, or a named pipe, which would never finish opening
-        return CANNOT_OPEN
+        return files.CANNOT_OPEN
     try:
         lines = read_captions(path)
     except ValueError:
-        return NOT_JSON if path.lower().endswith(".json") else NOT_UTF8
+        return files.NOT_JSON if path.lower().endswith(".json") else files.NOT_UTF8
     except OSError:
-        return CANNOT_OPEN
+        return files.CANNOT_OPEN
     if not lines:
-        return EMPTY_CAPTION
-    return LABEL_FILE if is_label_file(lines) else None
+        return files.EMPTY_CAPTION
+    return files.LABEL_FILE if is_label_file(lines) else None
 
 
 def _is_label(line: str) -> bool:
@@ -141,7 +120,7 @@ def _match(images: Sequence[str], captions: Sequence[str]) -> Dict[str, str]:
     """Match images to caption files, both sorted relative paths, by the rule of find_pairs."""
     # In the order of precedence: the same stem, the same in another form of Unicode, 1.jpg.txt for 1.jpg. The first
     # suffixes come first: an animated preview does not take a photograph's captions.
-    images = sorted(images, key=lambda name: not name.lower().endswith(IMAGE_SUFFIXES[:4]))
+    images = sorted(images, key=lambda name: not name.lower().endswith(files.IMAGE_SUFFIXES[:4]))
     matched: Dict[str, str] = {}
     taken: Set[str] = set()
     for key_of_image, key_of_caption in (
@@ -231,9 +210,9 @@ def _stem(name: str) -> str:
 
 
 def _no_pair(folder: Path, images: List[str], texts: List[str], skipped: Dict[str, List[str]]) -> str:
-    found = f"{count(len(images), 'image')} and {count(len(texts), f'{CAPTION_SUFFIX} file')} in it or below"
+    found = f"{count(len(images), 'image')} and {count(len(texts), f'{files.CAPTION_SUFFIX} file')} in it or below"
     if images and texts:
         found += f", such as {printable(images[0])} and {printable(texts[0])}"
     reasons = ", ".join(f"{len(names):,} × {reason}" for reason, names in sorted(skipped.items()))
-    needed = f"every image needs a {CAPTION_SUFFIX} file of the same stem, one caption per line"
+    needed = f"every image needs a {files.CAPTION_SUFFIX} file of the same stem, one caption per line"
     return f"{printable(folder)}: no pair in {found}{reasons and f' ({reasons})'}; {needed}"

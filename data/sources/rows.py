@@ -26,7 +26,6 @@ class RowImage(StoredImage):
         return f"{printable(self.path)}, row {self.number}"
 
     def read(self) -> bytes:
-        """Return the bytes of the image file."""
         value = _read_group(self.path, self.group, self.column)[self.row].as_py()
         content, elsewhere = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if content is None and elsewhere:
@@ -42,11 +41,7 @@ class Rows(ImageSource):
     form = "Hugging Face data set"
 
     def __init__(self, folder: Path, files: Sequence[str], validation: bool = False):
-        """Read the texts of all rows.
-
-        Raises:
-            ValueError: pyarrow is not installed, or a file is damaged or has no columns of images and of texts.
-        """
+        """Read the texts of all rows; ValueError without pyarrow, or if a file is damaged or has not both columns."""
         self.holders = files_of_split(folder, _without_replaced(folder, files), validation)
         self._images: Dict[str, RowImage] = {}
         self._captions: Dict[str, List[str]] = {}
@@ -67,11 +62,9 @@ class Rows(ImageSource):
         super().__init__(folder, images, texts, skipped)
 
     def image(self, name: str) -> ImagePath:
-        """Return the image of a row."""
         return self._images[name]
 
     def captions(self, name: str) -> List[str]:
-        """Return the captions of a row."""
         return self._captions[name]
 
 

@@ -5,7 +5,17 @@ import re
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, NamedTuple, Sequence
 
-from data.files import IMAGE_SUFFIXES, NOT_LISTED, OTHER_SPLIT, File, Skipped, check_images, printable, same_name
+from data.files import (
+    IMAGE_SUFFIXES,
+    NOT_LISTED,
+    OTHER_SPLIT,
+    File,
+    Skipped,
+    check_files,
+    image_fault,
+    printable,
+    same_name,
+)
 from data.sources.base import ImageSource, choose_splits, text_state
 
 NO_SUCH_IMAGE = "listed image that is missing"
@@ -36,11 +46,7 @@ class Table(ImageSource):
         known_good: Callable[[File], bool],
         validation: bool = False,
     ):
-        """Find the images of all entries among the files `images` of the folder.
-
-        Raises:
-            ValueError: no entry has an image and a caption, or none is to validate on.
-        """
+        """Find the images of all entries among the files `images` of the folder; ValueError if no entry can be used."""
         self.form = form
         skipped: Dict[str, List[str]] = {}
         self._captions: Dict[str, List[str]] = {}
@@ -59,7 +65,7 @@ class Table(ImageSource):
                 captions += [caption for caption in entry.captions if caption not in captions]
         for reason in (OTHER_SPLIT, NO_TEXT):  # another entry may have captions
             skipped[reason] = [name for name in skipped.get(reason, []) if name not in self._captions]
-        usable = check_images(folder, sorted(self._captions), known_good, skipped)
+        usable = check_files(sorted(self._captions), folder, known_good, image_fault, skipped)
         unlisted = set(images).difference(self._captions, *skipped.values())
         if unlisted:
             skipped[NOT_LISTED] = list(unlisted)
@@ -75,7 +81,6 @@ class Table(ImageSource):
         )
 
     def captions(self, name: str) -> List[str]:
-        """Return the captions that the files list for an image."""
         return self._captions[name]
 
 

@@ -13,20 +13,8 @@ from typing import Any, BinaryIO, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 from tqdm import tqdm
 
-from data.files import (
-    EMPTY_CAPTION,
-    IMAGE_SUFFIXES,
-    NO_CAPTION,
-    NO_IMAGE,
-    NOT_JSON,
-    NOT_UTF8,
-    ZERO_BYTES,
-    File,
-    Skipped,
-    StoredImage,
-    parse_captions,
-    printable,
-)
+from data import files
+from data.files import File, Skipped, StoredImage, printable
 from data.sources.base import ImagePath, ImageSource
 from utils.files import atomic_write
 
@@ -51,7 +39,6 @@ class TarImage(StoredImage):
         return f"{self.path}/{self.name}"
 
     def read(self) -> bytes:
-        """Return the bytes of the image file."""
         return read_part(self.path, self.offset, self.size)
 
 
@@ -68,11 +55,7 @@ class TarShards(ImageSource):
     form = "tar shards"
 
     def __init__(self, folder: Path, shards: Sequence[str], cache_dir: Optional[Path] = None):
-        """Read the index in `cache_dir`, or index the shards.
-
-        Raises:
-            ValueError: no shard has an image with a caption.
-        """
+        """Read the index in `cache_dir`, or index the shards; ValueError if none has an image with a caption."""
         self._samples: Dict[str, Tuple[str, Sample]] = {}  # name -> shard, places
         images: List[File] = []
         texts: List[File] = []
@@ -97,14 +80,12 @@ class TarShards(ImageSource):
         self.holders = shards
 
     def image(self, name: str) -> ImagePath:
-        """Return the place of an image in its shard."""
         shard, sample = self._samples[name]
         return TarImage(self.folder / shard, *sample.image)
 
     def captions(self, name: str) -> List[str]:
-        """Return the captions of a sample."""
         shard, sample = self._samples[name]
-        return parse_captions(sample.text[0], read_part(self.folder / shard, *sample.text[1:]))
+        return files.parse_captions(sample.text[0], read_part(self.folder / shard, *sample.text[1:]))
 
 
 def read_part(path: Path, offset: int, size: int) -> bytes:
@@ -156,20 +137,20 @@ def index_shard(path: Path) -> Dict[str, Any]:
         if not whole:
             skipped[CUT_SHORT] = [""]
         for group in members.values():
-            image = next((member for member in group if _suffix(member[0]) in IMAGE_SUFFIXES), None)
+            image = next((member for member in group if _suffix(member[0]) in files.IMAGE_SUFFIXES), None)
             texts = {_suffix(member[0]): member for member in group}
             text = next((texts[suffix] for suffix in TEXT_SUFFIXES if suffix in texts), None)
             fault = None
             if image is None or text is None:
-                fault = NO_CAPTION if image else NO_IMAGE
+                fault = files.NO_CAPTION if image else files.NO_IMAGE
             elif not image[2]:
-                fault = ZERO_BYTES
+                fault = files.ZERO_BYTES
             else:
                 content.seek(text[1])
                 try:
-                    fault = None if parse_captions(text[0], content.read(text[2])) else EMPTY_CAPTION
+                    fault = None if files.parse_captions(text[0], content.read(text[2])) else files.EMPTY_CAPTION
                 except ValueError:
-                    fault = NOT_JSON if text[0].lower().endswith(".json") else NOT_UTF8
+                    fault = files.NOT_JSON if text[0].lower().endswith(".json") else files.NOT_UTF8
             if fault is None:
                 samples.append([image, text])
             elif image or text:
