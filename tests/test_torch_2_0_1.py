@@ -18,30 +18,12 @@ MAY_CHECK = "backends/native/"  # how the files begin where newer names may be u
 
 # By comparison of torch 2.0.1 with 2.13.0: attributes of tensors, modules, optimizers, generators and dtypes that came
 # later, but for names that other things have as well (index, compile, nbytes), and keywords that old methods got later.
-LATER_METHODS = set(
-    [
-        "const_data_ptr",
-        "dim_order",
-        "grad_dtype",
-        "hash_tensor",
-        "is_maia",
-        "is_mtia",
-        "is_xla",
-        "module_load",
-        "mtia",
-        "nonzero_static",
-        "register_post_accumulate_grad_hook",
-        "slice_inverse",
-        "set_submodule",
-        "to_complex",
-        "register_load_state_dict_pre_hook",
-        "register_state_dict_post_hook",
-        "clone_state",
-        "graphsafe_get_state",
-        "graphsafe_set_state",
-        "to_real",
-    ]
-)
+LATER_METHODS = {
+    *("const_data_ptr", "dim_order", "grad_dtype", "hash_tensor", "is_maia", "is_mtia", "is_xla", "module_load"),
+    *("mtia", "nonzero_static", "register_post_accumulate_grad_hook", "slice_inverse", "set_submodule", "to_complex"),
+    *("register_load_state_dict_pre_hook", "register_state_dict_post_hook", "clone_state", "graphsafe_get_state"),
+    *("graphsafe_set_state", "to_real"),
+}
 
 
 LATER_KEYWORDS = {
