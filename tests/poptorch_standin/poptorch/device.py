@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import Error
+from .machine import Error
 from .trace import active_trace
 
 IPU = torch.device("ipu:0")

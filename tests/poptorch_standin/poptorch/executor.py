@@ -13,8 +13,7 @@ from torch import nn
 
 from . import optim, transfer
 from .device import DeviceRandom, Run
-from .errors import Error
-from .machine import MACHINE, count_ipus
+from .machine import MACHINE, Error, count_ipus
 from .options import Options
 from .trace import Trace
 from .transfer import Weights, leaks, watch_reads

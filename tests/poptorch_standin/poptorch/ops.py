@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .device import current_run, mark_of
-from .errors import Error
+from .machine import Error
 from .options import MatMulSerializationMode, check_instance, check_int, check_type
 from .trace import BlockHook, active_trace, hook_of
 

@@ -8,7 +8,7 @@ import contextlib
 
 from torch import nn
 
-from .errors import Error
+from .machine import Error
 from .options import AutoStage
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .device import check_dtype, fetch, put
-from .errors import Error
+from .machine import Error
 from .options import OutputMode
 
 KINDS = ("_parameters", "_buffers")
