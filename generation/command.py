@@ -13,7 +13,7 @@ import random
 import re
 import time
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -74,7 +74,8 @@ def run(settings: Namespace) -> None:
     loaded.batch_size = max(1, min(loaded.batch_size, total))
     start = time.monotonic()
     bar = tqdm(total=total, unit="image", desc="generating", disable=None)
-    with bar, preview_callback(settings, loaded) as make_on_code:
+    saving: List[Future] = []  # files are written while the next images are generated
+    with bar, preview_callback(settings, loaded) as make_on_code, ThreadPoolExecutor(1) as saver:
         for specs, codes in zip(plans, generate_lists(loaded, parts, make_on_code, bar.update)):
             if share_images:
                 codes = backend.gather(codes)
@@ -82,8 +83,11 @@ def run(settings: Namespace) -> None:
                     continue
             images, codes = finish_images(loaded, specs, codes, len(specs) // settings.rank, clip)
             frames = previews.animation_frames(loaded, codes) if settings.animate else ()
-            folder = save_images(images, settings.outputs_dir, settings.format, frames)
-            tqdm.write(f"{len(images)} images of '{specs[0].prompt}' in {folder}")
+            while saving:
+                saving.pop().result()  # raises what went wrong
+            saving.append(saver.submit(save_images, images, settings.outputs_dir, settings.format, frames))
+    for last in saving:
+        last.result()
     logger.info("throughput: %.3f images/sec", total / max(time.monotonic() - start, 1e-9))
 
 
@@ -210,7 +214,7 @@ def prompt_folder(prompt: str, outputs_dir: str) -> Path:
 def save_images(
     images: Sequence[Image.Image], outputs_dir: str, format: str = "jpg", frames: Sequence[List[Image.Image]] = ()
 ) -> Path:
-    """Save the images of one prompt, a grid of them, and a line for each in results.jsonl.
+    """Save the images of one prompt, a grid of them, and a line for each in results.jsonl; print where they are.
 
     Args:
         images: with image_metadata as `info`.
@@ -243,6 +247,7 @@ def save_images(
     path = Path(outputs_dir) / RESULTS
     with errors_name(path), open(path, "a", encoding="utf-8") as results:
         results.write("".join(lines))  # one write, because other processes append to the file, too
+    tqdm.write(f"{len(images)} images of '{images[0].info['prompt']}' in {folder}")
     return folder
 
 

@@ -5,6 +5,7 @@ The latter are put together by hand, from the description of their layout.
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image
 
 import generate
 import train
+from generation import command as command_module
+from generation import images
 from generation.command import save_images
 from generation.loading import read_model
 from models.dalle import DALLE
@@ -91,6 +94,28 @@ def test_images_are_saved_as_they_were_decoded(drawn, tiny_checkpoint, tmp_path)
     assert grid.shape == (70, 70, 3) and (grid[36:68, 36:68] == 255).all()
     for number, (top, left) in enumerate([(2, 2), (2, 36), (36, 2)]):
         assert np.array_equal(grid[top : top + 32, left : left + 32], expected[number])
+
+
+def test_files_are_written_while_the_next_images_are_generated(drawn, tmp_path, monkeypatch):
+    order, is_generating = [], threading.Event()
+    generate_batch, save = images.generate_batch, command_module.save_images
+
+    def note_and_generate(loaded, specs, on_code=None):
+        order.append(f"generate {specs[0].prompt}")
+        if len(order) > 1:
+            is_generating.set()
+        return generate_batch(loaded, specs, on_code)
+
+    def save_late(pictures, *given):
+        assert is_generating.wait(60)
+        order.append(f"save {pictures[0].info['prompt']}")
+        return save(pictures, *given)
+
+    monkeypatch.setattr(images, "generate_batch", note_and_generate)
+    monkeypatch.setattr(command_module, "save_images", save_late)
+    drawn("--text", "a red circle|a blue star", "--batch_size", 3)
+    assert sorted(order[:3]) == ["generate a blue star", "generate a red circle", "save a red circle"]
+    assert order[3:] == ["save a blue star"] and len(folders(tmp_path / "out")) == 2
 
 
 def test_without_a_seed_images_differ_and_the_seed_is_logged(drawn, tmp_path):

@@ -7,7 +7,7 @@ import standin
 import torch
 from PIL import Image
 
-from backends.native import fast_layers
+from backends.native import fast_layers, inference
 from backends.native.backend import NativeBackend, NativeTrainingBackend
 from data.dataset import TextImageDataset
 from data.tokenizer import load_tokenizer
@@ -139,8 +139,8 @@ def test_the_samples_of_an_update_are_gathered_on_the_device(tmp_path):
     assert costs["copies"] == 5 and costs["waits"] == 0 and costs["launches"] <= 20, costs
 
 
-def test_the_bundled_model():
-    """Codes, completed captions and encoding are the CPU's; out of memory is one line."""
+def test_the_bundled_model(monkeypatch):
+    """Codes, completed captions, encoding and decoding are the CPU's; out of memory is one line."""
     ours, theirs = (load(SHAPES, device=device) for device in ("cuda", "cpu"))
     specs = [plan_image(theirs, "a small red circle above a large blue square", seed) for seed in range(2)]
     codes = generate_batch(theirs, specs)
@@ -148,8 +148,14 @@ def test_the_bundled_model():
     captions = [complete_caption(loaded, "a small red", 1)[1] for loaded in (ours, theirs)]
     assert captions[0] == captions[1] and captions[0].startswith("a small red ")
     pixels = theirs.decode(codes)
-    GPU.reset()
-    assert torch.equal(ours.encode(pixels), theirs.encode(pixels)) and not GPU.tf32
+    compiled = []  # after some images, in fp32, too
+    monkeypatch.setattr(inference, "COMPILED_FROM", 4)
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    for number in range(3):
+        GPU.reset()
+        assert torch.equal(ours.encode(pixels), theirs.encode(pixels)) and not GPU.tf32
+        torch.testing.assert_close(ours.decode(codes), pixels)
+        assert len(compiled) == (2 if number else 0)
     GPU.limit = GPU.allocated + 2**19
     with pytest.raises(ValueError, match="^out of memory: 2 images at once are too many; --batch_size 1 needs half$"):
         generate_batch(ours, specs)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from backends.native import inference
 from backends.native.backend import NativeBackend
 from data.shapes import make_sample
 from models.vae import VQGanVAE
@@ -79,3 +80,31 @@ def test_the_network_itself_is_left_as_it_is(vae):
     assert [type(module) for module in vae.modules()] == [type(module) for module in before.modules()]
     for tensor, expected in zip(vae.state_dict().values(), before.state_dict().values()):
         assert tensor.dtype == expected.dtype and tensor.stride() == expected.stride()
+
+
+@pytest.mark.skipif(not hasattr(torch, "compiler"), reason="compiled from torch 2.1 on")
+def test_a_network_is_compiled_after_many_images_for_one_shape(vae, monkeypatch, logged):
+    """With the same result; if torch cannot compile, it stays as it was."""
+    compile_with = torch.compile
+    monkeypatch.setattr(inference, "COMPILED_FROM", 8)
+    expected = vae.get_codebook_indices(pictures())
+
+    def encoder_of(backend):
+        monkeypatch.setattr(torch, "compile", lambda network: compile_with(network, backend=backend))
+        fast = inference.fast_copy(vae, "decoder", torch.float32, torch.device("cpu"))
+        fast.model.encoder = inference.CompiledLater(fast.model.encoder)
+        return fast
+
+    def no_compiler(graph, inputs):
+        raise OSError("no compiler")
+
+    torch._dynamo.reset()
+    frames = torch._dynamo.utils.counters["frames"]
+    frames.clear()
+    fast = encoder_of("eager")
+    for count, compiled in ((4, 0), (4, 1), (3, 1), (4, 1), (8, 1)):
+        assert torch.equal(fast(pictures()[:count]), expected[:count]) and frames["ok"] == compiled
+    fast = encoder_of(no_compiler)
+    assert torch.equal(fast(pictures()), expected) and torch.equal(fast(pictures()), expected)
+    (record,) = logged.records
+    assert "not compiled, which only costs speed" in record.message and record.message.endswith("no compiler")
