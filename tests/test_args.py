@@ -103,7 +103,7 @@ COUNTS = {
     "generate.py": "num-images batch-size window rank preview",
     "train_vqgan.py": "image-size patch-size ch ch-mult num-res-blocks z-channels embed-dim n-embed batch-size "
     "max-steps",
-    "evaluate.py": "prompts batch-size window max-pairs",
+    "evaluate.py": "rank prompts batch-size window max-pairs",
 }
 BAD_VALUES = {
     "train.py": {
