@@ -260,6 +260,19 @@ def check_vocabulary(path: AnyPath, saved: Checkpoint, fingerprint: str, flag: s
         )
 
 
+def tensors_in(value: Any) -> List[torch.Tensor]:
+    """Collect every tensor in nested dicts, lists and tuples."""
+    if torch.is_tensor(value):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in inside for tensor in tensors_in(item)]
+
+
+def size_of(value: Any) -> int:
+    """Return the bytes of all tensors in nested containers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(value))
+
+
 def short(fingerprint: Any) -> str:
     return str(fingerprint)[:12]
 
