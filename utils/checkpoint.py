@@ -128,9 +128,7 @@ def _is_dalle_pytorch(saved: Any) -> bool:
     weights = saved.get("weights")
     if isinstance(weights, str):  # DeepSpeed's auxiliary.pt has a hint in their place
         return True
-    return isinstance(weights, dict) and any(
-        isinstance(name, str) and name.startswith(DALLE_PYTORCH) for name in weights
-    )
+    return isinstance(weights, dict) and any(str(name).startswith(DALLE_PYTORCH) for name in weights)
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:

@@ -111,9 +111,7 @@ def _read_rows(folder: Path, file: str) -> Iterator[_Row]:
             splits = _read_group(path, group, split_column).to_pylist() if split_column else [""] * len(texts[0])
             for row, (split, *values) in enumerate(zip(splits, *texts)):
                 image = RowImage(path, image_column, group, row, number)
-                captions = clean_captions(
-                    t for value in values for t in (value if isinstance(value, list) else [value])
-                )
+                captions = clean_captions(t for one in values for t in (one if isinstance(one, list) else [one]))
                 state = (f"{file}/{number:08d}", status.st_size, status.st_mtime_ns)
                 yield _Row(state, image, captions, str(split or "").lower())
                 number += 1
