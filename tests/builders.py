@@ -1,10 +1,16 @@
 """Small models and settings that several tests build."""
 
 import argparse
+import contextlib
 import struct
+import subprocess
+import sys
+import time
 import zlib
-from typing import Any, Dict, Optional
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Optional
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +19,7 @@ from models.dalle import DALLE
 from models.sampling import Stepper, guide
 from utils import checkpoint
 
+ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"dim": 32, "num_text_tokens": 58, "text_seq_len": 6, "depth": 2, "heads": 2, "dim_head": 16}
 FLAGS = "--generated-data --precision fp32 --dataloader-workers 0"
 
@@ -95,11 +102,36 @@ def assert_same_weights(one: Any, other: Any, atol: float = 0.0, rtol: float = 0
         torch.testing.assert_close(tensor, theirs[name], atol=atol, rtol=rtol, msg=name)
 
 
+@contextlib.contextmanager
+def one_line(match: str, kind: Any = ValueError) -> Iterator[Any]:
+    """Expect an error whose message matches and has one line."""
+    with pytest.raises(kind, match=match) as caught:
+        yield caught
+    assert "\n" not in str(caught.value)
+
+
+def until(holds: Callable[[], Any], seconds: float = 20) -> None:
+    """Wait until holds() is true."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def python(*words: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run Python with these arguments in the repository's folder; return its exit status and output."""
+    options = {"cwd": ROOT, "capture_output": True, "text": True, **options}
+    return subprocess.run([sys.executable, *map(str, words)], **options)
+
+
 class PickledCall:
     """Pickles as a call of a function, which runs if the file is unpickled without care."""
 
     def __init__(self, function: Any, *arguments: Any):
         self.call = function, arguments
+
+    def __call__(self) -> None:
+        """Look callable, so that the function of a call can be a call itself."""
 
     def __reduce__(self) -> Any:
         return self.call

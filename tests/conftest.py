@@ -1,6 +1,5 @@
 """Fixtures that several tests share: small real models, and dalle-pytorch as an independent oracle."""
 
-import contextlib
 import importlib
 import logging
 import os
@@ -19,8 +18,8 @@ from torch import nn
 
 from benchmarks import peer
 from data.shapes import make_sample
+from tests.builders import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ROOT / "demo" / "shapes.safetensors"  # a small checkpoint that follows its prompts
 YTTM = "bpe/bpe_yttm_vocab.txt"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -59,27 +58,19 @@ def write_taming_vqgan(folder, images, side=32, patch=8, channels=32, width=8, e
 
     Its weights are random; its entries are latents of `images`, so that different images have different codes.
     """
-    from taming.modules.diffusionmodules.model import Decoder, Encoder
-    from taming.modules.vqvae.quantize import VectorQuantizer2
-
     ddconfig = {"double_z": False, "z_channels": width, "resolution": side // patch, "in_channels": 3 * patch**2}
     ddconfig.update(out_ch=3 * patch**2, ch=channels, ch_mult=[1], num_res_blocks=1, attn_resolutions=[], dropout=0.0)
-    torch.manual_seed(0)
-    with contextlib.redirect_stdout(None):  # the Decoder prints its shape
-        parts = nn.ModuleDict({"encoder": Encoder(**ddconfig), "decoder": Decoder(**ddconfig)})
-    parts["quantize"] = VectorQuantizer2(entries, width, beta=0.25)
-    parts["quant_conv"], parts["post_quant_conv"] = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
-    parts.eval()
+    params = {"embed_dim": width, "n_embed": entries, "patch_size": patch, "ddconfig": ddconfig}
+    taming = peer.TamingVQGAN(params)
     with torch.no_grad():
         pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
         cells = nn.functional.pixel_unshuffle(pixels / 127.5 - 1, patch)
-        latents = parts["quant_conv"](parts["encoder"](cells)).permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0)
-        parts["quantize"].embedding.weight.copy_(latents[torch.randperm(len(latents))[:entries]])
-        parts["decoder"].conv_out.weight.mul_(0.3)  # pale images, because stretching their contrast would change them
+        latents = taming.quant_conv(taming.encoder(cells)).permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0)
+        taming.quantize.embedding.weight.copy_(latents[torch.randperm(len(latents))[:entries]])
+        taming.decoder.conv_out.weight.mul_(0.3)  # pale images, because stretching their contrast would change them
     folder.mkdir(parents=True, exist_ok=True)
     loss = {"loss.discriminator.main.0.weight": torch.zeros(3)}  # taming's files hold the training loss as well
-    torch.save({"state_dict": {**parts.state_dict(), **loss}, "global_step": 1}, folder / "vqgan.ckpt")
-    params = {"embed_dim": width, "n_embed": entries, "patch_size": patch, "ddconfig": ddconfig}
+    torch.save({"state_dict": {**taming.state_dict(), **loss}, "global_step": 1}, folder / "vqgan.ckpt")
     config = {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
     (folder / "vqgan.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -179,6 +170,16 @@ class Ended(NamedTuple):
     out: str
     err: str
 
+    def ok(self):
+        """Assert that the command succeeded, without a word on stderr."""
+        assert self.status == 0 and self.err == "", self
+        return self
+
+    def refused(self, *words):
+        """Assert that the command ended with one line on stderr, which contains these words."""
+        assert self.status == 2 and self.err.count("\n") == 1 and all(word in self.err for word in words), self
+        return self
+
 
 @pytest.fixture
 def command(capsys):
@@ -187,7 +188,7 @@ def command(capsys):
     def run(main, *argv):
         capsys.readouterr()
         try:
-            main([str(word) for word in argv])
+            main([*map(str, argv)])
             status = 0
         except SystemExit as end:
             status = end.code

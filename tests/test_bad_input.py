@@ -19,11 +19,11 @@ import process_captions
 import train
 import train_vqgan
 from models.vqgan_files import load_vqgan
-from tests.builders import PickledCall
+from tests.builders import PickledCall, python
 from tests.conftest import ROOT
 
-BROKEN_CHECKPOINTS = ["README.md", "empty_file", "binary", "cut", "cut_early", "pickled", "pickle_alone", "folder"]
-BROKEN_CHECKPOINTS += ["missing", "a_list", "no_hparams", "vqgan/vqgan.ckpt"]
+BROKEN_CHECKPOINTS = "README.md empty_file binary cut cut_early pickled pickle_alone folder missing a_list no_hparams"
+BROKEN_CHECKPOINTS += " vqgan/vqgan.ckpt"
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,9 @@ def things(tmp_path_factory, drawn_pictures, tiny_vqgan, tiny_checkpoint):
     (place / "good").write_bytes(whole)
     (place / "cut").write_bytes(whole[: len(whole) // 2])
     (place / "cut_early").write_bytes(whole[:100])
-    torch.save({"hparams": {}, "weights": {}, "extra": PickledCall(os.mkdir, str(place / "marker"))}, place / "pickled")
-    (place / "pickle_alone").write_bytes(pickle.dumps(PickledCall(os.mkdir, str(place / "marker"))))
+    evil = PickledCall(os.mkdir, str(place / "marker"))
+    torch.save({"hparams": {}, "weights": {}, "extra": evil}, place / "pickled")
+    (place / "pickle_alone").write_bytes(pickle.dumps(evil))
     torch.save([1, 2], place / "a_list")
     torch.save({"weights": {"model.text_emb.weight": torch.zeros(2)}}, place / "no_hparams")
     shutil.copytree(tiny_vqgan, place / "vqgan")
@@ -60,18 +61,11 @@ def things(tmp_path_factory, drawn_pictures, tiny_vqgan, tiny_checkpoint):
     config = yaml.safe_load((tiny_vqgan / "vqgan.yaml").read_text())
     config["model"]["params"]["n_embed"] = 32
     (place / "other_sizes" / "vqgan.yaml").write_text(yaml.safe_dump(config))
-    torch.save(
-        {"state_dict": {"x": PickledCall(os.mkdir, str(place / "marker"))}}, place / "pickled_vqgan" / "vqgan.ckpt"
-    )
+    torch.save({"state_dict": {"x": evil}}, place / "pickled_vqgan" / "vqgan.ckpt")
 
     (place / "captions.json").write_text(json.dumps({"annotations": [{"image_id": 1, "caption": "a dog"}]}))
     (place / "not_coco.json").write_text(json.dumps({"annotations": [{"image_id": "one"}]}))
     return place
-
-
-def captions_main(words):
-    sys.argv = ["process_captions.py", *words]
-    process_captions.main()
 
 
 @pytest.fixture
@@ -84,51 +78,48 @@ def refused(command, things, tiny_flags, drawn_pictures, tmp_path, monkeypatch):
     vqgan = f"--input-folder {drawn_pictures} --image-size 32 --patch-size 8 --ch 32 --ch-mult 1 --attn-resolutions= "
     vqgan += f"--num-res-blocks 1 --max-steps 3 --continuous-steps 1 --dataloader-workers 0 --output-dir {out}"
     draw = f"--dalle_path {things}/good --num_images 1 --precision fp32 --outputs_dir {out} --text=red"
+    captions = ["--captions", str(things / "captions.json"), "--out-dir", str(out)]
+
+    def captions_main(words):
+        monkeypatch.setattr(sys, "argv", ["process_captions.py", *words])
+        process_captions.main()
+
     mains = {
         "train": (train.main, [*tiny_flags, "--checkpoint-output-dir", str(out)]),
         "train_vqgan": (train_vqgan.main, vqgan.split()),
         "generate": (generate.main, draw.split()),
         "evaluate": (evaluate.main, f"--dalle_path {things}/good --prompts 1 --outputs-dir {out}".split()),
-        "process_captions": (captions_main, ["--captions", str(things / "captions.json"), "--out-dir", str(out)]),
+        "process_captions": (captions_main, captions),
     }
-    monkeypatch.setattr(sys, "argv", sys.argv)  # put back what captions_main sets
     monkeypatch.setattr("models.vqgan_training.SEED_CELLS", 1024)
 
     def run(name, flags, *words):
         main, fixed = mains[name]
         flags = flags.split() if isinstance(flags, str) else flags
         ended = command(main, *fixed, *[flag.format(place=things) for flag in flags])
-        assert ended.status == 2, ended
-        lines = ended.err.splitlines()
-        assert len(lines) == 1 and "error: " in lines[0] and "Traceback" not in ended.out, ended.err
-        for word in words:
-            assert word.format(place=things) in lines[0], lines[0]
+        ended.refused("error: ", *(word.format(place=things) for word in words))
+        assert "Traceback" not in ended.out and not (things / "marker").exists()
         assert not out.exists() or not list(out.iterdir())
-        assert not (things / "marker").exists()
-        return lines[0]
 
     return run
 
 
-def named(path, *commands):
-    """Return a case for each command with its flag: the path is named."""
-    return [(*command.split(" "), path) for command in commands]
+PLACES = {
+    "train --input-folder": "missing folder unreadable",
+    "train_vqgan --input-folder": "missing folder README.md",
+    "train --bpe-path": "missing empty_file binary good",
+    "generate --bpe-path": "folder README.md",
+    "train --vae-path": "missing folder no_params other_sizes",
+    "generate --vqgan_model_path": "no_yaml pickled_vqgan",
+    "train --pretrained-checkpoint": BROKEN_CHECKPOINTS,
+    "generate --dalle_path": BROKEN_CHECKPOINTS,
+    "evaluate --dalle_path": BROKEN_CHECKPOINTS,
+}
 
 
-CHECKPOINTS = ("train --pretrained-checkpoint", "generate --dalle_path", "evaluate --dalle_path")
-PLACES = [
-    *(case for name in ("missing", "folder", "unreadable") for case in named(name, "train --input-folder")),
-    *(case for name in ("missing", "folder", "README.md") for case in named(name, "train_vqgan --input-folder")),
-    *(case for name in ("missing", "empty_file", "binary", "good") for case in named(name, "train --bpe-path")),
-    *(case for name in ("folder", "README.md") for case in named(name, "generate --bpe-path")),
-    *(case for name in ("missing", "folder", "no_params", "other_sizes") for case in named(name, "train --vae-path")),
-    *(case for name in ("no_yaml", "pickled_vqgan") for case in named(name, "generate --vqgan_model_path")),
-    *(case for name in BROKEN_CHECKPOINTS for case in named(name, *CHECKPOINTS)),
-]
-
-
-@pytest.mark.parametrize("name, flag, path", PLACES)
-def test_files_that_cannot_be_read(refused, name, flag, path):
+@pytest.mark.parametrize("flag, path", [(flag, path) for flag, paths in PLACES.items() for path in paths.split()])
+def test_files_that_cannot_be_read(refused, flag, path):
+    name, flag = flag.split()
     refused(name, f"{flag} {{place}}/{path}", f"{{place}}/{path}")
 
 
@@ -198,14 +189,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(command
 
 
 def test_exit_status_and_stderr_of_a_process(things, tmp_path):
-    program, word = "train.py", "{place}/pickled"
-    flags = f"--generated-data --config unit_test --pretrained-checkpoint {word}"
-    words = [flag.format(place=things) for flag in flags.split()]
-    vocabulary = ["--bpe-path", str(ROOT / "bpe" / "bpe_yttm_vocab.txt")]
-    command_line = [sys.executable, ROOT / program, *words, *vocabulary]
-    done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True)
+    flags = f"--generated-data --config unit_test --pretrained-checkpoint {things}/pickled".split()
+    vocabulary = ["--bpe-path", ROOT / "bpe" / "bpe_yttm_vocab.txt"]
+    done = python(ROOT / "train.py", *flags, *vocabulary, cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith(f"{program}: error: ") and word.format(place=things) in done.stderr
+    assert done.stderr.startswith("train.py: error: ") and f"{things}/pickled" in done.stderr
     assert not list(tmp_path.iterdir()) and not (things / "marker").exists()
 
 

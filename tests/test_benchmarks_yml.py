@@ -25,19 +25,9 @@ REDUCED = "--hidden-size 32 --num-attention-heads 2 --dim-head 16 --gradient-acc
 REDUCED += " --replication-factor 1 --max-steps 1 --dataloader-workers 0 --no-async-dataloader"
 
 
-def words_of(name, resolve=True):
-    """The command as the tool runs it."""
-    command = " ".join(ENTRIES[name]["cmd"].format().split())
-    parts = command.split(" ")
-    called = parts[parts.index("python3") + 1]
-    if resolve and called != "-m":
-        command = command.replace(called, str((ROOT / called).resolve()))
-    return shlex.split(os.path.expandvars(command))
-
-
 def calls_of(name):
-    """[(script, its arguments)] of every python3 in a command, those in a script of bash included."""
-    words = words_of(name, resolve=False)
+    """Return [(script, its arguments)] of every python3 in a command as the tool runs it, also in a script of bash."""
+    words = shlex.split(os.path.expandvars(" ".join(ENTRIES[name]["cmd"].format().split())))
     if words[:2] == ["bash", "-c"] and len(words) == 3:
         words = [word for part in words[2].split(";") for word in [*shlex.split(part), ";"]]
     calls = []
@@ -46,15 +36,6 @@ def calls_of(name):
             rest = words[place + 2 :]
             calls.append((words[place + 1], rest[: rest.index(";")] if ";" in rest else rest))
     return calls
-
-
-def figures(name, log):
-    """{figure: value}, the last of each that the log has: `final` is what all entries ask for."""
-    found = {}
-    for figure, how in ENTRIES[name]["data"].items():
-        assert how["reduction_type"] == "final"
-        found[figure] = [float(match) for match in re.findall(how["regexp"], log)][-1]
-    return found
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -106,7 +87,10 @@ def test_figures_of_an_entry_are_in_its_log(
             ended = command(generate.main, *arguments, *reduced)
         assert ended.status == 0, ended.err
         log += ended.out + ended.err
-    found = figures(name, log)
+    found = {}
+    for figure, how in ENTRIES[name]["data"].items():
+        assert how["reduction_type"] == "final"
+        found[figure] = float(re.findall(how["regexp"], log)[-1])
     assert found["throughput"] > 0
     if "loss" in found:
         assert 3 < found["loss"] < 12 and (found["compile_time"] > 0) == (name in ON_IPUS)

@@ -17,30 +17,19 @@ SAVES = ["--checkpoint-save-steps", 2, "--epochs", 3, "--checkpoint-save-epochs"
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """small_disk(megabytes): a folder that is a file system of that size."""
-    mounted = []
-
-    def mount(megabytes):
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        tried = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder], capture_output=True
-        )
-        if tried.returncode:
-            pytest.skip("no file system may be mounted here")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", folder], check=True)
+    """A folder that is a file system of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_a_full_disk(command, tiny_flags, small_disk):
-    folder = small_disk(24)  # three checkpoints of 7.0 MB, not four; a new one is written before the oldest goes
+    folder = small_disk  # for three checkpoints of 7.0 MB, not four; a new one is written before the oldest goes
     flags = [*tiny_flags, *SAVES, "--checkpoint-output-dir", folder]
-    ended = command(train.main, *flags, "--keep-checkpoints", 9)
-    assert ended.status == 2 and ended.err.count("\n") == 1 and "its last checkpoint was not written" in ended.err
+    ended = command(train.main, *flags, "--keep-checkpoints", 9).refused("its last checkpoint was not written")
     told = [line for line in ended.out.splitlines() if "no checkpoint of step" in line]
     assert [int(re.search(r"step (\d+)", line)[1]) for line in told] == [8, 9], ended.out
     assert all("No space left" in line and str(folder / "dalle_step_6.pt") in line for line in told)
@@ -49,8 +38,8 @@ def test_a_full_disk(command, tiny_flags, small_disk):
     assert all(checkpoint.read(folder / name)["step"] for name in files)
     for name in ("dalle_step_2.pt", "dalle_step_4.pt"):
         (folder / name).unlink()
-    ended = command(train.main, *flags, "--resume")
-    assert ended.status == 0 and "at step 6" in ended.out and checkpoint.read(folder / "dalle_2.pt")["step"] == 9
+    ended = command(train.main, *flags, "--resume").ok()
+    assert "at step 6" in ended.out and checkpoint.read(folder / "dalle_2.pt")["step"] == 9
 
 
 @contextlib.contextmanager
@@ -88,5 +77,4 @@ def test_too_many_such_batches_end_the_run(command, tiny_flags, tmp_path, monkey
     flags = [*tiny_flags, "--epochs", 30, "--checkpoint-save-epochs", 2, "--checkpoint-output-dir", tmp_path]
     with spoilt_losses(monkeypatch, set(range(8, 1000))):
         ended = command(train.main, *flags)
-    assert ended.status == 2 and ended.err.count("\n") == 1 and "no longer finite at step 17" in ended.err
-    assert "--learning-rate" in ended.err and f"the last good checkpoint is {tmp_path}" in ended.err
+    ended.refused("no longer finite at step 17", "--learning-rate", f"the last good checkpoint is {tmp_path}")

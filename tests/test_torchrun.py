@@ -21,15 +21,11 @@ needs_fsdp2 = pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="fully
 
 
 def start(script, *arguments):
-    """torchrun with two processes of one thread each; → the launcher."""
+    """Start torchrun with two processes of one thread each; return the launcher."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
-        [*launcher, script, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [*launcher, script, *map(str, arguments)], env={**os.environ, "OMP_NUM_THREADS": "1"}, **options
     )
 
 
@@ -38,20 +34,15 @@ def ended(process):
     return process.returncode, out, err
 
 
-def second_of(launcher):
-    """The process of rank 1."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    (second,) = [pid for pid in children if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
-    return int(second)
-
-
-def test_two_processes_train_as_one(command, showing, tiny_flags, tmp_path, monkeypatch):
+def test_two_processes_train_as_one(command, tiny_flags, tmp_path, monkeypatch):
+    (tmp_path / "showing.py").write_text(SHOW_ENCODING)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     flags = [*tiny_flags, "--epochs", 2, "--batch-size", 2, "--gradient-accumulation", 2, "--optimizer", "Muon"]
     flags += ["--learning-rate", "1e-3", "--max-grad-norm", 0.5, "--recompute", "--keep-checkpoints", 9]
     alone = command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "alone")
     monkeypatch.setenv("SECONDS_A_PICTURE", "0.1")
     seen = ["--sample-steps", 4, "--checkpoint-output-dir", tmp_path / "together", "--codes-cache", tmp_path / "codes"]
-    status, out, err = ended(start(showing, *flags, *seen))
+    status, out, err = ended(start(tmp_path / "showing.py", *flags, *seen))
     assert status == 0, err
     ranks = re.findall("<(.)>", out)
     assert len(ranks) >= 12 and 2 <= ranks[:12].count("1") <= 10  # both encode
@@ -89,29 +80,18 @@ train.main(sys.argv[1:])
 """
 
 
-@pytest.fixture
-def showing(tmp_path, monkeypatch):
-    """train.py that writes <rank> for each picture it encodes; as a path."""
-    (tmp_path / "showing.py").write_text(SHOW_ENCODING)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    return tmp_path / "showing.py"
-
-
-def send_to_the_second(signal_number, flags, folder):
-    """train.py in two processes, of which rank 1 gets the signal after some checkpoint; → how that ended."""
-    launcher = start("train.py", *flags)
-    while not list(folder.glob("dalle_step_*.pt")):
-        time.sleep(0.1)
-        assert launcher.poll() is None, launcher.communicate()[1]
-    os.kill(second_of(launcher), signal_number)
-    return ended(launcher)
-
-
 @needs_fsdp2
 def test_sharded_processes_stop_together_with_a_checkpoint_that_one_process_goes_on_from(command, tiny_flags, tmp_path):
     flags = [*tiny_flags, "--epochs", 4000, "--checkpoint-output-dir", tmp_path / "run", "--shard"]
     flags += ["--checkpoint-save-epochs", 100000, "--checkpoint-save-steps", 23]  # far from where the signal stops it
-    status, out, err = send_to_the_second(signal.SIGINT, flags, tmp_path / "run")
+    launcher = start("train.py", *flags)
+    while not list((tmp_path / "run").glob("dalle_step_*.pt")):
+        time.sleep(0.1)
+        assert launcher.poll() is None, launcher.communicate()[1]
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    (second,) = [pid for pid in children if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
+    os.kill(int(second), signal.SIGINT)
+    status, out, err = ended(launcher)
     stopped = int(re.search(r"stopped after step (\d+); resume with --pretrained-checkpoint \S+\.pt", out).group(1))
     assert status != 0 and "in 2 processes that shard the model" in out and stopped % 23
     found = tmp_path / "run" / f"dalle_step_{stopped}.pt"

@@ -1,5 +1,6 @@
 """train_vqgan.py as a user starts it: its files in taming's format, its figures, and how it is stopped."""
 
+import contextlib
 import itertools
 import re
 import signal
@@ -11,10 +12,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from taming.modules.diffusionmodules.model import Decoder, Encoder
-from taming.modules.vqvae.quantize import VectorQuantizer2
 
 import train_vqgan
+from benchmarks import peer
 from data.images import load_image, load_images
 from data.loader import EpochOrder
 from data.sources import find_images
@@ -41,8 +41,7 @@ def trained(command, flags, tmp_path, monkeypatch):
 
     def run(*more):
         folders.append(tmp_path / f"vqgan{len(folders)}")
-        ended = command(train_vqgan.main, *flags, "--output-dir", folders[-1], *more)
-        assert ended.status == 0 and ended.err == "", ended
+        ended = command(train_vqgan.main, *flags, "--output-dir", folders[-1], *more).ok()
         return folders[-1], ended.out
 
     return run
@@ -64,16 +63,7 @@ def test_the_files_are_tamings(trained, drawn_pictures):
     assert config["target"] == "taming.models.vqgan.VQModel"
     assert (params["n_embed"], params["embed_dim"], params["patch_size"]) == (32, 8, 8)
     stored = torch.load(folder / "vqgan.ckpt", weights_only=True)
-    theirs = torch.nn.ModuleDict(
-        {
-            "encoder": Encoder(**params["ddconfig"]),
-            "decoder": Decoder(**params["ddconfig"]),
-            "quantize": VectorQuantizer2(params["n_embed"], params["embed_dim"], beta=0.25),
-            "quant_conv": torch.nn.Conv2d(params["ddconfig"]["z_channels"], params["embed_dim"], 1),
-            "post_quant_conv": torch.nn.Conv2d(params["embed_dim"], params["ddconfig"]["z_channels"], 1),
-        }
-    )
-    theirs.load_state_dict(stored["state_dict"], strict=True)
+    peer.TamingVQGAN(params).load_state_dict(stored["state_dict"], strict=True)
     assert stored["global_step"] == 40
     assert all(torch.equal(tensor, tensor.half().float()) for tensor in stored["state_dict"].values())
 
@@ -100,13 +90,8 @@ def test_a_seed_gives_the_same_weights_and_another_gives_others(trained):
 def test_ctrl_c_saves_what_there_is(flags, tmp_path):
     # 16 × 16 codes a picture, so that the codebook begins at once.
     words = [*flags, "--output-dir", tmp_path / "v", "--patch-size", "2", "--max-steps", "100000"]
-    process = subprocess.Popen(
-        [sys.executable, "-u", ROOT / "train_vqgan.py", *words, "--continuous-steps", "1"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-u", ROOT / "train_vqgan.py", *words, "--continuous-steps", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if "the codebook starts" in line:
             break
@@ -118,19 +103,27 @@ def test_ctrl_c_saves_what_there_is(flags, tmp_path):
     assert {path.name for path in (tmp_path / "v").iterdir()} == FILES
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(trained, command, flags, tmp_path, monkeypatch):
-    settings = ["--max-steps", "24", "--revival-interval", "5"]
-    whole, _ = trained(*settings)
-    words, step = [*flags, "--output-dir", tmp_path / "v", *settings], VQGanTrainer.step
+@contextlib.contextmanager
+def interrupted(monkeypatch, after):
+    """Interrupt a run after so many steps."""
+    step = VQGanTrainer.step
 
-    def interrupted(trainer, *arguments):
-        if trainer.steps == 13:
+    def interrupting(trainer, *arguments):
+        if trainer.steps == after:
             raise KeyboardInterrupt
         return step(trainer, *arguments)
 
-    monkeypatch.setattr(VQGanTrainer, "step", interrupted)
-    assert command(train_vqgan.main, *words).status == 130
-    monkeypatch.setattr(VQGanTrainer, "step", step)
+    with monkeypatch.context() as patch:
+        patch.setattr(VQGanTrainer, "step", interrupting)
+        yield
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, command, flags, tmp_path, monkeypatch):
+    settings = ["--max-steps", "24", "--revival-interval", "5"]
+    whole, _ = trained(*settings)
+    words = [*flags, "--output-dir", tmp_path / "v", *settings]
+    with interrupted(monkeypatch, 13):
+        assert command(train_vqgan.main, *words).status == 130
     left = [tmp_path / "v" / f"{name}.77.tmp" for name in ("vqgan.ckpt", "vqgan.yaml", "vqgan_training.pt")]
     for path in left:  # as a run that is killed leaves them
         path.write_bytes(b"half of a file")
@@ -139,7 +132,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, command, flags, tmp_
     assert not any(path.exists() for path in left)
     assert load_vqgan(str(tmp_path / "v")).fingerprint() == load_vqgan(str(whole)).fingerprint()
     ended = command(train_vqgan.main, *words, "--max-steps", "30", "--resume", "--ch", "64")
-    assert ended.status == 2 and "vqgan_training.pt is not of this VQGAN" in ended.err and ended.err.count("\n") == 1
+    ended.refused("vqgan_training.pt is not of this VQGAN")
 
 
 def test_a_decoder_can_be_trained_for_given_codes(trained, drawn_pictures):
@@ -156,20 +149,11 @@ def test_a_finished_vqgan_is_never_overwritten(trained, command, flags, monkeypa
     folder, _ = trained("--max-steps", "12")
     finished = load_vqgan(str(folder)).fingerprint()
     words = [*flags, "--output-dir", folder]
-    ended = command(train_vqgan.main, *words)
-    assert ended.status == 2 and f"--output-dir {folder}: has the VQGAN of an earlier run" in ended.err, ended
+    ended = command(train_vqgan.main, *words).refused(f"--output-dir {folder}: has the VQGAN of an earlier run")
     ended = command(train_vqgan.main, *words, "--max-steps", 12, "--resume")
     assert ended.status == 0 and "has a VQGAN of 12 steps already" in ended.out, ended
 
-    step = VQGanTrainer.step
-
-    def interrupted(trainer, *arguments):
-        if trainer.steps == 16:
-            raise KeyboardInterrupt
-        return step(trainer, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(VQGanTrainer, "step", interrupted)
+    with interrupted(monkeypatch, 16):
         ended = command(train_vqgan.main, *words, "--max-steps", 20, "--resume")
     assert ended.status == 130 and load_vqgan(str(folder)).fingerprint() != finished
     assert load_vqgan(str(folder / "step_12")).fingerprint() == finished
@@ -178,8 +162,9 @@ def test_a_finished_vqgan_is_never_overwritten(trained, command, flags, monkeypa
     assert load_vqgan(str(folder)).fingerprint() != finished
     assert load_vqgan(str(folder / "step_12")).fingerprint() == finished
     (folder / "vqgan_training.pt").unlink()
-    ended = command(train_vqgan.main, *words, "--max-steps", 30, "--resume")
-    assert ended.status == 2 and "has a VQGAN without vqgan_training.pt" in ended.err and ended.err.count("\n") == 1
+    ended = command(train_vqgan.main, *words, "--max-steps", 30, "--resume").refused(
+        "has a VQGAN without vqgan_training.pt"
+    )
 
 
 def test_a_run_starts_with_another_vqgan(trained, command, flags, drawn_pictures, tmp_path):
@@ -192,8 +177,9 @@ def test_a_run_starts_with_another_vqgan(trained, command, flags, drawn_pictures
     assert "the codebook starts" not in ended.out
     vae = load_vqgan(str(tmp_path / "fine"))
     assert vae.hparams == load_vqgan(str(first)).hparams and psnr(vae, drawn_pictures, 32) > before
-    ended = command(train_vqgan.main, *words, *run.split(), "--ch", 64)
-    assert ended.status == 2 and "argument --ch: the sizes are those of --init-from" in ended.err
+    ended = command(train_vqgan.main, *words, *run.split(), "--ch", 64).refused(
+        "argument --ch: the sizes are those of --init-from"
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,7 +7,7 @@ import standin
 import torch
 from PIL import Image
 
-from backends.native import fast_layers, inference
+from backends.native import compilation, inference
 from backends.native.backend import NativeBackend, NativeTrainingBackend
 from data.dataset import TextImageDataset
 from data.tokenizer import load_tokenizer
@@ -113,7 +113,7 @@ def test_layers_and_losses_are_compiled_for_training_and_for_evaluating_the_aver
     def compiled(function):
         return lambda *given: calls.update([function.__name__]) or function(*given)
 
-    monkeypatch.setattr(fast_layers, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(compilation, "WORTH_COMPILING", 0)
     monkeypatch.setattr(torch, "compile", compiled)
     backend = NativeTrainingBackend(train_settings(FLAGS + "AdamW --ema-decay 0.9", device="cuda", precision="bf16"))
     trainer = backend.trainer(small_dalle(tiny_vae, attn_types=PATTERNS, depth=4, dim_head=32))

@@ -47,12 +47,6 @@ def as_lists(captions):
     return [[tokens.tolist() for tokens in captions[i]] for i in range(len(captions))]
 
 
-def counting(tokenizer, monkeypatch):
-    seen, encode = [], tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text: seen.append(text) or encode(text))
-    return seen
-
-
 def test_the_tokens_are_those_of_the_tokenizer(folder, tokenizer, tmp_path):
     expected = [[encode_caption(tokenizer, text) for text in texts] for texts in TEXTS]
     assert as_lists(load_captions(files_of(folder), folder, tokenizer)) == expected
@@ -68,7 +62,8 @@ def test_a_changed_file_is_tokenized_again_and_nothing_else(folder, tokenizer, t
         return load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer))
 
     cached()
-    seen = counting(tokenizer, monkeypatch)
+    seen, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: seen.append(text) or encode(text))
     cached()
     assert seen == []
     (folder / "words" / "1.txt").write_text("quite another one")
@@ -76,13 +71,9 @@ def test_a_changed_file_is_tokenized_again_and_nothing_else(folder, tokenizer, t
     captions = cached()
     assert seen == ["quite another one", "new"]
     assert [len(captions[i]) for i in range(5)] == [2, 1, 1, 5, 1]
-    assert len(captions.tokens) == captions.stops[-1] == sum(len(captions[i][k]) + 1 for i, k in every(captions))
+    assert len(captions.tokens) == captions.stops[-1] == sum(len(c) + 1 for i in range(5) for c in captions[i])
     (folder / "words" / "0.txt").unlink()
     assert len(cached()) == 4 and len(seen) == 2
-
-
-def every(captions):
-    return [(i, k) for i in range(len(captions)) for k in range(len(captions[i]))]
 
 
 def test_samples_are_those_of_an_uncached_set(folder, tokenizer, tmp_path):
@@ -118,12 +109,11 @@ def test_captions_are_read_as_prompts_are(tmp_path, logged):
     for number, text in enumerate(texts):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    loaded = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(text_seq_len=16))
     for cache_dir in (None, tmp_path / "cache", tmp_path / "cache"):
         dataset = TextImageDataset(tmp_path, tokenizer, text_seq_len=16, image_size=8, cache_dir=cache_dir)
         assert [name for name, _, _ in dataset.images] == ["0.png", "1.png", "3.png"]
-        prompts = ["A Dog and a Cat", "a dog", "a \u72d7"]
-        loaded = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(text_seq_len=16))
-        for index, prompt in enumerate(prompts):
+        for index, prompt in enumerate(["A Dog and a Cat", "a dog", "a \u72d7"]):
             assert torch.equal(dataset[(3, index)][0], encode_prompt(loaded, prompt))
         assert f"skipped 1 file ({UNREAD}): {tmp_path / '2.png'}" in logged.text
         assert "skipped 2 captions (caption that the vocabulary cannot read)" in logged.text

@@ -16,11 +16,6 @@ from tests.conftest import ROOT
 YTTM = ROOT / "bpe" / "bpe_yttm_vocab.txt"
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(YTTM)
-
-
 @pytest.fixture
 def noise():
     random = np.random.default_rng(0)
@@ -35,35 +30,26 @@ def every_fault(tmp_path, noise):
     folder = tmp_path / "faults"
     folder.mkdir()
 
-    def pair(stem, picture=None, caption="a dog and a cat"):
-        if picture is None:
-            noise().save(folder / f"{stem}.png")
-        else:
-            (folder / f"{stem}.png").write_bytes(picture)
-        (folder / f"{stem}.txt").write_bytes(caption if isinstance(caption, bytes) else caption.encode())
-
-    pair("good_1", caption="a dog\na cat\n")
-    pair("good_2", caption="two dogs")
-    whole = (folder / "good_1.png").read_bytes()
-    pair("cut_1", whole[: len(whole) // 2])
-    pair("cut_2", whole[: len(whole) - 900])
-    pair("no_bytes", b"")
-    pair("web_page", b"<html>not here</html>")
-    pair("huge", png_of(60000, 60000))
-    pair("blank", caption="\n \n")
-    pair("latin", caption="ein grünes Herz".encode("latin-1"))
-    pair("boxes", caption="0 0.5 0.5 0.25 0.125\n")
-    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
-    (folder / "gone.txt").write_text("a dog")
-    noise().save(folder / "uncaptioned_1.png")
-    noise().save(folder / "uncaptioned_2.png")
-    (folder / "unpictured.txt").write_text("a dog")
+    captions = {"good_1": "a dog\na cat\n", "good_2": "two dogs", "blank": "\n \n", "boxes": "0 0.5 0.5 0.25 0.125\n"}
+    captions.update(dict.fromkeys(("latin", "cut_1", "cut_2", "no_bytes", "web_page", "huge", "gone", "bare"), "a dog"))
+    for stem, caption in captions.items():
+        (folder / f"{stem}.txt").write_text(caption)
+    (folder / "latin.txt").write_bytes("ein grünes Herz".encode("latin-1"))
+    for name in ("good_1", "good_2", "blank", "boxes", "latin", "uncaptioned_1", "uncaptioned_2"):
+        noise().save(folder / f"{name}.png")
     noise().save(folder / "good_1.bmp")  # whose captions good_1.png has
+    whole = (folder / "good_1.png").read_bytes()
+    broken = {"cut_1": whole[: len(whole) // 2], "cut_2": whole[: len(whole) - 900], "no_bytes": b""}
+    broken.update(web_page=b"<html>not here</html>", huge=png_of(60000, 60000))
+    for stem, content in broken.items():
+        (folder / f"{stem}.png").write_bytes(content)
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
     return folder
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_it_finds_what_training_skips(every_fault, tokenizer, workers):
+def test_it_finds_what_training_skips(every_fault, workers):
+    tokenizer = load_tokenizer(YTTM)
     report = checks.check(every_fault, tokenizer, text_seq_len=16, image_size=32, workers=workers)
     dataset = TextImageDataset(every_fault, tokenizer, text_seq_len=16, image_size=32)
     for index in range(len(dataset)):
@@ -77,7 +63,7 @@ def test_it_finds_what_training_skips(every_fault, tokenizer, workers):
     assert report.pairs == len(dataset) - dataset.lost == 2 and len(report.counts.lengths) == 3
 
 
-def test_what_is_worth_knowing(tmp_path, tokenizer, noise):
+def test_what_is_worth_knowing(tmp_path, noise):
     pictures = {"small": noise(20, 60), "wide": noise(40, 121), "grey": noise(bands=1), "plain": noise()}
     pictures["one_colour"] = Image.new("RGB", (40, 40), "teal")
     for stem, picture in pictures.items():
@@ -85,7 +71,7 @@ def test_what_is_worth_knowing(tmp_path, tokenizer, noise):
         (tmp_path / f"{stem}.txt").write_text(f"a {stem.replace('_', ' ')} picture")
     shutil.copy(tmp_path / "plain.png", tmp_path / "same.png")
     (tmp_path / "same.txt").write_text("something else\na plain picture")
-    report = checks.check(tmp_path, tokenizer, text_seq_len=80, image_size=32)
+    report = checks.check(tmp_path, load_tokenizer(YTTM), text_seq_len=80, image_size=32)
     assert not any(report.faults.values())
     assert {kind: names for kind, names in report.notes.items() if names} == {
         checks.SMALL.format(32): ["small.png"],

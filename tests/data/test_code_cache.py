@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data.codes import CodeCache
+from tests.builders import until
 
 FILES = [(f"{number:02d}", number, 1000 + number) for number in range(20)]
 
@@ -44,10 +45,6 @@ def expected(files=FILES):
     return [values_of(file) for file in files]
 
 
-def suffixes(folder):
-    return sorted(path.suffix for path in (folder / "cache").iterdir())
-
-
 def test_computed_once_in_any_order_and_state(tmp_path):
     assert filled(tmp_path) == (FILES, expected())  # also in the files' order
     assert filled(tmp_path) == ([], expected())
@@ -56,7 +53,9 @@ def test_computed_once_in_any_order_and_state(tmp_path):
     assert filled(tmp_path, changed) == ([("03", 7, 1003), ("09", 9, 5), ("new", 2, 2)], expected(changed))
     cache = opened(tmp_path)
     assert FILES[3] not in cache and FILES[9] not in cache  # the states before
-    assert cache.load(changed)[0].shape == (21, 2) and suffixes(tmp_path) == [".json", ".lock", ".rows"]
+    assert cache.load(changed)[0].shape == (21, 2)
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".lock", ".rows"]
+    assert next((tmp_path / "cache").glob("*.rows")).stat().st_size == 21 * (4 + 2 * 2)  # without the states before
     assert filled(tmp_path, changed[5:8])[0] == []
 
 
@@ -92,9 +91,6 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     assert not any(file in opened(tmp_path) for file in FILES) and filled(tmp_path)[1] == expected()
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
-
-
 def work(folder, log, seconds, count):
     """Fill the cache in another process, one file at a time; log what was computed."""
     files = [(f"{number:02d}", number, 1000 + number) for number in range(count)]
@@ -112,8 +108,8 @@ def work(folder, log, seconds, count):
     assert values[rows].tolist() == expected(files)
 
 
-def started(folder, log, seconds=0.05, count=20):
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(folder, log, seconds, count))
+def started(*arguments):
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
     process.start()
     return process
 
@@ -122,18 +118,11 @@ def lines(log):
     return log.read_text().splitlines() if log.exists() else []
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_what_a_dead_process_was_computing_another_computes(tmp_path):
-    first = started(tmp_path, tmp_path / "first.log", seconds=0.7)
-    wait_for(lambda: lines(tmp_path / "first.log"))
-    second = started(tmp_path, tmp_path / "second.log", seconds=0.01)
-    wait_for(lambda: len(lines(tmp_path / "second.log")) >= 10)
+    first = started(tmp_path, tmp_path / "first.log", 0.7, 20)
+    until(lambda: lines(tmp_path / "first.log"))
+    second = started(tmp_path, tmp_path / "second.log", 0.01, 20)
+    until(lambda: len(lines(tmp_path / "second.log")) >= 10)
     first.kill()
     second.join(60)
     assert second.exitcode == 0 and first.exitcode != 0
@@ -145,8 +134,8 @@ def test_a_killed_process_keeps_all_but_its_last_batch(tmp_path):
     kills, chance, count, done = 4, random.Random(4), 60, []
     for number in range(kills):
         log = tmp_path / f"{number}.log"
-        process = started(tmp_path, log, seconds=0.002, count=count)
-        wait_for(lambda log=log, process=process: lines(log) or not process.is_alive())
+        process = started(tmp_path, log, 0.002, count)
+        until(lambda log=log, process=process: lines(log) or not process.is_alive())
         time.sleep(chance.random() * 0.03)
         process.kill()
         process.join(60)

@@ -6,16 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from data.shapes import (
-    BACKGROUND,
-    COLORS,
-    INVERSE,
-    SHAPES,
-    Scene,
-    describe_scene,
-    make_sample,
-    parse_caption,
-)
+from data.shapes import BACKGROUND, COLORS, INVERSE, SHAPES, Scene, describe_scene, make_sample, parse_caption
 from data.shapes_reader import find_faults, find_objects
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data.tokenizer import CLIP_PATH, load_tokenizer
+from tests.builders import one_line
 from tests.conftest import ROOT
 
 YTTM_PATH = ROOT / "bpe" / "bpe_yttm_vocab.txt"
@@ -83,20 +84,9 @@ def open_clip():
     return module.SimpleTokenizer()
 
 
-@pytest.fixture(scope="module")
-def youtokentome():
-    return pytest.importorskip("youtokentome")
-
-
-def test_clip_ids_that_are_known(clip):
-    assert clip.vocab_size == 49408
-    assert clip.encode("a diagram") == [320, 22697]
-    assert clip.encode("A photo\nof a CAT") == [320, 1125, 539, 320, 2368]
-    assert clip.encode("hello world") == [3306, 1002]
+def test_ids_that_are_known(clip, yttm):
+    assert clip.vocab_size == 49408 and clip.encode("A photo\nof a CAT") == [320, 1125, 539, 320, 2368]
     assert clip.decode([49406, 320, 1125, 539, 320, 2368, 49407, 0, 0]) == "a photo of a cat"
-
-
-def test_yttm_ids_that_are_known(yttm):
     assert yttm.vocab_size == 8192
     numbers = [int(field) for field in YTTM_PATH.read_text().split()]
     characters = {chr(code): i for code, i in zip(numbers[2 : 2 + 2 * numbers[0] : 2], numbers[3::2])}
@@ -111,8 +101,8 @@ def test_clip_equals_open_clip(clip, open_clip, captions):
         assert clip.encode(text) == open_clip.encode(text), text
 
 
-def test_yttm_equals_youtokentome(yttm, youtokentome, captions):
-    original = youtokentome.BPE(str(YTTM_PATH), n_threads=1)
+def test_yttm_equals_youtokentome(yttm, captions):
+    original = pytest.importorskip("youtokentome").BPE(str(YTTM_PATH), n_threads=1)
     texts = captions[::4] + AWKWARD + random_texts(3000)
     for text, expected in zip(texts, original.encode(texts)):
         assert yttm.encode(text) == expected, text
@@ -138,11 +128,9 @@ def test_a_text_over_the_limit(either):
     text = "a very long caption " * 10
     length = len(either.encode(text))
     assert either.tokenize(text, length).shape == (1, length)
-    with pytest.raises(ValueError) as caught:
+    with one_line(f"a very long caption.*{length}.*{length - 1}.*--truncate-captions") as caught:
         either.tokenize(["short", text], length - 1)
-    message = str(caught.value)
-    assert "a very long caption" in message and len(message) < 200 and "\n" not in message
-    assert str(length) in message and str(length - 1) in message and "--truncate-captions" in message
+    assert len(str(caught.value)) < 200
 
 
 def test_identity_and_the_bytes_in_a_checkpoint(clip, yttm, tmp_path):
@@ -156,8 +144,6 @@ def test_identity_and_the_bytes_in_a_checkpoint(clip, yttm, tmp_path):
     assert embedded.encode("A dog") == yttm.encode("A dog")
     copied = pickle.loads(pickle.dumps(yttm))  # as a data loader's worker processes may get it
     assert copied.encode("A dog") == yttm.encode("A dog")
-    with pytest.raises(ValueError, match="not both"):
-        load_tokenizer(YTTM_PATH, vocabulary=yttm.vocabulary)
 
 
 def test_the_path_of_graphcores_readme_finds_the_bundled_file(logged):
@@ -195,6 +181,5 @@ def merged(line):
 def test_bad_files(tmp_path, content, reason):
     path = tmp_path / "vocab.file"
     path.write_bytes(content)
-    with pytest.raises(ValueError) as caught:
+    with one_line(f"{path}.*{reason}"):
         load_tokenizer(path)
-    assert str(path) in str(caught.value) and reason in str(caught.value) and "\n" not in str(caught.value)

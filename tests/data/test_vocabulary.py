@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data import vocabulary
 from data.tokenizer import load_tokenizer
+from tests.builders import one_line
 
 CAPTIONS = [
     "a dog runs along a beach",
@@ -46,9 +47,8 @@ def train_json(kind):
         trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token=unknown)
     tokenizer.train_from_iterator(CAPTIONS, trainer)
     tokenizer.enable_truncation(5)
-    tokenizer.enable_padding(length=9, **({"pad_id": tokenizer.token_to_id(padding)} if padding else {}))
-    if not padding:
-        tokenizer.no_padding()
+    if padding:
+        tokenizer.enable_padding(length=9, pad_id=tokenizer.token_to_id(padding))
     return tokenizer
 
 
@@ -107,9 +107,8 @@ def test_any_sentencepiece_model(tmp_path, model_type, ids):
 )
 def test_other_files_are_refused(tmp_path, content, reason):
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(ValueError, match=reason) as caught:
+    with one_line(f"{tmp_path}.*{reason}"):
         load_tokenizer(tmp_path / "tokenizer.json")
-    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 def test_a_vocabulary_is_trained_on_the_captions_of_a_folder(command, picture_folder, tmp_path):
@@ -132,7 +131,6 @@ def test_a_run_with_a_trained_vocabulary_generates_by_itself(command, picture_fo
 
     command(vocabulary.main, "train", "--input-folder", picture_folder, "--size", 300, "--out", tmp_path / "vocab.json")
     flags = ["--input-folder", picture_folder, "--bpe-path", tmp_path / "vocab.json", "--text-seq-len", 40]
-    ended = command(train.main, *tiny_flags, *flags, "--checkpoint-output-dir", tmp_path / "run")
-    assert ended.status == 0, ended
+    command(train.main, *tiny_flags, *flags, "--checkpoint-output-dir", tmp_path / "run").ok()
     place = ["--dalle_path", tmp_path / "run" / "dalle_0.pt", "--outputs_dir", tmp_path / "out"]
-    assert command(generate.main, *place, "--text", "a Blue star!", "--num_images", 1).status == 0
+    command(generate.main, *place, "--text", "a Blue star!", "--num_images", 1).ok()

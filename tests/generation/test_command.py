@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from PIL import Image
 
 import generate
 from generate import Request, read_requests
-from tests.conftest import ROOT
+from tests.builders import one_line, python
 
 
 def results(folder):
@@ -53,49 +52,42 @@ def test_lines_and_objects(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_prompt_files_are_refused_in_one_line(tmp_path, contents, message):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(contents)
-    with pytest.raises(ValueError, match=message) as error:
-        read_requests(file=path)
-    assert "prompts.txt" in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / "prompts.txt").write_bytes(contents)
+    with one_line(f"prompts.txt.*{message}"):
+        read_requests(file=tmp_path / "prompts.txt")
 
 
 def test_results_can_be_generated_again(command, tiny_checkpoint, tmp_path):
     prompts, first, again = tmp_path / "prompts.jsonl", tmp_path / "first", tmp_path / "again"
     prompts.write_text('{"prompt": "red", "seed": 9, "num_images": 1, "temperature": 0.5}\nblue star\n')
     flags = ["--dalle_path", tiny_checkpoint, "--seed", 4, "--device", "cpu", "--format", "png"]
-    run = [*flags, "--num_images", 2, "--prompts_file", prompts, "--outputs_dir", first]
-    assert command(generate.main, *run).status == 0
+    command(generate.main, *flags, "--num_images", 2, "--prompts_file", prompts, "--outputs_dir", first).ok()
     lines = results(first)
-    assert [(line["prompt"], line["seed"], line["temperature"]) for line in lines] == [
-        *(("red", 9, 0.5), ("blue star", 4, 1.0), ("blue star", 5, 1.0))
-    ]
+    settings = [(line["prompt"], line["seed"], line["temperature"]) for line in lines]
+    assert settings == [("red", 9, 0.5), ("blue star", 4, 1.0), ("blue star", 5, 1.0)]
     for line in lines:
         with Image.open(first / line["file"]) as image:
             metadata = json.loads(image.info["Comment"])
         assert metadata == {key: value for key, value in line.items() if key != "file"}
         assert metadata["fingerprint"] and metadata["checkpoint"] == "dalle_0.pt"
-    run = [*flags, "--prompts_file", first / "results.jsonl", "--outputs_dir", again]
-    assert command(generate.main, *run).status == 0
+    command(generate.main, *flags, "--prompts_file", first / "results.jsonl", "--outputs_dir", again).ok()
     assert len(results(again)) == len(lines)
     for line in lines:
         (same,) = (again / Path(line["file"]).parent).glob(f"*-seed-{line['seed']}.png")
         assert Image.open(same).tobytes() == Image.open(first / line["file"]).tobytes()
     path = first / lines[0]["file"]
     run = [*flags, "--image_prompt", path, "--keep_rows", 2, "--text", "red", "--num_images", 1]
-    assert command(generate.main, *run, "--outputs_dir", tmp_path / "kept").status == 0
+    command(generate.main, *run, "--outputs_dir", tmp_path / "kept").ok()
     run = [*flags, "--prompts_file", tmp_path / "kept" / "results.jsonl", "--outputs_dir", again]
-    ended = command(generate.main, *run)
-    assert ended.status == 2 and "line 1: keeps rows of an image; name it as image_prompt" in ended.err
-    assert command(generate.main, *run, "--image_prompt", path).status == 0
+    command(generate.main, *run).refused("line 1: keeps rows of an image; name it as image_prompt")
+    command(generate.main, *run, "--image_prompt", path).ok()
     kept = [Image.open(folder / results(folder)[-1]["file"]).tobytes() for folder in (tmp_path / "kept", again)]
     assert kept[0] == kept[1]
 
 
 def test_prompts_from_standard_input(tiny_checkpoint, tmp_path):
-    words = ["--dalle_path", tiny_checkpoint, "--num_images", "1", "--device", "cpu", "--outputs_dir", tmp_path]
-    script = [sys.executable, ROOT / "generate.py", *words]
-    done = subprocess.run(script, input="red\nblue star\n", capture_output=True, text=True)
+    flags = ["--dalle_path", tiny_checkpoint, "--num_images", 1, "--device", "cpu", "--outputs_dir", tmp_path]
+    done = python("generate.py", *flags, input="red\nblue star\n")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"red", "blue_star"}
 
@@ -104,8 +96,7 @@ def test_image_prompts_ranking_animations_and_variations(command, tiny_checkpoin
     flags = ["--dalle_path", tiny_checkpoint, "--device", "cpu", "--seed", 1, "--num_images", 2, "--format", "png"]
     image = sorted(drawn_pictures.glob("*.png"))[0]
     more = ["--image_prompt", image, "--keep_rows", 3, "--rank", 3, "--animate", "--preview", 1]
-    ended = command(generate.main, *flags, *more, "--text", "a red circle", "--outputs_dir", tmp_path / "a")
-    assert ended.status == 0, ended
+    command(generate.main, *flags, *more, "--text", "a red circle", "--outputs_dir", tmp_path / "a").ok()
     lines = results(tmp_path / "a")
     assert len(lines) == 2 and lines[0]["scores"]["likelihood"] >= lines[1]["scores"]["likelihood"]
     assert all(line["kept_rows"] == 3 and 1 <= line["seed"] <= 6 for line in lines)
@@ -114,12 +105,11 @@ def test_image_prompts_ranking_animations_and_variations(command, tiny_checkpoin
         assert animation.n_frames == 4
     assert not (tmp_path / "a" / "preview.png").exists()
     first = tmp_path / "a" / lines[0]["file"]
-    ended = command(generate.main, *flags, "--variations", first, "--outputs_dir", tmp_path / "b")
-    assert ended.status == 0 and (tmp_path / "b" / "a_red_circle" / "1-seed-2.png").exists(), ended
-    ended = command(generate.main, *flags, "--variations", image, "--outputs_dir", tmp_path / "c")
-    assert ended.status == 2 and "--text" in ended.err and not (tmp_path / "c").exists()
-    ended = command(generate.main, *flags, "--variations", tmp_path / "no.png", "--outputs_dir", tmp_path / "c")
-    assert ended.status == 2 and "no.png: no such file" in ended.err
+    command(generate.main, *flags, "--variations", first, "--outputs_dir", tmp_path / "b").ok()
+    assert (tmp_path / "b" / "a_red_circle" / "1-seed-2.png").exists()
+    for path, problem in ((image, "--text"), (tmp_path / "no.png", "no.png: no such file")):
+        command(generate.main, *flags, "--variations", path, "--outputs_dir", tmp_path / "c").refused(problem)
+        assert not (tmp_path / "c").exists()
 
 
 def test_the_library_call(tiny_checkpoint):

@@ -6,13 +6,9 @@ import torch
 
 from generation import previews, ranking
 from generation.image_prompts import encode_kept_rows
-from generation.images import (
-    generate_batch,
-    generate_lists,
-    plan_image,
-    to_image,
-)
+from generation.images import generate_batch, generate_lists, plan_image, to_image
 from generation.loading import load
+from tests.builders import one_line
 
 PROMPTS = ["a red circle", "a small blue star above a large green heart", "two", "little pink square"]
 
@@ -51,14 +47,11 @@ def test_out_of_memory_is_one_line_that_says_what_would_fit(loaded, monkeypatch)
     def sampler(*given, **options):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
 
-    for count, advice in (
-        (3, "3 images at once are too many; --batch_size 1 needs half"),
-        (1, "the model is too large"),
-    ):
+    advice = {3: "3 images at once are too many; --batch_size 1 needs half", 1: "the model is too large"}
+    for count in advice:
         monkeypatch.setitem(vars(loaded), "sampler", sampler)
-        with pytest.raises(ValueError, match=f"^out of memory: {advice}") as error:
+        with one_line(f"^out of memory: {advice[count]}"):
             generate_batch(loaded, circles(loaded, count))
-        assert "\n" not in str(error.value)
     assert len(generate_batch(loaded, circles(loaded, 2))) == 2  # with a new sampler
 
 
@@ -90,9 +83,8 @@ def test_a_callback_sees_every_code_and_can_stop_sampling(loaded):
     ],
 )
 def test_what_cannot_be_generated_is_refused_in_one_line(loaded, prompt, sampling, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with one_line(message):
         plan_image(loaded, prompt, 0, sampling)
-    assert "\n" not in str(error.value)
 
 
 def test_guidance_needs_caption_dropout(tiny_checkpoint, tmp_path, loaded):

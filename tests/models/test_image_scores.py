@@ -37,19 +37,12 @@ def pictures():
     return random.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
 
 
-@pytest.fixture(scope="module")
-def clip_file(tmp_path_factory):
-    """(open_clip, a file of random weights, the model that has them)."""
-    open_clip = importable("open_clip")
+def test_clip_scores_are_cosines(pictures, caplog, tmp_path):
+    open_clip, path = importable("open_clip"), tmp_path / "clip.pt"
     torch.manual_seed(0)
     model = open_clip.create_model(NAME, load_weights=False).eval()
-    path = tmp_path_factory.mktemp("clip") / "clip.pt"
     torch.save(model.state_dict(), path)
-    return open_clip, path, model
-
-
-def test_clip_scores_are_cosines(clip_file, pictures, caplog):
-    open_clip, path, model = clip_file
+    caplog.clear()
     drawn = [Image.fromarray(picture.transpose(1, 2, 0)) for picture in pictures[:3]]
     score = image_scores.clip_score(path, NAME, torch.device("cpu"))
     assert not caplog.records  # open_clip would warn of random weights
@@ -63,9 +56,8 @@ def test_clip_scores_are_cosines(clip_file, pictures, caplog):
     assert found.shape == (3,) and torch.allclose(found, expected, atol=1e-3) and len(set(found.tolist())) == 3
 
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    """A file of random weights of FID's network."""
+@pytest.mark.slow
+def test_fid_is_that_of_torchmetrics(pictures, tmp_path):
     importable("torch_fidelity")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -76,18 +68,11 @@ def inception_file(tmp_path_factory):
                 if parameter.dim() > 1:
                     torch.nn.init.kaiming_normal_(parameter)
 
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "none.pth")
-    torch.save(Untrained("untrained", ["2048"], str(folder / "none.pth")).state_dict(), folder / "inception.pth")
-    return folder / "inception.pth"
-
-
-@pytest.mark.slow
-def test_fid_is_that_of_torchmetrics(inception_file, pictures):
-    fid = pytest.importorskip("torchmetrics.image.fid")
-    ours = image_scores.InceptionDistance(inception_file, torch.device("cpu"))
-    theirs = fid.FrechetInceptionDistance(feature_extractor_weights_path=str(inception_file), antialias=False)
-    same = image_scores.InceptionDistance(inception_file, torch.device("cpu"))
+    fid, path = pytest.importorskip("torchmetrics.image.fid"), tmp_path / "inception.pth"
+    torch.save({}, tmp_path / "none.pth")
+    torch.save(Untrained("untrained", ["2048"], str(tmp_path / "none.pth")).state_dict(), path)
+    ours, same = (image_scores.InceptionDistance(path, torch.device("cpu")) for _ in range(2))
+    theirs = fid.FrechetInceptionDistance(feature_extractor_weights_path=str(path), antialias=False)
     real, drawn = torch.from_numpy(pictures[:6]), torch.from_numpy(pictures[6:]) // 2
     for which, batch in (("real", real), ("generated", drawn[:4]), ("generated", drawn[4:])):
         ours.add(which, batch)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from backends.ipu.inference import DeviceLosses, VqganDecoder
 from models.pipeline_dalle import WrappedDALLE, placement, unshare_masks
@@ -66,12 +65,3 @@ def test_images_are_sampled(poptorch_standin, tiny_vae, half):
     sampler = StaticSampler(model, poptorch_standin.for_loop, poptorch_standin.dynamic_update)
     poptorch_standin.inferenceModel(sampler).compile(*inputs)
     poptorch_standin.inferenceModel(FullPass(model)).compile(*inputs, torch.tensor([10]))
-
-
-def test_a_write_that_no_ipu_can_do_is_noticed(poptorch_standin):
-    class Writer(nn.Module):
-        def forward(self, x, place):
-            return x.index_copy(0, place, x[:1])
-
-    with pytest.raises(poptorch_standin.Error, match="aten::index_copy"):
-        poptorch_standin.inferenceModel(Writer()).compile(torch.zeros(2, 2), torch.tensor([1]))

@@ -15,8 +15,7 @@ from models.pipeline_dalle import (
     stages,
 )
 from models.transformer import attend, pattern_mask
-from tests.builders import small_dalle
-from tests.conftest import ROOT
+from tests.builders import one_line, small_dalle
 
 
 @pytest.fixture
@@ -31,26 +30,6 @@ def some_batch(pixels=False):
     return text, torch.rand(shape) if pixels else torch.randint(0, 32, shape)
 
 
-def test_l16_as_its_configuration_places_it():
-    places = dict(placement(16, layers_per_ipu=[0, 6, 6, 4], embedding_ipu_id=0, cls_ipu_id=3, pixels=True))
-    assert places["vae"] == places["text_emb"] == places["image_emb"] == 0 and places["to_logits"] == 3
-    assert [places[f"transformer.layers.{layer}"] for layer in range(16)] == [1] * 6 + [2] * 6 + [3] * 4
-
-
-def test_parameters_of_l16_on_each_ipu(tiny_vae):
-    """The table of docs/ipu.md."""
-    tiny_vae.image_size, tiny_vae.num_layers, tiny_vae.num_tokens = 256, 4, 1024
-    sizes = {"dim": 512, "num_text_tokens": 8192, "text_seq_len": 80, "depth": 16, "heads": 16, "dim_head": 64}
-    model = small_dalle(tiny_vae, **sizes)
-    places = dict(placement(16, layers_per_ipu=[0, 6, 6, 4]))
-    on_ipu = [0] * 4
-    for name, parameter in model.named_parameters():
-        on_ipu[next((ipu for module, ipu in places.items() if name.startswith(f"{module}.")), 0)] += parameter.numel()
-    assert on_ipu == [4_817_408, 31_506_432, 31_506_432, 25_774_160]
-    page = (ROOT / "docs" / "ipu.md").read_text(encoding="utf-8")
-    assert all(f"{count:,}" in page for count in on_ipu)
-
-
 def test_stages_follow_the_order_of_a_step():
     places = placement(3, layers_per_ipu=[1, 0, 2], embedding_ipu_id=1, cls_ipu_id=0, pixels=True)
     assert stages(places) == [
@@ -63,11 +42,9 @@ def test_stages_follow_the_order_of_a_step():
     assert len(stages(placement(4, layers_per_ipu=[4]))) == 1
     assert placement(4, layers_per_ipu=[2, 2])[-1] == ("to_logits", 1)  # the last where nothing is said
     assert "vae" not in dict(placement(4, layers_per_ipu=[4]))  # codes never enter it
-
-
-def test_layers_that_do_not_add_up_are_refused():
-    with pytest.raises(ValueError, match=r"--layers-per-ipu 1,2 adds up to 3 layers, the model has 4"):
-        placement(4, layers_per_ipu=[1, 2])
+    places = dict(placement(16, layers_per_ipu=[0, 6, 6, 4], embedding_ipu_id=0, cls_ipu_id=3, pixels=True))  # L16
+    assert places["vae"] == places["text_emb"] == places["image_emb"] == 0 and places["to_logits"] == 3
+    assert [places[f"transformer.layers.{layer}"] for layer in range(16)] == [1] * 6 + [2] * 6 + [3] * 4
 
 
 @pytest.mark.parametrize("pixels", [False, True], ids=["codes", "pixels"])
@@ -130,13 +107,12 @@ def test_a_serialized_embedding_is_an_embedding():
         pieces.load_state_dict({"weight": torch.zeros(8, 5)})
 
 
-def test_a_factor_that_does_not_divide_is_refused(dalle):
+def test_numbers_that_do_not_fit_are_refused(dalle):
+    with pytest.raises(ValueError, match=r"--layers-per-ipu 1,2 adds up to 3 layers, the model has 4"):
+        placement(4, layers_per_ipu=[1, 2])
     check_serialization(dalle, 16)
-    with pytest.raises(
-        ValueError, match="--embedding-serialization-factor 6 does not divide the 64 text tokens"
-    ) as error:
+    with one_line("--embedding-serialization-factor 6 does not divide the 64 text tokens.*4 does"):
         check_serialization(dalle, 6)
-    assert "4 does" in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="the 32 image tokens"):
         check_serialization(dalle, 64)
 

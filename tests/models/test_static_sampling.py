@@ -22,19 +22,11 @@ def images(seed=1):
 
 
 def expected_codes(dalle, text, given, plans):
-    return torch.stack(
-        [
-            sample_codes(
-                dalle,
-                text[row : row + 1],
-                WholePassStepper(dalle),
-                sampling,
-                [torch.Generator().manual_seed(row)],
-                given[row : row + 1, :count],
-            )[0]
-            for row, (sampling, count) in enumerate(plans)
-        ]
-    )
+    stepper, codes = WholePassStepper(dalle), []
+    for row, (sampling, count) in enumerate(plans):
+        generators, one = [torch.Generator().manual_seed(row)], slice(row, row + 1)
+        codes.append(sample_codes(dalle, text[one], stepper, sampling, generators, given[one, :count]))
+    return torch.cat(codes)
 
 
 def sequences(dalle, text, given, plans):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from models.vae import VQGanVAE
 from models.vqgan_files import load_vqgan
+from tests.builders import one_line
 
 # (resolution, ch_mult, attn_resolutions, patch_size) and what follows: (image_size, num_layers, fmap_size).
 SHAPES = [
@@ -89,8 +90,8 @@ def both(gumbel=False, **options):
 @pytest.mark.parametrize(("shape", "expected"), SHAPES)
 def test_codes_pixels_and_sizes_are_tamings(shape, expected, gumbel):
     resolution, ch_mult, attn_resolutions, patch_size = shape
-    ours, taming = both(gumbel, resolution=resolution, ch_mult=ch_mult, attn_resolutions=attn_resolutions,
-                        patch_size=patch_size)  # fmt: skip
+    options = {"ch_mult": ch_mult, "attn_resolutions": attn_resolutions, "patch_size": patch_size}
+    ours, taming = both(gumbel, resolution=resolution, **options)
     assert (ours.image_size, ours.num_layers, ours.fmap_size) == expected
     assert ours.num_tokens == 50 and ours.image_seq_len == expected[2] ** 2
     images = pictures(taming)
@@ -114,8 +115,7 @@ def test_codes_are_looked_up_in_fp32_though_the_model_is_in_half_precision(gumbe
     assert latents.dtype == torch.bfloat16
     flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
     if gumbel:
-        weight, bias = (tensor.flatten(1) for tensor in (ours.model.quantize.proj.weight,
-                                                        ours.model.quantize.proj.bias[None]))  # fmt: skip
+        weight, bias = ours.model.quantize.proj.weight.flatten(1), ours.model.quantize.proj.bias
         exact = (flat.double() @ weight.double().t() + bias.double()).argmax(dim=1)
         coarse = (flat @ weight.t() + bias).argmax(dim=1)
     else:
@@ -144,12 +144,13 @@ def test_frozen_in_evaluation_mode_and_the_same_each_time(gumbel):
     assert not vae.decode(codes).requires_grad
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 3, 16, 8), (2, 16, 16, 3)])
-def test_images_and_codes_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"takes \(batch, 3, 16, 16\)"):
-        VQGanVAE(sizes()).get_codebook_indices(torch.zeros(shape))
+def test_images_and_codes_of_another_shape_are_refused():
+    vae = VQGanVAE(sizes())
+    for shape in ((3, 16, 16), (2, 3, 16, 8), (2, 16, 16, 3)):
+        with pytest.raises(ValueError, match=r"takes \(batch, 3, 16, 16\)"):
+            vae.get_codebook_indices(torch.zeros(shape))
     with pytest.raises(ValueError, match="side"):
-        VQGanVAE(sizes()).decode(torch.zeros((2, 5), dtype=torch.long))
+        vae.decode(torch.zeros((2, 5), dtype=torch.long))
 
 
 def test_the_fingerprint_tells_networks_apart():
@@ -164,27 +165,23 @@ def test_the_fingerprint_tells_networks_apart():
     assert vae.fingerprint() != mark
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# load_vqgan
-
-
-def write_pair(folder, gumbel=False, change=None, suffix=".yaml", name="last", **more):
+def write_pair(folder, gumbel=False, change=None):
     """A .ckpt with what Lightning leaves beside the weights, and its .yaml with what concerns training."""
-    params = sizes(gumbel=gumbel, **more)
+    params = sizes(gumbel=gumbel)
     taming = Taming(params, gumbel)
     state = {**taming.state_dict(), "loss.perceptual_loss.net.weight": torch.ones(2), "loss.logvar": torch.zeros(())}
     if change:
         change(state)
     optimizer = {"state": {0: {"step": 7, "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     saved = {"epoch": 3, "state_dict": state, "optimizer_states": [optimizer], "callbacks": {nn.Module: {"best": 1.5}}}
-    torch.save(saved, folder / f"{name}.ckpt")
+    torch.save(saved, folder / "last.ckpt")
     params.update(lossconfig={"target": "no.such.Loss", "params": {"disc_start": 1}}, monitor="val/rec_loss")
     params.update(remap="no/such/file.npy", ckpt_path="elsewhere", sane_index_shape=True)
     params["ddconfig"]["unheard_of"] = 1
     model = {"target": "taming.models.vqgan." + ("GumbelVQ" if gumbel else "VQModel"), "params": params}
     config = {"model": {**model, "base_learning_rate": 4.5e-6}, "data": {"target": "main.DataModuleFromConfig"}}
-    (folder / f"{name}{suffix}").write_text(yaml.safe_dump(config))
-    return folder / f"{name}.ckpt", taming
+    (folder / "last.yaml").write_text(yaml.safe_dump(config))
+    return folder / "last.ckpt", taming
 
 
 @BOTH
@@ -265,10 +262,9 @@ def test_missing_files_are_named(tmp_path):
 )
 def test_a_yaml_that_describes_no_vqgan_is_named(tmp_path, text, message):
     path, _ = write_pair(tmp_path)
-    path.with_suffix(".yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=f"last.yaml: .*{message}") as caught:
+    path.with_suffix(".yaml").write_text(text)
+    with one_line(f"last.yaml: .*{message}"):
         load_vqgan(path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -276,10 +272,7 @@ def test_a_yaml_that_describes_no_vqgan_is_named(tmp_path, text, message):
     [
         (lambda state: state.pop("quant_conv.bias"), "quant_conv.bias is missing"),
         (lambda state: state.update({"quant_conv.scale": torch.ones(1)}), "quant_conv.scale is not part of this model"),
-        (
-            lambda state: state.update({"quantize.embedding.weight": torch.ones(51, 6)}),
-            r"quantize.embedding.weight is \(51, 6\), not \(50, 6\)",
-        ),
+        (lambda state: state.update({"quantize.embedding.weight": torch.ones(51, 6)}), r"is \(51, 6\), not \(50, 6\)"),
         (lambda state: state.update({"encoder.conv_in.bias": "text"}), "'encoder.conv_in.bias'"),
     ],
 )

@@ -7,6 +7,7 @@ import threading
 import time
 
 from generation.loading import load
+from tests.builders import until
 
 
 class Drawing:
@@ -53,14 +54,6 @@ def loaded_for_tests(checkpoint, batch_size=4):
     return load(str(checkpoint), device="cpu", precision="fp32", batch_size=batch_size)
 
 
-def until(holds, seconds=20):
-    """Wait until holds() is true."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
-
-
 @contextlib.contextmanager
 def running(loaded, *flags, port=0):
     """Page and API of app.py on a port of this machine, 0: a free one, in a thread → the port."""
@@ -83,33 +76,35 @@ def running(loaded, *flags, port=0):
             thread.join(20)
 
 
-def call(port, method="GET", path="/health", body=None, kind="application/json", timeout=60):
-    """One request → (status, JSON of the answer). body: bytes, or what becomes JSON."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    try:
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request(method, path, data, {"Content-Type": kind} if data is not None else {})
+def answer_to(port, method, path, body=None, **headers):
+    """Return status, headers in small letters and the body of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        kind = {"Content-Type": "application/json"} if body is not None else {}
+        connection.request(method, path, body, {**kind, **headers})
         answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
-    finally:
-        connection.close()
+        return answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read()
+
+
+def call(port, method="GET", path="/health", body=None, kind="application/json"):
+    """Return the status of an answer and its JSON. body: bytes, or what becomes JSON."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    status, _, text = answer_to(port, method, path, data, **({"Content-Type": kind} if data is not None else {}))
+    return status, json.loads(text)
 
 
 def generate(port, **wanted):
     return call(port, "POST", "/api/generate", wanted)
 
 
-def read_events(port, identity, after=None, timeout=60, root=""):
+def read_events(port, identity, after=None, root=""):
     """Read a job's events to the end: [(number, event, data)]."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    with contextlib.closing(connection):
-        headers = {} if after is None else {"Last-Event-ID": str(after)}
-        connection.request("GET", f"{root}/api/jobs/{identity}/events", headers=headers)
-        answer = connection.getresponse()
-        assert answer.status == 200 and answer.getheader("Content-Type").startswith("text/event-stream")
-        blocks = [block for block in answer.read().decode().split("\n\n") if block and not block.startswith(":")]
+    headers = {} if after is None else {"Last-Event-ID": str(after)}
+    status, headers, text = answer_to(port, "GET", f"{root}/api/jobs/{identity}/events", **headers)
+    assert status == 200 and headers["content-type"].startswith("text/event-stream")
     found = []
-    for block in blocks:
-        number, event, data = (line.partition(": ")[2] for line in block.split("\n"))
-        found.append((int(number), event, json.loads(data)))
+    for block in text.decode().split("\n\n"):
+        if block and not block.startswith(":"):
+            number, event, data = (line.partition(": ")[2] for line in block.split("\n"))
+            found.append((int(number), event, json.loads(data)))
     return found

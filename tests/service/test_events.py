@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from generation.images import generate_batch, image_metadata, plan_image, to_image
-from tests.service.running import call, read_events, running, until
+from tests.service.running import answer_to, call, read_events, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
 PROMPTS = ["a red circle", "a blue square above a dog"]
@@ -28,13 +28,7 @@ def create(port, **wanted):
 
 
 def cancel(port, identity):
-    import http.client
-
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    connection.request("DELETE", f"/api/jobs/{identity}")
-    status = connection.getresponse().status
-    connection.close()
-    return status
+    return answer_to(port, "DELETE", f"/api/jobs/{identity}")[0]
 
 
 def test_a_job_of_two_prompts_from_its_first_row_to_its_images(port, loaded, drawing):

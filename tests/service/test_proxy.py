@@ -6,8 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.service.running import call, loaded_for_tests, read_events, running, until
-from tests.service.test_security import answer_to
+from tests.service.running import answer_to, call, read_events, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
@@ -30,11 +29,6 @@ http {{
   }}
 }}
 """
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_checkpoint):
-    return loaded_for_tests(tiny_checkpoint, batch_size=4)
 
 
 @pytest.fixture

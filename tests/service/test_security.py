@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import http.client
 import io
 import json
 import socket
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.builders import png_chunk, png_of
-from tests.service.running import call, generate, running, until
+from tests.service.running import answer_to, call, generate, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
 PROMPT = "a red circle"
@@ -36,19 +35,6 @@ def port(loaded):
         yield port
 
 
-def answer_to(port, method, path, body=None, **headers):
-    """Return status, headers in small letters and the body of an answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    with contextlib.closing(connection):
-        kind = {"Content-Type": "application/json"} if body is not None else {}
-        connection.request(method, path, body, {**kind, **headers})
-        answer = connection.getresponse()
-        return answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read()
-
-
-# Files, hosts, origins, headers, tokens
-
-
 def test_no_file_of_the_machine_is_read_or_revealed(port):
     for path in PATHS:
         for place in (f"/static/{path}", f"/{path}", f"/api/jobs/{path}/events", f"/gradio_api/file={path}"):
@@ -56,11 +42,8 @@ def test_no_file_of_the_machine_is_read_or_revealed(port):
             assert status == 404 and b"root:" not in body and b"import" not in body, place
     there, missing = (generate(port, prompt=PROMPT, image=path) for path in ("/etc/passwd", "/etc/no-such-file"))
     assert there == missing == (422, {"error": "The image is not base64."})
-    for image in (
-        {"path": "/etc/passwd"},
-        ["/dev/zero"],
-        {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
-    ):
+    files = {"path": "/etc/passwd"}, ["/dev/zero"], {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    for image in files:
         assert generate(port, prompt=PROMPT, image=image)[0] == 422
         assert generate(port, prompt=image)[0] == 422
     for path in ("/upload", "/gradio_api/upload", "/config", "/queue/join", "/gradio_api/queue/join", "/deep_link"):
@@ -115,19 +98,14 @@ def test_a_token_is_needed_for_every_route_of_the_api(loaded):
         identity = json.loads(answer_to(port, "POST", "/api/jobs", body, **right)[2])["id"]
         routes = [("POST", "/api/jobs", body), ("GET", "/api/model", None), ("POST", "/api/generate", body)]
         routes += [("DELETE", f"/api/jobs/{identity}", None), ("GET", f"/api/jobs/{identity}/events", None)]
-        wrong = [
-            {},
-            *({"Authorization": value} for value in ("", "Bearer", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN)),
-        ]
+        values = ("", "Bearer", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN)
+        wrong = [{}, *({"Authorization": value} for value in values)]
         for method, path, data in routes:
             for headers in wrong:
                 status, answer, text = answer_to(port, method, path, data, **headers)
                 assert status == 401 and answer["www-authenticate"] == "Bearer" and TOKEN.encode() not in text
         assert answer_to(port, "GET", "/health")[0] == 200
         assert answer_to(port, "DELETE", f"/api/jobs/{identity}", **right)[0] == 204
-
-
-# Uploads
 
 
 def png_bomb(*chunks):
@@ -186,9 +164,8 @@ def test_unfinished_uploads_are_bounded_as_a_whole(port):
         raws[-1].settimeout(5)
         assert raws[-1].recv(4096).startswith(b"HTTP/1.1 503")
         assert generate(port, prompt=PROMPT)[0] == 200  # small requests are served meanwhile
-    until(
-        lambda: answer_to(port, "POST", "/api/jobs", json.dumps({"prompts": [PROMPT], "image": "A" * 2**20}))[0] == 422
-    )
+    body = json.dumps({"prompts": [PROMPT], "image": "A" * 2**20})
+    until(lambda: answer_to(port, "POST", "/api/jobs", body)[0] == 422)
 
 
 def test_json_of_millions_of_values_is_not_parsed(port):
@@ -198,23 +175,24 @@ def test_json_of_millions_of_values_is_not_parsed(port):
         assert memory() - before < 100 and time.monotonic() - started < 2
 
 
-# Jobs that nobody listens to, slow and silent connections
-
-
-def test_a_job_whose_reader_leaves_is_cancelled(port, drawing, monkeypatch):
+@pytest.mark.parametrize("reader", [True, False], ids=["reader leaves", "no reader"])
+def test_a_job_that_nobody_reads_is_cancelled(port, drawing, monkeypatch, reader):
     from service import events
 
     monkeypatch.setattr(events, "UNREAD_SECONDS", 1)
     drawing.hold()
-    identity = json.loads(answer_to(port, "POST", "/api/jobs", json.dumps({"prompts": [PROMPT], "num_images": 8}))[2])[
-        "id"
-    ]
-    with socket.create_connection(("127.0.0.1", port)) as raw:
-        raw.sendall(f"GET /api/jobs/{identity}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        drawing.began(1)
+    body = json.dumps({"prompts": [PROMPT] * 8, "num_images": 8})
+    events_of = f"/api/jobs/{json.loads(answer_to(port, 'POST', '/api/jobs', body)[2])['id']}/events"
+    if reader:
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            raw.sendall(f"GET {events_of} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            drawing.began(1)
     assert call(port)[1]["waiting"] == 1
     until(lambda: call(port)[1]["waiting"] == 0)
     drawing.release()
+    status, _, text = answer_to(port, "GET", events_of)
+    assert status == 200 and b"cancelled" in text and b"event: image" not in text
+    assert generate(port, prompt=PROMPT)[0] == 200
 
 
 def test_a_client_cannot_fill_the_queue(loaded, drawing):
@@ -260,18 +238,3 @@ def test_slow_requests_are_closed(port, monkeypatch):
             raw.sendall(sent)
             assert seconds - 0.1 < closed_after(raw, b"x", limit=10) < seconds + 2.5
     assert connections.HEADER_SECONDS + 1 < 30 and generate(port, prompt=PROMPT)[0] == 200
-
-
-def test_a_job_that_nobody_reads_is_cancelled(port, drawing, monkeypatch):
-    from service import events
-
-    monkeypatch.setattr(events, "UNREAD_SECONDS", 1)
-    drawing.hold()
-    body = json.dumps({"prompts": [PROMPT] * 8, "num_images": 8})
-    identity = json.loads(answer_to(port, "POST", "/api/jobs", body)[2])["id"]
-    assert call(port)[1]["waiting"] == 1
-    until(lambda: call(port)[1]["waiting"] == 0)
-    drawing.release()
-    status, _, text = answer_to(port, "GET", f"/api/jobs/{identity}/events")
-    assert status == 200 and b"cancelled" in text and b"event: image" not in text
-    assert generate(port, prompt=PROMPT)[0] == 200

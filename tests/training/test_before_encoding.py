@@ -27,7 +27,7 @@ def test_a_set_that_is_too_small_is_refused_before_it_is_encoded(
     assert ended.status == 2 and words in ended.err and "--config photos" in ended.err, ended
     monkeypatch.undo()
     fitting = ended.err.rpartition("; ")[2].partition(" would fit")[0].split()
-    assert command(train.main, *tiny_flags, *flags.split(), *fitting, "--max-steps", 1).status == 0
+    command(train.main, *tiny_flags, *flags.split(), *fitting, "--max-steps", 1).ok()
 
 
 def test_a_pipeline_of_ipus_takes_the_flags_that_would_fit(poptorch_standin, command, tiny_flags):
@@ -44,24 +44,26 @@ def test_a_read_only_folder_has_its_caches_elsewhere(command, tiny_flags, pictur
         if str(folder) == str(picture_folder):  # root may write everywhere
             raise ValueError("read-only")
 
+    def run():
+        return command(train.main, *flags, "--input-folder", picture_folder, "--max-steps", 1).ok()
+
     monkeypatch.setattr(run_module, "check_writable", refuse)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     flags = [flag for flag in tiny_flags if flag != "--codes-cache" and "codes" not in flag]
     before = sorted(picture_folder.iterdir())
     for _ in range(2):
-        ended = command(train.main, *flags, "--input-folder", picture_folder, "--max-steps", 1)
-        assert ended.status == 0 and f"{picture_folder} is read-only; codes and tokens are cached in" in ended.out
-    assert "encoding images" not in ended.out
+        out = run().out
+        assert f"{picture_folder} is read-only; codes and tokens are cached in" in out
+    assert "encoding images" not in out
     assert sorted(picture_folder.iterdir()) == before
     (cache,) = (tmp_path / "home" / ".cache" / "mini-dalle").iterdir()
     assert {path.name.partition("-")[0] for path in cache.iterdir()} >= {"captions", "codes"}
     monkeypatch.setattr(run_module, "check_writable", lambda folder, flag: None)
-    command(train.main, *flags, "--input-folder", picture_folder, "--max-steps", 1)
-    monkeypatch.undo()
+    run()
     monkeypatch.setattr(run_module, "check_writable", refuse)
     monkeypatch.setenv("HOME", str(tmp_path / "other_home"))
-    ended = command(train.main, *flags, "--input-folder", picture_folder, "--max-steps", 1)
-    assert "is read-only" in ended.out and "encoding images" not in ended.out  # its own cache has all codes
+    out = run().out
+    assert "is read-only" in out and "encoding images" not in out  # its own cache has all codes
 
 
 def test_settings_for_ipus_are_counted_not_listed(logged):

@@ -12,6 +12,8 @@ import torch
 from data.loader import EpochOrder, RunOrder, epoch_order
 from training.loop import OverfittingMonitor
 from training.run import LearningRate, multi_step, trapezoid
+from training.validation import split_among_processes
+from utils.optimization import cosine
 
 PEAK = 5e-3
 
@@ -56,6 +58,14 @@ def test_processes_share_the_common_order(num_samples):
 def test_a_set_smaller_than_a_step_is_refused():
     with pytest.raises(ValueError, match="64 samples, but the set has 26"):
         EpochOrder(26, 32, rank=0, world_size=2)
+
+
+@pytest.mark.parametrize("length, size, world", [(12, 4, 1), (13, 4, 1), (1, 8, 2), (9, 2, 2), (7, 3, 4), (100, 7, 3)])
+def test_processes_validate_every_sample_once_in_as_many_batches(length, size, world):
+    shares = [split_among_processes(length, size, rank, world) for rank in range(world)]
+    batches = sum(shares, [])
+    assert sorted(sum(batches, [])) == [(0, index) for index in range(length)]
+    assert len({len(share) for share in shares}) == 1 and max(map(len, batches)) <= size
 
 
 def test_another_batch_size_continues_at_the_same_place():
@@ -116,6 +126,14 @@ def test_trapezoid_begins_and_ends_where_it_should():
     assert factors[51:] == pytest.approx([0.02 * left for left in range(49, 0, -1)])
     assert trapezoid(0, 1, 0) == 1 and trapezoid(100, 100, 4) == 0
     assert max(trapezoid(step, 10, 50) for step in range(10)) < 0.2  # a warm-up longer than the run
+
+
+def test_cosine_begins_and_ends_where_it_should():
+    assert [cosine(step, 100, 4) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+    assert [cosine(step, 100, 4) for step in (52, 28)] == pytest.approx([0.5, 0.8535534])
+    assert 0 < cosine(99, 100, 4) < 3e-4 and cosine(100, 100, 4) == pytest.approx(0, abs=1e-15)
+    assert cosine(0, 100, 0) == 1
+    assert [cosine(step, 3, 5) for step in range(3)] == pytest.approx([1 / 6, 2 / 6, 3 / 6])  # all warm-up
 
 
 def loss_series():

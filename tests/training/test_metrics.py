@@ -1,9 +1,12 @@
-"""metrics.jsonl: a line for every update and validation, the same whether a run was killed and resumed or not."""
+"""metrics.jsonl has a line for every update and validation, also of a run that was resumed; loss.png its curves."""
 
 import json
 import shutil
+import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import log
 import train
@@ -27,8 +30,7 @@ def flags(tiny_flags):
 
 
 def test_every_update_and_validation_has_a_line(command, flags, tmp_path):
-    ended = command(train.main, *flags, "--checkpoint-output-dir", tmp_path)
-    assert ended.status == 0, ended
+    ended = command(train.main, *flags, "--checkpoint-output-dir", tmp_path).ok()
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     updates, validations = lines[::2], lines[1::2]
@@ -57,18 +59,45 @@ def test_a_run_that_was_killed_and_resumed_has_the_lines_of_one_that_was_not(com
     assert not list(killed.glob("*.tmp"))
 
 
-def test_lines_of_other_runs_and_damage_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(
-        b'{"step": 1}\n\x00\x00\x00\n[1]\n{"lr": 2}\n"step"\n{"step": 2, "loss/total": null}\n{"step": 3}\n'
-    )
-    log.MetricsFile(path, 2)
-    assert path.read_bytes() == b'{"step": 1}\n{"step": 2, "loss/total": null}\n'
-
-
-def test_what_is_not_finite_is_null(tmp_path):
-    file = log.MetricsFile(tmp_path / "metrics.jsonl", 0)
-    file.log(1, {"loss/total": float("nan"), "grad_norm": float("inf"), "epoch": 0, "skipped": True})
+def test_damage_is_dropped_and_what_is_not_finite_is_null(tmp_path):
+    good = b'{"step": 1}\n{"step": 2, "loss/total": null}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(b'\x00\x00\x00\n[1]\n{"lr": 2}\n"step"\n' + good + b'{"step": 3}\n')
+    file = log.MetricsFile(tmp_path / "metrics.jsonl", 2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good
+    file.log(3, {"loss/total": float("nan"), "grad_norm": float("inf"), "epoch": 0, "skipped": True})
     file.close()
-    (line,) = lines_of(tmp_path)
-    assert line == {"step": 1, "loss/total": None, "grad_norm": None, "epoch": 0, "skipped": True}
+    assert lines_of(tmp_path)[2] == {"step": 3, "loss/total": None, "grad_norm": None, "epoch": 0, "skipped": True}
+
+
+def write(path, steps):
+    with open(path, "w") as file:
+        for step in range(1, steps + 1):
+            losses = {f"loss/{name}": scale * 9 / step for name, scale in (("total", 1), ("text", 2), ("image", 0.5))}
+            if step == 777:
+                losses = {**dict.fromkeys(losses, None), "skipped": True}
+            file.write(json.dumps({"step": step, "epoch": 0, **losses, "lr": 1e-3}) + "\n")
+            if step % 500 == 0:
+                held_out = {name.replace("loss", "held-out"): value * 1.1 for name, value in losses.items()}
+                file.write(json.dumps({"step": step, **held_out, "held-out/perplexity": 2.0}) + "\n")
+        file.write('{"step": 1234, "loss/to')
+
+
+@pytest.mark.parametrize("lines", [1, 1200])
+def test_a_plot_has_its_curves(tmp_path, lines):
+    write(tmp_path / "metrics.jsonl", lines)
+    log.MetricsFile(tmp_path / "metrics.jsonl", 10**6).close()
+    pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"), dtype=int)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+    for colour in log.COLORS.values():
+        wanted = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)])
+        seen = (abs(pixels - wanted).sum(-1) < 30).sum()
+        assert seen > 300 if lines > 1 else seen < 300
+
+
+def test_without_matplotlib_a_run_says_so_once(command, tiny_flags, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    ended = command(train.main, *tiny_flags, "--checkpoint-output-dir", tmp_path, "--checkpoint-save-steps", 1)
+    assert ended.status == 0 and ended.out.count("matplotlib is not installed") == 1
+    assert not (tmp_path / "loss.png").exists() and (tmp_path / "metrics.jsonl").exists()

@@ -8,8 +8,7 @@ import torch
 import train
 from generation.loading import read_model
 from models.discrete_vae import DiscreteVAE
-from tests.builders import reference_weights
-from tests.test_generate import their_vocabulary, write_reference  # noqa: F401
+from tests.test_generate import their_vocabulary, weights_of, write_reference  # noqa: F401
 from tests.utils.test_dalle_pytorch import SHAPES, save, theirs  # noqa: F401  # a fixture
 from utils import checkpoint
 from utils.checkpoint_info import main as export
@@ -40,10 +39,8 @@ def files(kind, request, tmp_path):
     if kind == "dalle-pytorch":
         return save(tmp_path / "dalle.pt", request.getfixturevalue("theirs")), ["--bpe-path", SHAPES]
     if kind == "reference":
-        stored = torch.load(request.getfixturevalue("tiny_vqgan") / "vqgan.ckpt", weights_only=True)["state_dict"]
-        vqgan = {name: tensor for name, tensor in stored.items() if not name.startswith("loss.")}
         vocabulary = ["--bpe-path", request.getfixturevalue("their_vocabulary")]
-        return write_reference(tmp_path / "dalle_3.pt", reference_weights(), vqgan, 8192), vocabulary
+        return write_reference(tmp_path / "dalle_3.pt", weights_of(request.getfixturevalue("tiny_vqgan"))), vocabulary
     ours = request.getfixturevalue("tiny_checkpoint")
     if kind == "safetensors":
         export([str(ours), "--export", str(tmp_path / "dalle.safetensors")])
@@ -59,8 +56,7 @@ def test_a_new_run_starts_with_the_weights_of_a_file(kind, request, started, tmp
     assert [step for step, _ in read_losses(folder)] == [1, 2, 3]
     saved = checkpoint.read(folder / "dalle_0.pt")
     assert saved["step"] == 3 and saved["settings"]["init_from"] == str(path)
-    arguments = [*vocabulary[1:]]
-    before, tokenizer, _ = read_model(path, None, None, *arguments)
+    before, tokenizer, _ = read_model(path, None, None, *vocabulary[1:])
     after, _, _ = read_model(folder / "dalle_0.pt")  # needs no vocabulary by path
     assert isinstance(after.vae, DiscreteVAE) is (kind == "dalle-pytorch")
     text, codes = tokenizer.tokenize(["red star", "blue"], before.text_seq_len), torch.randint(0, 24, (2, 16))
@@ -77,8 +73,7 @@ def test_a_new_run_starts_with_the_weights_of_a_file(kind, request, started, tmp
 def test_the_same_command_with_resume_continues(request, started, tmp_path):
     path, vocabulary = files("dalle-pytorch", request, tmp_path)
     started(path, *vocabulary)
-    _, ended = started(path, *vocabulary, status=2)
-    assert "has dalle_0.pt of an earlier run; continue it with --resume" in ended.err
+    started(path, *vocabulary, status=2)[1].refused("has dalle_0.pt of an earlier run; continue it with --resume")
     folder, ended = started(path, *vocabulary, "--resume", "--epochs", 2)
     assert "at step 3" in ended.out and checkpoint.read(folder / "dalle_1.pt")["hparams"]["rotary_emb"] is True
 
@@ -87,16 +82,12 @@ def test_the_same_command_with_resume_continues(request, started, tmp_path):
     ("flags", "message"),
     [
         ("--hidden-size 64", "argument --hidden-size: the network is that of --init-from"),
-        (
-            "--pretrained-checkpoint x.pt",
-            "argument --init-from: starts a new run, --pretrained-checkpoint continues one",
-        ),
+        ("--pretrained-checkpoint x.pt", "argument --init-from: starts a new run, --pretrained-checkpoint continues"),
         ("--bpe-path bpe/bpe_shapes_vocab.txt", "bpe_shapes_vocab.txt: fingerprint"),
     ],
 )
 def test_what_contradicts_the_file_is_refused(started, tiny_checkpoint, flags, message):
-    _, ended = started(tiny_checkpoint, *flags.split(), status=2)
-    assert message in ended.err and ended.err.count("\n") == 1
+    started(tiny_checkpoint, *flags.split(), status=2)[1].refused(message)
 
 
 def test_a_configuration_does_not_contradict_the_file(started, tiny_checkpoint):

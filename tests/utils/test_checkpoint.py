@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from tests.builders import PickledCall, small_dalle
+from tests.builders import PickledCall, one_line, small_dalle
 from training import checkpoints
 from utils import checkpoint
 
@@ -21,11 +21,10 @@ def content():
 
 
 def refusal(path):
-    with pytest.raises(ValueError) as told:
+    with one_line(f"^{path}: ") as told:
         checkpoint.read(path)
-    message = str(told.value)
-    assert message.startswith(f"{path}: ") and "\n" not in message and len(message) < len(str(path)) + 200
-    return message[len(f"{path}: ") :]
+    assert len(str(told.value)) < len(str(path)) + 200
+    return str(told.value)[len(f"{path}: ") :]
 
 
 def files_in(folder):
@@ -37,8 +36,8 @@ def test_what_is_written_is_read_again(tmp_path):
     checkpoints.write(path, content())
     back, expected = checkpoint.read(str(path)), content()
     assert back.keys() == expected.keys() and back["hparams"] == expected["hparams"] and back["epoch"] == 2
-    assert list(back["weights"]) == ["model.a", "model.b"] and back["weights"]["model.b"].dtype == torch.float16
-    assert all(torch.equal(back["weights"][name], tensor) for name, tensor in expected["weights"].items())
+    assert list(back["weights"]) == ["model.a", "model.b"]
+    torch.testing.assert_close(back["weights"], dict(expected["weights"]), rtol=0, atol=0)
     assert torch.equal(back["opt_state"][0]["state"][0], torch.zeros(2))
     assert files_in(path.parent) == ["dalle_2.pt"]
     checkpoints.write(path, {**content(), "epoch": 3})
@@ -47,9 +46,8 @@ def test_what_is_written_is_read_again(tmp_path):
 
 def test_a_missing_file_and_a_folder(tmp_path):
     for path in (tmp_path / "none.pt", tmp_path):
-        with pytest.raises(FileNotFoundError) as told:
+        with one_line(f"^{path}: no such checkpoint", FileNotFoundError):
             checkpoint.read(path)
-        assert str(told.value).startswith(f"{path}: no such checkpoint") and "\n" not in str(told.value)
 
 
 @FORMATS
@@ -80,30 +78,16 @@ def test_pickled_code_never_runs(place, zipped, tmp_path):
     assert marker.exists()  # it would have run
 
 
-@pytest.mark.parametrize(
-    "saved, told",
-    [
+def test_something_else_than_a_dall_e_is_refused(tmp_path):
+    for saved, told in (
         ({"hparams": {}}, "it has no weights"),
         (torch.zeros(3), "it has no hparams and no weights"),
         ({"hparams": [], "weights": {}}, "is not a dict"),
         ({"hparams": {}, "weights": {"a": 3}}, "not tensors under names"),
-    ],
-)
-def test_something_else_than_a_dall_e_is_refused(saved, told, tmp_path):
-    checkpoints.write(tmp_path / "c.pt", saved)
-    message = refusal(tmp_path / "c.pt")
-    assert "not a DALL-E checkpoint" in message and message.endswith(told)
-
-
-def test_weights_go_through_a_file_unchanged(tiny_vae, tmp_path):
-    dalle = small_dalle(tiny_vae, sandwich_norm=True)
-    named = checkpoints.canonical_weights(dalle.state_dict())
-    assert named.keys() == {f"model.{name}" for name in dalle.state_dict()}
-    assert not any(tensor.requires_grad for tensor in named.values())
-    checkpoints.write(tmp_path / "c.pt", {"hparams": {}, "weights": named})
-    back = checkpoint.model_weights(checkpoint.read(tmp_path / "c.pt")["weights"])
-    assert checkpoint.first_misfit(dalle, back) is None
-    assert all(torch.equal(back[name], tensor) for name, tensor in dalle.state_dict().items())
+    ):
+        checkpoints.write(tmp_path / "c.pt", saved)
+        message = refusal(tmp_path / "c.pt")
+        assert "not a DALL-E checkpoint" in message and message.endswith(told)
 
 
 def test_split_embeddings_are_joined_in_the_order_of_their_numbers():
@@ -132,12 +116,12 @@ def test_the_first_misfit_is_named(tiny_vae):
     dalle = small_dalle(tiny_vae, sandwich_norm=True)
     weights = dict(dalle.state_dict())
     assert checkpoint.first_misfit(dalle, weights) is None
-    missing = {name: tensor for name, tensor in weights.items() if name != "text_emb.weight"}
-    assert checkpoint.first_misfit(dalle, missing) == "text_emb.weight is missing"
-    extra = {**weights, "rotary.freqs": torch.zeros(1)}
-    assert checkpoint.first_misfit(dalle, extra) == "rotary.freqs is not part of this model"
     wrong = {**weights, "text_emb.weight": torch.zeros(5, 32)}
     assert checkpoint.first_misfit(dalle, wrong) == "text_emb.weight is (5, 32), not (64, 32)"
+    del wrong["text_emb.weight"]
+    assert checkpoint.first_misfit(dalle, wrong) == "text_emb.weight is missing"
+    extra = {**weights, "rotary.freqs": torch.zeros(1)}
+    assert checkpoint.first_misfit(dalle, extra) == "rotary.freqs is not part of this model"
 
 
 def test_words_are_counted_without_case_and_punctuation():

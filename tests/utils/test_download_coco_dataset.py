@@ -1,18 +1,17 @@
 """utils/download_coco_dataset.sh against a server on this machine that can misbehave on request."""
 
-import http.server
 import io
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
-import threading
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.file_server import serving
 
 SCRIPT = Path(__file__).resolve().parents[2] / "utils" / "download_coco_dataset.sh"
 ANNOTATIONS = "annotations/annotations_trainval2017.zip"
@@ -44,68 +43,32 @@ def small_coco():
 
 
 FILES, SERVED = small_coco()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_HEAD(self):
-        self.answer(False)
-
-    def do_GET(self):
-        self.answer(True)
-
-    def answer(self, with_body):
-        server, name = self.server, self.path.lstrip("/")
-        begin = self.headers.get("Range")
-        server.requests.append((self.command, name, begin))
-        body = server.files[name]
-        start = int(re.fullmatch(r"bytes=(\d+)-", begin)[1]) if begin else 0
-        self.send_response(206 if begin else 200)
-        if begin:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.send_header("Content-Length", str(len(body) - start))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body[start : server.cut.pop(0) if server.cut else len(body)])
+MIDDLE = len(SERVED[VAL]) // 2
 
 
 @pytest.fixture
 def server():
-    """Serves SERVED. `cut`: for its next answers, the byte at which the connection breaks."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.requests, server.cut = dict(SERVED), [], []
-    server.daemon_threads = True
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def environment(tmp_path):
-    """Without proxies, and without the pauses in which a server could recover."""
-    (tmp_path / "bin").mkdir(exist_ok=True)
-    if not (tmp_path / "bin" / "sleep").exists():
-        (tmp_path / "bin" / "sleep").symlink_to(shutil.which("true"))
-    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    return {**kept, "PATH": f"{tmp_path / 'bin'}:{kept['PATH']}", "no_proxy": "*"}
+    with serving(SERVED) as server:
+        yield server
 
 
 @pytest.fixture
-def run(tmp_path):
-    def run(*arguments):
-        command = [shutil.which("bash"), str(SCRIPT), *map(str, arguments)]
-        return subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=60)
+def run(server, tmp_path):
+    """run(*arguments): the script without proxies, and without the pauses in which a server could recover."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sleep").symlink_to(shutil.which("true"))
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment = {**kept, "PATH": f"{tmp_path / 'bin'}:{kept['PATH']}", "no_proxy": "*"}
+
+    def run(*arguments, out="out", url="", status=0):
+        place = ["--out", tmp_path / out, "--base-url", server.url + url]
+        command = ["bash", SCRIPT, *place, *arguments]
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == status, done
+        assert not status or done.stderr.splitlines()[-1].startswith("error: "), done
+        return done
 
     return run
-
-
-@pytest.fixture
-def fetch_val(run, server, tmp_path):
-    return lambda *more: run("--out", tmp_path / "out", "--base-url", server.url, "--only", "val", *more)
 
 
 def tree(folder: Path):
@@ -118,59 +81,41 @@ def expected(prefix=""):
     return {name: data.encode() if isinstance(data, str) else data for name, data in files.items()}
 
 
-def error_line(done, code):
-    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: "), done.stderr
-    return last
-
-
 def test_everything_then_nothing_more(server, run, tmp_path):
     out = tmp_path / "my data"
     (out / "images" / "val2017").mkdir(parents=True)  # empty: to be filled
     (out / ".unpacking" / "val2017").mkdir(parents=True)  # of a run that was killed
     (out / ".unpacking" / "val2017" / "half.jpg").write_bytes(b"half")
-    done = run("--out", out, "--base-url", server.url + "/")
-    assert (done.returncode, done.stderr) == (0, "")  # no bar where nobody looks
+    done = run(out="my data", url="/")
+    assert done.stderr == ""  # no bar where nobody looks
     assert tree(out) == expected() and "process_captions.py" in done.stdout
     server.requests.clear()
-    again = run("--out", out, "--base-url", server.url)
-    assert again.returncode == 0 and again.stdout.count("exists") == 3
+    assert run(out="my data").stdout.count("exists") == 3
     assert server.requests == [] and tree(out) == expected()
 
 
-def test_a_broken_connection_is_resumed(server, fetch_val, tmp_path):
+def test_a_broken_connection_is_resumed(server, run, tmp_path):
     size = len(SERVED[VAL])
-    server.cut = [size // 3, 2 * size // 3]
-    assert fetch_val().returncode == 0 and tree(tmp_path / "out") == expected("images/val2017")
+    server.cut[VAL] = [size // 3, 2 * size // 3]
+    run("--only", "val")
+    assert tree(tmp_path / "out") == expected("images/val2017")
     begins = [begin for method, _, begin in server.requests if method == "GET"]
     assert begins == [None, f"bytes={size // 3}-", f"bytes={2 * size // 3}-"]  # no byte twice
 
 
-def damaged(data: bytes) -> bytes:
-    middle = len(data) // 2
-    return data[:middle] + bytes(byte ^ 0xFF for byte in data[middle : middle + 100]) + data[middle + 100 :]
+DAMAGED = SERVED[VAL][:MIDDLE] + bytes(byte ^ 0xFF for byte in SERVED[VAL][MIDDLE:][:100]) + SERVED[VAL][MIDDLE + 100 :]
 
 
-BODIES = {"damaged": damaged(SERVED[VAL]), "no zip": b"<html>sign in</html>" * 50}
-
-
-@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_a_corrupt_zip_is_refused_and_fetched_again(server, fetch_val, tmp_path, body):
+@pytest.mark.parametrize("body", [DAMAGED, b"<html>sign in</html>" * 50], ids=["damaged", "no zip"])
+def test_a_corrupt_zip_is_refused_and_fetched_again(server, run, tmp_path, body):
     server.files[VAL] = body
-    assert "val2017.zip" in error_line(fetch_val(), 1) and tree(tmp_path / "out") == {}
+    assert "val2017.zip" in run("--only", "val", status=1).stderr.splitlines()[-1] and tree(tmp_path / "out") == {}
     server.files[VAL] = SERVED[VAL]
-    assert fetch_val().returncode == 0 and tree(tmp_path / "out") == expected("images/val2017")
+    run("--only", "val")
+    assert tree(tmp_path / "out") == expected("images/val2017")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        (["--bogus"], "--bogus"),
-        (["--out", ""], "--out"),
-        (["--only", "test"], "test"),
-        (["--out", SCRIPT], SCRIPT.name),
-    ],
-)
-def test_bad_usage(run, arguments, part):
-    assert part in error_line(run(*arguments), 2)
+def test_bad_usage(run):
+    for arguments in (["--bogus"], ["--out", ""], ["--only", "test"], ["--out", SCRIPT]):
+        error = run(*arguments, status=2).stderr.splitlines()[-1]
+        assert (Path(arguments[-1]).name if arguments[-1] else "--out") in error

@@ -66,9 +66,8 @@ def test_a_folder_is_tried_before_hours_are_spent(tmp_path):
     assert files_in(tmp_path / "new" / "folder") == []
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "file" / "folder", tmp_path / ("x" * 300)):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match=rf"^--output-dir {folder}: cannot be written \("):
             check_writable(folder, "--output-dir")
-        assert str(caught.value).startswith(f"--output-dir {folder}: cannot be written (")
     assert files_in(tmp_path) == ["file", "new"] and (tmp_path / "file").read_text() == "in the way"
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.builders import PickledCall, one_line
 from utils.foreign_pickle import STREAM_HEADER, read_weights
 
 BOTH_FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
@@ -28,25 +29,14 @@ class Reference:
         self.content = content
 
 
-class Call:
-    """An object that is pickled as a call of `function`, which may be a call itself."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __call__(self):
-        raise AssertionError("only to be pickled")
-
-    def __reduce__(self):
-        return self.function, self.arguments
-
-
 def storage(key="0", count=4, kind=torch.FloatStorage):
     return Reference("storage", kind, key, "cpu", count)
 
 
 def tensor(reference, size, stride, offset=0):
-    return Call(torch._utils._rebuild_tensor_v2, reference, offset, size, stride, False, collections.OrderedDict())
+    return PickledCall(
+        torch._utils._rebuild_tensor_v2, reference, offset, size, stride, False, collections.OrderedDict()
+    )
 
 
 def pickled(value):
@@ -57,8 +47,8 @@ def pickled(value):
     return file.getvalue()
 
 
-def write_zip(path, program, records, compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", compression) as archive:
+def write_zip(path, program, records):
+    with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", program)
         for key, content in records.items():
             archive.writestr(f"a/data/{key}", content)
@@ -90,9 +80,8 @@ def assert_same(weights, expected):
 
 
 def assert_refused(path, message="."):
-    with pytest.raises(ValueError, match=message) as caught:
+    with one_line(f"^{path}: not a VQGAN checkpoint.*{message}"):
         read_weights(path)
-    assert str(caught.value).startswith(f"{path}: not a VQGAN checkpoint") and "\n" not in str(caught.value)
 
 
 @pytest.fixture
@@ -101,19 +90,13 @@ def path(tmp_path):
 
 
 @BOTH_FORMATS
-def test_every_dtype_comes_back(path, zipped):
+def test_tensors_of_every_dtype_strided_shared_and_wrapped_come_back(path, zipped):
     names = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
-    state = {name: (torch.randn(3, 5) * 9).to(getattr(torch, name)) for name in names}
-    state.update({f"{name} none": values[:0].clone() for name, values in state.items()})
-    save(path, {**state, "one": torch.tensor(2.5)}, zipped)
-    assert_same(read_weights(path), torch.load(path))
-
-
-@BOTH_FORMATS
-def test_strided_shared_and_wrapped_tensors_come_back(path, zipped):
+    dtypes = {name: (torch.randn(3, 5) * 9).to(getattr(torch, name)) for name in names}
+    dtypes.update({f"{name} none": values[:0].clone() for name, values in dtypes.items()})
     base = torch.arange(24.0).reshape(4, 6)
     state = collections.OrderedDict(base=base, view=base[1::2, 2:5], turned=base.t(), wide=base[0, 1].expand(3, 2))
-    state.update(parameter=nn.Parameter(torch.ones(2)), again=state["base"], alone=torch.zeros(3))
+    state.update(parameter=nn.Parameter(torch.ones(2)), again=state["base"], alone=torch.zeros(3), **dtypes)
     state._metadata = {"": {"version": 1}}  # as Module.state_dict leaves it
     save(path, state, zipped)
     weights = read_weights(path)
@@ -146,17 +129,17 @@ def test_a_lightning_checkpoint_opens_without_its_classes(path, zipped, monkeypa
 
 def attacks(marker):
     touch, code = f"touch {marker}", f"open({str(marker)!r}, 'w').close()"
-    run = Call(os.system, touch)
+    run = PickledCall(os.system, touch)
     rebuild, (*arguments, _) = torch.ones(1).__reduce_ex__(2)
     return {
         "os.system": run,
-        "subprocess": Call(subprocess.check_call, ["touch", str(marker)]),
-        "eval": Call(eval, code),
-        "exec": Call(exec, code),
-        "getattr chain": Call(Call(getattr, Call(__import__, "os"), "system"), touch),
-        "torch.load inside": Call(functools.partial(torch.load, weights_only=False), f"{marker}.pt"),
-        "tensor's hooks": Call(rebuild, *arguments, run),
-        "dictionary of pairs": Call(collections.OrderedDict, [("x", run)]),
+        "subprocess": PickledCall(subprocess.check_call, ["touch", str(marker)]),
+        "eval": PickledCall(eval, code),
+        "exec": PickledCall(exec, code),
+        "getattr chain": PickledCall(PickledCall(getattr, PickledCall(__import__, "os"), "system"), touch),
+        "torch.load inside": PickledCall(functools.partial(torch.load, weights_only=False), f"{marker}.pt"),
+        "tensor's hooks": PickledCall(rebuild, *arguments, run),
+        "dictionary of pairs": PickledCall(collections.OrderedDict, [("x", run)]),
     }
 
 
@@ -165,7 +148,7 @@ def attacks(marker):
 def test_nothing_pickled_is_run(path, attack, zipped):
     marker = path.with_name("it_ran")
     evil = attacks(marker)[attack]
-    torch.save({"w": Call(os.system, f"touch {marker}")}, f"{marker}.pt")
+    torch.save({"w": PickledCall(os.system, f"touch {marker}")}, f"{marker}.pt")
     for value in ({"state_dict": {"w": evil}}, evil, {"a": evil, "state_dict": {"w": torch.ones(2)}}):
         torch.load(save(path, value, zipped), weights_only=False)
         assert marker.exists()  # the attack is a real one
@@ -238,14 +221,11 @@ def test_a_tensor_that_is_not_in_its_storage_is_refused(path, zipped):
         assert_refused(write(path, {"state_dict": {"w": value}}, zipped), message)
 
 
-def small_checkpoint(path, zipped):
-    state = {"a": torch.randn(3, 4), "b": torch.arange(5).half(), "c": torch.randn(4, 4)[::2, 1:].t()}
-    return save(path, {"callbacks": {zipfile.ZipFile: 1.5}, "epoch": 3, "state_dict": state}, zipped).read_bytes()
-
-
 @BOTH_FORMATS
 def test_damage_is_never_another_exception(path, zipped):
-    whole, choice, refused = small_checkpoint(path, zipped), random.Random(0), 0
+    state = {"a": torch.randn(3, 4), "b": torch.arange(5).half(), "c": torch.randn(4, 4)[::2, 1:].t()}
+    saved = {"callbacks": {zipfile.ZipFile: 1.5}, "epoch": 3, "state_dict": state}
+    whole, choice, refused = save(path, saved, zipped).read_bytes(), random.Random(0), 0
     for _ in range(200):
         content = bytearray(whole)
         content[choice.randrange(len(content))] ^= choice.randrange(1, 256)

@@ -7,7 +7,7 @@ import pytest
 import backends
 from backends.ipu import estimates
 from models.pipeline_dalle import placement
-from tests.builders import small_dalle
+from tests.builders import ROOT, small_dalle
 
 
 @pytest.fixture
@@ -45,8 +45,11 @@ def balanced(costs, ipus=4):
 def test_the_stages_of_l16(l16):
     costs = estimates.module_costs(l16, L16, pixels=False)
     stages = estimates.estimate_stages(placement(16, layers_per_ipu=[0, 6, 6, 4]), costs, L16)
-    assert [stage.memory["weights"] // 2 for stage in stages] == [4_817_408, 31_506_432, 31_506_432, 25_774_160]
-    assert [stage.memory["optimizer"] // 6 for stage in stages] == [4_817_408, 31_506_432, 31_506_432, 25_774_160]
+    parameters = [4_817_408, 31_506_432, 31_506_432, 25_774_160]
+    assert [stage.memory["weights"] // 2 for stage in stages] == parameters
+    assert [stage.memory["optimizer"] // 6 for stage in stages] == parameters
+    page = (ROOT / "docs" / "ipu.md").read_text(encoding="utf-8")
+    assert all(f"{count:,}" in page for count in parameters)
     layer = 2 * 336 * 512 * 2  # bytes of its output for two samples
     assert [stage.memory["stash"] / layer for stage in stages] == [2 * 7, 6 * 5, 6 * 3, 4 * 1]
     scores = 3 * 2 * 16 * 2 * 31393  # an axial layer's three tensors in fp16, two samples, 16 heads

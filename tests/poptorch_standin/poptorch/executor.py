@@ -14,7 +14,6 @@ from torch import nn
 from . import optim, transfer
 from .device import DeviceRandom, Run
 from .errors import Error
-from .half import half_arithmetic
 from .machine import MACHINE, count_ipus
 from .options import Options
 from .trace import Trace
@@ -81,7 +80,7 @@ class Executor:
             self._check_parameters(weights)
         micro_batch = transfer.micro_batches([self._first_rows(tensor) for tensor in batch], Options())[0]
         trace = Trace(self.model, options._values["setExecutionStrategy"])
-        with trace.recording(), half_arithmetic(), DeviceRandom(self._rng):
+        with trace.recording(), DeviceRandom(self._rng):
             run, outputs = self._pass(weights, micro_batch)
             transfer.flatten(outputs)
             if self._training:
@@ -177,7 +176,7 @@ class Executor:
         options = self._options
         queue = iter(transfer.micro_batches(batch, options))
         collector = transfer.Collector(options, self._training)
-        with half_arithmetic(), DeviceRandom(self._rng) as random:
+        with DeviceRandom(self._rng) as random:
             for _ in range(options.device_iterations):
                 gradients = optim.Gradients(options, self._optimizer.accum_type) if self._training else None
                 for step in range(options.Training.gradient_accumulation):
