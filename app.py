@@ -53,9 +53,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         server = make_server(queue, settings)
         host, port = listening.getsockname()[:2]
         if host in ("0.0.0.0", "::") and not settings.token:
-            logger.warning(
-                "anyone who reaches this machine's port %d can generate images; --token SECRET asks for it", port
-            )
+            logger.warning("anyone who reaches port %d can generate images; --token SECRET asks for it", port)
         netloc = f"[{host}]" if ":" in host else host
         print(f"http://{netloc}:{port} generates with {queue.loaded.path}; Ctrl-C ends it", flush=True)
         server.run(sockets=[listening])

@@ -208,12 +208,7 @@ def generate_parser() -> Parser:
     add = parser.heading("Start from an image")
     add("image-prompt", None, "keep the upper rows of this image and generate the rest", path)
     add("keep-rows", 0.5, "number of rows of codes to keep, or the fraction of them", rows, metavar="X")
-    add(
-        "variations",
-        None,
-        "like --image-prompt, for an image of generate.py; its prompt is used unless --text is given",
-        path,
-    )
+    add("variations", None, "like --image-prompt, with an image of generate.py; its prompt counts without --text", path)
     add = parser.heading("Keep the best")
     add("rank", 1, "generate N times --num_images and keep those that fit their prompt best", COUNT)
     add("clip-weights", None, "weights of --clip-model, which then chooses; default: the model itself chooses", path)

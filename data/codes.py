@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data.files import File, printable
 from data.images import ImagePath, read_images
-from utils.files import atomic_write
+from utils.files import AnyPath, atomic_write
 
 logger = logging.getLogger("minidalle")
 
@@ -40,6 +40,7 @@ SHARES = 16  # more processes than this cannot fill one cache together
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # float32 (B, 3, S, S) in [0, 1] -> integers (B, image_seq_len)
 Computed = Tuple[Sequence[int], np.ndarray]  # indices of files, and their values (len(indices), width)
+Compute = Callable[[Iterator[List[int]]], Iterable[Computed]]
 
 
 class MappedRows:
@@ -61,15 +62,7 @@ class MappedRows:
 class CodeCache:
     """The codes of a folder's images. `file in cache` tells whether those of a file, as it is now, are there."""
 
-    def __init__(
-        self,
-        cache_dir: Union[str, Path],
-        name: str,
-        folder: Union[str, Path],
-        dtype: Any,
-        width: int,
-        key: Dict[str, Any],
-    ):
+    def __init__(self, cache_dir: AnyPath, name: str, folder: AnyPath, dtype: Any, width: int, key: Dict[str, Any]):
         """Open the cache, which may not exist yet; OSError if it cannot be read.
 
         Args:
@@ -106,9 +99,7 @@ class CodeCache:
         self._present = np.zeros(len(files), dtype=bool)  # per row
         self._check(range(len(files)))
 
-    def fill(
-        self, files: Sequence[File], compute: Callable[[Iterator[List[int]]], Iterable[Computed]], batch_size: int
-    ) -> None:
+    def fill(self, files: Sequence[File], compute: Compute, batch_size: int) -> None:
         """Compute and store what is missing; return when all is there, whichever process computed it.
 
         Args:
@@ -274,15 +265,12 @@ def _check_codes(codes: torch.Tensor, shape: Tuple[int, int], num_codes: int) ->
     if tuple(codes.shape) != shape or codes.is_floating_point():
         raise ValueError(f"encode returned {codes.dtype} {tuple(codes.shape)} instead of integers {shape}")
     if codes.min() < 0 or codes.max() >= num_codes:
-        raise ValueError(
-            f"encode returned codes {int(codes.min())} to {int(codes.max())}; the codebook has {num_codes}"
-        )
+        found = f"{int(codes.min())} to {int(codes.max())}"
+        raise ValueError(f"encode returned codes {found}; the codebook has {num_codes}")
     return codes.cpu().numpy()
 
 
-def cache_path(
-    cache_dir: Union[str, Path], name: str, folder: Union[str, Path], key: Dict[str, Any], suffix: str
-) -> Path:
+def cache_path(cache_dir: AnyPath, name: str, folder: AnyPath, key: Dict[str, Any], suffix: str) -> Path:
     """Return the path of a cache: `name`, then a hash of the key and of where `folder` lies; see open_code_cache."""
     with contextlib.suppress(FileNotFoundError):
         os.listdir(cache_dir)

@@ -102,9 +102,8 @@ class TextImageDataset(Dataset):
         """Log what the set holds and what is skipped; ValueError if the vocabulary cannot read most captions."""
         number, path = len(self.counts.lengths), printable(self.path)
         if 2 * unread > number:
-            raise ValueError(
-                f"{path}: the vocabulary reads only {number - unread:,} of {number:,} captions; {OTHER_VOCABULARY}"
-            )
+            share = f"{number - unread:,} of {number:,}"
+            raise ValueError(f"{path}: the vocabulary reads only {share} captions; {OTHER_VOCABULARY}")
         logger.info("%s", describe_set(self.path, self.source.form, len(self), self.counts))
         if unread:
             logger.warning("skipped %s captions (%s)", f"{unread:,}", UNREAD)

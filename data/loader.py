@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -214,18 +214,6 @@ class SetOnDevice:
         return self.texts[rows[0]].long(), self.codes[rows[1]].long()
 
 
-class MicroBatches:
-    """A batch sampler that cuts each list of keys into micro-batches of `size`, skipping the first `done`."""
-
-    def __init__(self, order: Iterable[List[Any]], size: int, done: int = 0):
-        self.order, self.size, self.done = order, size, done
-
-    def __iter__(self) -> Iterator[List[Any]]:
-        """Yield the keys of each micro-batch; none has keys of two lists."""
-        cut = (keys[first : first + self.size] for keys in self.order for first in range(0, len(keys), self.size))
-        return itertools.islice(cut, self.done, None)
-
-
 def read_in_workers(
     dataset: Any, order: Sequence[List[Any]], size: int, workers: int, pin_memory: bool
 ) -> Iterator[Tuple[Tensor, Tensor]]:
@@ -239,9 +227,10 @@ def read_in_workers(
     """
     done = killed = 0
     while True:
+        micro_batches = (keys[first : first + size] for keys in order for first in range(0, len(keys), size))
         loader = DataLoader(
             dataset,
-            batch_sampler=MicroBatches(order, size, done),
+            batch_sampler=itertools.islice(micro_batches, done, None),  # type: ignore[arg-type]
             num_workers=workers,
             worker_init_fn=ignore_interrupts_in_worker,
             pin_memory=pin_memory,

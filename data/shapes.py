@@ -159,9 +159,7 @@ def parse_caption(text: str) -> Scene:
     """Return the scene that a caption describes; ValueError if it is outside the grammar."""
     match = _CAPTION.fullmatch(" ".join(text.lower().split()))
     if match is None:
-        raise ValueError(
-            f"caption {text!r} is not understood: it should read like 'a small red circle above a large blue square'"
-        )
+        raise ValueError(f"caption {text!r} is not like 'a small red circle above a large blue square'")
     size1, color1, shape1, relation, size2, color2, shape2 = match.groups()
     first, second = Item(color1, shape1, _SIZE_NAMES.get(size1)), Item(color2, shape2, _SIZE_NAMES.get(size2))
     return Scene(first, _RELATION_NAMES[relation], second)

@@ -158,9 +158,8 @@ def generate_batch(loaded: LoadedModel, specs: Sequence[ImageSpec], on_code: Opt
     """
     count = len(specs)
     try:
-        with memory_explained(
-            f"{count} images at once are too many; --batch_size {count // 2} needs half" if count > 1 else TOO_LARGE
-        ):
+        half = f"{count} images at once are too many; --batch_size {count // 2} needs half"
+        with memory_explained(half if count > 1 else TOO_LARGE):
             return loaded.sampler(
                 torch.stack([spec.tokens for spec in specs]),
                 specs[0].sampling,

@@ -183,17 +183,13 @@ class OpenAIDiscreteVAE(ImageTokenizer):
 
 def infer_openai_params(weights: Mapping[str, Tensor]) -> Dict[str, Any]:
     """Return the params of an OpenAIDiscreteVAE with these weights; ValueError if one that tells a size is missing."""
-    names = {
-        "num_tokens": "enc.blocks.output.conv.w",
-        "width": "enc.blocks.input.w",
-        "first_width": "dec.blocks.input.w",
-    }
+    names = {"num_tokens": "enc.blocks.output.conv.w", "width": "enc.blocks.input.w"}
+    names["first_width"] = "dec.blocks.input.w"
     for name in names.values():
         if name not in weights:
             raise ValueError(f"its dVAE has no {name}")
-    blocks = itertools.takewhile(
-        lambda n: f"enc.blocks.group_1.block_{n}.res_path.conv_1.w" in weights, itertools.count(1)
-    )
+    first_convs = (f"enc.blocks.group_1.block_{number}.res_path.conv_1.w" for number in itertools.count(1))
+    blocks = itertools.takewhile(lambda name: name in weights, first_convs)
     return {**{size: len(weights[name]) for size, name in names.items()}, "blocks": len(list(blocks))}
 
 
@@ -221,11 +217,8 @@ def find_openai_files(folder: Path) -> Optional[List[Path]]:
 
 def load_openai_dvae(paths: List[Path]) -> OpenAIDiscreteVAE:
     """Load OpenAI's encoder.pkl and decoder.pkl without running the classes in them; ValueError if damaged."""
-    weights = {
-        f"{part}.{name}": tensor
-        for part, path in zip(("enc", "dec"), paths)
-        for name, tensor in read_module(path).items()
-    }
+    parts = {part: read_module(path) for part, path in zip(("enc", "dec"), paths)}
+    weights = {f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
     try:
         vae = OpenAIDiscreteVAE(infer_openai_params(weights))
         misfit = first_misfit(vae.model, weights)

@@ -4,6 +4,7 @@ The model computes the same as before, under the same names in its state dict. p
 asks for it.
 """
 
+import functools
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -92,7 +93,7 @@ class WrappedDALLE(nn.Module):
         if serialization > 1:
             check_serialization(dalle, serialization)
             dalle.text_emb = SerializedEmbedding(dalle.text_emb.weight, serialization)
-            dalle.to_logits.linear = SerializedLinear(serialization)
+            dalle.to_logits.linear = functools.partial(serialized_linear, factor=serialization)
         found = stages(places)
         poptorch.BeginBlock(dalle, user_id="stage 0", ipu_id=found[0][0])  # for operations before the first module
         for number, (ipu, modules) in enumerate(found):
@@ -197,9 +198,7 @@ def check_serialization(dalle: DALLE, factor: int) -> None:
     for name, size in sizes.items():
         if size % factor:
             fitting = max(n for n in range(1, factor) if not any(size % n for size in sizes.values()))
-            raise ValueError(
-                f"--embedding-serialization-factor {factor} does not divide the {size} {name}; {fitting} does"
-            )
+            raise ValueError(f"--embedding-serialization-factor {factor} does not divide {size} {name}; {fitting} does")
 
 
 class SerializedEmbedding(nn.Module):
@@ -232,16 +231,11 @@ class SerializedEmbedding(nn.Module):
         super()._load_from_state_dict(pieces, prefix, *rest)
 
 
-class SerializedLinear:
-    """An F.linear that computes its outputs in `factor` pieces, one after another."""
+def serialized_linear(x: Tensor, weight: Tensor, bias: Tensor, factor: int) -> Tensor:
+    """Do what F.linear does for x (B, n, dim), with its outputs in `factor` pieces, one after another."""
+    import poptorch
 
-    def __init__(self, factor: int):
-        self.factor = factor
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        import poptorch
-
-        # Flat, because PopTorch can only split a plain matrix product.
-        mode = poptorch.MatMulSerializationMode.OutputChannels
-        product = poptorch.serializedMatMul(x.flatten(0, 1), weight.t(), mode, factor=self.factor)
-        return (product + bias).view(*x.shape[:2], -1)
+    # Flat, because PopTorch can only split a plain matrix product.
+    mode = poptorch.MatMulSerializationMode.OutputChannels
+    product = poptorch.serializedMatMul(x.flatten(0, 1), weight.t(), mode, factor=factor)
+    return (product + bias).view(*x.shape[:2], -1)

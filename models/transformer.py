@@ -351,9 +351,7 @@ class Transformer(nn.Module):
                 feed_forwards[ff_id] = FeedForward(dim, ff_dropout)
             first_pattern, attention = attentions[attn_id]
             if first_pattern != pattern:
-                raise ValueError(
-                    f"layer {number} has {pattern} and shares the attention of one that has {first_pattern}"
-                )
+                raise ValueError(f"layer {number} has {pattern} and shares the attention of one with {first_pattern}")
             layer = Layer()
             layer.reversible = reversible
             for block in (attention, feed_forwards[ff_id]):

@@ -157,9 +157,8 @@ def infer_params(weights: Mapping[str, torch.Tensor], fmap_size: int) -> Tuple[D
     try:
         channels, in_channels = weights["encoder.conv_in.weight"].shape[:2]
         entries, width = weights[f"quantize.{'embed' if gumbel else 'embedding'}.weight"].shape
-        levels = list(
-            itertools.takewhile(lambda n: f"encoder.down.{n}.block.0.conv1.weight" in weights, itertools.count())
-        )
+        names = (f"encoder.down.{level}.block.0.conv1.weight" for level in itertools.count())
+        levels = range(sum(1 for _ in itertools.takewhile(lambda name: name in weights, names)))
         blocks = itertools.takewhile(lambda n: f"encoder.down.0.block.{n}.conv1.weight" in weights, itertools.count())
         ddconfig = {
             "double_z": False,

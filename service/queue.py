@@ -202,9 +202,8 @@ class GenerationQueue:
             self.served[client] += 1
             if not entries:
                 del self.waiting[client]
-        self.served = {
-            client: count for client, count in self.served.items() if client in self.waiting or count > self.clock
-        }
+        still = [client for client, count in self.served.items() if client in self.waiting or count > self.clock]
+        self.served = {client: self.served[client] for client in still}
         return sorted(batch, key=lambda one: one[0].every is None)  # previews show the first images of a batch
 
     def _work(self):

@@ -19,9 +19,7 @@ def decode(text: str, size: int) -> Image.Image:
     except ValueError:
         raise ValueError("The image is not base64.") from None
     if len(data) > MAX_BYTES:
-        raise ValueError(
-            f"The image file has {len(data) / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB are accepted."
-        )
+        raise ValueError(f"The file has {len(data) / 2**20:.1f} MB; at most {MAX_BYTES // 2**20} MB are accepted.")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:

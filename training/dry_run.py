@@ -9,7 +9,7 @@ import shutil
 import statistics
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -19,6 +19,7 @@ from data.images import load_image
 from data.loader import RunOrder
 from training import checkpoints
 from training.loop import describe_less
+from utils.checkpoint import size_of
 
 if TYPE_CHECKING:
     from backends.base import StageEstimate
@@ -213,15 +214,6 @@ def describe_disk(run: Run) -> str:
         f"{' and the best' * best}, and one being written; {format_bytes(free)} free in {place}"
         f"{'' if needed < free else '; NOT ENOUGH'}"
     )
-
-
-def size_of(value: Any) -> int:
-    """Return the bytes of all tensors in nested containers."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(map(size_of, value.values()))
-    return sum(map(size_of, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def format_bytes(count: float) -> str:

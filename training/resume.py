@@ -113,9 +113,8 @@ def load_progress(run: Run, path: Path, saved: checkpoint.Checkpoint, model: DAL
     changes = enter_order(run, path, saved)
     finished = run.step == run.steps and run.post_update_done and not run.settings.resume
     if run.step > run.steps or finished:
-        raise ValueError(
-            f"{path}: has {run.step} steps already, this run ends at {run.steps}; give more --epochs or --max-steps"
-        )
+        more = f"this run ends at {run.steps}; give more --epochs or --max-steps"
+        raise ValueError(f"{path}: has {run.step} steps already, {more}")
     logger.info("resuming from %s at step %d", path, run.step)
     if changes:
         if run.folder.path is not None:

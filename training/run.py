@@ -62,9 +62,8 @@ class LearningRate:
         self.name, self.peak, self.warmup_steps = name, peak, warmup_steps
         # torch's scheduler does the bookkeeping, on a parameter that is not trained.
         self._holder = torch.optim.SGD([torch.zeros(1)], lr=peak)
-        self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self._holder, factor=0.5, patience=10, cooldown=10, min_lr=1e-6
-        )
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+        self._plateau = plateau(self._holder, factor=0.5, patience=10, cooldown=10, min_lr=1e-6)
 
     def at(self, step: int, epoch: int) -> float:
         """Return the learning rate of update `step` in `epoch`, both from 0."""

@@ -37,9 +37,7 @@ def _import_package(name: str, attribute: str, flag: str) -> ModuleType:
         package = importlib.import_module(name)
         getattr(package, attribute)  # which a mere folder of that name lacks
     except (ImportError, AttributeError):
-        raise ValueError(
-            f"{flag}: the package {name} is not installed; pip install {name}, or leave the flag out"
-        ) from None
+        raise ValueError(f"{flag}: the package {name} is not installed; pip install {name}, or omit the flag") from None
     return package
 
 

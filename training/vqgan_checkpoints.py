@@ -76,10 +76,9 @@ def move_earlier(output_dir: Path, steps: int) -> None:
 def load_initial(settings: Namespace) -> VQGanVAE:
     """Return the VQGAN of --init-from, and give its sizes to `settings`; ValueError if it is not a VQModel."""
     vae = load_vqgan(settings.init_from)
-    if not isinstance(vae, VQGanVAE) or vae.hparams["target"] != "VQModel":
-        raise ValueError(
-            f"--init-from {settings.init_from}: is a {vae.hparams['target']}; only a VQModel can be trained"
-        )
+    kind = vae.hparams["target"]
+    if not isinstance(vae, VQGanVAE) or kind != "VQModel":
+        raise ValueError(f"--init-from {settings.init_from}: is a {kind}; only a VQModel can be trained")
     params = vae.hparams["params"]
     sizes = {**params["ddconfig"], **params, "image_size": vae.image_size}
     for name in VQGAN_SIZES:
@@ -106,7 +105,5 @@ def resume(trainer: VQGanTrainer, output_dir: Path) -> None:
         trainer.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, UnpicklingError) as error:
         reason = first_line(error)
-        raise ValueError(
-            f"--resume: {path} is not of this VQGAN; use the flags it was begun with ({reason})"
-        ) from error
+        raise ValueError(f"--resume: {path} is not of this VQGAN; use the flags it began with ({reason})") from error
     logger.info("resumed at step %d of %d", trainer.steps, trainer.settings.max_steps)

@@ -128,9 +128,7 @@ def _is_dalle_pytorch(saved: Any) -> bool:
     weights = saved.get("weights")
     if isinstance(weights, str):  # DeepSpeed's auxiliary.pt has a hint in their place
         return True
-    return isinstance(weights, dict) and any(
-        isinstance(name, str) and name.startswith(DALLE_PYTORCH) for name in weights
-    )
+    return isinstance(weights, dict) and any(str(name).startswith(DALLE_PYTORCH) for name in weights)
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
@@ -258,6 +256,19 @@ def check_vocabulary(path: AnyPath, saved: Checkpoint, fingerprint: str, flag: s
             f"{path}: was trained by another program, with another vocabulary than our bpe_yttm_vocab.txt; "
             f"give its own file with {flag} (Graphcore's application has one of the same name)"
         )
+
+
+def tensors_in(value: Any) -> List[torch.Tensor]:
+    """Collect every tensor in nested dicts, lists and tuples."""
+    if torch.is_tensor(value):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in inside for tensor in tensors_in(item)]
+
+
+def size_of(value: Any) -> int:
+    """Return the bytes of all tensors in nested containers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(value))
 
 
 def short(fingerprint: Any) -> str:

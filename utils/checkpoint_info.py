@@ -77,10 +77,9 @@ def _render(value: Any) -> str:
     if isinstance(value, dict) and len(value) <= MOST_SHOWN and all(isinstance(name, str) for name in value):
         shown = {name: _render(one) for name, one in value.items() if one is not None and one is not False}
         return ", ".join(f"{name} {text}" for name, text in shown.items() if text)
-    tensors = _tensors_in(value)
+    tensors = checkpoint.tensors_in(value)
     if tensors:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return f"{len(tensors)} tensor{'s' * (len(tensors) > 1)}, {_megabytes(size)}"
+        return f"{len(tensors)} tensor{'s' * (len(tensors) > 1)}, {_megabytes(checkpoint.size_of(value))}"
     if isinstance(value, dict):
         return f"{len(value):,} entries"
     if isinstance(value, (list, tuple)):
@@ -104,14 +103,6 @@ def _count_parameters(weights: Dict[str, torch.Tensor]) -> str:
             types = " and ".join(sorted({str(tensor.dtype).partition(".")[2] for tensor in tensors}))
             phrases.append(f"{owner} {sum(tensor.numel() for tensor in tensors):,} in {types}")
     return "; ".join(phrases)
-
-
-def _tensors_in(value: Any) -> List[torch.Tensor]:
-    """Collect every tensor in nested dicts, lists and tuples."""
-    if torch.is_tensor(value):
-        return [value]
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for item in inside for tensor in _tensors_in(item)]
 
 
 if __name__ == "__main__":

@@ -60,9 +60,8 @@ class Parser(argparse.ArgumentParser):
             if type is bool:
                 more = {"nargs": "?", "const": True, "metavar": "", **more}
                 group.add_argument(*_spellings(name), type=boolean, default=default, help=help, **more)
-                group.add_argument(
-                    *_spellings(f"no-{name}"), dest=dest, action="store_false", default=default, help=argparse.SUPPRESS
-                )
+                off = {"dest": dest, "action": "store_false", "default": default, "help": argparse.SUPPRESS}
+                group.add_argument(*_spellings(f"no-{name}"), **off)
             else:
                 metavar = None if "choices" in more else getattr(type, "metavar", "NAME")
                 more = {"metavar": metavar, **more}

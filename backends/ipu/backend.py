@@ -90,9 +90,7 @@ class Instances:
         try:
             import horovod.torch
         except ImportError:
-            raise ValueError(
-                "PopRun: there is no Horovod here, which its instances need; pip install -r requirements-ipu.txt"
-            ) from None
+            raise ValueError("PopRun: needs Horovod; pip install -r requirements-ipu.txt") from None
         import popdist.poptorch
 
         popdist.init()  # before anything else, or PopRun's runtime is set up and ended too late
@@ -190,9 +188,8 @@ class IpuBackend(Backend):
 
     def number_size(self, model: DALLE) -> int:
         """Return the bytes of a number in inference: 2 if it is asked for or if the model is large, else 4."""
-        half = self.precision == "fp16" or (
-            self.precision == "auto" and 4 * estimates.trained_parameters(model) > FP32_WEIGHTS
-        )
+        large = 4 * estimates.trained_parameters(model) > FP32_WEIGHTS
+        half = self.precision == "fp16" or (self.precision == "auto" and large)
         return 2 if half else 4
 
     def encode(self, vae: ImageTokenizer) -> Callable[[Tensor], Tensor]:

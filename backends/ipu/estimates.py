@@ -161,10 +161,8 @@ def estimate_stages(places: Placement, costs: Dict[str, Cost], training: Trainin
     found = stages(places)
     parts = [[costs[name] for name in names] for _, names in found]
     parts[0].append(costs[""])
-    return [
-        estimate_stage(ipu, part, number, len(found), training)
-        for number, ((ipu, _), part) in enumerate(zip(found, parts))
-    ]
+    numbered = enumerate(zip(found, parts))
+    return [estimate_stage(ipu, part, number, len(found), training) for number, ((ipu, _), part) in numbered]
 
 
 def estimate_stage(ipu: int, costs: Sequence[Cost], number: int, count: int, training: Training) -> StageEstimate:

@@ -160,9 +160,7 @@ class DeviceSampler:
         operators: StaticSampler's loop and update. If it does not compile with them, every code takes a call.
     """
 
-    def __init__(
-        self, model: DALLE, rows: int, program: Callable[[nn.Module], Program], operators: Dict[str, Callable]
-    ):
+    def __init__(self, model: DALLE, rows: int, program: Callable[[nn.Module], Program], operators: Dict[str, Any]):
         self.model, self.rows = model, rows + rows % 2
         self.image_sampler, self.code_sampler = program(StaticSampler(model, **operators)), program(FullPass(model))
         self.loop_compiles = True

@@ -29,7 +29,8 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from backends.base import Losses, Trainer
-from backends.native.fast_layers import compile_model, use_fast_layers
+from backends.native.compilation import compile_model
+from backends.native.fast_layers import use_fast_layers
 from backends.native.gpu_attention import use_fused_attention
 from backends.native.inference import NativeSampler
 from models.dalle import DALLE, parameter_groups

@@ -7,7 +7,7 @@ mapped into memory; of a Parquet file, one row group is kept.
 import functools
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from data.files import EMPTY_CAPTION, OTHER_SPLIT, File, StoredImage, clean_captions, printable
 from data.sources.base import ImagePath, ImageSource, choose_splits, files_of_split, text_columns, text_state
@@ -98,28 +98,20 @@ class _Row(NamedTuple):
     split: str
 
 
-class _Columns(NamedTuple):
-    image: str
-    texts: List[str]
-    split: Optional[str]
-
-
 def _read_rows(folder: Path, file: str) -> Iterator[_Row]:
     arrow, path = import_pyarrow(folder / file), folder / file
     try:
         is_parquet = path.suffix.lower() == ".parquet"
         groups = arrow.parquet.read_metadata(path).num_row_groups if is_parquet else 1
         schema = arrow.parquet.read_schema(path) if is_parquet else _map_arrow(path).schema
-        columns = _find_columns(arrow.types, path, schema)
+        image_column, caption_columns, split_column = _find_columns(arrow.types, path, schema)
         status, number = path.stat(), 0
         for group in range(groups):
-            texts = [_read_group(path, group, text).to_pylist() for text in columns.texts]
-            splits = _read_group(path, group, columns.split).to_pylist() if columns.split else [""] * len(texts[0])
+            texts = [_read_group(path, group, column).to_pylist() for column in caption_columns]
+            splits = _read_group(path, group, split_column).to_pylist() if split_column else [""] * len(texts[0])
             for row, (split, *values) in enumerate(zip(splits, *texts)):
-                image = RowImage(path, columns.image, group, row, number)
-                captions = clean_captions(
-                    t for value in values for t in (value if isinstance(value, list) else [value])
-                )
+                image = RowImage(path, image_column, group, row, number)
+                captions = clean_captions(t for one in values for t in (one if isinstance(one, list) else [one]))
                 state = (f"{file}/{number:08d}", status.st_size, status.st_mtime_ns)
                 yield _Row(state, image, captions, str(split or "").lower())
                 number += 1
@@ -138,7 +130,9 @@ def image_columns(types: Any, schema: Any) -> List[str]:
     return sorted(names, key=lambda name: name.lower() != "image")
 
 
-def _find_columns(types: Any, path: Path, schema: Any) -> _Columns:
+def _find_columns(types: Any, path: Path, schema: Any) -> Tuple[str, List[str], Optional[str]]:
+    """Return the columns of images, of texts and, if there is one, of splits."""
+
     def is_text(kind: Any) -> bool:
         if types.is_list(kind) or types.is_large_list(kind):
             kind = kind.value_type
@@ -152,7 +146,7 @@ def _find_columns(types: Any, path: Path, schema: Any) -> _Columns:
             f"{printable(path)}: needs a column of images and one of strings called text or caption; it has "
             f"{', '.join(f'{field.name} ({field.type})' for field in schema)}"
         )
-    return _Columns(images[0], captions, "split" if "split" in texts else None)
+    return images[0], captions, "split" if "split" in texts else None
 
 
 @functools.lru_cache(maxsize=64)

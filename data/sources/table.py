@@ -72,13 +72,11 @@ class Table(ImageSource):
         names = {reason: sorted(set(names)) for reason, names in sorted(skipped.items()) if names}
         if not usable:
             reasons = ", ".join(f"{len(found):,} × {reason}" for reason, found in names.items()) or "it is empty"
-            raise ValueError(
-                f"{printable(folder)}: none of {len(entries):,} listed images can be used ({form}; {reasons})"
-            )
+            problem = f"none of {len(entries):,} listed images can be used ({form}; {reasons})"
+            raise ValueError(f"{printable(folder)}: {problem}")
         paths: Skipped = {reason: [folder / name for name in found] for reason, found in names.items()}
-        super().__init__(
-            folder, list(usable.values()), [text_state(name, self._captions[name]) for name in usable], paths
-        )
+        texts = [text_state(name, self._captions[name]) for name in usable]
+        super().__init__(folder, list(usable.values()), texts, paths)
 
     def captions(self, name: str) -> List[str]:
         return self._captions[name]

@@ -9,7 +9,7 @@ import logging
 import os
 import tarfile
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, Dict, List, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -42,13 +42,6 @@ class TarImage(StoredImage):
         return read_part(self.path, self.offset, self.size)
 
 
-class Sample(NamedTuple):
-    """The places of an image and its captions in a shard."""
-
-    image: Member
-    text: Member
-
-
 class TarShards(ImageSource):
     """The samples of all shards, in the order of the shards' names and of each shard's content."""
 
@@ -56,7 +49,7 @@ class TarShards(ImageSource):
 
     def __init__(self, folder: Path, shards: Sequence[str], cache_dir: Optional[Path] = None):
         """Read the index in `cache_dir`, or index the shards; ValueError if none has an image with a caption."""
-        self._samples: Dict[str, Tuple[str, Sample]] = {}  # name -> shard, places
+        self._samples: Dict[str, Tuple[str, Member, Member]] = {}  # name -> shard, places of image and captions
         images: List[File] = []
         texts: List[File] = []
         skipped: Dict[str, List[str]] = {}
@@ -64,7 +57,7 @@ class TarShards(ImageSource):
             for image, text in entry["samples"]:
                 name = f"{shard}/{image[0]}"
                 if name not in self._samples:
-                    self._samples[name] = shard, Sample(tuple(image), tuple(text))
+                    self._samples[name] = shard, tuple(image), tuple(text)
                     images.append((name, image[2], entry["mtime"]))
                     texts.append((name, text[2], entry["mtime"]))
             for reason, names in entry["skipped"].items():
@@ -80,12 +73,12 @@ class TarShards(ImageSource):
         self.holders = shards
 
     def image(self, name: str) -> ImagePath:
-        shard, sample = self._samples[name]
-        return TarImage(self.folder / shard, *sample.image)
+        shard, image, _ = self._samples[name]
+        return TarImage(self.folder / shard, *image)
 
     def captions(self, name: str) -> List[str]:
-        shard, sample = self._samples[name]
-        return files.parse_captions(sample.text[0], read_part(self.folder / shard, *sample.text[1:]))
+        shard, _, text = self._samples[name]
+        return files.parse_captions(text[0], read_part(self.folder / shard, *text[1:]))
 
 
 def read_part(path: Path, offset: int, size: int) -> bytes:

@@ -7,16 +7,19 @@ import shutil
 import pytest
 import torch
 
-from backends.native import fast_layers, fast_losses
+from backends.native import compilation, fast_layers
 from backends.native.backend import NativeTrainingBackend
+from backends.native.compilation import fusible_row_losses
 from backends.native.fast_layers import (
     AxialAttention,
     DenseAttention,
+    HeadLosses,
     axial_bias,
     bias_of,
+    compute_losses,
+    row_losses,
     use_fast_layers,
 )
-from backends.native.fast_losses import HeadLosses, compute_losses, fusible_row_losses, row_losses
 from models.transformer import PATTERNS, KeyValueCache, attend, pattern_mask
 from tests.backends.native.test_backend import settings
 from tests.builders import small_dalle
@@ -99,7 +102,7 @@ def test_attention_has_its_own_gradient(pattern, queries, monkeypatch):
 @pytest.mark.parametrize("of_rows", [row_losses, fusible_row_losses])
 @pytest.mark.parametrize("rows", [1024, 5])
 def test_head_losses_have_their_own_gradient(rows, of_rows, monkeypatch):
-    monkeypatch.setattr(fast_losses, "ROWS", rows)
+    monkeypatch.setattr(fast_layers, "ROWS", rows)
     torch.manual_seed(0)
     shapes = (8, 4), (12, 4), (11, 4), (11,)
     floats = [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -190,11 +193,11 @@ def test_compiled_layers_and_losses_equal_the_plain_ones(tiny_vae, monkeypatch, 
     def no_compiler(graph, inputs):
         raise OSError("no compiler")
 
-    monkeypatch.setattr(fast_layers, "WORTH_COMPILING", 0)
-    monkeypatch.setattr(fast_losses, "ROWS", 20)  # of 48 positions of codes
+    monkeypatch.setattr(compilation, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(fast_layers, "ROWS", 20)  # of 48 positions of codes
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compile_with(function, backend=no_compiler))
-    fast_layers.compile_model([fast, average], pass_both_ways)
+    compilation.compile_model([fast, average], pass_both_ways)
     now = [[layer.compute for layer in model.transformer.layers] for model in (fast, average)]
     assert [*now, [fast.compute_losses, average.compute_losses]] == used
     (record,) = logged.records
@@ -204,7 +207,7 @@ def test_compiled_layers_and_losses_equal_the_plain_ones(tiny_vae, monkeypatch, 
     frames = torch._dynamo.utils.counters["frames"]
     frames.clear()
     monkeypatch.setattr(torch, "compile", lambda function: compile_with(function, backend=backend))
-    fast_layers.compile_model([fast, average], pass_both_ways)
+    compilation.compile_model([fast, average], pass_both_ways)
     assert len(logged.records) == 1 and frames["ok"] == 3  # layers of one kind, losses of text, losses of codes
     expected = losses_and_gradients(plain, *some)
     assert_same(losses_and_gradients(fast, *some), expected, atol=2e-5, rtol=1e-4)
