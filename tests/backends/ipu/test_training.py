@@ -18,10 +18,6 @@ def weights_of(trainer):
 
 
 def test_half_precision_only_where_it_is_asked_for(poptorch_standin, tiny_vae):
-    def optimizer_of(*flags):
-        backend = backends.for_training(settings(*flags))
-        return backend, backend.trainer(small_dalle(tiny_vae)).optimizer
-
     half, single = torch.float16, torch.float32
     for flags, accumulator, momentum, scaling in (
         ("", single, single, 1),
@@ -31,12 +27,11 @@ def test_half_precision_only_where_it_is_asked_for(poptorch_standin, tiny_vae):
         ("--precision fp16 --fp16 false", half, single, 1),
         ("--precision auto --fp16 false", single, single, 1),
     ):
-        backend, optimizer = optimizer_of(flags)
-        assert backend.half == (accumulator == half), flags
-        assert optimizer.accum_type == accumulator, flags
+        backend = backends.for_training(settings(flags))
+        optimizer = backend.trainer(small_dalle(tiny_vae)).optimizer
+        assert backend.half == (accumulator == half) and optimizer.accum_type == accumulator, flags
         assert optimizer.first_order_momentum_accum_type == momentum, flags
-        assert optimizer.second_order_momentum_accum_type == single
-        assert optimizer.loss_scaling == scaling
+        assert (optimizer.second_order_momentum_accum_type, optimizer.loss_scaling) == (single, scaling)
         assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
 
 
