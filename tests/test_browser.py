@@ -45,12 +45,6 @@ def loaded(tiny_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def port(loaded):
-    with running(loaded) as port:
-        yield port
-
-
-@pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
@@ -104,9 +98,6 @@ class Page:
         until(lambda: self.shows(css) > place)
         self.js("[...document.querySelectorAll(arguments[0])][arguments[1]].click()", css, place)
 
-    def slide(self, css, value):
-        self.each(css, f"[e.value = {value}, e.oninput()]")
-
     def write(self, text, css="#prompt"):
         box = self.browser.find_element("css selector", css)
         box.clear()
@@ -145,6 +136,12 @@ class Page:
           done(Array.from(new Uint8Array(await blob.arrayBuffer())));
         });"""
         return bytes(self.browser.execute_async_script(script, self.text("#caption"), self.facts()["Seed"]))
+
+
+@pytest.fixture(scope="module")
+def port(loaded):
+    with running(loaded) as port:
+        yield port
 
 
 @pytest.fixture
@@ -236,7 +233,7 @@ def test_vary_and_continue_keep_the_upper_rows(page, loaded):
 
     page.drop("mine.png", parent)
     until(lambda: page.js("document.querySelector('#start').naturalWidth > 0"))
-    page.slide("#keep_rows", 2)
+    page.each("#keep_rows", "[e.value = 2, e.oninput()]")
     page.generate("a red circle")
     page.click("#grid button.cell", 3)
     assert page.facts()["Rows kept"] == "2"
@@ -276,7 +273,7 @@ def test_a_token_is_asked_for_once(chromium, loaded):
 
 
 def test_a_link_reproduces_an_image(page):
-    page.slide("#temperature", 0.5)
+    page.each("#temperature", "[e.value = 0.5, e.oninput()]")
     page.generate("a red & blue “square”")
     page.click("#grid button.cell", 2)
     png = page.png()

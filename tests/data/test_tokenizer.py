@@ -142,6 +142,11 @@ def test_identity_and_the_bytes_in_a_checkpoint(clip, yttm, logged):
     assert embedded.encode("A dog") == yttm.encode("A dog")
     copied = pickle.loads(pickle.dumps(yttm))  # as a data loader's worker processes may get it
     assert copied.encode("A dog") == yttm.encode("A dog")
+    bundled = load_tokenizer("models/bpe/bpe_yttm_vocab.txt")  # the path in Graphcore's README
+    assert bundled.path == str(YTTM_PATH) and bundled.fingerprint == yttm.fingerprint
+    assert f"models/bpe/bpe_yttm_vocab.txt: no such file; using {YTTM_PATH}" in logged.text
+    with pytest.raises(FileNotFoundError, match="^models/bpe/other.txt: no such vocabulary file$"):
+        load_tokenizer("models/bpe/other.txt")
 
 
 MODEL, CLIP_FILE = YTTM_PATH.read_bytes(), CLIP_PATH.read_bytes()

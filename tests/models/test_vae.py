@@ -6,11 +6,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from taming.modules.diffusionmodules.model import Decoder, Encoder
-from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
+from taming.modules.vqvae.quantize import GumbelQuantize
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks import peer
 from models.vae import VQGanVAE
 from models.vqgan_files import load_vqgan
 from tests.builders import one_line
@@ -35,22 +35,15 @@ def sizes(resolution=16, ch_mult=(1, 2), attn_resolutions=(8,), patch_size=1, gu
     return {**params, **({"patch_size": patch_size} if patch_size > 1 else {}), **more}
 
 
-class Taming(nn.Module):
+class Taming(peer.TamingVQGAN):
     """taming's VQModel or GumbelVQ as its source puts it together, without Lightning and the loss."""
 
     def __init__(self, params, gumbel=False):
-        super().__init__()
-        torch.manual_seed(0)
-        ddconfig, width = params["ddconfig"], params["embed_dim"]
+        super().__init__(params)
         self.patch_size, self.gumbel = params.get("patch_size", 1), gumbel
-        self.encoder, self.decoder = Encoder(**ddconfig), Decoder(**ddconfig)
-        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], width, 1)
-        self.post_quant_conv = nn.Conv2d(width, ddconfig["z_channels"], 1)
         if gumbel:
-            self.quantize = GumbelQuantize(ddconfig["z_channels"], width, n_embed=params["n_embed"])
-        else:
-            self.quantize = VectorQuantizer2(params["n_embed"], width, beta=0.25, sane_index_shape=True)
-        self.eval().requires_grad_(False)
+            channels = params["ddconfig"]["z_channels"]
+            self.quantize = GumbelQuantize(channels, self.width, n_embed=params["n_embed"]).requires_grad_(False)
         latents = self.latents(pictures(self, count=16, seed=9)).permute(0, 2, 3, 1).flatten(0, 2)
         if gumbel:  # spread the logits, so that many codes are used
             self.quantize.proj.bias.copy_(-self.quantize.proj(latents.t()[None, :, None]).mean(dim=(0, 2, 3)))
