@@ -45,8 +45,7 @@ def open_source(
         validation: of a form with splits, read those to validate on instead of those to train on.
 
     Raises:
-        FileNotFoundError, PermissionError: the path cannot be read.
-        ValueError: it has none of the forms, or no captioned image.
+        ValueError, OSError: the path cannot be read, has none of the forms, or no captioned image.
     """
     path = Path(path)
     folder = folder_of(path)
