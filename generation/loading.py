@@ -174,11 +174,7 @@ def find_vqgan(
     saved: Dict[str, Any],
     weights: Dict[str, Tensor],
 ) -> Tuple[Callable[[], ImageTokenizer], Dict[str, Tensor]]:
-    """Find the VQGAN of a checkpoint: given by path, in the file, or the official one.
-
-    Returns:
-        A function that builds it, and the weights with the VQGAN's among them.
-    """
+    """Return a function that builds a checkpoint's VQGAN, and the weights, with the VQGAN's if they come from elsewhere."""
     params = saved.get("vae_params", {})
     if not vqgan_model_path and params.get("target"):
         return functools.partial(build_tokenizer, params), weights
