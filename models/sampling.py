@@ -113,6 +113,12 @@ class Stepper:
     def __init__(self, dalle: DALLE):
         self.dalle = dalle
 
+    def noise(self, batch: int, generator: Generators) -> Tensor:
+        """Return gumbel_noise for a batch of images, on the model's device."""
+        dalle = self.dalle
+        device = dalle.text_emb.weight.device
+        return gumbel_noise(batch, dalle.image_seq_len, dalle.num_image_tokens, generator, device)
+
     def begin(self, text: Tensor, codes: Tensor, cond_scale: float = 1.0) -> Tensor:
         """Read text int64 (R, T) and codes int64 (R, n), n ≥ 0; return the logits (B, V) of the next code.
 
@@ -264,7 +270,7 @@ def sample_codes(
     sampling.check()
     given = check_given_codes(dalle, text, image_codes)
     count, length = given.shape[1], dalle.image_seq_len
-    noise = gumbel_noise(len(text), length, dalle.num_image_tokens, generator, text.device)
+    noise = stepper.noise(len(text), generator)
     if count == length:
         return given
     copies = 2 if sampling.is_guided else 1
@@ -341,9 +347,13 @@ def gumbel_noise(
             run = pool.map if batch >= 16 else map  # threads take longer to start than a few images
             return torch.cat([*run(lambda one: gumbel_noise(1, length, num_codes, one, device), generator)])
     source = device if generator is None else generator.device
-    noise = torch.rand(batch, length, num_codes, generator=generator, device=source).to(device)
+    return make_gumbel_(torch.rand(batch, length, num_codes, generator=generator, device=source).to(device))
+
+
+def make_gumbel_(noise: Tensor) -> Tensor:
+    """Turn uniform noise into Gumbel noise, in place because the tensor is large, and return it."""
     tiny = torch.finfo(torch.float32).tiny
-    for _ in range(2):  # −log(−log u), in place because the tensor is large
+    for _ in range(2):  # −log(−log u)
         noise.clamp_min_(tiny).log_().neg_()
     return noise
 

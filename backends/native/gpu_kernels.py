@@ -1,8 +1,11 @@
-"""Triton kernels for a few positions, where launching PyTorch's operators takes longer than their work."""
+"""Triton kernels for sampling: layers at a few positions, and the CPU's random numbers.
+
+PyTorch's operators take longer to launch than to compute a few positions.
+"""
 
 import functools
 import logging
-from typing import Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 import triton
@@ -14,6 +17,13 @@ from models.packed_sampler import LayerKernels, Norm
 logger = logging.getLogger("minidalle")
 ROWS = 16  # queries of an image that a program computes: what matrix units multiply at least
 KEYS = 64  # keys at a time
+WORDS, STEP = 624, 227  # of the Mersenne Twister's state; words from one to the next that it needs
+# Bytes of torch.Generator.get_state(): how many words are left plus 1, how many are given, and all, each in 8 bytes.
+STATE = (
+    (slice(8, 12), torch.int32),
+    (slice(16, 24), torch.int64),
+    (slice(24, 24 + 8 * WORDS), torch.int64),
+)
 
 
 @triton.jit
@@ -98,6 +108,63 @@ def _geglu(wide, out, dim, BLOCK: tl.constexpr):
     tl.store(out + row * dim + columns, result.to(out.dtype.element_ty), inside)
 
 
+@triton.jit
+def _continue_twister(words, LENGTH: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr):
+    # A word needs others that are STEP or more before it, so a program computes STEP of them at once.
+    row, lanes = words + tl.program_id(0).to(tl.int64) * LENGTH, tl.arange(0, LANES)
+    for start in range(WORDS, LENGTH, STEP):
+        at = start + lanes
+        inside = (lanes < STEP) & (at < LENGTH)
+        upper = tl.load(row + at - WORDS, inside, 0).to(tl.uint32, bitcast=True)
+        lower = tl.load(row + at - WORDS + 1, inside, 0).to(tl.uint32, bitcast=True)
+        near = tl.load(row + at - STEP, inside, 0).to(tl.uint32, bitcast=True)
+        mixed = (upper & 0x80000000) | (lower & 0x7FFFFFFF)
+        new = near ^ (mixed >> 1) ^ ((mixed & 1) * 0x9908B0DF)
+        tl.store(row + at, new.to(tl.int32, bitcast=True), inside)
+        tl.debug_barrier()  # the program reads what it wrote
+
+
+@triton.jit
+def _temper(words, numbers, first, count, length, BLOCK: tl.constexpr):
+    image, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(words + image * length + first + at, at < count, 0).to(tl.uint32, bitcast=True)
+    x ^= x >> 11
+    x ^= (x << 7) & 0x9D2C5680
+    x ^= (x << 15) & 0xEFC60000
+    x ^= x >> 18
+    tl.store(numbers + image * count + at, (x & 0xFFFFFF).to(tl.float32) * 5.9604644775390625e-08, at < count)
+
+
+def uniform_numbers(generators: Sequence[torch.Generator], count: int, device: torch.device) -> Tensor:
+    """Generate on a GPU what torch.rand(count, generator=g) gives on the CPU for each generator g: float32 (B, count).
+
+    The CPU's generator is the Mersenne Twister MT19937 (Matsumoto and Nishimura 1998). The generators' states advance.
+
+    Raises:
+        ValueError: the generators have given different amounts of numbers.
+    """
+    states = torch.stack([generator.get_state() for generator in generators])
+    left, given, twister = (states[:, part].clone().view(dtype) for part, dtype in STATE)
+    firsts = torch.where(left == 1, WORDS, given).unique().tolist()
+    if len(firsts) > 1:
+        raise ValueError("generators that have given different amounts of numbers")
+    first = firsts[0]
+    length = -(-(first + count) // WORDS) * WORDS
+    words = torch.empty(len(states), length, dtype=torch.int32, device=device)
+    words[:, :WORDS] = twister.int().to(device)
+    # Without stages, so that no load is moved before the store that it needs.
+    _continue_twister[(len(states),)](words, length, WORDS, STEP, LANES=256, num_warps=8, num_stages=1)
+    numbers = torch.empty(len(states), count, device=device)
+    _temper[(len(states), triton.cdiv(count, 1024))](words, numbers, first, count, length, BLOCK=1024)
+    used = first + count - (length - WORDS)  # of the last state
+    last = words[:, -WORDS:].cpu().long() & 0xFFFFFFFF
+    for (part, dtype), value in zip(STATE, (torch.tensor([WORDS + 1 - used]), torch.tensor([used]), last)):
+        states[:, part] = value.to(dtype).view(torch.uint8)
+    for generator, state in zip(generators, states):
+        generator.set_state(state.clone())  # torch 2.13 crashes on a part of a tensor
+    return numbers
+
+
 class TritonKernels(LayerKernels):
     """LayerKernels in one kernel each.
 
@@ -162,3 +229,15 @@ def kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
         return True
     logger.warning("Triton kernels differ by %.3f from PyTorch's operators here; they are not used", max(differences))
     return False
+
+
+@functools.lru_cache(maxsize=None)
+def numbers_work(device: torch.device) -> bool:
+    """Return whether uniform_numbers gives here what the CPU gives, and leaves generators as the CPU does."""
+    ours, expected = ([torch.Generator().manual_seed(seed) for seed in (0, 1, 2**31 - 1)] for _ in range(2))
+    for count in (700, 548, 1000):  # within a state, to its end, and over the next one's
+        numbers = torch.stack([torch.rand(count, generator=generator) for generator in expected])
+        if not torch.equal(uniform_numbers(ours, count, device).cpu(), numbers):
+            logger.warning("Triton's random numbers differ from PyTorch's here; they are not used")
+            return False
+    return all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(ours, expected))

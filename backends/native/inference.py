@@ -6,9 +6,10 @@ trained VQGAN on photographs. Features newer than torch 2.0 are used only after 
 
 import contextlib
 import copy
+import functools
 import logging
 import os
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from taming.modules.diffusionmodules.model import ResnetBlock
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from models.dalle import DALLE
 from models.packed_sampler import CachedStepper, LayerKernels, Pack, PackedStepper
-from models.sampling import CodeCallback, Generators, Sampling, SamplingState, Stepper, sample_codes
+from models.sampling import CodeCallback, Generators, Sampling, SamplingState, Stepper, make_gumbel_, sample_codes
 from models.vae import ImageTokenizer, VQGanVAE
 
 logger = logging.getLogger("minidalle")
@@ -81,7 +82,16 @@ class CapturedStepper(PackedStepper):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.graphs: Dict[Tuple[Sampling, int], Tuple[Any, Tensor]] = {}  # with what advance returns
+        self.uniform_numbers = find_uniform_numbers(self.dalle.text_emb.weight.device)
         self.buffers: List[Tensor] = []
+
+    def noise(self, batch: int, generator: Generators) -> Tensor:
+        """See Stepper. A GPU generates the CPU's numbers sooner than it gets them from there."""
+        length, codes = self.dalle.image_seq_len, self.dalle.num_image_tokens
+        if self.uniform_numbers is not None and isinstance(generator, list) and len(generator) == batch:
+            with contextlib.suppress(ValueError):
+                return make_gumbel_(self.uniform_numbers(generator, length * codes).view(batch, length, codes))
+        return super().noise(batch, generator)
 
     @torch.no_grad()
     def hold(self, state: SamplingState) -> SamplingState:
@@ -147,14 +157,30 @@ def fastest_kernels(device: torch.device, dtype: torch.dtype) -> Optional[LayerK
     """Return Triton's kernels for half precision on GPUs; None for PyTorch's operators, also if those fail."""
     if device.type == "cpu" or dtype == torch.float32:
         return None
-    try:
+    with triton_missing("kernels of layers"):
         from backends.native.gpu_kernels import TritonKernels, kernels_work
 
         return TritonKernels(dtype) if kernels_work(device, dtype) else None
-    except Exception as error:  # Triton, a compiler or a driver's part is missing
+    return None
+
+
+def find_uniform_numbers(device: torch.device) -> Optional[Callable[[List[torch.Generator], int], Tensor]]:
+    """Return a function from the CPU's generators and a count to their next numbers (B, count), if a GPU has one."""
+    with triton_missing("random numbers"):
+        from backends.native.gpu_kernels import numbers_work, uniform_numbers
+
+        return functools.partial(uniform_numbers, device=device) if numbers_work(device) else None
+    return None
+
+
+@contextlib.contextmanager
+def triton_missing(what: str) -> Iterator[None]:
+    """Log an error of the block, since Triton, a compiler or a driver's part is missing, and end the block."""
+    try:
+        yield
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        logger.info("sampling takes PyTorch's operators, which only costs speed: %s", reason)
-        return None
+        logger.info("sampling does without Triton's %s, which only costs speed: %s", what, reason)
 
 
 def packer(device: torch.device, dtype: torch.dtype) -> Pack:
