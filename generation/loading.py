@@ -174,7 +174,7 @@ def find_vqgan(
     saved: Dict[str, Any],
     weights: Dict[str, Tensor],
 ) -> Tuple[Callable[[], ImageTokenizer], Dict[str, Tensor]]:
-    """Return a function that builds a checkpoint's VQGAN, and the weights, with the VQGAN's if they come from elsewhere."""
+    """Return a function that builds a checkpoint's VQGAN, and the weights with those of a VQGAN from elsewhere."""
     params = saved.get("vae_params", {})
     if not vqgan_model_path and params.get("target"):
         return functools.partial(build_tokenizer, params), weights
