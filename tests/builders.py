@@ -44,17 +44,15 @@ def reference_weights(
     text_tokens: int = 8192, text_seq_len: int = 80, sandwich_norm: bool = False
 ) -> Dict[str, Tensor]:
     """Return random weights under the reference's names, without their prefix: 2 layers of 32, 4 x 4 codes of 64."""
+    tokens = text_tokens + text_seq_len
     shapes = {
-        "text_emb.weight": (text_tokens + text_seq_len, 32),
+        "text_emb.weight": (tokens, 32),
         "image_emb.weight": (64, 32),
         "text_pos_emb.weight": (text_seq_len + 1, 32),
-        "image_pos_emb.weights_0": (1, 4, 1, 32),
-        "image_pos_emb.weights_1": (1, 1, 4, 32),
-        "to_logits.0.weight": (32,),
-        "to_logits.0.bias": (32,),
-        "to_logits.1.weight": (text_tokens + text_seq_len + 64, 32),
-        "to_logits.1.bias": (text_tokens + text_seq_len + 64,),
     }
+    shapes.update({"image_pos_emb.weights_0": (1, 4, 1, 32), "image_pos_emb.weights_1": (1, 1, 4, 32)})
+    shapes.update({"to_logits.0.weight": (32,), "to_logits.0.bias": (32,)})
+    shapes.update({"to_logits.1.weight": (tokens + 64, 32), "to_logits.1.bias": (tokens + 64,)})
     for layer in ("transformer.layers.0", "transformer.layers.1"):
         for block in (f"{layer}.0", f"{layer}.1"):
             shapes[f"{block}.scale"] = (1, 1, 32)

@@ -84,9 +84,7 @@ def for_loop(count, body, inputs):
             values = _loop_round(body, values)
         written = [list(tensor.shape) for tensor, version in before if tensor._version != version]
         if written:
-            raise RuntimeError(
-                f"for_loop's body writes to a tensor from outside, of shape {written[0]}: pass it as input"
-            )
+            raise RuntimeError(f"for_loop's body writes to a tensor from outside, {written[0]}: pass it as input")
         return values
     values = _loop_round(body, values)
     if run is not None:
