@@ -2,13 +2,16 @@
 
 import argparse
 import contextlib
+import json
+import os
+import signal
 import struct
 import subprocess
 import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 import torch
@@ -87,6 +90,11 @@ class WholePassStepper(Stepper):
         return self.begin(self.text, torch.cat((self.codes, codes), dim=1), cond_scale)[:, None]
 
 
+def metrics_in(folder: Path) -> List[Dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def weights_in(path: Any) -> Dict[str, Tensor]:
     """Return a checkpoint's weights under the model's names."""
     return checkpoint.model_weights(checkpoint.read(path)["weights"])
@@ -120,6 +128,20 @@ def python(*words: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run Python with these arguments in the repository's folder; return its exit status and output."""
     options = {"cwd": ROOT, "capture_output": True, "text": True, **options}
     return subprocess.run([sys.executable, *map(str, words)], **options)
+
+
+def interrupt(script: str, flags: Any, after: str, folder: Path) -> Tuple[int, str, str]:
+    """Run a script in a folder and press Ctrl-C once a line contains `after`; return exit status, output and errors."""
+    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-u", ROOT / script, *map(str, flags)], cwd=folder, **options)
+    said = []
+    for line in process.stdout or ():
+        said.append(line)
+        if after in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to worker processes as well
+    out, err = process.communicate(timeout=120)
+    return process.returncode, "".join(said) + out, err
 
 
 class PickledCall:

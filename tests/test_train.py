@@ -2,12 +2,7 @@
 not been.
 """
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +14,7 @@ import generate
 import train
 from backends.native.trainer import NativeTrainer
 from models.vqgan_files import load_vqgan
-from tests.builders import reference_weights
-from tests.conftest import ROOT
+from tests.builders import interrupt, metrics_in, reference_weights
 
 
 def opened(path):
@@ -113,8 +107,7 @@ def test_a_checkpoint_is_laid_out_as_the_reference_lays_it_out(trained, tiny_vqg
 
 def test_the_schedule_covers_the_epochs_that_the_run_makes(trained):
     folder, _ = trained("--lr-scheduler", "multi_step", "--epochs", "50", "--max-steps", "6")  # two epochs
-    rates = [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").open()]
-    assert rates == pytest.approx([3e-3] * 3 + [3e-4] * 3)
+    assert [line["lr"] for line in metrics_in(folder)] == pytest.approx([3e-3] * 3 + [3e-4] * 3)
 
 
 def test_names_and_number_of_checkpoints(trained):
@@ -165,14 +158,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(trained, tiny_flags, tmp_path):
     folder = tmp_path / "stopped"
     flags = [*tiny_flags, "--checkpoint-output-dir", str(folder), "--no-codes-cache", "--dataloader-workers", "2"]
     flags += ["--epochs", "100000", "--checkpoint-save-epochs", "99999"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.Popen([sys.executable, "-u", ROOT / "train.py", *flags], cwd=tmp_path, **options)
-    for line in process.stdout:
-        if "Compiled model in" in line:
-            break
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the processes that read pictures as well
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and err == "", err
+    status, out, err = interrupt("train.py", flags, "Compiled model in", tmp_path)
+    assert status == 130 and err == "", err
     said = re.fullmatch(r"stopped after step (\d+); resume with --pretrained-checkpoint (\S+)", out.splitlines()[-1])
     step, path = int(said[1]), Path(said[2])
     assert path == folder / f"dalle_step_{step}.pt" and [*folder.glob("*.pt")] == [path]

@@ -210,6 +210,9 @@ def test_wrapped_weights_are_found(tmp_path, wrapping, gumbel):
     torch.save(saved, path)
     images = pictures(taming)
     assert torch.equal(load_vqgan(path)(images), taming.codes(images).flatten(1))
+    torch.save(options, path)
+    with one_line("no tensor of it is named"):
+        load_vqgan(path)
 
 
 def test_safetensors_and_configurations_of_latent_diffusion(tmp_path):

@@ -1,6 +1,5 @@
 """A run's folder of checkpoints: which file is the newest, what a second run may do there, what is told apart."""
 
-import json
 import os
 import re
 import shutil
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 import train
+from tests.builders import metrics_in
 from training import checkpoints
 from utils import checkpoint
 
@@ -133,8 +133,7 @@ def test_the_best_by_validation_loss_is_kept(command, tiny_flags, tmp_path):
 
 
 def metrics_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: (line["epoch"], line["lr"]) for line in lines if "lr" in line}
+    return {line["step"]: (line["epoch"], line["lr"]) for line in metrics_in(folder) if "lr" in line}
 
 
 def test_another_batch_size_continues_at_the_same_place(command, tiny_flags, tmp_path):

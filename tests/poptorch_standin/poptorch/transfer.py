@@ -24,7 +24,7 @@ def check_inputs(inputs, options):
         parts = options._micro_batches
         if parts > 1 and (tensor.dim() == 0 or len(tensor) % parts):
             size = len(tensor) if tensor.dim() else "none"
-            raise Error(f"input {number}: batch dimension {size} is not a multiple of {parts} micro-batches: {options}")
+            raise Error(f"input {number}: batch dimension {size} is not a multiple of {parts}: {options}")
 
 
 def specification(inputs):
@@ -129,7 +129,7 @@ class Weights:
                 self._slots[number] = (own, key, self.device[origin])
             else:
                 raise KeyError(
-                    f"{name}: the same tensor as {origin}, not in state_dict(): on the IPU they are two; register a clone"
+                    f"{name}: the same tensor as {origin}, not in state_dict(): the IPU has two; register a clone"
                 )
 
     def _copy(self, name, tensor):
