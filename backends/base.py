@@ -20,19 +20,12 @@ class DeviceLost(ValueError):
 
 
 class StageEstimate(NamedTuple):
-    """What a pipeline stage needs, by arithmetic.
+    """What a pipeline stage needs, by arithmetic."""
 
-    Attributes:
-        ipu: number of its IPU.
-        memory: bytes by kind.
-        capacity: bytes of the IPU, which several stages may share.
-        seconds: of a micro-batch, forward and backward, at the IPU's peak.
-    """
-
-    ipu: int
-    memory: Dict[str, float]
-    capacity: float
-    seconds: float
+    ipu: int  # number of its IPU
+    memory: Dict[str, float]  # bytes by kind
+    capacity: float  # bytes of the IPU, which several stages may share
+    seconds: float  # of a micro-batch, forward and backward, at the IPU's peak
 
 
 class Trainer(Protocol):
@@ -82,21 +75,13 @@ class Trainer(Protocol):
 
 
 class Backend(Protocol):
-    """A machine that samples and evaluates, or one of several processes that do so together.
+    """A machine that samples and evaluates, or one of several processes that do so together."""
 
-    Attributes:
-        kind: "cpu", "cuda" or "ipu".
-        device: where plain PyTorch modules run; the CPU if the backend is an IPU.
-        rank: the number of this process; rank 0 writes and logs.
-        world_size: the number of processes.
-        can_gather: whether `gather` works here.
-    """
-
-    kind: str
-    device: torch.device
-    rank: int
-    world_size: int
-    can_gather: bool
+    kind: str  # "cpu", "cuda" or "ipu"
+    device: torch.device  # where plain PyTorch modules run; the CPU if the backend is an IPU
+    rank: int  # the number of this process; rank 0 writes and logs
+    world_size: int  # the number of processes
+    can_gather: bool  # whether `gather` works here
 
     def autocast(self) -> ContextManager[Any]:
         """Return a context in which plain PyTorch modules compute in the backend's precision."""
@@ -129,23 +114,14 @@ class Backend(Protocol):
 
 
 class TrainingBackend(Backend, Protocol):
-    """A machine that trains, or one of several processes that train together.
+    """A machine that trains, or one of several processes that train together."""
 
-    Attributes:
-        settings: train.py's flags.
-        batch_size: samples of a micro-batch of this process.
-        micro_batches: micro-batches of this process per step.
-        samples_per_step: samples of this process per step: micro-batch × accumulation × replicas × device iterations.
-        least_accumulation: micro-batches that an update needs; a pipeline must be filled.
-        compile_only: there is no device to run on; the run ends after `Trainer.compile`.
-    """
-
-    settings: Namespace
-    batch_size: int
-    micro_batches: int
-    samples_per_step: int
-    compile_only: bool
-    least_accumulation: int = 1
+    settings: Namespace  # train.py's flags
+    batch_size: int  # samples of a micro-batch of this process
+    micro_batches: int  # of this process per step
+    samples_per_step: int  # of this process: micro-batch × accumulation × replicas × device iterations
+    compile_only: bool  # there is no device to run on; the run ends after `Trainer.compile`
+    least_accumulation: int = 1  # micro-batches that an update needs; a pipeline must be filled
 
     def any_process(self, wish: bool) -> bool:
         """Return whether any process wishes it; every process must call this."""

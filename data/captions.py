@@ -199,11 +199,7 @@ def load_captions(
     cache: Optional[CaptionCache] = None,
     read: Optional[ReadCaptions] = None,
 ) -> Captions:
-    """Return the captions of these files of `folder`, from the cache if there is one; see CaptionCache.load.
-
-    Args:
-        read: returns the captions of a name; None: the lines of the text file of that name.
-    """
+    """Return the captions of these files, from the cache if there is one; see CaptionCache.load."""
     if cache is not None:
         return cache.load(files, read)
     return Captions.join(list(tokenize_files(files, folder, tokenizer, read)), _dtype(tokenizer))

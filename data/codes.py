@@ -239,8 +239,7 @@ def load_codes(
         The rows of the cache, and the row of each image: int64 (images,), -1 for an image that cannot be read.
 
     Raises:
-        ValueError: no image can be read, or `encode` returned something else than codes.
-        OSError: the cache cannot be written.
+        ValueError, OSError: no image can be read, the cache cannot be written, or `encode` returned no codes.
     """
     if not images:
         raise ValueError(f"{printable(cache.folder)}: no image to encode")

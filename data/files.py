@@ -113,9 +113,8 @@ def clean_captions(values: Iterable[object]) -> List[str]:
 def open_image(path: Union[str, Path, StoredImage]) -> Image.Image:
     """Open an image's header; pixels stay on disk until they are used, so close it or use `with`.
 
-    Raises:
-        ValueError: the file has none of IMAGE_FORMATS, or is over PIL's pixel limit (up to twice it, PIL only warns).
-        OSError: it cannot be opened.
+    ValueError or OSError if it cannot be opened, has none of IMAGE_FORMATS, or is over PIL's pixel limit, up to twice
+    which PIL only warns.
     """
     file = io.BytesIO(path.read()) if isinstance(path, StoredImage) else path
     try:

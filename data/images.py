@@ -27,8 +27,7 @@ def load_image(path: ImagePath, size: int) -> np.ndarray:
     antialiased. Transparent parts become white; 16-bit gray is scaled to 8 bits.
 
     Raises:
-        FileNotFoundError, PermissionError: the file cannot be opened.
-        ValueError: it is not an image, or truncated, damaged or over PIL's pixel limit. All errors name the file.
+        ValueError, OSError: it cannot be opened, is damaged, over PIL's pixel limit or no image; names the file.
     """
     try:
         with open_image(path) as image:

@@ -142,8 +142,7 @@ def load_tokenizer(
         keep_ids: leave all ids as the file has them, as DALLE-pytorch does, though one of text may be the padding's.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no vocabulary of a kind above, or sentencepiece is needed and not installed.
+        ValueError, OSError: there is no such file, or it is no vocabulary that can be read here.
     """
     if vocabulary is not None:
         name, path, data = "the vocabulary given as bytes", None, vocabulary

@@ -147,11 +147,7 @@ def plan_request(
 def finish_images(
     loaded: LoadedModel, specs: List[ImageSpec], codes: Tensor, count: int, clip: Optional[ranking.ClipScore] = None
 ) -> Tuple[List[Image.Image], Tensor]:
-    """Decode the best `count` images of a prompt; all of them keep their order.
-
-    Returns:
-        The images, each with its metadata as `info`, and their codes.
-    """
+    """Return the best `count` images of a prompt, with their metadata as `info`, and their codes."""
     best: List[Tuple[int, Optional[Dict[str, float]]]] = [(index, None) for index in range(len(specs))]
     if count < len(specs):
         best = ranking.best_of(loaded, specs, codes, count, clip)

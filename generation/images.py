@@ -203,11 +203,7 @@ def image_metadata(spec: ImageSpec, loaded: LoadedModel, scores: Optional[Dict[s
 
 
 def encode_image(image: Image.Image, metadata: Mapping[Any, Any], format: str = "png") -> bytes:
-    """Return the bytes of a PNG or JPEG file that has the metadata as JSON in its comment.
-
-    Args:
-        format: png or jpg.
-    """
+    """Return the bytes of a png or jpg file that has the metadata as JSON in its comment."""
     comment, file = json.dumps(metadata, ensure_ascii=False), io.BytesIO()
     if format == "png":
         chunks = PngImagePlugin.PngInfo()

@@ -37,19 +37,7 @@ OPTIONS = ("rotary_emb", "shift_tokens", "stable", "reversible", "shared_attn_id
 
 
 class LoadedModel:
-    """A model that is ready to generate.
-
-    Attributes:
-        recommended: the checkpoint's sampling settings.
-        guidable: whether the model was trained without captions, too, which guidance needs.
-        words: {word: count} of the training captions; empty if the file does not have them.
-        examples: some training captions; empty if the file does not have them.
-        fingerprint: SHA-256 (hex) of all weights as they are used, the VQGAN's included.
-        backend: the machine that runs the model.
-        batch_size: images at once; it may be lowered before the first use of `sampler`.
-        window: see `load`.
-        sampler, encode, decode: the backend's functions for this model.
-    """
+    """A model that is ready to generate; `sampler`, `encode` and `decode` are its backend's functions for it."""
 
     def __init__(
         self,
@@ -63,11 +51,14 @@ class LoadedModel:
         window: Optional[int],
     ):
         self.path, self.model, self.tokenizer = str(path), model, tokenizer
+        # Guidance needs a model that was trained without captions, too.
         self.guidable = bool(saved.get("settings", {}).get("caption_dropout"))
         self.recommended = recommended if self.guidable else recommended._replace(cond_scale=1.0)
+        # The training captions' words with their counts, and some captions; empty if the file does not have them.
         self.words, self.examples = checkpoint.read_summary(saved.get("captions"))
+        # The batch size may be lowered before the first use of `sampler`.
         self.backend, self.batch_size, self.window = backend, batch_size, window
-        self.fingerprint = hash_tensors(model.state_dict(), hashlib.sha256())
+        self.fingerprint = hash_tensors(model.state_dict(), hashlib.sha256())  # of all weights, the VQGAN's included
 
     @property
     def side(self) -> int:
@@ -183,11 +174,7 @@ def find_vqgan(
     saved: Dict[str, Any],
     weights: Dict[str, Tensor],
 ) -> Tuple[Callable[[], ImageTokenizer], Dict[str, Tensor]]:
-    """Find the VQGAN of a checkpoint: given by path, in the file, or the official one.
-
-    Returns:
-        A function that builds it, and the weights with the VQGAN's among them.
-    """
+    """Return a function that builds a checkpoint's VQGAN, and the weights with those of a VQGAN from elsewhere."""
     params = saved.get("vae_params", {})
     if not vqgan_model_path and params.get("target"):
         return functools.partial(build_tokenizer, params), weights

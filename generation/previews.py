@@ -15,15 +15,12 @@ SHARE = 0.06  # of the sampling time for previews; they also push data out of ca
 
 
 class Preview:
-    """A generate_batch on_code that shows the images every few rows.
+    """A generate_batch on_code that shows up to `most` images of a batch after `every` few rows of codes.
 
-    A preview is skipped if it would take too much time, judging by the previous one.
+    A preview is skipped if it would take more than `share` of the time, judging by the previous one.
 
     Args:
-        every: rows of codes from one preview to the next.
         show: called with images of full size, gray where codes are missing, and the number of rows so far.
-        share: maximum share of the time for previews.
-        most: number of images of a batch to show.
         row_cost: seconds that a row of one image takes, known from an earlier batch.
     """
 

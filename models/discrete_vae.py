@@ -125,12 +125,7 @@ class OpenAIBlock(nn.Module):
 
 
 class OpenAIHalf(nn.Module):
-    """The encoder or decoder of OpenAI's dVAE: four groups of blocks with `change` between them.
-
-    Args:
-        widths: channels of the input, after the first convolution, of each group, and of the output.
-        sides: of the first convolution, and of those of a block.
-    """
+    """Encoder or decoder of OpenAI's dVAE: four groups of blocks, with `change` between them, and two convolutions."""
 
     def __init__(self, widths: List[int], blocks: int, first_side: int, sides: List[int], change: str):
         super().__init__()

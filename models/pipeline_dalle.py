@@ -101,12 +101,7 @@ class WrappedDALLE(nn.Module):
                 poptorch.BeginBlock(dalle.get_submodule(module), user_id=f"stage {number}", ipu_id=ipu)
 
     def forward(self, text: Tensor, image: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """Compute total, text and image loss, fp32 scalars.
-
-        Args:
-            text: int (B, text_seq_len).
-            image: codes int (B, L), or pixels (B, 3, S, S).
-        """
+        """Compute total, text and image loss, fp32 scalars, of text int (B, T) and codes int (B, L) or pixels."""
         import poptorch
 
         losses = self.model(text, image, return_loss=True)

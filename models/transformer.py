@@ -170,11 +170,7 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Multiplies a block's output by a trained scale for each channel (CaiT, arXiv 2103.17239).
-
-    Args:
-        depth: number of the layer, from 1; the initial scale is small, and smaller in deeper layers.
-    """
+    """Multiplies a block's output by a trained scale for each channel, small at first (CaiT, arXiv 2103.17239)."""
 
     fn: Any
 
@@ -215,11 +211,7 @@ class TokenShift:
 
 
 class PreNorm(nn.Module):
-    """Normalizes a block's input and, with `sandwich`, its output, too (CogView, arXiv 2105.13290).
-
-    Args:
-        shift: applied to the normalized input; None: nothing.
-    """
+    """Normalizes a block's input, shifts it and, with `sandwich`, normalizes its output (CogView, arXiv 2105.13290)."""
 
     fn: Any
     norm_out: nn.Module

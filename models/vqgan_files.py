@@ -71,9 +71,7 @@ def load_vqgan(model_path: Optional[str] = None, config_path: Optional[str] = No
         config_path: the .yaml; None is the file of the same name next to the weights, or the only one of their folder.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        OSError: the official model could not be downloaded.
-        ValueError: the yaml describes no VQGAN, or the weights do not fit it; names file and key.
+        ValueError, OSError: a file is missing, cannot be downloaded or does not fit the other; names file and key.
     """
     if model_path is None and config_path is not None:
         raise ValueError(f"{config_path}: a VQGAN configuration needs weights; give the .ckpt file, too")

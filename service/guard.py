@@ -124,12 +124,7 @@ class Guard:
 
 
 class Body:
-    """What has arrived of a request's body, charged to its client if it is large.
-
-    Args:
-        held: bytes of all clients' large bodies.
-        most: bytes that this one may have.
-    """
+    """What has arrived of a request's body, at most `most` bytes, charged to its client in `held` if it is large."""
 
     def __init__(self, held: Dict[str, int], client: str, most: int):
         self.held, self.client, self.most = held, client, most

@@ -39,27 +39,18 @@ class Abandoned(Exception):
 
 
 class Job:
-    """The images that one client waits for.
-
-    Attributes:
-        every: Rows of codes between two previews, or None for no previews.
-        images: None for each that is not ready.
-        previews: {index: (rows, PIL image of these upper rows)} of images in the current batch.
-        active: Indices of the images in the current batch; `row` is the number of rows that they have.
-        error: A sentence if the job failed.
-        ended: Set when all images are ready, or the job failed or was cancelled.
-        on_change: Called after each change, in the thread that made it.
-    """
+    """The images that one client waits for."""
 
     def __init__(self, client: Hashable, specs: List[ImageSpec], every: Optional[int] = None):
+        """Begin with no image ready; `every` is the number of rows of codes between two previews, None without any."""
         self.client, self.specs, self.every = client, specs, every
-        self.images: List[Optional[Image.Image]] = [None] * len(specs)
-        self.previews: Dict[int, Tuple[int, Image.Image]] = {}
-        self.active: List[int] = []
-        self.row, self.started, self.ahead = 0, False, 0
-        self.error: Optional[str] = None
-        self.cancelled, self.ended = False, threading.Event()
-        self.on_change: Callable[[], None] = lambda: None
+        self.images: List[Optional[Image.Image]] = [None] * len(specs)  # None for each that is not ready
+        self.previews: Dict[int, Tuple[int, Image.Image]] = {}  # of the current batch: index -> rows, image of these
+        self.active: List[int] = []  # indices of the images in the current batch
+        self.row, self.started, self.ahead = 0, False, 0  # row: rows of codes that the active images have
+        self.error: Optional[str] = None  # a sentence if the job failed
+        self.cancelled, self.ended = False, threading.Event()  # ended: ready, failed or cancelled
+        self.on_change: Callable[[], None] = lambda: None  # called after each change, in the thread that made it
 
     @property
     def ready(self) -> int:

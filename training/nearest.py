@@ -37,11 +37,7 @@ class Found(NamedTuple):
 
 
 def nearest_by_codes(codes: Tensor, others: Tensor, exclude: Sequence[int] = ()) -> Found:
-    """Return for each of codes (N, L) which of `others` (M, L) has most equal codes, and their share.
-
-    Args:
-        exclude: for each image the index of one that does not count, such as itself.
-    """
+    """Return which of codes (M, L), but `exclude`, has most in common with each of codes (N, L), and the share."""
     equal = torch.stack([(one == others).float().mean(dim=1) for one in codes])  # (N, M)
     if exclude:
         equal[range(len(codes)), list(exclude)] = -1

@@ -122,11 +122,7 @@ def read_samples(run: Run) -> Samples:
 def make_sample_grid(
     captions: Sequence[str], rows: Sequence[torch.Tensor], title: str, names: Sequence[str] = ROWS
 ) -> Image.Image:
-    """Return one image with a row for each name and a column for each caption, which stands below.
-
-    Args:
-        rows: float (N, 3, S, S) each.
-    """
+    """Return one image: a row of images (N, 3, S, S) for each name, and under each column a caption."""
     font = ImageFont.load_default(FONT_SIZE)
     side = min(max(rows[0].shape[-1], SIDES[0]), SIDES[1])
     pitch = side + GAP

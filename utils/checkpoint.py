@@ -86,8 +86,7 @@ def read(path: AnyPath) -> Checkpoint:
     `exported`. Attention patterns have the names of models/transformer.py.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not a checkpoint, damaged, or it holds something else than tensors and plain values. One line.
+        ValueError, OSError: not a checkpoint, damaged, or it has more than tensors and plain values; one line.
     """
     path = Path(path)
     if not path.is_file():

@@ -67,11 +67,7 @@ def _wrappers(weights: Tensors, layer: str) -> List[int]:
 
 
 def _patterns(types: Tuple[str, ...], version: Any, has_cache: bool) -> Tuple[str, ...]:
-    """Return attn_types in our names.
-
-    Args:
-        has_cache: whether attention is wrapped for the cache of version 1.4, which is believed without a version.
-    """
+    """Return attn_types in our names; without a version, version 1.4's wrapping for a cache tells new from old."""
     numbers = re.match(r"(\d+)\.(\d+)", str(version))
     up_left = tuple(map(int, numbers.groups())) >= FIRST_UP_LEFT if numbers else has_cache
     return tuple("conv_up_left" if name == "conv_like" and up_left else name for name in types)

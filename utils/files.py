@@ -65,11 +65,7 @@ def atomic_write(path: AnyPath, text: bool = False, sync: bool = False) -> Itera
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Remove what atomic_write left of files when a process was killed; no other process may be writing them.
-
-    Args:
-        names: of the files in the folder, as glob patterns.
-    """
+    """Remove what atomic_write left of files (glob patterns) when a process was killed; nobody may be writing them."""
     for name in names:
         for path in folder.glob(f"{name}.*.tmp"):
             path.unlink()

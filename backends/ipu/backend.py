@@ -47,13 +47,6 @@ def is_enabled() -> bool:
     return bool(os.environ.get("POPLAR_SDK_ENABLED")) and importlib.util.find_spec("poptorch") is not None
 
 
-def require_poptorch() -> None:
-    """Raise ValueError, in one line with the remedy, if PopTorch is not installed."""
-    if importlib.util.find_spec("poptorch") is None:
-        enabled = "" if os.environ.get("POPLAR_SDK_ENABLED") else "run `. enable.sh` in the Poplar SDK's folders and "
-        raise ValueError(f"--device ipu: there is no PopTorch here; {enabled}pip install the SDK's poptorch wheel")
-
-
 @contextlib.contextmanager
 def device_errors(problem: str, kind: Type[ValueError] = ValueError) -> Iterator[None]:
     """Turn errors of PopTorch, and of torch while PopTorch compiles, into `kind`: the problem and its reason."""
@@ -67,17 +60,12 @@ def device_errors(problem: str, kind: Type[ValueError] = ValueError) -> Iterator
 
 
 class Instances:
-    """The instances that PopRun started, of which this is number `rank`; a single one without PopRun.
-
-    Attributes:
-        replicas: the model's replicas in this instance.
-        all_replicas: the replicas of all instances.
-        popdist: PopRun's module; None without PopRun.
-    """
+    """The instances that PopRun started, of which this is number `rank`; a single one without PopRun."""
 
     def __init__(self, replicas: int):
-        self.rank, self.size, self.replicas, self.all_replicas = 0, 1, replicas, replicas
-        self.popdist: Any = None
+        self.rank, self.size = 0, 1
+        self.replicas, self.all_replicas = replicas, replicas  # in this instance, and in all
+        self.popdist: Any = None  # PopRun's module, if PopRun runs
         self.horovod: Any = None
         try:
             import popdist
@@ -130,7 +118,9 @@ class IpuBackend(Backend):
     device_errors = staticmethod(device_errors)
 
     def __init__(self, precision: str = "auto", executable_cache_dir: Optional[str] = None, replicas: int = 1):
-        require_poptorch()
+        if importlib.util.find_spec("poptorch") is None:
+            enable = "" if os.environ.get("POPLAR_SDK_ENABLED") else "run `. enable.sh` in the SDK's folders and "
+            raise ValueError(f"--device ipu: there is no PopTorch here; {enable}pip install the SDK's poptorch wheel")
         if precision == "bf16":
             raise ValueError("--precision bf16: IPUs have no bfloat16; use fp16 or fp32")
         if executable_cache_dir:

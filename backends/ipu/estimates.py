@@ -53,35 +53,21 @@ def trained_parameters(module: nn.Module) -> int:
 
 
 class Cost(NamedTuple):
-    """What a module needs when it trains.
+    """What a module needs when it trains."""
 
-    Attributes:
-        parameters: trained ones.
-        frozen: parameters that are not trained.
-        operations: multiplications and additions of a micro-batch, forward and backward.
-        kept: bytes of a micro-batch that the backward pass needs.
-        temporary: bytes that are alive at once in the backward pass.
-    """
-
-    parameters: int
-    frozen: int = 0
-    operations: float = 0.0
-    kept: int = 0
-    temporary: int = 0
+    parameters: int  # trained ones
+    frozen: int = 0  # parameters that are not trained
+    operations: float = 0.0  # multiplications and additions of a micro-batch, forward and backward
+    kept: int = 0  # bytes of a micro-batch that the backward pass needs
+    temporary: int = 0  # bytes that are alive at once in the backward pass
 
 
 class Training(NamedTuple):
-    """What decides memory and time besides the model.
+    """What decides memory and time besides the model."""
 
-    Attributes:
-        size: bytes of a number.
-        moments: bytes of the optimizer's state per parameter.
-        batch_size: samples of a micro-batch.
-    """
-
-    size: int
-    moments: float
-    batch_size: int
+    size: int  # bytes of a number
+    moments: float  # bytes of the optimizer's state per parameter
+    batch_size: int  # samples of a micro-batch
 
 
 def training_of(settings: Namespace, half: bool, replicas: int) -> Training:

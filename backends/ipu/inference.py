@@ -85,8 +85,7 @@ class Program:
     Args:
         make: returns a new executor of PopTorch.
         role: what the module does, for messages.
-        slot: of all programs with the same slot, only the one called last holds IPUs.
-        holders: the programs that hold IPUs, by slot.
+        slot: of all programs with the same slot, only the one called last holds IPUs, and is in `holders`.
         errors: returns a context that turns PopTorch's errors into ValueError, or into another class.
     """
 

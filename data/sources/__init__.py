@@ -45,8 +45,7 @@ def open_source(
         validation: of a form with splits, read those to validate on instead of those to train on.
 
     Raises:
-        FileNotFoundError, PermissionError: the path cannot be read.
-        ValueError: it has none of the forms, or no captioned image.
+        ValueError, OSError: the path cannot be read, has none of the forms, or no captioned image.
     """
     path = Path(path)
     folder = folder_of(path)
@@ -140,11 +139,7 @@ def _open_lists(
     validation: bool,
     names: Optional[List[str]] = None,
 ) -> Optional[ImageSource]:
-    """Return the images that files of captions list, or None if there is no such file.
-
-    Args:
-        names: of the files; None: all files whose suffix may be that of a list.
-    """
+    """Return the images that captions in files `names`, or in any files, list; None if there is no such file."""
     if not listing.images:
         return None
     candidates = [*listing.texts, *listing.others] if names is None else names

@@ -41,8 +41,7 @@ def find_pairs(
         every other file with one of the suffixes, by reason.
 
     Raises:
-        FileNotFoundError, PermissionError: the folder cannot be read.
-        NoPairs: it has no pair.
+        NoPairs, OSError: it has no pair, or cannot be read.
     """
     folder = Path(folder)
     skipped: Dict[str, List[str]] = {}
