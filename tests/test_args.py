@@ -165,7 +165,7 @@ def test_flags_override_the_configuration_wherever_they_stand():
 
 
 @pytest.mark.parametrize(
-    "program, count", [("train.py", 17), ("generate.py", 4), ("train_vqgan.py", 9), ("evaluate.py", 3)]
+    "program, count", [("train.py", 17), ("generate.py", 4), ("train_vqgan.py", 9), ("evaluate.py", 4)]
 )
 def test_no_size_may_be_zero_negative_or_broken(program, count, capsys):
     function, base = COMMANDS[program]
