@@ -10,15 +10,8 @@ objects, sizes, relation and background. --clip-weights and --fid-weights score 
 Averaged weights are used if the checkpoint has them.
 """
 
-from __future__ import annotations
-
-import contextlib
-import json
-import logging
 from argparse import Namespace
-from collections import Counter
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Optional, Sequence
 
 import log
 from utils.command_line import (
@@ -34,60 +27,20 @@ from utils.command_line import (
     vqgan_file_flags,
     window_flag,
 )
-from utils.files import atomic_write, check_writable
-
-if TYPE_CHECKING:  # torch takes seconds to import, so flags are checked first
-    import torch
-
-    from data.dataset import TextImageDataset
-    from generation.loading import LoadedModel
-    from models.sampling import Sampling
-
-logger = logging.getLogger("minidalle")
-
-FindFaults = Callable[[int, Any], List[str]]  # of the image of prompt number N, uint8 (S, S, 3)
 
 DEMO_PROMPTS = 400
-GRID_IMAGES = 36
-GRID_PAIRS = 8
-NEAREST_IMAGES = 32
-MIN_SQUARED_ERROR = 1e-10  # of pixels in [0, 1]; 100 dB
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure the checkpoint that the flags name."""
     settings = evaluate_arguments(argv)
     log.set_up()
-    with exit_on_error(), contextlib.ExitStack() as stack:
-        from backends import memory_explained
-        from generation.loading import load_from_flags
-        from utils import checkpoint
+    with exit_on_error():
+        from backends import memory_explained  # torch takes seconds to import, so flags are checked first
+        from training.evaluation import run
 
-        stack.enter_context(memory_explained(f"a --batch-size below {settings.batch_size} needs less"))
-        saved = checkpoint.read(settings.dalle_path)
-        loaded = load_from_flags(settings, saved=saved)
-        exported = saved["exported"] if isinstance(saved.get("exported"), dict) else {}
-        averaged = "ema_weights" in saved or exported.get("averaged", False)
-        results = {"checkpoint": settings.dalle_path, "step": saved.get("step"), "averaged_weights": averaged}
-        dataset = open_pairs(settings, saved, loaded) if settings.input_folder else None
-        training_set = open_pairs(settings, saved, loaded, settings.nearest) if settings.nearest else None
-        check_writable(settings.outputs_dir, "--outputs-dir")
-        folder = Path(settings.outputs_dir)
-        if loaded.backend.world_size > 1:
-            raise ValueError("evaluate.py runs in one process; start it without torchrun")
-        clip, distance = load_scorers(settings, loaded.backend.device)
-        sampling = loaded.recommended.override(vars(settings))
-        if dataset is not None:
-            results.update(evaluate_pairs(loaded, dataset, settings, folder))
-            if clip or distance:
-                results.update(score_captions(loaded, dataset, settings, sampling, clip, distance))
-        if training_set is not None:
-            results["nearest"] = evaluate_nearest(loaded, training_set, saved, settings, sampling)
-        if settings.prompts:
-            results.update(evaluate_prompts(loaded, settings, sampling, folder, clip))
-        with atomic_write(folder / "results.json", text=True) as file:
-            file.write(json.dumps(results, indent=2) + "\n")
-    print(f"all figures: {folder / 'results.json'}")
+        with memory_explained(f"a --batch-size below {settings.batch_size} needs less"):
+            run(settings)
 
 
 def evaluate_parser() -> Parser:
@@ -138,259 +91,6 @@ def evaluate_arguments(argv: Optional[Sequence[str]] = None) -> Namespace:
     if settings.outputs_dir is None:
         settings.outputs_dir = "./output/evaluation" if settings.input_folder or settings.nearest else "./output/demo"
     return settings
-
-
-def load_scorers(settings: Namespace, device: torch.device) -> Tuple[Any, Any]:
-    """Return CLIP score and FID, each None unless its weights are given."""
-    clip = distance = None
-    if not (settings.clip_weights or settings.fid_weights):
-        return clip, distance
-    from models import image_scores
-
-    if settings.clip_weights:
-        clip = image_scores.clip_score(settings.clip_weights, settings.clip_model, device)
-    if settings.fid_weights:
-        distance = image_scores.InceptionDistance(settings.fid_weights, device)
-    return clip, distance
-
-
-def open_pairs(
-    settings: Namespace, saved: Dict[str, Any], loaded: LoadedModel, folder: Optional[str] = None
-) -> TextImageDataset:
-    """Return the pairs of --input-folder, or of another, with the captions that train.py would use."""
-    from data.dataset import TextImageDataset
-
-    trained = saved.get("settings", {})
-    truncate = settings.truncate_captions
-    dataset = TextImageDataset(
-        folder or settings.input_folder,
-        loaded.tokenizer,
-        text_seq_len=loaded.model.text_seq_len,
-        image_size=loaded.model.vae.image_size,
-        truncate_captions=trained.get("truncate_captions", True) if truncate is None else truncate,
-        seed=trained.get("random_seed", 42),
-    )
-    if folder is not None:
-        return dataset
-    if settings.max_pairs and settings.max_pairs < len(dataset):
-        dataset = dataset.split_off(settings.max_pairs / len(dataset))
-    if settings.fid_weights and len(dataset) < 2:
-        raise ValueError(
-            f"--fid-weights: {len(dataset)} pair in {settings.input_folder}; FID needs two, better thousands"
-        )
-    return dataset
-
-
-def evaluate_pairs(loaded: LoadedModel, dataset: TextImageDataset, settings: Namespace, folder: Path) -> Dict[str, Any]:
-    """Return losses and mean reconstruction PSNR in dB, and write a grid of originals above reconstructions."""
-    import torch
-    from tqdm import tqdm
-
-    from data.files import UNREADABLE, report_skipped
-    from data.images import read_images
-    from generation.images import make_grid, to_image
-    from training.validation import add_perplexity
-
-    size, paths = loaded.model.vae.image_size, dataset.image_paths()
-    at_once = min(settings.batch_size, max(1, 16 * 256**2 // size**2))
-    starts = tqdm(range(0, len(paths), at_once), desc="encoding", unit="batch", disable=None)
-    pairs, unreadable = [], []
-    psnr: List[float] = []
-    originals: List[torch.Tensor] = []
-    decodings: List[torch.Tensor] = []
-    for batch in read_images(paths, size, (range(len(paths))[start : start + at_once] for start in starts)):
-        unreadable += [Path(str(paths[index])) for index in batch.unreadable]
-        if batch.pixels is None:
-            continue
-        pixels = batch.pixels.float() / 255
-        codes = loaded.encode(pixels)
-        decoded = loaded.decode(codes)
-        psnr += (-10 * (decoded - pixels).square().mean(dim=(1, 2, 3)).clamp(min=MIN_SQUARED_ERROR).log10()).tolist()
-        pairs.append((torch.stack([dataset.text(0, index) for index in batch.indices]), codes))
-        originals += pixels[: GRID_PAIRS - len(originals)]
-        decodings += decoded[: GRID_PAIRS - len(decodings)]
-    report_skipped({UNREADABLE: unreadable})
-    if not pairs:
-        raise ValueError(f"{settings.input_folder}: none of {len(paths)} images can be read")
-    make_grid(list(map(to_image, originals + decodings)), len(originals)).save(folder / "reconstructions.png")
-    texts, codes = (torch.cat(part).split(settings.batch_size) for part in zip(*pairs))
-    batches = tqdm(list(zip(texts, codes)), desc="losses", unit="batch", disable=None)
-    losses = add_perplexity(loaded.backend.evaluator(loaded.model)(batches))
-    line = " ".join(f"{name} {losses[name]:.4f}" for name in ("total", "text", "image"))
-    mean = sum(psnr) / len(psnr)
-    print(f"losses of {len(psnr)} pairs: {line} perplexity {losses['perplexity']:.2f}")
-    print(f"reconstruction: {mean:.2f} dB PSNR; {folder / 'reconstructions.png'} has originals above reconstructions")
-    return {
-        "input_folder": settings.input_folder,
-        "pairs": len(psnr),
-        "losses": losses,
-        "reconstruction_psnr": mean,
-    }
-
-
-def score_captions(
-    loaded: LoadedModel, dataset: TextImageDataset, settings: Namespace, sampling: Sampling, clip: Any, distance: Any
-) -> Dict[str, Any]:
-    """Generate one image for each pair's caption and return the scores."""
-    from data.images import load_images
-
-    text = [dataset.text(0, index) for index in range(len(dataset))]
-    captions = [loaded.tokenizer.decode(tokens) for tokens in text]
-    codes, used = generate_codes(loaded, captions, text, settings, sampling)
-    images = loaded.decode(codes)
-    found = {"seed": settings.seed, "sampling": used}
-    if clip:
-        found["clip_score"] = mean_clip_score(clip, images, captions, settings)
-    if distance:
-        for first in batch_starts(len(images), settings, "FID"):
-            part = slice(first, first + settings.batch_size)
-            distance.add("generated", (images[part] * 255).round().byte())
-            distance.add("real", load_images(dataset.image_paths()[part], loaded.model.vae.image_size))
-        found["fid"] = distance.distance()
-        print(f"FID: {found['fid']:.2f} ({len(images)} images; too high with fewer than some thousands)")
-    return found
-
-
-def mean_clip_score(clip: Any, images: torch.Tensor, texts: Sequence[str], settings: Namespace) -> float:
-    """Return and print the mean CLIP score of images and their texts."""
-    import torch
-
-    from generation.images import to_image
-
-    scores = []
-    for first in batch_starts(len(images), settings, "CLIP"):
-        part = slice(first, first + settings.batch_size)
-        scores.append(clip([to_image(pixels) for pixels in images[part]], texts[part]))
-    score = torch.cat(scores).mean().item()
-    print(f"CLIP score: {score:.2f} ({settings.clip_model}, {len(images)} images)")
-    return score
-
-
-def batch_starts(count: int, settings: Namespace, title: str) -> Iterable[int]:
-    """Return the index of each batch's first image, with a progress bar."""
-    from tqdm import tqdm
-
-    return tqdm(range(0, count, settings.batch_size), desc=title, unit="batch", disable=None)
-
-
-def evaluate_prompts(
-    loaded: LoadedModel, settings: Namespace, sampling: Sampling, folder: Path, clip: Any = None
-) -> Dict[str, Any]:
-    """Return the share of validation prompts that the images follow; write a grid and its prompts."""
-    from generation.images import make_grid, to_image
-
-    kind = settings.prompts_of or ("scenes" if knows_scenes(loaded.words) else "shapes")
-    prompts, find_faults = load_prompts(kind, settings)
-    text = list(loaded.tokenizer.tokenize(prompts, loaded.model.text_seq_len))
-    codes, used = generate_codes(loaded, prompts, text, settings, sampling)
-    images = loaded.decode(codes)
-    accuracy, wrong = judge(images, find_faults)
-    make_grid([to_image(pixels) for pixels in images[:GRID_IMAGES]]).save(folder / "grid.png")
-    (folder / "prompts.txt").write_text("\n".join(prompts[:GRID_IMAGES]) + "\n", encoding="utf-8")
-    if wrong:
-        logger.info("not followed in: %s", ", ".join(f"{fault} {count}" for fault, count in wrong.most_common()))
-    print(f"image grid: {folder / 'grid.png'} (its prompts, row by row: {folder / 'prompts.txt'})")
-    if kind == "scenes":
-        from training.scenes_reader import FAULTS
-
-        shares = [f"{name} {100 * (1 - wrong[name] / len(prompts)):.1f} %" for name in FAULTS]
-        print(f"right: {', '.join(shares)}")
-    print(f"prompt accuracy: {100 * accuracy:.1f} % ({len(prompts)} prompts)")
-    scores = {"prompts_clip_score": mean_clip_score(clip, images, prompts, settings)} if clip else {}
-    return {
-        **scores,
-        "prompts": len(prompts),
-        "prompt_set": settings.prompt_set,
-        "prompts_of": kind,
-        "prompt_accuracy": accuracy,
-        "faults": dict(wrong),
-        "seed": settings.seed,
-        "rank": settings.rank,
-        "sampling": used,
-    }
-
-
-def evaluate_nearest(
-    loaded: LoadedModel, training_set: TextImageDataset, saved: Dict[str, Any], settings: Namespace, sampling: Sampling
-) -> Dict[str, Any]:
-    """Generate images for captions and compare them with the training images.
-
-    The captions are those of the images that the run kept for validation if it split some off, else of training images.
-    """
-    import torch
-
-    from training import nearest
-
-    share = saved.get("settings", {}).get("validation_split")
-    source = training_set.split_off(share) if share else training_set
-    count = min(NEAREST_IMAGES, len(source))
-    text = [source.first_caption(number * len(source) // count) for number in range(count)]
-    captions = [" ".join(loaded.tokenizer.decode(tokens).split()) for tokens in text]
-    codes, used = generate_codes(loaded, captions, text, settings, sampling)
-    folder = Path(settings.outputs_dir)
-    with torch.no_grad():
-        found = nearest.compare(loaded, training_set, captions, codes, folder, settings.batch_size)
-    return {**found, "captions": captions, "sampling": used}
-
-
-def generate_codes(
-    loaded: LoadedModel, prompts: Sequence[str], text: Sequence[torch.Tensor], settings: Namespace, sampling: Sampling
-) -> Tuple[torch.Tensor, Dict[str, Any]]:
-    """Return the codes of each prompt's image, the likeliest of --rank: int64 (N, L), and the sampling settings."""
-    import torch
-    from tqdm import tqdm
-
-    from generation.images import ImageSpec, generate_lists, plan_image
-    from generation.ranking import best_of
-
-    sampling = plan_image(loaded, prompts[0], 0, sampling).sampling
-    no_codes = text[0].new_zeros(0)
-    plans = []
-    for index, (prompt, tokens) in enumerate(zip(prompts, text)):
-        first = ImageSpec(prompt, tokens, settings.seed + index * settings.rank, sampling, no_codes)
-        plans.append([first._replace(seed=first.seed + number) for number in range(settings.rank)])
-    chosen = []
-    with tqdm(total=settings.rank * len(plans), desc="generating", unit="image", disable=None) as bar:
-        for specs, codes in zip(plans, generate_lists(loaded, plans, on_batch=bar.update)):
-            chosen.append(codes[best_of(loaded, specs, codes, 1)[0][0] if settings.rank > 1 else 0])
-    return torch.stack(chosen), sampling._asdict()
-
-
-def knows_scenes(words: Dict[str, int]) -> bool:
-    """Return whether the words of training captions include the names of all objects of scenes."""
-    from data.scene_captions import objects
-
-    return all(word in words for name in objects() for word in name.split())
-
-
-def load_prompts(kind: str, settings: Namespace) -> Tuple[List[str], FindFaults]:
-    """Return validation prompts and the function that finds what is wrong in their images."""
-    if kind == "shapes":
-        from data.shapes import validation_prompts
-
-        prompts = validation_prompts(settings.prompt_set, settings.prompts, settings.seed)
-        return prompts, shape_faults(prompts)
-    from data.scene_captions import validation_scenes
-    from training.scenes_reader import load_reader
-
-    reader = load_reader()
-    described = validation_scenes(settings.prompt_set, settings.prompts, settings.seed)
-    prompts, scenes = [caption for caption, _ in described], [scene for _, scene in described]
-    return prompts, lambda number, pixels: reader.find_faults(scenes[number], pixels)
-
-
-def shape_faults(prompts: Sequence[str]) -> FindFaults:
-    """Return the function that finds what is wrong in the images of prompts about shapes."""
-    from data.shapes_reader import find_faults
-
-    return lambda number, pixels: list(find_faults(prompts[number], pixels))
-
-
-def judge(images: torch.Tensor, find_faults: FindFaults) -> Tuple[float, Counter]:
-    """Return the share of images that follow their prompts, and how often each kind of fault was found."""
-    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    seen = [find_faults(number, image) for number, image in enumerate(pixels)]
-    return sum(not found for found in seen) / len(seen), Counter(fault for found in seen for fault in found)
 
 
 if __name__ == "__main__":

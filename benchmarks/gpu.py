@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import torch
 
+from backends.native import inference
 from backends.native.backend import NativeBackend, NativeTrainingBackend
 from benchmarks import limits, networks
 from models.dalle import DALLE
@@ -130,10 +131,18 @@ def equality() -> None:
                 same = float((ours == expected).float().mean())
                 note(f"sampling {pattern} {name}", ok=same > 0.97, same=same)
     with attempt("encoding"):
-        vae, pixels, _ = networks.build_vqgan(REHEARSAL)
-        smooth = torch.nn.functional.interpolate(pixels[:, :, ::16, ::16], size=vae.image_size, mode="bicubic")
+        vae, smooth = networks.build_vqgan(REHEARSAL)[0], smooth_images()
         changed = NativeBackend(DEVICE).encode(vae)(smooth) != NativeBackend("cpu").encode(vae)(smooth)
         note("encoding in fp32", ok=float(changed.float().mean()) < 2e-3, changed=float(changed.float().mean()))
+    if not REHEARSAL:
+        with attempt("random numbers"):
+            note("the CPU's random numbers", ok=inference.find_uniform_numbers(torch.device(DEVICE)) is not None)
+
+
+def smooth_images() -> torch.Tensor:
+    """Return a few images for the VQGAN, which differ from each other."""
+    vae, pixels, _ = networks.build_vqgan(REHEARSAL)
+    return torch.nn.functional.interpolate(pixels[:, :, ::16, ::16], size=vae.image_size, mode="bicubic")
 
 
 def training() -> None:
@@ -174,18 +183,31 @@ def generation() -> None:
             sampler(text, generator=noise())
             began = time.perf_counter() - began
             seconds = seconds_of(lambda text=text, s=sampler, n=noise: s(text, generator=n())) / images  # type: ignore
-            note(f"codes of {images} images at once", images_per_s=1 / seconds, first_s=began, gb=peak_gb())
+            alone = seconds_of(lambda s=sampler, n=noise, i=images: s.stepper.noise(i, n()))  # type: ignore[misc]
+            note(
+                f"codes of {images} images at once",
+                images_per_s=1 / seconds,
+                first_s=began,
+                gb=peak_gb(),
+                noise_s=alone,
+            )
 
 
 def vqgan() -> None:
-    """Measure the official VQGAN's encoder and decoder."""
+    """Measure the official VQGAN's encoder and decoder, as they are and compiled; compare their codes."""
     networks.IMAGES = 2 if REHEARSAL else 64
-    for name, function in (("encoding 256 × 256 in fp32", networks.encode), ("decoding", networks.decode)):
-        with attempt(name):
-            peak_gb()
-            seconds, work = function(REHEARSAL)
-            limit, _ = limits.find_limit(work or {}, torch.device(DEVICE), REHEARSAL)
-            note(name, images_per_s=1 / min(seconds), of_limit=limit / min(seconds), gb=peak_gb())
+    codes = []
+    for how, inference.COMPILED_FROM in (("", 10**9), (", compiled", 0)):
+        for name, function in (("encoding 256 × 256 in fp32", networks.encode), ("decoding", networks.decode)):
+            with attempt(name + how):
+                peak_gb()
+                seconds, work = function(REHEARSAL)
+                limit, _ = limits.find_limit(work or {}, torch.device(DEVICE), REHEARSAL)
+                note(name + how, images_per_s=1 / min(seconds), of_limit=limit / min(seconds), gb=peak_gb())
+        with attempt(f"codes{how}"):
+            codes.append(NativeBackend(DEVICE).encode(networks.build_vqgan(REHEARSAL)[0])(smooth_images()))
+    changed = float((codes[0] != codes[-1]).float().mean())
+    note("codes of a compiled encoder", ok=len(codes) == 2 and changed < 1e-3, changed=changed)
 
 
 def demo() -> None:

@@ -32,6 +32,6 @@ section machine 60
 section equality 110
 section training 140
 section generation 110
-section vqgan 60
 section demo 120
+section vqgan 100
 "$python" -m benchmarks.gpu "$out" table $rehearse

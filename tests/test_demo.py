@@ -7,10 +7,10 @@ import torch
 
 from data.scene_captions import BACKGROUNDS, objects
 from data.shapes import parse_caption, validation_prompts
-from evaluate import judge, shape_faults
 from generation.images import complete_caption, generate_batch, generate_lists, plan_image
 from generation.loading import DEMO, load
 from tests.conftest import ROOT, SHAPES
+from training.evaluation import judge, shape_faults
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from data.shapes import COLORS, draw_scene, parse_caption, validation_prompts
 from generation.images import make_grid
 from generation.loading import read_model
 from models.vqgan_training import evaluate as evaluate_vqgan
-from training import checkpoints
+from training import checkpoints, evaluation
 from utils import checkpoint
 
 
@@ -69,7 +69,7 @@ def test_pictures_of_known_content_get_their_marks():
     colour = next(name for name in COLORS if name not in (scene.first.color, scene.second.color))
     drawn[2] = draw_scene(scene._replace(first=scene.first._replace(color=colour)), random.Random(2))
     pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 255
-    share, wrong = evaluate.judge(pictures, evaluate.shape_faults(prompts))
+    share, wrong = evaluation.judge(pictures, evaluation.shape_faults(prompts))
     assert share == 4 / 6 and wrong == {"count": 1, "colour": 1}
 
 

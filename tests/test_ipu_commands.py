@@ -94,15 +94,6 @@ def test_what_cannot_work_is_refused_in_one_line(poptorch_standin, command, tiny
     command(train.main, *tiny_flags, *IPU, *flags.split()).refused(told)
 
 
-@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["training", "dry run"])
-def test_too_few_ipus_are_one_line(poptorch_standin, command, tiny_flags, more):
-    """PopTorch's error is no RuntimeError and would end in a traceback."""
-    poptorch_standin.MACHINE.ipus = 1
-    flags = "--ipus-per-replica 2 --layers-per-ipu 1,1 --gradient-accumulation 3 --batch-size 1"
-    ended = command(train.main, *tiny_flags, *IPU, *flags.split(), *more)
-    ended.refused("the model does not compile", "Failed to acquire 2 IPU(s)")
-
-
 @pytest.mark.parametrize("validation_steps, place", [(3, "validation stopped"), (100, "training stopped")])
 def test_a_device_that_fails_is_one_line(poptorch_standin, command, tiny_flags, tmp_path, validation_steps, place):
     """Weights cannot be read from it any more, as PopTorch does when a program ends."""

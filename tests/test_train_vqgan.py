@@ -18,6 +18,7 @@ from data.sources import find_images
 from models.vqgan_files import load_vqgan
 from models.vqgan_training import VQGanTrainer
 from tests.builders import interrupt
+from training.vqgan import endless_batches
 
 FILES = {"vqgan.ckpt", "vqgan.yaml", "vqgan_training.pt"}
 
@@ -168,7 +169,7 @@ def test_batches_continue_without_end_and_skip_what_cannot_be_read(tmp_path, log
 
     def reds(source, batch_size, count, first=0):
         settings = Namespace(batch_size=batch_size, image_size=4, random_seed=3, dataloader_workers=workers)
-        batches = train_vqgan.endless_batches(source, settings, first)
+        batches = endless_batches(source, settings, first)
         return [batch[:, 0, 0, 0].tolist() for batch in itertools.islice(batches, count)]
 
     images = load_images(paths, 4)

@@ -352,7 +352,7 @@ class HeadLosses(Function):
             pieces = -(-len(x) // (GPU_ROWS if x.is_cuda else ROWS))
             for number, (rows, at, d_rows) in enumerate(zip(*(each.chunk(pieces) for each in (x, labels, d_x)))):
                 of_these, *gradients = of_rows(rows, at, matrix, offset, with_gradient)
-                loss = loss + of_these
+                loss = loss + of_these if number else of_these
                 if with_gradient:
                     d_rows.copy_(gradients[0])
                     for whole, new in zip((d_weight[part], d_bias[part]), gradients[1:]):

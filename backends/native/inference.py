@@ -153,6 +153,7 @@ class CapturedStepper(PackedStepper):
         self.graphs[sampling, window] = graph, result
 
 
+@functools.lru_cache(maxsize=None)
 def fastest_kernels(device: torch.device, dtype: torch.dtype) -> Optional[LayerKernels]:
     """Return Triton's kernels for half precision on GPUs; None for PyTorch's operators, also if those fail."""
     if device.type == "cpu" or dtype == torch.float32:
@@ -164,6 +165,7 @@ def fastest_kernels(device: torch.device, dtype: torch.dtype) -> Optional[LayerK
     return None
 
 
+@functools.lru_cache(maxsize=None)
 def find_uniform_numbers(device: torch.device) -> Optional[Callable[[List[torch.Generator], int], Tensor]]:
     """Return a function from the CPU's generators and a count to their next numbers (B, count), if a GPU has one."""
     with triton_missing("random numbers"):

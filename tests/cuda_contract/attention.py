@@ -1,7 +1,7 @@
 """Attention on the stand-in: which kernel torch would take, and its result."""
 
 import torch
-from standin import GPU, CudaTensor, Refused
+from standin import GPU, CudaTensor, Refused, bytes_of
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -99,6 +99,7 @@ def one_launch(name, function, *args):
     inner = tuple(x.inner if isinstance(x, CudaTensor) else x for x in args)
     with _disable_current_modes():
         found = function(*inner)
+    GPU.moved += bytes_of(inner, found)
     if GPU.tape is not None:
         GPU.tape.append((function, inner, {}, found))
     return pytree.tree_map(GPU.wrapped, found)
