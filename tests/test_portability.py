@@ -1,11 +1,8 @@
 """The commands run on systems without POSIX-only modules, such as Windows."""
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
+from tests.builders import ROOT, python
 
 WITHOUT_POSIX = """
 import runpy, sys
@@ -27,7 +24,5 @@ runpy.run_path(script, run_name="__main__")
 )
 def test_a_command_runs_without_posix_modules(command, tmp_path):
     script, *flags = command.replace("OUT", str(tmp_path / "out")).split()
-    ended = subprocess.run(
-        [sys.executable, "-c", WITHOUT_POSIX, ROOT / script, *flags], cwd=ROOT, capture_output=True, text=True
-    )
+    ended = python("-c", WITHOUT_POSIX, ROOT / script, *flags)
     assert ended.returncode == 0, ended.stderr

@@ -83,9 +83,8 @@ def test_a_checkpoint_is_laid_out_as_the_reference_lays_it_out(trained, tiny_vqg
     assert checkpoint["epoch"] == 0 and checkpoint["step"] == 3 and checkpoint["sampling"]["top_p"] == 0.9
     expected = dict(num_text_tokens=8192, text_seq_len=16, dim=32, depth=2, heads=2, dim_head=16, loss_img_weight=5)
     expected.update(attn_types=("axial_row", "full"), ff_dropout=0.2, attn_dropout=0, sandwich_norm=True, fp16=None)
-    expected.update(
-        embedding_ipu_id=0, embedding_serialization_factor=1, layers_per_ipu=None, cls_ipu_id=None, byteio=False
-    )
+    expected.update(layers_per_ipu=None, cls_ipu_id=None, byteio=False)
+    expected.update(embedding_ipu_id=0, embedding_serialization_factor=1)
     assert checkpoint["hparams"] == expected
     frozen = opened(tiny_vqgan / "vqgan.ckpt")["state_dict"]
     weights = checkpoint["weights"]

@@ -19,14 +19,7 @@ pytest.importorskip("fastapi", exc_type=ImportError)
 PROMPT = "a red circle"
 HEAD = "POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
 TOKEN = "correct horse"
-PATHS = (
-    "/etc/passwd",
-    "../../app.py",
-    "..%2f..%2fapp.py",
-    "%2e%2e/app.py",
-    "/proc/self/environ",
-    "index.html/../api.py",
-)
+PATHS = ["/etc/passwd", "../../app.py", "..%2f..%2fapp.py", "%2e%2e/app.py", "/proc/self/environ", "x.html/../api.py"]
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +58,7 @@ def test_only_own_host_names_are_served(port, host, served):
         assert not any(name.startswith("access-control") for name in headers)
 
 
-@pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "http://localhost:1", "https://localhost.evil.example"]
-)
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "https://localhost.evil.net"])
 def test_posts_of_other_sites_are_refused(port, origin):
     body = json.dumps({"prompts": [PROMPT]})
     for method, path in (("POST", "/api/jobs"), ("POST", "/api/generate"), ("DELETE", "/api/jobs/x")):

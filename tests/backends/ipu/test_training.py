@@ -102,9 +102,8 @@ def test_evaluation_changes_nothing(poptorch_standin, tiny_vae):
     """It draws no dropout, updates no weight, sees the weights of now, and training goes on as without it."""
     flags = "--replication-factor 2"
     dropouts = {"ff_dropout": 0.5, "attn_dropout": 0.5}
-    plain, watched = (
-        backends.for_training(settings(flags)).trainer(small_dalle(tiny_vae, **dropouts)) for _ in range(2)
-    )
+    backend = backends.for_training(settings(flags))
+    plain, watched = (backend.trainer(small_dalle(tiny_vae, **dropouts)) for _ in range(2))
     batch = samples(6)
     plain.compile(batch)
     expected = [plain.step(batch) for _ in range(3)]
