@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.builders import ROOT, python
 
 ROOMS = ("models", "data", "backends", "generation", "service", "utils", "training", "benchmarks")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))])
@@ -219,3 +219,27 @@ def test_no_source_breaks_a_rule_that_notices_what_it_should(rule):
         found[name] = [*rule(name, ast.parse(text, name, feature_version=(3, 8))), *["long"] * (text.count("\n") > 400)]
     assert {"train.py", "models/dalle.py", "backends/native/backend.py", "utils/checkpoint.py"} <= found.keys()
     assert {name: offences for name, offences in found.items() if offences} == {}
+
+
+WITHOUT_POSIX = """
+import runpy, sys
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None  # importing it now raises ImportError
+script, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = script
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate.py --text red --num_images 1 --device cpu --outputs_dir OUT",
+        "train.py --config unit_test --generated-data --max-steps 1 --device cpu --checkpoint-output-dir OUT",
+        "app.py --help",
+    ],
+)
+def test_a_command_runs_without_posix_modules(command, tmp_path):
+    script, *flags = command.replace("OUT", str(tmp_path / "out")).split()
+    ended = python("-c", WITHOUT_POSIX, ROOT / script, *flags)
+    assert ended.returncode == 0, ended.stderr

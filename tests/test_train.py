@@ -1,8 +1,16 @@
-"""train.py as a user starts it: what it learns, writes and logs, and that a run that was stopped goes on as if it had
-not been.
+"""train.py as a user starts it: what it learns, writes and logs, what it does about losses that are not numbers, and that
+a run that was stopped or killed continues as if it had not been.
 """
 
+import contextlib
+import math
+import os
+import random
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +23,8 @@ import train
 from backends.native.trainer import NativeTrainer
 from models.vqgan_files import load_vqgan
 from tests.builders import interrupt, metrics_in, reference_weights
+from tests.conftest import ROOT
+from utils import checkpoint
 
 
 def opened(path):
@@ -173,3 +183,91 @@ def test_out_of_memory_saves_and_says_what_would_fit(command, tiny_flags, tmp_pa
     advice = "--batch-size 2 --gradient-accumulation 6 or --recompute makes the same updates with less"
     ended.refused(f"error: out of memory: {advice}; resume with --pretrained-checkpoint {path}\n")
     assert opened(path)["step"] == 2
+
+
+SAVES = ["--checkpoint-save-steps", 2, "--epochs", 3, "--checkpoint-save-epochs", 9]  # nine steps
+
+
+@contextlib.contextmanager
+def spoilt_losses(monkeypatch, steps):
+    """Within: the loss of these updates (counted from 1) is not a number."""
+    original, count = NativeTrainer.backpropagate, [0]
+
+    def losses(self, batch):
+        count[0] += 1
+        found = original(self, batch)
+        if count[0] in steps:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(math.nan)
+            found[0] = math.nan
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeTrainer, "backpropagate", losses)
+        yield
+
+
+def test_a_batch_without_a_finite_loss_is_left_out(command, tiny_flags, tmp_path, monkeypatch):
+    with spoilt_losses(monkeypatch, {3, 5, 7}):
+        ended = command(train.main, *tiny_flags, *SAVES, "--checkpoint-output-dir", tmp_path)
+    assert ended.status == 0 and len(re.findall(r"step [357]: .* not finite, update skipped", ended.out)) == 3
+    saved = checkpoint.read(tmp_path / "dalle_2.pt")
+    assert saved["progress"]["skipped"] == 3 and saved["trainer"]["updates"] == 6 and saved["step"] == 9
+    total, count = checkpoint.read(tmp_path / "dalle_step_8.pt")["progress"]["epoch_loss"]
+    assert count == 1 and math.isfinite(total)  # of steps 7 and 8 only the second counts
+    assert all(torch.isfinite(tensor).all() for tensor in saved["weights"].values() if tensor.is_floating_point())
+
+
+def test_too_many_such_batches_end_the_run(command, tiny_flags, tmp_path, monkeypatch):
+    flags = [*tiny_flags, "--epochs", 30, "--checkpoint-save-epochs", 2, "--checkpoint-output-dir", tmp_path]
+    with spoilt_losses(monkeypatch, set(range(8, 1000))):
+        ended = command(train.main, *flags)
+    ended.refused("no longer finite at step 17", "--learning-rate", f"the last good checkpoint is {tmp_path}")
+
+
+KILLED_FLAGS = "--ff-dropout 0.1 --attn-dropout 0.1 --caption-dropout 0.2 --ema-decay 0.95 --max-grad-norm 0.5"
+KILLED_FLAGS += (
+    " --weight-decay 0.1 --validation-split 0.2 --validation-steps 7 --checkpoint-save-steps 4 --epochs 100000"
+)
+KILLED_FLAGS += " --checkpoint-save-epochs 5 --max-steps"
+STEPS = 80  # for each kill: what a process makes in two seconds or so
+
+
+def start_and_kill(flags, after):
+    """Kill train.py some seconds after its first step; return whether it still ran, and what it said."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, env=environment, **options)
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "Compiled model" in line:
+            break
+    time.sleep(after)
+    alive = process.poll() is None
+    if alive:
+        os.killpg(process.pid, signal.SIGKILL)
+    return alive, "".join([*said, process.communicate()[0]])
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_survives_being_killed(kills, command, tiny_flags, tmp_path):
+    flags = [*tiny_flags, *KILLED_FLAGS.split(), str(STEPS * kills), "--checkpoint-output-dir"]
+    command(train.main, *flags, tmp_path / "whole").ok()
+    resumed, chance, hits = [*flags, str(tmp_path / "killed"), "--resume"], random.Random(kills), 0
+    while hits < kills:
+        alive, said = start_and_kill(resumed, after=chance.uniform(0, 1.5))
+        assert "Traceback" not in said, said
+        if not alive:
+            break
+        hits += 1
+    assert hits > kills / 2, said
+    command(train.main, *resumed).ok()
+    assert not list((tmp_path / "killed").glob("*.tmp"))
+    paths = [max((tmp_path / name).glob("dalle_*.pt"), key=checkpoint.step_of) for name in ("killed", "whole")]
+    ours, theirs = map(checkpoint.read, paths)
+    for part in ("step", "progress", "scheduler_state"):
+        assert ours[part] == theirs[part]
+    for part in ("weights", "ema_weights"):
+        torch.testing.assert_close(ours[part], theirs[part], atol=0, rtol=0)
