@@ -129,16 +129,25 @@ def python(*words: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, *map(str, words)], **options)
 
 
-def interrupt(script: str, flags: Any, after: str, folder: Path) -> Tuple[int, str, str]:
-    """Run a script in a folder and press Ctrl-C once a line contains `after`; return exit status, output and errors."""
+def interrupt(
+    script: str, flags: Any, after: str, folder: Path, what: int = signal.SIGINT, delay: float = 0
+) -> Tuple[int, str, str]:
+    """Run a script in a folder; press Ctrl-C `delay` seconds after a line with `after`, or send another signal.
+
+    Returns:
+        Exit status, output and errors.
+    """
     options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-u", ROOT / script, *map(str, flags)], cwd=folder, **options)
     said = []
     for line in process.stdout or ():
         said.append(line)
         if after in line:
             break
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to worker processes as well
+    time.sleep(delay)
+    if process.poll() is None:
+        os.killpg(process.pid, what)  # a terminal sends Ctrl-C to worker processes as well
     out, err = process.communicate(timeout=120)
     return process.returncode, "".join(said) + out, err
 

@@ -1,16 +1,12 @@
-"""train.py as a user starts it: what it learns, writes and logs, what it does about losses that are not numbers, and that
-a run that was stopped or killed continues as if it had not been.
+"""train.py as a user starts it: what it learns, writes and logs, what it does about losses that are not numbers, and
+that a run that was stopped or killed continues as if it had not been.
 """
 
 import contextlib
 import math
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -234,35 +230,19 @@ KILLED_FLAGS += " --checkpoint-save-epochs 5 --max-steps"
 STEPS = 80  # for each kill: what a process makes in two seconds or so
 
 
-def start_and_kill(flags, after):
-    """Kill train.py some seconds after its first step; return whether it still ran, and what it said."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, env=environment, **options)
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if "Compiled model" in line:
-            break
-    time.sleep(after)
-    alive = process.poll() is None
-    if alive:
-        os.killpg(process.pid, signal.SIGKILL)
-    return alive, "".join([*said, process.communicate()[0]])
-
-
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_survives_being_killed(kills, command, tiny_flags, tmp_path):
     flags = [*tiny_flags, *KILLED_FLAGS.split(), str(STEPS * kills), "--checkpoint-output-dir"]
     command(train.main, *flags, tmp_path / "whole").ok()
     resumed, chance, hits = [*flags, str(tmp_path / "killed"), "--resume"], random.Random(kills), 0
     while hits < kills:
-        alive, said = start_and_kill(resumed, after=chance.uniform(0, 1.5))
-        assert "Traceback" not in said, said
-        if not alive:
+        delay = chance.uniform(0, 1.5)
+        status, out, err = interrupt("train.py", resumed, "Compiled model", ROOT, signal.SIGKILL, delay)
+        assert "Traceback" not in err, err
+        if status != -signal.SIGKILL:
             break
         hits += 1
-    assert hits > kills / 2, said
+    assert hits > kills / 2, out
     command(train.main, *resumed).ok()
     assert not list((tmp_path / "killed").glob("*.tmp"))
     paths = [max((tmp_path / name).glob("dalle_*.pt"), key=checkpoint.step_of) for name in ("killed", "whole")]

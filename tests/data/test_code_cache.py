@@ -1,4 +1,4 @@
-"""Arrays and codes of files on disk: computed once, shared by processes, computed again if anything changed or broke."""
+"""Arrays and codes of files on disk: computed once, shared by processes, and computed again if anything changed."""
 
 import multiprocessing
 import os

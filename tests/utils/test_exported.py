@@ -1,4 +1,4 @@
-"""Weights alone as .safetensors, what checkpoint_info says of files, what commands make of them, and what is refused."""
+"""Weights alone as .safetensors, what checkpoint_info says of files, and what commands make of them or refuse."""
 
 import json
 import struct
