@@ -2,13 +2,16 @@
 
 import argparse
 import contextlib
+import json
+import os
+import signal
 import struct
 import subprocess
 import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 import torch
@@ -44,17 +47,15 @@ def reference_weights(
     text_tokens: int = 8192, text_seq_len: int = 80, sandwich_norm: bool = False
 ) -> Dict[str, Tensor]:
     """Return random weights under the reference's names, without their prefix: 2 layers of 32, 4 x 4 codes of 64."""
+    tokens = text_tokens + text_seq_len
     shapes = {
-        "text_emb.weight": (text_tokens + text_seq_len, 32),
+        "text_emb.weight": (tokens, 32),
         "image_emb.weight": (64, 32),
         "text_pos_emb.weight": (text_seq_len + 1, 32),
-        "image_pos_emb.weights_0": (1, 4, 1, 32),
-        "image_pos_emb.weights_1": (1, 1, 4, 32),
-        "to_logits.0.weight": (32,),
-        "to_logits.0.bias": (32,),
-        "to_logits.1.weight": (text_tokens + text_seq_len + 64, 32),
-        "to_logits.1.bias": (text_tokens + text_seq_len + 64,),
     }
+    shapes.update({"image_pos_emb.weights_0": (1, 4, 1, 32), "image_pos_emb.weights_1": (1, 1, 4, 32)})
+    shapes.update({"to_logits.0.weight": (32,), "to_logits.0.bias": (32,)})
+    shapes.update({"to_logits.1.weight": (tokens + 64, 32), "to_logits.1.bias": (tokens + 64,)})
     for layer in ("transformer.layers.0", "transformer.layers.1"):
         for block in (f"{layer}.0", f"{layer}.1"):
             shapes[f"{block}.scale"] = (1, 1, 32)
@@ -87,6 +88,11 @@ class WholePassStepper(Stepper):
     def next(self, codes: Tensor, places: Tensor, cond_scale: float = 1.0) -> Tensor:
         """See models.sampling.Stepper."""
         return self.begin(self.text, torch.cat((self.codes, codes), dim=1), cond_scale)[:, None]
+
+
+def metrics_in(folder: Path) -> List[Dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights_in(path: Any) -> Dict[str, Tensor]:
@@ -122,6 +128,20 @@ def python(*words: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run Python with these arguments in the repository's folder; return its exit status and output."""
     options = {"cwd": ROOT, "capture_output": True, "text": True, **options}
     return subprocess.run([sys.executable, *map(str, words)], **options)
+
+
+def interrupt(script: str, flags: Any, after: str, folder: Path) -> Tuple[int, str, str]:
+    """Run a script in a folder and press Ctrl-C once a line contains `after`; return exit status, output and errors."""
+    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-u", ROOT / script, *map(str, flags)], cwd=folder, **options)
+    said = []
+    for line in process.stdout or ():
+        said.append(line)
+        if after in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to worker processes as well
+    out, err = process.communicate(timeout=120)
+    return process.returncode, "".join(said) + out, err
 
 
 class PickledCall:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as benchmark
-from benchmarks import limits, networks, peer, rows
+from benchmarks import limits, networks, rows
 
 
 def run(folder, capfd, *flags):
@@ -78,13 +78,3 @@ def test_operations_of_training():
     in_layers = limits.count_layer_weights(model) * (text + codes)
     assert sum(counted) in (in_layers + whole_head, in_layers + needed_head, in_layers)
     assert limits.count_training_operations(model) == 6 * (in_layers + needed_head)
-
-
-def test_tamings_vqgan_is_ours():
-    (ours, pixels, codes), theirs = (
-        networks.build_vqgan(quick=True),
-        peer.TamingVQGAN(networks.vqgan_params(quick=True)),
-    )
-    theirs.load_state_dict(ours.model.state_dict())
-    assert torch.equal(theirs.encode(2 * pixels - 1).flatten(1), ours.get_codebook_indices(pixels))
-    torch.testing.assert_close((theirs.decode(codes).clamp(-1, 1) + 1) / 2, ours.decode(codes), atol=1e-4, rtol=0)

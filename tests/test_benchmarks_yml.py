@@ -61,11 +61,13 @@ def test_an_entry_is_what_the_tool_takes(name):
         assert tuple(map(int, poprun.groups())) == (settings.replication_factor, settings.ipus_per_replica)
 
 
-ORDINARY = ("train_real_pod4", "train_real_pod64_conv", "generate_pod4", "generate_cpu")
+SLOW = [
+    name for name in ENTRIES if not name.endswith(("real_pod4", "real_pod64_conv", "generate_pod4", "generate_cpu"))
+]
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name.endswith(ORDINARY) else pytest.mark.slow) for name in ENTRIES]
+    "name", [*set(ENTRIES) - {*SLOW}, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_figures_of_an_entry_are_in_its_log(
     poptorch_standin, command, drawn_pictures, tiny_vqgan, tmp_path, name, monkeypatch

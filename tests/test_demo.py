@@ -1,20 +1,16 @@
-"""The bundled checkpoints: their sizes and images, and that a seed gives the same image in any batch."""
+"""The bundled checkpoints: their sizes and images, and that few passes sample the codes of one at a time."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 
-import generate
 from data.scene_captions import BACKGROUNDS, objects
 from data.shapes import parse_caption, validation_prompts
 from generation.images import complete_caption, generate_batch, generate_lists, plan_image
 from generation.loading import DEMO, load
 from tests.conftest import ROOT, SHAPES
 from training.evaluation import judge, shape_faults
-
-PROMPT = "a small red circle above a large blue square"
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +30,6 @@ def test_it_follows_prompts_that_it_was_not_trained_on(demo):
     images = torch.cat([demo.decode(codes) for codes in generate_lists(demo, lists)])
     accuracy, faults = judge(images, shape_faults(prompts))
     assert accuracy >= 0.9, faults
-
-
-def test_a_seed_gives_the_same_image_in_any_batch(tmp_path, command):
-    prompts = [PROMPT, "a big green star", "there is a little pink heart left of a yellow triangle"]
-    seen, of_shapes = [], ["--dalle_path", SHAPES, "--device", "cpu"]
-    for size in (1, 8):
-        out = tmp_path / str(size)
-        words = ["--num_images", 3, "--seed", 5, "--batch_size", size, "--format", "png", *of_shapes]
-        assert command(generate.main, "--text", "|".join(prompts), *words, "--outputs_dir", out).status == 0
-        seen.append({path.relative_to(out): path.read_bytes() for path in sorted(out.rglob("*-seed-*.png"))})
-    alone = tmp_path / "alone"
-    words = ["--num_images", 1, "--seed", 6, "--format", "png", "--outputs_dir", alone, *of_shapes]
-    assert command(generate.main, "--text", prompts[2], *words).status == 0
-    (path,) = alone.rglob("*-seed-6.png")
-    assert len(seen[0]) == 9 and seen[0] == seen[1]
-    assert path.read_bytes() == seen[0][Path(path.parent.name) / "1-seed-6.png"]
 
 
 def test_it_completes_captions(demo):

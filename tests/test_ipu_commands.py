@@ -32,9 +32,8 @@ def test_a_configuration_runs_to_its_end(poptorch_standin, command, tiny_vqgan, 
     assert checkpoint.read(path)["hparams"]["fp16"] is (name != "unit_test")
     for device in ("cpu", "ipu"):
         flags = f"--num_images 3 --batch_size 2 --seed 1 --precision fp32 --device {device}".split()
-        ended = command(
-            generate.main, "--dalle_path", path, "--text", "a dog", "--outputs_dir", tmp_path / device, *flags
-        ).ok()
+        place = ["--dalle_path", path, "--outputs_dir", tmp_path / device]
+        ended = command(generate.main, *place, "--text", "a dog", *flags).ok()
         assert re.search(r"throughput: \d+\.\d+ images/sec", ended.out)
     pictures = [(tmp_path / device / "a_dog" / "2-seed-3.jpg").read_bytes() for device in ("cpu", "ipu")]
     assert pictures[0] == pictures[1]
@@ -45,7 +44,8 @@ def test_real_pictures_train_as_on_a_cpu(poptorch_standin, command, tiny_flags, 
     flags = ["--epochs", 2, "--gradient-accumulation", 2, "--batch-size", 2, "--optimizer", "Adam"]
     flags += ["--no-codes-cache", "--byteio"] if pixels else ["--codes-cache", tmp_path / "codes"]
     for device in ("ipu", "cpu"):
-        command(train.main, *tiny_flags, *flags, "--device", device, "--checkpoint-output-dir", tmp_path / device).ok()
+        place = ["--device", device, "--checkpoint-output-dir", tmp_path / device]
+        command(train.main, *tiny_flags, *flags, *place).ok()
     for epoch in (0, 1):
         assert_same_weights(tmp_path / "ipu" / f"dalle_{epoch}.pt", tmp_path / "cpu" / f"dalle_{epoch}.pt", 2e-4)
     untrained = {**weights_in(tmp_path / "cpu" / "dalle_0.pt")}
@@ -56,13 +56,11 @@ def test_real_pictures_train_as_on_a_cpu(poptorch_standin, command, tiny_flags, 
 def test_a_resumed_run_is_the_run_that_never_stopped(poptorch_standin, command, tiny_flags, tmp_path):
     flags = [*tiny_flags, *IPU, "--epochs", 3, "--ff-dropout", 0, "--gradient-accumulation", 3, "--batch-size", 1]
     flags += ["--ipus-per-replica", 2, "--layers-per-ipu", "1,1", "--embedding-serialization-factor", 4]
-    assert command(train.main, *flags, "--checkpoint-output-dir", tmp_path / "whole").status == 0
-    assert command(train.main, *flags, "--max-steps", 5, "--checkpoint-output-dir", tmp_path / "part").status == 0
-    stopped = tmp_path / "part" / "dalle_step_5.pt"
-    ended = command(
-        train.main, *flags, "--checkpoint-output-dir", tmp_path / "rest", "--pretrained-checkpoint", stopped
-    )
-    assert ended.status == 0 and "at step 5" in ended.out and "afresh" not in ended.out + ended.err
+    runs = {name: [*flags, "--checkpoint-output-dir", tmp_path / name] for name in ("whole", "part", "rest")}
+    command(train.main, *runs["whole"]).ok()
+    command(train.main, *runs["part"], "--max-steps", 5).ok()
+    ended = command(train.main, *runs["rest"], "--pretrained-checkpoint", tmp_path / "part" / "dalle_step_5.pt").ok()
+    assert "at step 5" in ended.out and "afresh" not in ended.out + ended.err
     assert_same_weights(tmp_path / "rest" / "dalle_2.pt", tmp_path / "whole" / "dalle_2.pt")
 
 
@@ -76,10 +74,8 @@ def test_compile_only_needs_neither_data_nor_device(poptorch_standin, command, t
 
 
 def test_synthetic_data_is_timed_and_never_saved(poptorch_standin, command, tiny_flags, tmp_path):
-    ended = command(
-        train.main, *tiny_flags, *IPU, "--synthetic-data", "--max-steps", 2, "--checkpoint-output-dir", tmp_path
-    )
-    assert ended.status == 0 and "throughput:" in ended.out, ended.err
+    flags = ["--synthetic-data", "--max-steps", 2, "--checkpoint-output-dir", tmp_path]
+    assert "throughput:" in command(train.main, *tiny_flags, *IPU, *flags).ok().out
     assert not list(tmp_path.glob("*.pt"))
 
 
@@ -95,17 +91,7 @@ def test_synthetic_data_is_timed_and_never_saved(poptorch_standin, command, tiny
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(poptorch_standin, command, tiny_flags, flags, told):
-    ended = command(train.main, *tiny_flags, *IPU, *flags.split())
-    assert ended.status == 2 and told in ended.err and ended.err.count("\n") == 1
-
-
-@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["training", "dry run"])
-def test_too_few_ipus_are_one_line(poptorch_standin, command, tiny_flags, more):
-    """PopTorch's error is no RuntimeError and would end in a traceback."""
-    poptorch_standin.MACHINE.ipus = 1
-    flags = "--ipus-per-replica 2 --layers-per-ipu 1,1 --gradient-accumulation 3 --batch-size 1"
-    ended = command(train.main, *tiny_flags, *IPU, *flags.split(), *more).refused()
-    assert "the model does not compile" in ended.err and "Failed to acquire 2 IPU(s)" in ended.err
+    command(train.main, *tiny_flags, *IPU, *flags.split()).refused(told)
 
 
 @pytest.mark.parametrize("validation_steps, place", [(3, "validation stopped"), (100, "training stopped")])
@@ -120,18 +106,12 @@ def test_a_device_that_fails_is_one_line(poptorch_standin, command, tiny_flags, 
     assert f"{problem}; the last good checkpoint is {tmp_path / 'dalle_0.pt'}" in ended.err
 
 
-TEN_SETTINGS = [
-    {"top_k": 0.5},
-    {"top_k": 3},
-    {"top_k": 0.0},
-    {"top_p": 0.7},
-    {"temperature": 0.5},
+TEN_SETTINGS = [{"top_k": 0.5}, {"top_k": 3}, {"top_k": 0.0}, {"top_p": 0.7}, {"temperature": 0.5}, {"cond_scale": 2.0}]
+TEN_SETTINGS += [
     {"temperature": 2.0, "top_k": 0.9, "top_p": 0.9},
-    {"cond_scale": 2.0},
     {"cond_scale": 4.0, "top_k": 0.8, "temperature": 0.8},
-    {"cond_scale": 0.0, "top_p": 0.5},
-    {"cond_scale": 1.5, "top_p": 0.95, "temperature": 1.3},
 ]
+TEN_SETTINGS += [{"cond_scale": 0.0, "top_p": 0.5}, {"cond_scale": 1.5, "top_p": 0.95, "temperature": 1.3}]
 
 
 def test_ten_sampling_settings_share_one_program(poptorch_standin, command, tiny_checkpoint, tmp_path):
@@ -184,23 +164,13 @@ def poprun(instances, replicas, arguments, folder):
     processes = []
     for index in range(instances):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{STANDIN}{os.pathsep}{ROOT}"}
-        environment.update(
-            POPDIST_NUM_TOTAL_REPLICAS=str(replicas),
-            POPDIST_NUM_LOCAL_REPLICAS=str(replicas // instances),
-            POPDIST_INSTANCE_INDEX=str(index),
-            POPDIST_NUM_INSTANCES=str(instances),
-            STANDIN_STORE=str(folder / "store"),
-        )
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", SHOW_SHARES, *map(str, arguments), "--random-seed", str(7 + index)],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        numbers = {"NUM_TOTAL_REPLICAS": replicas, "NUM_LOCAL_REPLICAS": replicas // instances}
+        numbers.update(INSTANCE_INDEX=index, NUM_INSTANCES=instances)
+        environment.update({f"POPDIST_{name}": str(number) for name, number in numbers.items()})
+        environment["STANDIN_STORE"] = str(folder / "store")
+        words = [sys.executable, "-c", SHOW_SHARES, *map(str, arguments), "--random-seed", str(7 + index)]
+        options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(words, env=environment, **options))
     ended = [process.communicate(timeout=120) for process in processes]
     for process, (_, err) in zip(processes, ended):
         assert process.returncode == 0, err
@@ -232,8 +202,6 @@ def test_instances_share_the_data_and_train_as_one(poptorch_standin, command, ti
 def test_poprun_without_horovod_is_one_line(poptorch_standin, command, tiny_flags, monkeypatch):
     monkeypatch.setenv("POPDIST_NUM_TOTAL_REPLICAS", "2")
     monkeypatch.setitem(sys.modules, "horovod", None)
-    ended = command(train.main, *tiny_flags, *IPU).refused()
-    assert "Horovod" in ended.err and "pip install -r requirements-ipu.txt" in ended.err
+    command(train.main, *tiny_flags, *IPU).refused("Horovod", "pip install -r requirements-ipu.txt")
     monkeypatch.setitem(sys.modules, "popdist", None)
-    ended = command(train.main, *tiny_flags, *IPU)  # else each instance would train alone
-    assert ended.status == 2 and "popdist wheel" in ended.err and ended.err.count("\n") == 1
+    command(train.main, *tiny_flags, *IPU).refused("popdist wheel")  # else each instance would train alone

@@ -1,6 +1,5 @@
 """train.py and generate.py under torchrun: two processes do what one does, and one that dies is noticed."""
 
-import json
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ from torch.distributed import fsdp
 
 import generate
 import train
-from tests.builders import assert_same_weights
+from tests.builders import assert_same_weights, metrics_in
 from tests.conftest import ROOT
 
 needs_fsdp2 = pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="fully_shard came with torch 2.6")
@@ -54,8 +53,7 @@ def test_two_processes_train_as_one(command, tiny_flags, tmp_path, monkeypatch):
     assert losses[0] == losses[1] and len(losses[1]) == 1  # rank 0 alone logs
     for name in ("step_4.png", "step_6.png", "captions.txt"):
         assert (tmp_path / "together/samples" / name).exists()
-    lines = [json.loads(line) for line in (tmp_path / "together/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]  # rank 0's alone
+    assert [line["step"] for line in metrics_in(tmp_path / "together")] == [1, 2, 3, 4, 5, 6]  # rank 0's alone
     assert "12 images, 6 steps of 4 samples" in out and "in 2 processes" in out
     assert sorted(path.name for path in (tmp_path / "together").glob("*.pt")) == ["dalle_0.pt", "dalle_1.pt"]
 

@@ -3,9 +3,6 @@
 import contextlib
 import itertools
 import re
-import signal
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
@@ -20,7 +17,7 @@ from data.loader import EpochOrder
 from data.sources import find_images
 from models.vqgan_files import load_vqgan
 from models.vqgan_training import VQGanTrainer
-from tests.conftest import ROOT
+from tests.builders import interrupt
 from training.vqgan import endless_batches
 
 FILES = {"vqgan.ckpt", "vqgan.yaml", "vqgan_training.pt"}
@@ -74,31 +71,12 @@ def test_the_files_are_tamings(trained, drawn_pictures):
     assert Image.open(folder / "reconstructions.png").size == (8 * 36, 2 * 36)  # eight, above what comes back of them
 
 
-def test_pictures_come_back_better_and_better(trained):
-    more = ["--optimizer", "AdamW", "--learning-rate", "0.003", "--eval-interval", 15, "--max-steps", 60]
-    _, out = trained(*more)
-    figures = [float(figure) for figure in re.findall(r"PSNR (\S+) dB", out)]
-    assert len(figures) == 5 and figures[0] + 1 < figures[-1] > 15, figures
-
-
-def test_a_seed_gives_the_same_weights_and_another_gives_others(trained):
-    more = ["--max-steps", 12]
-    folders = [trained(*more, "--random-seed", seed)[0] for seed in (3, 3, 4)]
-    first, again, other = [load_vqgan(str(folder)).fingerprint() for folder in folders]
-    assert first == again != other
-
-
 def test_ctrl_c_saves_what_there_is(flags, tmp_path):
     # 16 × 16 codes a picture, so that the codebook begins at once.
     words = [*flags, "--output-dir", tmp_path / "v", "--patch-size", "2", "--max-steps", "100000"]
-    command = [sys.executable, "-u", ROOT / "train_vqgan.py", *words, "--continuous-steps", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "the codebook starts" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and err == "", err
+    words += ["--continuous-steps", "1"]
+    status, out, err = interrupt("train_vqgan.py", words, "the codebook starts", tmp_path)
+    assert status == 130 and err == "", err
     assert re.search(r"interrupted at step \d+ of 100000; saved the VQGAN so far", out)
     assert load_vqgan(str(tmp_path / "v")).fmap_size == 16
     assert {path.name for path in (tmp_path / "v").iterdir()} == FILES

@@ -355,10 +355,7 @@ class capturing:
 
 
 GPU = Gpu()
-PLAIN = {
-    "compatible": torch._has_compatible_shallow_copy_type,
-    "run": threading.Thread.run,
-}
+PLAIN = {"compatible": torch._has_compatible_shallow_copy_type, "run": threading.Thread.run}
 
 
 def install(gpu="h100"):

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import random
 import time
 
 import numpy as np
@@ -91,59 +90,36 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     assert not any(file in opened(tmp_path) for file in FILES) and filled(tmp_path)[1] == expected()
 
 
-def work(folder, log, seconds, count):
+def work(folder, log, seconds):
     """Fill the cache in another process, one file at a time; log what was computed."""
-    files = [(f"{number:02d}", number, 1000 + number) for number in range(count)]
 
     def compute(batches):
         for batch in batches:
             time.sleep(seconds)
-            yield batch, np.array([values_of(files[i]) for i in batch], np.uint16)
+            yield batch, np.array([values_of(FILES[i]) for i in batch], np.uint16)
             with open(log, "a") as file:
-                file.write("".join(f"{files[i][0]}\n" for i in batch))
+                file.write("".join(f"{FILES[i][0]}\n" for i in batch))
 
-    cache = opened(folder)
-    cache.fill(files, compute, 1)
-    values, rows = cache.load(files)
-    assert values[rows].tolist() == expected(files)
-
-
-def started(*arguments):
-    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
-    process.start()
-    return process
-
-
-def lines(log):
-    return log.read_text().splitlines() if log.exists() else []
+    opened(folder).fill(FILES, compute, 1)
 
 
 def test_what_a_dead_process_was_computing_another_computes(tmp_path):
-    first = started(tmp_path, tmp_path / "first.log", 0.7, 20)
-    until(lambda: lines(tmp_path / "first.log"))
-    second = started(tmp_path, tmp_path / "second.log", 0.01, 20)
-    until(lambda: len(lines(tmp_path / "second.log")) >= 10)
+    def start(name, seconds):
+        process = multiprocessing.get_context("spawn").Process(target=work, args=(tmp_path, tmp_path / name, seconds))
+        process.start()
+        return process
+
+    def lines(name):
+        return (tmp_path / name).read_text().splitlines() if (tmp_path / name).exists() else []
+
+    first = start("first.log", 0.7)
+    until(lambda: lines("first.log"))
+    second = start("second.log", 0.01)
+    until(lambda: len(lines("second.log")) >= 10)
     first.kill()
     second.join(60)
     assert second.exitcode == 0 and first.exitcode != 0
-    done = lines(tmp_path / "first.log") + lines(tmp_path / "second.log")
-    assert sorted(done) == [file[0] for file in FILES]
-
-
-def test_a_killed_process_keeps_all_but_its_last_batch(tmp_path):
-    kills, chance, count, done = 4, random.Random(4), 60, []
-    for number in range(kills):
-        log = tmp_path / f"{number}.log"
-        process = started(tmp_path, log, 0.002, count)
-        until(lambda log=log, process=process: lines(log) or not process.is_alive())
-        time.sleep(chance.random() * 0.03)
-        process.kill()
-        process.join(60)
-        done += lines(log)
+    assert sorted(lines("first.log") + lines("second.log")) == [file[0] for file in FILES]  # each once
     with open(next((tmp_path / "cache").glob("*.rows")), "ab") as rows:
         rows.write(os.urandom(5))  # half a record
-    files = [(f"{number:02d}", number, 1000 + number) for number in range(count)]
-    written = {file[0] for file in files if file in opened(tmp_path)}
-    assert set(done) <= written and len(done) == len(set(done)) and len(written) <= len(done) + kills
-    seen, values = filled(tmp_path, files)
-    assert values == expected(files) and {file[0] for file in seen} == {file[0] for file in files} - written
+    assert filled(tmp_path) == ([], expected())

@@ -10,12 +10,8 @@ from data.shapes import BACKGROUND, COLORS, INVERSE, SHAPES, Scene, describe_sce
 from data.shapes_reader import find_faults, find_objects
 
 
-def follows(caption, pixels):
-    return not find_faults(caption, pixels)
-
-
 def accuracy(captions, images):
-    return np.mean([follows(caption, pixels) for caption, pixels in zip(captions, images)])
+    return np.mean([not find_faults(caption, pixels) for caption, pixels in zip(captions, images)])
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +46,11 @@ def test_a_caption_with_one_thing_wrong_is_not_followed(pictures):
         for fault, scene in wrong.items():
             assert find_faults(describe_scene(scene, rng), pixels) == (fault,), captions[0]
         for relation in set(INVERSE) - {told.relation}:
-            assert not follows(describe_scene(told._replace(relation=relation), rng), pixels)
+            assert find_faults(describe_scene(told._replace(relation=relation), rng), pixels)
         swapped = Scene(told.second, told.relation, told.first)
-        assert not follows(describe_scene(swapped, rng), pixels)
+        assert find_faults(describe_scene(swapped, rng), pixels)
         unsized = told._replace(first=told.first._replace(size=None))
-        assert follows(describe_scene(unsized, rng), pixels)
+        assert not find_faults(describe_scene(unsized, rng), pixels)
 
 
 def test_a_third_object_or_a_missing_one_is_counted(pictures):
@@ -68,26 +64,5 @@ def test_a_third_object_or_a_missing_one_is_counted(pictures):
         assert find_faults(captions[0], third) == ("count",)
         missing = pixels.copy()
         missing[(missing == COLORS[parse_caption(captions[0]).first.color]).all(-1)] = BACKGROUND
-        assert not follows(captions[0], missing)
+        assert find_faults(captions[0], missing)
     assert find_objects(np.full((64, 64, 3), BACKGROUND, np.uint8)) == []
-
-
-def test_soft_noisy_and_scaled_images_are_still_read(pictures):
-    rng = np.random.default_rng(0)
-
-    def blurred(pixels):
-        return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.8)))
-
-    def noisy(pixels):
-        return np.clip(np.rint(pixels + rng.normal(0, 8, pixels.shape)), 0, 255).astype(np.uint8)
-
-    def tinted(pixels):
-        return np.rint(0.9 * pixels + 0.1 * np.array([128, 140, 150])).astype(np.uint8)
-
-    def enlarged(pixels):
-        return np.asarray(Image.fromarray(pixels).resize((256, 256), Image.BICUBIC))
-
-    sample = pictures[:50]
-    captions = [captions[0] for _, captions in sample]
-    for change in (blurred, noisy, tinted, enlarged, lambda pixels: noisy(blurred(pixels))):
-        assert accuracy(captions, [change(pixels) for pixels, _ in sample]) >= 0.98, change

@@ -1,4 +1,4 @@
-"""The stand-in refuses what PopTorch would, and trains as plain torch does."""
+"""The stand-in refuses what PopTorch would. tests/cpu_ipu_test.py shows that it trains as plain torch does."""
 
 import pytest
 import torch
@@ -40,13 +40,13 @@ class Through(nn.Module):
         return self.function(self, *inputs)
 
 
-def batch_of(size, seed=1):
-    generator = torch.Generator().manual_seed(seed)
+def batch_of(size):
+    generator = torch.Generator().manual_seed(1)
     return torch.randn(size, 4, generator=generator), torch.randint(0, 3, (size,), generator=generator)
 
 
-def options_of(poptorch, iterations=1, accumulation=1, replicas=1):
-    options = poptorch.Options().deviceIterations(iterations).replicationFactor(replicas)
+def options_of(poptorch, accumulation):
+    options = poptorch.Options()
     options.Training.gradientAccumulation(accumulation)
     return options
 
@@ -56,26 +56,6 @@ def trainer_of(poptorch, model=None, options=None, **attributes):
     model = Net() if model is None else model
     optimizer = poptorch.optim.AdamW(model.parameters(), **{"lr": 1e-2, **attributes})
     return poptorch.trainingModel(model, options, optimizer), model, optimizer
-
-
-def torch_training(kind, batches, accumulation, clip=None, **attributes):
-    """Return the weights after one optimizer step of plain torch per entry of `batches`."""
-    model = Net()
-    optimizer = getattr(torch.optim, kind)(model.parameters(), **attributes)
-    for x, y in batches:
-        optimizer.zero_grad()
-        for rows in range(0, len(x), len(x) // accumulation):
-            part = slice(rows, rows + len(x) // accumulation)
-            (F.cross_entropy(model.scores(x[part]), y[part]) / accumulation).backward()
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-    return dict(model.named_parameters())
-
-
-def assert_same_weights(found, wanted, tolerance=1e-6):
-    for name, weight in wanted.items():
-        torch.testing.assert_close(found[name].float(), weight.detach().float(), rtol=0, atol=tolerance)
 
 
 def test_shapes_are_fixed(poptorch):
@@ -145,7 +125,7 @@ def test_pipelines_are_refused(poptorch, ids, accumulation, message):
     for layer, pair in zip(layers, ids):
         if pair is not None:
             poptorch.BeginBlock(layer, *pair)
-    options = options_of(poptorch, accumulation=accumulation).autoRoundNumIPUs(True)
+    options = options_of(poptorch, accumulation).autoRoundNumIPUs(True)
     options.setExecutionStrategy(poptorch.PipelinedExecution(poptorch.AutoStage.AutoIncrement))
     trainer, _, _ = trainer_of(poptorch, Through(lambda m, x: F.mse_loss(m.layers(x), x), layers=layers), options)
     with pytest.raises(poptorch.Error, match=message):
@@ -204,23 +184,6 @@ def test_asynchronous_batches_must_be_cloned(poptorch):
     assert stay_as_they_were(poptorch.DataLoaderMode.Async) == 7 * [False] + 3 * [True]
 
 
-@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
-@pytest.mark.parametrize("iterations, accumulation, replicas, clip", [(1, 1, 1, None), (2, 3, 2, 0.05)])
-def test_training_equals_torch(poptorch, kind, iterations, accumulation, replicas, clip):
-    attributes = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
-    model, micro_batches = Net(), accumulation * replicas
-    optimizer = getattr(poptorch.optim, kind)(model.parameters(), loss_scaling=64.0, max_grad_norm=clip, **attributes)
-    options = options_of(poptorch, iterations, accumulation, replicas)
-    trainer = poptorch.trainingModel(model, options, optimizer)
-    calls = [batch_of(iterations * micro_batches * 2, seed) for seed in range(3)]
-    updates = [part for x, y in calls for part in zip(x.chunk(iterations), y.chunk(iterations))]
-    for x, y in calls:
-        trainer(x, y)
-    wanted = torch_training(kind, updates, micro_batches, clip, **attributes)
-    assert_same_weights(trainer.state_dict(), wanted)
-    assert (model.first.weight - Net().first.weight).abs().max() > 1e-3
-
-
 def test_half_precision(poptorch):
     """fp16 weights run in fp16, moments are kept as asked, and an fp16 accumulator does not overflow as a mean."""
     half = dict.fromkeys(("accum_type", "first_order_momentum_accum_type"), torch.float16)
@@ -232,7 +195,11 @@ def test_half_precision(poptorch):
     assert out.dtype == torch.float16 and model.first.weight.dtype == torch.float16
     assert state["Accl1___first.weight"].dtype == torch.float16
     assert state["Accl2___first.weight"].dtype == torch.float32
-    assert_same_weights(trainer.state_dict(), torch_training("AdamW", [(x, y)], 4, lr=1e-2), 2e-3)
+    plain = Net()
+    F.cross_entropy(plain.scores(x), y).backward()
+    torch.optim.AdamW(plain.parameters(), lr=1e-2).step()
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(trainer.state_dict()[name].float(), weight, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from PIL import Image
 from generation.image_prompts import encode_kept_rows
 from generation.images import generate_batch, image_metadata, plan_image, to_image
 from tests.builders import png_of
-from tests.service.running import call, generate, running, until
+from tests.service.running import answer_to, call, generate, read_events, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
 PROMPT = "a red circle"
@@ -204,3 +204,19 @@ def test_made_up_requests_are_answered_as_documented(port):
 
         once()
     assert len(calls) > 20 and call(port)[0] == 200
+
+
+@pytest.mark.parametrize("prefix", ["", "/draw"], ids=["prefix cut off by the proxy", "prefix handed on"])
+def test_page_api_and_events_work_behind_a_proxy_under_a_prefix(loaded, prefix):
+    site = {"Host": "draw.example.org", "X-Forwarded-For": "10.0.0.9", "X-Forwarded-Proto": "https"}
+    with running(loaded, "--root-path", "/draw", "--allowed-host", "draw.example.org") as port:
+        for place in ("/", "/health", "/openapi.json", "/api/model", "/static/app.js"):
+            status, _, body = answer_to(port, "GET", prefix + place, **site)
+            assert status == 200 and b'="/' not in body, place  # no address that forgets the prefix
+        assert b'"/draw"' in answer_to(port, "GET", f"{prefix}/openapi.json", **site)[2]
+        body, origin = json.dumps({"prompts": [PROMPT], "num_images": 2}), "https://draw.example.org"
+        status, _, answer = answer_to(port, "POST", f"{prefix}/api/jobs", body, Origin=origin, **site)
+        assert status == 202
+        events = read_events(port, json.loads(answer)["id"], root=prefix)
+        assert [event for _, event, _ in events].count("image") == 2 and events[-1][1] == "done"
+        assert answer_to(port, "GET", f"{prefix}/health", Host="evil.example")[0] == 421

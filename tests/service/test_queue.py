@@ -67,27 +67,18 @@ def test_pictures_that_go_with_no_others_get_their_turn(loaded, drawing, queue):
     assert drawing.batches[turn] == [99] and turn <= 2
 
 
-def test_cancelled_pictures_that_wait_are_never_drawn(loaded, drawing, queue):
+def test_cancelled_images_are_given_up_or_never_begun(loaded, drawing, queue):
     first = occupied(queue, loaded, drawing)
     gone = queue.submit("gone", pictures(loaded, *range(10)))
     stays = queue.submit("stays", pictures(loaded, 77))
-    queue.cancel(gone)
-    queue.cancel(gone)
+    for job in (gone, gone, first):
+        queue.cancel(job)
     drawing.release()
     wait(first, stays, gone)
     assert drawing.batches == [[1000], [77]]
+    assert drawing.codes == 1 + loaded.model.image_seq_len  # one of the batch that was held up, then it ended
     assert gone.cancelled and gone.error is None and gone.ready == 0 and not stays.cancelled
-
-
-def test_a_drawing_that_nobody_waits_for_is_given_up(loaded, drawing, queue):
-    job = occupied(queue, loaded, drawing)
-    queue.cancel(job)
-    drawing.release()
-    after = queue.submit("after", pictures(loaded, 5))
-    wait(after)
-    codes = loaded.model.image_seq_len
-    assert drawing.codes == codes + 1  # one of the drawing that was held up, then it ended
-    assert queue.images_generated == 1 and job.images == [None]
+    assert queue.images_generated == 1 and first.images == [None]
 
 
 def test_a_batch_that_finds_no_memory_is_halved(loaded, drawing, queue):

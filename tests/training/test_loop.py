@@ -53,9 +53,6 @@ def test_processes_share_the_common_order(num_samples):
     assert [sum(batches, []) for batches in zip(*shares)] == alone
     keys = sum(alone, [])
     assert len(keys) == len(set(keys)) == num_samples // 8 * 8
-
-
-def test_a_set_smaller_than_a_step_is_refused():
     with pytest.raises(ValueError, match="64 samples, but the set has 26"):
         EpochOrder(26, 32, rank=0, world_size=2)
 
@@ -152,9 +149,8 @@ def loss_series():
 def torchs_plateau(losses):
     """Learning rate of each epoch and of the one after the last, by torch's scheduler on an optimizer of its own."""
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, mode="min", factor=0.5, patience=10, cooldown=10, min_lr=1e-6
-    )
+    options = {"mode": "min", "factor": 0.5, "patience": 10, "cooldown": 10, "min_lr": 1e-6}
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options)
     rates = [PEAK]
     for loss in losses:
         plateau.step(loss)

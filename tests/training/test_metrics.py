@@ -10,13 +10,13 @@ from PIL import Image
 
 import log
 import train
+from tests.builders import metrics_in
 from utils import checkpoint
 
 
 def lines_of(folder):
     """The lines of a run, without the times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "samples_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key != "samples_per_second"} for line in metrics_in(folder)]
 
 
 @pytest.fixture

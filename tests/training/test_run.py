@@ -1,13 +1,12 @@
 """--init-from: a new run with the weights of any checkpoint that generate.py reads."""
 
-import json
-
 import pytest
 import torch
 
 import train
 from generation.loading import read_model
 from models.discrete_vae import DiscreteVAE
+from tests.builders import metrics_in
 from tests.test_generate import their_vocabulary, weights_of, write_reference  # noqa: F401
 from tests.utils.test_dalle_pytorch import SHAPES, save, theirs  # noqa: F401  # a fixture
 from utils import checkpoint
@@ -30,8 +29,7 @@ def started(command, drawn_pictures, tmp_path):
 
 
 def read_losses(folder):
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["loss/total"]) for line in lines if "loss/total" in line]
+    return [(line["step"], line["loss/total"]) for line in metrics_in(folder) if "loss/total" in line]
 
 
 def files(kind, request, tmp_path):

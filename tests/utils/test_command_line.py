@@ -40,26 +40,6 @@ def refused(capsys, *argv):
     return printed.err
 
 
-def test_lists_come_with_commas_or_spaces():
-    for words in (["1,2", "3"], ["1 2 3"], ["1", "2", "3"], ["1, 2", "3"]):
-        assert values("--bed-sizes", *words)["bed_sizes"] == [1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    "argv, told",
-    [
-        (["--row-count", "0"], "argument --row-count: must be a whole number of at least 1, not '0'"),
-        (["--is-wild", "perhaps"], "argument --is-wild: must be true or false, not 'perhaps'"),
-        (["--bed-sizes", "1,x"], "argument --bed-sizes: must be a number of at least 0, not 'x'"),
-        (["--soil", "clay"], "argument --soil: invalid choice: 'clay'"),
-        (["--row", "2"], "unrecognized arguments: --row 2 (did you mean --row-count?)"),
-        (["--row-count", "two\nlines"], "not 'two lines'"),
-    ],
-)
-def test_a_bad_flag_is_one_line_that_names_it(argv, told, capsys):
-    assert told in refused(capsys, *argv)
-
-
 def test_help_names_flags_meanings_and_defaults(capsys):
     with pytest.raises(SystemExit) as end:
         parse(small_parser(), ["--help"])

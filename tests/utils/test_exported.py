@@ -96,18 +96,14 @@ def test_a_damaged_file_is_refused_in_one_line(export, tmp_path):
         assert len(str(told.value)) < len(str(path)) + 220
 
 
-@pytest.mark.parametrize(
-    "metadata, told",
-    [
+def test_a_foreign_file_is_refused_in_one_line(command, tmp_path):
+    path, out = tmp_path / "other.safetensors", tmp_path / "out"
+    for metadata, told in (
         (None, "it has no hparams"),
         ({"hparams": "{"}, "its header is not JSON"),
         ({"hparams": "3"}, "is not a dict"),
         ({"hparams": "{}", "crc32": "0"}, "checksum differs"),
-    ],
-)
-def test_a_foreign_file_is_refused_in_one_line(metadata, told, command, tmp_path):
-    path = tmp_path / "other.safetensors"
-    save_file({"a": torch.zeros(3)}, path, metadata)
-    flags = ["--dalle_path", path, "--text", "a", "--outputs_dir", tmp_path / "out"]
-    command(generate.main, *flags).refused(str(path), told)
-    assert not (tmp_path / "out").exists()
+    ):
+        save_file({"a": torch.zeros(3)}, path, metadata)
+        command(generate.main, "--dalle_path", path, "--text", "a", "--outputs_dir", out).refused(str(path), told)
+        assert not out.exists()

@@ -179,21 +179,6 @@ def test_other_ways_to_call_are_refused(path, program, monkeypatch):
     assert not os.path.exists("it_ran")
 
 
-@pytest.mark.parametrize(
-    "keys, wrap",
-    [((), ("module.",)), (("state_dict",), ("first_stage_model.",)), (("state", "generator"), ("", "ema_model."))],
-)
-def test_an_anchor_finds_wrapped_weights(path, keys, wrap):
-    state = {f"{prefix}{name}": torch.tensor([float(number)]) for number, prefix in enumerate(wrap) for name in "ab"}
-    saved = {**state, "other.c": torch.zeros(1)}
-    for key in reversed(keys):
-        saved = {"epoch": 3, "more": {"x": 1}, key: saved}
-    weights = read_weights(save(path, saved), anchor="a", skip=("ema_model.", "other."))
-    assert {name: value.item() for name, value in weights.items()} == {"a": 0, "b": 0}
-    with pytest.raises(ValueError, match="no tensor of it is named quantize.x"):
-        read_weights(path, anchor="quantize.x")
-
-
 LIES = {
     "longer than its storage": tensor(storage(), (5,), (1,)),
     "strides past the end": tensor(storage(), (2, 2), (3, 1)),

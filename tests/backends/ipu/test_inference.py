@@ -5,9 +5,12 @@ import torch
 
 import backends
 from models.sampling import Sampling
+from models.transformer import PATTERNS
+from models.vae import VQGanVAE
 from models.vqgan_files import load_vqgan
 from tests.backends.ipu.ipu_runs import samples, settings
 from tests.builders import one_line, small_dalle
+from tests.models.test_vae import sizes
 
 
 @pytest.fixture
@@ -23,9 +26,7 @@ def no_loop(poptorch_standin, monkeypatch):
 @pytest.mark.parametrize("whole", [True, False], ids=["whole pictures", "code by code"])
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_codes_are_those_of_a_cpu(poptorch_standin, tiny_vae, whole, count, request):
-    model = small_dalle(tiny_vae).eval()
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.3
+    model = small_dalle(tiny_vae, weight_std=0.3, depth=len(PATTERNS), attn_types=PATTERNS).eval()
     text, _ = samples(count)
     text[:, 4:] = 0
     on_cpu, on_ipu = (backends.for_inference(device, "fp32") for device in ("cpu", "ipu"))
@@ -34,15 +35,10 @@ def test_codes_are_those_of_a_cpu(poptorch_standin, tiny_vae, whole, count, requ
     sampler = on_ipu.sampler(model, 3)
     for sampling in (Sampling(), Sampling(top_k=0.5, top_p=0.8, temperature=0.7, cond_scale=2.0)):
         for given in (None, torch.randint(0, 32, (count, 5)), torch.randint(0, 32, (count, 16))):
-            draws = [
-                sample(
-                    text,
-                    sampling,
-                    generator=[torch.Generator().manual_seed(i) for i in range(count)],
-                    image_codes=given,
-                )
-                for sample in (on_cpu.sampler(model, 3), sampler)
-            ]
+            draws = []
+            for sample in (on_cpu.sampler(model, 3), sampler):
+                generators = [torch.Generator().manual_seed(i) for i in range(count)]
+                draws.append(sample(text, sampling, generator=generators, image_codes=given))
             assert draws[1].dtype == torch.int64 and torch.equal(*draws)
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert model.text_emb.weight.dtype == torch.float32
@@ -77,8 +73,10 @@ def test_a_compilers_error_is_one_line(poptorch_standin, tiny_vae, tiny_vqgan):
             fail()
 
 
-def test_the_vqgan_runs_on_the_device_both_ways(poptorch_standin, tiny_vqgan):
-    vae = load_vqgan(tiny_vqgan)
+@pytest.mark.parametrize("gumbel", [False, True], ids=["VQModel", "GumbelVQ"])
+def test_the_vqgan_runs_on_the_device_both_ways(poptorch_standin, gumbel):
+    torch.manual_seed(0)
+    vae = VQGanVAE(sizes(8, [2, 1], [8], patch_size=4, gumbel=gumbel), gumbel)
     backend = backends.for_training(settings())
     encode, decode = backend.encode(vae), backend.decode(vae)
     for count in (3, 2, 7):

@@ -18,10 +18,6 @@ def weights_of(trainer):
 
 
 def test_half_precision_only_where_it_is_asked_for(poptorch_standin, tiny_vae):
-    def optimizer_of(*flags):
-        backend = backends.for_training(settings(*flags))
-        return backend, backend.trainer(small_dalle(tiny_vae)).optimizer
-
     half, single = torch.float16, torch.float32
     for flags, accumulator, momentum, scaling in (
         ("", single, single, 1),
@@ -31,33 +27,12 @@ def test_half_precision_only_where_it_is_asked_for(poptorch_standin, tiny_vae):
         ("--precision fp16 --fp16 false", half, single, 1),
         ("--precision auto --fp16 false", single, single, 1),
     ):
-        backend, optimizer = optimizer_of(flags)
-        assert backend.half == (accumulator == half), flags
-        assert optimizer.accum_type == accumulator, flags
+        backend = backends.for_training(settings(flags))
+        optimizer = backend.trainer(small_dalle(tiny_vae)).optimizer
+        assert backend.half == (accumulator == half) and optimizer.accum_type == accumulator, flags
         assert optimizer.first_order_momentum_accum_type == momentum, flags
-        assert optimizer.second_order_momentum_accum_type == single
-        assert optimizer.loss_scaling == scaling
+        assert (optimizer.second_order_momentum_accum_type, optimizer.loss_scaling) == (single, scaling)
         assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
-
-
-def test_losses_are_means_over_everything_that_a_call_takes(poptorch_standin, tiny_vae):
-    """Of micro-batches that differ, without an update in between, against the model by hand."""
-    trainer, batch = trainer_of(tiny_vae, "--replication-factor 2 --batch-size 2")
-    expected = small_dalle(tiny_vae)(*batch, return_loss=True)
-    assert trainer.step(batch) == pytest.approx(
-        {name: float(loss.detach()) for name, loss in expected._asdict().items()}, rel=1e-5
-    )
-
-
-def test_a_changed_learning_rate_reaches_the_device(poptorch_standin, tiny_vae):
-    trainer, batch = trainer_of(tiny_vae)
-    before = weights_of(trainer)
-    trainer.set_lr(0.0)
-    trainer.step(batch)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
-    trainer.set_lr(1e-3)
-    trainer.step(batch)
-    assert not torch.equal(weights_of(trainer)["to_logits.1.weight"], before["to_logits.1.weight"])
 
 
 def test_the_host_model_stays_as_it_was(poptorch_standin, tiny_vae):

@@ -7,6 +7,7 @@ importing popdist does not load.
 """
 
 import atexit
+import functools
 import os
 
 _ready = []
@@ -28,20 +29,10 @@ def _read(name):
     return int(os.environ[name])
 
 
-def getNumTotalReplicas():
-    return _read("POPDIST_NUM_TOTAL_REPLICAS")
-
-
-def getNumLocalReplicas():
-    return _read("POPDIST_NUM_LOCAL_REPLICAS")
-
-
-def getInstanceIndex():
-    return _read("POPDIST_INSTANCE_INDEX")
-
-
-def getNumInstances():
-    return _read("POPDIST_NUM_INSTANCES")
+getNumTotalReplicas = functools.partial(_read, "POPDIST_NUM_TOTAL_REPLICAS")
+getNumLocalReplicas = functools.partial(_read, "POPDIST_NUM_LOCAL_REPLICAS")
+getInstanceIndex = functools.partial(_read, "POPDIST_INSTANCE_INDEX")
+getNumInstances = functools.partial(_read, "POPDIST_NUM_INSTANCES")
 
 
 def _group():

@@ -16,10 +16,9 @@ class Options(poptorch.Options):
         self.Distributed.configureProcessId(popdist.getInstanceIndex(), popdist.getNumInstances())
 
     def replicationFactor(self, replication_factor):
-        if replication_factor != popdist.getNumLocalReplicas():
-            raise RuntimeError(
-                f"replicationFactor({replication_factor}): PopRun gave this instance {popdist.getNumLocalReplicas()}"
-            )
+        own = popdist.getNumLocalReplicas()
+        if replication_factor != own:
+            raise RuntimeError(f"replicationFactor({replication_factor}): PopRun gave this instance {own}")
         return super().replicationFactor(replication_factor)
 
     @property

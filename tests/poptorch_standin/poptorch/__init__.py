@@ -2,9 +2,8 @@
 
 from . import optim
 from .dataloader import DataLoader
-from .errors import Error, RecoverableError, UnrecoverableError
 from .executor import inferenceModel, trainingModel
-from .machine import MACHINE
+from .machine import MACHINE, Error, RecoverableError, UnrecoverableError
 from .ops import BeginBlock, dynamic_update, for_loop, identity_loss, recomputationCheckpoint, serializedMatMul
 from .options import (
     AutoStage,
@@ -20,31 +19,17 @@ from .options import (
 __version__ = "3.4.0-standin"
 IS_STANDIN = True
 
-__all__ = [
-    "MACHINE",
-    "AutoStage",
-    "BeginBlock",
-    "DataLoader",
-    "DataLoaderMode",
-    "Error",
-    "MatMulSerializationMode",
+__all__ = ["MACHINE", "AutoStage", "BeginBlock", "DataLoader", "DataLoaderMode", "Error", "MatMulSerializationMode"]
+__all__ += [
     "Options",
     "OutputMode",
     "PipelinedExecution",
     "RecoverableError",
     "ReductionType",
     "TensorLocationSettings",
-    "UnrecoverableError",
-    "dynamic_update",
-    "for_loop",
-    "identity_loss",
-    "inferenceModel",
-    "ipuHardwareIsAvailable",
-    "optim",
-    "recomputationCheckpoint",
-    "serializedMatMul",
-    "trainingModel",
 ]
+__all__ += ["UnrecoverableError", "dynamic_update", "for_loop", "identity_loss", "inferenceModel", "optim"]
+__all__ += ["ipuHardwareIsAvailable", "recomputationCheckpoint", "serializedMatMul", "trainingModel"]
 
 
 def ipuHardwareIsAvailable():

@@ -7,6 +7,7 @@ while there are none, functions without an equivalent. `x.device` says ipu:0.
 int64 stays int64 between operators, though inputs and outputs are narrowed to 32 bits; float64 is float32 throughout.
 """
 
+import contextlib
 import functools
 import re
 import weakref
@@ -16,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import Error
+from .machine import Error
 from .trace import active_trace
 
 IPU = torch.device("ipu:0")
@@ -27,22 +28,16 @@ def _names(text):
     return frozenset(text.split())
 
 
-LOSSES = _names(
-    "binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss cross_entropy ctc_loss "
-    "hinge_embedding_loss huber_loss kl_div l1_loss margin_ranking_loss mse_loss nll_loss poisson_nll_loss "
-    "smooth_l1_loss soft_margin_loss triplet_margin_loss"
-)
+LOSSES = _names("""binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss cross_entropy ctc_loss
+    hinge_embedding_loss huber_loss kl_div l1_loss margin_ranking_loss mse_loss nll_loss poisson_nll_loss smooth_l1_loss
+    soft_margin_loss triplet_margin_loss""")
 # Functions that return a value to Python, which a compiled graph cannot.
-VALUES = _names(
-    "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __contains__ equal allclose "
-    "is_nonzero backward cpu cuda"
-)
+VALUES = _names("""item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __contains__ equal
+    allclose is_nonzero backward cpu cuda""")
 DYNAMIC = _names("nonzero argwhere masked_select multinomial unique unique_consecutive kthvalue")
 DYNAMIC_OPS = _names("nonzero nonzero_numpy masked_select multinomial _unique2 unique_dim unique_consecutive")
-RANDOM = _names(
-    "rand randn randint randperm rand_like randn_like randint_like normal normal_ uniform_ random_ exponential_ "
-    "bernoulli bernoulli_ dropout poisson gumbel_softmax"
-)
+RANDOM = _names("""rand randn randint randperm rand_like randn_like randint_like normal normal_ uniform_ random_
+    exponential_ bernoulli bernoulli_ dropout poisson gumbel_softmax""")
 # torch.<name> makes its tensor on the device while a model is traced; the same function under another name does not.
 FACTORIES = _names("arange empty full linspace logspace ones rand randint randn randperm range tensor zeros")
 # Operators that cost an IPU nothing and so need no block.
@@ -52,13 +47,8 @@ INTERNAL = {"one_hot": {"_local_scalar_dense"}, "cross_entropy": {"masked_select
 TOO_SMALL = {torch.bfloat16, *(getattr(torch, name) for name in dir(torch) if name.startswith("float8"))}
 
 
-def _read_operators():
-    """Read operators.txt, all but the comments."""
-    lines = Path(__file__).with_name("operators.txt").read_text(encoding="utf-8").splitlines()
-    return _names(" ".join(line for line in lines if not line.startswith("#")))
-
-
-OPERATORS = _read_operators()
+LINES = Path(__file__).with_name("operators.txt").read_text(encoding="utf-8").splitlines()
+OPERATORS = _names(" ".join(line for line in LINES if not line.startswith("#")))
 ASSIGNMENTS = _names("copy_ fill_ zero_ normal_ uniform_ random_ exponential_ index_put_ requires_grad_")
 
 
@@ -124,11 +114,7 @@ def _scalars(values):
 
 
 def _names_ipu(value):
-    return (
-        isinstance(value, torch.device)
-        and value.type == "ipu"
-        or (isinstance(value, str) and re.fullmatch(r"ipu(:\d+)?", value) is not None)
-    )
+    return isinstance(value, (torch.device, str)) and re.fullmatch(r"ipu(:\d+)?", str(value)) is not None
 
 
 def _names_host(value):
@@ -247,11 +233,8 @@ class Run(TorchFunctionMode):
         watch = OperatorWatch(INTERNAL.get(name, ()))
         self._inside += 1
         try:
-            if active_trace() is None:
+            with contextlib.nullcontext() if active_trace() is None else watch:
                 result = func(*args, **kwargs)
-            else:
-                with watch:
-                    result = func(*args, **kwargs)
         finally:
             self._inside -= 1
         if name == "to" and not marks and result is args[0]:  # nothing to convert: what arrives is a copy all the same
@@ -286,11 +269,8 @@ class Run(TorchFunctionMode):
             takes_host = name in ("copy_", "__setitem__") and mark_of(args[0]) is not None
             moves = name == "to" and mark_of(args[0]) is None  # host.to(device_tensor)
             if foreign and not takes_host and not moves:
-                shape, dtype = list(foreign[0].shape), foreign[0].dtype
-                raise RuntimeError(
-                    f"Expected an IPU tensor but got tensor(device=cpu, shape={shape}, dtype={dtype}) in {name}: "
-                    "register it as a buffer, make it in forward, or move it to the device of an input"
-                )
+                shape = list(foreign[0].shape)
+                raise RuntimeError(f"Expected an IPU tensor but got tensor(device=cpu, shape={shape}) in {name}")
         if kwargs.get("generator") is not None:
             raise RuntimeError(f"{name}: the device has no torch.Generator")
         if name == "one_hot" and kwargs.get("num_classes", args[1] if len(args) > 1 else -1) == -1:
@@ -312,12 +292,11 @@ class Run(TorchFunctionMode):
                 return HOST
             return torch.float32 if value is torch.float64 else value
 
-        kwargs = {
-            key: HOST if key == "device" and _names_ipu(value) else translate(value) for key, value in kwargs.items()
-        }
+        if _names_ipu(kwargs.get("device")):
+            kwargs = {**kwargs, "device": HOST}
         if name == "double":
             func = torch.Tensor.float
-        return func, tuple(translate(value) for value in args), kwargs
+        return func, tuple(map(translate, args)), {key: translate(value) for key, value in kwargs.items()}
 
     def _note(self, name, args, kwargs, tensors, marks, operators):
         if self.repeats == 0:
@@ -363,9 +342,7 @@ class Run(TorchFunctionMode):
             raise Error("Couldn't find a loss in graph!")
         if len(final) > 1:
             kinds = ", ".join(self.losses[number][0] for number in final)
-            raise Error(
-                f"Multiple independent losses found in graph ({kinds}): a combined loss must go through identity_loss"
-            )
+            raise Error(f"Multiple independent losses found in graph ({kinds}): combine them by identity_loss")
         kind, loss = self.losses[final[0]]
         if kind.startswith("smoothed"):
             raise Error("label_smoothing is arithmetic on a loss: it must go through identity_loss")

@@ -13,8 +13,7 @@ from torch import nn
 
 from . import optim, transfer
 from .device import DeviceRandom, Run
-from .errors import Error
-from .machine import MACHINE, count_ipus
+from .machine import MACHINE, Error, count_ipus
 from .options import Options
 from .trace import Trace
 from .transfer import Weights, leaks, watch_reads
@@ -151,11 +150,9 @@ class Executor:
         if self._specification is None:
             self.compile(*batch)
         transfer.check_inputs(batch, self._options)
-        if transfer.specification(batch) != self._specification:
-            raise Error(
-                f"compiled for inputs {self._specification}, called with {transfer.specification(batch)}: shapes and "
-                "dtypes are fixed at compile time"
-            )
+        given = transfer.specification(batch)
+        if given != self._specification:
+            raise Error(f"inputs {given} instead of {self._specification}: shapes and dtypes are fixed at compile time")
         if self._offline:
             raise Error("Trying to run a model on an offline device")
         if not self._attached:
@@ -195,8 +192,7 @@ class Executor:
         if run.path != self._path:
             now, then = next((pair for pair in zip(run.path, self._path) if pair[0] != pair[1]), ("its end", "its end"))
             raise Error(
-                f"forward went another way than when it was compiled: {now} instead of {then}; the graph is "
-                "fixed, and a changed number would have been ignored"
+                f"forward went another way than when it was compiled, and the graph is fixed: {now} instead of {then}"
             )
         if self._training:
             trained = self._weights.trained()
@@ -227,7 +223,7 @@ class Executor:
             raise Error("an inference model has no optimizer")
         if not optim.is_unchanged(optimizer):
             raise TypeError(
-                f"an optimizer must be poptorch.optim.Adam or AdamW as it is, not {type(optimizer).__name__}"
+                f"the optimizer must be poptorch.optim.Adam or AdamW as it is, not {type(optimizer).__name__}"
             )
         settings = optimizer._snapshot()
         constants = self._constants_of(optimizer, settings)
@@ -236,10 +232,7 @@ class Executor:
                 raise Error("the optimizer's class is compiled into the graph and cannot change")
             if constants != self._constants:
                 changed = [f"{a} instead of {b}" for a, b in zip(constants, self._constants) if a != b]
-                raise Error(
-                    "attributes that were not given to the optimizer's constructor are constants and cannot change: "
-                    + "; ".join(changed)
-                )
+                raise Error(f"attributes not given to the optimizer's constructor cannot change: {'; '.join(changed)}")
             old, self._optimizer = self._optimizer, optimizer
             try:
                 self._check_parameters(self._weights)

@@ -1,12 +1,33 @@
-"""The machine's IPUs. An executor holds its own from compile() or attachToDevice() on, until it gives them up.
+"""PopTorch's errors, and the machine's IPUs. The errors derive from Exception: `except RuntimeError` misses them.
 
-It gives them up by detachFromDevice() or destroy(), or when it is deleted.
+An executor holds its own from compile() or attachToDevice() on, until it gives them up: by
+detachFromDevice() or destroy(), or when it is deleted.
 """
 
 import os
 import weakref
 
-from .errors import Error, RecoverableError
+
+class Error(Exception):
+    """An error of PopTorch or of a library below it.
+
+    Attributes:
+        message, type, location: what went wrong, in which component, and where in its source.
+    """
+
+    def __init__(self, message):
+        super().__init__(f"'poptorch_py_error': {message}")
+        self.message, self.type, self.location = message, "poptorch_py_error", ""
+
+
+class RecoverableError(Error):
+    """A failure of the device after which resetting it helps."""
+
+    recovery_action = "IPU_RESET"
+
+
+class UnrecoverableError(Error):
+    """A failure of the device after which the machine has to be repaired."""
 
 
 class Machine:

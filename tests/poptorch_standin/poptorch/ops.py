@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .device import current_run, mark_of
-from .errors import Error
+from .machine import Error
 from .options import MatMulSerializationMode, check_instance, check_int, check_type
 from .trace import BlockHook, active_trace, hook_of
 
@@ -84,9 +84,7 @@ def for_loop(count, body, inputs):
             values = _loop_round(body, values)
         written = [list(tensor.shape) for tensor, version in before if tensor._version != version]
         if written:
-            raise RuntimeError(
-                f"for_loop's body writes to a tensor from outside, of shape {written[0]}: pass it as input"
-            )
+            raise RuntimeError(f"for_loop's body writes to a tensor from outside, {written[0]}: pass it as input")
         return values
     values = _loop_round(body, values)
     if run is not None:

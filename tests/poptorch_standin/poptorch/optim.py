@@ -23,32 +23,19 @@ TORCH_KEYS |= {"decoupled_weight_decay"}
 class DeviceOptimizer:
     """What both have in common; mixed in before torch's class."""
 
-    def __init__(
-        self,
-        params,
-        lr=None,
-        betas=None,
-        eps=None,
-        weight_decay=None,
-        amsgrad=None,
-        loss_scaling=None,
-        accum_type=None,
-        first_order_momentum_accum_type=None,
-        second_order_momentum_accum_type=None,
-        max_grad_norm=None,
-    ):
-        if amsgrad:
+    def __init__(self, params, **attributes):
+        unknown = set(attributes) - {"amsgrad", *IN_GROUPS, *IN_OPTIMIZER, *DTYPES}
+        if unknown:
+            raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")
+        given = {name: value for name, value in attributes.items() if value is not None}
+        if given.get("amsgrad"):
             raise ValueError("amsgrad is not supported")
-        values = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        given = {name: value for name, value in values.items() if value is not None}
-        super().__init__(params, **given)
-        numbers = {"loss_scaling": (loss_scaling, 1.0), "max_grad_norm": (max_grad_norm, float("inf"))}
-        for name, (value, default) in numbers.items():
-            setattr(self, name, default if value is None else check_number(name, value))
-        self.explicit = {*given, *(name for name, (value, _) in numbers.items() if value is not None)}
-        dtypes = (accum_type, first_order_momentum_accum_type, second_order_momentum_accum_type)
-        for name, dtype in zip(DTYPES, dtypes):
-            setattr(self, name, check_precision(name, torch.float32 if dtype is None else dtype))
+        super().__init__(params, **{name: given[name] for name in IN_GROUPS if name in given})
+        for name, default in zip(IN_OPTIMIZER, (1.0, float("inf"))):
+            setattr(self, name, check_number(name, given.get(name, default)))
+        self.explicit = {name for name in (*IN_GROUPS, *IN_OPTIMIZER) if name in given}
+        for name in DTYPES:
+            setattr(self, name, check_precision(name, given.get(name, torch.float32)))
         self._executor = lambda: None  # a weak reference to the executor that has the state on the device
         self._loaded = None  # state of a load_state_dict that the device has not taken yet
 

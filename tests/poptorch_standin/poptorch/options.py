@@ -116,9 +116,7 @@ class Settings:
 
     def _set(self, **values):
         if self._frozen:
-            raise AttributeError(
-                f"cannot set {', '.join(values)}: the options are frozen, a DataLoader or a model has them already"
-            )
+            raise AttributeError(f"cannot set {', '.join(values)}: a DataLoader or a model has the options already")
         self._values.update(values)
         return self
 

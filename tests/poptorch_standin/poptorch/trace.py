@@ -8,7 +8,7 @@ import contextlib
 
 from torch import nn
 
-from .errors import Error
+from .machine import Error
 from .options import AutoStage
 
 
@@ -80,9 +80,7 @@ class Trace:
         stage = self.stages.setdefault(user_id, stage)
         latest = self.stages[self.blocks[-1][0]] if self.blocks else 0
         if stage < latest:
-            raise Error(
-                f"block {user_id!r} (stage {stage}) is entered after stage {latest}: a pipeline cannot go backwards"
-            )
+            raise Error(f"block {user_id!r} of stage {stage} after stage {latest}: a pipeline cannot go backwards")
         self._current = user_id, ipu_id
         self.blocks.append(self._current)
 
@@ -138,17 +136,9 @@ class Trace:
         entered = {self._names.get(module) for module in self.entered_modules}
         missed = [name for name in self._begun if name not in entered]
         if missed:
-            raise Error(
-                f"BeginBlock without effect: {', '.join(missed)} never entered through a call of the module itself"
-            )
-        stages = max(len(set(self.stages.values())), 1)
-        if training and stages > 1 and options.Training.gradient_accumulation < 2 * stages - 1:
-            raise Error(
-                f"a training pipeline of {stages} stages needs gradientAccumulation of at least {2 * stages - 1}, not "
-                f"{options.Training.gradient_accumulation}"
-            )
+            raise Error(f"BeginBlock without effect: {', '.join(missed)} never entered through a call of the module")
+        stages, rounds = max(len(set(self.stages.values())), 1), options.Training.gradient_accumulation
+        if training and stages > 1 and rounds < 2 * stages - 1:
+            raise Error(f"{stages} stages need gradientAccumulation of at least {2 * stages - 1}, not {rounds}")
         if not training and options.device_iterations < stages:
-            raise Error(
-                f"an inference pipeline of {stages} stages needs deviceIterations of at least {stages}, not "
-                f"{options.device_iterations}"
-            )
+            raise Error(f"{stages} stages need deviceIterations of at least {stages}, not {options.device_iterations}")

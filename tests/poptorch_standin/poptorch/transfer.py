@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .device import check_dtype, fetch, put
-from .errors import Error
+from .machine import Error
 from .options import OutputMode
 
 KINDS = ("_parameters", "_buffers")
@@ -24,11 +24,7 @@ def check_inputs(inputs, options):
         parts = options._micro_batches
         if parts > 1 and (tensor.dim() == 0 or len(tensor) % parts):
             size = len(tensor) if tensor.dim() else "none"
-            raise Error(
-                f"input {number}: batch dimension {size} is not a multiple of {parts} = deviceIterations "
-                f"{options.device_iterations} * gradientAccumulation {options.Training.gradient_accumulation} * "
-                f"replicationFactor {options.replication_factor}"
-            )
+            raise Error(f"input {number}: batch dimension {size} is not a multiple of {parts}: {options}")
 
 
 def specification(inputs):
@@ -56,8 +52,7 @@ def flatten(outputs):
         return [tensor for output in outputs for tensor in flatten(output)]
     if isinstance(outputs, tuple):
         raise TypeError(
-            f"forward returned the named tuple {type(outputs).__name__}: outputs are rebuilt by "
-            f"{type(outputs).__name__}(iterable), which a named tuple's constructor refuses; return a plain tuple"
+            f"forward returned the named tuple {type(outputs).__name__}, which cannot be rebuilt; return a tuple"
         )
     raise TypeError(f"forward returned {type(outputs).__name__}; outputs are tensors, tuples and lists of them")
 
@@ -100,10 +95,7 @@ class NoOperators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ not in ("detach", "alias"):
-            raise Error(
-                f"{func} called on an IPU tensor outside of forward: state_dict(keep_vars=True) must return the "
-                "tensors as they are"
-            )
+            raise Error(f"{func} outside of forward: state_dict(keep_vars=True) must return the tensors as they are")
         return func(*args, **(kwargs or {}))
 
 
@@ -137,8 +129,7 @@ class Weights:
                 self._slots[number] = (own, key, self.device[origin])
             else:
                 raise KeyError(
-                    f"{name}: the same tensor as {origin}, in two modules and not in state_dict(): after the move to "
-                    "the IPU they are two, and the second is not found (register a clone, or a persistent buffer)"
+                    f"{name}: the same tensor as {origin}, not in state_dict(): the IPU has two; register a clone"
                 )
 
     def _copy(self, name, tensor):
@@ -164,9 +155,7 @@ class Weights:
             yield
             for (own, key, moved), place in zip(self._slots, places):
                 if own.get(key) is not moved or moved.data_ptr() != place:
-                    raise Error(
-                        f"parameter or buffer {key!r} was reassigned in forward; only in-place changes reach the device"
-                    )
+                    raise Error(f"{key!r} was reassigned in forward; only in-place changes reach the device")
         finally:
             for (own, key, _), host in zip(self._slots, hosts):
                 own[key] = host
