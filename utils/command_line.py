@@ -328,9 +328,12 @@ def exit_on_error(requirements: str = "requirements.txt") -> Iterator[None]:
             raise
         discard_output()
         raise SystemExit(EXIT_CLOSED_OUTPUT) from None
-    except (ModuleNotFoundError, ValueError, OSError) as error:
+    except (ModuleNotFoundError, ValueError, OSError, RuntimeError, MemoryError) as error:
+        is_memory = ran_out_of_memory(error)
+        if isinstance(error, RuntimeError) and not is_memory:
+            raise
         logging.getLogger("minidalle").debug("raised here:", exc_info=True)
-        problem = describe_error(error)
+        problem = "out of memory: the model is too large for this device" if is_memory else describe_error(error)
         if isinstance(error, ModuleNotFoundError):
             problem = f"{error.name} is missing: pip install -r {requirements}"
         line, status = f"{sys.argv[0].rpartition('/')[2]}: error: {problem}", 2
@@ -338,6 +341,13 @@ def exit_on_error(requirements: str = "requirements.txt") -> Iterator[None]:
         return
     print(line, file=sys.stderr)
     raise SystemExit(status)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether this is an error of torch or Python for memory that ran out."""
+    # torch 2.0 has no type for the CPU's.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in " ".join(str(error).split())
 
 
 def describe_error(error: BaseException) -> str:
