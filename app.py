@@ -13,18 +13,7 @@ import socket
 from typing import TYPE_CHECKING, List, Optional
 
 import log
-from utils.command_line import (
-    COUNT,
-    Parser,
-    check_vqgan_files,
-    describe_error,
-    exit_on_error,
-    machine_flags,
-    number,
-    parse,
-    vqgan_file_flags,
-    window_flag,
-)
+from utils.command_line import COUNT, Parser, describe_error, exit_on_error, number
 from utils.files import sigterm_as_ctrl_c
 
 if TYPE_CHECKING:
@@ -123,7 +112,7 @@ def app_parser() -> Parser:
     parser = Parser("Serves a web page and an HTTP API that generate images for prompts; see requirements-app.txt.")
     add = parser.heading("Model")
     add("dalle-path", None, "checkpoint of train.py; default: the bundled model")
-    machine_flags(parser)
+    parser.machine_flags()
     add = parser.heading("Network")
     add("host", "127.0.0.1", "address; 0.0.0.0 serves other machines, too")
     add("port", 7860, "port; 0: a free one", number(int, low=0, high=65535))
@@ -137,10 +126,10 @@ def app_parser() -> Parser:
     add("max-prompt-characters", 400, "characters per prompt", COUNT)
     add("queue-size", 64, "requests at once; further ones get an error and may try again", COUNT)
     add("batch-size", None, "images generated at once; default: chosen for the machine", COUNT)
-    window_flag(add)
+    parser.window_flag(add)
     add = parser.heading("Files that the checkpoint lacks")
     add("bpe-path", None, "vocabulary file; default: the checkpoint's, else CLIP's")
-    vqgan_file_flags(add)
+    parser.vqgan_file_flags(add)
     return parser
 
 
@@ -170,8 +159,8 @@ def token(text: str) -> str:
 
 def app_arguments(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = app_parser()
-    settings = parse(parser, argv)
-    check_vqgan_files(parser, settings)
+    settings = parser.parse(argv)
+    parser.check_vqgan_files(settings)
     try:
         settings.token = settings.token or token(os.environ["MINI_DALLE_TOKEN"])
     except KeyError:

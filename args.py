@@ -7,25 +7,7 @@ or a checkpoint is checked when it is read.
 import argparse
 from typing import List, Optional, Sequence, Set, Tuple, Union
 
-from utils.command_line import (
-    COUNT,
-    NATURAL,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SEED,
-    SHARE,
-    Parser,
-    check_vqgan_files,
-    flags_given,
-    list_of,
-    machine_flags,
-    number,
-    parse,
-    path,
-    refuse,
-    sampling_flags,
-    vqgan_file_flags,
-)
+from utils.command_line import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Parser, list_of, number, path
 
 ATTENTION_TYPES = ("full", "axial_row", "axial_col", "conv_like")
 SCHEDULERS = ("ReduceLROnPlateau", "multi_step", "constant", "cosine", "trapezoid")
@@ -76,7 +58,7 @@ def train_parser() -> Parser:
     add("learning-rate", 3e-4, "peak learning rate", POSITIVE)
     add("sample-steps", 1000, "updates between grids of sample images; one more at the end; 0: none", NATURAL)
     add("dry-run", False, "make a few steps, report time and memory of the run, write nothing", bool)
-    machine_flags(parser)
+    parser.machine_flags()
 
     add = parser.heading("Execution")
     add("replication-factor", 1, "data-parallel replicas; more micro-batches on one CPU or GPU", COUNT)
@@ -113,7 +95,7 @@ def train_parser() -> Parser:
     add("codes-cache", None, "folder for VQGAN codes and caption tokens; none: next to the images", path)
     add("no-codes-cache", False, "encode pixels in every step and cache nothing", bool)
     add("byteio", False, "send pixels as bytes and scale them on the device", bool)
-    vqgan_file_flags(add)
+    parser.vqgan_file_flags(add)
 
     add = parser.heading("Validation and checkpoints")
     add("validation-folder", None, "folder of validation images and captions", path)
@@ -125,7 +107,7 @@ def train_parser() -> Parser:
     add("keep-checkpoints", 3, "newest checkpoints to keep, besides the best by validation loss", COUNT)
     add("pretrained-checkpoint", None, "continue from this checkpoint", path)
 
-    sampling_flags(parser.heading("Sampling, as checkpoints recommend it to generate.py"))
+    parser.sampling_flags("Sampling, as checkpoints recommend it to generate.py")
 
     add = parser.heading("Tracking")
     add("tensorboard", False, "write TensorBoard's event files to tensorboard/ in the output folder", bool)
@@ -210,80 +192,80 @@ def vqgan_parser() -> Parser:
 def train_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Return the settings of train.py; every flag is checked, alone and against the others."""
     parser = train_parser()
-    settings = parse(parser, argv)
+    settings = parser.parse(argv)
     ipus, layers = settings.ipus_per_replica, settings.layers_per_ipu
     if layers is not None and "auto" in layers:
         if len(layers) > 1:
-            refuse(parser, "layers-per-ipu", "give auto alone, or a number for each IPU")
+            parser.refuse("layers-per-ipu", "give auto alone, or a number for each IPU")
         settings.layers_per_ipu, layers = "auto", None
     proportions = len(settings.matmul_proportion)
     if layers is not None and sum(layers) != settings.num_hidden_layers:
         total = f"{','.join(map(str, layers))} adds up to {sum(layers)} layers"
-        refuse(parser, "layers-per-ipu", f"{total}, but --num-hidden-layers is {settings.num_hidden_layers}")
+        parser.refuse("layers-per-ipu", f"{total}, but --num-hidden-layers is {settings.num_hidden_layers}")
     if layers is not None and len(layers) != ipus:
-        refuse(parser, "layers-per-ipu", f"{len(layers)} numbers for --ipus-per-replica {ipus}; give one per IPU")
+        parser.refuse("layers-per-ipu", f"{len(layers)} numbers for --ipus-per-replica {ipus}; give one per IPU")
     if proportions not in (1, ipus):
         problem = f"{proportions} numbers for --ipus-per-replica {ipus}; give one, or one per IPU"
-        refuse(parser, "matmul-proportion", problem)
+        parser.refuse("matmul-proportion", problem)
     for flag in ("cls-ipu-id", "embedding-ipu-id"):
         number = getattr(settings, flag.replace("-", "_")) or 0
         if number >= ipus:
-            refuse(parser, flag, f"no IPU {number} with --ipus-per-replica {ipus}")
+            parser.refuse(flag, f"no IPU {number} with --ipus-per-replica {ipus}")
     if len(settings.adam_betas) != 2:
-        refuse(parser, "adam-betas", "give two numbers, such as 0.9,0.999")
-    given = flags_given(parser, argv)
+        parser.refuse("adam-betas", "give two numbers, such as 0.9,0.999")
+    given = parser.flags_given(argv)
     if settings.init_from:
         check_init_from(parser, settings, given)
     if settings.resume and settings.pretrained_checkpoint:
-        refuse(parser, "resume", "takes the newest checkpoint of the output folder; omit --pretrained-checkpoint")
+        parser.refuse("resume", "takes the newest checkpoint of the output folder; omit --pretrained-checkpoint")
     if settings.resume and not settings.checkpoint_output_dir:
-        refuse(parser, "resume", "needs a --checkpoint-output-dir to find checkpoints in")
+        parser.refuse("resume", "needs a --checkpoint-output-dir to find checkpoints in")
     if settings.tensorboard and not settings.checkpoint_output_dir:
-        refuse(parser, "tensorboard", "needs a --checkpoint-output-dir to write to")
+        parser.refuse("tensorboard", "needs a --checkpoint-output-dir to write to")
     for rivals in RIVALS:
         if len(given.intersection(rivals)) == 1:
             for name in rivals - given:
                 setattr(settings, name, None)
     if settings.validation_folder and settings.validation_split:
-        refuse(parser, "validation-split", "--validation-folder already names the images; give one of them")
+        parser.refuse("validation-split", "--validation-folder already names the images; give one of them")
     if not settings.input_folder and not (settings.generated_data or settings.synthetic_data):
         parser.error("give --input-folder FOLDER (images and captions) or --generated-data, or a --config that does")
-    check_vqgan_files(parser, settings)
+    parser.check_vqgan_files(settings)
     return settings
 
 
 def check_init_from(parser: Parser, settings: argparse.Namespace, given: Set[str]) -> None:
     """Refuse flags that --init-from decides, and drop a configuration's vocabulary and VQGAN in favor of the file's."""
     if settings.pretrained_checkpoint:
-        refuse(parser, "init-from", "starts a new run, --pretrained-checkpoint continues one; give one of them")
+        parser.refuse("init-from", "starts a new run, --pretrained-checkpoint continues one; give one of them")
     for name in sorted(given.intersection(NETWORK)):
-        refuse(parser, name.replace("_", "-"), "the network is that of --init-from; leave the flag out")
+        parser.refuse(name.replace("_", "-"), "the network is that of --init-from; leave the flag out")
     for name in {"bpe_path", "vae_path", "vqgan_model_path", "vqgan_config_path"} - given:
         setattr(settings, name, None)
 
 
 def vqgan_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = vqgan_parser()
-    settings = parse(parser, argv)
+    settings = parser.parse(argv)
     if not settings.input_folder:
         parser.error("give --input-folder FOLDER (images), or a --config that does")
     if settings.init_from:
         if settings.decoder_of:
-            refuse(parser, "init-from", "trains codes as well, which --decoder-of keeps; give one of them")
-        for name in sorted(flags_given(parser, argv).intersection(VQGAN_SIZES)):
-            refuse(parser, name.replace("_", "-"), "the sizes are those of --init-from; leave the flag out")
+            parser.refuse("init-from", "trains codes as well, which --decoder-of keeps; give one of them")
+        for name in sorted(parser.flags_given(argv).intersection(VQGAN_SIZES)):
+            parser.refuse(name.replace("_", "-"), "the sizes are those of --init-from; leave the flag out")
     if settings.ch % 32:
-        refuse(parser, "ch", f"must be a multiple of 32, the groups of its normalization, not {settings.ch}")
+        parser.refuse("ch", f"must be a multiple of 32, the groups of its normalization, not {settings.ch}")
     if settings.patch_size & (settings.patch_size - 1):
-        refuse(parser, "patch-size", f"must be a power of two, not {settings.patch_size}")
+        parser.refuse("patch-size", f"must be a power of two, not {settings.patch_size}")
     factor = settings.patch_size * 2 ** (len(settings.ch_mult) - 1)
     if settings.image_size % factor:
         reason = "--patch-size × 2^(levels of --ch-mult - 1)"
-        refuse(parser, "image-size", f"must be a multiple of {factor} = {reason}, not {settings.image_size}")
+        parser.refuse("image-size", f"must be a multiple of {factor} = {reason}, not {settings.image_size}")
     if settings.continuous_steps >= settings.max_steps:
         problem = f"{settings.continuous_steps} leaves none of {settings.max_steps} steps to the codebook"
-        refuse(parser, "continuous-steps", problem)
+        parser.refuse("continuous-steps", problem)
     if settings.disc_weight and settings.image_size < 32:
         problem = f"the discriminator needs images of at least 32 × 32 pixels, not {settings.image_size}"
-        refuse(parser, "disc-weight", problem)
+        parser.refuse("disc-weight", problem)
     return settings

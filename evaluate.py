@@ -14,19 +14,7 @@ from argparse import Namespace
 from typing import Optional, Sequence
 
 import log
-from utils.command_line import (
-    COUNT,
-    SEED,
-    Parser,
-    check_vqgan_files,
-    exit_on_error,
-    machine_flags,
-    number,
-    parse,
-    sampling_flags,
-    vqgan_file_flags,
-    window_flag,
-)
+from utils.command_line import COUNT, SEED, Parser, exit_on_error, number
 
 DEMO_PROMPTS = 400
 
@@ -64,24 +52,24 @@ def evaluate_parser() -> Parser:
     add("seed", 0, "seed of prompts and images", SEED)
     add("rank", 1, "generate this many images for each prompt and measure the likeliest, as generate.py --rank", COUNT)
     add("batch-size", 64, "images or pairs at once", COUNT)
-    window_flag(add)
-    sampling_flags(parser.heading("Sampling (none: what the checkpoint recommends)"))
-    machine_flags(parser)
+    parser.window_flag(add)
+    parser.sampling_flags("Sampling (none: what the checkpoint recommends)")
+    parser.machine_flags()
     add = parser.heading("Scores of generated images (needs requirements-metrics.txt)")
     add("clip-weights", None, "compute the CLIP score with these weights of --clip-model, in open_clip's format")
     add("clip-model", "ViT-B-32", "open_clip model of the weights; ViT-B-32-quickgelu for OpenAI's")
     add("fid-weights", None, "compute FID against the folder's images with these InceptionV3 weights of torch-fidelity")
     add = parser.heading("Files that the checkpoint does not contain")
     add("bpe-path", None, "vocabulary file; none: the checkpoint's, else CLIP's")
-    vqgan_file_flags(add)
+    parser.vqgan_file_flags(add)
     return parser
 
 
 def evaluate_arguments(argv: Optional[Sequence[str]] = None) -> Namespace:
     """Return the namespace of evaluate.py; `prompts` is 0 if no image is to be generated for prompts."""
     parser = evaluate_parser()
-    settings = parse(parser, argv)
-    check_vqgan_files(parser, settings)
+    settings = parser.parse(argv)
+    parser.check_vqgan_files(settings)
     if settings.max_pairs and not settings.input_folder:
         parser.error("argument --max-pairs: needs --input-folder")
     if settings.fid_weights and not settings.input_folder:

@@ -16,21 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
 
 import log
-from utils.command_line import (
-    COUNT,
-    SEED,
-    Parser,
-    check_vqgan_files,
-    exit_on_error,
-    machine_flags,
-    number,
-    parse,
-    path,
-    refuse,
-    sampling_flags,
-    vqgan_file_flags,
-    window_flag,
-)
+from utils.command_line import COUNT, SEED, Parser, exit_on_error, number, path
 from utils.files import decode_text
 
 if TYPE_CHECKING:
@@ -204,7 +190,7 @@ def generate_parser() -> Parser:
     add("gentxt", False, "let the model complete each prompt first", bool)
     add("seed", None, "the same seed gives the same images; default: a new one, which is logged", SEED)
     add("batch-size", None, "images generated at once; auto: what suits the machine", auto_or_count, metavar="N")
-    window_flag(add)
+    parser.window_flag(add)
     add = parser.heading("Start from an image")
     add("image-prompt", None, "keep the upper rows of this image and generate the rest", path)
     add("keep-rows", 0.5, "number of rows of codes to keep, or the fraction of them", rows, metavar="X")
@@ -216,24 +202,24 @@ def generate_parser() -> Parser:
     add = parser.heading("Show images while they form")
     add("preview", None, "write preview.png into the output folder every N rows", COUNT)
     add("animate", False, "also save how the images form, as forming.webp", bool)
-    sampling_flags(parser.heading("Sampling (default: what the checkpoint recommends)"))
-    machine_flags(parser)
+    parser.sampling_flags("Sampling (default: what the checkpoint recommends)")
+    parser.machine_flags()
     add = parser.heading("Files that a checkpoint may lack")
     add("bpe-path", None, "vocabulary file; default: the checkpoint's, else CLIP's", path)
-    vqgan_file_flags(add)
+    parser.vqgan_file_flags(add)
     return parser
 
 
 def generate_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Parse generate.py's flags; `requests` of the result is what to generate."""
     parser = generate_parser()
-    settings = parse(parser, argv)
+    settings = parser.parse(argv)
     if settings.text == "-":
         settings.text, settings.prompts_file = None, settings.prompts_file or "-"
     if settings.text is not None and settings.prompts_file:
-        refuse(parser, "prompts-file", "--text gives prompts already; give one of them")
+        parser.refuse("prompts-file", "--text gives prompts already; give one of them")
     if settings.variations and settings.image_prompt:
-        refuse(parser, "variations", "--image-prompt names an image already; give one of them")
+        parser.refuse("variations", "--image-prompt names an image already; give one of them")
     settings.requests = None
     try:
         if settings.text is not None:
@@ -244,11 +230,11 @@ def generate_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespa
         parser.error(str(error))
     except OSError as error:
         if settings.prompts_file:  # else there was no standard input
-            refuse(parser, "prompts-file", f"{settings.prompts_file}: {error.strerror}")
+            parser.refuse("prompts-file", f"{settings.prompts_file}: {error.strerror}")
     if settings.requests is None and not settings.variations:
-        refuse(parser, "text", "missing; write what the image should show, or give --prompts-file")
+        parser.refuse("text", "missing; write what the image should show, or give --prompts-file")
     settings.requests = settings.requests or [Request("")]
-    check_vqgan_files(parser, settings)
+    parser.check_vqgan_files(settings)
     return settings
 
 

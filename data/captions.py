@@ -181,13 +181,8 @@ class CaptionCache:
         index = json.dumps(dict(zip(("names", "sizes", "mtimes"), zip(*kept)))).encode("ascii")
         try:
             with atomic_write(self.path, sync=True) as content:
-                np.savez(
-                    content,
-                    index=np.frombuffer(index, np.uint8),
-                    tokens=captions.tokens,
-                    starts=captions.starts,
-                    stops=captions.stops,
-                )
+                arrays = {"tokens": captions.tokens, "starts": captions.starts, "stops": captions.stops}
+                np.savez(content, index=np.frombuffer(index, np.uint8), **arrays)  # type: ignore[arg-type]
         except OSError as error:
             logger.warning("captions are tokenized again in every run: %s", error)
 

@@ -23,7 +23,7 @@ from data.files import StoredImage, printable
 from data.images import WorkerTracker, load_image
 from data.sources import ImageSource, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
-from utils.command_line import COUNT, NATURAL, Parser, exit_on_error, read_entry
+from utils.command_line import COUNT, NATURAL, Parser, exit_on_error
 from utils.files import ignore_interrupts_in_worker
 
 DEADLY = "image whose reading kills the process"
@@ -203,7 +203,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     add("--workers", type=NATURAL, default=os.cpu_count() or 1, help="processes")
     add("--all", action="store_true", help="name every file, not three of each kind")
     settings = parser.parse_args(argv)
-    config = read_entry(settings.config, parser) if settings.config else {}
+    config = parser.read_entry(settings.config) if settings.config else {}
     folder = Path(settings.folder or config.get("input_folder") or "")
     try:
         if not (settings.folder or config.get("input_folder")):

@@ -12,7 +12,7 @@ from typing import Iterator, Optional, Sequence
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data.sources import open_source
-from utils.command_line import Parser, number, parse, path
+from utils.command_line import Parser, number, path
 from utils.files import atomic_write
 
 PADDING = "<pad>"
@@ -28,7 +28,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     add("input-folder", None, "captioned images in any form that train.py reads", path)
     add("size", 8192, "tokens, padding and bytes included", SIZE)
     add("out", None, "file to write, with the suffix .json", path)
-    settings = parse(parser, argv)
+    settings = parser.parse(argv)
     if not settings.input_folder or not settings.out:
         parser.error("give --input-folder FOLDER and --out FILE.json")
     if not settings.out.endswith(".json"):

@@ -193,7 +193,8 @@ def check_serialization(dalle: DALLE, factor: int) -> None:
     for name, size in sizes.items():
         if size % factor:
             fitting = max(n for n in range(1, factor) if not any(size % n for size in sizes.values()))
-            raise ValueError(f"--embedding-serialization-factor {factor} does not divide {size} {name}; {fitting} does")
+            problem = f"does not divide the {size} {name}; {fitting} does"
+            raise ValueError(f"--embedding-serialization-factor {factor} {problem}")
 
 
 class SerializedEmbedding(nn.Module):

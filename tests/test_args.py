@@ -111,10 +111,10 @@ def test_every_flag_of_the_reference_is_there_in_both_spellings(program, flags):
     base = COMMANDS[program][1] if program == "generate.py" else []
     for name, expected in flags.items():
         dest, word = name.replace("-", "_"), str(expected).strip("[]()").replace("'", "")
-        before = command_line.parse(PARSERS[program](), base)
+        before = PARSERS[program]().parse(base)
         assert name in ("dalle-path", "checkpoint-output-dir") or getattr(before, dest) != expected, name
         for spelling in (name, dest):
-            settings = command_line.parse(PARSERS[program](), [*base, f"--{spelling}", word])
+            settings = PARSERS[program]().parse([*base, f"--{spelling}", word])
             assert getattr(settings, dest) == expected, spelling
 
 

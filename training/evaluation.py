@@ -135,12 +135,7 @@ def evaluate_pairs(loaded: LoadedModel, dataset: TextImageDataset, settings: Nam
     mean = sum(psnr) / len(psnr)
     print(f"losses of {len(psnr)} pairs: {line} perplexity {losses['perplexity']:.2f}")
     print(f"reconstruction: {mean:.2f} dB PSNR; {folder / 'reconstructions.png'} has originals above reconstructions")
-    return {
-        "input_folder": settings.input_folder,
-        "pairs": len(psnr),
-        "losses": losses,
-        "reconstruction_psnr": mean,
-    }
+    return {"input_folder": settings.input_folder, "pairs": len(psnr), "losses": losses, "reconstruction_psnr": mean}
 
 
 def score_captions(

@@ -176,20 +176,10 @@ def build(settings: Namespace) -> Run:
     else:
         initial, options = None, resume.network_options(origin[1]) if origin else {}
         vae = build_vqgan(settings, generated)
-    hparams = {
-        "num_text_tokens": tokenizer.vocab_size,
-        "text_seq_len": settings.text_seq_len,
-        "dim": settings.hidden_size,
-        "depth": settings.num_hidden_layers,
-        "heads": settings.num_attention_heads,
-        "dim_head": settings.dim_head,
-        "loss_img_weight": settings.loss_img_weight,
-        "attn_types": resume.attention_patterns(settings, origin) if origin else tuple(settings.attn_types),
-        "ff_dropout": settings.ff_dropout,
-        "attn_dropout": settings.attn_dropout,
-        "sandwich_norm": settings.sandwich_norm,
-        **options,
-    }
+    hparams = {key: getattr(settings, name) for name, key in NETWORK.items()}
+    hparams.update({name: getattr(settings, name) for name in ("loss_img_weight", "ff_dropout", "attn_dropout")})
+    patterns = resume.attention_patterns(settings, origin) if origin else tuple(settings.attn_types)
+    hparams.update(num_text_tokens=tokenizer.vocab_size, attn_types=patterns, **options)
     torch.manual_seed(settings.random_seed)  # again, because an untrained VQGAN uses random numbers
     model = DALLE(vae=vae, **hparams)
     if initial is not None:

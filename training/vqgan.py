@@ -59,14 +59,11 @@ def train(settings: Namespace) -> None:
     params = initial.hparams["params"] if initial is not None else vqgan_params(settings)
     model = VQGan(params).to(device)
     images, validation_images, validation_name = read_folders(settings)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    pixels, codes = settings.image_size, codes_per_side(settings)
     logger.info(
         "VQGAN of %.1f million parameters: %d × %d pixels to %d × %d codes of %d; on %s in %s",
-        sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        *[settings.image_size] * 2,
-        *[codes_per_side(settings)] * 2,
-        settings.n_embed,
-        device,
-        "bf16" if bf16 else "fp32",
+        *(millions, pixels, pixels, codes, codes, settings.n_embed, device, "bf16" if bf16 else "fp32"),
     )
     autocast = torch.bfloat16 if bf16 else None
     trainer = VQGanTrainer(model, build_optimizers(model, settings), settings, device, autocast)
@@ -92,25 +89,16 @@ def train(settings: Namespace) -> None:
         figures = measure(model, validation_images, settings.batch_size, output_dir)
         logger.info(
             "step %d: PSNR %.2f dB on %d %s, %d of %d codes used (perplexity %.0f)",
-            trainer.steps,
-            figures.psnr,
-            len(validation_images),
-            validation_name,
-            figures.codes_used,
-            settings.n_embed,
-            figures.perplexity,
+            *(trainer.steps, figures.psnr, len(validation_images), validation_name),
+            *(figures.codes_used, settings.n_embed, figures.perplexity),
         )
         save(trainer, params, output_dir)
 
+    bar = tqdm(
+        total=settings.max_steps, initial=trainer.steps, desc="training", unit="step", disable=None, dynamic_ncols=True
+    )
     try:
-        with memory_explained(f"a --batch-size below {settings.batch_size} needs less"), tqdm(
-            total=settings.max_steps,
-            initial=trainer.steps,
-            desc="training",
-            unit="step",
-            disable=None,
-            dynamic_ncols=True,
-        ) as bar:
+        with bar, memory_explained(f"a --batch-size below {settings.batch_size} needs less"):
             for step in range(trainer.steps, settings.max_steps):
                 if step == settings.continuous_steps and not trainer.has_codebook:
                     entries = trainer.start_codebook(torch.cat([next(batches) for _ in range(seed_batches)]))
@@ -165,25 +153,12 @@ def codes_per_side(settings: Namespace) -> int:
 def vqgan_params(settings: Namespace) -> Dict[str, Any]:
     """Return the flags as the checked model.params of a taming yaml."""
     channels = 3 * settings.patch_size**2
-    return check_params(
-        {
-            "embed_dim": settings.embed_dim,
-            "n_embed": settings.n_embed,
-            "patch_size": settings.patch_size,
-            "ddconfig": {
-                "double_z": False,
-                "z_channels": settings.z_channels,
-                "resolution": settings.image_size // settings.patch_size,
-                "in_channels": channels,
-                "out_ch": channels,
-                "ch": settings.ch,
-                "ch_mult": settings.ch_mult,
-                "num_res_blocks": settings.num_res_blocks,
-                "attn_resolutions": settings.attn_resolutions,
-                "dropout": 0.0,
-            },
-        }
-    )
+    ddconfig = {"double_z": False, "in_channels": channels, "out_ch": channels, "dropout": 0.0}
+    ddconfig["resolution"] = settings.image_size // settings.patch_size
+    for name in ("z_channels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions"):
+        ddconfig[name] = getattr(settings, name)
+    sizes = {name: getattr(settings, name) for name in ("embed_dim", "n_embed", "patch_size")}
+    return check_params({**sizes, "ddconfig": ddconfig})
 
 
 def read_folders(settings: Namespace) -> Tuple[Any, torch.Tensor, str]:

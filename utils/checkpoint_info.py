@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 
 from utils import checkpoint
-from utils.command_line import Parser, exit_on_error, parse
+from utils.command_line import Parser, exit_on_error
 from utils.files import AnyPath, first_line
 
 WIDTH = 118
@@ -29,7 +29,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     add("export", None, "write weights (averaged if there are), vocabulary and settings to this .safetensors file")
     add("half", False, "in fp16, except for a VQGAN whose codes would change", bool)
     add("decoder", None, "with the decoder of this VQGAN, which train_vqgan.py --decoder-of trained for the same codes")
-    arguments = parse(parser, argv)
+    arguments = parser.parse(argv)
     if arguments.export is not None and not arguments.export.endswith(".safetensors"):
         parser.error(f"argument --export: {arguments.export} does not end in .safetensors")
     saved = checkpoint.read(arguments.file)

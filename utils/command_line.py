@@ -81,6 +81,99 @@ class Parser(argparse.ArgumentParser):
     def flags(self) -> Set[str]:
         return {action.dest for action in self._actions} - {"help", "config"}
 
+    def parse(self, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+        """Parse argv on top of the configuration that --config names; an error is one line and exit status 2."""
+        argv = sys.argv[1:] if argv is None else list(argv)
+        namespace = name = None
+        if "--config" in self._option_string_actions:
+            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            first.add_argument("--config", nargs="?")
+            name = first.parse_known_args(argv)[0].config
+            if name is not None:
+                entry = self.read_entry(name)
+                unknown = [str(key) for key in entry if key not in self.flags()]
+                if unknown:
+                    words = ", ".join(unknown)
+                    self.error(f"{CONFIGS.name}, {name}: {words}: no such setting of {self.prog} (see --help)")
+                self.source = f"{CONFIGS.name}, {name}: "
+                namespace = self.parse_args(self._as_words(entry))
+                self.source = ""
+        settings = self.parse_args(argv, namespace)
+        if name is not None:  # later checks, of flags against each other, may concern either
+            self.source = f"with {CONFIGS.name}, {name}: "
+        for key, value in vars(settings).items():
+            if isinstance(value, list) and any(isinstance(part, list) for part in value):  # comma lists: one flat list
+                setattr(settings, key, [item for part in value for item in part])
+        return settings
+
+    def flags_given(self, argv: Optional[Sequence[str]] = None) -> Set[str]:
+        """Return the names, with underscores, of the flags on the command line itself, not in a configuration."""
+        unset = argparse.Namespace(**dict.fromkeys(self.flags()))
+        return {name for name, value in vars(self.parse_args(argv, unset)).items() if value is not None}
+
+    def read_entry(self, name: str) -> Dict[str, Any]:
+        """Return an entry of configs.yaml as it is written; an error is one line and exit status 2."""
+        try:
+            entries = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
+        except OSError as error:
+            self.error(f"{CONFIGS.name}: {error.strerror}")
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2024-13-45
+            self.error(f"{CONFIGS.name} is not YAML: {error}")
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            self.error(f"{CONFIGS.name}: must hold named configurations, each with its settings")
+        if name not in entries:
+            known = ", ".join(map(str, entries))
+            self.error(f"argument --config: no configuration '{name}' in {CONFIGS.name}; it has {known}")
+        return entries[name]
+
+    def _as_words(self, entry: Dict[str, Any]) -> List[str]:
+        """Spell a configuration entry as the words of a command line, so that both share one set of checks."""
+        words = []
+        texts = {action.dest for action in self._actions if action.type in (str, path)}
+        for key, value in entry.items():
+            parts = value if isinstance(value, list) else [value]
+            if any(isinstance(part, (dict, list)) for part in parts):
+                self.error(f"{key}: {value} is neither a value nor a list of values")
+            if key in texts and isinstance(value, (list, bool)):  # YAML reads on and no as booleans
+                self.error(f"{key}: {value} is not text; put it in quotes")
+            if value is not None:
+                words.append(f"--{key}={','.join(map(str, parts))}")
+        return words
+
+    def refuse(self, flag: str, problem: str) -> NoReturn:
+        self.error(f"argument --{flag}: {problem}")
+
+    def machine_flags(self) -> None:
+        add = self.heading("Machine")
+        add("device", "auto", "auto takes CUDA, else an IPU with its SDK enabled, else the CPU", choices=DEVICES)
+        add("precision", "auto", "arithmetic of the transformer; auto takes bf16 if it is fast", choices=PRECISIONS)
+        add("executable-cache-dir", None, "folder to keep programs compiled for IPUs in; they take minutes", path)
+
+    @staticmethod
+    def window_flag(add: Add) -> None:
+        add("window", None, "codes of an image that a pass computes; default: what is fastest", COUNT, metavar="N")
+
+    @staticmethod
+    def vqgan_file_flags(add: Add) -> None:
+        add("vqgan-model-path", None, "VQGAN weights (.ckpt of taming); none: download the official ImageNet one", path)
+        add("vqgan-config-path", None, "its .yaml; none: the file of the same stem next to the .ckpt", path)
+
+    def sampling_flags(self, title: str) -> None:
+        """Add the flags of sampling; train.py stores them in checkpoints, where generate.py finds its defaults."""
+        add = self.heading(title)
+        add("top-k", None, "share of the vocabulary to exclude (0 to 1), or number of codes to keep", top_k)
+        add("top-p", None, "keep the likeliest codes up to this probability", number(float, above=0, high=1))
+        add("temperature", None, "below 1: safer images, above 1: wilder ones", POSITIVE)
+        text = "guidance towards the text, 1 for none; needs --caption-dropout in training"
+        add("cond-scale", None, text, NOT_NEGATIVE)
+
+    def check_vqgan_files(self, settings: argparse.Namespace) -> None:
+        """Refuse flags that name no VQGAN, or two."""
+        if settings.vqgan_config_path and not settings.vqgan_model_path:
+            self.refuse("vqgan-config-path", "needs --vqgan-model-path, the weights that it describes")
+        if getattr(settings, "vae_path", None) and settings.vqgan_model_path:
+            self.refuse("vae-path", "names a VQGAN, and so does --vqgan-model-path; give one of them")
+
     def format_help(self) -> str:
         """Return usage, description, and a line for each flag in one spelling, with its default in brackets."""
         lines = [self.format_usage().strip(), *textwrap.wrap(self.description or "", HELP_WIDTH)]
@@ -173,69 +266,6 @@ def path(text: str) -> str:
 path.metavar = "PATH"  # type: ignore[attr-defined]
 
 
-def parse(parser: Parser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Parse argv on top of the configuration that --config names; an error is one line and exit status 2."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    namespace = name = None
-    if "--config" in parser._option_string_actions:
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--config", nargs="?")
-        name = first.parse_known_args(argv)[0].config
-        if name is not None:
-            entry = read_entry(name, parser)
-            unknown = [str(key) for key in entry if key not in parser.flags()]
-            if unknown:
-                words = ", ".join(unknown)
-                parser.error(f"{CONFIGS.name}, {name}: {words}: no such setting of {parser.prog} (see --help)")
-            parser.source = f"{CONFIGS.name}, {name}: "
-            namespace = parser.parse_args(_as_words(entry, parser))
-            parser.source = ""
-    settings = parser.parse_args(argv, namespace)
-    if name is not None:  # later checks, of flags against each other, may concern either
-        parser.source = f"with {CONFIGS.name}, {name}: "
-    for key, value in vars(settings).items():
-        if isinstance(value, list) and value and isinstance(value[0], list):  # nargs="+" of comma lists: one flat list
-            setattr(settings, key, [item for part in value for item in part])
-    return settings
-
-
-def flags_given(parser: Parser, argv: Optional[Sequence[str]] = None) -> Set[str]:
-    """Return the names, with underscores, of the flags on the command line itself, not in a configuration."""
-    unset = argparse.Namespace(**dict.fromkeys(parser.flags()))
-    return {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
-
-
-def read_entry(name: str, parser: Parser) -> Dict[str, Any]:
-    """Return an entry of configs.yaml as it is written; an error is one line and exit status 2."""
-    try:
-        entries = yaml.safe_load(CONFIGS.read_text(encoding="utf-8"))
-    except OSError as error:
-        parser.error(f"{CONFIGS.name}: {error.strerror}")
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2024-13-45
-        parser.error(f"{CONFIGS.name} is not YAML: {error}")
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        parser.error(f"{CONFIGS.name}: must hold named configurations, each with its settings")
-    if name not in entries:
-        known = ", ".join(map(str, entries))
-        parser.error(f"argument --config: no configuration '{name}' in {CONFIGS.name}; it has {known}")
-    return entries[name]
-
-
-def _as_words(entry: Dict[str, Any], parser: Parser) -> List[str]:
-    """Spell a configuration entry as the words of a command line, so that both share one set of checks."""
-    words = []
-    texts = {action.dest for action in parser._actions if action.type in (str, path)}
-    for key, value in entry.items():
-        parts = value if isinstance(value, list) else [value]
-        if any(isinstance(part, (dict, list)) for part in parts):
-            parser.error(f"{key}: {value} is neither a value nor a list of values")
-        if key in texts and isinstance(value, (list, bool)):  # YAML reads on and no as booleans
-            parser.error(f"{key}: {value} is not text; put it in quotes")
-        if value is not None:
-            words.append(f"--{key}={','.join(map(str, parts))}")
-    return words
-
-
 # Flags that several commands share, and the types of their values.
 
 DEVICES = ("auto", "cpu", "cuda", "ipu")
@@ -257,42 +287,6 @@ def top_k(text: str) -> float:
 
 
 top_k.metavar = "X"  # type: ignore[attr-defined]
-
-
-def machine_flags(parser: Parser) -> None:
-    add = parser.heading("Machine")
-    add("device", "auto", "auto takes CUDA, else an IPU with its SDK enabled, else the CPU", choices=DEVICES)
-    add("precision", "auto", "arithmetic of the transformer; auto takes bf16 if it is fast", choices=PRECISIONS)
-    add("executable-cache-dir", None, "folder to keep programs compiled for IPUs in; they take minutes", path)
-
-
-def window_flag(add: Add) -> None:
-    add("window", None, "codes of an image that a pass computes; default: what is fastest", COUNT, metavar="N")
-
-
-def vqgan_file_flags(add: Add) -> None:
-    add("vqgan-model-path", None, "VQGAN weights (.ckpt of taming); none: download the official ImageNet one", path)
-    add("vqgan-config-path", None, "its .yaml; none: the file of the same stem next to the .ckpt", path)
-
-
-def sampling_flags(add: Add) -> None:
-    """Add the flags of sampling; train.py stores them in checkpoints, where generate.py finds its defaults."""
-    add("top-k", None, "share of the vocabulary to exclude (0 to 1), or number of codes to keep", top_k)
-    add("top-p", None, "keep the likeliest codes up to this probability", number(float, above=0, high=1))
-    add("temperature", None, "below 1: safer images, above 1: wilder ones", POSITIVE)
-    add("cond-scale", None, "guidance towards the text, 1 for none; needs --caption-dropout in training", NOT_NEGATIVE)
-
-
-def check_vqgan_files(parser: Parser, settings: argparse.Namespace) -> None:
-    """Refuse flags that name no VQGAN, or two."""
-    if settings.vqgan_config_path and not settings.vqgan_model_path:
-        refuse(parser, "vqgan-config-path", "needs --vqgan-model-path, the weights that it describes")
-    if getattr(settings, "vae_path", None) and settings.vqgan_model_path:
-        refuse(parser, "vae-path", "names a VQGAN, and so does --vqgan-model-path; give one of them")
-
-
-def refuse(parser: Parser, flag: str, problem: str) -> NoReturn:
-    parser.error(f"argument --{flag}: {problem}")
 
 
 def discard_output() -> None:
@@ -334,9 +328,12 @@ def exit_on_error(requirements: str = "requirements.txt") -> Iterator[None]:
             raise
         discard_output()
         raise SystemExit(EXIT_CLOSED_OUTPUT) from None
-    except (ModuleNotFoundError, ValueError, OSError) as error:
+    except (ModuleNotFoundError, ValueError, OSError, RuntimeError, MemoryError) as error:
+        is_memory = ran_out_of_memory(error)
+        if isinstance(error, RuntimeError) and not is_memory:
+            raise
         logging.getLogger("minidalle").debug("raised here:", exc_info=True)
-        problem = describe_error(error)
+        problem = "out of memory: the model is too large for this device" if is_memory else describe_error(error)
         if isinstance(error, ModuleNotFoundError):
             problem = f"{error.name} is missing: pip install -r {requirements}"
         line, status = f"{sys.argv[0].rpartition('/')[2]}: error: {problem}", 2
@@ -344,6 +341,13 @@ def exit_on_error(requirements: str = "requirements.txt") -> Iterator[None]:
         return
     print(line, file=sys.stderr)
     raise SystemExit(status)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether this is an error of torch or Python for memory that ran out."""
+    # torch 2.0 has no type for the CPU's.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in " ".join(str(error).split())
 
 
 def describe_error(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from backends.native.trainer import NativeTrainer, mean_losses
 from data.loader import SetOnDevice, read_in_workers
 from models.dalle import DALLE
 from models.vae import ImageTokenizer
+from utils.command_line import ran_out_of_memory
 from utils.files import raise_if_pending
 
 logger = logging.getLogger("minidalle")
@@ -389,8 +390,6 @@ def memory_explained(advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        reason = " ".join(str(error).split())
-        # torch 2.0 has no type for the CPU's.
-        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and "can't allocate memory" not in reason:
+        if not ran_out_of_memory(error):
             raise
         raise OutOfMemory(f"out of memory: {advice}") from None

@@ -5,17 +5,8 @@ import re
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, NamedTuple, Sequence
 
-from data.files import (
-    IMAGE_SUFFIXES,
-    NOT_LISTED,
-    OTHER_SPLIT,
-    File,
-    Skipped,
-    check_files,
-    image_fault,
-    printable,
-    same_name,
-)
+from data import files
+from data.files import File, Skipped, printable
 from data.sources.base import ImageSource, choose_splits, text_state
 
 NO_SUCH_IMAGE = "listed image that is missing"
@@ -57,18 +48,18 @@ class Table(ImageSource):
             if len(found) != 1:
                 skipped.setdefault(AMBIGUOUS if found else NO_SUCH_IMAGE, []).append(entry.name)
             elif entry.split not in splits:
-                skipped.setdefault(OTHER_SPLIT, []).append(found[0])
+                skipped.setdefault(files.OTHER_SPLIT, []).append(found[0])
             elif not entry.captions:
                 skipped.setdefault(NO_TEXT, []).append(found[0])
             else:
                 captions = self._captions.setdefault(found[0], [])
                 captions += [caption for caption in entry.captions if caption not in captions]
-        for reason in (OTHER_SPLIT, NO_TEXT):  # another entry may have captions
+        for reason in (files.OTHER_SPLIT, NO_TEXT):  # another entry may have captions
             skipped[reason] = [name for name in skipped.get(reason, []) if name not in self._captions]
-        usable = check_files(sorted(self._captions), folder, known_good, image_fault, skipped)
+        usable = files.check_files(sorted(self._captions), folder, known_good, files.image_fault, skipped)
         unlisted = set(images).difference(self._captions, *skipped.values())
         if unlisted:
-            skipped[NOT_LISTED] = list(unlisted)
+            skipped[files.NOT_LISTED] = list(unlisted)
         names = {reason: sorted(set(names)) for reason, names in sorted(skipped.items()) if names}
         if not usable:
             reasons = ", ".join(f"{len(found):,} × {reason}" for reason, found in names.items()) or "it is empty"
@@ -116,10 +107,10 @@ class _Finder:
 def _stem(name: str) -> str:
     """Return a name without its suffix, and without what COCO 2014 has before the number of an image."""
     stem, suffix = os.path.splitext(name)
-    return _COCO_2014.sub("", stem if suffix in IMAGE_SUFFIXES else name)
+    return _COCO_2014.sub("", stem if suffix in files.IMAGE_SUFFIXES else name)
 
 
 def _key(name: str) -> str:
     """Return a name in one form of Unicode, its suffix in lower case."""
     stem, suffix = os.path.splitext(name)
-    return same_name(stem + suffix.lower() if suffix.lower() in IMAGE_SUFFIXES else name)
+    return files.same_name(stem + suffix.lower() if suffix.lower() in files.IMAGE_SUFFIXES else name)

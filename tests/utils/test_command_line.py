@@ -3,7 +3,7 @@
 import pytest
 
 from utils import command_line
-from utils.command_line import Parser, list_of, number, parse
+from utils.command_line import Parser, list_of, number
 
 
 def small_parser():
@@ -28,12 +28,12 @@ def configs(tmp_path, monkeypatch):
 
 
 def values(*argv):
-    return vars(parse(small_parser(), argv))
+    return vars(small_parser().parse(argv))
 
 
 def refused(capsys, *argv):
     with pytest.raises(SystemExit) as end:
-        parse(small_parser(), argv)
+        small_parser().parse(argv)
     printed = capsys.readouterr()
     assert end.value.code == 2 and printed.out == ""
     assert printed.err.endswith("\n") and printed.err.count("\n") == 1, printed.err
@@ -42,7 +42,7 @@ def refused(capsys, *argv):
 
 def test_help_names_flags_meanings_and_defaults(capsys):
     with pytest.raises(SystemExit) as end:
-        parse(small_parser(), ["--help"])
+        small_parser().parse(["--help"])
     printed = capsys.readouterr().out
     assert end.value.code == 0
     lines = ["usage: ", "Grows things.", "Garden:", "  --row-count N ", "  --water X ", "  --soil … "]
