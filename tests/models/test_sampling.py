@@ -158,22 +158,14 @@ GUIDED += [(Sampling(top_k=None, cond_scale=0.0), 2)]
 
 
 def images(seed=1):
-    text = torch.randint(1, 50, (6, 6), generator=torch.Generator().manual_seed(seed))
+    text = torch.randint(1, 50, (6, 6), generator=seeded(seed))
     text[1:, 3:] = 0
-    return text, torch.randint(0, 32, (6, 16), generator=torch.Generator().manual_seed(seed))
-
-
-def expected_codes(dalle, text, given, plans):
-    stepper, codes = WholePassStepper(dalle), []
-    for row, (sampling, count) in enumerate(plans):
-        generators, one = [torch.Generator().manual_seed(row)], slice(row, row + 1)
-        codes.append(sample_codes(dalle, text[one], stepper, sampling, generators, given[one, :count]))
-    return torch.cat(codes)
+    return text, torch.randint(0, 32, (6, 16), generator=seeded(seed))
 
 
 def sequences(dalle, text, given, plans):
     """Return the inputs of a StaticSampler for these images; guided ones get a second sequence."""
-    noise = gumbel_noise(len(plans), 16, 32, [torch.Generator().manual_seed(row) for row in range(len(plans))], "cpu")
+    noise = gumbel_noise(len(plans), 16, 32, [seeded(row) for row in range(len(plans))], "cpu")
     settings = torch.stack([settings_row(sampling, count, dalle) for sampling, count in plans])
     if len(plans) == 6:
         return text, noise, given, settings
@@ -186,7 +178,11 @@ def sequences(dalle, text, given, plans):
 def test_one_batch_serves_all_settings(tiny_vae, patterns, plans):
     dalle = small_dalle(tiny_vae, weight_std=0.3, depth=len(patterns), attn_types=patterns).eval()
     text, given = images()
-    expected = expected_codes(dalle, text, given, plans)
+    stepper, expected = WholePassStepper(dalle), []
+    for row, (sampling, count) in enumerate(plans):
+        one = slice(row, row + 1)
+        expected.append(sample_codes(dalle, text[one], stepper, sampling, [seeded(row)], given[one, :count]))
+    expected = torch.cat(expected)
     inputs = sequences(dalle, text, given, plans)
     found = StaticSampler(dalle)(*inputs)
     assert found.dtype == torch.int32 and torch.equal(found[: len(plans)].long(), expected)
