@@ -1,4 +1,4 @@
-"""All ways to sample against the whole pass for every code; filters against their definition; what a seed decides."""
+"""All ways to sample, with fixed shapes too, against the whole pass for every code; filters; what a seed decides."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""train.py --dry-run against the run that it tells about; and that it leaves nothing behind."""
+"""What is refused before time is spent, where caches go, and train.py --dry-run against the run that it tells about."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The IPU backend on the stand-in for PopTorch: where it is chosen, what it refuses, its options and its loader."""
+"""The IPU backend on the stand-in for PopTorch: its choice, refusals, options and loader; estimates."""
 
 from argparse import Namespace
 
@@ -38,19 +38,16 @@ def test_without_an_sdk_one_line_says_how_to_enable_it(monkeypatch):
         backends.for_training(settings())
 
 
-@pytest.mark.parametrize(
-    "flags, refusal",
-    [
+def test_what_no_ipu_can_run_is_refused_at_once(poptorch_standin):
+    for flags, refusal in (
         ("--gradient-accumulation 2", r"--gradient-accumulation 2: .* 2 stages needs 3 "),
         ("--gradient-accumulation 4 --cls-ipu-id 0", "3 stages needs 5 "),
         ("--gradient-accumulation 6 --ipus-per-replica 4 --layers-per-ipu 0,1,1,0", "4 stages needs 7 "),
         ("--optimizer Muon", "--optimizer Muon: .*Adam or AdamW"),
         ("--precision bf16", "--precision bf16: .*fp16 or fp32"),
-    ],
-)
-def test_what_no_ipu_can_run_is_refused_at_once(poptorch_standin, flags, refusal):
-    with one_line(refusal):
-        backends.for_training(settings(flags))
+    ):
+        with one_line(refusal):
+            backends.for_training(settings(flags))
 
 
 def test_a_batch_of_another_size_is_refused(poptorch_standin, tiny_vae):
