@@ -16,6 +16,7 @@ import torch
 
 from backends.native import inference
 from backends.native.backend import NativeBackend, NativeTrainingBackend
+from backends.native.gpu_sampler import find_uniform_numbers
 from benchmarks import limits, networks
 from models.dalle import DALLE
 from models.packed_sampler import CachedStepper
@@ -136,7 +137,7 @@ def equality() -> None:
         note("encoding in fp32", ok=float(changed.float().mean()) < 2e-3, changed=float(changed.float().mean()))
     if not REHEARSAL:
         with attempt("random numbers"):
-            note("the CPU's random numbers", ok=inference.find_uniform_numbers(torch.device(DEVICE)) is not None)
+            note("the CPU's random numbers", ok=find_uniform_numbers(torch.device(DEVICE)) is not None)
 
 
 def smooth_images() -> torch.Tensor:

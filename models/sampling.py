@@ -6,6 +6,7 @@ of prompts, files or pixels.
 
 import contextlib
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Union
 
@@ -110,13 +111,14 @@ class Stepper:
         dalle: the model, in eval mode.
     """
 
+    passes_ahead = 0  # passes to start before the outcome of the first is read; some may be in vain
+
     def __init__(self, dalle: DALLE):
         self.dalle = dalle
 
     def noise(self, batch: int, generator: Generators) -> Tensor:
         """Return gumbel_noise for a batch of images, on the model's device."""
-        dalle = self.dalle
-        device = dalle.text_emb.weight.device
+        dalle, device = self.dalle, self.dalle.text_emb.weight.device
         return gumbel_noise(batch, dalle.image_seq_len, dalle.num_image_tokens, generator, device)
 
     def begin(self, text: Tensor, codes: Tensor, cond_scale: float = 1.0) -> Tensor:
@@ -148,11 +150,11 @@ class Stepper:
         """Return a view of the state's first rows, once those of complete images are last, if that saves time."""
         return state
 
-    def advance(self, state: SamplingState, sampling: Sampling, window: int) -> Tensor:
+    def advance(self, state: SamplingState, sampling: Sampling, window: int) -> Any:
         """Compute a window of each image in one pass, and add the codes that are certain.
 
         Returns:
-            int64 (3,): codes that all images have, guesses that were right, images with a wrong one.
+            int64 (3,), or what has its tolist(): codes that all images have, right guesses, images with a wrong one.
         """
         codes, places, noise, _ = state
         length = noise.shape[1]
@@ -211,7 +213,6 @@ class Pace:
         # How many guesses of each window were right and wrong, as if four were known. A larger window is right more
         # often, because it continues from answers of earlier passes.
         self.guesses = {window: [3.0, 1.0] for window in seconds}
-        self.last = 1
 
     def window(self, share: float = 1.0) -> int:
         """Return the window of the next pass, as if each guess in it were right with the same probability.
@@ -222,18 +223,17 @@ class Pace:
         """
         codes = [window * share for window in self.seconds]
         seconds = np.interp(codes, [*self.seconds], [*self.seconds.values()])
-        self.last = max(zip(self.seconds, seconds), key=lambda pair: self.promised_codes(pair[0]) / pair[1])[0]
-        return self.last
+        return max(zip(self.seconds, seconds), key=lambda pair: self.promised_codes(pair[0]) / pair[1])[0]
 
     def promised_codes(self, window: int) -> float:
         """Return how many codes of an image a pass will probably add."""
         right, wrong = self.guesses[window]
         return sum((right / (right + wrong)) ** guess for guess in range(window))
 
-    def record(self, right: int, wrong: int) -> None:
+    def record(self, window: int, right: int, wrong: int) -> None:
         """Learn from a pass how many guesses were right and how many images had a wrong one, which hides the rest."""
-        self.guesses[self.last][0] += right
-        self.guesses[self.last][1] += wrong
+        self.guesses[window][0] += right
+        self.guesses[window][1] += wrong
 
 
 @torch.no_grad()
@@ -278,7 +278,7 @@ def sample_codes(
     codes = F.pad(given, (0, 2 * length - count))  # a window may reach past the end
     images = torch.arange(len(text), device=text.device)
     whole = SamplingState(codes, torch.full((len(text),), count, device=text.device), noise, images)
-    pace = None
+    pace, passes = None, deque()  # type: ignore[var-annotated]
     with evaluation_mode(dalle):
         logits = stepper.begin(branches, given.repeat_interleave(copies, 0), sampling.cond_scale)
         state = whole = stepper.hold(whole)
@@ -297,9 +297,14 @@ def sample_codes(
             if pace is None:
                 pace = Pace(stepper.time_windows(state, sampling))
             state = stepper.release(state)
-            window = min(pace.window(len(state.places) / len(text)), length - complete)
-            complete, *guesses = stepper.advance(state, sampling, window).tolist()
-            pace.record(*guesses)
+            window = pace.window(len(state.places) / len(text))
+            is_enough = complete + len(passes) == length  # each pass adds a code or more
+            if not is_enough:
+                passes.append((window, stepper.advance(state, sampling, min(window, length - complete))))
+            if is_enough or len(passes) > stepper.passes_ahead or on_code is not None:
+                window, outcome = passes.popleft()
+                complete, *guesses = outcome.tolist()
+                pace.record(window, *guesses)
 
 
 @contextlib.contextmanager

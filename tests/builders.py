@@ -23,6 +23,7 @@ from models.sampling import Stepper, guide
 from utils import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+Weights = Dict[str, Tensor]
 SIZES = {"dim": 32, "num_text_tokens": 58, "text_seq_len": 6, "depth": 2, "heads": 2, "dim_head": 16}
 FLAGS = "--generated-data --precision fp32 --dataloader-workers 0"
 
@@ -43,9 +44,7 @@ def small_dalle(vae: Any, weight_std: Optional[float] = None, **changes: Any) ->
     return model
 
 
-def reference_weights(
-    text_tokens: int = 8192, text_seq_len: int = 80, sandwich_norm: bool = False
-) -> Dict[str, Tensor]:
+def reference_weights(text_tokens: int = 8192, text_seq_len: int = 80, sandwich_norm: bool = False) -> Weights:
     """Return random weights under the reference's names, without their prefix: 2 layers of 32, 4 x 4 codes of 64."""
     tokens = text_tokens + text_seq_len
     shapes = {
@@ -95,7 +94,7 @@ def metrics_in(folder: Path) -> List[Dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def weights_in(path: Any) -> Dict[str, Tensor]:
+def weights_in(path: Any) -> Weights:
     """Return a checkpoint's weights under the model's names."""
     return checkpoint.model_weights(checkpoint.read(path)["weights"])
 
@@ -130,16 +129,25 @@ def python(*words: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, *map(str, words)], **options)
 
 
-def interrupt(script: str, flags: Any, after: str, folder: Path) -> Tuple[int, str, str]:
-    """Run a script in a folder and press Ctrl-C once a line contains `after`; return exit status, output and errors."""
+def interrupt(
+    script: str, flags: Any, after: str, folder: Path, what: int = signal.SIGINT, delay: float = 0
+) -> Tuple[int, str, str]:
+    """Run a script in a folder; press Ctrl-C `delay` seconds after a line with `after`, or send another signal.
+
+    Returns:
+        Exit status, output and errors.
+    """
     options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-u", ROOT / script, *map(str, flags)], cwd=folder, **options)
     said = []
     for line in process.stdout or ():
         said.append(line)
         if after in line:
             break
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to worker processes as well
+    time.sleep(delay)
+    if process.poll() is None:
+        os.killpg(process.pid, what)  # a terminal sends Ctrl-C to worker processes as well
     out, err = process.communicate(timeout=120)
     return process.returncode, "".join(said) + out, err
 

@@ -53,29 +53,6 @@ def dalle_pytorch():
     return peer.load() or pytest.skip("dalle-pytorch is not installed")
 
 
-def write_taming_vqgan(folder, images, side=32, patch=8, channels=32, width=8, entries=64):
-    """Save a VQGAN of one level, built from taming's modules, in taming's format: vqgan.ckpt and vqgan.yaml.
-
-    Its weights are random; its entries are latents of `images`, so that different images have different codes.
-    """
-    ddconfig = {"double_z": False, "z_channels": width, "resolution": side // patch, "in_channels": 3 * patch**2}
-    ddconfig.update(out_ch=3 * patch**2, ch=channels, ch_mult=[1], num_res_blocks=1, attn_resolutions=[], dropout=0.0)
-    params = {"embed_dim": width, "n_embed": entries, "patch_size": patch, "ddconfig": ddconfig}
-    taming = peer.TamingVQGAN(params)
-    with torch.no_grad():
-        pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
-        cells = nn.functional.pixel_unshuffle(pixels / 127.5 - 1, patch)
-        latents = taming.quant_conv(taming.encoder(cells)).permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0)
-        taming.quantize.embedding.weight.copy_(latents[torch.randperm(len(latents))[:entries]])
-        taming.decoder.conv_out.weight.mul_(0.3)  # pale images, because stretching their contrast would change them
-    folder.mkdir(parents=True, exist_ok=True)
-    loss = {"loss.discriminator.main.0.weight": torch.zeros(3)}  # taming's files hold the training loss as well
-    torch.save({"state_dict": {**taming.state_dict(), **loss}, "global_step": 1}, folder / "vqgan.ckpt")
-    config = {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
-    (folder / "vqgan.yaml").write_text(yaml.safe_dump(config))
-    return folder
-
-
 @pytest.fixture(scope="session")
 def drawn_pictures(tmp_path_factory):
     """A folder of twelve 32 × 32 images of two shapes and their captions, which tests must not change."""
@@ -95,9 +72,25 @@ def picture_folder(drawn_pictures, tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny_vqgan(tmp_path_factory, drawn_pictures):
-    """The folder of a VQGAN for 32 × 32 images in 4 × 4 codes of 64."""
-    images = [Image.open(path) for path in sorted(drawn_pictures.glob("*.png"))]
-    return write_taming_vqgan(tmp_path_factory.mktemp("vqgan"), images)
+    """A VQGAN for 32 × 32 images in 4 × 4 codes of 64, in taming's format: a folder of vqgan.ckpt and vqgan.yaml.
+
+    Its weights are random; its entries are latents of drawn_pictures, so that different images have different codes.
+    """
+    ddconfig = {"double_z": False, "z_channels": 8, "resolution": 4, "in_channels": 192, "out_ch": 192, "ch": 32}
+    ddconfig.update(ch_mult=[1], num_res_blocks=1, attn_resolutions=[], dropout=0.0)
+    params = {"embed_dim": 8, "n_embed": 64, "patch_size": 8, "ddconfig": ddconfig}
+    taming, folder = peer.TamingVQGAN(params), tmp_path_factory.mktemp("vqgan")
+    images = [np.array(Image.open(path)) for path in sorted(drawn_pictures.glob("*.png"))]
+    with torch.no_grad():
+        cells = nn.functional.pixel_unshuffle(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1, 8)
+        latents = taming.quant_conv(taming.encoder(cells)).permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0)
+        taming.quantize.embedding.weight.copy_(latents[torch.randperm(len(latents))[:64]])
+        taming.decoder.conv_out.weight.mul_(0.3)  # pale images, because stretching their contrast would change them
+    loss = {"loss.discriminator.main.0.weight": torch.zeros(3)}  # taming's files hold the training loss as well
+    torch.save({"state_dict": {**taming.state_dict(), **loss}, "global_step": 1}, folder / "vqgan.ckpt")
+    config = {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}
+    (folder / "vqgan.yaml").write_text(yaml.safe_dump(config))
+    return folder
 
 
 @pytest.fixture(scope="session")

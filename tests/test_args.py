@@ -58,9 +58,8 @@ TRAIN_DEFAULTS = yaml.safe_load("""
     matmul_proportion: [0.6], async_dataloader: true, random_seed: 42, weight_decay: 0, loss_img_weight: 7,
     checkpoint_save_steps: 1000, wandb: false, wandb_project_name: miniDALL-E, bpe_path: null}""")
 GENERATE_FLAGS = {"dalle-path": "c.pt", "vqgan-model-path": "v.ckpt", "vqgan-config-path": "v.yaml", "text": "a|b"}
-GENERATE_FLAGS.update(
-    {"num-images": 3, "batch-size": 3, "top-k": 0.5, "outputs-dir": "o", "bpe-path": "w", "gentxt": True}
-)
+GENERATE_FLAGS.update({"num-images": 3, "batch-size": 3, "top-k": 0.5, "outputs-dir": "o", "gentxt": True})
+GENERATE_FLAGS["bpe-path"] = "words.txt"
 
 
 ROW, COL, FULL = "axial_row", "axial_col", "full"
@@ -157,9 +156,7 @@ def test_flags_override_the_configuration_wherever_they_stand():
     assert args.train_arguments(["--config", "photos", *folder, "--validation-split", "0"]).validation_split == 0
 
 
-@pytest.mark.parametrize(
-    "program, count", [("train.py", 17), ("generate.py", 4), ("train_vqgan.py", 9), ("evaluate.py", 4)]
-)
+@pytest.mark.parametrize("program, count", zip(COMMANDS, (17, 4, 9, 4)))
 def test_no_size_may_be_zero_negative_or_broken(program, count, capsys):
     function, base = COMMANDS[program]
     names = [action.dest.replace("_", "-") for action in PARSERS[program]()._actions if action.type is args.COUNT]

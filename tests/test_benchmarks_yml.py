@@ -61,17 +61,12 @@ def test_an_entry_is_what_the_tool_takes(name):
         assert tuple(map(int, poprun.groups())) == (settings.replication_factor, settings.ipus_per_replica)
 
 
-SLOW = [
-    name for name in ENTRIES if not name.endswith(("real_pod4", "real_pod64_conv", "generate_pod4", "generate_cpu"))
-]
+ORDINARY = ("real_pod4", "real_pod64_conv", "generate_pod4", "generate_cpu")
+CASES = [pytest.param(name, marks=() if name.endswith(ORDINARY) else pytest.mark.slow) for name in ENTRIES]
 
 
-@pytest.mark.parametrize(
-    "name", [*set(ENTRIES) - {*SLOW}, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-)
-def test_figures_of_an_entry_are_in_its_log(
-    poptorch_standin, command, drawn_pictures, tiny_vqgan, tmp_path, name, monkeypatch
-):
+@pytest.mark.parametrize("name", CASES)
+def test_figures_are_in_the_log(poptorch_standin, command, drawn_pictures, tiny_vqgan, tmp_path, name, monkeypatch):
     """The entry's own command at reduced size, those for IPUs on the stand-in for PopTorch."""
     monkeypatch.setenv("DATASETS_DIR", str(tmp_path))
     (tmp_path / "coco").symlink_to(drawn_pictures)

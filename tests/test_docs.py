@@ -83,7 +83,7 @@ def test_commands_exist(command):
 
 
 @pytest.mark.parametrize(
-    "line", [command for command in COMMANDS if "generate.py --text" in command or "checkpoint_info demo" in command]
+    "line", [line for line in COMMANDS if re.search("generate.py --text|checkpoint_info demo", line)]
 )
 def test_short_commands_run(line, command, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)

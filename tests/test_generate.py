@@ -178,9 +178,8 @@ def test_all_prompts_are_checked_before_the_first_image(drawn, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-REFERENCE = dict(
-    dim=32, depth=2, heads=2, dim_head=16, text_seq_len=80, loss_img_weight=7, attn_types=("axial_row", "full")
-)
+REFERENCE = {"dim": 32, "depth": 2, "heads": 2, "dim_head": 16, "text_seq_len": 80, "loss_img_weight": 7}
+REFERENCE["attn_types"] = ("axial_row", "full")
 
 
 def write_reference(path, vqgan, weights=None, split=1, half=False, sandwich_norm=False, **more):
@@ -221,9 +220,7 @@ def weights_of(vqgan):
 def test_a_checkpoint_of_the_reference(drawn, tiny_vqgan, their_vocabulary, tmp_path, kind):
     sandwich_norm = kind.get("sandwich_norm", False)
     weights = reference_weights(sandwich_norm=sandwich_norm)
-    damaged = {
-        name: torch.zeros_like(tensor) for name, tensor in weights_of(tiny_vqgan).items()
-    }  # the flags' VQGAN wins
+    damaged = {name: torch.zeros_like(x) for name, x in weights_of(tiny_vqgan).items()}  # the flags' VQGAN wins
     path = write_reference(tmp_path / "dalle_3.pt", damaged, weights, **kind)
     files = ["--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--vqgan_config_path", tiny_vqgan / "vqgan.yaml"]
     drawn("--dalle_path", path, *files, "--bpe_path", their_vocabulary, "--text", "red " * 75, "--seed", 1)
@@ -251,9 +248,7 @@ WINDOWS = {  # rows above a code, columns to its left, and columns to its right,
 
 
 @pytest.mark.parametrize("writer", WINDOWS)
-def test_conv_like_is_what_the_checkpoint_was_trained_with(
-    command, tiny_flags, tiny_vqgan, their_vocabulary, tmp_path, writer
-):
+def test_conv_like_is_that_of_the_writer(command, tiny_flags, tiny_vqgan, their_vocabulary, tmp_path, writer):
     more, (above, left, right) = WINDOWS[writer]
     types = {"hparams": {"attn_types": ("conv_like",)}}
     path = write_reference(tmp_path / "dalle_3.pt", weights_of(tiny_vqgan), **types, **more)
@@ -278,9 +273,7 @@ def test_conv_like_is_what_the_checkpoint_was_trained_with(
 
 
 @pytest.mark.parametrize("moments", ["with bias correction", "without", ""])
-def test_training_continues_from_a_checkpoint_of_the_reference(
-    command, tiny_flags, tiny_vqgan, their_vocabulary, tmp_path, moments
-):
+def test_training_continues_from_the_reference(command, tiny_flags, tiny_vqgan, their_vocabulary, tmp_path, moments):
     weights = reference_weights()
     more = {}
     if moments:  # as PopTorch's Adam has them

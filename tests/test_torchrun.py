@@ -23,9 +23,8 @@ def start(script, *arguments):
     """Start torchrun with two processes of one thread each; return the launcher."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [*launcher, script, *map(str, arguments)], env={**os.environ, "OMP_NUM_THREADS": "1"}, **options
-    )
+    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launcher, script, *map(str, arguments)], **options)
 
 
 def ended(process):
@@ -110,8 +109,7 @@ def test_pictures_of_one_prompt_are_shared_out(command, tiny_checkpoint, tmp_pat
     (seed,) = re.findall(r"seed (\d+)", out)  # made up by rank 0, for both
     assert out.count("5 images of 'red'") == out.count("images/sec") == 1
     assert command(generate.main, *flags, "--seed", seed, "--outputs_dir", tmp_path / "alone").status == 0
-    shared, alone = (
-        {path.name: path.read_bytes() for path in (tmp_path / where / "red").iterdir()} for where in ("shared", "alone")
-    )
+    folders = [tmp_path / where / "red" for where in ("shared", "alone")]
+    shared, alone = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
     assert len(shared) == 7 and shared == alone  # five pictures, their grid, the prompt
     assert len({shared[f"{number}-seed-{int(seed) + number}.jpg"] for number in range(5)}) == 5

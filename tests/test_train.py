@@ -1,8 +1,12 @@
-"""train.py as a user starts it: what it learns, writes and logs, and that a run that was stopped goes on as if it had
-not been.
+"""train.py as a user starts it: what it learns, writes and logs, what it does about losses that are not numbers, and
+that a run that was stopped or killed continues as if it had not been.
 """
 
+import contextlib
+import math
+import random
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,8 @@ import train
 from backends.native.trainer import NativeTrainer
 from models.vqgan_files import load_vqgan
 from tests.builders import interrupt, metrics_in, reference_weights
+from tests.conftest import ROOT
+from utils import checkpoint
 
 
 def opened(path):
@@ -83,9 +89,8 @@ def test_a_checkpoint_is_laid_out_as_the_reference_lays_it_out(trained, tiny_vqg
     assert checkpoint["epoch"] == 0 and checkpoint["step"] == 3 and checkpoint["sampling"]["top_p"] == 0.9
     expected = dict(num_text_tokens=8192, text_seq_len=16, dim=32, depth=2, heads=2, dim_head=16, loss_img_weight=5)
     expected.update(attn_types=("axial_row", "full"), ff_dropout=0.2, attn_dropout=0, sandwich_norm=True, fp16=None)
-    expected.update(
-        embedding_ipu_id=0, embedding_serialization_factor=1, layers_per_ipu=None, cls_ipu_id=None, byteio=False
-    )
+    expected.update(layers_per_ipu=None, cls_ipu_id=None, byteio=False)
+    expected.update(embedding_ipu_id=0, embedding_serialization_factor=1)
     assert checkpoint["hparams"] == expected
     frozen = opened(tiny_vqgan / "vqgan.ckpt")["state_dict"]
     weights = checkpoint["weights"]
@@ -174,3 +179,75 @@ def test_out_of_memory_saves_and_says_what_would_fit(command, tiny_flags, tmp_pa
     advice = "--batch-size 2 --gradient-accumulation 6 or --recompute makes the same updates with less"
     ended.refused(f"error: out of memory: {advice}; resume with --pretrained-checkpoint {path}\n")
     assert opened(path)["step"] == 2
+
+
+SAVES = ["--checkpoint-save-steps", 2, "--epochs", 3, "--checkpoint-save-epochs", 9]  # nine steps
+
+
+@contextlib.contextmanager
+def spoilt_losses(monkeypatch, steps):
+    """Within: the loss of these updates (counted from 1) is not a number."""
+    original, count = NativeTrainer.backpropagate, [0]
+
+    def losses(self, batch):
+        count[0] += 1
+        found = original(self, batch)
+        if count[0] in steps:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(math.nan)
+            found[0] = math.nan
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeTrainer, "backpropagate", losses)
+        yield
+
+
+def test_a_batch_without_a_finite_loss_is_left_out(command, tiny_flags, tmp_path, monkeypatch):
+    with spoilt_losses(monkeypatch, {3, 5, 7}):
+        ended = command(train.main, *tiny_flags, *SAVES, "--checkpoint-output-dir", tmp_path)
+    assert ended.status == 0 and len(re.findall(r"step [357]: .* not finite, update skipped", ended.out)) == 3
+    saved = checkpoint.read(tmp_path / "dalle_2.pt")
+    assert saved["progress"]["skipped"] == 3 and saved["trainer"]["updates"] == 6 and saved["step"] == 9
+    total, count = checkpoint.read(tmp_path / "dalle_step_8.pt")["progress"]["epoch_loss"]
+    assert count == 1 and math.isfinite(total)  # of steps 7 and 8 only the second counts
+    assert all(torch.isfinite(tensor).all() for tensor in saved["weights"].values() if tensor.is_floating_point())
+
+
+def test_too_many_such_batches_end_the_run(command, tiny_flags, tmp_path, monkeypatch):
+    flags = [*tiny_flags, "--epochs", 30, "--checkpoint-save-epochs", 2, "--checkpoint-output-dir", tmp_path]
+    with spoilt_losses(monkeypatch, set(range(8, 1000))):
+        ended = command(train.main, *flags)
+    ended.refused("no longer finite at step 17", "--learning-rate", f"the last good checkpoint is {tmp_path}")
+
+
+KILLED_FLAGS = "--ff-dropout 0.1 --attn-dropout 0.1 --caption-dropout 0.2 --ema-decay 0.95 --max-grad-norm 0.5"
+KILLED_FLAGS += (
+    " --weight-decay 0.1 --validation-split 0.2 --validation-steps 7 --checkpoint-save-steps 4 --epochs 100000"
+)
+KILLED_FLAGS += " --checkpoint-save-epochs 5 --max-steps"
+STEPS = 80  # for each kill: what a process makes in two seconds or so
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_survives_being_killed(kills, command, tiny_flags, tmp_path):
+    flags = [*tiny_flags, *KILLED_FLAGS.split(), str(STEPS * kills), "--checkpoint-output-dir"]
+    command(train.main, *flags, tmp_path / "whole").ok()
+    resumed, chance, hits = [*flags, str(tmp_path / "killed"), "--resume"], random.Random(kills), 0
+    while hits < kills:
+        delay = chance.uniform(0, 1.5)
+        status, out, err = interrupt("train.py", resumed, "Compiled model", ROOT, signal.SIGKILL, delay)
+        assert "Traceback" not in err, err
+        if status != -signal.SIGKILL:
+            break
+        hits += 1
+    assert hits > kills / 2, out
+    command(train.main, *resumed).ok()
+    assert not list((tmp_path / "killed").glob("*.tmp"))
+    paths = [max((tmp_path / name).glob("dalle_*.pt"), key=checkpoint.step_of) for name in ("killed", "whole")]
+    ours, theirs = map(checkpoint.read, paths)
+    for part in ("step", "progress", "scheduler_state"):
+        assert ours[part] == theirs[part]
+    for part in ("weights", "ema_weights"):
+        torch.testing.assert_close(ours[part], theirs[part], atol=0, rtol=0)

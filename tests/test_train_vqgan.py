@@ -141,9 +141,7 @@ def test_a_finished_vqgan_is_never_overwritten(trained, command, flags, monkeypa
     assert load_vqgan(str(folder)).fingerprint() != finished
     assert load_vqgan(str(folder / "step_12")).fingerprint() == finished
     (folder / "vqgan_training.pt").unlink()
-    ended = command(train_vqgan.main, *words, "--max-steps", 30, "--resume").refused(
-        "has a VQGAN without vqgan_training.pt"
-    )
+    command(train_vqgan.main, *words, "--max-steps", 30, "--resume").refused("has a VQGAN without vqgan_training.pt")
 
 
 def test_a_run_starts_with_another_vqgan(trained, command, flags, drawn_pictures, tmp_path):
@@ -156,9 +154,7 @@ def test_a_run_starts_with_another_vqgan(trained, command, flags, drawn_pictures
     assert "the codebook starts" not in ended.out
     vae = load_vqgan(str(tmp_path / "fine"))
     assert vae.hparams == load_vqgan(str(first)).hparams and psnr(vae, drawn_pictures, 32) > before
-    ended = command(train_vqgan.main, *words, *run.split(), "--ch", 64).refused(
-        "argument --ch: the sizes are those of --init-from"
-    )
+    command(train_vqgan.main, *words, *run.split(), "--ch", 64).refused("--ch: the sizes are those of --init-from")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -6,19 +6,19 @@ trained VQGAN on photographs. Features newer than torch 2.0 are used only after 
 
 import contextlib
 import copy
-import functools
 import logging
 import os
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence
 
 import torch
 from taming.modules.diffusionmodules.model import ResnetBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backends.native.gpu_sampler import CapturedStepper, fastest_kernels
 from models.dalle import DALLE
 from models.packed_sampler import CachedStepper, LayerKernels, Pack, PackedStepper
-from models.sampling import CodeCallback, Generators, Sampling, SamplingState, Stepper, make_gumbel_, sample_codes
+from models.sampling import CodeCallback, Generators, Sampling, Stepper, sample_codes
 from models.vae import ImageTokenizer, VQGanVAE
 
 logger = logging.getLogger("minidalle")
@@ -30,7 +30,6 @@ WINDOWS = (1, 2, 3, 4, 6, 8, 16)  # codes that a pass may compute for each image
 GPU_WINDOWS = (1, 2, 4, 8, 16)  # each is captured once for a batch size
 Product = Callable[[Tensor], Tensor]
 CACHE_BYTES = 16 * 2**20  # a layer's output that fits a CPU's cache; larger batches are slower than one by one
-MOST_GRAPHS = 16  # for other windows or settings of the same batch size
 AT_ONCE = {"cpu": 32, "cuda": 256}  # images from which on larger batches are no faster
 GPU_BATCH = 32  # images; the widest layer of the official network then takes 0.5 GB in bf16
 COMPILED_FROM = 10_000  # images of 256 × 256; an H200 compiled the decoder in 20 s, and decoded 12,000 in that time
@@ -67,122 +66,6 @@ class NativeSampler:
         image_codes = None if image_codes is None else image_codes.to(self.device)
         text = text.to(self.device)
         return sample_codes(self.model, text, self.stepper, sampling, generator, image_codes, on_code).cpu()
-
-
-class CapturedStepper(PackedStepper):
-    """A PackedStepper for GPUs that captures its passes, with the choice of codes, for the current batch size.
-
-    Hundreds of kernels then start with a single call from the host.
-    A graph reads and writes fixed memory, so batches of one shape share their buffers, and every pass reads all slots
-    of the caches, with a mask.
-    """
-
-    capturing = True  # False once a capture has failed
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.graphs: Dict[Tuple[Sampling, int], Tuple[Any, Tensor]] = {}  # with what advance returns
-        self.uniform_numbers = find_uniform_numbers(self.dalle.text_emb.weight.device)
-        self.buffers: List[Tensor] = []
-
-    def noise(self, batch: int, generator: Generators) -> Tensor:
-        """See Stepper. A GPU generates the CPU's numbers sooner than it gets them from there."""
-        length, codes = self.dalle.image_seq_len, self.dalle.num_image_tokens
-        if self.uniform_numbers is not None and isinstance(generator, list) and len(generator) == batch:
-            with contextlib.suppress(ValueError):
-                return make_gumbel_(self.uniform_numbers(generator, length * codes).view(batch, length, codes))
-        return super().noise(batch, generator)
-
-    @torch.no_grad()
-    def hold(self, state: SamplingState) -> SamplingState:
-        """See Stepper."""
-        found = [*state, self.positions, self.images, *(layer.cache for _, layer in self.layers)]
-        if [x.shape for x in found] == [x.shape for x in self.buffers]:
-            for buffer, new in zip(self.buffers, found):
-                buffer.copy_(new)
-        else:
-            self.buffers, self.graphs = found, {}
-        count = len(state)
-        self.positions, self.images, *caches = self.buffers[count:]
-        for (_, layer), cache in zip(self.layers, caches):
-            layer.cache = cache
-        return SamplingState(*self.buffers[:count])
-
-    def release(self, state: SamplingState) -> SamplingState:
-        """Keep all rows, because a graph has a fixed number of them."""
-        return state
-
-    def last_place(self, inputs: Tensor) -> int:
-        """Return the last place of all, so that shapes depend on nothing and the host need not wait."""
-        return self.dalle.image_seq_len - 1
-
-    @torch.no_grad()
-    def advance(self, state: SamplingState, sampling: Sampling, window: int) -> Tensor:
-        """See Stepper. The result is valid until the next call."""
-        name = sampling, window
-        if self.capturing and name not in self.graphs:
-            self.capture(state, sampling, window)
-        if name not in self.graphs:
-            return super().advance(state, sampling, window)
-        self.passes += 1
-        graph, result = self.graphs[name]
-        graph.replay()
-        return result
-
-    def capture(self, state: SamplingState, sampling: Sampling, window: int) -> None:
-        """Capture a pass; if that fails, log it and compute eagerly from now on."""
-        before = state.codes.clone(), state.places.clone()
-        graph, passes = torch.cuda.CUDAGraph(), self.passes
-        try:
-            super().advance(state, sampling, window)  # allocates what libraries need
-            state.codes.copy_(before[0])
-            state.places.copy_(before[1])
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                result = super().advance(state, sampling, window)
-        except RuntimeError as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            logger.info("passes are not captured, which only costs speed: %s", str(error).splitlines()[0])
-            self.capturing = False
-            return
-        finally:
-            self.passes = passes
-        if len(self.graphs) >= MOST_GRAPHS:
-            self.graphs.clear()
-        self.graphs[sampling, window] = graph, result
-
-
-@functools.lru_cache(maxsize=None)
-def fastest_kernels(device: torch.device, dtype: torch.dtype) -> Optional[LayerKernels]:
-    """Return Triton's kernels for half precision on GPUs; None for PyTorch's operators, also if those fail."""
-    if device.type == "cpu" or dtype == torch.float32:
-        return None
-    with triton_missing("kernels of layers"):
-        from backends.native.gpu_kernels import TritonKernels, kernels_work
-
-        return TritonKernels(dtype) if kernels_work(device, dtype) else None
-    return None
-
-
-@functools.lru_cache(maxsize=None)
-def find_uniform_numbers(device: torch.device) -> Optional[Callable[[List[torch.Generator], int], Tensor]]:
-    """Return a function from the CPU's generators and a count to their next numbers (B, count), if a GPU has one."""
-    with triton_missing("random numbers"):
-        from backends.native.gpu_kernels import numbers_work, uniform_numbers
-
-        return functools.partial(uniform_numbers, device=device) if numbers_work(device) else None
-    return None
-
-
-@contextlib.contextmanager
-def triton_missing(what: str) -> Iterator[None]:
-    """Log an error of the block, since Triton, a compiler or a driver's part is missing, and end the block."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        logger.info("sampling does without Triton's %s, which only costs speed: %s", what, reason)
 
 
 def packer(device: torch.device, dtype: torch.dtype) -> Pack:

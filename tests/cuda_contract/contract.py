@@ -38,12 +38,12 @@ def test_a_code_costs_few_launches_and_waits(tiny_vae):
     text, codes = samples(2)
     model = small_dalle(tiny_vae, attn_types=PATTERNS, depth=4, dim_head=32)
     sample, costs = NativeBackend("cuda", "bf16").sampler(model, 2, 1), []
-    for count in (0, 12):  # codes that are given, so that the difference is the cost of twelve codes
+    for count in (0, 0, 12):  # codes that are given, so that the difference is the cost of twelve codes
         GPU.reset()
         sample(text, image_codes=codes[:, :count])
         costs.append(GPU.counts())
-    per_code = {name: (costs[0][name] - costs[1][name]) / 12 for name in costs[0]}
-    assert per_code["launches"] <= 19 and per_code["copies"] == 0 and per_code["waits"] <= 1.1, per_code
+    per_code = {name: (costs[1][name] - costs[2][name]) / 12 for name in costs[0]}
+    assert all(per_code[name] <= 1 for name in ("launches", "copies", "waits")), per_code
     assert GPU.launches["graph"] == 3  # of the last four codes, the first comes from the pass over the captions
     assert_no_boolean_mask("flash bfloat16")
     assert not GPU.plans  # cuDNN would build one for each form of input

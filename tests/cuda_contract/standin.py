@@ -239,7 +239,7 @@ class Gpu:
             return False
         if to_cpu or (name == "copy_" and cpu and not isinstance(args[0], CudaTensor)):
             self.copies["to the host"] += 1
-            self.waits["copy to the host"] += 1
+            self.waits["copy to the host"] += not kwargs.get("non_blocking")
             if name == "copy_":
                 return args[0].copy_(args[1].inner)
             out = func(ours[0].inner, **{**kwargs, "device": "cpu"})
@@ -341,6 +341,16 @@ class Graph:
         return (0, 0)
 
 
+class Event:
+    """torch.cuda.Event; everything has happened when the next operation starts."""
+
+    def record(self, stream=None):
+        pass
+
+    def synchronize(self):
+        GPU.waits["event"] += 1
+
+
 class capturing:
     """torch.cuda.graph."""
 
@@ -390,6 +400,7 @@ def install(gpu="h100"):
         "empty_cache": lambda: None,
         "is_current_stream_capturing": lambda: GPU.tape is not None,
         "CUDAGraph": Graph,
+        "Event": Event,
         "graph": capturing,
     }.items():
         setattr(torch.cuda, target, made)

@@ -1,13 +1,16 @@
-"""The demo set: captions against the grammar, drawings against geometry, and the files."""
+"""The demo set: captions against the grammar, drawings against geometry, the files, and the reader of drawings."""
 
 import hashlib
 import itertools
+import random
 
 import numpy as np
-from PIL import Image
+import pytest
+from PIL import Image, ImageFilter
 
 from data import shapes
-from data.shapes import COLORS, INVERSE, SHAPES, make_sample, parse_caption, write_dataset
+from data.shapes import BACKGROUND, COLORS, INVERSE, SHAPES, Scene, make_sample, parse_caption
+from data.shapes_reader import find_faults, find_objects
 
 
 def test_captions_mean_what_they_say():
@@ -68,7 +71,7 @@ def files(root):
 
 def test_layout(tmp_path):
     out = tmp_path / "shapes"
-    write_dataset(out, pictures=9, val=4, size=32)
+    shapes.write_dataset(out, pictures=9, val=4, size=32)
     stems = [f"{number:012d}" for number in range(1, 14)]
     assert sorted(path.stem for path in out.rglob("*.png")) == stems
     for place, stem in enumerate(stems):
@@ -81,12 +84,12 @@ def test_layout(tmp_path):
 
 def test_a_finished_set_is_kept_and_one_of_other_settings_replaced(tmp_path):
     out = tmp_path / "shapes"
-    assert write_dataset(out, pictures=4, val=2)
+    assert shapes.write_dataset(out, pictures=4, val=2)
     before = files(out)
     (out / "train" / "images" / "000000000001.png").touch()
-    assert not write_dataset(out, pictures=4, val=2)
+    assert not shapes.write_dataset(out, pictures=4, val=2)
     assert files(out) == before
-    assert write_dataset(out, pictures=3, val=2)
+    assert shapes.write_dataset(out, pictures=3, val=2)
     assert len(list((out / "train" / "images").iterdir())) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
 
@@ -97,3 +100,61 @@ def test_someone_elses_folder_is_left_alone(tmp_path, command):
     ended = command(shapes.main, "--out", tmp_path, "--pictures", 2, "--val", 1)
     assert ended.status == 2 and "error: --out" in ended.err and str(tmp_path) in ended.err.splitlines()[-1]
     assert files(tmp_path) == {"train/mine.jpg": b"precious"}
+
+
+def accuracy(captions, images):
+    return np.mean([not find_faults(caption, pixels) for caption, pixels in zip(captions, images)])
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [make_sample("train" if index % 2 else "val", index, seed=11) for index in range(400)]
+
+
+def test_the_reader_reads_real_images(pictures):
+    right = 0
+    for pixels, captions in pictures:
+        scene = parse_caption(captions[0])
+        right += {seen[:3] for seen in find_objects(pixels)} == {tuple(scene.first), tuple(scene.second)}
+    assert right >= 0.995 * len(pictures)
+    some = pictures[:100]
+    assert accuracy([captions[1] for _, captions in some], [pixels for pixels, _ in some]) >= 0.999
+    # Each picture with its neighbour's caption: two in a row are the same by chance about never.
+    assert accuracy([captions[1] for _, captions in some[1:]], [pixels for pixels, _ in some[:-1]]) <= 0.01
+
+
+def test_a_caption_with_one_thing_wrong_is_not_followed(pictures):
+    for pixels, captions in pictures[:40]:
+        told = parse_caption(captions[0])
+        colour = next(c for c in COLORS if c not in (told.first.color, told.second.color))
+        shape = SHAPES[(SHAPES.index(told.second.shape) + 1) % 5]
+        size = "small" if told.first.size == "large" else "large"
+        wrong = {
+            "colour": told._replace(first=told.first._replace(color=colour)),
+            "shape": told._replace(second=told.second._replace(shape=shape)),
+            "size": told._replace(first=told.first._replace(size=size)),
+        }
+        rng = random.Random(0)
+        for fault, scene in wrong.items():
+            assert find_faults(shapes.describe_scene(scene, rng), pixels) == (fault,), captions[0]
+        for relation in set(INVERSE) - {told.relation}:
+            assert find_faults(shapes.describe_scene(told._replace(relation=relation), rng), pixels)
+        swapped = Scene(told.second, told.relation, told.first)
+        assert find_faults(shapes.describe_scene(swapped, rng), pixels)
+        unsized = told._replace(first=told.first._replace(size=None))
+        assert not find_faults(shapes.describe_scene(unsized, rng), pixels)
+
+
+def test_a_third_object_or_a_missing_one_is_counted(pictures):
+    for pixels, captions in pictures[:40]:
+        ink = (pixels != BACKGROUND).any(-1)
+        near = np.asarray(Image.fromarray(ink).filter(ImageFilter.MaxFilter(5)))
+        third = pixels.copy()
+        free = np.argwhere([[not near[y : y + 4, x : x + 4].any() for x in range(61)] for y in range(61)])
+        y, x = free[len(free) // 2]
+        third[y : y + 4, x : x + 4] = COLORS["green"]
+        assert find_faults(captions[0], third) == ("count",)
+        missing = pixels.copy()
+        missing[(missing == COLORS[parse_caption(captions[0]).first.color]).all(-1)] = BACKGROUND
+        assert find_faults(captions[0], missing)
+    assert find_objects(np.full((64, 64, 3), BACKGROUND, np.uint8)) == []

@@ -101,14 +101,15 @@ def test_any_sentencepiece_model(tmp_path, model_type, ids):
     assert load_tokenizer(vocabulary=ours.vocabulary).encode(TEXTS[0]) == ours.encode(TEXTS[0])
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [(b'{"a": 1}', "not a tokenizer.json"), (b"{", "not a tokenizer.json"), (b"\n\xff\xff", "sentencepiece")],
-)
-def test_other_files_are_refused(tmp_path, content, reason):
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with one_line(f"{tmp_path}.*{reason}"):
-        load_tokenizer(tmp_path / "tokenizer.json")
+def test_other_files_are_refused(tmp_path):
+    for content, reason in (
+        (b'{"a": 1}', "tokenizer.json"),
+        (b"{", "tokenizer.json"),
+        (b"\n\xff\xff", "sentencepiece"),
+    ):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with one_line(f"{tmp_path}.*{reason}"):
+            load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_a_vocabulary_is_trained_on_the_captions_of_a_folder(command, picture_folder, tmp_path):

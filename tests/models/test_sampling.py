@@ -129,13 +129,12 @@ def test_the_window_is_the_one_with_the_most_codes_per_second():
     seconds = {1: 1.0, 2: 1.2, 4: 1.3, 8: 2.0}
     pace = Pace(seconds)
     assert pace.window() == 4
-    pace.record(0, 8)  # no guess of this window was right, which says nothing about the others
+    pace.record(4, 0, 8)  # no guess of this window was right, which says nothing about the others
     assert pace.window() == 8
-    pace.record(70, 0)
+    pace.record(8, 70, 0)
     assert pace.window() == 8
     for _ in range(4):
-        pace.record(0, 99)
-        pace.window()
+        pace.record(pace.window(), 0, 99)
     assert pace.window() == 1
     assert Pace({16: 1.0}).window() == 16
     # A pass of a quarter of the images with 4 codes each takes as long as one of all with 1.

@@ -19,14 +19,7 @@ pytest.importorskip("fastapi", exc_type=ImportError)
 PROMPT = "a red circle"
 HEAD = "POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
 TOKEN = "correct horse"
-PATHS = (
-    "/etc/passwd",
-    "../../app.py",
-    "..%2f..%2fapp.py",
-    "%2e%2e/app.py",
-    "/proc/self/environ",
-    "index.html/../api.py",
-)
+PATHS = ["/etc/passwd", "../../app.py", "..%2f..%2fapp.py", "%2e%2e/app.py", "/proc/self/environ", "x.html/../api.py"]
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +58,7 @@ def test_only_own_host_names_are_served(port, host, served):
         assert not any(name.startswith("access-control") for name in headers)
 
 
-@pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "http://localhost:1", "https://localhost.evil.example"]
-)
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "https://localhost.evil.net"])
 def test_posts_of_other_sites_are_refused(port, origin):
     body = json.dumps({"prompts": [PROMPT]})
     for method, path in (("POST", "/api/jobs"), ("POST", "/api/generate"), ("DELETE", "/api/jobs/x")):
@@ -108,33 +99,30 @@ def test_a_token_is_needed_for_every_route_of_the_api(loaded):
         assert answer_to(port, "DELETE", f"/api/jobs/{identity}", **right)[0] == 204
 
 
-def png_bomb(*chunks):
-    """Return a PNG of 8 × 8 pixels that carries further chunks."""
+def saved(image, kind, **options):
     file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "PNG")
-    data = file.getvalue()
-    return data[:33] + b"".join(chunks) + data[33:]
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 def bombs():
-    zeros = zlib.compress(bytes(200 * 2**20), 9)
-    yield "pixels", png_of(60_000, 60_000)
-    file = io.BytesIO()
-    Image.new("1", (10_000, 10_000)).save(file, "PNG")
-    yield "one color", file.getvalue()
-    yield "text", png_bomb(png_chunk(b"zTXt", b"Comment\0\0" + zeros))
-    yield "texts", png_bomb(*[png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(60_000)))] * 5000)
-    yield "profile", png_bomb(png_chunk(b"iCCP", b"profile\0\0" + zeros))
-    file = io.BytesIO()
+    """Return small files that claim much: a PNG with further chunks, many pixels or large frames."""
+    small, zeros = saved(Image.new("RGB", (8, 8)), "PNG"), zlib.compress(bytes(200 * 2**20), 9)
+    chunks = {"text": png_chunk(b"zTXt", b"Comment\0\0" + zeros), "profile": png_chunk(b"iCCP", b"profile\0\0" + zeros)}
+    chunks["texts"] = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(60_000))) * 5000
     frames = [Image.new("P", (4000, 4000), index) for index in range(3)]
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    yield "frames", file.getvalue()
+    return {
+        **{name: small[:33] + chunk + small[33:] for name, chunk in chunks.items()},
+        "pixels": png_of(60_000, 60_000),
+        "one color": saved(Image.new("1", (10_000, 10_000)), "PNG"),
+        "frames": saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+    }
 
 
 def test_decompression_bombs_take_little_memory(port):
-    statuses, made = {}, list(bombs())
+    statuses, made = {}, bombs()
     before = memory()
-    for name, data in made:
+    for name, data in made.items():
         assert len(data) < 10 * 2**20
         status, answer = generate(port, prompt=PROMPT, image=base64.b64encode(data).decode())
         assert status in (200, 422), answer

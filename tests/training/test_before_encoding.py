@@ -19,9 +19,7 @@ from training import run as run_module
         ("--batch-size 12 --validation-split 0.1", "12 samples, but the set has 11; --batch-size 1 "),
     ],
 )
-def test_a_set_that_is_too_small_is_refused_before_it_is_encoded(
-    command, tiny_flags, monkeypatch, flags, words, tmp_path
-):
+def test_too_small_a_set_is_refused_before_it_is_encoded(command, tiny_flags, monkeypatch, flags, words, tmp_path):
     monkeypatch.setattr(run_module, "load_codes", None)
     ended = command(train.main, *tiny_flags, "--codes-cache", tmp_path, *flags.split())
     assert ended.status == 2 and words in ended.err and "--config photos" in ended.err, ended

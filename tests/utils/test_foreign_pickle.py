@@ -34,9 +34,8 @@ def storage(key="0", count=4, kind=torch.FloatStorage):
 
 
 def tensor(reference, size, stride, offset=0):
-    return PickledCall(
-        torch._utils._rebuild_tensor_v2, reference, offset, size, stride, False, collections.OrderedDict()
-    )
+    hooks = collections.OrderedDict()
+    return PickledCall(torch._utils._rebuild_tensor_v2, reference, offset, size, stride, False, hooks)
 
 
 def pickled(value):

@@ -13,10 +13,6 @@ from training import checkpoints
 from utils import checkpoint
 
 
-def weights_of(trainer):
-    return {name: tensor.clone() for name, tensor in trainer.state_dict()["weights"].items()}
-
-
 def test_half_precision_only_where_it_is_asked_for(poptorch_standin, tiny_vae):
     half, single = torch.float16, torch.float32
     for flags, accumulator, momentum, scaling in (
@@ -64,8 +60,7 @@ def test_a_state_that_went_through_a_file_goes_on_exactly(poptorch_standin, tiny
 
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     for compile_first in (False, True):
-        backend = backends.for_training(settings(flags))
-        again = backend.trainer(small_dalle(tiny_vae))
+        again = backends.for_training(settings(flags)).trainer(small_dalle(tiny_vae))
         if compile_first:
             again.compile(batch)
         again.load_state_dict(saved)
@@ -102,9 +97,8 @@ def test_evaluation_changes_nothing(poptorch_standin, tiny_vae):
     """It draws no dropout, updates no weight, sees the weights of now, and training goes on as without it."""
     flags = "--replication-factor 2"
     dropouts = {"ff_dropout": 0.5, "attn_dropout": 0.5}
-    plain, watched = (
-        backends.for_training(settings(flags)).trainer(small_dalle(tiny_vae, **dropouts)) for _ in range(2)
-    )
+    backend = backends.for_training(settings(flags))
+    plain, watched = (backend.trainer(small_dalle(tiny_vae, **dropouts)) for _ in range(2))
     batch = samples(6)
     plain.compile(batch)
     expected = [plain.step(batch) for _ in range(3)]
@@ -113,7 +107,7 @@ def test_evaluation_changes_nothing(poptorch_standin, tiny_vae):
     for step in expected:
         losses = watched.evaluate([batch])
         by_hand = small_dalle(tiny_vae, **dropouts).eval()
-        by_hand.load_state_dict(weights_of(watched))
+        by_hand.load_state_dict(watched.state_dict()["weights"])
         with torch.no_grad():
             assert losses["total"] == pytest.approx(float(by_hand(*batch, return_loss=True).total), rel=1e-5)
         assert watched.evaluate([batch]) == losses
@@ -124,10 +118,8 @@ def test_a_small_set_is_evaluated_exactly(poptorch_standin, tiny_vae):
     flags = "--gradient-accumulation 20 --replication-factor 2"  # 40 samples a step
     trainer, _ = trainer_of(tiny_vae, flags)
     text, codes = samples(10, seed=5)
-    dataset = list(zip(text, codes))
-    order = [list(range(10))]
     assert trainer.backend.evaluation_samples(10) == 10
-    losses = trainer.evaluate(trainer.backend.loader(dataset, order, 10))
+    losses = trainer.evaluate(trainer.backend.loader(list(zip(text, codes)), [list(range(10))], 10))
     with torch.no_grad():
         expected = small_dalle(tiny_vae).eval()(text, codes, return_loss=True)
     assert losses == pytest.approx({name: float(loss) for name, loss in expected._asdict().items()}, rel=1e-5)

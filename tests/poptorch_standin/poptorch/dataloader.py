@@ -16,22 +16,11 @@ RING = 3
 
 
 class DataLoader(TorchLoader):
-    def __init__(
-        self,
-        options,
-        dataset,
-        batch_size=1,
-        *,
-        shuffle=False,
-        num_workers=0,
-        drop_last=True,
-        auto_distributed_partitioning=True,
-        mode=DataLoaderMode.Sync,
-        rebatched_worker_size=None,
-        worker_init_fn=None,
-    ):
+    def __init__(self, options, dataset, batch_size=1, *, mode=DataLoaderMode.Sync, rebatched_worker_size=None, **more):
         check_instance("DataLoader's options", options, Options)
-        if shuffle or not drop_last or (auto_distributed_partitioning and options.Distributed.numProcesses > 1):
+        num_workers, worker_init_fn = more.pop("num_workers", 0), more.pop("worker_init_fn", None)
+        shared = more.pop("auto_distributed_partitioning", True) and options.Distributed.numProcesses > 1
+        if shared or more.pop("shuffle", False) or not more.pop("drop_last", True) or more:
             raise NotImplementedError("the stand-in reads whole batches in order, of a dataset for this process")
         options._freeze()
         self._mode = check_instance("mode", mode, DataLoaderMode)

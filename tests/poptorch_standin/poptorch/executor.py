@@ -191,9 +191,7 @@ class Executor:
         run, outputs = self._pass(self._weights, inputs)
         if run.path != self._path:
             now, then = next((pair for pair in zip(run.path, self._path) if pair[0] != pair[1]), ("its end", "its end"))
-            raise Error(
-                f"forward went another way than when it was compiled, and the graph is fixed: {now} instead of {then}"
-            )
+            raise Error(f"forward went another way than in the fixed graph: {now} instead of {then}")
         if self._training:
             trained = self._weights.trained()
             loss = run.final_loss() * self._settings[0]["loss_scaling"]
@@ -222,9 +220,7 @@ class Executor:
         if not self._training:
             raise Error("an inference model has no optimizer")
         if not optim.is_unchanged(optimizer):
-            raise TypeError(
-                f"the optimizer must be poptorch.optim.Adam or AdamW as it is, not {type(optimizer).__name__}"
-            )
+            raise TypeError(f"the optimizer must be poptorch.optim.Adam or AdamW, not {type(optimizer).__name__}")
         settings = optimizer._snapshot()
         constants = self._constants_of(optimizer, settings)
         if self._specification is not None:

@@ -7,38 +7,14 @@ import enum
 
 import torch
 
-
-class OutputMode(enum.Enum):
-    """Which micro-batches' outputs a call returns. Default means Final for training and All for inference."""
-
-    Final = enum.auto()
-    All = enum.auto()
-    Sum = enum.auto()
-    Default = enum.auto()
-
-
-class AutoStage(enum.Enum):
-    """How blocks become pipeline stages: one for each IPU, or one for each user_id in the order of first entry."""
-
-    SameAsIpu = enum.auto()
-    AutoIncrement = enum.auto()
-
-
-class ReductionType(enum.Enum):
-    Sum = enum.auto()
-    Mean = enum.auto()
-
-
-class MatMulSerializationMode(enum.Enum):
-    """Which dimension of (…, A, B) @ (B, C) is cut into pieces; the stand-in has C only."""
-
-    OutputChannels = enum.auto()
-
-
-class DataLoaderMode(enum.Enum):
-    Sync = enum.auto()
-    Async = enum.auto()
-    AsyncRebatched = enum.auto()
+# Which micro-batches' outputs a call returns. Default means Final for training and All for inference.
+OutputMode = enum.Enum("OutputMode", "Final All Sum Default")
+# How blocks become pipeline stages: one for each IPU, or one for each user_id in the order of first entry.
+AutoStage = enum.Enum("AutoStage", "SameAsIpu AutoIncrement")
+ReductionType = enum.Enum("ReductionType", "Sum Mean")
+# Which dimension of (…, A, B) @ (B, C) is cut into pieces; the stand-in has C only.
+MatMulSerializationMode = enum.Enum("MatMulSerializationMode", "OutputChannels")
+DataLoaderMode = enum.Enum("DataLoaderMode", "Sync Async AsyncRebatched")
 
 
 # ---- checks: each returns the value that it accepts

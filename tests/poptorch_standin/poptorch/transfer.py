@@ -36,10 +36,8 @@ def micro_batches(inputs, options):
     parts = options._micro_batches
     if parts == 1:
         return [[put(tensor) for tensor in inputs]]
-    rows = [len(tensor) // parts for tensor in inputs]
-    return [
-        [put(tensor[part * size : (part + 1) * size]) for tensor, size in zip(inputs, rows)] for part in range(parts)
-    ]
+    rows = [(tensor, len(tensor) // parts) for tensor in inputs]
+    return [[put(tensor[part * size : (part + 1) * size]) for tensor, size in rows] for part in range(parts)]
 
 
 def flatten(outputs):
@@ -51,9 +49,7 @@ def flatten(outputs):
     if type(outputs) in (list, tuple):
         return [tensor for output in outputs for tensor in flatten(output)]
     if isinstance(outputs, tuple):
-        raise TypeError(
-            f"forward returned the named tuple {type(outputs).__name__}, which cannot be rebuilt; return a tuple"
-        )
+        raise TypeError(f"forward returned a named tuple, {type(outputs).__name__}, which cannot be rebuilt")
     raise TypeError(f"forward returned {type(outputs).__name__}; outputs are tensors, tuples and lists of them")
 
 
@@ -128,9 +124,7 @@ class Weights:
             elif name in listed:
                 self._slots[number] = (own, key, self.device[origin])
             else:
-                raise KeyError(
-                    f"{name}: the same tensor as {origin}, not in state_dict(): the IPU has two; register a clone"
-                )
+                raise KeyError(f"{name}: the same tensor as {origin}, not in state_dict(): the IPU has two of them")
 
     def _copy(self, name, tensor):
         if isinstance(tensor, torch.nn.Parameter):
