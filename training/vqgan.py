@@ -22,6 +22,7 @@ from backends.native.backend import pick_device
 from data.images import common_folder, load_images, printable, read_images
 from data.loader import epoch_order
 from data.sources import find_images
+from generation.images import make_grid
 from models.vae import VQGan, VQGanVAE, check_params
 from models.vqgan_files import load_vqgan
 from models.vqgan_training import SEED_CELLS, Evaluation, VQGanTrainer, evaluate
@@ -238,11 +239,10 @@ def show(bar: Any, losses: Dict[str, torch.Tensor], trainer: VQGanTrainer, step:
 def measure(model: VQGan, validation: torch.Tensor, batch_size: int, output_dir: Path) -> Evaluation:
     """Return the measurements on validation images and write reconstructions.png."""
     figures = evaluate(model, validation, batch_size, keep=GRID_IMAGES)
-    rows = torch.stack([validation[: len(figures.pictures)], figures.pictures])  # (2, N, 3, S, S)
-    rows = torch.nn.functional.pad(rows, (2, 2, 2, 2), value=255)  # a white frame around each
-    grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (2 * S', N * S', 3)
+    pairs = [*validation[: len(figures.pictures)], *figures.pictures]  # originals above reconstructions
+    images = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in pairs]
     with atomic_write(output_dir / "reconstructions.png") as file:
-        Image.fromarray(grid.numpy()).save(file, format="PNG")
+        make_grid(images, len(figures.pictures)).save(file, "PNG")
     return figures
 
 
