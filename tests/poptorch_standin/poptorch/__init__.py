@@ -5,14 +5,10 @@
 from . import optim, options
 from .dataloader import DataLoader
 from .executor import inferenceModel, trainingModel
-from .machine import MACHINE, Error, RecoverableError, UnrecoverableError
+from .machine import MACHINE, Error, RecoverableError
 from .ops import BeginBlock, dynamic_update, for_loop, identity_loss, recomputationCheckpoint, serializedMatMul
 from .options import AutoStage, DataLoaderMode, MatMulSerializationMode, Options, OutputMode, PipelinedExecution
 
 ReductionType, TensorLocationSettings = options.ReductionType, options.TensorLocationSettings
 __version__ = "3.4.0-standin"
 IS_STANDIN = True
-
-
-def ipuHardwareIsAvailable():
-    return False
