@@ -117,7 +117,7 @@ class Outcome:
 @functools.lru_cache(maxsize=None)
 def fastest_kernels(device: torch.device, dtype: torch.dtype) -> Optional[LayerKernels]:
     """Return Triton's kernels for half precision on GPUs; None for PyTorch's operators, also if those fail."""
-    if device.type == "cpu" or dtype == torch.float32:
+    if dtype == torch.float32:
         return None
     with triton_missing("kernels of layers"):
         from backends.native.gpu_kernels import TritonKernels, kernels_work
