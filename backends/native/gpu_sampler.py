@@ -65,7 +65,8 @@ class CapturedStepper(PackedStepper):
 
     @torch.no_grad()
     def advance(self, state: SamplingState, sampling: Sampling, window: int) -> "Outcome":
-        """See Stepper."""
+        """See Stepper. A window that would reach past the image's end is not cut, which saves a graph."""
+        window = min((each for each in self.windows if each >= window), default=window)
         name = sampling, window
         if self.capturing and name not in self.graphs:
             self.capture(state, sampling, window)
