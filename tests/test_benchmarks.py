@@ -18,9 +18,8 @@ def test_a_quick_run_prints_and_saves_rows(capfd, tmp_path, names):
     benchmark.main(["--quick", "--only", *names, "--output-dir", str(tmp_path)])
     result, printed = json.loads((tmp_path / "results.json").read_text(encoding="utf-8")), capfd.readouterr().out
     assert [row["name"] for row in result["rows"]] == list(names)
-    assert (
-        result["quick"] and result["machine"]["torch"] == torch.__version__ and result["precision"] in ("fp32", "bf16")
-    )
+    assert result["quick"] and result["precision"] in ("fp32", "bf16")
+    assert result["machine"]["torch"] == torch.__version__
     for row in result["rows"]:
         ours = row["ours"]
         assert (row["passes"] is not None) == row["name"].startswith(("generate-", "demo-"))

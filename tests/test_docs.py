@@ -82,9 +82,7 @@ def test_commands_exist(command):
     assert set(flags) <= options
 
 
-@pytest.mark.parametrize(
-    "line", [line for line in COMMANDS if re.search("generate.py --text|checkpoint_info demo", line)]
-)
+@pytest.mark.parametrize("line", [one for one in COMMANDS if re.search("generate.py --text|checkpoint_info demo", one)])
 def test_short_commands_run(line, command, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)
