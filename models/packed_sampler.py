@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.dalle import DALLE
-from models.sampling import Sampling, SamplingState, Stepper, guide
+from models.sampling import Sampling, SamplingState, Stepper
 from models.transformer import KeyValueCache, LayerScale, PrefixCache
 
 MOST_ROWS = 256  # of a pass; the time of larger ones grows with their rows on any machine
@@ -191,6 +191,21 @@ def norm_or_same(x: Tensor, norm: Optional[Norm]) -> Tensor:
     return x if norm is None else F.layer_norm(x.float(), x.shape[-1:], *norm)
 
 
+def guide(x: Tensor, cond_scale: float) -> Tensor:
+    """Apply classifier-free guidance (arXiv 2207.12598) to logits, or to what a projection turns into logits.
+
+    Args:
+        x: (2B, …), an image's row and then its row for an empty caption; (B, …) if cond_scale is 1.
+
+    Returns:
+        (B, …).
+    """
+    if cond_scale == 1:
+        return x
+    conditional, unconditional = x.float().unflatten(0, (-1, 2)).unbind(1)
+    return unconditional + cond_scale * (conditional - unconditional)
+
+
 class PackedStepper(Stepper):
     """A Stepper with prepared weights; it holds the caches of one batch at a time.
 
@@ -292,7 +307,7 @@ class PackedStepper(Stepper):
     @torch.no_grad()
     def time_windows(self, state: SamplingState, sampling: Sampling) -> Dict[int, float]:
         """See Stepper. Each number of rows is measured once."""
-        rows = len(state.places) * (2 if sampling.is_guided else 1)
+        rows = len(self.images)
         found = self.seconds.setdefault(rows, {})
         if found:
             return found

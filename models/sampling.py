@@ -70,7 +70,7 @@ class Sampling(NamedTuple):
         """Choose one code for each image, or for each of several places.
 
         Args:
-            logits: (B, …, V), see `guide`.
+            logits: (B, …, V), see `packed_sampler.guide`.
             noise: Gumbel noise (B, …, V).
             num_tokens: size of the text and image vocabulary together.
 
@@ -125,7 +125,7 @@ class Stepper:
         """Read text int64 (R, T) and codes int64 (R, n), n ≥ 0; return the logits (B, V) of the next code.
 
         Args:
-            cond_scale: the strength of guidance. R is B for 1, and else 2B; see `guide`.
+            cond_scale: the strength of guidance. R is B for 1, and else 2B; see `packed_sampler.guide`.
         """
         raise NotImplementedError
 
@@ -177,21 +177,6 @@ class Stepper:
     def time_windows(self, state: SamplingState, sampling: Sampling) -> Dict[int, float]:
         """Return the seconds of `advance` for each window to choose from. The state stays as it is."""
         return {1: 1.0}
-
-
-def guide(x: Tensor, cond_scale: float) -> Tensor:
-    """Apply classifier-free guidance (arXiv 2207.12598) to logits, or to what a projection turns into logits.
-
-    Args:
-        x: (2B, …), an image's row and then its row for an empty caption; (B, …) if cond_scale is 1.
-
-    Returns:
-        (B, …).
-    """
-    if cond_scale == 1:
-        return x
-    conditional, unconditional = x.float().unflatten(0, (-1, 2)).unbind(1)
-    return unconditional + cond_scale * (conditional - unconditional)
 
 
 def add_answers(state: SamplingState, answers: Tensor) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 import args
 from models.dalle import DALLE
-from models.sampling import Stepper, guide
+from models.packed_sampler import guide
+from models.sampling import Stepper
 from utils import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -127,7 +127,6 @@ def train(settings: Namespace) -> None:
 def _fast_in_bf16(device: torch.device) -> bool:
     # Convolutions in bf16 took a third of fp32's time on a CPU with AMX, and 1.3 to 1.6 times as long as in fp32 on one
     # with AVX512-BF16 alone.
-
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return has_amx()
