@@ -123,17 +123,12 @@ def test_names_and_number_of_checkpoints(trained):
         ("dalle_1.pt", ["--lr-scheduler", "ReduceLROnPlateau"]),
         ("dalle_1.pt", ["--lr-scheduler", "multi_step"]),
         ("dalle_step_4.pt", ["--ff-dropout", "0.2", "--attn-dropout", "0.2", "--caption-dropout", "0.3"]),
-        ("dalle_step_4.pt", ["--ema-decay", "0.9", "--lr-scheduler", "cosine"]),
+        ("dalle_step_4.pt", ["--ema-decay", "0.9", "--lr-scheduler", "cosine", "--optimizer", "AdamW"]),
         ("dalle_step_4.pt", ["--lr-scheduler", "trapezoid", "--warmup-steps", "4", "--optimizer", "Muon"]),
     ],
 )
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trained, stopped_at, flags):
-    if "Muon" in flags and not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon")
-    flags = [
-        *["--epochs", "4", "--checkpoint-save-steps", "4", "--keep-checkpoints", "9", "--weight-decay", "0.1"],
-        *flags,
-    ]
+    flags = ["--epochs", 4, "--checkpoint-save-steps", 4, "--keep-checkpoints", 9, "--weight-decay", 0.1, *flags]
     whole, _ = trained(*flags)
     resumed, ended = trained(*flags, "--pretrained-checkpoint", whole / stopped_at)
     assert f"resuming from {whole / stopped_at} at step {opened(whole / stopped_at)['step']}" in ended.out
@@ -268,4 +263,4 @@ def test_a_run_survives_being_killed(kind, kills, command, tiny_flags, tmp_path,
     for part in ("step", "progress", "scheduler_state"):
         assert ours[part] == theirs[part]
     for part in ("weights", "ema_weights"):
-        torch.testing.assert_close(ours[part], theirs[part], atol=0, rtol=0)
+        assert_equal(ours.get(part, {}), theirs.get(part, {}))
