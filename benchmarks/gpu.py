@@ -124,10 +124,9 @@ def equality() -> None:
         for name, sampling in (("plain", Sampling()), ("guided", Sampling(None, 0.9, 0.9, 1.5))):
             with attempt(f"sampling {pattern} {name}"):
                 model = small(pattern).eval()
-                noise: Any = [[torch.Generator().manual_seed(seed) for seed in range(6)] for _ in range(2)]
-                expected = sample_codes(model, text, CachedStepper(model), sampling, noise[0])
+                expected = sample_codes(model, text, CachedStepper(model), sampling, seeded(6))
                 ours = NativeBackend(DEVICE, "fp32").sampler(copy.deepcopy(model), 6)(
-                    text, sampling, generator=noise[1]
+                    text, sampling, generator=seeded(6)
                 )
                 same = float((ours == expected).float().mean())
                 note(f"sampling {pattern} {name}", ok=same > 0.97, same=same)
@@ -170,28 +169,26 @@ def training() -> None:
 
 
 def generation() -> None:
-    """Measure sampling L16's codes."""
+    """Measure sampling L16's codes, and the noise for it alone."""
     backend = NativeBackend(DEVICE)
     for images in (1, 8, 64, 256):
         images = min(images, 2) if REHEARSAL else images
-        with attempt(f"codes of {images} images at once"):
+        name = f"codes of {images} images at once"
+        with attempt(name):
             peak_gb()
             _, model = networks.build_ours(REHEARSAL)
-            sampler = backend.sampler(model, images)
-            text = networks.random_batch(model, 1)[0].repeat(images, 1)
-            noise: Any = lambda images=images: [torch.Generator().manual_seed(seed) for seed in range(images)]  # noqa: E731
-            began = time.perf_counter()
-            sampler(text, generator=noise())
-            began = time.perf_counter() - began
-            seconds = seconds_of(lambda text=text, s=sampler, n=noise: s(text, generator=n())) / images  # type: ignore
-            alone = seconds_of(lambda s=sampler, n=noise, i=images: s.stepper.noise(i, n()))  # type: ignore[misc]
-            note(
-                f"codes of {images} images at once",
-                images_per_s=1 / seconds,
-                first_s=began,
-                gb=peak_gb(),
-                noise_s=alone,
-            )
+            text = networks.random_batch(model, 1)[0]
+            seconds, work = networks.time_sampling(backend, model, text, Sampling(), images, REHEARSAL)
+            limit, _ = limits.find_limit(work or {}, torch.device(DEVICE), REHEARSAL)
+            figures = {"images_per_s": 1 / min(seconds), "of_limit": limit / min(seconds), "gb": peak_gb()}
+            stepper = backend.sampler(model, images).stepper  # type: ignore[attr-defined]
+            noise: Any = lambda count=images, s=stepper: s.noise(count, seeded(count))  # noqa: E731
+            note(name, **figures, noise_s=seconds_of(noise))
+
+
+def seeded(count: int) -> List[torch.Generator]:
+    """Return a generator for each image."""
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
 def vqgan() -> None:

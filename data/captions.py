@@ -31,14 +31,10 @@ ReadCaptions = Callable[[str], List[str]]  # from the name of a file to its capt
 
 
 class TokenCounts(NamedTuple):
-    """What is known about the captions of a set.
+    """What is known about the captions of a set."""
 
-    lengths  int64 (captions,), tokens of each
-    unknown  unknown tokens in all of them
-    """
-
-    lengths: np.ndarray
-    unknown: int
+    lengths: np.ndarray  # int64 (captions,), tokens of each
+    unknown: int  # unknown tokens in all of them
 
     def describe(self) -> str:
         """Return number and lengths of the captions, and the share of unknown tokens, in one line."""

@@ -91,15 +91,11 @@ class WorkerTracker:
 
 
 class ImageBatch(NamedTuple):
-    """Part of a list of images, decoded.
-
-    `pixels` is uint8 (B, 3, size, size), or None if no image of the batch can be read. `unreadable` maps the index of
-    each other image to the reason.
-    """
+    """Part of a list of images, decoded."""
 
     indices: List[int]
-    pixels: Optional[torch.Tensor]
-    unreadable: Dict[int, str]
+    pixels: Optional[torch.Tensor]  # uint8 (B, 3, size, size); None if no image of the batch can be read
+    unreadable: Dict[int, str]  # index of each other image -> the reason
 
 
 def read_images(

@@ -32,15 +32,12 @@ _TEMPLATES = tuple((shape, size) for shape in SHAPES for size in SIZES)
 
 
 class Seen(NamedTuple):
-    """An object in an image; None if it has no single color, or is like no shape.
-
-    `center` is that of its bounding box, (x, y) in pixels: the center of mass is high in a heart and low in a triangle.
-    """
+    """An object in an image; None if it has no single color, or is like no shape."""
 
     color: Optional[str]
     shape: Optional[str]
     size: Optional[str]
-    center: Tuple[float, float]
+    center: Tuple[float, float]  # of its box, (x, y) in pixels; that of mass is high in a heart and low in a triangle
 
 
 @lru_cache(maxsize=None)

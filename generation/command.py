@@ -210,7 +210,7 @@ def prompt_folder(prompt: str, outputs_dir: str) -> Path:
 def save_images(
     images: Sequence[Image.Image], outputs_dir: str, format: str = "jpg", frames: Sequence[List[Image.Image]] = ()
 ) -> Path:
-    """Save the images of one prompt, a grid of them, and a line for each in results.jsonl; print where they are.
+    """Save the images of one prompt, a grid of them, and a line for each in results.jsonl; print the folder.
 
     Args:
         images: with image_metadata as `info`.

@@ -81,7 +81,6 @@ def test_ctrl_c_ends_it_at_once_while_it_generates(tiny_checkpoint, tmp_path):
     process = start("--dalle_path", tiny_checkpoint, "--port", 0, "--batch-size", 8, env=environment)
     port = port_of(process)
     answers, streams = [], []
-    wanted = {"prompt": "a red circle", "num_images": 16}
 
     def follow():
         with contextlib.suppress(ConnectionError):  # came too late
@@ -90,10 +89,9 @@ def test_ctrl_c_ends_it_at_once_while_it_generates(tiny_checkpoint, tmp_path):
 
     def ask():
         with contextlib.suppress(ConnectionError):
-            answers.append(generate(port, **wanted))
+            answers.append(generate(port, prompt="a red circle", num_images=16))
 
-    threads = [threading.Thread(target=follow) for _ in range(3)]
-    threads += [threading.Thread(target=ask) for _ in range(20)]
+    threads = [threading.Thread(target=target) for target in [follow] * 3 + [ask] * 20]
     for thread in threads:
         thread.start()
     until(lambda: call(port)[1]["waiting"] > 12)

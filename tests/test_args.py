@@ -156,7 +156,7 @@ def test_flags_override_the_configuration_wherever_they_stand():
     assert args.train_arguments(["--config", "photos", *folder, "--validation-split", "0"]).validation_split == 0
 
 
-@pytest.mark.parametrize("program, count", zip(COMMANDS, (17, 4, 9, 4)))
+@pytest.mark.parametrize("program, count", [*zip(COMMANDS, (17, 4, 9, 4))])
 def test_no_size_may_be_zero_negative_or_broken(program, count, capsys):
     function, base = COMMANDS[program]
     names = [action.dest.replace("_", "-") for action in PARSERS[program]()._actions if action.type is args.COUNT]
@@ -176,9 +176,8 @@ def test_a_value_out_of_range_is_named_with_its_flag(program, capsys):
         assert any(part in error.partition(":")[2] for part in re.split(r"[,| ]+", bad)), error
 
 
-@pytest.mark.parametrize(
-    "argv, told",
-    [
+def test_flags_that_contradict_each_other_end_in_one_line(capsys):
+    for argv, told in (
         (["--layers-per-ipu", "0,6,6,4", "--ipus-per-replica=3"], ["--layers-per-ipu", "4 numbers", "replica 3"]),
         (["--layers-per-ipu", "0,6,6,5", "--ipus-per-replica=4"], ["--layers-per-ipu", "0,6,6,5", "17", "16"]),
         (["--matmul-proportion", "0.1,0.2"], ["--matmul-proportion", "2 numbers", "--ipus-per-replica 1"]),
@@ -191,11 +190,9 @@ def test_a_value_out_of_range_is_named_with_its_flag(program, capsys):
         (["--batch_size", "0"], ["--batch-size", "'0'"]),
         (["--bacth-size", "2\n3"], ["unrecognized arguments: --bacth-size 2 3 (did you mean --batch-size?)"]),
         (["--batch", "2"], ["--batch"]),
-    ],
-)
-def test_flags_that_contradict_each_other_end_in_one_line(argv, told, capsys):
-    error = refused(capsys, args.train_arguments, ["--generated-data", *argv])
-    assert error.partition(": error: ")[0] and all(phrase in error for phrase in told), error
+    ):
+        error = refused(capsys, args.train_arguments, ["--generated-data", *argv])
+        assert error.partition(": error: ")[0] and all(phrase in error for phrase in told), error
 
 
 @pytest.mark.parametrize("program", [*PARSERS, "process_captions.py"])

@@ -78,19 +78,16 @@ def test_synthetic_data_is_timed_and_never_saved(poptorch_standin, command, tiny
     assert not list(tmp_path.glob("*.pt"))
 
 
-@pytest.mark.parametrize(
-    "flags, told",
-    [
+def test_what_cannot_work_is_refused_in_one_line(poptorch_standin, command, tiny_flags):
+    for flags, told in (
         ("--gradient-accumulation 4 --ipus-per-replica 3 --layers-per-ipu 0,1,1", "needs 5"),
         ("--ipus-per-replica 2 --layers-per-ipu 1,2", "adds up to 3"),
         ("--ipus-per-replica 2 --layers-per-ipu 1,1 --matmul-proportion 0.1,0.2,0.3", "--matmul-proportion"),
         ("--embedding-serialization-factor 7", "does not divide"),
         ("--executable-cache-dir /proc/cache", "--executable-cache-dir /proc/cache: cannot be written"),
         ("--gradient-accumulation 100", "one step takes 400 samples"),
-    ],
-)
-def test_what_cannot_work_is_refused_in_one_line(poptorch_standin, command, tiny_flags, flags, told):
-    command(train.main, *tiny_flags, *IPU, *flags.split()).refused(told)
+    ):
+        command(train.main, *tiny_flags, *IPU, *flags.split()).refused(told)
 
 
 @pytest.mark.parametrize("validation_steps, place", [(3, "validation stopped"), (100, "training stopped")])

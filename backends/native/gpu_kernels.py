@@ -141,8 +141,10 @@ def uniform_numbers(generators: Sequence[torch.Generator], count: int, device: t
     The CPU's generator is the Mersenne Twister MT19937 (Matsumoto and Nishimura 1998). The generators' states advance.
 
     Raises:
-        ValueError: the generators have given different amounts of numbers.
+        ValueError: the generators are not different ones of the CPU, or have given different amounts of numbers.
     """
+    if any(generator.device.type != "cpu" for generator in generators) or len({*map(id, generators)}) < len(generators):
+        raise ValueError("generators of a GPU, or one that is there twice")
     states = torch.stack([generator.get_state() for generator in generators])
     left, given, twister = (states[:, part].clone().view(dtype) for part, dtype in STATE)
     firsts = torch.where(left == 1, WORDS, given).unique().tolist()

@@ -49,7 +49,7 @@ class NativeSampler:
         self.stepper: Stepper
         if model.transformer.is_plain:
             kind = PackedStepper if on_cpu else CapturedStepper
-            kernels = fastest_kernels(backend.device, cache_dtype)
+            kernels = None if on_cpu else fastest_kernels(backend.device, cache_dtype)
             self.stepper = kind(model, pack, cache_dtype, backend.autocast, windows, kernels)
         else:
             self.stepper = CachedStepper(model, backend.autocast)

@@ -73,6 +73,7 @@ def test_codes_in_fp32_are_the_cpus(tiny_vae, sampling, given, window):
             sample.stepper.uniform_numbers = uniform_numbers
         found.append(sample(text[[0, 0, 1, 1, 2]], sampling, generator=noise, image_codes=codes[:, :given]))
     assert torch.equal(*found) and not GPU.plans
+    assert sample.stepper.graphs.keys() == {(sampling, window)}
 
 
 FLAGS = "--batch-size 2 --gradient-accumulation 3 --max-grad-norm 1 --optimizer "

@@ -97,15 +97,15 @@ def test_the_command(every_fault, tmp_path, drawn_pictures, command):
     demo = command(checks.main, "--config", "demo", drawn_pictures, "--image-size", 32, "--workers", 0)
     assert demo.status == 0 and "0.000% are unknown" in demo.out
     (tmp_path / "empty").mkdir()
-    for words, status in (
-        ([tmp_path / "nowhere"], 2),
-        ([drawn_pictures, "--bpe-path", tmp_path / "nowhere"], 2),
-        ([drawn_pictures, "--text-seq-len", "0"], 2),
-        (["chekc", drawn_pictures], 2),
-        ([], 2),
-        (["--config", "nowhere"], 2),
-        ([tmp_path / "empty"], 1),
-    ):
+    wrong = [
+        [tmp_path / "nowhere"],
+        [drawn_pictures, "--bpe-path", tmp_path / "nowhere"],
+        ["chekc", drawn_pictures],
+        [],
+    ]
+    wrong += [[drawn_pictures, "--text-seq-len", "0"], ["--config", "nowhere"], [tmp_path / "empty"]]
+    for words in wrong:
+        status = 1 if words == [tmp_path / "empty"] else 2
         ended = command(checks.main, *words)
         assert ended.status == status and len(ended.err.splitlines()) == 1, (words, ended)
         assert ended.err.startswith("python -m data.check: error: ")

@@ -26,21 +26,16 @@ def values_of(file):
     return [file[1], file[2]]
 
 
-def computing(files, seen):
-    """compute() for fill(): a file's values from its state; notes in `seen` what it was asked for."""
+def filled(folder, files=FILES, **options):
+    """(what fill() asked for, the values of each file)."""
+    seen, cache = [], opened(folder, **options)
 
     def compute(batches):
         for batch in batches:
             seen.extend(files[i] for i in batch)
             yield batch, np.array([values_of(files[i]) for i in batch], np.uint16)
 
-    return compute
-
-
-def filled(folder, files=FILES, **options):
-    """(what fill() asked for, the values of each file)."""
-    seen, cache = [], opened(folder, **options)
-    cache.fill(files, computing(files, seen), 3)
+    cache.fill(files, compute, 3)
     values, rows = cache.load(files)
     return seen, values[rows].tolist()
 

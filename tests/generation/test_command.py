@@ -5,7 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 import generate
@@ -37,9 +36,8 @@ def test_lines_and_objects(tmp_path, monkeypatch):
         assert [request.prompt for request in read_requests(file="-")] == ["a dog and a cat", "a bus"]
 
 
-@pytest.mark.parametrize(
-    "contents, message",
-    [
+def test_wrong_prompt_files_are_refused_in_one_line(tmp_path):
+    for contents, message in (
         (b"", "no prompts in it"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"{", "line 1: not a JSON object"),
@@ -49,12 +47,10 @@ def test_lines_and_objects(tmp_path, monkeypatch):
         (b'{"prompt": "a", "top_p": "x"}', 'top_p is "x", not a number'),
         (b'{"prompt": "a", "top_k": 1' + 400 * b"0" + b"}", "top_k is 10+, not a number$"),
         (b'{"prompt": "a", "sed": 1}', "sed: unknown key; choose from prompt, num_images, seed"),
-    ],
-)
-def test_wrong_prompt_files_are_refused_in_one_line(tmp_path, contents, message):
-    (tmp_path / "prompts.txt").write_bytes(contents)
-    with one_line(f"prompts.txt.*{message}"):
-        read_requests(file=tmp_path / "prompts.txt")
+    ):
+        (tmp_path / "prompts.txt").write_bytes(contents)
+        with one_line(f"prompts.txt.*{message}"):
+            read_requests(file=tmp_path / "prompts.txt")
 
 
 def test_results_can_be_generated_again(command, tiny_checkpoint, tmp_path):

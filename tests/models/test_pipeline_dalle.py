@@ -6,14 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.pipeline_dalle import (
-    SerializedEmbedding,
-    WrappedDALLE,
-    axial_attention,
-    check_serialization,
-    placement,
-    stages,
-)
+from models import pipeline_dalle
+from models.pipeline_dalle import SerializedEmbedding, WrappedDALLE, check_serialization, placement, stages
 from models.transformer import attend, pattern_mask
 from tests.builders import one_line, small_dalle
 
@@ -121,7 +115,7 @@ def test_numbers_that_do_not_fit_are_refused(dalle):
 @pytest.mark.parametrize("columns", [False, True], ids=["axial_row", "axial_col"])
 def test_axial_attention_is_the_dense_one(columns, text_len, side):
     mask = pattern_mask("axial_col" if columns else "axial_row", text_len, side)
-    sparse = axial_attention(mask, text_len, side)
+    sparse = pipeline_dalle.axial_attention(mask, text_len, side)
     assert sparse.columns == columns
     random = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 3, len(mask), 8, generator=random, requires_grad=True) for _ in range(3)]

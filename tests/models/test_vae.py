@@ -1,6 +1,8 @@
-"""The image tokenizer against taming's own modules, its precision and frozenness, and what load_vqgan reads."""
+"""Image tokenizers against taming's and OpenAI's own modules, precision, frozenness, and what load_vqgan reads."""
 
 import copy
+import importlib.util
+import os
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import peer
-from models.vae import VQGanVAE
+from models.discrete_vae import OpenAIDiscreteVAE
+from models.vae import ImageTokenizer, VQGanVAE, build_tokenizer
 from models.vqgan_files import load_vqgan
-from tests.builders import one_line
+from tests.builders import PickledCall, one_line
 
 # (resolution, ch_mult, attn_resolutions, patch_size) and what follows: (image_size, num_layers, fmap_size).
 SHAPES = [
@@ -243,33 +246,84 @@ def test_missing_files_are_named(tmp_path):
         load_vqgan(config_path="x.yaml")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_a_yaml_that_describes_no_vqgan_is_named(tmp_path):
+    for text, message in (
         ("model: {target: taming.models.vqgan.VQModel}", "it has no model.params"),
         ("model: [1, 2", "not a yaml file"),
         ("model: {params: !!python/object/apply:os.getcwd []}", "not a yaml file"),
         ("model: {target: a.b.VQModel, params: {n_embed: 4}}", "ddconfig must be a mapping"),
         ("model: {target: a.b.AutoencoderKL, params: {}}", "'a.b.AutoencoderKL' is neither a VQModel nor a GumbelVQ"),
-    ],
-)
-def test_a_yaml_that_describes_no_vqgan_is_named(tmp_path, text, message):
-    path, _ = write_pair(tmp_path)
-    path.with_suffix(".yaml").write_text(text)
-    with one_line(f"last.yaml: .*{message}"):
-        load_vqgan(path)
+    ):
+        path, _ = write_pair(tmp_path)
+        path.with_suffix(".yaml").write_text(text)
+        with one_line(f"last.yaml: .*{message}"):
+            load_vqgan(path)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    for change, message in (
         (lambda state: state.pop("quant_conv.bias"), "quant_conv.bias is missing"),
         (lambda state: state.update({"quant_conv.scale": torch.ones(1)}), "quant_conv.scale is not part of this model"),
         (lambda state: state.update({"quantize.embedding.weight": torch.ones(51, 6)}), r"is \(51, 6\), not \(50, 6\)"),
         (lambda state: state.update({"encoder.conv_in.bias": "text"}), "'encoder.conv_in.bias'"),
-    ],
-)
-def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
-    path, _ = write_pair(tmp_path, change=change)
-    with pytest.raises(ValueError, match=f"last.ckpt: .*{message}"):
-        load_vqgan(path)
+    ):
+        path, _ = write_pair(tmp_path, change=change)
+        with pytest.raises(ValueError, match=f"last.ckpt: .*{message}"):
+            load_vqgan(path)
+
+
+TOUCH = "touch it_ran"
+
+
+@pytest.fixture(scope="module")
+def halves():
+    """A small encoder and decoder of OpenAI's package, with random weights."""
+    if importlib.util.find_spec("dall_e") is None:
+        pytest.skip("OpenAI's DALL-E package is not installed")
+    from dall_e import Decoder, Encoder
+
+    torch.manual_seed(0)
+    encoder = Encoder(n_hid=64, n_blk_per_group=1, vocab_size=512)
+    return encoder, Decoder(n_init=16, n_hid=64, n_blk_per_group=1, vocab_size=512)
+
+
+def save_halves(folder, halves, zipped=True):
+    for name, half in zip(("encoder.pkl", "decoder.pkl"), halves):
+        torch.save(half, folder / name, _use_new_zipfile_serialization=zipped)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
+def test_codes_and_pixels_are_openais(halves, tmp_path, zipped):
+    vae = load_vqgan(str(save_halves(tmp_path, halves, zipped)))
+    assert isinstance(vae, OpenAIDiscreteVAE) and (vae.image_size, vae.fmap_size, vae.num_tokens) == (256, 32, 512)
+    images = torch.rand(1, 3, 256, 256)
+    with torch.no_grad():
+        expected = halves[0](0.8 * images + 0.1).argmax(1).flatten(1)
+        assert torch.equal(vae(images), expected) and len(expected.unique()) > 5
+        one_hot = torch.nn.functional.one_hot(expected.view(1, 32, 32), 512).permute(0, 3, 1, 2).float()
+        pixels = ((halves[1](one_hot)[:, :3].sigmoid() - 0.1) / 0.8).clamp(0, 1)
+    torch.testing.assert_close(vae.decode(expected), pixels, atol=1e-5, rtol=0)
+    again: ImageTokenizer = build_tokenizer(vae.hparams)
+    again.load_state_dict(vae.state_dict())
+    assert again.fingerprint() == vae.fingerprint()
+
+
+def test_a_module_that_is_something_else_is_refused_and_not_run(halves, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for other, message in (
+        (PickledCall(os.system, TOUCH), "encoder.pkl: .*it is not a module"),
+        (torch.nn.Linear(1, 1), "no enc.blocks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_vqgan(str(save_halves(tmp_path, (other, halves[1]))))
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_the_real_sizes_are_the_defaults():
+    with torch.device("meta"):
+        vae = OpenAIDiscreteVAE({})
+    assert sum(parameter.numel() for parameter in vae.parameters()) == 97_616_006  # of OpenAI's package
+    with pytest.raises(ValueError, match="'Thing' with its params is no image tokenizer"):
+        build_tokenizer({"target": "Thing", "params": {}})

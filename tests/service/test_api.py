@@ -121,20 +121,17 @@ def test_wrong_requests_get_a_sentence_each(port, drawing):
     assert generate(port, prompt=PROMPT)[0] == 200
 
 
-@pytest.mark.parametrize(
-    "wanted, sentence",
-    [
+def test_a_sentence_names_what_is_wrong(port):
+    for wanted, sentence in (
         ({"prompt": "x" * 61}, "The prompt has 61 characters; at most 60 are accepted."),
         ({"prompt": PROMPT, "num_images": 9}, "9 images are asked for; from 1 to 8 can be generated at once."),
         ({"prompt": PROMPT, "size": 2}, "size: extra inputs are not permitted."),
         ({"prompt": PROMPT, "image": b64(b"GIF")}, "The file is not a readable image; PNG, JPEG"),
         ({"prompt": PROMPT, "image": b64(png(10_000, 5_000))}, "The image is 10000 × 5000 pixels, 50.0 megapixels;"),
         ({"prompt": PROMPT, "temperature": 0}, "Temperature is 0.0; it must be above 0."),
-    ],
-)
-def test_a_sentence_names_what_is_wrong(port, wanted, sentence):
-    status, answer = generate(port, **wanted)
-    assert status == 422 and answer["error"].startswith(sentence)
+    ):
+        status, answer = generate(port, **wanted)
+        assert status == 422 and answer["error"].startswith(sentence)
 
 
 def test_a_large_body_is_refused_before_it_is_sent(port):

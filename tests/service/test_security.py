@@ -43,19 +43,16 @@ def test_no_file_of_the_machine_is_read_or_revealed(port):
         assert answer_to(port, "POST", path, b"{}")[0] == 404
 
 
-@pytest.mark.parametrize(
-    "host, served",
-    [
+def test_only_own_host_names_are_served(port):
+    for host, served in (
         *((host, True) for host in ("localhost", "LOCALHOST:80", "127.0.0.1:7860", "127.9.9.9", "[::1]:7860")),
         *((host, False) for host in ("evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "10.1.2.3", "")),
         *((host, False) for host in ("[::2]", "0x7f000001", "localhost@evil.example", "[", "localhost evil")),
-    ],
-)
-def test_only_own_host_names_are_served(port, host, served):
-    for path in ("/", "/health", "/api/model", "/openapi.json", "/static/style.css"):
-        status, headers, body = answer_to(port, "GET", path, Host=host)
-        assert (status not in (400, 421)) == served, (path, body)
-        assert not any(name.startswith("access-control") for name in headers)
+    ):
+        for path in ("/", "/health", "/api/model", "/openapi.json", "/static/style.css"):
+            status, headers, body = answer_to(port, "GET", path, Host=host)
+            assert (status not in (400, 421)) == served, (path, body)
+            assert not any(name.startswith("access-control") for name in headers)
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "https://localhost.evil.net"])

@@ -22,15 +22,6 @@ def folder(command, tiny_flags, tmp_path):
     return path
 
 
-def test_a_second_run_into_the_folder_is_refused(folder, command, tiny_flags, tmp_path):
-    before = {path: path.read_bytes() for path in folder.glob("*.pt")}
-    other = shutil.copy(folder / "dalle_0.pt", tmp_path / "other.pt")
-    for flags in ([], ["--pretrained-checkpoint", other]):
-        ended = command(train.main, *tiny_flags, "--checkpoint-output-dir", folder, "--epochs", 9, *flags)
-        ended.refused("--checkpoint-output-dir", str(folder), "dalle_2.pt", "--resume")
-    assert {path: path.read_bytes() for path in folder.glob("*.pt")} == before
-
-
 def resumed(command, tiny_flags, folder, *flags):
     return command(train.main, *tiny_flags, "--checkpoint-output-dir", folder, "--resume", *flags)
 
@@ -50,8 +41,7 @@ def test_resume_takes_the_newest_good_file(folder, command, tiny_flags):
         path.write_bytes(b"half of a file")
     for damaged in (whole[: len(whole) // 2], whole[:-100000] + bytes(100) + whole[-99900:], b""):
         newest.write_bytes(damaged)
-        ended = resumed(command, tiny_flags, folder, "--epochs", 3)
-        assert ended.status == 0, ended
+        ended = resumed(command, tiny_flags, folder, "--epochs", 3).ok()
         assert f"{newest}: damaged" in ended.out and "trying the previous checkpoint" in ended.out
         assert f"resuming from {folder / 'dalle_step_8.pt'} at step 8" in ended.out
         again = checkpoint.read(newest)["weights"]  # the same step, bit for bit
@@ -59,8 +49,12 @@ def test_resume_takes_the_newest_good_file(folder, command, tiny_flags):
         assert foreign.exists() and not any(path.exists() for path in left)
 
 
-def test_resume_of_a_finished_run_ends_well_and_of_none_begins(folder, command, tiny_flags, tmp_path):
+def test_a_finished_run_is_not_replaced_and_resuming_none_begins(folder, command, tiny_flags, tmp_path):
     before = {path: path.read_bytes() for path in folder.glob("*.pt")}
+    other = shutil.copy(folder / "dalle_0.pt", tmp_path / "other.pt")
+    for flags in ([], ["--pretrained-checkpoint", other]):
+        ended = command(train.main, *tiny_flags, "--checkpoint-output-dir", folder, "--epochs", 9, *flags)
+        ended.refused("--checkpoint-output-dir", str(folder), "dalle_2.pt", "--resume")
     resumed(command, tiny_flags, folder, "--epochs", 3).ok()
     assert {path: path.read_bytes() for path in folder.glob("*.pt")} == before
     ended = resumed(command, tiny_flags, tmp_path / "new", "--max-steps", 1).ok()

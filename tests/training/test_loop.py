@@ -132,7 +132,6 @@ def loss_series():
     drawn = random.Random(0)
     return {
         "falling": [1 / (1 + epoch) for epoch in range(60)],
-        "flat": [1.0] * 150,
         "rising": [float(epoch) for epoch in range(80)],
         "noisy": [2 * 0.99**epoch + 0.1 * drawn.random() for epoch in range(300)],
         "almost falling": [1 - 1e-6 * epoch for epoch in range(100)],  # less than the threshold of 1e-4

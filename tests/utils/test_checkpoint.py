@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from tests.builders import PickledCall, one_line, small_dalle
+from tests.builders import PickledCall, one_line
 from training import checkpoints
 from utils import checkpoint
 
@@ -107,18 +107,6 @@ def test_the_training_loss_of_the_vqgan_is_left_out_and_nothing_else():
     weights = checkpoint.model_weights({f"model.{name}": torch.zeros(1) for name in names})
     assert list(weights) == names[2:]
     assert list(checkpoint.model_weights({"text_emb.weight": torch.zeros(1)})) == ["text_emb.weight"]
-
-
-def test_the_first_misfit_is_named(tiny_vae):
-    dalle = small_dalle(tiny_vae, sandwich_norm=True)
-    weights = dict(dalle.state_dict())
-    assert checkpoint.first_misfit(dalle, weights) is None
-    wrong = {**weights, "text_emb.weight": torch.zeros(5, 32)}
-    assert checkpoint.first_misfit(dalle, wrong) == "text_emb.weight is (5, 32), not (64, 32)"
-    del wrong["text_emb.weight"]
-    assert checkpoint.first_misfit(dalle, wrong) == "text_emb.weight is missing"
-    extra = {**weights, "rotary.freqs": torch.zeros(1)}
-    assert checkpoint.first_misfit(dalle, extra) == "rotary.freqs is not part of this model"
 
 
 def test_words_are_counted_without_case_and_punctuation():

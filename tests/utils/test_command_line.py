@@ -63,9 +63,8 @@ def test_an_entry_lies_between_defaults_and_flags(configs):
     assert (plot["row_count"], plot["water"], plot["bed_sizes"]) == (8, 0.1, [3])
 
 
-@pytest.mark.parametrize(
-    "entry, told",
-    [
+def test_a_bad_entry_is_one_line_that_names_file_entry_and_key(configs, capsys):
+    for entry, told in (
         ("row_count: 0", ["--row-count", "'0'"]),
         ("row_count: {rows: 3}", ["row_count", "rows"]),
         ("bed_sizes: [1, [2, 3]]", ["bed_sizes", "[2, 3]"]),
@@ -73,13 +72,11 @@ def test_an_entry_lies_between_defaults_and_flags(configs):
         ("soil: clay", ["--soil", "'clay'"]),
         ("colour: red", ["colour", "no such setting"]),
         ("3: 4", ["3", "no such setting"]),
-    ],
-)
-def test_a_bad_entry_is_one_line_that_names_file_entry_and_key(entry, told, configs, capsys):
-    configs(f"fine: {{row_count: 3}}\nplot:\n  {entry}\n".encode())
-    assert values("--config", "fine")["row_count"] == 3
-    error = refused(capsys, "--config", "plot")
-    assert "error: configs.yaml, plot: " in error and all(word in error for word in told), error
+    ):
+        configs(f"fine: {{row_count: 3}}\nplot:\n  {entry}\n".encode())
+        assert values("--config", "fine")["row_count"] == 3
+        error = refused(capsys, "--config", "plot")
+        assert "error: configs.yaml, plot: " in error and all(word in error for word in told), error
 
 
 @pytest.mark.parametrize(

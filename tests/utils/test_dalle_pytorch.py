@@ -97,21 +97,17 @@ def test_the_window_of_conv_like_is_that_of_the_version(theirs, tmp_path, old_na
     assert torch.isfinite(logits(model)).all()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_what_cannot_be_used_is_named(theirs, tmp_path):
+    for changes, message in (
         ({"hparams": {"attn_types": ("full", "mlp")}}, r"attn_types include mlp \(gated MLPs\)"),
         ({"hparams": {"attn_types": ["sparse"]}}, "attn_types include sparse"),
         ({"weights": "To get a working standard checkpoint, look into …"}, "files of DeepSpeed"),
         ({"hparams": {"dim": None}}, "its hparams lack dim"),
         ({"hparams": {"depth": 5}}, "transformer.layers.4.* is missing"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_used_is_named(theirs, tmp_path, changes, message):
-    path = save(tmp_path / "dalle.pt", theirs, **changes)
-    with one_line(f"{path}: .*{message}"):
-        load(path, bpe_path=SHAPES, device="cpu")
+    ):
+        path = save(tmp_path / "dalle.pt", theirs, **changes)
+        with one_line(f"{path}: .*{message}"):
+            load(path, bpe_path=SHAPES, device="cpu")
 
 
 def test_a_vae_pickled_among_the_hparams_is_not_run(theirs, tmp_path):

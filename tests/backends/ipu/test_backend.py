@@ -1,14 +1,18 @@
-"""The IPU backend on the stand-in for PopTorch: where it is chosen, what it refuses, its options and its loader."""
+"""The IPU backend on the stand-in for PopTorch: its choice, refusals, options and loader; estimates."""
+
+from argparse import Namespace
 
 import pytest
 import torch
 
 import backends
 from backends.ipu import backend as ipu
+from backends.ipu import estimates
 from backends.native import backend as native
 from data.loader import EpochOrder, GeneratedDataset, RunOrder
+from models.pipeline_dalle import placement
 from tests.backends.ipu.ipu_runs import samples, settings
-from tests.builders import one_line, small_dalle
+from tests.builders import ROOT, one_line, small_dalle
 
 
 def test_auto_is_an_ipu_where_the_sdk_is_enabled(poptorch_standin, monkeypatch):
@@ -34,19 +38,16 @@ def test_without_an_sdk_one_line_says_how_to_enable_it(monkeypatch):
         backends.for_training(settings())
 
 
-@pytest.mark.parametrize(
-    "flags, refusal",
-    [
+def test_what_no_ipu_can_run_is_refused_at_once(poptorch_standin):
+    for flags, refusal in (
         ("--gradient-accumulation 2", r"--gradient-accumulation 2: .* 2 stages needs 3 "),
         ("--gradient-accumulation 4 --cls-ipu-id 0", "3 stages needs 5 "),
         ("--gradient-accumulation 6 --ipus-per-replica 4 --layers-per-ipu 0,1,1,0", "4 stages needs 7 "),
         ("--optimizer Muon", "--optimizer Muon: .*Adam or AdamW"),
         ("--precision bf16", "--precision bf16: .*fp16 or fp32"),
-    ],
-)
-def test_what_no_ipu_can_run_is_refused_at_once(poptorch_standin, flags, refusal):
-    with one_line(refusal):
-        backends.for_training(settings(flags))
+    ):
+        with one_line(refusal):
+            backends.for_training(settings(flags))
 
 
 def test_a_batch_of_another_size_is_refused(poptorch_standin, tiny_vae):
@@ -107,3 +108,63 @@ def test_batches_are_the_orders(poptorch_standin, mode, workers, shape, monkeypa
     for (text, codes), keys in zip(found, order):
         assert torch.equal(text, torch.stack([dataset[key][0] for key in keys]))
         assert torch.equal(codes, torch.stack([dataset[key][1] for key in keys]))
+
+
+@pytest.fixture
+def l16(tiny_vae):
+    """Graphcore's L16, with 1,024 codes for 256 x 256 pixels."""
+    tiny_vae.image_size, tiny_vae.num_layers, tiny_vae.num_tokens = 256, 4, 1024
+    patterns = ["axial_row", "axial_row", "axial_col", "axial_row"] * 2
+    patterns += ["axial_row", "axial_row", "axial_col", "full"] * 2
+    sizes = {"dim": 512, "num_text_tokens": 8192, "text_seq_len": 80, "depth": 16, "heads": 16, "dim_head": 64}
+    return small_dalle(tiny_vae, attn_types=patterns, **sizes)
+
+
+def test_a_sampler_of_l16_in_fp16(poptorch_standin, l16):
+    memory = estimates.sampler_memory(l16, 4, 2)
+    assert memory["weights"] == 2 * 93_604_432
+    assert memory["keys and values"] == 4 * 16 * 2 * 336 * 1024 * 2
+    assert memory["noise"] == 4 * 256 * 1024 * 4
+    assert 2 * sum(memory.values()) == pytest.approx(542e6, rel=0.05)  # a loop that copies what it reads
+    backend = backends.for_inference("ipu")
+    assert backend.images_at_once(l16) == 16
+    assert sum(estimates.sampler_memory(l16, 16, 2).values()) <= estimates.SAMPLER_SHARE * estimates.MEMORY
+    assert sum(estimates.sampler_memory(l16, 32, 2).values()) > estimates.SAMPLER_SHARE * estimates.MEMORY
+    assert backends.for_inference("ipu", "fp32").images_at_once(l16) == 4
+
+
+L16 = estimates.Training(size=2, moments=6, batch_size=2)
+
+
+def balanced(costs, ipus=4):
+    flags = {"num_hidden_layers": 16, "ipus_per_replica": ipus, "cls_ipu_id": None, "embedding_ipu_id": 0}
+    return estimates.balanced_layers(costs, L16, Namespace(**flags))
+
+
+def test_the_stages_of_l16(l16):
+    costs = estimates.module_costs(l16, L16, pixels=False)
+    stages = estimates.estimate_stages(placement(16, layers_per_ipu=[0, 6, 6, 4]), costs, L16)
+    parameters = [4_817_408, 31_506_432, 31_506_432, 25_774_160]
+    assert [stage.memory["weights"] // 2 for stage in stages] == parameters
+    assert [stage.memory["optimizer"] // 6 for stage in stages] == parameters
+    page = (ROOT / "docs" / "ipu.md").read_text(encoding="utf-8")
+    assert all(f"{count:,}" in page for count in parameters)
+    layer = 2 * 336 * 512 * 2  # bytes of its output for two samples
+    assert [stage.memory["stash"] / layer for stage in stages] == [2 * 7, 6 * 5, 6 * 3, 4 * 1]
+    scores = 3 * 2 * 16 * 2 * 31393  # an axial layer's three tensors in fp16, two samples, 16 heads
+    assert scores == pytest.approx(6e6, rel=0.01)
+    axial, full = costs["transformer.layers.0"], costs["transformer.layers.15"]
+    assert full.operations - axial.operations == 4 * 4 * 2 * 16 * (112896 - 31393) * 64
+    assert all(sum(stage.memory.values()) < stage.capacity for stage in stages)
+
+
+def test_layers_are_balanced_and_a_vqgan_and_a_full_ipu_get_fewer(l16, monkeypatch):
+    monkeypatch.setattr(estimates, "encoder_cost", lambda vae: estimates.Cost(0, 29_600_000, 138e9))
+    costs = estimates.module_costs(l16, L16, pixels=True)
+    assert balanced(costs) == [0, 5, 6, 5]
+    costs = estimates.module_costs(l16, L16, pixels=False)
+    assert [balanced(costs, ipus) for ipus in (1, 2, 4)] == [[16], [8, 8], [4, 4, 4, 4]]
+    monkeypatch.setattr(estimates, "MEMORY", 330e6)
+    found = balanced(costs)
+    stages = estimates.estimate_stages(placement(16, layers_per_ipu=found), costs, L16)
+    assert all(sum(stage.memory.values()) < 0.9 * 330e6 for stage in stages) and found[0] < 4

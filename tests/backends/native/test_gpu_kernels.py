@@ -11,13 +11,17 @@ from tests.conftest import ROOT
 pytest.importorskip("triton")
 CODE = """
 import torch
-from backends.native.gpu_kernels import kernels_work, numbers_work
+from backends.native.gpu_kernels import kernels_work, numbers_work, uniform_numbers
 cpu = torch.device("cpu")
 print(*(kernels_work(cpu, dtype) for dtype in (torch.float16, torch.float32)), numbers_work(cpu))
+try:
+    uniform_numbers([torch.Generator()] * 2, 4, cpu)
+except ValueError:
+    print("refused")
 """
 
 
 def test_kernels_compute_what_operators_compute():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     ended = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ended.stdout.split() == ["True", "True", "True"], ended.stderr
+    assert ended.stdout.split() == ["True", "True", "True", "refused"], ended.stderr

@@ -36,7 +36,10 @@ class DataLoader(TorchLoader):
         elif rebatched_worker_size is not None:
             raise ValueError("rebatched_worker_size is for DataLoaderMode.AsyncRebatched")
         if mode is not DataLoaderMode.Sync:
-            dataset, worker_init_fn = _pickled_copy((dataset, worker_init_fn))
+            try:  # what a worker process gets
+                dataset, worker_init_fn = pickle.loads(pickle.dumps((dataset, worker_init_fn)))
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise RuntimeError(f"an asynchronous loader's dataset must be picklable: {error}") from error
         # The last of small worker batches may be short; whole batches are made of them afterwards.
         super().__init__(
             dataset,
@@ -88,14 +91,6 @@ class DataLoader(TorchLoader):
 
     def terminate(self):
         self._terminated = True
-
-
-def _pickled_copy(parts):
-    """Return what a worker process gets: a copy, through pickle."""
-    try:
-        return pickle.loads(pickle.dumps(parts))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise RuntimeError(f"an asynchronous loader's process needs a dataset that can be pickled: {error}") from error
 
 
 def _map(function, *batches):

@@ -96,7 +96,7 @@ class Executor:
         self.trace, self._weights, self._specification = trace, weights, transfer.specification(batch)
         if self._training:
             self._take_state()
-        self.trace.cache_hit = self._write_files()
+        self._write_files()
         self._attached = not self._offline
 
     def _first_rows(self, tensor):
@@ -123,7 +123,7 @@ class Executor:
         return "offline" in self._options._values
 
     def _write_files(self):
-        """Write the profile and the cached executable if asked for; return whether the cache had the executable.
+        """Write the profile and the cached executable if asked for.
 
         An executable holds no code: its name says what it was compiled for, and the graph's constants.
         """
@@ -133,16 +133,14 @@ class Executor:
             with open(os.path.join(values["enableProfiling"], "profile.pop"), "w", encoding="ascii") as file:
                 file.write(f"{len(self._path)} operators\n")
         if "enableExecutableCaching" not in values:
-            return False
+            return
         parts = [self.model, self._options, self._specification, self._path, self._constants]
         parts += [(name, tuple(host.shape), host.dtype) for name, host in self._weights.host.items()]
         key = hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:16]
         path = os.path.join(values["enableExecutableCaching"], f"{key}.popef")
-        hit = os.path.exists(path)
         os.makedirs(values["enableExecutableCaching"], exist_ok=True)
         with open(path, "w", encoding="ascii") as file:
             file.write(key)
-        return hit
 
     # ---- running
 
@@ -310,9 +308,6 @@ class Executor:
     def _need_compiled(self, name):
         if self._specification is None:
             raise Error(f"{name}: the model is not compiled")
-
-    def isCompiled(self):
-        return self._specification is not None
 
     def isAttachedToDevice(self):
         return self._attached

@@ -49,14 +49,12 @@ class Trace:
     serialized: (mode, factor, (lhs shape, rhs shape)) of each serializedMatMul.
     losses: names of all loss functions.
     loops: counts of for_loops.
-    cache_hit: whether the executable was in the cache folder.
     """
 
     def __init__(self, model, strategy):
         self.blocks, self.stages, self.ipu_of = [], {}, {}
         self.parameter_ipus = collections.defaultdict(set)
         self.checkpoints, self.serialized, self.losses, self.loops = [], [], [], []
-        self.cache_hit = False
         self.entered_modules = set()
         self._names = {module: name for name, module in model.named_modules()}
         self._strategy = strategy
