@@ -11,7 +11,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 import torch
@@ -129,14 +129,8 @@ def python(*words: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, *map(str, words)], **options)
 
 
-def interrupt(
-    script: str, flags: Any, after: str, folder: Path, what: int = signal.SIGINT, delay: float = 0
-) -> Tuple[int, str, str]:
-    """Run a script in a folder; press Ctrl-C `delay` seconds after a line with `after`, or send another signal.
-
-    Returns:
-        Exit status, output and errors.
-    """
+def interrupt(script: str, flags: Any, after: str, folder: Path, what: int = signal.SIGINT, delay: float = 0) -> Any:
+    """Run a script; press Ctrl-C `delay` s after a line with `after`; return exit status, output and errors."""
     options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-u", ROOT / script, *map(str, flags)], cwd=folder, **options)

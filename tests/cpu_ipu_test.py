@@ -52,10 +52,9 @@ def losses(device, flags, vae, pixels):
     hparams = {"dim": 32, "heads": 2, "dim_head": 16, "text_seq_len": 8, "num_text_tokens": 56, "sandwich_norm": True}
     model = DALLE(vae=vae, depth=settings.num_hidden_layers, attn_types=settings.attn_types, **hparams)
     backend = backends.for_training(settings)
-    codes = {} if pixels else {"num_image_codes": vae.num_tokens, "image_seq_len": 16}
-    dataset = GeneratedDataset(
-        2 * backend.samples_per_step, text_seq_len=8, num_text_tokens=56, image_size=32, byteio=pixels, **codes
-    )
+    sizes = {"text_seq_len": 8, "num_text_tokens": 56, "image_size": 32, "byteio": pixels}
+    sizes.update({} if pixels else {"num_image_codes": vae.num_tokens, "image_seq_len": 16})
+    dataset = GeneratedDataset(2 * backend.samples_per_step, **sizes)
     order = RunOrder(EpochOrder(len(dataset), backend.samples_per_step), 0, STEPS)
     trainer, found = backend.trainer(model), []
     for step, batch in enumerate(backend.loader(dataset, order)):

@@ -64,7 +64,7 @@ def test_links_lead_somewhere(page):
         goal = page if not path else (page.parent / path).resolve()
         if not goal.exists() or (anchor and anchor not in anchors_of(goal)):
             broken.append(target)
-    assert not broken
+    assert not broken and (page.name != "README.md" or len(page.read_text(encoding="utf-8").splitlines()) <= 150)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -82,9 +82,7 @@ def test_commands_exist(command):
     assert set(flags) <= options
 
 
-@pytest.mark.parametrize(
-    "line", [line for line in COMMANDS if re.search("generate.py --text|checkpoint_info demo", line)]
-)
+@pytest.mark.parametrize("line", [one for one in COMMANDS if re.search("generate.py --text|checkpoint_info demo", one)])
 def test_short_commands_run(line, command, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)
@@ -94,10 +92,6 @@ def test_short_commands_run(line, command, tmp_path, monkeypatch):
         assert list(tmp_path.rglob("grid.png"))
     else:
         command(checkpoint_info.main, *words[3:]).ok()
-
-
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_python_of_the_documents_runs(monkeypatch):

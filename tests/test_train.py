@@ -222,11 +222,9 @@ def test_too_many_such_batches_end_the_run(command, tiny_flags, tmp_path, monkey
     ended.refused("no longer finite at step 17", "--learning-rate", f"the last good checkpoint is {tmp_path}")
 
 
-KILLED_FLAGS = "--ff-dropout 0.1 --attn-dropout 0.1 --caption-dropout 0.2 --ema-decay 0.95 --max-grad-norm 0.5"
-KILLED_FLAGS += (
-    " --weight-decay 0.1 --validation-split 0.2 --validation-steps 7 --checkpoint-save-steps 4 --epochs 100000"
-)
-KILLED_FLAGS += " --checkpoint-save-epochs 5 --max-steps"
+KILLED_FLAGS = """--ff-dropout 0.1 --attn-dropout 0.1 --caption-dropout 0.2 --ema-decay 0.95 --max-grad-norm 0.5
+    --weight-decay 0.1 --validation-split 0.2 --validation-steps 7 --checkpoint-save-steps 4 --epochs 100000
+    --checkpoint-save-epochs 5 --max-steps"""
 STEPS = 80  # for each kill: what a process makes in two seconds or so
 
 

@@ -19,9 +19,8 @@ YTTM = ROOT / "bpe" / "bpe_yttm_vocab.txt"
 @pytest.fixture
 def noise():
     random = np.random.default_rng(0)
-    return lambda height=40, width=40, bands=3: Image.fromarray(
-        random.integers(0, 256, (height, width, bands), dtype=np.uint8).squeeze()
-    )
+    pixels = lambda *shape: random.integers(0, 256, shape, dtype=np.uint8).squeeze()  # noqa: E731
+    return lambda height=40, width=40, bands=3: Image.fromarray(pixels(height, width, bands))
 
 
 @pytest.fixture

@@ -94,9 +94,7 @@ def test_objects_lie_as_the_relation_says():
     for scene in found:
         placed = place(scene, rng)
         assert sorted(one.name for one in placed) == sorted(i.name for i in scene.items for _ in range(i.count))
-        assert all(
-            0 <= one.row <= GRID - CELLS[one.size] and 0 <= one.column <= GRID - CELLS[one.size] for one in placed
-        )
+        assert all(0 <= at <= GRID - CELLS[one.size] for one in placed for at in (one.row, one.column))
         assert not any(overlap(a, b) for a, b in itertools.combinations(placed, 2))
         if len(scene.items) == 2 and scene.relation not in ("and", "next"):
             first, second = ([one for one in placed if one.name == item.name] for item in scene.items)

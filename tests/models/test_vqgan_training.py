@@ -38,8 +38,7 @@ def test_learns_to_give_pictures_back(pictures):
     before = evaluate(trainer.model, pictures, 8).psnr
     for _ in range(20):
         trainer.step(pictures, 1.0)
-    begun = trainer.start_codebook(pictures)
-    assert begun == 5  # as many as there are different cells
+    assert trainer.start_codebook(pictures) == 5  # as many as there are different cells
     for _ in range(30):
         figures = trainer.step(pictures, 1.0)
     after = evaluate(trainer.model, pictures, 8)

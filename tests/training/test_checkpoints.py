@@ -96,9 +96,7 @@ def test_a_full_disk_does_not_stop_the_run(command, tiny_flags, tmp_path, monkey
     told = [line for line in ended.out.splitlines() if "no checkpoint of step" in line]
     assert [int(re.search(r"step (\d+)", line)[1]) for line in told] == [4, 6]
     assert all("No space left" in line and str(tmp_path / "dalle_0.pt") in line for line in told)
-    assert [path.name for path in tmp_path.glob("dalle*")] == ["dalle_0.pt"] and checkpoint.read(
-        tmp_path / "dalle_0.pt"
-    )
+    assert [path.name for path in tmp_path.glob("dalle*")] == ["dalle_0.pt"]
 
 
 def test_the_best_file_is_one_to_go_on_from(command, tiny_flags, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.conftest import Ended
 from utils import command_line
 from utils.command_line import Parser, list_of, number
 
@@ -34,10 +35,7 @@ def values(*argv):
 def refused(capsys, *argv):
     with pytest.raises(SystemExit) as end:
         small_parser().parse(argv)
-    printed = capsys.readouterr()
-    assert end.value.code == 2 and printed.out == ""
-    assert printed.err.endswith("\n") and printed.err.count("\n") == 1, printed.err
-    return printed.err
+    return Ended(end.value.code, *capsys.readouterr()).refused().err
 
 
 def test_help_names_flags_meanings_and_defaults(capsys):

@@ -99,9 +99,8 @@ def test_batches_are_the_orders(poptorch_standin, mode, workers, shape, monkeypa
     layers = " --layers-per-ipu 2" if "ipus" in shape else ""
     backend = backends.for_training(settings(mode, shape + layers, f"--dataloader-workers {workers}"))
     per_step = backend.samples_per_step
-    dataset = GeneratedDataset(
-        4 * per_step + 1, text_seq_len=6, num_text_tokens=58, num_image_codes=32, image_seq_len=16
-    )
+    sizes = {"text_seq_len": 6, "num_text_tokens": 58, "num_image_codes": 32, "image_seq_len": 16}
+    dataset = GeneratedDataset(4 * per_step + 1, **sizes)
     order = RunOrder(EpochOrder(len(dataset), per_step, seed=3), 2, 7)  # from within an epoch into the next
     found = [[part.clone() for part in batch] for batch in backend.loader(dataset, order)]
     assert len(found) == 5

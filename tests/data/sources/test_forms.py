@@ -48,51 +48,38 @@ def karpathy(splits, captions):
         {"filepath": "val2014", "filename": f"{name}.jpg", "split": split, "sentences": [{"raw": t} for t in texts]}
         for (name, texts), split in zip(captions.items(), splits)
     ]
-    return {"dataset_coco.json": json.dumps({"images": images, "dataset": "coco"})}
+    return json.dumps({"images": images, "dataset": "coco"})
 
 
 COCO = {"images": [{"id": 7 + n, "file_name": f"{name}.jpg"} for n, name in enumerate("abc")]}
 COCO["annotations"] = [{"id": 0, **result} for result in RESULTS]
-LISTS = {  # the folder of the images, and the files that list them
-    "metadata.jsonl": (
-        "",
-        {"metadata.jsonl": "\n".join(json.dumps({"file_name": f"{n}.jpg", "text": t}) for n, t in CAPTIONS.items())},
-    ),
-    "metadata.csv": ("", {"metadata.csv": table(("file_name", "text"), *PAIRS)}),
-    # Commas in the captions of Flickr8k are not quoted.
-    "Flickr8k": ("Images", {"captions.txt": "\n".join(["image,caption", *map(",".join, PAIRS)])}),
-    "Flickr8k.token": (
-        "Flicker8k_Dataset",
-        {"Flickr8k.token.txt": "\n".join(f"{name}#{number}\t{text}" for name, number, text in ROWS)},
-    ),
-    "Flickr30k": (
-        "flickr30k_images",
-        {
-            "results.csv": table(
-                ("image_name", " comment_number", " comment"),
-                *((name, f" {number}", f" {text}") for name, number, text in ROWS),
-                delimiter="|",
-            )
-        },
-    ),
-    "COCO": (
-        "train2014",
-        {"annotations/captions_train2014.json": json.dumps(COCO), "annotations/instances_train2014.json": "{}"},
-    ),
-    "Karpathy": ("val2014", karpathy(("train", "restval", "train"), CAPTIONS)),
-    "json of names": ("", {"captions.json": json.dumps({f"{name}.jpg": texts for name, texts in CAPTIONS.items()})}),
-    "sidecars": ("", {f"{n}.json": json.dumps({"caption": texts, "url": "x"}) for n, texts in CAPTIONS.items()}),
-    "splits of Karpathy": ("val2014", karpathy(("train", "val", "test"), {name: ["x"] for name in CAPTIONS})),
-    "split column": ("", {"all.csv": "image,caption,split\na.jpg,x,train\nb.jpg,x,val\nc.jpg,x,test\n"}),
+FLICKR30K = [("image_name", " comment_number", " comment"), *((name, f" {n}", f" {text}") for name, n, text in ROWS)]
+LISTS = {  # the file that lists the images: their folder, and what it says
+    "metadata.jsonl": ("", "\n".join(json.dumps({"file_name": f"{n}.jpg", "text": t}) for n, t in CAPTIONS.items())),
+    "metadata.csv": ("", table(("file_name", "text"), *PAIRS)),
+    "captions.txt": ("Images", "\n".join(["image,caption", *map(",".join, PAIRS)])),  # Flickr8k quotes no commas
+    "Flickr8k.token.txt": ("Flicker8k_Dataset", "\n".join(f"{name}#{n}\t{text}" for name, n, text in ROWS)),
+    "results.csv": ("flickr30k_images", table(*FLICKR30K, delimiter="|")),
+    "annotations/captions_train2014.json": ("train2014", json.dumps(COCO)),
+    "dataset_coco.json": ("val2014", karpathy(("train", "restval", "train"), CAPTIONS)),
+    "captions.json": ("", json.dumps({f"{name}.jpg": texts for name, texts in CAPTIONS.items()})),
+    "dataset.json": ("val2014", karpathy(("train", "val", "test"), {name: ["x"] for name in CAPTIONS})),
+    "all.csv": ("", "image,caption,split\na.jpg,x,train\nb.jpg,x,val\nc.jpg,x,test\n"),
 }
 
 
-def write_lists(folder, kind):
-    images, files = LISTS[kind]
+def write_list(folder, name):
+    images, content = LISTS[name]
     bare_images(folder / images)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content, encoding="utf-8")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(content, encoding="utf-8")
+    if "captions_train" in name:
+        (folder / name.replace("captions", "instances")).write_text("{}")
+
+
+def sidecars(folder):
+    for name, texts in CAPTIONS.items():
+        (bare_images(folder) / f"{name}.json").write_text(json.dumps({"caption": texts, "url": "x"}))
 
 
 def metadata_parquet(folder):
@@ -166,14 +153,15 @@ def hub_parquet(folder):
     (folder / "README.md").write_text("---")
 
 
-OTHERS = {"COCO": ["instances_train2014.json"], "tar_shards": ["00000_stats.json", "00001_stats.json"]}
-WRITERS = {one.__name__: one for one in (metadata_parquet, coco_results, tar_shards, saved_dataset, hub_parquet)}
-WRITERS["shards_of_splits"] = shards_of_splits
-SPLITS = ("splits of Karpathy", "split column", "shards_of_splits")
+OTHERS = {"annotations/captions_train2014.json": ["instances_train2014.json"]}
+OTHERS["tar_shards"] = ["00000_stats.json", "00001_stats.json"]
+WRITERS = (metadata_parquet, coco_results, sidecars, tar_shards, shards_of_splits, saved_dataset, hub_parquet)
+WRITERS = {writer.__name__: writer for writer in WRITERS}
+SPLITS = ("dataset.json", "all.csv", "shards_of_splits")
 
 
 def write_form(form, folder):
-    WRITERS[form](folder) if form in WRITERS else write_lists(folder, form)
+    WRITERS[form](folder) if form in WRITERS else write_list(folder, form)
 
 
 @pytest.mark.parametrize("form", [form for form in (*LISTS, *WRITERS) if form not in SPLITS])
@@ -208,7 +196,7 @@ def test_every_form_gives_what_the_folder_gives(form, tmp_path):
 
 
 def test_text_files_come_first_and_files_can_be_named(tmp_path):
-    write_lists(tmp_path, "COCO")
+    write_list(tmp_path, "annotations/captions_train2014.json")
     captions = tmp_path / "annotations" / "captions_train2014.json"
     named = open_source(captions)
     assert [name for name, _, _ in named.images] == ["train2014/a.jpg", "train2014/b.jpg", "train2014/c.jpg"]
