@@ -58,15 +58,6 @@ def trainer_of(poptorch, model=None, options=None, **attributes):
     return poptorch.trainingModel(model, options, optimizer), model, optimizer
 
 
-def test_shapes_are_fixed(poptorch):
-    trainer, _, _ = trainer_of(poptorch)
-    x, y = batch_of(4)
-    trainer.compile(x, y)
-    for batch in ((x[:2], y[:2]), (x.half(), y), (x, y, y)):
-        with pytest.raises(poptorch.Error, match="fixed at compile time"):
-            trainer(*batch)
-
-
 def test_forward_is_traced(poptorch):
     for function, message in (
         (lambda m, x: x * x.sum().item(), "no value to read"),
@@ -141,25 +132,6 @@ def test_loops_and_updates_refuse(poptorch):
         model.register_buffer("cache", torch.zeros(2))
         with pytest.raises(error):
             poptorch.inferenceModel(model).compile(torch.ones(2))
-
-
-def test_options_refuse(poptorch):
-    for error, call in (
-        (ValueError, lambda p, o: o.deviceIterations(0)),
-        (ValueError, lambda p, o: o.setAvailableMemoryProportion({"IPU0": 1.5})),
-        (ValueError, lambda p, o: o.Distributed.configureProcessId(2, 2)),
-        (TypeError, lambda p, o: o.deviceIterations(2.0)),
-        (TypeError, lambda p, o: o.replicationFactor(True)),
-        (TypeError, lambda p, o: o.outputMode("All")),
-        (TypeError, lambda p, o: o.setAvailableMemoryProportion({"IPU0": 1})),
-        (TypeError, lambda p, o: o.Precision.setPartialsType(torch.bfloat16)),
-        (TypeError, lambda p, o: o.TensorLocations.setOptimizerLocation(True)),
-        (TypeError, lambda p, o: p.Options(deviceIterations=2)),
-        (AttributeError, lambda p, o: o.autoRoundNumIpus(True)),
-        (KeyError, lambda p, o: o._Popart.set("outlineTreshold", 10.0)),
-    ):
-        with pytest.raises(error):
-            call(poptorch, poptorch.Options())
 
 
 def test_asynchronous_batches_must_be_cloned(poptorch):

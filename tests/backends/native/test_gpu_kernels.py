@@ -1,12 +1,10 @@
 """The Triton kernels against PyTorch's operators, in Triton's interpreter; on a GPU the program checks itself."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.builders import python
 
 pytest.importorskip("triton")
 CODE = """
@@ -22,6 +20,5 @@ except ValueError:
 
 
 def test_kernels_compute_what_operators_compute():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    ended = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    ended = python("-c", CODE, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert ended.stdout.split() == ["True", "True", "True", "refused"], ended.stderr

@@ -2,13 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from backends.native.backend import split_step
-from tests.conftest import ROOT
+from tests.builders import ROOT, TORCHRUN, python
 
 
 @pytest.mark.parametrize(
@@ -66,9 +64,8 @@ report("before")
 def test_no_thread_of_the_process_group_outlives_its_work(tmp_path):
     """A thread that releases tensors after the interpreter has ended aborts the process, now and then."""
     (tmp_path / "program.py").write_text(TRAIN)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([*launcher, tmp_path / "program.py"], env=environment, capture_output=True, text=True)
+    ended = python(*TORCHRUN, tmp_path / "program.py", env=environment)
     assert ended.returncode == 0, ended.stderr
     before, after = (re.findall(f"{when} (.*)", ended.stdout) for when in ("before", "after"))
     assert len(before) == len(after) == 2 and all("gloo" in names for names in before)

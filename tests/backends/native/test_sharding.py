@@ -1,18 +1,17 @@
 """--shard: two processes that hold half each do what one does with the whole, and give and take the same states."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed import fsdp
+from torch.testing import assert_close
 
 import backends
 from backends.native.backend import NativeTrainingBackend
-from tests.backends.native.test_backend import OPTIMIZERS, assert_same, micro_batches, samples, settings
-from tests.builders import small_dalle
+from tests.backends.native.test_backend import OPTIMIZERS, micro_batches, samples, settings
+from tests.builders import TORCHRUN, one_line, python, small_dalle
 from tests.conftest import ROOT, TinyTokenizer
 
 PER_STEP, STEPS = 12, 3
@@ -49,10 +48,8 @@ def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     for optimizer in OPTIMIZERS:
         torch.save(alone(STEPS, optimizer=optimizer)[0].state_dict(), folder / f"start_{optimizer}.pt")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = ROOT / "tests" / "backends" / "native" / "sharded_runs.py"
-    ended = subprocess.run([*launcher, str(script), str(folder)], env=environment, capture_output=True, text=True)
+    ended = python(*TORCHRUN, "tests/backends/native/sharded_runs.py", folder, env=environment)
     assert ended.returncode == 0, ended.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
@@ -66,17 +63,17 @@ def test_two_processes_with_half_each_train_as_one(shared, optimizer):
         assert ours == theirs == pytest.approx(expected, rel=1e-5)
     state = whole.state_dict()
     for kind in ("weights", "ema_weights"):
-        assert_same(first["state"][kind], state[kind], atol=1e-6, rtol=0)
+        assert_close(first["state"][kind], state[kind], atol=1e-6, rtol=0)
     assert any(not torch.equal(average, state["weights"][name]) for name, average in state["ema_weights"].items())
     assert len(first["state"]["opt_state"]) == len(state["opt_state"])
     for ours, expected in zip(first["state"]["opt_state"], state["opt_state"]):
         assert ours["param_groups"] == expected["param_groups"]
         for number, moments in expected["state"].items():
-            assert_same(ours["state"][number], moments, atol=1e-7, rtol=1e-3)
+            assert_close(ours["state"][number], moments, atol=1e-7, rtol=1e-3)
     unclipped, _ = alone(2 * STEPS, optimizer=optimizer, max_grad_norm=None)
     if optimizer != "Muon":  # which heeds no gradient's size in its first steps
         with pytest.raises(AssertionError):
-            assert_same(first["state"]["weights"], unclipped.state_dict()["weights"], atol=1e-6, rtol=0)
+            assert_close(first["state"]["weights"], unclipped.state_dict()["weights"], atol=1e-6, rtol=0)
 
 
 @needs_fsdp2
@@ -84,7 +81,7 @@ def test_two_processes_with_half_each_train_as_one(shared, optimizer):
 def test_one_process_goes_on_from_a_gather_shards_state(shared, optimizer):
     expected, _ = alone(3 * STEPS, optimizer=optimizer)
     resumed, _ = alone(STEPS, (2 * STEPS, shared[0][optimizer]["state"]), optimizer=optimizer)
-    assert_same(resumed.state_dict()["weights"], expected.state_dict()["weights"], atol=2e-6, rtol=0)
+    assert_close(resumed.state_dict()["weights"], expected.state_dict()["weights"], atol=2e-6, rtol=0)
 
 
 @needs_fsdp2
@@ -105,20 +102,13 @@ def test_each_process_holds_half(shared, optimizer):
 
 
 @needs_fsdp2
-def test_pictures_are_evaluated_as_by_one(shared):
-    start, _ = alone(STEPS, optimizer="Adam")
-    whole = samples(PER_STEP)[0], pictures(PER_STEP)
-    expected = start.evaluate([micro_batches(start.backend, whole)])
-    for each in shared:
-        assert each["Adam"]["evaluated"] == pytest.approx(expected, rel=1e-6)
-
-
-@needs_fsdp2
-def test_one_process_may_have_more_to_evaluate_than_another(shared):
-    trained, _ = alone(2 * STEPS, optimizer="Adam")
-    expected = trained.evaluate([micro_batches(trained.backend, samples(PER_STEP))])
-    for each in shared:
-        assert each["Adam"]["unevenly"] == pytest.approx(expected, rel=1e-6)
+def test_pictures_are_evaluated_as_by_one_and_one_process_may_have_more(shared):
+    text, codes = samples(PER_STEP)
+    for name, steps, images in (("evaluated", STEPS, pictures(PER_STEP)), ("unevenly", 2 * STEPS, codes)):
+        trainer, _ = alone(steps, optimizer="Adam")
+        expected = trainer.evaluate([micro_batches(trainer.backend, (text, images))])
+        for each in shared:
+            assert each["Adam"][name] == pytest.approx(expected, rel=1e-6)
 
 
 @needs_fsdp2
@@ -145,6 +135,5 @@ def test_what_cannot_be_shared_out_is_refused_in_one_line(monkeypatch, world_siz
     monkeypatch.setattr(backends.native.backend, "use_cudnn_attention", lambda *given: False)
     if world_size == "2" and not hasattr(fsdp, "fully_shard"):
         reason = "needs torch 2.6"
-    with pytest.raises(ValueError, match=f"--shard: {reason}") as error:
+    with one_line(f"--shard: {reason}"):
         NativeTrainingBackend(settings(shard=True, **changes))
-    assert "\n" not in str(error.value)

@@ -5,8 +5,8 @@ are read from the wrapped model, or by copyWeightsToHost(); copyWeightsToDevice(
 """
 
 import copy
-import hashlib
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -53,16 +53,11 @@ class Executor:
         self._attached = False
         self._calls = 0
         self._optimizer, self._settings, self._constants, self._state = None, None, None, {}
-        self._rng = self._first_rng()
+        seed = options._values.get("randomSeed", 0) + options.Distributed.processId
+        self._rng = torch.Generator().manual_seed(seed).get_state()
         if training:
             self.setOptimizer(optimizer)
             self._original_class = watch_reads(model, self)
-
-    def _first_rng(self):
-        seed = self._options._values.get("randomSeed")
-        if seed is None:
-            seed = int.from_bytes(os.urandom(7), "little")
-        return torch.Generator().manual_seed(seed + self._options.Distributed.processId).get_state()
 
     # ---- compilation
 
@@ -96,7 +91,7 @@ class Executor:
         self.trace, self._weights, self._specification = trace, weights, transfer.specification(batch)
         if self._training:
             self._take_state()
-        self._write_files()
+        self._write_executable()
         self._attached = not self._offline
 
     def _first_rows(self, tensor):
@@ -122,25 +117,12 @@ class Executor:
     def _offline(self):
         return "offline" in self._options._values
 
-    def _write_files(self):
-        """Write the profile and the cached executable if asked for.
-
-        An executable holds no code: its name says what it was compiled for, and the graph's constants.
-        """
-        values = self._options._values
-        if "enableProfiling" in values:
-            os.makedirs(values["enableProfiling"], exist_ok=True)
-            with open(os.path.join(values["enableProfiling"], "profile.pop"), "w", encoding="ascii") as file:
-                file.write(f"{len(self._path)} operators\n")
-        if "enableExecutableCaching" not in values:
-            return
-        parts = [self.model, self._options, self._specification, self._path, self._constants]
-        parts += [(name, tuple(host.shape), host.dtype) for name, host in self._weights.host.items()]
-        key = hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:16]
-        path = os.path.join(values["enableExecutableCaching"], f"{key}.popef")
-        os.makedirs(values["enableExecutableCaching"], exist_ok=True)
-        with open(path, "w", encoding="ascii") as file:
-            file.write(key)
+    def _write_executable(self):
+        """Write the cached executable, which holds no code, if asked for."""
+        folder = self._options._values.get("enableExecutableCaching")
+        if folder is not None:
+            os.makedirs(folder, exist_ok=True)
+            Path(folder, f"{type(self._user_model).__name__}.popef").touch()
 
     # ---- running
 
@@ -217,22 +199,16 @@ class Executor:
     def setOptimizer(self, optimizer):
         if not self._training:
             raise Error("an inference model has no optimizer")
-        if not optim.is_unchanged(optimizer):
+        if not isinstance(optimizer, optim.DeviceOptimizer):
             raise TypeError(f"the optimizer must be poptorch.optim.Adam or AdamW, not {type(optimizer).__name__}")
         settings = optimizer._snapshot()
         constants = self._constants_of(optimizer, settings)
         if self._specification is not None:
-            if type(optimizer) is not type(self._optimizer):
-                raise Error("the optimizer's class is compiled into the graph and cannot change")
+            if optimizer is not self._optimizer:
+                raise NotImplementedError("another optimizer than the compiled one is not in the stand-in")
             if constants != self._constants:
                 changed = [f"{a} instead of {b}" for a, b in zip(constants, self._constants) if a != b]
                 raise Error(f"attributes not given to the optimizer's constructor cannot change: {'; '.join(changed)}")
-            old, self._optimizer = self._optimizer, optimizer
-            try:
-                self._check_parameters(self._weights)
-            except Error:
-                self._optimizer = old
-                raise
         self._constants = constants
         self._optimizer, self._settings = optimizer, settings
         optimizer._attach(self)

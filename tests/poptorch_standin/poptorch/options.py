@@ -1,6 +1,6 @@
 """Options and their enumerations: type-strict, and frozen as soon as a loader or a model has them.
 
-Most options have no effect on a CPU. They are checked and kept, and they are part of the executable's key.
+Most options have no effect on a CPU. They are checked and kept.
 """
 
 import enum
@@ -99,9 +99,6 @@ class Settings:
     def _freeze(self):
         self.__dict__["_frozen"] = True
 
-    def __repr__(self):
-        return f"{type(self).__name__}({sorted(self._values.items())})"
-
 
 class TrainingOptions(Settings):
     gradientAccumulation = Setter(check_int)
@@ -162,9 +159,6 @@ class PipelinedExecution:
     def __init__(self, auto_stage=AutoStage.SameAsIpu):
         self.auto_stage = check_instance("PipelinedExecution", auto_stage, AutoStage)
 
-    def __repr__(self):
-        return f"PipelinedExecution({self.auto_stage})"
-
 
 class Options(Settings):
     deviceIterations = Setter(check_int)
@@ -195,19 +189,10 @@ class Options(Settings):
     def useOfflineIpuTarget(self, ipu_version=2):
         return self._set(offline=check_int("useOfflineIpuTarget's ipu_version", ipu_version))
 
-    def _parts(self):
-        return self.Training, self.Precision, self.TensorLocations, self.Distributed, self._Popart
-
     def _freeze(self):
-        for part in self._parts():
+        for part in (self.Training, self.Precision, self.TensorLocations, self.Distributed, self._Popart):
             part._freeze()
         super()._freeze()
-
-    def __repr__(self):
-        """Describe what an executable depends on: all but the folders."""
-        folders = ("enableExecutableCaching", "enableProfiling")
-        values = sorted((name, value) for name, value in self._values.items() if name not in folders)
-        return f"Options({values}, {self._parts()})"
 
     # What popdist.poptorch.Options changes: which processes share one gradient, and which IPUs a replica has.
     _instances = 1

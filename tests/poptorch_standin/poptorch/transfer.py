@@ -24,7 +24,7 @@ def check_inputs(inputs, options):
         parts = options._micro_batches
         if parts > 1 and (tensor.dim() == 0 or len(tensor) % parts):
             size = len(tensor) if tensor.dim() else "none"
-            raise Error(f"input {number}: batch dimension {size} is not a multiple of {parts}: {options}")
+            raise Error(f"input {number}: batch dimension {size} is not a multiple of {parts}")
 
 
 def specification(inputs):
