@@ -11,7 +11,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 import torch
@@ -74,6 +74,14 @@ def train_settings(flags: str = "", device: str = "cpu", **changes: Any) -> argp
     settings = args.train_arguments([*FLAGS.split(), "--device", device, *flags.split()])
     vars(settings).update(changes)
     return settings
+
+
+def samples(count: int, seed: int = 0) -> Tuple[Tensor, Tensor]:
+    """Return text (count, 6), every other caption padded, and codes (count, 16) for a small_dalle."""
+    random = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, 50, (count, 6), generator=random)
+    text[::2, 4:] = 0
+    return text, torch.randint(0, 32, (count, 16), generator=random)
 
 
 class WholePassStepper(Stepper):

@@ -11,8 +11,8 @@ from backends.ipu import estimates
 from backends.native import backend as native
 from data.loader import EpochOrder, GeneratedDataset, RunOrder
 from models.pipeline_dalle import placement
-from tests.backends.ipu.ipu_runs import samples, settings
-from tests.builders import ROOT, one_line, small_dalle
+from tests.backends.ipu.ipu_runs import settings
+from tests.builders import ROOT, one_line, samples, small_dalle
 
 
 def test_auto_is_an_ipu_where_the_sdk_is_enabled(poptorch_standin, monkeypatch):

@@ -7,8 +7,8 @@ import torch
 
 import backends
 from models.vqgan_files import load_vqgan
-from tests.backends.ipu.ipu_runs import samples, settings, trainer_of
-from tests.builders import small_dalle
+from tests.backends.ipu.ipu_runs import settings, trainer_of
+from tests.builders import samples, small_dalle
 from training import checkpoints
 from utils import checkpoint
 
@@ -29,6 +29,15 @@ def test_half_precision_only_where_it_is_asked_for(poptorch_standin, tiny_vae):
         assert optimizer.first_order_momentum_accum_type == momentum, flags
         assert (optimizer.second_order_momentum_accum_type, optimizer.loss_scaling) == (single, scaling)
         assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
+
+
+def test_half_precision_learns_what_single_does(poptorch_standin, tiny_vae):
+    losses = []
+    for flags in ("--precision fp16 --fp16 --enable-half-first-order-momentum --loss-scaling 4096", "--precision fp32"):
+        trainer, batch = trainer_of(tiny_vae, flags)
+        losses.append([trainer.step(batch)["total"] for _ in range(4)])
+        trainer.close()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and losses[1][3] < losses[1][0] - 0.1
 
 
 def test_the_host_model_stays_as_it_was(poptorch_standin, tiny_vae):

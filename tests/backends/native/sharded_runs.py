@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from backends.native.backend import NativeTrainingBackend
-from tests.backends.native.test_backend import OPTIMIZERS, samples, settings
+from tests.backends.native.test_backend import OPTIMIZERS, settings
 from tests.backends.native.test_sharding import PER_STEP, SETTINGS, STEPS, dalle_with_vqgan, pictures
+from tests.builders import samples
 
 
 def own(whole, rank):

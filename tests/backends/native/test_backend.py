@@ -15,7 +15,7 @@ from backends.native.trainer import build_optimizers
 from data.loader import EpochOrder, GeneratedDataset, RunOrder
 from models.packed_sampler import LayerKernels
 from models.sampling import Sampling, sample_codes
-from tests.builders import WholePassStepper, small_dalle, train_settings
+from tests.builders import WholePassStepper, samples, small_dalle, train_settings
 from utils.muon import Muon
 
 OPTIMIZERS = ["Adam", "AdamW", "Muon"]
@@ -24,14 +24,6 @@ LR = 1e-3
 
 def settings(**changes):
     return train_settings("--batch-size 2", **{"learning_rate": LR, **changes})
-
-
-def samples(count, seed=0):
-    """text (count, 6) and codes (count, 16), some captions padded."""
-    random = torch.Generator().manual_seed(seed)
-    text = torch.randint(1, 50, (count, 6), generator=random)
-    text[::2, 4:] = 0
-    return text, torch.randint(0, 32, (count, 16), generator=random)
 
 
 def trained(vae, steps, per_step=12, lr=LR, **changes):
@@ -62,7 +54,7 @@ def by_hand(model, batches, optimizer, lr, decay, limit=None):
         found = model(text, codes, return_loss=True)
         found.total.backward()
         norm = torch.stack([p.grad.square().sum() for p in trained]).sum().sqrt()  # before clipping
-        losses.append({**{name: float(loss) for name, loss in found._asdict().items()}, "grad_norm": float(norm)})
+        losses.append({**{name: loss.item() for name, loss in found._asdict().items()}, "grad_norm": norm.item()})
         for parameter in trained if limit is not None else ():
             parameter.grad *= (limit / (norm + 1e-6)).clamp(max=1)
         optimizer.step()

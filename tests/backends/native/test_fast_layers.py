@@ -16,7 +16,7 @@ from backends.native.fast_layers import (
 )
 from models.transformer import PATTERNS, KeyValueCache
 from tests.backends.native.test_backend import settings
-from tests.builders import small_dalle
+from tests.builders import samples, small_dalle
 
 CPU = torch.device("cpu")
 TEXT, SIDE = 6, 4
@@ -24,12 +24,6 @@ TEXT, SIDE = 6, 4
 
 def dalle(vae, **changes):
     return small_dalle(vae, weight_std=0.3, **{"depth": len(PATTERNS), "attn_types": PATTERNS, **changes})
-
-
-def batch(rows=3):
-    text = torch.randint(1, 50, (rows, TEXT))
-    text[1:, 3:] = 0
-    return text, torch.randint(0, 32, (rows, SIDE**2))
 
 
 def losses_and_gradients(model, text, codes, seed=0):
@@ -57,7 +51,7 @@ def test_losses_and_gradients_equal_the_plain_ones(tiny_vae, changes, recompute,
     plain = dalle(tiny_vae, **changes).train()
     fast = copy.deepcopy(plain)
     use_fast_layers(fast, CPU, torch.float32, recompute)
-    some = batch()
+    some = samples(3)
     expected = losses_and_gradients(plain, *some)
     ours = losses_and_gradients(fast, *some)
     assert_close(ours, expected, atol=2e-5, rtol=1e-4)
@@ -73,7 +67,7 @@ def test_a_cache_and_a_caption_alone_go_the_plain_way(tiny_vae):
     plain = dalle(tiny_vae).eval()
     fast = copy.deepcopy(plain)
     use_fast_layers(fast, CPU, torch.float32, recompute=True)
-    text, codes = batch()
+    text, codes = samples(3)
     with torch.no_grad():
         for given in ((text,), (text, codes[:, :5]), (text, codes)):
             assert_close(fast(*given), plain(*given), atol=1e-5, rtol=1e-5)
@@ -87,7 +81,7 @@ def test_half_precision_is_near_and_keeps_gradients_fp32(tiny_vae):
     plain = dalle(tiny_vae).train()
     fast = copy.deepcopy(plain)
     use_fast_layers(fast, CPU, torch.bfloat16)
-    some = batch()
+    some = samples(3)
     expected = losses_and_gradients(plain, *some)
     with torch.autocast("cpu", torch.bfloat16):
         ours, plain_half = (losses_and_gradients(model, *some) for model in (fast, plain))
@@ -109,7 +103,7 @@ def test_a_micro_batch_in_parts_trains_as_one(tiny_vae, recompute, monkeypatch):
         backend = NativeTrainingBackend(settings(batch_size=5, recompute=recompute))
         trainer = backend.trainer(dalle(tiny_vae))
         torch.manual_seed(0)
-        some = batch(5)
+        some = samples(5)
         evaluated, trained = trainer.evaluate([[some]]), trainer.step([some])
         assert {name: trained[name] for name in evaluated} == pytest.approx(evaluated, rel=1e-6)
         found.append((trainer.evaluate([[some]]), {n: p.detach() for n, p in trainer.model.named_parameters()}))
@@ -129,7 +123,7 @@ def test_compiled_layers_and_losses_equal_the_plain_ones(tiny_vae, monkeypatch, 
     fast, average = copy.deepcopy(plain), copy.deepcopy(plain).eval()
     for model in (fast, average):
         model.compute_losses = functools.partial(compute_losses, dtype=torch.float32)
-    some = batch()
+    some = samples(3)
     used = [[layer.compute for layer in model.transformer.layers] for model in (fast, average)]
     used.append([fast.compute_losses, average.compute_losses])
 

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 import backends
 from backends.native.backend import NativeTrainingBackend
-from tests.backends.native.test_backend import OPTIMIZERS, micro_batches, samples, settings
-from tests.builders import TORCHRUN, one_line, python, small_dalle
+from tests.backends.native.test_backend import OPTIMIZERS, micro_batches, settings
+from tests.builders import TORCHRUN, one_line, python, samples, small_dalle
 from tests.conftest import ROOT, TinyTokenizer
 
 PER_STEP, STEPS = 12, 3
