@@ -1,6 +1,7 @@
 """--shard: two processes that hold half each do what one does with the whole, and give and take the same states."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -43,15 +44,29 @@ def alone(steps, start=None, **changes):
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """What two processes that share each model out made of it, by rank."""
+def launched(tmp_path_factory):
+    """Run sharded_runs.py in two processes that share each model; return the folder of its results and its output."""
     folder = tmp_path_factory.mktemp("sharded")
     for optimizer in OPTIMIZERS:
         torch.save(alone(STEPS, optimizer=optimizer)[0].state_dict(), folder / f"start_{optimizer}.pt")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = python(*TORCHRUN, "tests/backends/native/sharded_runs.py", folder, env=environment)
     assert ended.returncode == 0, ended.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return folder, ended.stdout
+
+
+@pytest.fixture(scope="module")
+def shared(launched):
+    """What the two processes made of each model, by rank."""
+    return [torch.load(launched[0] / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@needs_fsdp2
+def test_no_thread_of_the_process_group_outlives_its_work(launched):
+    """A thread that releases tensors after the interpreter has ended aborts the process, now and then."""
+    before, after = (re.findall(f"^{when} (.*)", launched[1], re.M) for when in ("before", "after"))
+    assert len(before) == len(after) == 2 and all("gloo" in names for names in before)
+    assert not any("gloo" in names for names in after), after
 
 
 @needs_fsdp2

@@ -47,7 +47,7 @@ class Executor:
         self._user_model = model
         self.model = copy.copy(model)  # shallow: the modules inside are shared, the flag `training` is not
         self.trace = None
-        self._weights = self._specification = self._structure = self._path = None
+        self._weights = self._specification = self._returns = self._path = None
         self._stale = False  # whether the host's weights are older than the device's
         self._version = self._seen = 0  # of a trainer's weights, and the one that inference has copied
         self._attached = False
@@ -87,7 +87,7 @@ class Executor:
             MACHINE.acquire(self, count_ipus(trace.ipus, options))
         MACHINE.compiled.append(type(self._user_model).__name__)
         weights.upload()  # the pass may have written to buffers
-        self._structure, self._path = transfer.structure(outputs), run.path
+        self._returns, self._path = type(outputs), run.path
         self.trace, self._weights, self._specification = trace, weights, transfer.specification(batch)
         if self._training:
             self._take_state()
@@ -147,7 +147,7 @@ class Executor:
         if self._training:
             self._stale = True
             self._version += 1
-        return transfer.rebuild(self._structure, iter(results))
+        return self._returns(results) if self._returns in (list, tuple) else results[0]
 
     def _run(self, batch):
         options = self._options

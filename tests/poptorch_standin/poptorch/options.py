@@ -21,22 +21,14 @@ DataLoaderMode = enum.Enum("DataLoaderMode", "Sync Async AsyncRebatched")
 
 
 def check_int(name, value, least=1):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    if value < least:
+    if check_type(name, value, int) < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")
     return value
 
 
 def check_type(name, value, kind):
-    """Accept exactly this type: a bool is not an int, and an int is not a float."""
-    if type(value) is not kind:
-        raise TypeError(f"{name} must be a {kind.__name__}, not {value!r}")
-    return value
-
-
-def check_instance(name, value, kind):
-    if not isinstance(value, kind):
+    """Accept what is of this type, but no bool as an int."""
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError(f"{name} must be a {kind.__name__}, not {value!r}")
     return value
 
@@ -109,7 +101,7 @@ class TrainingOptions(Settings):
         super().__init__(gradientAccumulation=1)
 
     def accumulationAndReplicationReductionType(self, reduction_type):
-        if check_instance("reduction_type", reduction_type, ReductionType) is not ReductionType.Mean:
+        if check_type("reduction_type", reduction_type, ReductionType) is not ReductionType.Mean:
             raise NotImplementedError("ReductionType.Sum is not in the stand-in")
         return self._set(reduction=reduction_type)
 
@@ -125,7 +117,7 @@ class TensorLocationSettings(Settings):
 
 
 class TensorLocationOptions(Settings):
-    setOptimizerLocation = Setter(check_instance, TensorLocationSettings)
+    setOptimizerLocation = Setter(check_type, TensorLocationSettings)
 
 
 class PopartOptions(Settings):
@@ -157,7 +149,7 @@ class PipelinedExecution:
     """All stages work at once, each on its own micro-batch."""
 
     def __init__(self, auto_stage=AutoStage.SameAsIpu):
-        self.auto_stage = check_instance("PipelinedExecution", auto_stage, AutoStage)
+        self.auto_stage = check_type("PipelinedExecution", auto_stage, AutoStage)
 
 
 class Options(Settings):
@@ -165,8 +157,8 @@ class Options(Settings):
     replicationFactor = Setter(check_int)
     autoRoundNumIPUs = Setter(check_type, bool)
     randomSeed = Setter(check_int, 0)
-    outputMode = Setter(check_instance, OutputMode)
-    setExecutionStrategy = Setter(check_instance, PipelinedExecution)
+    outputMode = Setter(check_type, OutputMode)
+    setExecutionStrategy = Setter(check_type, PipelinedExecution)
     setAvailableMemoryProportion = Setter(check_proportions)
     enableExecutableCaching = Setter(check_type, str)
     enableProfiling = Setter(check_type, str)
