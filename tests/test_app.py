@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+import app
 from tests.conftest import ROOT
 from tests.service.running import answer_to, call, generate, read_events, until
 
@@ -67,8 +68,6 @@ def test_it_listens_to_this_machine_alone_and_refuses_a_port_in_use(served):
     ],
 )
 def test_a_wrong_flag_and_a_missing_package_are_one_line(command, monkeypatch, flags, said):
-    import app
-
     monkeypatch.setattr(os, "environ", {**os.environ})
     if flags == ["no uvicorn"]:
         monkeypatch.setitem(sys.modules, "uvicorn", None)
@@ -112,8 +111,6 @@ def test_ctrl_c_ends_it_at_once_while_it_generates(tiny_checkpoint, tmp_path):
 
 
 def test_other_machines_are_let_in_with_a_warning_only(command, tiny_checkpoint, monkeypatch):
-    import app
-
     monkeypatch.setattr("uvicorn.Server.run", lambda *given, **named: None)
     monkeypatch.setattr(os, "environ", {**os.environ})
     for flags, warned in (((), True), (("--token", "secret"), False)):
@@ -149,8 +146,6 @@ def test_twenty_clients_at_once_are_all_served(served):
 
 
 def test_a_token_that_no_browser_could_send_is_refused(command, monkeypatch):
-    import app
-
     for token in ("", " spaced ", "sésame"):
         command(app.main, "--token", token).refused("must be ASCII characters, not empty")
         with monkeypatch.context() as patch:

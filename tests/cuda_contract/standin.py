@@ -291,20 +291,14 @@ class Gpu:
         return {name: sum(getattr(self, name).values()) for name in ("launches", "copies", "waits")}
 
     def report(self):
-        lines = [f"{name} {count}: {counted(getattr(self, name), 14)}" for name, count in self.counts().items()]
-        lines.append(f"attention: {counted(self.attention)}; {len(self.plans)} cuDNN plans")
-        lines.append(f"memory {self.allocated / 1e6:.1f} MB, peak {self.peak / 1e6:.1f} MB")
-        return "\n".join(lines)
+        counted = {name: dict(getattr(self, name)) for name in ("launches", "copies", "waits", "attention")}
+        return f"{counted}\n{len(self.plans)} cuDNN plans, peak of memory {self.peak / 1e6:.1f} MB"
 
 
 def unwrapped(x):
     if isinstance(x, CudaTensor):
         return x.inner
     return torch.device("cpu") if isinstance(x, torch.device) and x.type == "cuda" else x
-
-
-def counted(counter, most=None):
-    return ", ".join(f"{name} {count}" for name, count in counter.most_common(most)) or "none"
 
 
 class Graph:

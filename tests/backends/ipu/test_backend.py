@@ -38,18 +38,6 @@ def test_without_an_sdk_one_line_says_how_to_enable_it(monkeypatch):
         backends.for_training(settings())
 
 
-def test_what_no_ipu_can_run_is_refused_at_once(poptorch_standin):
-    for flags, refusal in (
-        ("--gradient-accumulation 2", r"--gradient-accumulation 2: .* 2 stages needs 3 "),
-        ("--gradient-accumulation 4 --cls-ipu-id 0", "3 stages needs 5 "),
-        ("--gradient-accumulation 6 --ipus-per-replica 4 --layers-per-ipu 0,1,1,0", "4 stages needs 7 "),
-        ("--optimizer Muon", "--optimizer Muon: .*Adam or AdamW"),
-        ("--precision bf16", "--precision bf16: .*fp16 or fp32"),
-    ):
-        with one_line(refusal):
-            backends.for_training(settings(flags))
-
-
 def test_a_batch_of_another_size_is_refused(poptorch_standin, tiny_vae):
     trainer = backends.for_training(settings()).trainer(small_dalle(tiny_vae))
     with pytest.raises(ValueError, match="a batch of 4 samples; .* are 3"):

@@ -19,7 +19,6 @@ from tests.backends.native.test_backend import settings
 from tests.builders import samples, small_dalle
 
 CPU = torch.device("cpu")
-TEXT, SIDE = 6, 4
 
 
 def dalle(vae, **changes):
@@ -71,7 +70,7 @@ def test_a_cache_and_a_caption_alone_go_the_plain_way(tiny_vae):
     with torch.no_grad():
         for given in ((text,), (text, codes[:, :5]), (text, codes)):
             assert_close(fast(*given), plain(*given), atol=1e-5, rtol=1e-5)
-        caches = [[KeyValueCache(TEXT + 1) for _ in model.transformer.layers] for model in (fast, plain)]
+        caches = [[KeyValueCache(text.shape[1] + 1) for _ in model.transformer.layers] for model in (fast, plain)]
         embedded = plain.embed_text(plain.number_padding(text))
         assert_close(fast.transformer(embedded, caches[0]), plain.transformer(embedded, caches[1]))
     assert caches[0][0].keys is not None

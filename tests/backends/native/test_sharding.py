@@ -1,4 +1,4 @@
-"""--shard: two processes that hold half each do what one does with the whole, and give and take the same states."""
+"""Two processes do what one does, with --shard with half of the model each, and give and take the same states."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from torch.distributed import fsdp
 from torch.testing import assert_close
 
 import backends
-from backends.native.backend import NativeTrainingBackend
+from backends.native.backend import NativeTrainingBackend, split_step
 from tests.backends.native.test_backend import OPTIMIZERS, micro_batches, settings
 from tests.builders import TORCHRUN, one_line, python, samples, small_dalle
 from tests.conftest import ROOT, TinyTokenizer
@@ -152,3 +152,24 @@ def test_what_cannot_be_shared_out_is_refused_in_one_line(monkeypatch, world_siz
         reason = "needs torch 2.6"
     with one_line(f"--shard: {reason}"):
         NativeTrainingBackend(settings(shard=True, **changes))
+
+
+@pytest.mark.parametrize(
+    "batch_size, micro_batches, size, expected",
+    [
+        (4, 6, 1, (4, 6)),
+        (4, 6, 3, (4, 2)),
+        (8, 1, 2, (4, 1)),  # smaller micro-batches if there is only one
+        (6, 1, 3, (2, 1)),
+        (4, 3, 2, (3, 2)),  # six samples each, in the largest micro-batches that fit
+        (1, 8, 8, (1, 1)),
+    ],
+)
+def test_processes_take_together_what_one_takes(batch_size, micro_batches, size, expected):
+    assert split_step(batch_size, micro_batches, size) == expected
+    assert expected[0] * expected[1] * size == batch_size * micro_batches and expected[0] <= batch_size
+
+
+def test_an_uneven_step_is_refused():
+    with pytest.raises(ValueError, match="^one step takes 9 samples .* not a multiple of the 2 processes$"):
+        split_step(3, 3, 2)

@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from . import optim, transfer
 from .device import DeviceRandom, Run
@@ -31,17 +30,11 @@ def inferenceModel(model, options=None):
 
 class Executor:
     def __init__(self, model, options, training, optimizer):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"the model must be an nn.Module, not {model!r}")
         options = Options() if options is None else options
-        if not isinstance(options, Options):
-            raise TypeError(f"options must be poptorch.Options, not {options!r}")
         if training and hasattr(type(model), "_poptorch_executor"):
             raise Error("the model is wrapped for training already; destroy() that executor first")
         if training and options.Distributed.numProcesses > 1 and options._instances == 1:
             raise Error("training in several processes needs popdist.poptorch.Options, which exchange gradients")
-        if training and optimizer is None:
-            raise ValueError("a training model needs an optimizer")
         options._freeze()
         self._options, self._training = options, training
         self._user_model = model
@@ -263,7 +256,6 @@ class Executor:
             self._weights.upload()
 
     def copyWeightsToDevice(self):
-        self._need_compiled("copyWeightsToDevice")
         self._stale = False
         self._weights.upload()
         self._version += 1
@@ -281,17 +273,12 @@ class Executor:
 
     # ---- the device
 
-    def _need_compiled(self, name):
-        if self._specification is None:
-            raise Error(f"{name}: the model is not compiled")
-
     def isAttachedToDevice(self):
         return self._attached
 
     def attachToDevice(self):
-        self._need_compiled("attachToDevice")
-        if self._attached or self._offline:
-            raise Error("attachToDevice: attached already, or the target is offline")
+        if self._specification is None or self._attached or self._offline:
+            raise Error("attachToDevice: not compiled, attached already, or the target is offline")
         MACHINE.acquire(self, count_ipus(self.trace.ipus, self._options))
         self._attached = True
         self.copyWeightsToDevice()

@@ -139,9 +139,6 @@ class DistributedOptions(Settings):
         super().__init__(id=0, count=1)
 
     def configureProcessId(self, process_id, num_processes):
-        check_int("configureProcessId's number of processes", num_processes)
-        if check_int("configureProcessId's id", process_id, 0) >= num_processes:
-            raise ValueError(f"process {process_id} of {num_processes}: ids count from 0")
         return self._set(id=process_id, count=num_processes)
 
 
