@@ -11,7 +11,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Weights = Dict[str, Tensor]
 SIZES = {"dim": 32, "num_text_tokens": 58, "text_seq_len": 6, "depth": 2, "heads": 2, "dim_head": 16}
 FLAGS = "--generated-data --precision fp32 --dataloader-workers 0"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")  # arguments of Python
 
 
 def small_dalle(vae: Any, weight_std: Optional[float] = None, **changes: Any) -> DALLE:
@@ -76,6 +77,14 @@ def train_settings(flags: str = "", device: str = "cpu", **changes: Any) -> argp
     return settings
 
 
+def samples(count: int, seed: int = 0) -> Tuple[Tensor, Tensor]:
+    """Return text (count, 6), every other caption padded, and codes (count, 16) for a small_dalle."""
+    random = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, 50, (count, 6), generator=random)
+    text[::2, 4:] = 0
+    return text, torch.randint(0, 32, (count, 16), generator=random)
+
+
 class WholePassStepper(Stepper):
     """A Stepper that computes the whole sequence for every code, without a cache: slow, and the reference."""
 
@@ -102,10 +111,7 @@ def weights_in(path: Any) -> Weights:
 
 def assert_same_weights(one: Any, other: Any, atol: float = 0.0, rtol: float = 0.0) -> None:
     """Compare the weights of two checkpoints."""
-    ours, theirs = weights_in(one), weights_in(other)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], atol=atol, rtol=rtol, msg=name)
+    torch.testing.assert_close(weights_in(one), weights_in(other), atol=atol, rtol=rtol)
 
 
 @contextlib.contextmanager
@@ -130,21 +136,33 @@ def python(*words: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, *map(str, words)], **options)
 
 
-def interrupt(script: str, flags: Any, after: str, folder: Path, what: int = signal.SIGINT, delay: float = 0) -> Any:
+def interrupt(
+    script: str, flags: Any, after: str, folder: Path, what: int = signal.SIGINT, delay: float = 0, launcher: Any = ()
+) -> Any:
     """Run a script; press Ctrl-C `delay` s after a line with `after`; return exit status, output and errors."""
     options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-u", ROOT / script, *map(str, flags)], cwd=folder, **options)
+    words = [sys.executable, "-u", *launcher, ROOT / script, *map(str, flags)]
+    process = subprocess.Popen(words, cwd=folder, **options)
     said = []
     for line in process.stdout or ():
         said.append(line)
         if after in line:
             break
     time.sleep(delay)
-    if process.poll() is None:
-        os.killpg(process.pid, what)  # a terminal sends Ctrl-C to worker processes as well
+    # A terminal sends Ctrl-C to worker processes as well; torchrun's processes have groups of their own.
+    others = descendants(process.pid) if launcher else []
+    for group in [process.pid, *others] if process.poll() is None else []:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, what)
     out, err = process.communicate(timeout=120)
     return process.returncode, "".join(said) + out, err
+
+
+def descendants(pid: int) -> List[int]:
+    """Return the processes that a process started, and those that they started."""
+    children = [int(c) for path in Path(f"/proc/{pid}/task").glob("*/children") for c in path.read_text().split()]
+    return children + [other for child in children for other in descendants(child)]
 
 
 class PickledCall:

@@ -1,6 +1,7 @@
 """app.py as a process: how it starts, is refused and ends; twenty clients at once."""
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import time
 
 import pytest
 
+import app
 from tests.conftest import ROOT
 from tests.service.running import answer_to, call, generate, read_events, until
 
@@ -66,8 +68,6 @@ def test_it_listens_to_this_machine_alone_and_refuses_a_port_in_use(served):
     ],
 )
 def test_a_wrong_flag_and_a_missing_package_are_one_line(command, monkeypatch, flags, said):
-    import app
-
     monkeypatch.setattr(os, "environ", {**os.environ})
     if flags == ["no uvicorn"]:
         monkeypatch.setitem(sys.modules, "uvicorn", None)
@@ -80,21 +80,20 @@ def test_ctrl_c_ends_it_at_once_while_it_generates(tiny_checkpoint, tmp_path):
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     process = start("--dalle_path", tiny_checkpoint, "--port", 0, "--batch-size", 8, env=environment)
     port = port_of(process)
-    answers, streams = [], []
-
-    def follow():
-        with contextlib.suppress(ConnectionError):  # came too late
-            job = call(port, "POST", "/api/jobs", {"prompts": ["a red circle"], "num_images": 16})[1].get("id")
-            streams.append(job and read_events(port, job)[-1][1:])  # None: came too late, too
+    answers = []
 
     def ask():
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):  # came too late
             answers.append(generate(port, prompt="a red circle", num_images=16))
 
-    threads = [threading.Thread(target=target) for target in [follow] * 3 + [ask] * 20]
+    threads = [threading.Thread(target=ask) for _ in range(20)]
     for thread in threads:
         thread.start()
     until(lambda: call(port)[1]["waiting"] > 12)
+    job = call(port, "POST", "/api/jobs", {"prompts": ["a red circle"] * 4, "num_images": 16})[1]["id"]
+    reader = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    reader.request("GET", f"/api/jobs/{job}/events")
+    events = reader.getresponse()
     slow = socket.create_connection(("127.0.0.1", port))
     slow.sendall(b"POST /api/jobs HTTP/1.1\r\n")
     process.send_signal(signal.SIGINT)
@@ -102,16 +101,16 @@ def test_ctrl_c_ends_it_at_once_while_it_generates(tiny_checkpoint, tmp_path):
     for thread in threads:
         thread.join()
     slow.close()
+    last = events.read().decode().strip().split("\n\n")[-1]
+    reader.close()
     assert {status for status, _ in answers} <= {200, 503}
     assert (503, {"error": "The service is stopping."}) in answers
-    assert ("error", {"error": "The service is stopping."}) in streams
+    assert "event: error" in last and "The service is stopping." in last
     assert process.returncode == 130 and err == "stopped\n" and "Traceback" not in out
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_machines_are_let_in_with_a_warning_only(command, tiny_checkpoint, monkeypatch):
-    import app
-
     monkeypatch.setattr("uvicorn.Server.run", lambda *given, **named: None)
     monkeypatch.setattr(os, "environ", {**os.environ})
     for flags, warned in (((), True), (("--token", "secret"), False)):
@@ -147,8 +146,6 @@ def test_twenty_clients_at_once_are_all_served(served):
 
 
 def test_a_token_that_no_browser_could_send_is_refused(command, monkeypatch):
-    import app
-
     for token in ("", " spaced ", "sésame"):
         command(app.main, "--token", token).refused("must be ASCII characters, not empty")
         with monkeypatch.context() as patch:

@@ -210,4 +210,5 @@ def test_help_names_every_flag_and_needs_neither_torch_nor_an_sdk(program):
     assert {min(action.option_strings[-2:]) for action in shown} <= words | {"-h"}
     lines = done.stdout.splitlines()
     assert re.fullmatch(rf"usage: {program} (--config NAME )?.*\[flags\]", lines[0]) and len(lines) <= 100
+    assert any(line.endswith("]") for line in lines[1:])  # a default
     assert max(map(len, lines)) <= 120 and "None" not in done.stdout and not re.search(r"^  --\w+_", done.stdout, re.M)

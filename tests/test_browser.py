@@ -221,10 +221,8 @@ def test_vary_and_continue_keep_the_upper_rows(page, loaded):
     page.finished()
     page.click("#grid button.cell")
     half = -(-loaded.side // 2)
-    assert (
-        page.facts()["Rows kept"] == str(half)
-        and json.loads(Image.open(io.BytesIO(page.png())).info["Comment"])["prompt"] == PROMPT
-    )
+    assert page.facts()["Rows kept"] == str(half)
+    assert json.loads(Image.open(io.BytesIO(page.png())).info["Comment"])["prompt"] == PROMPT
     assert not page.shows("#copy_link")
     page.click("#resume")
     assert page.shows("#start") and page.shows("#keep_rows")

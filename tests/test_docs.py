@@ -7,20 +7,12 @@ import pytest
 
 import generate
 from app import app_parser
-from args import train_parser, vqgan_parser
-from evaluate import evaluate_parser
-from generate import generate_parser
-from tests.conftest import ROOT
+from tests import test_args
+from tests.builders import ROOT
 from utils import checkpoint_info
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PARSERS = {
-    "train.py": train_parser,
-    "train_vqgan.py": vqgan_parser,
-    "generate.py": generate_parser,
-    "evaluate.py": evaluate_parser,
-    "app.py": app_parser,
-}
+PARSERS = {**test_args.PARSERS, "app.py": app_parser}
 # Commands that the tests do not run as they stand, and why.
 ELSEWHERE = {
     "they are how tests and checks start": ("bash run_tests.sh", "python -m pytest", "ruff", "mypy"),

@@ -13,7 +13,7 @@ from torch.distributed import fsdp
 
 import generate
 import train
-from tests.builders import assert_same_weights, metrics_in
+from tests.builders import TORCHRUN, assert_same_weights, metrics_in
 from tests.conftest import ROOT
 
 needs_fsdp2 = pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="fully_shard came with torch 2.6")
@@ -21,10 +21,9 @@ needs_fsdp2 = pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="fully
 
 def start(script, *arguments):
     """Start torchrun with two processes of one thread each; return the launcher."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launcher, script, *map(str, arguments)], **options)
+    return subprocess.Popen([sys.executable, *TORCHRUN, script, *map(str, arguments)], **options)
 
 
 def ended(process):

@@ -96,13 +96,8 @@ def test_the_command(every_fault, tmp_path, drawn_pictures, command):
     demo = command(checks.main, "--config", "demo", drawn_pictures, "--image-size", 32, "--workers", 0)
     assert demo.status == 0 and "0.000% are unknown" in demo.out
     (tmp_path / "empty").mkdir()
-    wrong = [
-        [tmp_path / "nowhere"],
-        [drawn_pictures, "--bpe-path", tmp_path / "nowhere"],
-        ["chekc", drawn_pictures],
-        [],
-    ]
-    wrong += [[drawn_pictures, "--text-seq-len", "0"], ["--config", "nowhere"], [tmp_path / "empty"]]
+    wrong = [[], ["chekc", drawn_pictures], [tmp_path / "nowhere"], [tmp_path / "empty"], ["--config", "nowhere"]]
+    wrong += [[drawn_pictures, *flags] for flags in (["--bpe-path", tmp_path / "nowhere"], ["--text-seq-len", "0"])]
     for words in wrong:
         status = 1 if words == [tmp_path / "empty"] else 2
         ended = command(checks.main, *words)

@@ -121,10 +121,8 @@ def test_unreadable_images_are_skipped_and_reported_once(tmp_path, logged):
     paths = find_images(tmp_path)
     for i in (0, 1, 2, 4):
         paths[i].write_bytes(b"damaged")
-    assert (
-        load_images(paths, 4)[:, 0, 0, 0].tolist() == [120, 200]
-        and "skipped 4 files (unreadable image)" in logged.messages[-1]
-    )
+    assert load_images(paths, 4)[:, 0, 0, 0].tolist() == [120, 200]
+    assert "skipped 4 files (unreadable image)" in logged.messages[-1]
     for i in (3, 5):
         paths[i].write_bytes(b"damaged")
     with pytest.raises(ValueError, match="none of 6 images can be read"):

@@ -9,6 +9,8 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+import generate
+import train
 from data import vocabulary
 from data.tokenizer import load_tokenizer
 from tests.builders import one_line
@@ -124,9 +126,6 @@ def test_a_vocabulary_is_trained_on_the_captions_of_a_folder(command, picture_fo
 
 
 def test_a_run_with_a_trained_vocabulary_generates_by_itself(command, picture_folder, tiny_flags, tmp_path):
-    import generate
-    import train
-
     command(vocabulary.main, "train", "--input-folder", picture_folder, "--size", 300, "--out", tmp_path / "vocab.json")
     flags = ["--input-folder", picture_folder, "--bpe-path", tmp_path / "vocab.json", "--text-seq-len", 40]
     command(train.main, *tiny_flags, *flags, "--checkpoint-output-dir", tmp_path / "run").ok()

@@ -50,17 +50,16 @@ def test_results_and_names_stay(poptorch_standin, dalle, serialization, pixels):
     expected = plain(*batch, return_loss=True)
     found = wrapped(*batch)
     assert type(found) is tuple  # PopTorch takes a NamedTuple apart and cannot put it together again
-    for ours, theirs in zip(found, expected):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     found[0].backward()
     expected.total.backward()
     gradient = torch.cat([piece.grad for piece in dalle.text_emb.parameters()])
     torch.testing.assert_close(gradient, plain.text_emb.weight.grad, atol=1e-7, rtol=1e-5)
 
     state = wrapped.state_dict()
-    assert list(state) == [f"model.{name}" for name in plain.state_dict()]
-    for name, tensor in plain.state_dict().items():
-        assert torch.equal(state[f"model.{name}"], tensor), name
+    named = {f"model.{name}": tensor for name, tensor in plain.state_dict().items()}
+    assert list(state) == list(named)
+    torch.testing.assert_close(dict(state), named, rtol=0, atol=0)
     torch.manual_seed(1)
     other = {name: torch.randn_like(tensor) for name, tensor in state.items()}
     wrapped.load_state_dict(other)
@@ -122,5 +121,5 @@ def test_axial_attention_is_the_dense_one(columns, text_len, side):
     upstream = torch.randn(2, 3, len(mask), 8, generator=random)
     found, expected = sparse(*inputs, mask), attend(*inputs, mask)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    for ours, theirs in zip(*(torch.autograd.grad(out, inputs, upstream) for out in (found, expected))):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    gradients = (torch.autograd.grad(out, inputs, upstream) for out in (found, expected))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=0)

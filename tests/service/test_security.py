@@ -16,6 +16,8 @@ from tests.builders import png_chunk, png_of
 from tests.service.running import answer_to, call, generate, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
+from service import connections, events, guard  # noqa: E402
+
 PROMPT = "a red circle"
 HEAD = "POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
 TOKEN = "correct horse"
@@ -135,8 +137,6 @@ def memory():
 
 
 def test_unfinished_uploads_are_bounded_as_a_whole(port):
-    from service import guard
-
     with contextlib.ExitStack() as stack:
         raws = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(30)]
         before = memory()
@@ -162,8 +162,6 @@ def test_json_of_millions_of_values_is_not_parsed(port):
 
 @pytest.mark.parametrize("reader", [True, False], ids=["reader leaves", "no reader"])
 def test_a_job_that_nobody_reads_is_cancelled(port, drawing, monkeypatch, reader):
-    from service import events
-
     monkeypatch.setattr(events, "UNREAD_SECONDS", 1)
     drawing.hold()
     body = json.dumps({"prompts": [PROMPT] * 8, "num_images": 8})
@@ -213,8 +211,6 @@ def closed_after(raw, data, pause=0.2, limit=40):
 
 
 def test_slow_requests_are_closed(port, monkeypatch):
-    from service import connections
-
     monkeypatch.setattr(connections, "HEADER_SECONDS", 1)
     monkeypatch.setattr(connections, "REQUEST_SECONDS", 2)
     head = HEAD.encode() + b"1000\r\n"

@@ -38,17 +38,6 @@ def refused(capsys, *argv):
     return Ended(end.value.code, *capsys.readouterr()).refused().err
 
 
-def test_help_names_flags_meanings_and_defaults(capsys):
-    with pytest.raises(SystemExit) as end:
-        small_parser().parse(["--help"])
-    printed = capsys.readouterr().out
-    assert end.value.code == 0
-    lines = ["usage: ", "Grows things.", "Garden:", "  --row-count N ", "  --water X ", "  --soil … "]
-    assert all(f"\n{line}" in f"\n{printed}" for line in lines), printed
-    assert "rows [3]\n" in printed and "litres\n" in printed and "ground: loam, sand [loam]\n" in printed
-    assert "None" not in printed and "--row_count" not in printed
-
-
 def test_an_entry_lies_between_defaults_and_flags(configs):
     configs(b"plot: {row_count: 7, is_wild: false, bed_sizes: [1, 2.5], plant_name: 'on', soil: sand, water: null}")
     expected = {"config": "plot", "plant_name": "on", "row_count": 7, "water": None, "is_wild": False, "soil": "sand"}

@@ -1,9 +1,7 @@
 """Small runs on the IPU backend, shared by its tests."""
 
-import torch
-
 import backends
-from tests.builders import small_dalle, train_settings
+from tests.builders import samples, small_dalle, train_settings
 
 TINY = "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --dim-head 16 --text-seq-len 6 --batch-size 1"
 TINY += " --gradient-accumulation 3 --ipus-per-replica 2 --layers-per-ipu 1,1 --no-async-dataloader"
@@ -12,12 +10,6 @@ TINY += " --learning-rate 1e-2"
 
 def settings(*flags, device="ipu"):
     return train_settings(" ".join([TINY, *flags]), device)
-
-
-def samples(count, seed=0):
-    """text int64 (count, 6) and codes int64 (count, 16)."""
-    random = torch.Generator().manual_seed(seed)
-    return torch.randint(1, 58, (count, 6), generator=random), torch.randint(0, 32, (count, 16), generator=random)
 
 
 def trainer_of(vae, *flags):

@@ -11,8 +11,8 @@ from backends.ipu import estimates
 from backends.native import backend as native
 from data.loader import EpochOrder, GeneratedDataset, RunOrder
 from models.pipeline_dalle import placement
-from tests.backends.ipu.ipu_runs import samples, settings
-from tests.builders import ROOT, one_line, small_dalle
+from tests.backends.ipu.ipu_runs import settings
+from tests.builders import ROOT, one_line, samples, small_dalle
 
 
 def test_auto_is_an_ipu_where_the_sdk_is_enabled(poptorch_standin, monkeypatch):
@@ -36,18 +36,6 @@ def test_without_an_sdk_one_line_says_how_to_enable_it(monkeypatch):
     assert isinstance(backends.for_training(settings(device="auto")), native.NativeBackend)
     with pytest.raises(ValueError, match="no PopTorch here; pip install"):
         backends.for_training(settings())
-
-
-def test_what_no_ipu_can_run_is_refused_at_once(poptorch_standin):
-    for flags, refusal in (
-        ("--gradient-accumulation 2", r"--gradient-accumulation 2: .* 2 stages needs 3 "),
-        ("--gradient-accumulation 4 --cls-ipu-id 0", "3 stages needs 5 "),
-        ("--gradient-accumulation 6 --ipus-per-replica 4 --layers-per-ipu 0,1,1,0", "4 stages needs 7 "),
-        ("--optimizer Muon", "--optimizer Muon: .*Adam or AdamW"),
-        ("--precision bf16", "--precision bf16: .*fp16 or fp32"),
-    ):
-        with one_line(refusal):
-            backends.for_training(settings(flags))
 
 
 def test_a_batch_of_another_size_is_refused(poptorch_standin, tiny_vae):

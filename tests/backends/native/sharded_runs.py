@@ -5,14 +5,18 @@
 FOLDER/start_<optimizer>.pt is a state to go on from; FOLDER/<rank>.pt tells what came of it.
 """
 
+import atexit
+import contextlib
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 from backends.native.backend import NativeTrainingBackend
-from tests.backends.native.test_backend import OPTIMIZERS, samples, settings
+from tests.backends.native.test_backend import OPTIMIZERS, settings
 from tests.backends.native.test_sharding import PER_STEP, SETTINGS, STEPS, dalle_with_vqgan, pictures
+from tests.builders import samples
 
 
 def own(whole, rank):
@@ -58,10 +62,20 @@ def half_precision():
     return [trainer.step(own(samples(PER_STEP, seed), backend.rank)) for seed in range(STEPS)]
 
 
+def report_threads(when):
+    """Print the names of this process's threads, in one piece, unlike print()."""
+    names = [when]
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it is just ending
+            names.append(path.read_text().strip())
+    os.write(1, (" ".join(names) + "\n").encode())
+
+
 if __name__ == "__main__":
+    atexit.register(report_threads, "after")  # called last, after everything registered later
     torch.set_num_threads(1)
     place = Path(sys.argv[1])
     results = {optimizer: run(optimizer, place) for optimizer in OPTIMIZERS}
     results["bf16"] = half_precision()
     torch.save(results, place / f"{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
+    report_threads("before")

@@ -1,14 +1,14 @@
-"""The Triton kernels against PyTorch's operators, in Triton's interpreter; on a GPU the program checks itself."""
+"""What GPUs compute with, as far as a CPU can tell; the rest is in tests/cuda_contract and checked on a GPU itself."""
 
 import os
-import subprocess
-import sys
 
 import pytest
+import torch
 
-from tests.conftest import ROOT
+from backends.native.gpu_attention import ALIGNMENT, aligned_bias
+from models.transformer import pattern_mask
+from tests.builders import python
 
-pytest.importorskip("triton")
 CODE = """
 import torch
 from backends.native.gpu_kernels import kernels_work, numbers_work, uniform_numbers
@@ -21,7 +21,15 @@ except ValueError:
 """
 
 
+def test_a_bias_is_the_mask_in_aligned_rows():
+    mask = pattern_mask("conv_like", 7, 4)
+    bias = aligned_bias(mask, torch.float32)
+    assert torch.equal(bias == 0, mask) and bias.shape == mask.shape and bias.stride(0) % ALIGNMENT == 0
+    assert bias[~mask].max() == float("-inf")
+
+
 def test_kernels_compute_what_operators_compute():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    ended = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    """In Triton's interpreter."""
+    pytest.importorskip("triton")
+    ended = python("-c", CODE, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert ended.stdout.split() == ["True", "True", "True", "refused"], ended.stderr

@@ -1,18 +1,18 @@
-"""--shard: two processes that hold half each do what one does with the whole, and give and take the same states."""
+"""Two processes do what one does, with --shard with half of the model each, and give and take the same states."""
 
 import os
-import subprocess
-import sys
+import re
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed import fsdp
+from torch.testing import assert_close
 
 import backends
-from backends.native.backend import NativeTrainingBackend
-from tests.backends.native.test_backend import OPTIMIZERS, assert_same, micro_batches, samples, settings
-from tests.builders import small_dalle
+from backends.native.backend import NativeTrainingBackend, split_step
+from tests.backends.native.test_backend import OPTIMIZERS, micro_batches, settings
+from tests.builders import TORCHRUN, one_line, python, samples, small_dalle
 from tests.conftest import ROOT, TinyTokenizer
 
 PER_STEP, STEPS = 12, 3
@@ -44,17 +44,29 @@ def alone(steps, start=None, **changes):
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """What two processes that share each model out made of it, by rank."""
+def launched(tmp_path_factory):
+    """Run sharded_runs.py in two processes that share each model; return the folder of its results and its output."""
     folder = tmp_path_factory.mktemp("sharded")
     for optimizer in OPTIMIZERS:
         torch.save(alone(STEPS, optimizer=optimizer)[0].state_dict(), folder / f"start_{optimizer}.pt")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = ROOT / "tests" / "backends" / "native" / "sharded_runs.py"
-    ended = subprocess.run([*launcher, str(script), str(folder)], env=environment, capture_output=True, text=True)
+    ended = python(*TORCHRUN, "tests/backends/native/sharded_runs.py", folder, env=environment)
     assert ended.returncode == 0, ended.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return folder, ended.stdout
+
+
+@pytest.fixture(scope="module")
+def shared(launched):
+    """What the two processes made of each model, by rank."""
+    return [torch.load(launched[0] / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@needs_fsdp2
+def test_no_thread_of_the_process_group_outlives_its_work(launched):
+    """A thread that releases tensors after the interpreter has ended aborts the process, now and then."""
+    before, after = (re.findall(f"^{when} (.*)", launched[1], re.M) for when in ("before", "after"))
+    assert len(before) == len(after) == 2 and all("gloo" in names for names in before)
+    assert not any("gloo" in names for names in after), after
 
 
 @needs_fsdp2
@@ -66,17 +78,17 @@ def test_two_processes_with_half_each_train_as_one(shared, optimizer):
         assert ours == theirs == pytest.approx(expected, rel=1e-5)
     state = whole.state_dict()
     for kind in ("weights", "ema_weights"):
-        assert_same(first["state"][kind], state[kind], atol=1e-6, rtol=0)
+        assert_close(first["state"][kind], state[kind], atol=1e-6, rtol=0)
     assert any(not torch.equal(average, state["weights"][name]) for name, average in state["ema_weights"].items())
     assert len(first["state"]["opt_state"]) == len(state["opt_state"])
     for ours, expected in zip(first["state"]["opt_state"], state["opt_state"]):
         assert ours["param_groups"] == expected["param_groups"]
         for number, moments in expected["state"].items():
-            assert_same(ours["state"][number], moments, atol=1e-7, rtol=1e-3)
+            assert_close(ours["state"][number], moments, atol=1e-7, rtol=1e-3)
     unclipped, _ = alone(2 * STEPS, optimizer=optimizer, max_grad_norm=None)
     if optimizer != "Muon":  # which heeds no gradient's size in its first steps
         with pytest.raises(AssertionError):
-            assert_same(first["state"]["weights"], unclipped.state_dict()["weights"], atol=1e-6, rtol=0)
+            assert_close(first["state"]["weights"], unclipped.state_dict()["weights"], atol=1e-6, rtol=0)
 
 
 @needs_fsdp2
@@ -84,7 +96,7 @@ def test_two_processes_with_half_each_train_as_one(shared, optimizer):
 def test_one_process_goes_on_from_a_gather_shards_state(shared, optimizer):
     expected, _ = alone(3 * STEPS, optimizer=optimizer)
     resumed, _ = alone(STEPS, (2 * STEPS, shared[0][optimizer]["state"]), optimizer=optimizer)
-    assert_same(resumed.state_dict()["weights"], expected.state_dict()["weights"], atol=2e-6, rtol=0)
+    assert_close(resumed.state_dict()["weights"], expected.state_dict()["weights"], atol=2e-6, rtol=0)
 
 
 @needs_fsdp2
@@ -105,20 +117,13 @@ def test_each_process_holds_half(shared, optimizer):
 
 
 @needs_fsdp2
-def test_pictures_are_evaluated_as_by_one(shared):
-    start, _ = alone(STEPS, optimizer="Adam")
-    whole = samples(PER_STEP)[0], pictures(PER_STEP)
-    expected = start.evaluate([micro_batches(start.backend, whole)])
-    for each in shared:
-        assert each["Adam"]["evaluated"] == pytest.approx(expected, rel=1e-6)
-
-
-@needs_fsdp2
-def test_one_process_may_have_more_to_evaluate_than_another(shared):
-    trained, _ = alone(2 * STEPS, optimizer="Adam")
-    expected = trained.evaluate([micro_batches(trained.backend, samples(PER_STEP))])
-    for each in shared:
-        assert each["Adam"]["unevenly"] == pytest.approx(expected, rel=1e-6)
+def test_pictures_are_evaluated_as_by_one_and_one_process_may_have_more(shared):
+    text, codes = samples(PER_STEP)
+    for name, steps, images in (("evaluated", STEPS, pictures(PER_STEP)), ("unevenly", 2 * STEPS, codes)):
+        trainer, _ = alone(steps, optimizer="Adam")
+        expected = trainer.evaluate([micro_batches(trainer.backend, (text, images))])
+        for each in shared:
+            assert each["Adam"][name] == pytest.approx(expected, rel=1e-6)
 
 
 @needs_fsdp2
@@ -145,6 +150,26 @@ def test_what_cannot_be_shared_out_is_refused_in_one_line(monkeypatch, world_siz
     monkeypatch.setattr(backends.native.backend, "use_cudnn_attention", lambda *given: False)
     if world_size == "2" and not hasattr(fsdp, "fully_shard"):
         reason = "needs torch 2.6"
-    with pytest.raises(ValueError, match=f"--shard: {reason}") as error:
+    with one_line(f"--shard: {reason}"):
         NativeTrainingBackend(settings(shard=True, **changes))
-    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "batch_size, micro_batches, size, expected",
+    [
+        (4, 6, 1, (4, 6)),
+        (4, 6, 3, (4, 2)),
+        (8, 1, 2, (4, 1)),  # smaller micro-batches if there is only one
+        (6, 1, 3, (2, 1)),
+        (4, 3, 2, (3, 2)),  # six samples each, in the largest micro-batches that fit
+        (1, 8, 8, (1, 1)),
+    ],
+)
+def test_processes_take_together_what_one_takes(batch_size, micro_batches, size, expected):
+    assert split_step(batch_size, micro_batches, size) == expected
+    assert expected[0] * expected[1] * size == batch_size * micro_batches and expected[0] <= batch_size
+
+
+def test_an_uneven_step_is_refused():
+    with pytest.raises(ValueError, match="^one step takes 9 samples .* not a multiple of the 2 processes$"):
+        split_step(3, 3, 2)

@@ -10,20 +10,20 @@ import torch
 from torch.utils.data import DataLoader as TorchLoader
 
 from .device import tensors_in
-from .options import DataLoaderMode, Options, check_instance, check_int
+from .options import DataLoaderMode, Options, check_int, check_type
 
 RING = 3
 
 
 class DataLoader(TorchLoader):
     def __init__(self, options, dataset, batch_size=1, *, mode=DataLoaderMode.Sync, rebatched_worker_size=None, **more):
-        check_instance("DataLoader's options", options, Options)
+        check_type("DataLoader's options", options, Options)
         num_workers, worker_init_fn = more.pop("num_workers", 0), more.pop("worker_init_fn", None)
         shared = more.pop("auto_distributed_partitioning", True) and options.Distributed.numProcesses > 1
         if shared or more.pop("shuffle", False) or not more.pop("drop_last", True) or more:
             raise NotImplementedError("the stand-in reads whole batches in order, of a dataset for this process")
         options._freeze()
-        self._mode = check_instance("mode", mode, DataLoaderMode)
+        self._mode = check_type("mode", mode, DataLoaderMode)
         self._terminated = False
         self.combinedBatchSize = loaded = check_int("batch_size", batch_size) * options._micro_batches
         if mode is DataLoaderMode.AsyncRebatched:

@@ -275,12 +275,8 @@ class Run(TorchFunctionMode):
             raise RuntimeError(f"{name}: the device has no torch.Generator")
         if name == "one_hot" and kwargs.get("num_classes", args[1] if len(args) > 1 else -1) == -1:
             raise RuntimeError("OneHot num classes must be specified and must be constant.")
-        if name == "topk" and kwargs.get("sorted", args[4] if len(args) > 4 else True) is False:
-            raise RuntimeError("aten::topk: sorted=False is not supported")
         if name in ("cross_entropy", "nll_loss") and kwargs.get("weight") is not None:
             raise RuntimeError(f"{name}: weight is unsupported")
-        if name in ("index_put_", "index_put") and (kwargs.get("accumulate") or (len(args) > 3 and args[3])):
-            raise RuntimeError(f"{name}: accumulate would be ignored")
         if re.fullmatch(r"[^_].*[^_]_", name) and name not in ASSIGNMENTS and args[0]._is_view():
             raise RuntimeError(f"{name}: the write goes through a view and is lost; assign instead")
 
@@ -331,9 +327,6 @@ class Run(TorchFunctionMode):
             self.surplus |= mark.losses if mark is not None else set()
         mark_of(result).losses |= {len(self.losses)}
         self.losses.append((kind, result))
-        trace = active_trace()
-        if trace is not None:
-            trace.losses.append(kind)
 
     def final_loss(self):
         """Return the one tensor to differentiate."""

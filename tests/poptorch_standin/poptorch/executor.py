@@ -5,11 +5,10 @@ are read from the wrapped model, or by copyWeightsToHost(); copyWeightsToDevice(
 """
 
 import copy
-import hashlib
 import os
+from pathlib import Path
 
 import torch
-from torch import nn
 
 from . import optim, transfer
 from .device import DeviceRandom, Run
@@ -31,38 +30,27 @@ def inferenceModel(model, options=None):
 
 class Executor:
     def __init__(self, model, options, training, optimizer):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"the model must be an nn.Module, not {model!r}")
         options = Options() if options is None else options
-        if not isinstance(options, Options):
-            raise TypeError(f"options must be poptorch.Options, not {options!r}")
         if training and hasattr(type(model), "_poptorch_executor"):
             raise Error("the model is wrapped for training already; destroy() that executor first")
         if training and options.Distributed.numProcesses > 1 and options._instances == 1:
             raise Error("training in several processes needs popdist.poptorch.Options, which exchange gradients")
-        if training and optimizer is None:
-            raise ValueError("a training model needs an optimizer")
         options._freeze()
         self._options, self._training = options, training
         self._user_model = model
         self.model = copy.copy(model)  # shallow: the modules inside are shared, the flag `training` is not
         self.trace = None
-        self._weights = self._specification = self._structure = self._path = None
+        self._weights = self._specification = self._returns = self._path = None
         self._stale = False  # whether the host's weights are older than the device's
         self._version = self._seen = 0  # of a trainer's weights, and the one that inference has copied
         self._attached = False
         self._calls = 0
         self._optimizer, self._settings, self._constants, self._state = None, None, None, {}
-        self._rng = self._first_rng()
+        seed = options._values.get("randomSeed", 0) + options.Distributed.processId
+        self._rng = torch.Generator().manual_seed(seed).get_state()
         if training:
             self.setOptimizer(optimizer)
             self._original_class = watch_reads(model, self)
-
-    def _first_rng(self):
-        seed = self._options._values.get("randomSeed")
-        if seed is None:
-            seed = int.from_bytes(os.urandom(7), "little")
-        return torch.Generator().manual_seed(seed + self._options.Distributed.processId).get_state()
 
     # ---- compilation
 
@@ -92,11 +80,11 @@ class Executor:
             MACHINE.acquire(self, count_ipus(trace.ipus, options))
         MACHINE.compiled.append(type(self._user_model).__name__)
         weights.upload()  # the pass may have written to buffers
-        self._structure, self._path = transfer.structure(outputs), run.path
+        self._returns, self._path = type(outputs), run.path
         self.trace, self._weights, self._specification = trace, weights, transfer.specification(batch)
         if self._training:
             self._take_state()
-        self._write_files()
+        self._write_executable()
         self._attached = not self._offline
 
     def _first_rows(self, tensor):
@@ -122,25 +110,12 @@ class Executor:
     def _offline(self):
         return "offline" in self._options._values
 
-    def _write_files(self):
-        """Write the profile and the cached executable if asked for.
-
-        An executable holds no code: its name says what it was compiled for, and the graph's constants.
-        """
-        values = self._options._values
-        if "enableProfiling" in values:
-            os.makedirs(values["enableProfiling"], exist_ok=True)
-            with open(os.path.join(values["enableProfiling"], "profile.pop"), "w", encoding="ascii") as file:
-                file.write(f"{len(self._path)} operators\n")
-        if "enableExecutableCaching" not in values:
-            return
-        parts = [self.model, self._options, self._specification, self._path, self._constants]
-        parts += [(name, tuple(host.shape), host.dtype) for name, host in self._weights.host.items()]
-        key = hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:16]
-        path = os.path.join(values["enableExecutableCaching"], f"{key}.popef")
-        os.makedirs(values["enableExecutableCaching"], exist_ok=True)
-        with open(path, "w", encoding="ascii") as file:
-            file.write(key)
+    def _write_executable(self):
+        """Write the cached executable, which holds no code, if asked for."""
+        folder = self._options._values.get("enableExecutableCaching")
+        if folder is not None:
+            os.makedirs(folder, exist_ok=True)
+            Path(folder, f"{type(self._user_model).__name__}.popef").touch()
 
     # ---- running
 
@@ -165,7 +140,7 @@ class Executor:
         if self._training:
             self._stale = True
             self._version += 1
-        return transfer.rebuild(self._structure, iter(results))
+        return self._returns(results) if self._returns in (list, tuple) else results[0]
 
     def _run(self, batch):
         options = self._options
@@ -217,22 +192,16 @@ class Executor:
     def setOptimizer(self, optimizer):
         if not self._training:
             raise Error("an inference model has no optimizer")
-        if not optim.is_unchanged(optimizer):
+        if not isinstance(optimizer, optim.DeviceOptimizer):
             raise TypeError(f"the optimizer must be poptorch.optim.Adam or AdamW, not {type(optimizer).__name__}")
         settings = optimizer._snapshot()
         constants = self._constants_of(optimizer, settings)
         if self._specification is not None:
-            if type(optimizer) is not type(self._optimizer):
-                raise Error("the optimizer's class is compiled into the graph and cannot change")
+            if optimizer is not self._optimizer:
+                raise NotImplementedError("another optimizer than the compiled one is not in the stand-in")
             if constants != self._constants:
                 changed = [f"{a} instead of {b}" for a, b in zip(constants, self._constants) if a != b]
                 raise Error(f"attributes not given to the optimizer's constructor cannot change: {'; '.join(changed)}")
-            old, self._optimizer = self._optimizer, optimizer
-            try:
-                self._check_parameters(self._weights)
-            except Error:
-                self._optimizer = old
-                raise
         self._constants = constants
         self._optimizer, self._settings = optimizer, settings
         optimizer._attach(self)
@@ -287,7 +256,6 @@ class Executor:
             self._weights.upload()
 
     def copyWeightsToDevice(self):
-        self._need_compiled("copyWeightsToDevice")
         self._stale = False
         self._weights.upload()
         self._version += 1
@@ -305,17 +273,12 @@ class Executor:
 
     # ---- the device
 
-    def _need_compiled(self, name):
-        if self._specification is None:
-            raise Error(f"{name}: the model is not compiled")
-
     def isAttachedToDevice(self):
         return self._attached
 
     def attachToDevice(self):
-        self._need_compiled("attachToDevice")
-        if self._attached or self._offline:
-            raise Error("attachToDevice: attached already, or the target is offline")
+        if self._specification is None or self._attached or self._offline:
+            raise Error("attachToDevice: not compiled, attached already, or the target is offline")
         MACHINE.acquire(self, count_ipus(self.trace.ipus, self._options))
         self._attached = True
         self.copyWeightsToDevice()

@@ -8,7 +8,7 @@ from torch import nn
 
 from .device import current_run, mark_of
 from .machine import Error
-from .options import MatMulSerializationMode, check_instance, check_int, check_type
+from .options import MatMulSerializationMode, check_int, check_type
 from .trace import BlockHook, active_trace, hook_of
 
 REDUCTIONS = {"none": lambda x: x.view_as(x), "mean": torch.mean, "sum": torch.sum}
@@ -24,7 +24,7 @@ def _check_tensor(name, value):
 
 def BeginBlock(layer_to_call, user_id=None, ipu_id=None):
     """Place everything from the call of the module on on that IPU; change the module and return it."""
-    check_instance("BeginBlock's layer_to_call", layer_to_call, nn.Module)
+    check_type("BeginBlock's layer_to_call", layer_to_call, nn.Module)
     if hook_of(layer_to_call) is not None:
         raise AssertionError(f"{type(layer_to_call).__name__} begins a block already: one BeginBlock for each module")
     if user_id is not None and type(user_id) not in (str, int):
@@ -55,10 +55,9 @@ def recomputationCheckpoint(*tensors):
     return kept if len(kept) > 1 else kept[0]
 
 
-def serializedMatMul(lhs, rhs, mode, factor, keep_precision=False):
+def serializedMatMul(lhs, rhs, mode, factor):
     """Return lhs @ rhs, computed in `factor` pieces of the columns."""
-    check_instance("serializedMatMul's mode", mode, MatMulSerializationMode)
-    check_type("keep_precision", keep_precision, bool)
+    check_type("serializedMatMul's mode", mode, MatMulSerializationMode)
     _check_tensor("serializedMatMul", lhs), _check_tensor("serializedMatMul", rhs)
     if rhs.shape[-1] % check_int("serializedMatMul's factor", factor):
         raise RuntimeError(f"serializedMatMul: {rhs.shape[-1]} output channels, which {factor} does not divide")
@@ -80,7 +79,7 @@ def for_loop(count, body, inputs):
     before = run.versions() if trace is not None else []
     values = [tensor.clone() for tensor in inputs]
     if trace is not None:
-        with trace.loop(count):
+        with trace.loop():
             values = _loop_round(body, values)
         written = [list(tensor.shape) for tensor, version in before if tensor._version != version]
         if written:

@@ -4,32 +4,25 @@ They never step on the host: the executor takes a snapshot of their attributes a
 attribute that was not given to the constructor is a constant of the compiled graph.
 """
 
-import inspect
-import warnings
 import weakref
 
 import torch
 
-from .options import check_number, check_precision, check_type
+from .options import check_number, check_precision
 
 IN_GROUPS = ("lr", "betas", "eps", "weight_decay")
 IN_OPTIMIZER = ("loss_scaling", "max_grad_norm")
 DTYPES = ("accum_type", "first_order_momentum_accum_type", "second_order_momentum_accum_type")
-# What torch's own optimizers and schedulers keep in a group next to IN_GROUPS; the device has no use for it.
-TORCH_KEYS = {"params", "amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused"}
-TORCH_KEYS |= {"decoupled_weight_decay"}
 
 
 class DeviceOptimizer:
     """What both have in common; mixed in before torch's class."""
 
     def __init__(self, params, **attributes):
-        unknown = set(attributes) - {"amsgrad", *IN_GROUPS, *IN_OPTIMIZER, *DTYPES}
+        unknown = set(attributes) - {*IN_GROUPS, *IN_OPTIMIZER, *DTYPES}
         if unknown:
             raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")
         given = {name: value for name, value in attributes.items() if value is not None}
-        if given.get("amsgrad"):
-            raise ValueError("amsgrad is not supported")
         super().__init__(params, **{name: given[name] for name in IN_GROUPS if name in given})
         for name, default in zip(IN_OPTIMIZER, (1.0, float("inf"))):
             setattr(self, name, check_number(name, given.get(name, default)))
@@ -66,11 +59,6 @@ class DeviceOptimizer:
         """Return what the device works with from now on: one dict for each group, plain numbers only."""
         groups = []
         for group in self.param_groups:
-            unexpected = set(group) - TORCH_KEYS - set(IN_GROUPS)
-            if unexpected:
-                warnings.warn(f"ignored optimizer attributes: {', '.join(sorted(unexpected))}", stacklevel=4)
-            if group.get("amsgrad") or group.get("maximize"):
-                raise ValueError("amsgrad and maximize are not supported")
             values = {name: check_number(name, group[name]) for name in IN_GROUPS if name != "betas"}
             values["betas"] = tuple(check_number("betas", beta) for beta in group["betas"])
             values.update((name, check_number(name, getattr(self, name))) for name in IN_OPTIMIZER)
@@ -84,18 +72,6 @@ class Adam(DeviceOptimizer, torch.optim.Adam):
 
 class AdamW(DeviceOptimizer, torch.optim.AdamW):
     decoupled = True
-
-    def __init__(self, params, *, bias_correction=None, **attributes):
-        """Take bias_correction as well, which has no effect when False, as in PopTorch 3.4."""
-        if bias_correction is not None:
-            check_type("bias_correction", bias_correction, bool)
-        super().__init__(params, **attributes)
-
-
-def is_unchanged(optimizer):
-    """Tell whether this is Adam or AdamW with the step of the stand-in; torch wraps every class's step."""
-    step = getattr(type(optimizer), "step", None)
-    return isinstance(optimizer, DeviceOptimizer) and inspect.unwrap(step) is inspect.unwrap(DeviceOptimizer.step)
 
 
 # ---- the update on the device

@@ -1,6 +1,6 @@
 """Options and their enumerations: type-strict, and frozen as soon as a loader or a model has them.
 
-Most options have no effect on a CPU. They are checked and kept, and they are part of the executable's key.
+Most options have no effect on a CPU. They are checked and kept.
 """
 
 import enum
@@ -21,22 +21,14 @@ DataLoaderMode = enum.Enum("DataLoaderMode", "Sync Async AsyncRebatched")
 
 
 def check_int(name, value, least=1):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    if value < least:
+    if check_type(name, value, int) < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")
     return value
 
 
 def check_type(name, value, kind):
-    """Accept exactly this type: a bool is not an int, and an int is not a float."""
-    if type(value) is not kind:
-        raise TypeError(f"{name} must be a {kind.__name__}, not {value!r}")
-    return value
-
-
-def check_instance(name, value, kind):
-    if not isinstance(value, kind):
+    """Accept what is of this type, but no bool as an int."""
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError(f"{name} must be a {kind.__name__}, not {value!r}")
     return value
 
@@ -99,9 +91,6 @@ class Settings:
     def _freeze(self):
         self.__dict__["_frozen"] = True
 
-    def __repr__(self):
-        return f"{type(self).__name__}({sorted(self._values.items())})"
-
 
 class TrainingOptions(Settings):
     gradientAccumulation = Setter(check_int)
@@ -112,7 +101,7 @@ class TrainingOptions(Settings):
         super().__init__(gradientAccumulation=1)
 
     def accumulationAndReplicationReductionType(self, reduction_type):
-        if check_instance("reduction_type", reduction_type, ReductionType) is not ReductionType.Mean:
+        if check_type("reduction_type", reduction_type, ReductionType) is not ReductionType.Mean:
             raise NotImplementedError("ReductionType.Sum is not in the stand-in")
         return self._set(reduction=reduction_type)
 
@@ -128,7 +117,7 @@ class TensorLocationSettings(Settings):
 
 
 class TensorLocationOptions(Settings):
-    setOptimizerLocation = Setter(check_instance, TensorLocationSettings)
+    setOptimizerLocation = Setter(check_type, TensorLocationSettings)
 
 
 class PopartOptions(Settings):
@@ -150,9 +139,6 @@ class DistributedOptions(Settings):
         super().__init__(id=0, count=1)
 
     def configureProcessId(self, process_id, num_processes):
-        check_int("configureProcessId's number of processes", num_processes)
-        if check_int("configureProcessId's id", process_id, 0) >= num_processes:
-            raise ValueError(f"process {process_id} of {num_processes}: ids count from 0")
         return self._set(id=process_id, count=num_processes)
 
 
@@ -160,10 +146,7 @@ class PipelinedExecution:
     """All stages work at once, each on its own micro-batch."""
 
     def __init__(self, auto_stage=AutoStage.SameAsIpu):
-        self.auto_stage = check_instance("PipelinedExecution", auto_stage, AutoStage)
-
-    def __repr__(self):
-        return f"PipelinedExecution({self.auto_stage})"
+        self.auto_stage = check_type("PipelinedExecution", auto_stage, AutoStage)
 
 
 class Options(Settings):
@@ -171,8 +154,8 @@ class Options(Settings):
     replicationFactor = Setter(check_int)
     autoRoundNumIPUs = Setter(check_type, bool)
     randomSeed = Setter(check_int, 0)
-    outputMode = Setter(check_instance, OutputMode)
-    setExecutionStrategy = Setter(check_instance, PipelinedExecution)
+    outputMode = Setter(check_type, OutputMode)
+    setExecutionStrategy = Setter(check_type, PipelinedExecution)
     setAvailableMemoryProportion = Setter(check_proportions)
     enableExecutableCaching = Setter(check_type, str)
     enableProfiling = Setter(check_type, str)
@@ -195,19 +178,10 @@ class Options(Settings):
     def useOfflineIpuTarget(self, ipu_version=2):
         return self._set(offline=check_int("useOfflineIpuTarget's ipu_version", ipu_version))
 
-    def _parts(self):
-        return self.Training, self.Precision, self.TensorLocations, self.Distributed, self._Popart
-
     def _freeze(self):
-        for part in self._parts():
+        for part in (self.Training, self.Precision, self.TensorLocations, self.Distributed, self._Popart):
             part._freeze()
         super()._freeze()
-
-    def __repr__(self):
-        """Describe what an executable depends on: all but the folders."""
-        folders = ("enableExecutableCaching", "enableProfiling")
-        values = sorted((name, value) for name, value in self._values.items() if name not in folders)
-        return f"Options({values}, {self._parts()})"
 
     # What popdist.poptorch.Options changes: which processes share one gradient, and which IPUs a replica has.
     _instances = 1

@@ -47,14 +47,12 @@ class Trace:
     parameter_ipus: {parameter name: {IPUs that read it}}.
     checkpoints: the shapes given to each recomputationCheckpoint.
     serialized: (mode, factor, (lhs shape, rhs shape)) of each serializedMatMul.
-    losses: names of all loss functions.
-    loops: counts of for_loops.
     """
 
     def __init__(self, model, strategy):
         self.blocks, self.stages, self.ipu_of = [], {}, {}
         self.parameter_ipus = collections.defaultdict(set)
-        self.checkpoints, self.serialized, self.losses, self.loops = [], [], [], []
+        self.checkpoints, self.serialized = [], []
         self.entered_modules = set()
         self._names = {module: name for name, module in model.named_modules()}
         self._strategy = strategy
@@ -107,8 +105,7 @@ class Trace:
             self.ipu_of.setdefault(name, self.ipu)
 
     @contextlib.contextmanager
-    def loop(self, count):
-        self.loops.append(count)
+    def loop(self):
         self._loop_depth += 1
         try:
             yield

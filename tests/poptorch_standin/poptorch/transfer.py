@@ -24,7 +24,7 @@ def check_inputs(inputs, options):
         parts = options._micro_batches
         if parts > 1 and (tensor.dim() == 0 or len(tensor) % parts):
             size = len(tensor) if tensor.dim() else "none"
-            raise Error(f"input {number}: batch dimension {size} is not a multiple of {parts}: {options}")
+            raise Error(f"input {number}: batch dimension {size} is not a multiple of {parts}")
 
 
 def specification(inputs):
@@ -41,26 +41,14 @@ def micro_batches(inputs, options):
 
 
 def flatten(outputs):
-    """Return the tensors of nested tuples and lists, in order; refuse everything else."""
-    if isinstance(outputs, torch.Tensor):
-        if getattr(outputs, "_ipu", None) is None:
+    """Return the tensors of what forward returned: a tensor, or a tuple or list of them, but no named tuple."""
+    tensors = list(outputs) if type(outputs) in (list, tuple) else [outputs]
+    for tensor in tensors:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"forward returned {type(tensor).__name__}; outputs are tensors, tuples and lists of them")
+        if getattr(tensor, "_ipu", None) is None:
             raise Error("forward returned a tensor of the host: outputs must be computed on the IPU")
-        return [outputs]
-    if type(outputs) in (list, tuple):
-        return [tensor for output in outputs for tensor in flatten(output)]
-    if isinstance(outputs, tuple):
-        raise TypeError(f"forward returned a named tuple, {type(outputs).__name__}, which cannot be rebuilt")
-    raise TypeError(f"forward returned {type(outputs).__name__}; outputs are tensors, tuples and lists of them")
-
-
-def structure(outputs):
-    """Return the nesting without the tensors."""
-    return type(outputs)(map(structure, outputs)) if isinstance(outputs, (list, tuple)) else None
-
-
-def rebuild(shape, tensors):
-    """Fill the nesting of structure() from an iterator."""
-    return next(tensors) if shape is None else type(shape)(rebuild(inner, tensors) for inner in shape)
+    return tensors
 
 
 class Collector:
