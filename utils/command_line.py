@@ -333,7 +333,7 @@ def exit_on_error(requirements: str = "requirements.txt") -> Iterator[None]:
         if isinstance(error, RuntimeError) and not is_memory:
             raise
         logging.getLogger("minidalle").debug("raised here:", exc_info=True)
-        problem = "out of memory: the model is too large for this device" if is_memory else describe_error(error)
+        problem = "out of memory: model or data are too large for this device" if is_memory else describe_error(error)
         if isinstance(error, ModuleNotFoundError):
             problem = f"{error.name} is missing: pip install -r {requirements}"
         line, status = f"{sys.argv[0].rpartition('/')[2]}: error: {problem}", 2
