@@ -104,6 +104,14 @@ def test_files_are_written_while_the_next_images_are_generated(drawn, tmp_path, 
     drawn("--text", "a red circle|a blue star", "--batch_size", 3)
     assert sorted(order[:3]) == ["generate a blue star", "generate a red circle", "save a red circle"]
     assert order[3:] == ["save a blue star"] and len(folders(tmp_path / "out")) == 2
+    for lost in ("a red circle", "a blue star"):  # before others are generated, and after all are
+        monkeypatch.setattr(command_module, "save_images", lambda pictures, *_, lost=lost: fill_disk(pictures, lost))
+        drawn("--text", "a red circle|a blue star").refused("out/a.jpg: No space left on device")
+
+
+def fill_disk(pictures, lost):
+    if pictures[0].info["prompt"] == lost:
+        raise OSError(28, "No space left on device", "out/a.jpg")
 
 
 def test_without_a_seed_images_differ_and_the_seed_is_logged(drawn, tmp_path):
