@@ -116,7 +116,8 @@ def read(path: AnyPath) -> Checkpoint:
     hparams = checkpoint["hparams"]
     ours = "step" in checkpoint  # which the reference application does not have
     if ours and "layout" not in checkpoint.get("versions", {}) and isinstance(hparams.get("attn_types"), (list, tuple)):
-        hparams["attn_types"] = tuple({"conv_like": "conv_up_left"}.get(name, name) for name in hparams["attn_types"])
+        renamed = ("conv_up_left" if name == "conv_like" else name for name in hparams["attn_types"])
+        hparams["attn_types"] = tuple(renamed)
     return checkpoint
 
 
