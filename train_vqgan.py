@@ -14,13 +14,14 @@ from typing import Optional, Sequence
 import log
 from args import vqgan_arguments
 from utils.command_line import exit_on_error
+from utils.files import sigterm_as_ctrl_c
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Train the VQGAN that the flags describe."""
     settings = vqgan_arguments(argv)
     log.set_up()
-    with exit_on_error():
+    with exit_on_error(), sigterm_as_ctrl_c():
         from training.vqgan import train  # torch takes seconds to import, so flags are checked first
 
         train(settings)

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import re
+import signal
 from argparse import Namespace
 
 import pytest
@@ -84,12 +85,14 @@ def test_ctrl_c_saves_what_there_is(flags, tmp_path):
 
 @contextlib.contextmanager
 def interrupted(monkeypatch, after):
-    """Interrupt a run after so many steps."""
+    """Send SIGTERM to a run while it makes step `after`, which it completes."""
     step = VQGanTrainer.step
 
     def interrupting(trainer, *arguments):
-        if trainer.steps == after:
-            raise KeyboardInterrupt
+        if trainer.steps == after - 1:
+            first = trainer.optimizers[0]
+            update = first.step
+            patch.setattr(first, "step", lambda: (update(), signal.raise_signal(signal.SIGTERM)))
         return step(trainer, *arguments)
 
     with monkeypatch.context() as patch:

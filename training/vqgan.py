@@ -28,7 +28,7 @@ from models.vqgan_files import load_vqgan
 from models.vqgan_training import SEED_CELLS, Evaluation, VQGanTrainer, evaluate
 from training.checkpoints import write
 from utils.command_line import EXIT_INTERRUPTED
-from utils.files import atomic_write, check_writable, first_line, remove_leftovers
+from utils.files import atomic_write, check_writable, defer_signals, first_line, remove_leftovers
 from utils.muon import Muon, has_amx
 from utils.optimization import cosine
 
@@ -104,7 +104,9 @@ def train(settings: Namespace) -> None:
                 if step == settings.continuous_steps and not trainer.has_codebook:
                     entries = trainer.start_codebook(torch.cat([next(batches) for _ in range(seed_batches)]))
                     logger.info("step %d: the codebook starts with %d of %d entries", step, entries, settings.n_embed)
-                losses = trainer.step(next(batches), cosine(step, settings.max_steps, settings.warmup_steps))
+                images = next(batches)
+                with defer_signals():  # a step is made as a whole
+                    losses = trainer.step(images, cosine(step, settings.max_steps, settings.warmup_steps))
                 bar.update()
                 if (step + 1) % SHOW_EVERY == 0 or step + 1 == settings.max_steps:
                     show(bar, losses, trainer, step)
