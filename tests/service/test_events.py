@@ -60,14 +60,12 @@ def test_a_job_of_two_prompts_from_its_first_row_to_its_images(port, loaded, dra
 
 
 def test_events_are_kept_for_readers_that_come_again(port, monkeypatch):
-    from service import events
-
     identity = create(port, num_images=1)["id"]
     whole = read_events(port, identity)
     assert read_events(port, identity) == whole
     assert read_events(port, identity, after=3) == whole[3:] and read_events(port, identity, after=len(whole)) == []
     assert cancel(port, identity) == 204 and read_events(port, identity) == whole
-    monkeypatch.setattr(events, "KEEP_SECONDS", 0)
+    monkeypatch.setattr("service.events.KEEP_SECONDS", 0)
     until(lambda: cancel(port, identity) == 404)
 
 

@@ -97,10 +97,7 @@ def test_stages_on_ipus(poptorch_standin, command, tiny_vqgan, tmp_path, monkeyp
     "flags, words",
     [
         ("--batch-size 2 --gradient-accumulation 8192", "--batch-size 2 --gradient-accumulation 1 would fit"),
-        (
-            "--batch-size 4 --gradient-accumulation 2 --replication-factor 2",
-            "--batch-size 4 --gradient-accumulation 1 would",
-        ),
+        ("--batch-size 4 --gradient-accumulation 2 --replication-factor 2", "size 4 --gradient-accumulation 1 would"),
         ("--batch-size 12 --validation-split 0.1", "12 samples, but the set has 11; --batch-size 1 "),
     ],
 )

@@ -19,8 +19,6 @@ def _size():
 
 def broadcast(tensor, root_rank):
     """Return a copy of the root's tensor."""
-    if not 0 <= root_rank < _size():
-        raise ValueError(f"root_rank {root_rank} of {_size()}")
     tensor, group = tensor.detach().clone(), popdist._group()
     if group is not None:
         group.broadcast(tensor, root_rank)
