@@ -276,8 +276,7 @@ def test_conv_like_is_that_of_the_writer(command, tiny_flags, tiny_vqgan, their_
 
 @pytest.mark.parametrize("moments", ["with bias correction", "without", ""])
 def test_training_continues_from_the_reference(command, tiny_flags, tiny_vqgan, their_vocabulary, tmp_path, moments):
-    weights = reference_weights()
-    more = {}
+    weights, more = reference_weights(), {}
     if moments:  # as PopTorch's Adam has them
         pieces = {f"model.{name}": tensor for name, tensor in weights.items() if name != "text_emb.weight"}
         parts = enumerate(weights["text_emb.weight"].chunk(4))

@@ -78,8 +78,7 @@ def test_stages_on_ipus(poptorch_standin, command, tiny_vqgan, tmp_path, monkeyp
     reduced = "--hidden-size 32 --num-attention-heads 2 --dim-head 16 --batch-size 1 --gradient-accumulation 7"
     places = ["--vae-path", tiny_vqgan, "--checkpoint-output-dir", tmp_path / "out", "--bpe-path"]
     flags = ["--device", "ipu", *reduced.split(), *places, ROOT / "bpe" / "bpe_yttm_vocab.txt"]
-    ended = command(train.main, "--config", "L16", "--generated-data", *flags, "--dry-run")
-    lines = told(ended)
+    lines = told(command(train.main, "--config", "L16", "--generated-data", *flags, "--dry-run"))
     assert not (tmp_path / "out").exists()
     total = int(lines["parameters"].partition(" ")[0].replace(",", ""))
     stages = [words for title, words in lines.items() if title.startswith("stage ")]
