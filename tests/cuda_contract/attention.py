@@ -1,10 +1,11 @@
 """Attention on the stand-in: which kernel torch would take, and its result."""
 
 import torch
-from standin import GPU, CudaTensor, Refused
+from standin import GPU, CudaTensor, Refused, bytes_of
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+aten = torch.ops.aten
 PLAIN = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -98,6 +99,31 @@ def one_launch(name, function, *args):
     inner = tuple(x.inner if isinstance(x, CudaTensor) else x for x in args)
     with _disable_current_modes():
         found = function(*inner)
+    GPU.moved += bytes_of(inner, found)
     if GPU.tape is not None:
         GPU.tape.append((function, inner, {}, found))
     return pytree.tree_map(GPU.wrapped, found)
+
+
+def flash(query, keys, values, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    """aten::_scaled_dot_product_flash_attention by the CPU's kernel."""
+    floats = (x.float() for x in (query, keys, values))
+    out, sums = aten._scaled_dot_product_flash_attention_for_cpu(*floats, dropout_p, is_causal, scale=scale)
+    nothing = query.new_zeros((), dtype=torch.long)
+    out = out.to(query.dtype)
+    return out, sums, None, None, query.shape[2], keys.shape[2], nothing, nothing.clone(), query.new_zeros(0)
+
+
+def flash_backward(
+    grad, query, keys, values, out, sums, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset, *, scale=None
+):
+    """aten::_scaled_dot_product_flash_attention_backward by the CPU's kernel."""
+    floats = (x.float() for x in (grad, query, keys, values, out))
+    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*floats, sums, dropout_p, is_causal, scale=scale)
+    return tuple(x.to(query.dtype) for x in grads)
+
+
+AS_ON_CPU = {
+    "_scaled_dot_product_flash_attention": flash,
+    "_scaled_dot_product_flash_attention_backward": flash_backward,
+}

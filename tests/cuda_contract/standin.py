@@ -179,19 +179,22 @@ class Gpu:
         attention: calls of scaled_dot_product_attention by kernel, mask and dtype.
         plans: forms of inputs for which cuDNN's attention has built a plan.
         tf32: fp32 convolutions that torch may compute in TF32.
+        moved: bytes that launches read and wrote, each operand and result once.
         allocated, peak: bytes; above `limit`, memory runs out.
         tape: what a graph that is being captured has recorded.
+        replacements: operations whose CPU version has another name.
     """
 
     def __init__(self):
         self.limit, self.tape = float("inf"), None
         self.allocated = self.peak = 0
-        self.sizes, self.plans = {}, set()
+        self.sizes, self.plans, self.replacements = {}, set(), {}
         self.reset()
 
     def reset(self):
         self.launches, self.waits, self.copies = (collections.Counter() for _ in range(3))
         self.attention, self.tf32 = collections.Counter(), collections.Counter()
+        self.moved = 0
 
     def account(self, tensor):
         storage = tensor.inner.untyped_storage()
@@ -251,12 +254,13 @@ class Gpu:
         new_args, new_kwargs = pytree.tree_unflatten(given, spec)
         if to_cuda:
             new_kwargs.update(device=torch.device("cpu"), **({"pin_memory": False} if "pin_memory" in kwargs else {}))
-        found = func(*new_args, **new_kwargs)
+        found = self.replacements.get(name, func)(*new_args, **new_kwargs)
         if self.tape is not None and not func.is_view and name not in FREE:
             self.tape.append((func, new_args, new_kwargs, found))
         back = {id(value): x for x, value in zip(flat, given) if isinstance(x, CudaTensor)}
         out = pytree.tree_map(lambda x: back[id(x)] if id(x) in back else self.wrapped(x), found)
-        self.note(func, name, ours, cpu)
+        if self.note(func, name, ours, cpu):
+            self.moved += bytes_of(given, found)
         return out
 
     def wrapped(self, x):
@@ -281,24 +285,40 @@ class Gpu:
         if name in WAITS:
             self.waits[name] += 1
         if name in FREE or func.is_view or (name == "_to_copy" and cpu):
-            return
+            return False
         self.launches[name] += 1
         if "convolution" in name and torch.backends.cudnn.allow_tf32 and any(x.dtype == torch.float32 for x in ours):
             self.tf32[name] += 1
+        return True
 
     def counts(self):
-        """Return the numbers of launches, copies and waits since the last reset."""
-        return {name: sum(getattr(self, name).values()) for name in ("launches", "copies", "waits")}
+        """Return launches, copies, waits and bytes since the last reset."""
+        sums = {name: sum(getattr(self, name).values()) for name in ("launches", "copies", "waits")}
+        return {**sums, "bytes": self.moved}
 
     def report(self):
-        counted = {name: dict(getattr(self, name)) for name in ("launches", "copies", "waits", "attention")}
-        return f"{counted}\n{len(self.plans)} cuDNN plans, peak of memory {self.peak / 1e6:.1f} MB"
+        lines = [
+            f"{name} {count}" + (f": {counted(getattr(self, name), 14)}" if name != "bytes" else "")
+            for name, count in self.counts().items()
+        ]
+        lines.append(f"attention: {counted(self.attention)}; {len(self.plans)} cuDNN plans")
+        lines.append(f"memory {self.allocated / 1e6:.1f} MB, peak {self.peak / 1e6:.1f} MB")
+        return "\n".join(lines)
+
+
+def bytes_of(*values):
+    tensors = {id(x): x for x in pytree.tree_leaves(values) if isinstance(x, torch.Tensor)}
+    return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
 def unwrapped(x):
     if isinstance(x, CudaTensor):
         return x.inner
     return torch.device("cpu") if isinstance(x, torch.device) and x.type == "cuda" else x
+
+
+def counted(counter, most=None):
+    return ", ".join(f"{name} {count}" for name, count in counter.most_common(most)) or "none"
 
 
 class Graph:
@@ -312,6 +332,7 @@ class Graph:
         with _disable_current_modes(), torch.no_grad():
             for function, args, kwargs, found in self.tape:
                 again = function(*args, **kwargs)
+                GPU.moved += bytes_of(args, kwargs, found)
                 for old, new in zip(pytree.tree_leaves(found), pytree.tree_leaves(again)):
                     if isinstance(old, torch.Tensor) and old is not new:
                         old.copy_(new)
@@ -387,6 +408,7 @@ def install(gpu="h100"):
     import attention
 
     torch.nn.functional.scaled_dot_product_attention = attention.sdpa
+    GPU.replacements.update(attention.AS_ON_CPU)
     torch._has_compatible_shallow_copy_type = same_form
     _foreach_utils._foreach_supported_types.append(CudaTensor)  # as optimizers and gradient clipping ask
 

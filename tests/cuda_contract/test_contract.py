@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from tests.builders import ROOT, python
+from tests.conftest import ROOT
 
 HERE = ROOT / "tests" / "cuda_contract"
 pytestmark = [
@@ -14,13 +16,15 @@ pytestmark = [
     pytest.mark.skipif(torch.version.cuda is not None, reason="the stand-in needs a torch without CUDA"),
     pytest.mark.skipif(not hasattr(torch, "OutOfMemoryError"), reason="the stand-in needs torch 2.5"),
 ]
+
+
 ON_H100 = "import standin; standin.install('h100'); import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
 
 
 def run(*words, **more):
     """Run Python in the project's folder on one thread, with more in its environment."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **more}
-    return python(*words, env=environment)
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_the_contract_holds_on_an_h100():

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.dalle import DALLE
+from models.dalle import DALLE, parameter_groups
 from models.transformer import Transformer, pattern_mask
+from tests.builders import small_dalle
 from utils.dalle_pytorch import convert
 
 SIZES = dict(dim=32, num_text_tokens=50, text_seq_len=6, depth=4, heads=2, dim_head=16)
@@ -119,3 +120,34 @@ def test_masked_logits_and_split_loss_agree(tiny_vae):
     expected = dalle(text, codes, return_loss=True).total
     for images in (as_bytes, as_bytes.float() / 255):
         assert torch.equal(dalle(text, images, return_loss=True).total, expected)
+
+
+def test_masks_are_these():
+    def text_block(rows):  # two text positions, <bos> one of them, then a 3 × 3 picture without its last code
+        return torch.tensor([[int(c) for c in row] for row in rows.split()], dtype=torch.bool)
+
+    row = text_block("1000000000 1100000000 1110000000 1111000000 1111100000 1100010000 1100011000 1100011100")
+    assert torch.equal(pattern_mask("axial_row", 2, 3)[:8], row)
+    col = text_block("1110000000 1101000000 1100100000 1110010000 1101001000 1100100100 1110010010 1101001001")
+    assert torch.equal(pattern_mask("axial_col", 2, 3)[2:], col)
+    assert torch.equal(pattern_mask("full", 2, 3), torch.ones(10, 10, dtype=torch.bool).tril())
+
+
+@pytest.mark.parametrize("sandwich_norm", [False, True])
+def test_matrices_decay_and_nothing_else(tiny_vae, sandwich_norm):
+    tiny_vae.frozen = torch.nn.Linear(3, 3)
+    dalle = small_dalle(tiny_vae, sandwich_norm=sandwich_norm)
+    names = {id(parameter): name for name, parameter in dalle.named_parameters()}
+    decaying, others = parameter_groups(dalle, 0.25)
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.25, 0.0)
+    expected = ["text_emb.weight", "image_emb.weight", "text_pos_emb.weight"]
+    for layer in "01":
+        attention, feed_forward = (f"transformer.layers.{layer}.{block}.fn.fn" for block in "01")
+        expected += [f"{attention}.to_qkv.weight", f"{attention}.to_out.0.weight"]
+        expected += [f"{feed_forward}.net.0.weight", f"{feed_forward}.net.3.weight"]
+    expected += ["to_logits.1.weight"]
+    assert [names[id(parameter)] for parameter in decaying["params"]] == expected
+    rest = {names[id(parameter)] for parameter in others["params"]}
+    assert len(rest) == len(others["params"])
+    assert rest == {name for name in names.values() if not name.startswith("vae.")} - set(expected)
+    assert {"image_pos_emb.weights_0", "transformer.layers.0.0.scale", "to_logits.1.bias"} <= rest
