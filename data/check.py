@@ -24,7 +24,7 @@ from data.images import WorkerTracker, load_image
 from data.sources import ImageSource, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
 from utils.command_line import COUNT, NATURAL, Parser, exit_on_error
-from utils.files import ignore_interrupts_in_worker
+from utils.files import ignore_interrupts_in_worker, start_workers
 
 DEADLY = "image whose reading kills the process"
 TOO_LONG = "caption file with more than {} tokens per caption"
@@ -102,7 +102,7 @@ def _examine(samples: _Samples, workers: int) -> List[Optional[Findings]]:
                 worker_init_fn=ignore_interrupts_in_worker,
             )
             try:
-                for batch in loader:
+                for batch in start_workers(loader):
                     for index, found in batch:
                         results[index] = found
                     bar.update(len(batch))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from data.files import UNREADABLE, StoredImage, open_image, printable, report_skipped
-from utils.files import ignore_interrupts_in_worker
+from utils.files import ignore_interrupts_in_worker, start_workers
 
 ImagePath = Union[str, Path, StoredImage]
 _SLOTS = 256  # workers of one DataLoader; more of them share slots, and the latest mark is kept
@@ -102,15 +102,14 @@ def read_images(
     paths: Sequence[ImagePath], size: int, batches: Iterable[Sequence[int]], workers: int = 0
 ) -> Iterator[ImageBatch]:
     """Decode batches of indices into `paths`, in `workers` processes or in this one (0)."""
-    return iter(
-        DataLoader(
-            _Decoded(paths, size),
-            batch_sampler=batches,  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=_collate,
-            worker_init_fn=ignore_interrupts_in_worker,
-        )
+    loader = DataLoader(
+        _Decoded(paths, size),
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=ignore_interrupts_in_worker,
     )
+    return start_workers(loader)
 
 
 class _Decoded(Dataset):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.files import defer_sigchld, ignore_interrupts_in_worker
+from utils.files import defer_sigchld, ignore_interrupts_in_worker, start_workers
 
 logger = logging.getLogger("minidalle")
 NOTICE_SECONDS = 5.0  # in which torch reports a worker whose pipe has broken
@@ -236,7 +236,7 @@ def read_in_workers(
             pin_memory=pin_memory,
         )
         try:
-            for micro_batch in loader:
+            for micro_batch in start_workers(loader):
                 done += 1
                 with defer_sigchld():
                     yield micro_batch

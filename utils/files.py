@@ -9,8 +9,9 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Iterator, List, Optional, Tuple, Union
+from typing import IO, Any, Iterable, Iterator, List, Optional, Tuple, TypeVar, Union
 
+T = TypeVar("T")
 AnyPath = Union[str, Path]
 _BYTE_ORDER_MARKS = (  # UTF-32's little-endian one begins like that of UTF-16
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -178,6 +179,12 @@ def ignore_interrupts_in_worker(worker: int = 0) -> None:
     """Make a worker process ignore Ctrl-C, which reaches it too; the parent ends it by SIGTERM (a `worker_init_fn`)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def start_workers(loader: Iterable[T]) -> Iterator[T]:
+    """Return the iterator of a DataLoader; Ctrl-C does not reach its new workers before they ignore it."""
+    with defer_signals():  # a process inherits the handlers
+        return iter(loader)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from data import dataset as dataset_module
 from data.dataset import TextImageDataset
 from data.loader import RESTARTS, EpochOrder, GeneratedDataset, RunOrder, epoch_order, random_bits
 from data.tokenizer import load_tokenizer
-from tests.builders import assert_same_weights, one_line
+from tests.builders import assert_same_weights, one_line, python
 from training.loop import Loop
 
 LENGTH = 24
@@ -291,3 +291,15 @@ def test_workers_that_go_on_being_killed_end_the_run_after_saving(trained, monke
     assert ended.out.count("new workers continue") == RESTARTS
     step = torch.load(said[2], weights_only=True)["step"]
     assert said[2] == str(folder / f"dalle_step_{step}.pt") and step >= 2
+
+
+def test_ctrl_c_does_not_reach_a_worker_that_just_started():
+    program = (
+        "import os, signal\n"
+        "from data.loader import GeneratedDataset, read_in_workers\n"
+        "os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "dataset = GeneratedDataset(8, text_seq_len=4, num_text_tokens=9, image_size=8)\n"
+        "print(len(list(read_in_workers(dataset, [[0, 1], [2, 3]], 2, workers=2, pin_memory=False))))\n"
+    )
+    done = python("-c", program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
