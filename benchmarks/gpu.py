@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import torch
 
-from backends.native import inference
+from backends.native import compilation
 from backends.native.backend import NativeBackend, NativeTrainingBackend
 from backends.native.gpu_sampler import find_uniform_numbers
 from benchmarks import limits, networks
@@ -195,7 +195,7 @@ def vqgan() -> None:
     """Measure the official VQGAN's encoder and decoder, as they are and compiled; compare their codes."""
     networks.IMAGES = 2 if REHEARSAL else 64
     codes = []
-    for how, inference.COMPILED_FROM in (("", 10**9), (", compiled", 0)):
+    for how, compilation.COMPILED_FROM in (("", 10**9), (", compiled", 0)):
         for name, function in (("encoding 256 × 256 in fp32", networks.encode), ("decoding", networks.decode)):
             with attempt(name + how):
                 peak_gb()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from models.dalle import DALLE
 from models.transformer import attend, pattern_mask
+from utils.files import first_line
 
 logger = logging.getLogger("minidalle")
 ALIGNMENT = 16  # values between the rows of a bias, which kernels otherwise copy
@@ -78,7 +79,7 @@ def use_cudnn_attention(device: torch.device, dtype: torch.dtype) -> None:
         error = float((results[0] - results[1]).abs().max() / results[0].abs().max())
     except RuntimeError as reason:
         enable(False)
-        logger.info("attention without cuDNN, which only costs speed: %s", str(reason).splitlines()[0])
+        logger.info("attention without cuDNN, which only costs speed: %s", first_line(reason))
         return
     if not error < 0.05:
         enable(False)

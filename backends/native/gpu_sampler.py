@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.packed_sampler import LayerKernels, PackedStepper
 from models.sampling import Generators, Sampling, SamplingState, make_gumbel_
+from utils.files import first_line
 
 logger = logging.getLogger("minidalle")
 MOST_GRAPHS = 16  # for other windows or settings of the same batch size
@@ -91,7 +92,7 @@ class CapturedStepper(PackedStepper):
         except RuntimeError as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            logger.info("passes are not captured, which only costs speed: %s", str(error).splitlines()[0])
+            logger.info("passes are not captured, which only costs speed: %s", first_line(error))
             self.capturing = False
             return
         finally:
@@ -142,5 +143,4 @@ def triton_missing(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        logger.info("sampling does without Triton's %s, which only costs speed: %s", what, reason)
+        logger.info("sampling does without Triton's %s, which only costs speed: %s", what, first_line(error))

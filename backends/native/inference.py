@@ -15,6 +15,7 @@ from taming.modules.diffusionmodules.model import ResnetBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backends.native.compilation import CompiledLater
 from backends.native.gpu_sampler import CapturedStepper, fastest_kernels
 from models.dalle import DALLE
 from models.packed_sampler import CachedStepper, LayerKernels, Pack, PackedStepper
@@ -32,7 +33,6 @@ Product = Callable[[Tensor], Tensor]
 CACHE_BYTES = 16 * 2**20  # a layer's output that fits a CPU's cache; larger batches are slower than one by one
 AT_ONCE = {"cpu": 32, "cuda": 256}  # images from which on larger batches are no faster
 GPU_BATCH = 32  # images; the widest layer of the official network then takes 0.5 GB in bf16
-COMPILED_FROM = 10_000  # images of 256 × 256; an H200 compiled the decoder in 20 s, and decoded 12,000 in that time
 
 
 class NativeSampler:
@@ -151,36 +151,6 @@ class FusedResnetBlock(ResnetBlock):
         if self.in_channels != self.out_channels:
             x = self.conv_shortcut(x) if self.use_conv_shortcut else self.nin_shortcut(x)
         return out.add_(x)
-
-
-class CompiledLater(nn.Module):
-    """Half of a VQGAN, compiled by torch once it has computed COMPILED_FROM images; if that fails, it stays as it is.
-
-    It is compiled for one shape; batches of other shapes are computed without.
-    """
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network, self.images = network, 0
-        self.compiled: Any = None
-        self.shape: Optional[torch.Size] = None  # that `compiled` is for
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the network's output for x (B, C, H, W)."""
-        self.images += len(x)
-        if self.compiled is None and self.images >= COMPILED_FROM and hasattr(torch, "compiler"):
-            self.compiled, self.shape = torch.compile(self.network), x.shape
-        if x.shape != self.shape:
-            return self.network(x)
-        try:
-            return self.compiled(x)
-        except Exception as error:  # a compiler, a driver or a header file is missing
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            logger.info("the VQGAN is not compiled, which only costs speed: %s", " ".join(lines[:2]))
-            self.compiled = self.network
-            return self.network(x)
 
 
 def encoder(vae: ImageTokenizer, device: torch.device) -> Callable[[Tensor], Tensor]:

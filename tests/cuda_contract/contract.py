@@ -7,7 +7,7 @@ import standin
 import torch
 from PIL import Image
 
-from backends.native import compilation, inference
+from backends.native import compilation
 from backends.native.backend import NativeBackend, NativeTrainingBackend
 from data.dataset import TextImageDataset
 from data.tokenizer import load_tokenizer
@@ -160,7 +160,7 @@ def test_the_bundled_model(monkeypatch):
     assert captions[0] == captions[1] and captions[0].startswith("a small red ")
     pixels = theirs.decode(codes)
     compiled = []  # after some images, in fp32, too
-    monkeypatch.setattr(inference, "COMPILED_FROM", 4)
+    monkeypatch.setattr(compilation, "COMPILED_FROM", 4)
     monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
     for number in range(3):
         GPU.reset()

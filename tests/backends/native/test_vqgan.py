@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from backends.native import inference
+from backends.native import compilation, inference
 from backends.native.backend import NativeBackend
 from data.shapes import make_sample
 from models.vae import VQGanVAE
@@ -85,13 +85,13 @@ def test_the_network_itself_is_left_as_it_is(vae):
 def test_a_network_is_compiled_after_many_images_for_one_shape(vae, monkeypatch, logged):
     """With the same result; if torch cannot compile, it stays as it was."""
     compile_with = torch.compile
-    monkeypatch.setattr(inference, "COMPILED_FROM", 8)
+    monkeypatch.setattr(compilation, "COMPILED_FROM", 8)
     expected = vae.get_codebook_indices(pictures())
 
     def encoder_of(backend):
         monkeypatch.setattr(torch, "compile", lambda network: compile_with(network, backend=backend))
         fast = inference.fast_copy(vae, "decoder", torch.float32, torch.device("cpu"))
-        fast.model.encoder = inference.CompiledLater(fast.model.encoder)
+        fast.model.encoder = compilation.CompiledLater(fast.model.encoder)
         return fast
 
     def no_compiler(graph, inputs):
