@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -97,6 +98,21 @@ def test_a_full_disk_does_not_stop_the_run(command, tiny_flags, tmp_path, monkey
     assert [int(re.search(r"step (\d+)", line)[1]) for line in told] == [4, 6]
     assert all("No space left" in line and str(tmp_path / "dalle_0.pt") in line for line in told)
     assert [path.name for path in tmp_path.glob("dalle*")] == ["dalle_0.pt"]
+
+
+def test_ctrl_c_during_a_write_that_fails_still_stops_the_run(command, tiny_flags, tmp_path, monkeypatch):
+    original = torch.save
+
+    def interrupted(*given):
+        monkeypatch.setattr(torch, "save", original)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    flags = ["--checkpoint-save-steps", 2, "--epochs", 2, "--checkpoint-output-dir", tmp_path]
+    ended = command(train.main, *tiny_flags, *flags)
+    assert ended.status == 130 and "no checkpoint of step 2" in ended.out
+    assert f"stopped after step 2; resume with --pretrained-checkpoint {tmp_path / 'dalle_step_2.pt'}" in ended.out
 
 
 def test_the_best_file_is_one_to_go_on_from(command, tiny_flags, tmp_path):
