@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Set
 import torch
 
 from utils.checkpoint import EXAMPLE_CHARACTERS, EXAMPLES, LAYOUT, MAX_WORDS, PREFIX, split_words, step_of
-from utils.command_line import describe_error
-from utils.files import AnyPath, atomic_write, claim_folder, defer_signals, first_line, remove_leftovers
+from utils.errors import describe_error, first_line
+from utils.files import AnyPath, atomic_write, claim_folder, defer_signals, remove_leftovers
 
 if TYPE_CHECKING:
     from training.run import Run

@@ -28,7 +28,8 @@ from models.vqgan_files import load_vqgan
 from models.vqgan_training import SEED_CELLS, Evaluation, VQGanTrainer, evaluate
 from training.checkpoints import write
 from utils.command_line import EXIT_INTERRUPTED
-from utils.files import atomic_write, defer_signals, first_line, remove_leftovers
+from utils.errors import first_line
+from utils.files import atomic_write, defer_signals, remove_leftovers
 from utils.muon import Muon, has_amx
 from utils.optimization import cosine
 

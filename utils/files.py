@@ -138,11 +138,6 @@ def decode_text(content: bytes) -> str:
     return text
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, at most 120 characters, or its class if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-
-
 def _note(number: int, frame: Optional[FrameType]) -> None:
     if number == signal.SIGINT and any(time.monotonic() - when > SAME_PRESS for _, when in _pending):
         raise SystemExit(130)  # the user pressed again: stop at once, without saving
