@@ -115,7 +115,7 @@ def claim_folder(folder: AnyPath, flag: str) -> contextlib.ExitStack:
     try:
         import fcntl  # POSIX only
 
-        file = claim.enter_context(open(Path(folder) / ".lock", "a"))  # it stays, empty
+        file = claim.enter_context(open(Path(folder) / ".lock", "a"))  # noqa: SIM115  the claim closes it
         # Unlike flock's, this lock is not inherited by workers, which outlive a killed run by some seconds.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
