@@ -109,8 +109,9 @@ def test_files_are_written_while_the_next_images_are_generated(drawn, tmp_path, 
         drawn("--text", "a red circle|a blue star").refused("out/a.jpg: No space left on device")
 
 
-def test_a_full_disk_is_noticed_after_a_batch_and_after_ctrl_c(drawn, monkeypatch):
-    is_lost = threading.Event()
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_full_disk_is_noticed_after_a_batch_and_after_ctrl_c(drawn, monkeypatch, stops):
+    batches, is_lost = [], threading.Event()
     generate_batch = images.generate_batch
 
     def generate_after_loss(loaded, specs, on_code=None):
@@ -127,10 +128,8 @@ def test_a_full_disk_is_noticed_after_a_batch_and_after_ctrl_c(drawn, monkeypatc
 
     monkeypatch.setattr(images, "generate_batch", generate_after_loss)
     monkeypatch.setattr(command_module, "save_images", lose)
-    for stops in (False, True):
-        batches = []
-        drawn("--text", "a red circle|a blue star", "--batch_size", 1).refused("out/a.jpg: No space left on device")
-        assert batches.count("a blue star") < 3
+    drawn("--text", "a red circle|a blue star", "--batch_size", 1).refused("out/a.jpg: No space left on device")
+    assert batches.count("a blue star") < 3
 
 
 def fill_disk(pictures, lost):
