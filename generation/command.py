@@ -76,20 +76,28 @@ def run(settings: Namespace) -> None:
     loaded.batch_size = max(1, min(loaded.batch_size, total))
     start = time.monotonic()
     bar = tqdm(total=total, unit="image", desc="generating", disable=None)
-    saving: List[Future] = []  # files are written while the next images are generated
+    saving: Optional[Future] = None  # files are written while the next images are generated
+
+    def on_batch(count: int) -> None:
+        bar.update(count)
+        if saving is not None and saving.done():
+            saving.result()  # raises what went wrong
+
     with bar, preview_callback(settings, loaded) as make_on_code, ThreadPoolExecutor(1) as saver:
-        for specs, codes in zip(plans, generate_lists(loaded, parts, make_on_code, bar.update)):
-            if share_images:
-                codes = backend.gather(codes)
-                if backend.rank:
-                    continue
-            images, codes = finish_images(loaded, specs, codes, len(specs) // settings.rank, clip)
-            frames = previews.animation_frames(loaded, codes) if settings.animate else ()
-            while saving:
-                saving.pop().result()  # raises what went wrong
-            saving.append(saver.submit(save_images, images, settings.outputs_dir, settings.format, frames))
-    for last in saving:
-        last.result()
+        try:
+            for specs, codes in zip(plans, generate_lists(loaded, parts, make_on_code, on_batch)):
+                if share_images:
+                    codes = backend.gather(codes)
+                    if backend.rank:
+                        continue
+                images, codes = finish_images(loaded, specs, codes, len(specs) // settings.rank, clip)
+                frames = previews.animation_frames(loaded, codes) if settings.animate else ()
+                if saving is not None:
+                    saving.result()
+                saving = saver.submit(save_images, images, settings.outputs_dir, settings.format, frames)
+        finally:
+            if saving is not None:
+                saving.result()  # its error counts more than a Ctrl-C, or memory that ran out, since then
     logger.info("throughput: %.3f images/sec", sum(map(len, plans)) / max(time.monotonic() - start, 1e-9))
 
 
