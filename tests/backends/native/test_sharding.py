@@ -146,7 +146,7 @@ def test_half_precision_is_that_of_one(shared):
 def test_what_cannot_be_shared_out_is_refused_in_one_line(monkeypatch, world_size, changes, reason):
     monkeypatch.setenv("WORLD_SIZE", world_size)
     monkeypatch.setattr(backends.native.backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(backends.native.backend, "own_gpu", lambda rank: torch.device("cuda", rank))
+    monkeypatch.setattr(backends.native.backend, "claim_gpu", lambda rank: torch.device("cuda", rank))
     monkeypatch.setattr(backends.native.backend, "use_cudnn_attention", lambda *given: False)
     if world_size == "2" and not hasattr(fsdp, "fully_shard"):
         reason = "needs torch 2.6"
