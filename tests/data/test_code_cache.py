@@ -13,7 +13,7 @@ from PIL import Image
 
 from data import codes as codes_module
 from data.codes import CodeCache, load_codes, open_code_cache
-from tests.builders import until
+from tests.builders import states_of, until
 
 FILES = [(f"{number:02d}", number, 1000 + number) for number in range(20)]
 
@@ -152,16 +152,11 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
-def files_of(folder):
-    paths = sorted(folder.rglob("*.png"))
-    return [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-
-
 def codes_of(folder, encode, images=None, *, cache_dir=None, codebook=256, fingerprint="0123456789abcdef"):
     """(codes of the images that can be read, indices of the others)."""
     vae = SimpleNamespace(image_size=SIZE, image_seq_len=4, num_tokens=codebook, fingerprint=lambda: fingerprint)
     cache = open_code_cache(folder, cache_dir or folder / ".codes", vae)
-    images = files_of(folder) if images is None else images
+    images = states_of(folder, "*.png") if images is None else images
     codes, rows = load_codes(images, encode, cache, batch_size=3)
     return codes[rows[rows >= 0]], np.flatnonzero(rows < 0).tolist()
 
@@ -202,7 +197,7 @@ def test_another_vqgan_codebook_crop_or_folder_has_codes_of_its_own(folder, tmp_
 def test_unreadable_images_are_reported_and_never_cached(folder):
     whole = (folder / "sub" / "4.png").read_bytes()
     (folder / "sub" / "4.png").write_bytes(whole[:50])
-    images = files_of(folder)
+    images = states_of(folder, "*.png")
     (folder / "sub" / "7.png").unlink()
     for seen in (8, 0):
         encode = MeanEncoder()

@@ -1,17 +1,15 @@
 """Pairing: what is found, in which order, what is skipped and why."""
 
 import contextlib
-import logging
 import os
 
 import pytest
 from PIL import Image
 
-from data.files import IMAGE_FORMATS, open_image, read_captions, report_skipped
+from data.files import IMAGE_FORMATS, read_captions
 from data.images import load_image
 from data.sources import open_source
 from data.sources.folder import find_pairs, is_label_file
-from tests.builders import png_of
 
 IMAGES = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "bmp": "bmp", "webp": "webp", "gif": "gif", "tif": "tiff"}
 IMAGES.update(tiff="tiff", avif="avif")
@@ -97,39 +95,6 @@ def test_label_files_are_known_by_content():
     assert is_label_file([box]) and is_label_file([box, "79 1 1 0 1e-3"])
     for lines in ([box, "a dog"], ["2 dogs and 3 cats on 1 sofa"], ["0 0.5 0.5 0.1"], []):
         assert not is_label_file(lines)
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_every_reason_is_counted_once(tmp_path, logged):
-    fill(tmp_path, "good.png good.txt lonely.png orphan.txt zero.txt page.txt dangling.txt big.txt")
-    fill(tmp_path, "boxes.png boxes.txt", b"0 0.5 0.5 0.25 0.125\n17 1 0.0 0.3 0.4\n")
-    fill(tmp_path, "blank.png blank.txt", b"\xef\xbb\xbf \r\n\t\n")
-    fill(tmp_path, "latin.png latin.txt", "un café".encode("latin-1"))
-    (tmp_path / "zero.jpg").touch()
-    (tmp_path / "page.jpg").write_text("<html>404</html>")
-    (tmp_path / "big.png").write_bytes(png_of(30_000, 30_000))
-    (tmp_path / "dangling.png").symlink_to(tmp_path / "gone.png")
-    pairs, skipped = find_pairs(tmp_path)
-    assert names(tmp_path, pairs) == [("good.png", "good.txt")]
-    assert by_reason(skipped) == {
-        "image without caption": ["blank.png", "boxes.png", "latin.png", "lonely.png"],
-        "caption without image": ["big.txt", "dangling.txt", "orphan.txt", "page.txt", "zero.txt"],
-        "label file": ["boxes.txt"],
-        "empty caption": ["blank.txt"],
-        "neither UTF-8 nor UTF-16": ["latin.txt"],
-        "zero-byte image": ["zero.jpg"],
-        "not an image": ["page.jpg"],
-        "image over PIL's pixel limit": ["big.png"],
-        "cannot be opened": ["dangling.png"],
-    }
-    report_skipped(skipped)
-    lines = logged.messages
-    assert len(lines) == len(skipped)
-    assert "blank.png" in next(line for line in lines if "skipped 4 files (image without caption)" in line)
-    levels = {record.getMessage().split("(")[1].split(")")[0]: record.levelno for record in logged.records}
-    assert levels["label file"] == logging.INFO and levels["zero-byte image"] == logging.WARNING
-    with pytest.raises(ValueError, match="big.png"):
-        open_image(tmp_path / "big.png")
 
 
 def test_links_are_followed_once_and_never_in_circles(tmp_path):
