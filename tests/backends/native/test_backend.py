@@ -257,7 +257,7 @@ def test_the_average_of_the_weights_follows_them(tiny_vae):
         now = weights_of(trainer.model)
         average = {name: decay * average[name] + (1 - decay) * now[name] for name in average}
     state = trainer.state_dict()
-    assert_close({name: state["ema_weights"][name] for name in average}, average, atol=1e-6, rtol=0)
+    assert_close({name: state["ema_weights"][name].cpu() for name in average}, average, atol=1e-6, rtol=0)
     plain, _ = trained(tiny_vae, 4, **given)
     assert_close(weights_of(trainer.model), weights_of(plain.model), atol=0, rtol=0)  # training is as without it
 

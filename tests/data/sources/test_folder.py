@@ -3,13 +3,13 @@
 import contextlib
 import os
 
-import pytest
 from PIL import Image
 
 from data.files import IMAGE_FORMATS, read_captions
 from data.images import load_image
 from data.sources import open_source
 from data.sources.folder import find_pairs, is_label_file
+from tests.builders import one_line
 
 IMAGES = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "bmp": "bmp", "webp": "webp", "gif": "gif", "tif": "tiff"}
 IMAGES.update(tiff="tiff", avif="avif")
@@ -125,20 +125,18 @@ def test_order_depends_on_names_alone(tmp_path, monkeypatch):
     assert names(tmp_path, find_pairs(tmp_path)[0]) == here
 
 
-@pytest.mark.parametrize(
-    "files, words",
-    [
+def test_a_folder_without_a_pair_says_what_is_there_and_what_is_needed(tmp_path):
+    for files, words in (
         ("", ["0 images and 0 .txt files"]),
         ("1.png 2.png", ["2 images", "0 .txt files", "2 × image without caption"]),
         ("1.txt", ["0 images", "1 .txt file in", "1 × caption without image"]),
         ("b.jpg a.txt b_caption.txt", ["2 images", "2 .txt files", "such as a.jpg and a.txt", "1 × zero-byte image"]),
-    ],
-)
-def test_a_folder_without_a_pair_says_what_is_there_and_what_is_needed(tmp_path, files, words):
-    fill(tmp_path, files)
-    if "a.txt" in files:
-        (tmp_path / "a.jpg").touch()
-    with pytest.raises(ValueError) as error:
-        find_pairs(tmp_path)
-    message = str(error.value)
-    assert "\n" not in message and all(word in message for word in (str(tmp_path), "stem", *words)), message
+    ):
+        folder = tmp_path / f"set {files}"
+        folder.mkdir()
+        fill(folder, files)
+        if "a.txt" in files:
+            (folder / "a.jpg").touch()
+        with one_line(str(folder)) as error:
+            find_pairs(folder)
+        assert all(word in str(error.value) for word in ("stem", *words)), error.value
