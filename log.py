@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Deque, Dict, Iterator, List, Sequence, Tu
 
 from tqdm import tqdm
 
-from utils.command_line import describe_error, discard_output
+from utils.command_line import discard_output
+from utils.errors import describe_error
 from utils.files import atomic_write, defer_signals
 
 if TYPE_CHECKING:

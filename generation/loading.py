@@ -23,7 +23,8 @@ from models.sampling import Sampling
 from models.vae import ImageTokenizer, VQGanVAE, build_tokenizer, hash_tensors
 from models.vqgan_files import infer_params, load_vqgan
 from utils import checkpoint
-from utils.files import AnyPath, first_line
+from utils.errors import first_line
+from utils.files import AnyPath
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "dalle.safetensors"
 # Models of fewer bytes of fp32 weights are not faster in half precision, whose rounding may change a code from one

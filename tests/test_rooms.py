@@ -35,7 +35,7 @@ ALLOWED = {
     "service/queue.py": {"generation", "PIL", "log"},
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
     "args.py": {"utils.command_line"},
-    "utils/command_line.py": {"yaml"},
+    "utils/command_line.py": {"yaml", "utils.errors"},
     "log.py": {"tqdm", "utils", "numpy", "matplotlib", "PIL"},
     "process_captions.py": {"data", "utils", "tqdm"},
 }

@@ -21,7 +21,7 @@ from models.vqgan_training import VQGanTrainer
 from tests.builders import interrupt
 from training.vqgan import endless_batches
 
-FILES = {"vqgan.ckpt", "vqgan.yaml", "vqgan_training.pt"}
+FILES = {"vqgan.ckpt", "vqgan.yaml", "vqgan_training.pt", ".lock"}
 
 
 @pytest.fixture

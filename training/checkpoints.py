@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import logging
 import platform
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Set
 import torch
 
 from utils.checkpoint import EXAMPLE_CHARACTERS, EXAMPLES, LAYOUT, MAX_WORDS, PREFIX, split_words, step_of
-from utils.command_line import describe_error
-from utils.files import AnyPath, atomic_write, check_writable, defer_signals, first_line, remove_leftovers
+from utils.errors import describe_error, first_line
+from utils.files import AnyPath, atomic_write, claim_folder, defer_signals, remove_leftovers
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -47,6 +48,7 @@ class Folder:
         self.settings, self.writes = settings, writes
         used = settings.checkpoint_output_dir and not settings.synthetic_data  # which trains on nothing
         self.path = Path(settings.checkpoint_output_dir) if used else None
+        self.claim = contextlib.ExitStack()  # ends when closed
         self.written: List[Path] = []
         self.saved_at = time.monotonic()
         self.reserved: Set[str] = set()  # names of files that this run must not replace
@@ -64,10 +66,10 @@ class Folder:
             )
 
     def prepare(self) -> None:
-        """Create the folder and remove temporary files of a killed run; ValueError if it cannot be written."""
+        """Create and claim the folder; ValueError if it cannot be written, or another run writes to it."""
         if self.path is not None and self.writes:
-            check_writable(self.path, "--checkpoint-output-dir")
-            remove_leftovers(self.path, *FILES)
+            self.claim = claim_folder(self.path, "--checkpoint-output-dir")
+            remove_leftovers(self.path, *FILES)  # of a killed run
 
     def due(self, run: Run) -> Optional[str]:
         """Return the name of the checkpoint to write after this update, if one is due."""

@@ -54,6 +54,7 @@ def open_loop(run: Run) -> Iterator[Loop]:
             logger.warning("%s could not be read; other images were used instead", count(run.dataset.lost, "image"))
         run.trackers.close()
         run.trainer.close()
+        run.folder.claim.close()
 
 
 class Loop:

@@ -28,7 +28,8 @@ from models.vqgan_files import load_vqgan
 from models.vqgan_training import SEED_CELLS, Evaluation, VQGanTrainer, evaluate
 from training.checkpoints import write
 from utils.command_line import EXIT_INTERRUPTED
-from utils.files import atomic_write, check_writable, defer_signals, first_line, remove_leftovers
+from utils.errors import first_line
+from utils.files import atomic_write, defer_signals, remove_leftovers
 from utils.muon import Muon, has_amx
 from utils.optimization import cosine
 
@@ -44,13 +45,16 @@ LOG_EVERY = 50  # steps, if there is no progress bar
 
 
 def train(settings: Namespace) -> None:
-    """Train to the end and write the files; ValueError or OSError in one line for bad input."""
+    """Train to the end and write the files into --output-dir, which this process has claimed.
+
+    Raises:
+        ValueError, OSError: flags, images or files cannot be used; one line.
+    """
     torch.manual_seed(settings.random_seed)
     settings.dataloader_workers = min(settings.dataloader_workers, os.cpu_count() or 1)
     device = pick_device(settings.device)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _fast_in_bf16(device))
     output_dir = Path(settings.output_dir)
-    check_writable(output_dir, "--output-dir")
     remove_leftovers(output_dir, *FILES)
     finished = check_earlier_run(settings, output_dir)
     if finished is not None and finished >= settings.max_steps:

@@ -25,7 +25,7 @@ from backends.native.trainer import NativeTrainer, mean_losses
 from data.loader import SetOnDevice, read_in_workers
 from models.dalle import DALLE
 from models.vae import ImageTokenizer
-from utils.command_line import ran_out_of_memory
+from utils.errors import ran_out_of_memory
 from utils.files import raise_if_pending
 
 logger = logging.getLogger("minidalle")

@@ -3,12 +3,16 @@
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import train
-from tests.builders import metrics_in
+import train_vqgan
+from tests.builders import ROOT, metrics_in
 from training import checkpoints
 from utils import checkpoint
 
@@ -47,6 +51,23 @@ def test_resume_takes_the_newest_good_file(folder, command, tiny_flags):
         again = checkpoint.read(newest)["weights"]  # the same step, bit for bit
         assert all(torch.equal(tensor, expected[name]) for name, tensor in again.items())
         assert foreign.exists() and not any(path.exists() for path in left)
+
+
+def test_two_runs_do_not_write_to_one_folder(folder, command, tiny_flags, drawn_pictures):
+    claim = "import os, sys, time; from utils.files import claim_folder; claim = claim_folder(sys.argv[1], '--x')\n"
+    claim += "os.fork() and print('claimed', flush=True); time.sleep(60)"  # as a worker lives on after a kill
+    words = {"cwd": ROOT, "stdout": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-c", claim, folder], **words) as other:
+        assert other.stdout and other.stdout.readline() == b"claimed\n"
+        reason = f"{folder}: another run is writing to it"
+        resumed(command, tiny_flags, folder, "--epochs", 3).refused(f"--checkpoint-output-dir {reason}")
+        flags = "--input-folder", drawn_pictures, "--output-dir", folder
+        command(train_vqgan.main, *flags).refused(f"--output-dir {reason}")
+        assert resumed(command, tiny_flags, folder, "--epochs", 4, "--dry-run").status == 0  # it writes nothing
+        other.kill()
+        other.wait()
+        resumed(command, tiny_flags, folder, "--epochs", 3).ok()
+        os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_a_finished_run_is_not_replaced_and_resuming_none_begins(folder, command, tiny_flags, tmp_path):
