@@ -90,12 +90,12 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     assert not any(file in opened(tmp_path) for file in FILES) and filled(tmp_path)[1] == expected()
 
 
-def work(folder, log, seconds):
-    """Fill the cache in another process, one file at a time; log what was computed."""
+def work(folder, log, pause):
+    """Fill the cache in another process, one file at a time, and pause (s) after the first; log what was computed."""
 
     def compute(batches):
-        for batch in batches:
-            time.sleep(seconds)
+        for number, batch in enumerate(batches):
+            time.sleep(pause if number == 1 else 0)
             yield batch, np.array([values_of(FILES[i]) for i in batch], np.uint16)
             with open(log, "a") as file:
                 file.write("".join(f"{FILES[i][0]}\n" for i in batch))
@@ -104,17 +104,17 @@ def work(folder, log, seconds):
 
 
 def test_what_a_dead_process_was_computing_another_computes(tmp_path):
-    def start(name, seconds):
-        process = multiprocessing.get_context("spawn").Process(target=work, args=(tmp_path, tmp_path / name, seconds))
+    def start(name, pause):
+        process = multiprocessing.get_context("spawn").Process(target=work, args=(tmp_path, tmp_path / name, pause))
         process.start()
         return process
 
     def lines(name):
         return (tmp_path / name).read_text().splitlines() if (tmp_path / name).exists() else []
 
-    first = start("first.log", 0.7)
+    first = start("first.log", 600)
     until(lambda: lines("first.log"))
-    second = start("second.log", 0.01)
+    second = start("second.log", 0)
     until(lambda: len(lines("second.log")) >= 10)
     first.kill()
     second.join(60)
