@@ -81,8 +81,8 @@ def train_parser() -> Parser:
 
     add = parser.heading("Optimizer")
     add("optimizer", "Adam", "Muon optimizes matrices, AdamW the rest", choices=("Adam", "AdamW", "Muon"))
-    add("lr-scheduler", "ReduceLROnPlateau", "the first two count epochs, the others steps", choices=SCHEDULERS)
-    add("warmup-steps", 0, "linear warm-up of the schedules that count steps", NATURAL)
+    add("lr-scheduler", "ReduceLROnPlateau", "cosine and trapezoid count steps, the others epochs", choices=SCHEDULERS)
+    add("warmup-steps", 0, "linear warm-up of cosine and trapezoid", NATURAL)
     add("weight-decay", 0.0, "decay of parameters with more than one dimension", NOT_NEGATIVE)
     add("adam-betas", [0.9, 0.999], "decay rates of Adam's moments", list_of(DROPOUT), nargs="+")
     add("max-grad-norm", None, "clip gradients to this norm", POSITIVE)
@@ -173,7 +173,8 @@ def vqgan_parser() -> Parser:
     add("n-embed", 1024, "entries of the codebook", COUNT)
 
     add = parser.heading("Training")
-    add("optimizer", "Muon", "Muon optimizes kernels, Adam the rest at a tenth of the rate", choices=("Muon", "AdamW"))
+    optimizer = "Muon optimizes kernels and Adam the rest, AdamW everything"
+    add("optimizer", "Muon", optimizer, choices=("Muon", "AdamW"))
     add("learning-rate", 0.02, "peak learning rate; it falls to zero along a cosine", POSITIVE)
     add("warmup-steps", 20, "linear warm-up", NATURAL)
     add("weight-decay", 1.0, "decay of kernels per unit of learning rate", NOT_NEGATIVE)

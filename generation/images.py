@@ -86,9 +86,10 @@ def complete_caption(loaded: LoadedModel, prompt: str, seed: int) -> Tuple[Tenso
 
     The least likely tenth of the words is never taken, because captions are trained with an eighth of the loss only.
     """
-    dalle, generator = loaded.model, torch.Generator().manual_seed(seed)
+    device, generator = loaded.backend.device, torch.Generator().manual_seed(seed)
+    dalle = loaded.model.to(device)
     tokens = encode_prompt(loaded, prompt)
-    tokens = tokens[tokens != 0][None].to(dalle.text_emb.weight.device)  # a sampler has moved the model to the GPU
+    tokens = tokens[tokens != 0][None].to(device)
     first_padding = dalle.num_text_tokens - dalle.text_seq_len
     with evaluation_mode(dalle):
         for place in range(tokens.shape[1], dalle.text_seq_len):
@@ -96,7 +97,7 @@ def complete_caption(loaded: LoadedModel, prompt: str, seed: int) -> Tuple[Tenso
             x = dalle.transformer(dalle.embed_text(dalle.number_padding(seen))[:, : place + 1])
             logits = dalle.text_logits(x[:, -1]).float()  # (1, num_text_tokens)
             logits[:, 0] = float("-inf")  # in a caption 0 is padding, for which each position has an id
-            noise = gumbel_noise(1, 1, dalle.num_text_tokens, generator, tokens.device)[:, 0]
+            noise = gumbel_noise(1, 1, dalle.num_text_tokens, generator, device)[:, 0]
             token = (keep_top_p(logits, 0.9) + noise).argmax(-1)
             if int(token) >= first_padding:
                 break

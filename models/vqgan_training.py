@@ -30,7 +30,8 @@ class VQGanTrainer:
     max_steps, as train_vqgan.py's flags explain them.
 
     Args:
-        model: on `device` already. optimizers: over all of its parameters; each step sets their learning rates.
+        model: on `device` already.
+        optimizers: over the parameters to train, with decoder_of the decoder's alone; each step sets their rates.
         autocast: dtype in which encoder, decoder and discriminator run; None: that of the parameters.
     """
 
@@ -158,7 +159,8 @@ class VQGanTrainer:
         flat = rearrange(latents, "b d h w -> (b h w) d")
         height, width = latents.shape[-2:]
         weights = F.adaptive_avg_pool2d(squared_error, (height, width)).flatten() + 1e-12  # (B * h * w,)
-        chosen = torch.multinomial(weights, len(dead), replacement=len(dead) > len(flat))
+        # On the CPU, because its random state is the one that a checkpoint has.
+        chosen = torch.multinomial(weights.cpu(), len(dead), replacement=len(dead) > len(flat)).to(flat.device)
         self.model.codebook[dead] = flat[chosen]
         self.usage[dead] = self.usage.mean()
         self.last_use[dead] = self.steps

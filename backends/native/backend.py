@@ -162,7 +162,8 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
             if dataset not in self.sets:
                 self.sets[dataset] = SetOnDevice(dataset, self.device, free_memory(self.device))
             if self.sets[dataset].fits:
-                yield from ([step] for step in self._interruptible(map(self.sets[dataset].gather, order)))
+                some = filter(None, order)  # the last batch of validation may have none for this process
+                yield from ([step] for step in self._interruptible(map(self.sets[dataset].gather, some)))
                 return
         workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would compete for cores
         stream = self._interruptible(read_in_workers(dataset, order, self.batch_size, workers, self.kind == "cuda"))

@@ -94,7 +94,6 @@ class ShardedTrainer(NativeTrainer):
     """A trainer that holds this process's share of the model and of the optimizers' state."""
 
     muon = ShardedMuon
-    others_ended = False
 
     def place(self, model: DALLE) -> DALLE:
         """Shard a model, move it to the device and give it fast layers."""
@@ -120,14 +119,6 @@ class ShardedTrainer(NativeTrainer):
     def regroup(self, batches: Iterable) -> Iterable[Tuple[Tensor, Tensor]]:
         """Return the micro-batches as they are, since every process must call the network equally often."""
         return batches
-
-    def step(self, batch: Iterable) -> Losses:
-        """Make one update and return the losses."""
-        try:
-            return super().step(batch)
-        except (ConnectionError, RuntimeError):  # this process ends, too: the others wait for it elsewhere
-            self.others_ended = True
-            raise
 
     def evaluate(self, batches: Iterable) -> Losses:
         """Return the mean losses of all processes' samples."""
@@ -163,8 +154,6 @@ class ShardedTrainer(NativeTrainer):
         Raises:
             ConnectionError: a process has ended, and its share is lost.
         """
-        if self.others_ended:
-            raise ConnectionError("another process of this run has ended")
         with self.backend.processes.losses_explained():
             return gather_shards(super().state_dict(), keep=self.backend.rank == 0)
 

@@ -1,5 +1,6 @@
 """Captions as tokens: the same from the cache as without one, and a file is tokenized again only if it changed."""
 
+import contextlib
 import pickle
 from types import SimpleNamespace
 
@@ -69,6 +70,22 @@ def test_a_changed_file_is_tokenized_again_and_nothing_else(folder, tokenizer, t
     assert len(captions.tokens) == captions.stops[-1] == sum(len(c) + 1 for i in range(5) for c in captions[i])
     (folder / "words" / "0.txt").unlink()
     assert len(cached()) == 4 and len(seen) == 2
+
+
+def test_an_interrupted_reading_continues(folder, tokenizer, tmp_path):
+    files, seen = states_of(folder, "*.txt"), []
+
+    def read(name):
+        seen.append(name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return TEXTS[[file[0] for file in files].index(name)]
+
+    for error in (pytest.raises(KeyboardInterrupt), contextlib.nullcontext()):
+        with error:
+            captions = load_captions(files, folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer), read)
+    assert seen == [name for name, _, _ in [*files[:3], *files[2:]]]
+    assert as_lists(captions) == as_lists(load_captions(files, folder, tokenizer))
 
 
 @pytest.mark.parametrize("damage", [b"", b"no zip", "cut", "flipped"])

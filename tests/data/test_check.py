@@ -103,7 +103,7 @@ def test_what_is_worth_knowing(tmp_path, noise):
     }
 
 
-def test_the_command(every_fault, tmp_path, drawn_pictures, command):
+def test_the_command(every_fault, tmp_path, drawn_pictures, tiny_vqgan, command):
     small = ["--bpe-path", YTTM, "--image-size", 32, "--text-seq-len", 16, "--workers", 0]
     before = sorted(every_fault.rglob("*"))
     faulty = command(checks.main, every_fault, *small, "--all")
@@ -115,9 +115,14 @@ def test_the_command(every_fault, tmp_path, drawn_pictures, command):
     clean = command(checks.main, drawn_pictures, *small)
     assert clean.status == 0 and clean.out.splitlines()[-1] == "nothing would be skipped", clean
     assert "12 usable images with 24 captions" in clean.out
-    # With the vocabulary and caption length of a configuration.
+    # With the vocabulary, caption length and image size of a configuration.
     demo = command(checks.main, "--config", "demo", drawn_pictures, "--image-size", 32, "--workers", 0)
     assert demo.status == 0 and "0.000% are unknown" in demo.out
+    small = command(checks.main, "--config", "vqgan_demo", drawn_pictures, "--workers", 0)
+    assert "12 × image with fewer than 64 pixels per side" in small.out
+    for config in {"vae_path": tiny_vqgan}, {"vae_path": tiny_vqgan / "vqgan.ckpt"}:
+        assert checks.image_size_of(config) == 32
+    assert checks.image_size_of({"vae_path": tmp_path / "not_yet_trained"}) == 256
     (tmp_path / "empty").mkdir()
     wrong = [[], ["chekc", drawn_pictures], [tmp_path / "nowhere"], [tmp_path / "empty"], ["--config", "nowhere"]]
     wrong += [[drawn_pictures, *flags] for flags in (["--bpe-path", tmp_path / "nowhere"], ["--text-seq-len", "0"])]

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import backends
 from backends.native import backend as native
 from backends.native.backend import NativeBackend, NativeTrainingBackend, pick_device, pick_precision
-from backends.native.inference import packer
+from backends.native.inference import _container_memory, packer
 from backends.native.trainer import build_optimizers
 from data.loader import EpochOrder, GeneratedDataset, RunOrder
 from models.packed_sampler import LayerKernels
@@ -313,3 +313,11 @@ def test_a_gpu_computes_in_what_it_does_not_emulate(monkeypatch):
         assert pick_precision("auto", cuda) == training
         assert pick_precision("auto", cuda, loss_scaling=False) == sharded
         assert pick_precision("auto", cuda, False) == "fp32" and pick_precision("bf16", cuda) == "bf16"
+
+
+def test_a_containers_caches_of_files_count_as_free(tmp_path):
+    for name, text in (("max", "8000\n"), ("current", "3000\n"), ("stat", "anon 2000\ninactive_file 900\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert _container_memory(tmp_path) == [(8000, 2100)]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _container_memory(tmp_path) == []
