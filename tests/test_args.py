@@ -11,7 +11,7 @@ import evaluate
 import generate
 from models.sampling import Sampling
 from tests.builders import python
-from tests.conftest import ROOT, Ended
+from tests.conftest import ROOT
 from utils import command_line
 
 PARSERS = {
@@ -51,8 +51,6 @@ TRAIN_FLAGS = {
     "attn-types": ("full", "conv_like"),
     "checkpoint-output-dir": "",
 }
-
-
 TRAIN_DEFAULTS = yaml.safe_load("""
     {replication_factor: 1, embedding_serialization_factor: 1, ipus_per_replica: 1, embedding_ipu_id: 0,
     matmul_proportion: [0.6], async_dataloader: true, random_seed: 42, weight_decay: 0, loss_img_weight: 7,
@@ -60,7 +58,6 @@ TRAIN_DEFAULTS = yaml.safe_load("""
 GENERATE_FLAGS = {"dalle-path": "c.pt", "vqgan-model-path": "v.ckpt", "vqgan-config-path": "v.yaml", "text": "a|b"}
 GENERATE_FLAGS.update({"num-images": 3, "batch-size": 3, "top-k": 0.5, "outputs-dir": "o", "gentxt": True})
 GENERATE_FLAGS["bpe-path"] = "words.txt"
-
 
 ROW, COL, FULL = "axial_row", "axial_col", "full"
 L16_CLIP = yaml.safe_load("""
@@ -97,13 +94,6 @@ BAD_VALUES = {
     "train_vqgan.py": "ch=48 ch-mult=1,0 patch-size=3 image-size=250 validation-split=1 continuous-steps=100000",
     "evaluate.py": "prompts=1121 prompt-set=train",
 }
-
-
-def refused(capsys, function, argv):
-    """Return the one line on stderr with which `function` ends the program."""
-    with pytest.raises(SystemExit) as end:
-        function(argv)
-    return Ended(end.value.code, *capsys.readouterr()).refused().err
 
 
 @pytest.mark.parametrize("program, flags", [("train.py", TRAIN_FLAGS), ("generate.py", GENERATE_FLAGS)])
@@ -157,26 +147,26 @@ def test_flags_override_the_configuration_wherever_they_stand():
 
 
 @pytest.mark.parametrize("program, count", [*zip(COMMANDS, (17, 4, 9, 4))])
-def test_no_size_may_be_zero_negative_or_broken(program, count, capsys):
+def test_no_size_may_be_zero_negative_or_broken(program, count, command):
     function, base = COMMANDS[program]
     names = [action.dest.replace("_", "-") for action in PARSERS[program]()._actions if action.type is args.COUNT]
     assert len(names) >= count
     for name in names:
         for bad in ("0", "many", "9" * 400):
-            error = refused(capsys, function, [*base, f"--{name}={bad}"])
+            error = command(function, *base, f"--{name}={bad}").refused().err
             assert f"--{name}: must be a whole number of at least 1" in error and f", not '{bad}'" in error
 
 
 @pytest.mark.parametrize("program", BAD_VALUES)
-def test_a_value_out_of_range_is_named_with_its_flag(program, capsys):
+def test_a_value_out_of_range_is_named_with_its_flag(program, command):
     function, base = COMMANDS[program]
     for name, _, bad in (word.partition("=") for word in re.split("[ \n]+", BAD_VALUES[program])):
-        error = refused(capsys, function, [*base, f"--{name}={bad}"])
+        error = command(function, *base, f"--{name}={bad}").refused().err
         assert re.search(rf"--{name}\b", error), error
         assert any(part in error.partition(":")[2] for part in re.split(r"[,| ]+", bad)), error
 
 
-def test_flags_that_contradict_each_other_end_in_one_line(capsys):
+def test_flags_that_contradict_each_other_end_in_one_line(command):
     for argv, told in (
         (["--layers-per-ipu", "0,6,6,4", "--ipus-per-replica=3"], ["--layers-per-ipu", "4 numbers", "replica 3"]),
         (["--layers-per-ipu", "0,6,6,5", "--ipus-per-replica=4"], ["--layers-per-ipu", "0,6,6,5", "17", "16"]),
@@ -191,7 +181,7 @@ def test_flags_that_contradict_each_other_end_in_one_line(capsys):
         (["--bacth-size", "2\n3"], ["unrecognized arguments: --bacth-size 2 3 (did you mean --batch-size?)"]),
         (["--batch", "2"], ["--batch"]),
     ):
-        error = refused(capsys, args.train_arguments, ["--generated-data", *argv])
+        error = command(args.train_arguments, "--generated-data", *argv).refused().err
         assert error.partition(": error: ")[0] and all(phrase in error for phrase in told), error
 
 

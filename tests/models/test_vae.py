@@ -246,7 +246,8 @@ def test_missing_files_are_named(tmp_path):
         load_vqgan(config_path="x.yaml")
 
 
-def test_a_yaml_that_describes_no_vqgan_is_named(tmp_path):
+def test_a_yaml_that_describes_no_vqgan_and_weights_that_do_not_fit_are_named(tmp_path):
+    path, _ = write_pair(tmp_path)
     for text, message in (
         ("model: {target: taming.models.vqgan.VQModel}", "it has no model.params"),
         ("model: [1, 2", "not a yaml file"),
@@ -254,13 +255,9 @@ def test_a_yaml_that_describes_no_vqgan_is_named(tmp_path):
         ("model: {target: a.b.VQModel, params: {n_embed: 4}}", "ddconfig must be a mapping"),
         ("model: {target: a.b.AutoencoderKL, params: {}}", "'a.b.AutoencoderKL' is neither a VQModel nor a GumbelVQ"),
     ):
-        path, _ = write_pair(tmp_path)
         path.with_suffix(".yaml").write_text(text)
         with one_line(f"last.yaml: .*{message}"):
             load_vqgan(path)
-
-
-def test_weights_that_do_not_fit_are_named(tmp_path):
     for change, message in (
         (lambda state: state.pop("quant_conv.bias"), "quant_conv.bias is missing"),
         (lambda state: state.update({"quant_conv.scale": torch.ones(1)}), "quant_conv.scale is not part of this model"),
