@@ -11,9 +11,10 @@ from tests.builders import python
 
 CODE = """
 import torch
-from backends.native.gpu_kernels import kernels_work, numbers_work, uniform_numbers
+from backends.native.gpu_choice import numbers_work, settle_works, uniform_numbers
+from backends.native.gpu_kernels import kernels_work
 cpu = torch.device("cpu")
-print(*(kernels_work(cpu, dtype) for dtype in (torch.float16, torch.float32)), numbers_work(cpu))
+print(*(kernels_work(cpu, dtype) for dtype in (torch.float16, torch.float32)), settle_works(cpu), numbers_work(cpu))
 try:
     uniform_numbers([torch.Generator()] * 2, 4, cpu)
 except ValueError:
@@ -32,4 +33,4 @@ def test_kernels_compute_what_operators_compute():
     """In Triton's interpreter."""
     pytest.importorskip("triton")
     ended = python("-c", CODE, env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert ended.stdout.split() == ["True", "True", "True", "refused"], ended.stderr
+    assert ended.stdout.split() == ["True"] * 4 + ["refused"], ended.stderr
