@@ -244,8 +244,8 @@ class TritonKernels(LayerKernels):
         return out
 
 
-def multiply(x: Tensor, product: PlainProduct, norm: Optional[Norm], residual: Optional[Tensor]) -> Tensor:
-    """Return residual + product(norm(x)) of x (R, in) in one kernel, in the residual's dtype, if there is one."""
+def multiply(x: Tensor, product: Any, norm: Optional[Norm], residual: Optional[Tensor]) -> Tensor:
+    """Return residual + product(norm(x)) of x (R, in), in one kernel, for a PlainProduct; the others may be None."""
     weight, bias, has_gate = product.weight, product.bias, product.geglu is not None
     columns, terms = len(weight) // (2 if has_gate else 1), weight.shape[1]
     out = x.new_empty(len(x), columns, dtype=weight.dtype if residual is None else residual.dtype)
@@ -266,20 +266,20 @@ def kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(device)
 
-    batch, width, heads, dim, text_len, place = 3, 2, 2, 32, 70, {"device": device}
+    batch, width, heads, dim, text_len = 3, 2, 2, 32, 70
     table = SlotTable(pattern_mask("conv_like", text_len, 4)[text_len:, text_len:], text_len, width, device, dtype)
     qkv = draw(batch, width, 3, heads, dim).to(dtype)
     cache = draw(2, batch, heads, text_len + table.num_slots, dim).to(dtype)
     cache[:, 1, :, :text_len] = cache[:, 0, :, :text_len]
-    sharers, images = torch.tensor([0, 0, 2], **place), torch.arange(batch, **place)[:, None]
-    inputs = torch.tensor([[3, 4], [0, 1], [14, 15]], **place)
+    sharers, images = torch.tensor([[0, 0, 2], [0, 1, 2]], device=device)
+    inputs = torch.tensor([[3, 4], [0, 1], [14, 15]], device=device)
     x, added, norm = draw(5, 96), draw(5, 96).to(dtype), (draw(96), draw(96))
     weight, bias = draw(128, 96) / 10, draw(128)
     results = []
     for kernels in (LayerKernels(), TritonKernels(dtype)):
         used = cache.clone()
         found = kernels.look_up(table, inputs, 15, sharers)
-        result = [kernels.attend(qkv, used, images, found, text_len), used]
+        result = [kernels.attend(qkv, used, images[:, None], found, text_len), used]
         result += [*kernels.add_and_normalize(x, added, norm), *kernels.add_and_normalize(x, None, norm)]
         for geglu in (None, kernels.geglu):
             product = PlainProduct(dtype, weight, bias, geglu)
