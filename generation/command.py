@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import log
-from backends import memory_explained
+from backends import explain_out_of_memory
 from backends.base import Backend
 from generation import image_prompts, previews, ranking
 from generation.images import (
@@ -50,7 +50,7 @@ RESULTS, PREVIEW = "results.jsonl", "preview.png"  # files in the output folder;
 MILLISECONDS, LAST_MILLISECONDS = 120, 2500  # that an animation shows a frame, and the complete image
 
 
-@memory_explained("a smaller --batch_size needs less; so does --precision bf16")
+@explain_out_of_memory("a smaller --batch_size needs less; so does --precision bf16")
 def run(settings: Namespace) -> None:
     """Generate and save the images that the flags ask for."""
     loaded = load_from_flags(settings)

@@ -123,7 +123,7 @@ def test_reconstructions_are_those_of_train_vqgan(command, tiny_checkpoint, draw
     for number in range(8):
         left = 2 + 34 * number
         assert np.array_equal(grid[2:34, left : left + 32], pictures[number].permute(1, 2, 0).numpy())
-        below = grid[36:68, left : left + 32] - expected.pictures[number].permute(1, 2, 0).numpy()
+        below = grid[36:68, left : left + 32] - expected.reconstructions[number].permute(1, 2, 0).numpy()
         assert np.abs(below).max() <= 1
 
 

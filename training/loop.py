@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Tuple
 import torch
 
 import log
-from backends import OutOfMemory, memory_explained
+from backends import OutOfMemory, explain_out_of_memory
 from backends.base import DeviceLost
 from data.files import count
 from data.loader import RunOrder, SamplesLost, random_bits
@@ -38,7 +38,7 @@ def open_loop(run: Run) -> Iterator[Loop]:
     # Several processes stop after the same update, so that none waits for another that has left.
     deferral = defer_signals() if run.backend.world_size > 1 else contextlib.nullcontext()
     try:
-        with contextlib.closing(loop.progress), deferral, memory_explained(describe_less(run)):
+        with contextlib.closing(loop.progress), deferral, explain_out_of_memory(describe_less(run)):
             yield loop
     except KeyboardInterrupt:
         hint = _save_at_stop(run)
@@ -78,7 +78,7 @@ class Loop:
                 started = time.monotonic()
                 run.trainer.compile(batch)
                 logger.info("Compiled model in %.3f secs", time.monotonic() - started)
-                self.progress.compiled()
+                self.progress.start_clock()
                 compiled = True
                 if run.backend.compile_only:
                     logger.info("stopping here because of --compile-only")
@@ -94,8 +94,8 @@ class Loop:
         torch.manual_seed(random_bits(run.settings.random_seed, run.step, run.backend.rank) >> 1)
         return run.trainer.step(batch)
 
-    def log(self, losses: Dict[str, float]) -> None:
-        """Count and log the update that was just made; a non-finite one was skipped by the trainer."""
+    def record(self, losses: Dict[str, float]) -> None:
+        """Count and log the update that was just made; the trainer skipped it if a loss is not finite."""
         run, epoch, lr = self.run, self.run.epoch(), self.run.learning_rate()
         skipped = not all(map(math.isfinite, losses.values()))
         self.skips = self.skips + 1 if skipped else 0

@@ -108,7 +108,7 @@ class Run:
 
     settings: Namespace
     backend: TrainingBackend
-    folder: checkpoints.Folder
+    folder: checkpoints.CheckpointFolder
     tokenizer: Tokenizer
     vae: ImageTokenizer
     dataset: Any
@@ -172,7 +172,7 @@ def build(settings: Namespace) -> Run:
         if folder and not generated and not Path(folder).exists():
             raise FileNotFoundError(f"--{flag.replace('_', '-')} {folder}: no such folder")
     # The checkpoint is read before images are encoded, which may take hours.
-    folder = checkpoints.Folder(settings, writes=not backend.rank and not settings.dry_run)
+    folder = checkpoints.CheckpointFolder(settings, writes=not backend.rank and not settings.dry_run)
     origin = resume.find_origin(settings, folder) if settings.pretrained_checkpoint or settings.resume else None
     folder.prepare()
     torch.manual_seed(settings.random_seed)

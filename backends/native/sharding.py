@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import fsdp
 
-from backends.base import Losses
+from backends.base import LossValues
 from backends.native.trainer import NativeTrainer, SharedMuon, compute_losses
 from models.dalle import DALLE
 
@@ -120,7 +120,7 @@ class ShardedTrainer(NativeTrainer):
         """Return the micro-batches as they are, since every process must call the network equally often."""
         return batches
 
-    def evaluate(self, batches: Iterable) -> Losses:
+    def evaluate(self, batches: Iterable) -> LossValues:
         """Return the mean losses of all processes' samples."""
         network: Any = self.model if self.average is None else self.average
         losses = super().evaluate(self._in_step(network, batches))
@@ -154,7 +154,7 @@ class ShardedTrainer(NativeTrainer):
         Raises:
             ConnectionError: a process has ended, and its share is lost.
         """
-        with self.backend.processes.losses_explained():
+        with self.backend.processes.explain_lost_connection():
             return gather_shards(super().state_dict(), keep=self.backend.rank == 0)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:

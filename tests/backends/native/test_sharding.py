@@ -138,7 +138,7 @@ def test_half_precision_is_that_of_one(shared):
 
 def test_what_cannot_be_shared_out_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(backends.native.backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(backends.native.backend, "own_gpu", lambda rank: torch.device("cuda", rank))
+    monkeypatch.setattr(backends.native.backend, "claim_gpu", lambda rank: torch.device("cuda", rank))
     monkeypatch.setattr(backends.native.backend, "use_cudnn_attention", lambda *given: False)
     on_two = "not with --precision fp16" if hasattr(fsdp, "fully_shard") else "needs torch 2.6"
     for processes, reason in (("1", "there is only one process; start several with torchrun"), ("2", on_two)):
