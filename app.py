@@ -13,7 +13,8 @@ import socket
 from typing import TYPE_CHECKING, List, Optional
 
 import log
-from utils.command_line import COUNT, Parser, describe_error, exit_on_error, number
+from utils.command_line import COUNT, Parser, exit_on_error, number
+from utils.errors import describe_error
 from utils.files import sigterm_as_ctrl_c
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Optional, Sequence
 import log
 from args import vqgan_arguments
 from utils.command_line import exit_on_error
-from utils.files import sigterm_as_ctrl_c
+from utils.files import claim_folder, sigterm_as_ctrl_c
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -24,7 +24,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with exit_on_error(), sigterm_as_ctrl_c():
         from training.vqgan import train  # torch takes seconds to import, so flags are checked first
 
-        train(settings)
+        with claim_folder(settings.output_dir, "--output-dir"):
+            train(settings)
 
 
 if __name__ == "__main__":

@@ -161,9 +161,13 @@ class CaptionCache:
                     stack.enter_context(hold_lock(self.path.with_suffix(".lock")))
                 self.refresh()
                 missing = [file for file in files if file not in self]
-                if missing:
-                    tokens = tokenize_files(missing, self.folder, self.tokenizer, read)
-                    self._save(files, dict(zip(missing, tokens)))
+                new: Dict[File, np.ndarray] = {}
+                try:
+                    for file, tokens in zip(missing, tokenize_files(missing, self.folder, self.tokenizer, read)):
+                        new[file] = tokens
+                finally:  # what was read before an interruption is not read again
+                    if new:
+                        self._save(files, new)
         return self._captions.select(np.array([self._rows[file] for file in files]))
 
     def _save(self, files: Sequence[File], new: Dict[File, np.ndarray]) -> None:

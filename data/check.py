@@ -11,9 +11,10 @@ import hashlib
 import os
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
+import yaml
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -188,6 +189,16 @@ def describe(folder: Path, report: Report, examples: Optional[int]) -> str:
     return "\n".join(lines)
 
 
+def image_size_of(config: Dict[str, Any]) -> int:
+    """Return the side of a configuration's images: its own, or that of its VQGAN's yaml, or the official VQGAN's."""
+    for path in map(Path, filter(None, (config.get("vqgan_config_path"), config.get("vae_path")))):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+            file = path / "vqgan.yaml" if path.is_dir() else path.with_suffix(".yaml")
+            params = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["params"]
+            return int(params["ddconfig"]["resolution"]) * int(params.get("patch_size", 1))
+    return config.get("image_size", 256)
+
+
 @exit_on_error()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command; exit with 0: clean, 1: training would skip or refuse something, 2: bad arguments."""
@@ -195,11 +206,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.prog = "python -m data.check"
     add = parser.add_argument
     add("folder", metavar="FOLDER", nargs="?", help="what train.py's --input-folder takes; none: that of --config")
-    add("--config", help="entry of configs.yaml whose vocabulary, caption length and folder are used")
+    add("--config", help="entry of configs.yaml whose folder, vocabulary, VQGAN and caption length are used")
     add("--bpe-path", "--bpe_path", help="YouTokenToMe vocabulary; CLIP's if not given")
     add("--text-seq-len", "--text_seq_len", type=COUNT, help="most text tokens of a caption [80]")
     add("--truncate-captions", "--truncate_captions", action="store_true", help="cut longer captions in training")
-    add("--image-size", "--image_size", type=COUNT, default=256, help="side of the VQGAN's images in pixels")
+    add("--image-size", "--image_size", type=COUNT, help="side of the VQGAN's images in pixels [256]")
     add("--workers", type=NATURAL, default=os.cpu_count() or 1, help="processes")
     add("--all", action="store_true", help="name every file, not three of each kind")
     settings = parser.parse_args(argv)
@@ -218,7 +229,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             folder,
             tokenizer,
             text_seq_len=settings.text_seq_len or config.get("text_seq_len", 80),
-            image_size=settings.image_size,
+            image_size=settings.image_size or image_size_of(config),
             truncate_captions=settings.truncate_captions or config.get("truncate_captions", False),
             workers=settings.workers,
         )

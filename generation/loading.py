@@ -20,10 +20,11 @@ from backends.base import Backend
 from data.tokenizer import load_tokenizer
 from models.dalle import DALLE
 from models.sampling import Sampling
-from models.vae import ImageTokenizer, VQGanVAE, build_tokenizer, hash_tensors
+from models.vae import ImageTokenizer, VQGanVAE, build_image_tokenizer, hash_tensors
 from models.vqgan_files import infer_params, load_vqgan
 from utils import checkpoint
-from utils.files import AnyPath, first_line
+from utils.errors import first_line
+from utils.files import AnyPath
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "dalle.safetensors"
 # Models of fewer bytes of fp32 weights are not faster in half precision, whose rounding may change a code from one
@@ -177,7 +178,7 @@ def find_vqgan(
     """Return a function that builds a checkpoint's VQGAN, and the weights with those of a VQGAN from elsewhere."""
     params = saved.get("vae_params", {})
     if not vqgan_model_path and params.get("target"):
-        return functools.partial(build_tokenizer, params), weights
+        return functools.partial(build_image_tokenizer, params), weights
     if not vqgan_model_path and any(name.startswith("vae.") for name in weights):
         inside = {
             name[len("vae.model.") :]: tensor for name, tensor in weights.items() if name.startswith("vae.model.")

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence
 import torch
 from torch import Tensor
 
-from utils.files import first_line
+from utils.errors import first_line
 
 INSTALL = "pip install -r requirements-metrics.txt"
 

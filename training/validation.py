@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data.images import load_image
 from generation.images import to_image
 from models.sampling import Sampling
-from utils.command_line import describe_error
+from utils.errors import describe_error
 from utils.files import atomic_write
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from utils.files import AnyPath, atomic_write, first_line
+from utils.errors import first_line, ran_out_of_memory
+from utils.files import AnyPath, atomic_write
 from utils.foreign_pickle import read_entries
 
 Checkpoint = Dict[str, Any]
@@ -157,10 +158,12 @@ def _read_torch(path: Path) -> Any:
             problem = f"holds {name.group(1)}, neither tensor nor plain value, and was not opened"
             raise ValueError(f"{path}: {problem}") from None
         raise ValueError(f"{path}: damaged, cut short or not a checkpoint") from None
-    except OSError as error:
-        raise ValueError(f"{path}: damaged, cut short or not a checkpoint ({first_line(error)})") from None
-    except Exception:  # damage shows as whatever the layer that meets it raises
-        raise ValueError(f"{path}: damaged, cut short or not a checkpoint") from None
+    except Exception as error:  # damage shows as whatever the layer that meets it raises
+        # A file without checksums may ask for any amount of memory because it is damaged.
+        if isinstance(error, PermissionError) or (ran_out_of_memory(error) and zipfile.is_zipfile(path)):
+            raise
+        reason = f" ({first_line(error)})" if isinstance(error, OSError) else ""
+        raise ValueError(f"{path}: damaged, cut short or not a checkpoint{reason}") from None
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
@@ -169,6 +172,8 @@ def _read_safetensors(path: Path) -> Checkpoint:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # the package's own, or torch's for a dtype that it lacks
+        if isinstance(error, PermissionError) or ran_out_of_memory(error):
+            raise
         raise ValueError(f"{path}: damaged, cut short or not a safetensors file ({first_line(error)})") from None
     if metadata.get("crc32") not in (None, _checksum(tensors)):
         raise ValueError(f"{path}: damaged (checksum differs)")

@@ -11,7 +11,8 @@ import torch
 
 from utils import checkpoint
 from utils.command_line import Parser, exit_on_error
-from utils.files import AnyPath, first_line
+from utils.errors import first_line
+from utils.files import AnyPath
 
 WIDTH = 118
 LABEL = 17

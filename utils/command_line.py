@@ -19,6 +19,8 @@ from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequ
 
 import yaml
 
+from utils.errors import describe_error, ran_out_of_memory
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs.yaml"
 EXIT_INTERRUPTED = 130
 EXIT_CLOSED_OUTPUT = 141  # what a shell reports for SIGPIPE
@@ -341,18 +343,3 @@ def exit_on_error(requirements: str = "requirements.txt") -> Iterator[None]:
         return
     print(line, file=sys.stderr)
     raise SystemExit(status)
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Return whether this is an error of torch or Python for memory that ran out."""
-    # torch 2.0 has no type for the CPU's.
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in " ".join(str(error).split())
-
-
-def describe_error(error: BaseException) -> str:
-    """Return an exception's message in one line, without the error number of OSError."""
-    message = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(message.split())

@@ -101,6 +101,31 @@ def check_writable(folder: AnyPath, flag: str) -> None:
         raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
 
 
+def claim_folder(folder: AnyPath, flag: str) -> contextlib.ExitStack:
+    """Check that a folder can be written, and keep other runs out of it until what is returned is closed.
+
+    The claim also ends when this process ends, however it does. On Windows, and on a file system without locks, other
+    runs are not kept out.
+
+    Raises:
+        ValueError: the folder cannot be written, or another process has claimed it.
+    """
+    check_writable(folder, flag)
+    claim = contextlib.ExitStack()
+    try:
+        import fcntl  # POSIX only
+
+        file = claim.enter_context(open(Path(folder) / ".lock", "a"))  # noqa: SIM115  the claim closes it
+        # Unlike flock's, this lock is not inherited by workers, which outlive a killed run by some seconds.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        claim.close()
+        raise ValueError(f"{flag} {folder}: another run is writing to it; give another folder") from None
+    except (ImportError, OSError):
+        pass
+    return claim
+
+
 def decode_text(content: bytes) -> str:
     """Return the text of a file in UTF-8, UTF-16, or UTF-32 with a byte order mark; ValueError for anything else."""
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
@@ -111,11 +136,6 @@ def decode_text(content: bytes) -> str:
     if "\0" in text:
         raise ValueError("has zero bytes, so it is not a text")
     return text
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, at most 120 characters, or its class if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def _note(number: int, frame: Optional[FrameType]) -> None:
@@ -129,7 +149,7 @@ def defer_signals() -> Iterator[None]:
     """Defer Ctrl-C and SIGTERM to the end of this block, which raises the first of them again.
 
     A second Ctrl-C, more than a second after the first, ends the program at once. Nested blocks, and blocks outside
-    the main thread, change nothing.
+    the main thread, change nothing. An exception that leaves the block discards the signals.
     """
     global _deferring
     if _deferring or threading.current_thread() is not threading.main_thread():

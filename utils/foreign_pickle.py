@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Callable, Dict, Iterator, NamedTuple, Optional
 import torch
 from safetensors import safe_open
 
-from utils.files import first_line
+from utils.errors import first_line
 
 Tensors = Dict[str, torch.Tensor]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models.dalle import DALLE
 from models.transformer import attend, pattern_mask
-from utils.files import first_line
+from utils.errors import first_line
 
 logger = logging.getLogger("minidalle")
 ALIGNMENT = 16  # values between the rows of a bias, which kernels otherwise copy

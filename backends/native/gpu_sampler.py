@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.packed_sampler import LayerKernels, PackedStepper
 from models.sampling import Generators, Sampling, SamplingState, make_gumbel_, settle
-from utils.files import first_line
+from utils.errors import first_line
 
 logger = logging.getLogger("minidalle")
 MOST_GRAPHS = 16  # for other windows or settings of the same batch size

@@ -9,7 +9,8 @@ import copy
 import functools
 import logging
 import os
-from typing import Any, Callable, List, Optional, Sequence
+from pathlib import Path
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
 from taming.modules.diffusionmodules.model import ResnetBlock
@@ -198,11 +199,7 @@ def total_memory(device: torch.device) -> int:
     """Return the most bytes that this process can have: the GPU's, or the machine's within a container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    limits = [_of_machine("SC_PHYS_PAGES")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError), open(path) as file:  # no such file, or "max"
-            limits.append(int(file.read()))
-    return min(limits)
+    return min([_of_machine("SC_PHYS_PAGES"), *(limit for limit, _ in _container_memory())])
 
 
 def free_memory(device: torch.device) -> int:
@@ -210,7 +207,22 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     measured = read_status("MemAvailable", "/proc/meminfo")
-    return min(total_memory(device), _of_machine("SC_AVPHYS_PAGES") if measured is None else measured)
+    free = _of_machine("SC_AVPHYS_PAGES") if measured is None else measured
+    return max(0, min([free, *(limit - used for limit, used in _container_memory())]))
+
+
+def _container_memory(folder: Union[str, Path] = "/sys/fs/cgroup") -> List[Tuple[int, int]]:
+    """Return the limit of this container's memory and how much is used without caches of files, if it has a limit."""
+    found = []
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file "),  # of cgroups, version 2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file "),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            most, in_use = (int(Path(folder, name).read_text()) for name in (limit, used))
+            stat = Path(folder, limit).with_name("memory.stat").read_text().splitlines()
+            found.append((most, in_use - sum(int(line.split()[1]) for line in stat if line.startswith(cache))))
+    return found
 
 
 def _of_machine(pages: str) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import fsdp
 
-from backends.base import Losses
+from backends.base import LossValues
 from backends.native.trainer import NativeTrainer, SharedMuon, compute_losses
 from models.dalle import DALLE
 
@@ -94,7 +94,6 @@ class ShardedTrainer(NativeTrainer):
     """A trainer that holds this process's share of the model and of the optimizers' state."""
 
     muon = ShardedMuon
-    others_ended = False
 
     def place(self, model: DALLE) -> DALLE:
         """Shard a model, move it to the device and give it fast layers."""
@@ -121,15 +120,7 @@ class ShardedTrainer(NativeTrainer):
         """Return the micro-batches as they are, since every process must call the network equally often."""
         return batches
 
-    def step(self, batch: Iterable) -> Losses:
-        """Make one update and return the losses."""
-        try:
-            return super().step(batch)
-        except (ConnectionError, RuntimeError):  # this process ends, too: the others wait for it elsewhere
-            self.others_ended = True
-            raise
-
-    def evaluate(self, batches: Iterable) -> Losses:
+    def evaluate(self, batches: Iterable) -> LossValues:
         """Return the mean losses of all processes' samples."""
         network: Any = self.model if self.average is None else self.average
         losses = super().evaluate(self._in_step(network, batches))
@@ -163,9 +154,7 @@ class ShardedTrainer(NativeTrainer):
         Raises:
             ConnectionError: a process has ended, and its share is lost.
         """
-        if self.others_ended:
-            raise ConnectionError("another process of this run has ended")
-        with self.backend.processes.losses_explained():
+        with self.backend.processes.explain_lost_connection():
             return gather_shards(super().state_dict(), keep=self.backend.rank == 0)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:

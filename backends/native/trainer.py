@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from backends.base import Losses, Trainer
+from backends.base import LossValues, Trainer
 from backends.native.compilation import compile_model
 from backends.native.fast_layers import use_fast_layers
 from backends.native.gpu_attention import use_fused_attention
@@ -145,11 +145,11 @@ class NativeTrainer(Trainer):
         even = max(rows for rows in range(1, least + 1) if whole % rows == 0)
         return even if 2 * even > least else least
 
-    def step(self, batch: Iterable) -> Losses:
+    def step(self, batch: Iterable) -> LossValues:
         """Make one update and return the losses and `grad_norm`; if that is not finite, the update was skipped."""
         read: List[Tuple[Tensor, Tensor]] = []
         stream = iter(batch)
-        with self.backend.processes.losses_explained():
+        with self.backend.processes.explain_lost_connection():
             try:
                 sums = self.backpropagate(remember(stream, read))
             except torch.cuda.OutOfMemoryError:
@@ -194,7 +194,7 @@ class NativeTrainer(Trainer):
             text, image = (torch.cat(parts) for parts in zip(*waiting))
             yield text, image
 
-    def update(self, losses: Tensor) -> Losses:
+    def update(self, losses: Tensor) -> LossValues:
         """Update the weights, unless the gradient is not finite; return the losses by name, and the gradient's norm."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
@@ -220,10 +220,10 @@ class NativeTrainer(Trainer):
         averaged, current = zip(*(pair for pair in pairs if pair[1].requires_grad))
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
-    def evaluate(self, batches: Iterable) -> Losses:
+    def evaluate(self, batches: Iterable) -> LossValues:
         """Return the mean losses of the average, or of the weights without --ema-decay."""
         network = self.model.eval() if self.average is None else self.average
-        with self.backend.processes.losses_explained():
+        with self.backend.processes.explain_lost_connection():
             samples = self.regroup(micro_batch for batch in batches for micro_batch in batch)
             losses = mean_losses(network, samples, self.backend)
         self.model.train()
@@ -297,7 +297,7 @@ def compute_losses(network: Callable, text: Tensor, image: Tensor, backend: "Nat
 
 
 @torch.no_grad()
-def mean_losses(network: nn.Module, batches: Iterable, backend: "NativeBackend") -> Losses:
+def mean_losses(network: nn.Module, batches: Iterable, backend: "NativeBackend") -> LossValues:
     """Return the mean losses over the samples of (text, image) batches of any size, of all processes."""
     sums = torch.zeros(4, device=backend.device)
     for text, image in batches:

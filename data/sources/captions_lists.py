@@ -24,7 +24,8 @@ from data.files import IMAGE_SUFFIXES, clean_captions, printable
 from data.sources.base import TEXT_COLUMNS, split_of, text_columns
 from data.sources.rows import image_columns, import_pyarrow
 from data.sources.table import Entry
-from utils.files import decode_text, first_line
+from utils.errors import first_line
+from utils.files import decode_text
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".token")
 IMAGE_COLUMNS = (

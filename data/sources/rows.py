@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 
 from data.files import EMPTY_CAPTION, OTHER_SPLIT, File, StoredImage, clean_captions, printable
 from data.sources.base import ImagePath, ImageSource, choose_splits, files_of_split, text_columns, text_state
-from utils.files import first_line
+from utils.errors import first_line
 
 ROW_SUFFIXES = (".parquet", ".arrow")
 

@@ -3,12 +3,16 @@
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import train
-from tests.builders import metrics_in
+import train_vqgan
+from tests.builders import ROOT, metrics_in
 from training import checkpoints
 from utils import checkpoint
 
@@ -47,6 +51,23 @@ def test_resume_takes_the_newest_good_file(folder, command, tiny_flags):
         again = checkpoint.read(newest)["weights"]  # the same step, bit for bit
         assert all(torch.equal(tensor, expected[name]) for name, tensor in again.items())
         assert foreign.exists() and not any(path.exists() for path in left)
+
+
+def test_two_runs_do_not_write_to_one_folder(folder, command, tiny_flags, drawn_pictures):
+    claim = "import os, sys, time; from utils.files import claim_folder; claim = claim_folder(sys.argv[1], '--x')\n"
+    claim += "os.fork() and print('claimed', flush=True); time.sleep(60)"  # as a worker lives on after a kill
+    words = {"cwd": ROOT, "stdout": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-c", claim, folder], **words) as other:
+        assert other.stdout and other.stdout.readline() == b"claimed\n"
+        reason = f"{folder}: another run is writing to it"
+        resumed(command, tiny_flags, folder, "--epochs", 3).refused(f"--checkpoint-output-dir {reason}")
+        flags = "--input-folder", drawn_pictures, "--output-dir", folder
+        command(train_vqgan.main, *flags).refused(f"--output-dir {reason}")
+        assert resumed(command, tiny_flags, folder, "--epochs", 4, "--dry-run").status == 0  # it writes nothing
+        other.kill()
+        other.wait()
+        resumed(command, tiny_flags, folder, "--epochs", 3).ok()
+        os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_a_finished_run_is_not_replaced_and_resuming_none_begins(folder, command, tiny_flags, tmp_path):
@@ -97,6 +118,21 @@ def test_a_full_disk_does_not_stop_the_run(command, tiny_flags, tmp_path, monkey
     assert [int(re.search(r"step (\d+)", line)[1]) for line in told] == [4, 6]
     assert all("No space left" in line and str(tmp_path / "dalle_0.pt") in line for line in told)
     assert [path.name for path in tmp_path.glob("dalle*")] == ["dalle_0.pt"]
+
+
+def test_ctrl_c_during_a_write_that_fails_still_stops_the_run(command, tiny_flags, tmp_path, monkeypatch):
+    original = torch.save
+
+    def interrupted(*given):
+        monkeypatch.setattr(torch, "save", original)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    flags = ["--checkpoint-save-steps", 2, "--epochs", 2, "--checkpoint-output-dir", tmp_path]
+    ended = command(train.main, *tiny_flags, *flags)
+    assert ended.status == 130 and "no checkpoint of step 2" in ended.out
+    assert f"stopped after step 2; resume with --pretrained-checkpoint {tmp_path / 'dalle_step_2.pt'}" in ended.out
 
 
 def test_the_best_file_is_one_to_go_on_from(command, tiny_flags, tmp_path):

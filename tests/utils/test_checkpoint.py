@@ -72,6 +72,20 @@ def test_pickled_code_never_runs(place, zipped, tmp_path):
     assert marker.exists()  # it would have run
 
 
+def test_a_file_for_which_memory_does_not_suffice_is_not_called_damaged(tmp_path, monkeypatch):
+    """Otherwise --resume would continue with an older file."""
+
+    def allocate(*arguments, **keywords):
+        torch.empty(1 << 60)
+
+    for name, function in (("c.pt", "torch.load"), ("c.safetensors", "utils.checkpoint.safe_open")):
+        path = tmp_path / name
+        torch.save(content(), path)
+        monkeypatch.setattr(function, allocate)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            checkpoint.read(path)
+
+
 def test_something_else_than_a_dall_e_is_refused(tmp_path):
     for path in (tmp_path / "none.pt", tmp_path):
         with one_line(f"^{path}: no such checkpoint", FileNotFoundError):
