@@ -83,8 +83,8 @@ def write_safetensors(path: AnyPath, checkpoint: Checkpoint, half: bool = False)
 def read(path: AnyPath) -> Checkpoint:
     """Read a checkpoint to the CPU, without its empty entries.
 
-    Entries in ENTRY_TYPES have that type if they are there. A .safetensors file has no optimizer or schedule, and the entry
-    `exported`. Attention patterns have the names of models/transformer.py.
+    Entries have the types of ENTRY_TYPES if they are there. A .safetensors file has no optimizer or schedule, and the
+    entry `exported`. Attention patterns have the names of models/transformer.py.
 
     Raises:
         ValueError, OSError: not a checkpoint, damaged, or it has more than tensors and plain values; one line.
