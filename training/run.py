@@ -153,7 +153,9 @@ class Run:
     def end_epoch(self) -> None:
         """Give the schedule the validation loss, or else the epoch's mean training loss."""
         total, count = self.epoch_loss
-        loss = self.validation_loss if self.validation_set is not None else total / count if count else None
+        loss = self.validation_loss
+        if self.validation_set is None:
+            loss = total / count if count else None
         if loss is not None:
             self.schedule.epoch_ended(loss)
         self.epoch_loss = (0.0, 0)
@@ -182,10 +184,14 @@ def build(settings: Namespace) -> Run:
     else:
         initial, options = None, resume.network_options(origin[1]) if origin else {}
         vae = build_vqgan(settings, generated)
-    hparams = {key: getattr(settings, name) for name, key in NETWORK.items()}
-    hparams.update({name: getattr(settings, name) for name in ("loss_img_weight", "ff_dropout", "attn_dropout")})
     patterns = resume.attention_patterns(settings, origin) if origin else tuple(settings.attn_types)
-    hparams.update(num_text_tokens=tokenizer.vocab_size, attn_types=patterns, **options)
+    hparams = {
+        **{key: getattr(settings, name) for name, key in NETWORK.items()},
+        **{name: getattr(settings, name) for name in ("loss_img_weight", "ff_dropout", "attn_dropout")},
+        "num_text_tokens": tokenizer.vocab_size,
+        "attn_types": patterns,
+        **options,
+    }
     torch.manual_seed(settings.random_seed)  # again, because an untrained VQGAN uses random numbers
     model = DALLE(vae=vae, **hparams)
     if initial is not None:
