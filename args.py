@@ -23,7 +23,7 @@ NETWORK = {  # settings that a checkpoint decides, and their names in its hparam
 VQGAN_SIZES = {"image_size", "patch_size", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels"}
 VQGAN_SIZES |= {"embed_dim", "n_embed"}
 CONFIG_HELP = "entry of configs.yaml to start from; flags override it"
-DROPOUT = number(float, low=0, below=1)
+FRACTION = number(float, low=0, below=1)
 # Settings that exclude each other: one on the command line replaces the configuration's other one.
 RIVALS = ({"validation_folder", "validation_split"}, {"vae_path", "vqgan_model_path"})
 
@@ -95,19 +95,19 @@ def train_parser() -> Parser:
     add("dim-head", 64, "width of a head", COUNT)
     add("text-seq-len", 80, "longest caption in tokens", COUNT)
     add("attn-types", ("full",), f"comma list of {', '.join(ATTENTION_TYPES)}, cycled over the layers", attention_types)
-    add("attn-dropout", 0.0, "dropout in attention", DROPOUT)
-    add("ff-dropout", 0.0, "dropout in feed-forward", DROPOUT)
+    add("attn-dropout", 0.0, "dropout in attention", FRACTION)
+    add("ff-dropout", 0.0, "dropout in feed-forward", FRACTION)
     add("sandwich-norm", False, "a second norm after every block", bool)
     add("loss-img-weight", 7, "weight of the image loss relative to the text loss", NOT_NEGATIVE)
 
     add = parser.heading("Optimizer")
     add("optimizer", "Adam", "Muon optimizes matrices, AdamW the rest", choices=("Adam", "AdamW", "Muon"))
-    add("lr-scheduler", "ReduceLROnPlateau", "the first two count epochs, the others steps", choices=SCHEDULERS)
-    add("warmup-steps", 0, "linear warm-up of the schedules that count steps", NATURAL)
+    add("lr-scheduler", "ReduceLROnPlateau", "cosine and trapezoid count steps, the others epochs", choices=SCHEDULERS)
+    add("warmup-steps", 0, "linear warm-up of cosine and trapezoid", NATURAL)
     add("weight-decay", 0.0, "decay of parameters with more than one dimension", NOT_NEGATIVE)
-    add("adam-betas", [0.9, 0.999], "decay rates of Adam's moments", list_of(DROPOUT), nargs="+")
+    add("adam-betas", [0.9, 0.999], "decay rates of Adam's moments", list_of(FRACTION), nargs="+")
     add("max-grad-norm", None, "clip gradients to this norm", POSITIVE)
-    add("ema-decay", None, "also average the weights, and generate with the average; 0.999 is usual", DROPOUT)
+    add("ema-decay", None, "also average the weights, and generate with the average; 0.999 is usual", FRACTION)
 
     add = parser.heading("Data and tokenizers")
     add("bpe-path", None, "vocabulary: tokenizer.json, sentencepiece's or YouTokenToMe's model; none: CLIP's", path)
@@ -120,7 +120,7 @@ def train_parser() -> Parser:
 
     add = parser.heading("Validation and checkpoints")
     add("validation-folder", None, "folder of validation images and captions", path)
-    add("validation-split", None, "share of the input folder to validate on instead; 0: none", DROPOUT)
+    add("validation-split", None, "share of the input folder to validate on instead; 0: none", FRACTION)
     add("validation-steps", 1000, "updates between validations; ReduceLROnPlateau adds one per epoch", COUNT)
     add("checkpoint-save-steps", 1000, "updates between checkpoints, besides those at ends of epochs", COUNT)
     add("checkpoint-save-minutes", None, "minutes between checkpoints, if earlier", POSITIVE)
@@ -163,7 +163,7 @@ def vqgan_parser() -> Parser:
 
     add = parser.heading("Validation")
     add("validation-folder", None, "folder of validation images; none: --validation-split of the input folder", path)
-    add("validation-split", 0.05, "share of the images to validate on; 0: measure on training images", DROPOUT)
+    add("validation-split", 0.05, "share of the images to validate on; 0: measure on training images", FRACTION)
     add("eval-interval", 1000, "steps between validations, each with a save; 0: only at the end", NATURAL)
 
     add = parser.heading("Model")
@@ -178,7 +178,8 @@ def vqgan_parser() -> Parser:
     add("n-embed", 1024, "entries of the codebook", COUNT)
 
     add = parser.heading("Training")
-    add("optimizer", "Muon", "Muon optimizes kernels, Adam the rest at a tenth of the rate", choices=("Muon", "AdamW"))
+    optimizer = "Muon optimizes kernels and Adam the rest, AdamW everything"
+    add("optimizer", "Muon", optimizer, choices=("Muon", "AdamW"))
     add("learning-rate", 0.02, "peak learning rate; it falls to zero along a cosine", POSITIVE)
     add("warmup-steps", 20, "linear warm-up", NATURAL)
     add("weight-decay", 1.0, "decay of kernels per unit of learning rate", NOT_NEGATIVE)

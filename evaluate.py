@@ -24,10 +24,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     settings = evaluate_arguments(argv)
     log.set_up()
     with exit_on_error():
-        from backends import memory_explained  # torch takes seconds to import, so flags are checked first
+        from backends import explain_out_of_memory  # torch takes seconds to import, so flags are checked first
         from training.evaluation import run
 
-        with memory_explained(f"a --batch-size below {settings.batch_size} needs less"):
+        with explain_out_of_memory(f"a --batch-size below {settings.batch_size} needs less"):
             run(settings)
 
 

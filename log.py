@@ -84,11 +84,11 @@ class Progress:
             bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
         self.marks = [(0.0, first_step)]  # (seconds of training, step) at the last two log lines
-        self.compiled()
+        self.start_clock()
         self.last_line = self.began
 
-    def compiled(self) -> None:
-        """Start the clock: what came before the first update says nothing about the time a run takes."""
+    def start_clock(self) -> None:
+        """Measure time from now on: compilation before the first update says nothing about the time a run takes."""
         self.began = self.updated = time.monotonic()
         self.not_training = 0.0  # seconds
         self.bar.unpause()
@@ -135,7 +135,7 @@ class Progress:
 
 
 class Tracker:
-    """Something that records metrics and images; what it does not need, it leaves out."""
+    """Something that records metrics and images; a subclass overrides what it needs, the rest does nothing."""
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Record the metrics after update `step`: ints, floats or bools."""

@@ -43,7 +43,7 @@ def train(run: Run) -> None:
         for batch in loop.batches():  # compiles the model before the first one
             with defer_signals():  # an update that is made is also counted and logged
                 losses = loop.update(batch)
-                loop.log(losses)
+                loop.record(losses)
             loop.do_what_is_due(losses)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.dalle import DALLE
 from models.vae import ImageTokenizer
 
-Losses = Dict[str, float]  # total, text and image loss, in nats
+LossValues = Dict[str, float]  # total, text and image loss, in nats; after an update perhaps grad_norm
 
 
 class DeviceLost(ValueError):
@@ -34,7 +34,7 @@ class Trainer(Protocol):
     def compile(self, batch: Any) -> None:
         """Prepare for batches of this shape, without an update."""
 
-    def step(self, batch: Any) -> Losses:
+    def step(self, batch: Any) -> LossValues:
         """Make one update and return the losses, means over the global batch of all processes.
 
         The result also has `grad_norm`, the gradient's norm before clipping, on machines that skip updates whose
@@ -44,7 +44,7 @@ class Trainer(Protocol):
             ConnectionError: another process of the run has ended.
         """
 
-    def evaluate(self, batches: Iterable) -> Losses:
+    def evaluate(self, batches: Iterable) -> LossValues:
         """Return the losses without dropout or updates, means over all samples of all processes.
 
         Uses the averaged weights if the trainer keeps an average. Processes may have different numbers of samples.
@@ -109,7 +109,7 @@ class Backend(Protocol):
         and have no windows.
         """
 
-    def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
+    def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], LossValues]:
         """Return a function from batches of (text int64 (B, T), codes int64 (B, L)) to mean losses over all samples."""
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import log
-from backends import memory_explained
+from backends import explain_out_of_memory
 from backends.base import Backend
 from generation import image_prompts, previews, ranking
 from generation.images import (
@@ -50,12 +50,14 @@ RESULTS, PREVIEW = "results.jsonl", "preview.png"  # files in the output folder;
 MILLISECONDS, LAST_MILLISECONDS = 120, 2500  # that an animation shows a frame, and the complete image
 
 
-@memory_explained("a smaller --batch_size needs less; so does --precision bf16")
+@explain_out_of_memory("a smaller --batch_size needs less; so does --precision bf16")
 def run(settings: Namespace) -> None:
     """Generate and save the images that the flags ask for."""
     loaded = load_from_flags(settings)
     backend = loaded.backend
-    seed, share_images = agree_on_seed(settings, backend)
+    seed, share_images = agree_on_seed(settings, backend), shares_images(settings, backend)
+    if share_images:
+        log.set_up(logging.WARNING if backend.rank else logging.INFO)
     plans = plan_images(settings, loaded, seed)
     clip = None  # without it, the model itself chooses
     if settings.clip_weights is not None:
@@ -67,9 +69,9 @@ def run(settings: Namespace) -> None:
     rank, processes = backend.rank, backend.world_size
     if share_images:
         parts = [specs[len(specs) * rank // processes : len(specs) * (rank + 1) // processes] for specs in plans]
-    else:  # equal prompts belong to one process, because they have one folder
-        prompts = [specs[0].prompt for specs in plans]
-        parts = plans = [specs for specs in plans if prompts.index(specs[0].prompt) % processes == rank]
+    else:  # a folder belongs to one process, because nothing locks its files
+        folders = [folder_name(specs[0].prompt) for specs in plans]
+        parts = plans = [specs for specs, name in zip(plans, folders) if folders.index(name) % processes == rank]
     total = sum(map(len, parts))
     loaded.batch_size = max(1, min(loaded.batch_size, total))
     start = time.monotonic()
@@ -96,18 +98,21 @@ def run(settings: Namespace) -> None:
         finally:
             if saving is not None:
                 saving.result()  # its error counts more than a Ctrl-C, or memory that ran out, since then
-    logger.info("throughput: %.3f images/sec", total / max(time.monotonic() - start, 1e-9))
+    logger.info("throughput: %.3f images/sec", sum(map(len, plans)) / max(time.monotonic() - start, 1e-9))
 
 
-def agree_on_seed(settings: Namespace, backend: Backend) -> Tuple[int, bool]:
-    """Return the first seed, and whether processes share the images of each prompt, rather than the prompts."""
+def agree_on_seed(settings: Namespace, backend: Backend) -> int:
+    """Return the first seed, which is the same in all processes that can agree on one."""
     seed = new_seed() if settings.seed is None else settings.seed
-    counts = [request.num_images or settings.num_images for request in settings.requests]
-    share_images = backend.can_gather and len(counts) < backend.world_size <= min(counts)
-    if share_images:
+    if settings.seed is None and backend.can_gather and backend.world_size > 1:
         seed = int(backend.gather(torch.tensor([seed]))[0])
-        log.set_up(logging.WARNING if backend.rank else logging.INFO)
-    return seed, share_images
+    return seed
+
+
+def shares_images(settings: Namespace, backend: Backend) -> bool:
+    """Return whether processes share the images of each prompt, rather than the prompts."""
+    counts = [request.num_images or settings.num_images for request in settings.requests]
+    return backend.can_gather and len(counts) < backend.world_size <= min(counts)
 
 
 def new_seed() -> int:
@@ -148,8 +153,7 @@ def plan_request(
     except ValueError as error:
         raise ValueError(f"{request.source}: {error}") from None
     first = plan_image(loaded, request.prompt, seed, sampling, given_codes, tokens)
-    count = settings.rank * (settings.num_images if request.num_images is None else request.num_images)
-    return [first._replace(seed=seed + number) for number in range(count)]
+    return first.with_seeds(settings.rank * (request.num_images or settings.num_images))
 
 
 def finish_images(

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
-from backends import OutOfMemory, memory_explained
+from backends import OutOfMemory, explain_out_of_memory
 from data.tokenizer import encode_text
 from generation.loading import LoadedModel
 from models.sampling import CodeCallback, Sampling, evaluation_mode, gumbel_noise, keep_top_p
@@ -31,6 +31,10 @@ class ImageSpec(NamedTuple):
     seed: int
     sampling: Sampling
     given_codes: Tensor  # int64 (n,), the first codes of the image, which are kept
+
+    def with_seeds(self, count: int) -> List["ImageSpec"]:
+        """Return `count` images that differ in their seeds alone, which follow this one's."""
+        return [self._replace(seed=self.seed + number) for number in range(count)]
 
 
 def plan_image(
@@ -84,21 +88,21 @@ def encode_prompt(loaded: LoadedModel, prompt: str) -> Tensor:
 def complete_caption(loaded: LoadedModel, prompt: str, seed: int) -> Tuple[Tensor, str]:
     """Let the model continue a caption until it ends it; return its tokens, int64 (text_seq_len,), and its text.
 
-    The least likely tenth of the words is never taken, because captions are trained with an eighth of the loss only.
+    top-p is 0.9, because captions have only an eighth of the training loss, and their unlikely words are unreliable.
     """
-    dalle, generator = loaded.model, torch.Generator().manual_seed(seed)
+    device, generator = loaded.backend.device, torch.Generator().manual_seed(seed)
+    dalle = loaded.model.to(device)
     tokens = encode_prompt(loaded, prompt)
-    tokens = tokens[tokens != 0][None].to(dalle.text_emb.weight.device)  # a sampler has moved the model to the GPU
-    first_padding = dalle.num_text_tokens - dalle.text_seq_len
+    tokens = tokens[tokens != 0][None].to(device)
     with evaluation_mode(dalle):
         for place in range(tokens.shape[1], dalle.text_seq_len):
             seen = F.pad(tokens, (0, dalle.text_seq_len - place))
             x = dalle.transformer(dalle.embed_text(dalle.number_padding(seen))[:, : place + 1])
             logits = dalle.text_logits(x[:, -1]).float()  # (1, num_text_tokens)
             logits[:, 0] = float("-inf")  # in a caption 0 is padding, for which each position has an id
-            noise = gumbel_noise(1, 1, dalle.num_text_tokens, generator, tokens.device)[:, 0]
+            noise = gumbel_noise(1, 1, dalle.num_text_tokens, generator, device)[:, 0]
             token = (keep_top_p(logits, 0.9) + noise).argmax(-1)
-            if int(token) >= first_padding:
+            if int(token) >= dalle.first_padding_id:
                 break
             tokens = torch.cat((tokens, token[:, None]), dim=1)
     tokens = F.pad(tokens, (0, dalle.text_seq_len - tokens.shape[1]))[0].cpu()
@@ -154,12 +158,12 @@ def generate_batch(loaded: LoadedModel, specs: Sequence[ImageSpec], on_code: Opt
     sampling ends.
 
     Raises:
-        OutOfMemory: fewer images at once may fit; `loaded` is as before.
+        OutOfMemory: fewer images at once may fit; the memory of this batch is free again.
     """
     count = len(specs)
     try:
         half = f"{count} images at once are too many; --batch_size {count // 2} needs half"
-        with memory_explained(half if count > 1 else TOO_LARGE):
+        with explain_out_of_memory(half if count > 1 else TOO_LARGE):
             return loaded.sampler(
                 torch.stack([spec.tokens for spec in specs]),
                 specs[0].sampling,
@@ -168,7 +172,7 @@ def generate_batch(loaded: LoadedModel, specs: Sequence[ImageSpec], on_code: Opt
                 on_code=on_code,
             )
     except OutOfMemory:
-        vars(loaded).pop("sampler", None)  # it holds the keys of this batch
+        loaded.drop_sampler()
         raise
 
 

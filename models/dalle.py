@@ -85,8 +85,8 @@ class DALLE(nn.Module):
         options: see Transformer; all are dalle-pytorch's.
 
     Attributes:
-        num_text_tokens: size of the text vocabulary, with padding ids: a padding token (0) at position p becomes the id
-            num_text_tokens + p, so each padding position has its own.
+        num_text_tokens: size of the text vocabulary, with padding ids.
+        first_padding_id: what padding (0) at position 0 becomes; at position p it becomes first_padding_id + p.
         compute_losses: called as compute_losses(dalle, x, text, codes). The default is the function of this name;
             backends/native/fast_layers.py sets a faster equivalent on the instance that trains.
     """
@@ -108,6 +108,7 @@ class DALLE(nn.Module):
         self.fmap_size = vae.image_size // 2**vae.num_layers
         self.text_seq_len = text_seq_len
         self.image_seq_len = self.fmap_size**2
+        self.first_padding_id = num_text_tokens
         self.num_text_tokens = num_text_tokens + text_seq_len
         self.num_image_tokens = vae.num_tokens
         self.loss_img_weight = loss_img_weight
@@ -122,11 +123,6 @@ class DALLE(nn.Module):
         sizes = {"dim": dim, "text_len": text_seq_len + 1, "fmap_size": self.fmap_size}
         self.transformer = Transformer(**sizes, rotary_emb=rotary_emb, **options)
         self.to_logits = Head(dim, self.num_tokens)
-
-        # A text position is never followed by a code, nor an image position by text.
-        position = torch.arange(text_seq_len + self.image_seq_len)[:, None]
-        token = torch.arange(self.num_tokens)[None, :]
-        self.is_image_position = (position >= text_seq_len, token >= self.num_text_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -158,7 +154,7 @@ class DALLE(nn.Module):
         """Replace padding by the id of its position; (B, text_seq_len) in and out."""
         if text.shape[-1] != self.text_seq_len:
             raise ValueError(f"the model reads {self.text_seq_len} text tokens, not {text.shape[-1]}")
-        padding = torch.arange(self.num_text_tokens - self.text_seq_len, self.num_text_tokens, device=text.device)
+        padding = torch.arange(self.first_padding_id, self.num_text_tokens, device=text.device)
         return torch.where(text == 0, padding, text)
 
     def embed_text(self, text: Tensor) -> Tensor:
@@ -180,11 +176,12 @@ class DALLE(nn.Module):
         return self.to_logits(x, slice(self.num_text_tokens, self.num_tokens))
 
     def masked_logits(self, x: Tensor) -> Tensor:
-        """Compute logits of the whole vocabulary; impossible tokens get the dtype's lowest value."""
+        """Compute logits (B, n, num_tokens) of x (B, n, dim); impossible tokens get the dtype's lowest value."""
         logits = self.to_logits(x)
-        positions, tokens = self.is_image_position
-        forbidden = (positions[: x.shape[1]] != tokens).to(x.device)
-        return logits.masked_fill(forbidden, -torch.finfo(logits.dtype).max)
+        # A code never follows a text position, nor text an image position.
+        before_code = torch.arange(x.shape[1], device=x.device)[:, None] >= self.text_seq_len
+        is_code = torch.arange(self.num_tokens, device=x.device) >= self.num_text_tokens
+        return logits.masked_fill(before_code != is_code, -torch.finfo(logits.dtype).max)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:

@@ -23,9 +23,10 @@ from models.transformer import KeyValueCache, LayerScale, PrefixCache
 
 MOST_ROWS = 256  # of a pass; the time of larger ones grows with their rows on any machine
 Norm = Tuple[Tensor, Tensor]  # weight, bias
+Product = Callable[[Tensor], Tensor]
 # pack(weight (out, in), bias (out,) or None, geglu=None) returns a function of x (B, in) that computes (B, out), or
 # (B, out / 2) with LayerKernels.geglu.
-Pack = Callable[..., Callable[[Tensor], Tensor]]
+Pack = Callable[..., Product]
 
 
 def plan_slots(mask: Tensor, window: int = 1) -> List[int]:
@@ -53,13 +54,14 @@ class SlotTable:
     Attributes:
         slots: int64 (L,).
         hidden: (L, T + slots), 0 for the text and the keys that an input sees, else −inf.
-        ends: how many slots the inputs up to each place use.
+        ends: how many slots the inputs up to each place use; on the device int64 (L,).
     """
 
     def __init__(self, mask: Tensor, text_len: int, window: int, device: torch.device, dtype: torch.dtype):
         slots = plan_slots(mask, window)
         self.text_len, self.num_slots = text_len, max(slots) + 2
         self.ends = [end + 1 for end in accumulate([*slots, 0], max)]
+        self.ends_on_device = torch.tensor(self.ends, device=device)
         self.slots = torch.tensor([*slots, self.num_slots - 1], device=device)
         hidden = torch.full((len(mask) + 1, text_len + self.num_slots), float("-inf"))
         hidden[:, :text_len] = 0
@@ -67,35 +69,57 @@ class SlotTable:
         hidden[query, text_len + torch.tensor(slots)[key]] = 0
         self.hidden = hidden.to(device, dtype)
 
-    def look_up(self, inputs: Tensor, last: int) -> Tuple[Tensor, Tensor]:
-        """Return the slots (B, w) of inputs at these places and their scores' mask (B, 1, w, T + m), to be added.
 
-        Args:
-            last: the last of these places.
-        """
-        return self.slots[inputs], self.hidden[inputs, : self.text_len + self.ends[last]][:, None]
+class PlainProduct:
+    """A matrix product by F.linear, with weights in `dtype`; given a dtype, the plain Pack."""
+
+    def __init__(self, dtype: torch.dtype, weight: Tensor, bias: Optional[Tensor], geglu: Optional[Product] = None):
+        self.weight, self.bias, self.geglu = weight.to(dtype), None if bias is None else bias.to(dtype), geglu
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return out if self.geglu is None else self.geglu(out)
 
 
 class LayerKernels:
-    """What a PackedLayer computes besides matrix products, in PyTorch's operations."""
+    """The operations of a PackedLayer around its packed products, by PyTorch's."""
+
+    def multiply_normed(
+        self, x: Tensor, added: Optional[Tensor], norm: Norm, product: Product
+    ) -> Tuple[Tensor, Tensor]:
+        """Return x float32 (R, dim) plus what is added, and the product of its layer norm."""
+        x, normed = self.add_and_normalize(x, added, norm)
+        return x, product(normed)
+
+    def multiply_and_add(self, x: Tensor, inputs: Tensor, product: Product) -> Tuple[Tensor, Optional[Tensor]]:
+        """Return x float32 (R, dim) and the product of inputs (R, …), to be added; or their sum and None."""
+        return x, product(inputs)
 
     def add_and_normalize(self, x: Tensor, added: Optional[Tensor], norm: Norm) -> Tuple[Tensor, Tensor]:
         """Return x float32 (R, dim) plus what is added, and its layer norm as the input of a matrix product."""
         x = x if added is None else x + added
         return x, F.layer_norm(x, x.shape[-1:], *norm)
 
-    def attend(self, qkv: Tensor, cache: Tensor, images: Tensor, slots: Tensor, mask: Tensor, text_len: int) -> Tensor:
+    def look_up(self, table: SlotTable, inputs: Tensor, last: int, sharers: Tensor) -> Any:
+        """Return what `attend` needs for inputs at places (B, w), the last of them at `last`.
+
+        Here these are slots (B, w) and the mask (B, 1, w, T + m) to be added to scores. Sharers: see PackedStepper.
+        """
+        return table.slots[inputs], table.hidden[inputs, : table.text_len + table.ends[last]][:, None]
+
+    def attend(self, qkv: Tensor, cache: Tensor, images: Tensor, found: Any, text_len: int) -> Tensor:
         """Write keys and values to the cache and attend to it.
 
         Args:
             qkv: (B, w, 3, H, D), in the cache's dtype.
             cache: (2, B, H, T + slots, D).
             images: int64 (B, 1), 0 … B − 1.
-            slots, mask: see SlotTable.look_up.
+            found: what look_up returned.
 
         Returns:
             (B·w, H·D).
         """
+        slots, mask = found
         cache[:, :, :, text_len:][:, images, :, slots] = qkv[:, :, 1:]
         keys, values = cache[:, :, :, : mask.shape[-1]]  # (B, H, T + m, D) each
         out = F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), keys, values, attn_mask=mask)
@@ -122,12 +146,12 @@ class PackedLayer:
         self.table, self.cache_dtype, self.kernels = table, cache_dtype, kernels
         inner, wide, narrow = attention.fn.fn, feed_forward.fn.fn.net[0], feed_forward.fn.fn.net[3]
         self.heads, self.dim_head = inner.heads, inner.dim_head
-        self.norm, self.norm_after = fold_norms(attention)
+        self.norm, norm_after = fold_norms(attention)
         self.to_qkv = pack(inner.to_qkv.weight, None)
-        self.to_out = pack(*fold_scale(inner.to_out[0], attention))
-        self.ff_norm, self.ff_norm_after = fold_norms(feed_forward)
+        self.to_out = normed_after(pack(*fold_scale(inner.to_out[0], attention)), norm_after)
+        self.ff_norm, norm_after = fold_norms(feed_forward)
         self.wide = pack(wide.weight, wide.bias, kernels.geglu)
-        self.narrow = pack(*fold_scale(narrow, feed_forward))
+        self.narrow = normed_after(pack(*fold_scale(narrow, feed_forward)), norm_after)
 
     def start(self, prefix: PrefixCache, rows: Tensor) -> None:
         """Fill the cache from a pass over captions and given codes.
@@ -150,23 +174,25 @@ class PackedLayer:
         self.cache[:, :, :, list(owners)] = seen[:, :, :, list(owners.values())]
 
     def __call__(
-        self, x: Tensor, added: Optional[Tensor], images: Tensor, slots: Tensor, mask: Tensor
-    ) -> Tuple[Tensor, Tensor]:
+        self, x: Tensor, added: Optional[Tensor], images: Tensor, found: Any
+    ) -> Tuple[Tensor, Optional[Tensor]]:
         """Compute the layer for a window of codes of each image, and add it to the cache.
 
         Args:
             x: float32 (B·w, dim).
-            added: what the layer before adds to x, (B·w, dim), if there is one.
-            images, slots, mask: see LayerKernels.attend.
+            added: what is to be added to x, (B·w, dim), if there is something.
+            images, found: see LayerKernels.attend.
 
         Returns:
-            x, and what this layer adds to it.
+            x, and what is to be added to it, if there is something.
         """
-        x, normed = self.kernels.add_and_normalize(x, added, self.norm)
-        qkv = self.to_qkv(normed).view(*slots.shape, 3, self.heads, self.dim_head).to(self.cache_dtype)
-        out = self.kernels.attend(qkv, self.cache, images, slots, mask, self.table.text_len)
-        x, normed = self.kernels.add_and_normalize(x, norm_or_same(self.to_out(out), self.norm_after), self.ff_norm)
-        return x, norm_or_same(self.narrow(self.wide(normed)), self.ff_norm_after)
+        kernels = self.kernels
+        x, qkv = kernels.multiply_normed(x, added, self.norm, self.to_qkv)
+        qkv = qkv.view(len(images), -1, 3, self.heads, self.dim_head).to(self.cache_dtype)
+        out = kernels.attend(qkv, self.cache, images, found, self.table.text_len)
+        x, added = kernels.multiply_and_add(x, out, self.to_out)
+        x, wide = kernels.multiply_normed(x, added, self.ff_norm, self.wide)
+        return kernels.multiply_and_add(x, wide, self.narrow)
 
 
 def fold_norms(block: LayerScale) -> Tuple[Norm, Optional[Norm]]:
@@ -187,8 +213,9 @@ def fold_scale(linear: nn.Linear, block: LayerScale) -> Tuple[Tensor, Tensor]:
     return linear.weight * scale[:, None], linear.bias * scale
 
 
-def norm_or_same(x: Tensor, norm: Optional[Norm]) -> Tensor:
-    return x if norm is None else F.layer_norm(x.float(), x.shape[-1:], *norm)
+def normed_after(product: Product, norm: Optional[Norm]) -> Product:
+    """Return the product with a norm of its result, if there is one."""
+    return product if norm is None else lambda x: F.layer_norm(product(x).float(), norm[0].shape, *norm)
 
 
 def guide(x: Tensor, cond_scale: float) -> Tensor:
@@ -214,9 +241,11 @@ class PackedStepper(Stepper):
         cache_dtype: the dtype in which the machine attends fastest.
         autocast: returns the context for the pass over captions, which the model itself computes.
         windows: the numbers of codes of an image that a pass may compute, ascending.
-        kernels: what layers compute besides products; LayerKernels by default.
+        kernels: the operations of layers around their products; LayerKernels by default.
 
     Attributes:
+        sharers: int64 (B,), the first image with the same caption and given codes, until rows are released. Its
+            text in the cache may be read in place of an image's own.
         passes: how often `next` was called.
         seconds: {number of rows: what time_windows found}.
     """
@@ -264,6 +293,7 @@ class PackedStepper(Stepper):
                 x = torch.cat((x, dalle.embed_codes(codes)), dim=1)
             x = dalle.transformer(x, cache=prefixes)[:, -1]
         self.images = torch.arange(len(rows), device=rows.device)[:, None]
+        self.sharers = (rows[:, None] == rows).int().argmax(1)
         for (_, layer), prefix in zip(self.layers, prefixes):
             layer.start(prefix, rows)
         return self.compute_logits(x.float()[rows], None, 1, cond_scale)[:, 0]
@@ -293,11 +323,11 @@ class PackedStepper(Stepper):
         inputs = places[:, None] - 1 + torch.arange(width, device=places.device)  # (B, w)
         inputs = inputs.clamp(max=self.dalle.image_seq_len - 1)
         last = self.last_place(inputs)
-        found = {name: table.look_up(inputs, last) for name, table in self.tables.items()}
+        found = {name: self.kernels.look_up(each, inputs, last, self.sharers) for name, each in self.tables.items()}
         x = (self.dalle.image_emb(codes) + self.positions[inputs]).flatten(0, 1)  # (B·w, dim)
         added = None
         for name, layer in self.layers:
-            x, added = layer(x, added, self.images, *found[name])
+            x, added = layer(x, added, self.images, found[name])
         return self.compute_logits(x, added, width, cond_scale)
 
     def last_place(self, inputs: Tensor) -> int:

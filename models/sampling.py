@@ -104,13 +104,37 @@ class SamplingState(NamedTuple):
     images: Tensor
 
 
+def settle(state: SamplingState, logits: Tensor, sampling: Sampling, num_tokens: int) -> Tensor:
+    """Choose the codes of a window from logits (B, w, V), and add those that are certain.
+
+    Returns:
+        What Stepper.advance does.
+    """
+    codes, places, noise, _ = state
+    length, window = noise.shape[1], logits.shape[1]
+    ahead = places[:, None] + torch.arange(window, device=places.device)  # (B, w)
+    images = torch.arange(len(places), device=places.device)[:, None]
+    answers = sampling.choose(logits, noise[images, ahead.clamp(max=length - 1)], num_tokens)
+    guesses = codes.gather(1, ahead[:, :-1])
+    add_answers(state, answers)
+    confirmed = (guesses == answers[:, :-1]).cumprod(1).sum(1)
+    possible = (length - places).clamp(max=window)
+    accepted = torch.minimum(confirmed + 1, possible)
+    places += accepted
+    return torch.stack((places, (accepted - 1).clamp(min=0), (accepted < possible).long()))
+
+
 class Stepper:
     """Computes the logits of one window of codes after another, for one batch at a time.
 
     Args:
         dalle: the model, in eval mode.
+
+    Attributes:
+        settle: the end of a pass; backends/native/gpu_sampler.py sets an equivalent in fewer kernels.
     """
 
+    settle = staticmethod(settle)
     passes_ahead = 0  # passes to start before the outcome of the first is read; some may be in vain
 
     def __init__(self, dalle: DALLE):
@@ -154,25 +178,14 @@ class Stepper:
         """Compute a window of each image in one pass, and add the codes that are certain.
 
         Returns:
-            int64 (3,), or what has its tolist(): codes that all images have, right guesses, images with a wrong one.
+            int64 (3, B), or what has its tolist(): how many codes each image has, how many of its guesses were right,
+            and whether one was wrong (1).
         """
-        codes, places, noise, _ = state
-        length = noise.shape[1]
         copies = 2 if sampling.is_guided else 1
-        inside = torch.arange(window, device=places.device)
-        ahead = places[:, None] + inside  # (B, w)
-        guesses = codes.gather(1, ahead - 1)  # the first is certain
-        rows = guesses.repeat_interleave(copies, 0), places.repeat_interleave(copies)
-        logits = self.next(*rows, sampling.cond_scale)
-        images = torch.arange(len(places), device=places.device)[:, None]
-        answers = sampling.choose(logits, noise[images, ahead.clamp(max=length - 1)], self.dalle.num_tokens)
-        add_answers(state, answers)
-        confirmed = (guesses[:, 1:] == answers[:, :-1]).cumprod(1).sum(1)
-        possible = (length - places).clamp(max=window)
-        accepted = torch.minimum(confirmed + 1, possible)
-        places += accepted
-        right = (accepted - 1).clamp(min=0).sum()
-        return torch.stack((places.min(), right, (accepted < possible).sum()))
+        inputs = state.places[:, None] - 1 + torch.arange(window, device=state.places.device)  # (B, w)
+        guesses = state.codes.gather(1, inputs)  # the first is certain
+        rows = guesses.repeat_interleave(copies, 0), state.places.repeat_interleave(copies)
+        return self.settle(state, self.next(*rows, sampling.cond_scale), sampling, self.dalle.num_tokens)
 
     def time_windows(self, state: SamplingState, sampling: Sampling) -> Dict[int, float]:
         """Return the seconds of `advance` for each window to choose from. The state stays as it is."""
@@ -288,8 +301,9 @@ def sample_codes(
                 passes.append((window, stepper.advance(state, sampling, min(window, length - complete))))
             if is_enough or len(passes) > stepper.passes_ahead or on_code is not None:
                 window, outcome = passes.popleft()
-                complete, *guesses = outcome.tolist()
-                pace.record(window, *guesses)
+                places, right, wrong = outcome.tolist()
+                complete = min(places)
+                pace.record(window, sum(right), sum(wrong))
 
 
 @contextlib.contextmanager

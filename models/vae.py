@@ -33,7 +33,7 @@ class ImageTokenizer(nn.Module):
     A subclass defines find_codes and decode_grid.
 
     Args:
-        hparams: plain values that describe the network: {"target": name, "params": its sizes}. See build_tokenizer.
+        hparams: plain values from which build_image_tokenizer builds the network: {"target": name, "params": sizes}.
         image_size: side of the images in pixels.
         num_layers: log2 of the downsampling factor f.
         num_tokens: number of codes.
@@ -310,7 +310,7 @@ def size_in(mapping: Dict[str, Any], name: str, default: Optional[int] = None, m
     return value
 
 
-def build_tokenizer(hparams: Mapping[str, Any]) -> ImageTokenizer:
+def build_image_tokenizer(hparams: Mapping[str, Any]) -> ImageTokenizer:
     """Return the untrained image tokenizer that `hparams` of another one describe.
 
     Raises:

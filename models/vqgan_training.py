@@ -6,7 +6,7 @@ quantization, Chou, Lookabaugh and Gray 1989.
 
 import contextlib
 import math
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, ContextManager, Dict, List, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,8 @@ class VQGanTrainer:
     max_steps, as train_vqgan.py's flags explain them.
 
     Args:
-        model: on `device` already. optimizers: over all of its parameters; each step sets their learning rates.
+        model: on `device` already.
+        optimizers: over the parameters to train, with decoder_of the decoder's alone; each step sets their rates.
         autocast: dtype in which encoder, decoder and discriminator run; None: that of the parameters.
     """
 
@@ -78,12 +79,12 @@ class VQGanTrainer:
         for name in ("steps", "has_codebook", "usage", "last_use"):
             setattr(self, name, state[name])
 
-    def _mixed(self):
+    def autocast_context(self) -> ContextManager[Any]:
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(device_type=self.device.type, dtype=self.autocast)
 
-    def step(self, pictures: torch.Tensor, share_of_rate: float) -> Dict[str, torch.Tensor]:
+    def step(self, images: torch.Tensor, share_of_rate: float) -> Dict[str, torch.Tensor]:
         """Make one update from (B, 3, H, W) uint8 images, at this share of the peak learning rate.
 
         Returns 0-dim tensors: loss, and mse (of pixels in [0, 1]).
@@ -92,8 +93,8 @@ class VQGanTrainer:
             rate = self.settings.learning_rate if optimizer in self.optimizers else DISC_RATE
             for group in optimizer.param_groups:
                 group["lr"] = rate * share_of_rate
-        pixels = to_pixels(pictures.to(self.device))
-        with self._mixed(), torch.set_grad_enabled(not self.settings.decoder_of):
+        pixels = to_pixels(images.to(self.device))
+        with self.autocast_context(), torch.set_grad_enabled(not self.settings.decoder_of):
             latents = self.model.encode(pixels)
         latents = latents.float()  # (B, D, h, w)
         codebook_loss = latents.new_zeros(())
@@ -105,7 +106,7 @@ class VQGanTrainer:
             codebook_loss = F.mse_loss(entries, latents.detach())
             codebook_loss = codebook_loss + self.settings.commitment * F.mse_loss(latents, entries.detach())
             quantized = latents + (entries - latents).detach()  # the gradient passes straight through
-        with self._mixed():
+        with self.autocast_context():
             decoded = self.model.decode(quantized)
         decoded = decoded.float()
         mse = F.mse_loss(decoded.detach(), pixels)
@@ -158,13 +159,14 @@ class VQGanTrainer:
         flat = rearrange(latents, "b d h w -> (b h w) d")
         height, width = latents.shape[-2:]
         weights = F.adaptive_avg_pool2d(squared_error, (height, width)).flatten() + 1e-12  # (B * h * w,)
-        chosen = torch.multinomial(weights, len(dead), replacement=len(dead) > len(flat))
+        # On the CPU, because its random state is the one that a checkpoint has.
+        chosen = torch.multinomial(weights.cpu(), len(dead), replacement=len(dead) > len(flat)).to(flat.device)
         self.model.codebook[dead] = flat[chosen]
         self.usage[dead] = self.usage.mean()
         self.last_use[dead] = self.steps
 
     @torch.no_grad()
-    def start_codebook(self, pictures: torch.Tensor) -> int:
+    def start_codebook(self, images: torch.Tensor) -> int:
         """Start to quantize with a codebook made from uint8 images (N, 3, H, W); return the number of entries in use.
 
         The cells are clustered by their pixels, with k-means++ seeds, and an entry is the mean latent of a cluster.
@@ -172,9 +174,9 @@ class VQGanTrainer:
         of an encoder without quantization depend on the surroundings of a cell.
         """
         latents, cells = [], []
-        for batch in pictures.split(self.settings.batch_size):
+        for batch in images.split(self.settings.batch_size):
             pixels = to_pixels(batch.to(self.device))
-            with self._mixed():
+            with self.autocast_context():
                 encoded = self.model.encode(pixels).float()
             side = encoded.shape[-1]
             latents.append(rearrange(encoded, "b d h w -> (b h w) d"))
@@ -189,14 +191,14 @@ class VQGanTrainer:
         self.model.codebook[:] = 100 * points.abs().max()
         self.model.codebook[: len(seeds)] = means / counts.clamp(min=1)[:, None]
         self.usage.zero_()
-        self.usage[: len(seeds)] = counts * (self.settings.batch_size / len(pictures))
+        self.usage[: len(seeds)] = counts * (self.settings.batch_size / len(images))
         self.last_use[:] = self.steps
         self.has_codebook = True
         return len(seeds)
 
     def _generator_loss(self, reconstruction: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
         """Return the adversarial loss, scaled so that its gradient at the last layer matches the reconstruction's."""
-        with self._mixed():
+        with self.autocast_context():
             opinion = -self.discriminator(decoded).float().mean()
         last = self.model.decoder.conv_out.weight
         of_pixels = torch.autograd.grad(reconstruction, last, retain_graph=True)[0].norm()
@@ -205,7 +207,7 @@ class VQGanTrainer:
         return self.settings.disc_weight * balance.detach() * opinion
 
     def _train_discriminator(self, real: torch.Tensor, fake: torch.Tensor) -> None:
-        with self._mixed():
+        with self.autocast_context():
             on_real, on_fake = self.discriminator(real).float(), self.discriminator(fake).float()
         loss = 0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())  # hinge
         self.disc_optimizer.zero_grad(set_to_none=True)
@@ -213,9 +215,9 @@ class VQGanTrainer:
         self.disc_optimizer.step()
 
 
-def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
     """Convert uint8 to float32 in [-1, 1]."""
-    return pictures.float() / 127.5 - 1
+    return images.float() / 127.5 - 1
 
 
 def reconstruction_loss(decoded: torch.Tensor, pixels: torch.Tensor, edge_weight: float) -> torch.Tensor:
@@ -253,16 +255,16 @@ def _seed_indices(points: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class Evaluation(NamedTuple):
-    """How well a VQGAN reconstructs images that it was not trained on."""
+    """How well a VQGAN reconstructs images."""
 
     psnr: float  # dB, mean over images
     codes_used: int
     perplexity: float  # 2 to the power of the codes' entropy in bits: the number of codes in even use
-    pictures: torch.Tensor  # (N, 3, H, W) uint8: reconstructions of the first images
+    reconstructions: torch.Tensor  # (N, 3, H, W) uint8, of the first images
 
 
 @torch.no_grad()
-def evaluate(model: VQGan, pictures: torch.Tensor, batch_size: int, keep: int = 8) -> Evaluation:
+def evaluate(model: VQGan, images: torch.Tensor, batch_size: int, keep: int = 8) -> Evaluation:
     """Encode, quantize and decode (N, 3, H, W) uint8 images in fp32."""
     training = model.training
     model.eval()
@@ -270,7 +272,7 @@ def evaluate(model: VQGan, pictures: torch.Tensor, batch_size: int, keep: int = 
     kept: List[torch.Tensor] = []
     psnr: List[torch.Tensor] = []
     counts = torch.zeros(len(model.codebook), dtype=torch.long, device=device)
-    for batch in pictures.split(batch_size):
+    for batch in images.split(batch_size):
         codes = model.nearest(model.encode(to_pixels(batch.to(device))))
         decoded = ((model.decode(model.lookup(codes)) + 1) / 2).clamp(0, 1)
         mse = (decoded - batch.to(device).float() / 255).square().mean(dim=(1, 2, 3))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import args
+from backends.native import backend
 from models.dalle import DALLE
 from models.packed_sampler import guide
 from models.sampling import Stepper
@@ -99,6 +100,17 @@ class WholePassStepper(Stepper):
         return self.begin(self.text, torch.cat((self.codes, codes), dim=1), cond_scale)[:, None]
 
 
+def contents(folder: Path) -> Dict[str, bytes]:
+    """Return the contents of all files in a folder and those below, by their paths in it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def states_of(folder: Path, pattern: str) -> List[Tuple[str, int, int]]:
+    """Return (path in the folder, bytes, time of change) of its files, as caches get them."""
+    states = {path.relative_to(folder).as_posix(): path.stat() for path in sorted(folder.rglob(pattern))}
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in states.items()]
+
+
 def metrics_in(folder: Path) -> List[Dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -122,7 +134,7 @@ def one_line(match: str, kind: Any = ValueError) -> Iterator[Any]:
     assert "\n" not in str(caught.value)
 
 
-def until(holds: Callable[[], Any], seconds: float = 20) -> None:
+def until(holds: Callable[[], Any], seconds: float = 60) -> None:
     """Wait until holds() is true."""
     end = time.monotonic() + seconds
     while not holds():
@@ -131,8 +143,9 @@ def until(holds: Callable[[], Any], seconds: float = 20) -> None:
 
 
 def python(*words: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
-    """Run Python with these arguments in the repository's folder; return its exit status and output."""
+    """Run Python with these arguments on one thread, in the repository's folder unless `cwd` differs; add `env`."""
     options = {"cwd": ROOT, "capture_output": True, "text": True, **options}
+    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1", **options.get("env", {})}
     return subprocess.run([sys.executable, *map(str, words)], **options)
 
 
@@ -176,6 +189,11 @@ class PickledCall:
 
     def __reduce__(self) -> Any:
         return self.call
+
+
+def cpu_only(reason: str) -> Any:
+    """Mark a test of what only CPUs promise, to be skipped if all devices of a test run are GPUs."""
+    return pytest.mark.skipif(backend.pick_device("cpu").type != "cpu", reason=reason)
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:

@@ -20,7 +20,6 @@ CHROMIUM, DRIVER = map(shutil.which, ("chromium", "chromedriver"))
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
 FLAGS = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
 PROMPT = "a small red circle above a large blue square"
-WORDS = dict.fromkeys([*PROMPT.split(), "green", "circle"], 3)
 DESK, PHONE = (1280, 900), (390, 844)
 HACK = "<img src=x onerror=hacked()>"
 WATCH = """
@@ -38,10 +37,8 @@ addEventListener("DOMContentLoaded", () => {
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_checkpoint):
-    loaded = loaded_for_tests(SHAPES if SHAPES.exists() else tiny_checkpoint, batch_size=4)
-    loaded.words, loaded.examples = loaded.words or WORDS, loaded.examples or [PROMPT, "a red circle"]
-    return loaded
+def loaded():
+    return loaded_for_tests(SHAPES, batch_size=4)
 
 
 @pytest.fixture(scope="module")

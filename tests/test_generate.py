@@ -19,7 +19,7 @@ from generation.loading import read_model
 from models.dalle import DALLE
 from models.sampling import sample_codes
 from models.vqgan_files import load_vqgan
-from tests.builders import WholePassStepper, python, reference_weights
+from tests.builders import WholePassStepper, contents, python, reference_weights
 from tests.conftest import ROOT
 
 VOCABULARY = ROOT / "bpe" / "bpe_yttm_vocab.txt"
@@ -32,10 +32,6 @@ def drawn(command, tiny_checkpoint, tmp_path):
     """drawn(*flags) runs generate.py: by default, three images of "a red circle" in tmp_path / "out"."""
     fixed = ["--dalle_path", tiny_checkpoint, "--text", "a red circle", "--num_images", 3, "--precision", "fp32"]
     return lambda *flags: command(generate.main, *fixed, "--outputs_dir", tmp_path / "out", *flags)
-
-
-def read_bytes(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def folders(outputs):
@@ -148,9 +144,9 @@ def test_without_a_seed_images_differ_and_the_seed_is_logged(drawn, tmp_path):
 def test_a_second_run_keeps_the_images_of_the_first(drawn, tmp_path):
     drawn("--seed", 1)
     folder = tmp_path / "out" / "a_red_circle"
-    before = read_bytes(folder)
+    before = contents(folder)
     drawn("--seed", 2, "--num_images", 2)
-    after = read_bytes(folder)
+    after = contents(folder)
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() == {"3-seed-2.jpg", "4-seed-3.jpg", "grid-3.png"}
 
@@ -330,12 +326,12 @@ def test_checkpoints_of_the_reference_are_not_replaced(command, tiny_flags, tiny
     """Ours of epoch 3 has their name, and older ones than --keep-checkpoints are removed."""
     for epoch in range(4):
         path = write_reference(tmp_path / f"dalle_{epoch}.pt", weights_of(tiny_vqgan))
-    before = read_bytes(tmp_path)
+    before = contents(tmp_path)
     flags = ["--text-seq-len", 80, "--attn-types", "axial_row,full", "--bpe-path", their_vocabulary, "--epochs", 5]
     for start in (["--pretrained-checkpoint", path], ["--resume"]):
         ended = command(train.main, *tiny_flags, *flags, *start, "--checkpoint-output-dir", tmp_path)
         ended.refused("dalle_3.pt: is of another program")
-    assert read_bytes(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 def test_our_vocabulary_of_the_same_name_is_refused(command, drawn, tiny_flags, tiny_vqgan, tmp_path):

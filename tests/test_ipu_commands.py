@@ -105,16 +105,9 @@ def test_a_device_that_fails_is_one_line(poptorch_standin, command, tiny_flags, 
     assert f"{problem}; the last good checkpoint is {tmp_path / 'dalle_0.pt'}" in ended.err
 
 
-TEN_SETTINGS = [{"top_k": 0.5}, {"top_k": 3}, {"top_k": 0.0}, {"top_p": 0.7}, {"temperature": 0.5}, {"cond_scale": 2.0}]
-TEN_SETTINGS += [
-    {"temperature": 2.0, "top_k": 0.9, "top_p": 0.9},
-    {"cond_scale": 4.0, "top_k": 0.8, "temperature": 0.8},
-]
-TEN_SETTINGS += [{"cond_scale": 0.0, "top_p": 0.5}, {"cond_scale": 1.5, "top_p": 0.95, "temperature": 1.3}]
-
-
-def test_ten_sampling_settings_share_one_program(poptorch_standin, command, tiny_checkpoint, tmp_path):
-    prompts = [json.dumps({"prompt": "a red circle", "seed": 5, **settings}) for settings in TEN_SETTINGS]
+def test_sampling_settings_share_one_program(poptorch_standin, command, tiny_checkpoint, tmp_path):
+    settings = [{"top_k": 3}, {"cond_scale": 2.0, "top_p": 0.7}, {"temperature": 2.0, "top_k": 0.9, "top_p": 0.9}]
+    prompts = [json.dumps({"prompt": "a red circle", "seed": 5, **one}) for one in settings]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     flags = ["--dalle_path", tiny_checkpoint, "--prompts_file", tmp_path / "prompts.jsonl", "--num_images", 2]
     flags += ["--format", "png", "--executable_cache_dir", tmp_path / "programs"]
@@ -126,13 +119,13 @@ def test_ten_sampling_settings_share_one_program(poptorch_standin, command, tiny
     assert sorted(poptorch_standin.MACHINE.compiled) == ["StaticSampler", "VqganDecoder"]
     assert "FullPass" not in poptorch_standin.MACHINE.calls
     assert len(list((tmp_path / "programs").iterdir())) == 2
-    assert len(images["ipu"]) == 20 and abs(images["cpu"] - images["ipu"]).max() <= 1  # pixels are rounded
-    assert len({image.tobytes() for image in images["ipu"]}) > 10
+    assert len(images["ipu"]) == 6 and abs(images["cpu"] - images["ipu"]).max() <= 1  # pixels are rounded
+    assert len({image.tobytes() for image in images["ipu"]}) == 6
 
 
 SHOW_SHARES = """
 import sys
-import data.dataset, train, training.checkpoints, training.run
+import train, training.checkpoints, training.run
 write = training.checkpoints.write
 def writing(path, what):
     print("writes", path.name)
@@ -145,12 +138,6 @@ def encoding(images, encode, *places, **more):
         return encode(pixels)
     return load_codes(images, encode_and_print, *places, **more)
 training.run.load_codes = encoding
-read = data.dataset.TextImageDataset.__getitem__
-def reading(self, key):
-    if isinstance(key, tuple):
-        print("read", *key)
-    return read(self, key)
-data.dataset.TextImageDataset.__getitem__ = reading
 if __name__ == "__main__":
     train.main(sys.argv[1:])
 """
@@ -174,11 +161,6 @@ def test_instances_share_the_data_and_train_as_one(poptorch_standin, command, ti
     ended = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
     assert sum(int(count) for out, _ in ended for count in re.findall(r"^encodes (\d+)$", out, re.M)) == 12
-    shares = [re.findall(r"^read (\d+) (\d+)$", out, re.M) for out, _ in ended]
-    for epoch in ("0", "1"):
-        read = [[index for when, index in share if when == epoch] for share in shares]
-        assert [len(share) for share in read] == [6, 6]
-        assert sorted(map(int, read[0] + read[1])) == list(range(12))  # disjoint, and together everything
     assert_same_weights(tmp_path / "together" / "dalle_1.pt", tmp_path / "alone" / "dalle_1.pt", 1e-5)
     first, second = ("\n".join(part) for part in ended)
     assert "throughput" in first and "12 images, 6 steps of 4 samples" in first

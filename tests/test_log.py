@@ -60,7 +60,7 @@ def test_the_benchmark_finds_its_numbers(program_log, clock, capsys):
 def test_what_lies_between_updates_is_no_training_but_takes_time(program_log, clock, capsys):
     progress = log.Progress(steps=10, first_step=4, samples_per_step=2)
     clock.now += 100  # compilation
-    progress.compiled()
+    progress.start_clock()
     rates = []
     for step in (5, 6, 7):
         clock.now += 4

@@ -1,7 +1,6 @@
 """process_captions.py from its command line: COCO's captions file to one text file per image."""
 
 import json
-import os
 import re
 
 from process_captions import write_caption_files
@@ -26,7 +25,7 @@ def test_captions_stay_as_they_are_but_for_white_space(tmp_path):
     source, out = tmp_path / "captions.json", tmp_path / "a" / "b"
     source.write_text(json.dumps(content), encoding="utf-8-sig")  # with the byte order mark of some editors
     # A machine whose own encoding is not UTF-8 must not make a difference.
-    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
     done = python("process_captions.py", "--captions", source, "--out-dir", out, env=env, encoding="utf-8")
     assert done.returncode == 0 and done.stderr == "", done.stderr  # no progress bar where nobody looks
     assert {path.name: path.read_bytes().decode("utf-8") for path in out.iterdir()} == {

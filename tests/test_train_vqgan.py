@@ -117,7 +117,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, command, flags, tmp_
     ended.refused("vqgan_training.pt is not of this VQGAN")
 
 
-def test_a_decoder_can_be_trained_for_given_codes(trained, drawn_pictures):
+def test_a_run_starts_with_the_codes_or_the_weights_of_another(trained, command, flags, drawn_pictures, tmp_path):
     first, _ = trained()
     second, out = trained("--decoder-of", first, "--learning-rate", "0.005")
     old, new = load_vqgan(str(first)), load_vqgan(str(second))
@@ -125,6 +125,14 @@ def test_a_decoder_can_be_trained_for_given_codes(trained, drawn_pictures):
     pixels = pixels.permute(0, 3, 1, 2) / 255
     assert torch.equal(old.get_codebook_indices(pixels), new.get_codebook_indices(pixels))
     assert psnr(new, drawn_pictures, 32) > psnr(old, drawn_pictures, 32) + 1
+    words = ["--input-folder", drawn_pictures, "--output-dir", tmp_path / "fine", "--init-from", first]
+    run = "--device cpu --batch-size 8 --max-steps 20 --continuous-steps 1 --learning-rate 0.005 --precision fp32"
+    ended = command(train_vqgan.main, *words, *run.split(), "--config", "vqgan_photos")  # whose sizes are others
+    assert ended.status == 0 and "32 × 32 pixels to 4 × 4 codes of 32" in ended.out, ended
+    assert "the codebook starts" not in ended.out
+    vae = load_vqgan(str(tmp_path / "fine"))
+    assert vae.hparams == old.hparams and psnr(vae, drawn_pictures, 32) > psnr(old, drawn_pictures, 32)
+    command(train_vqgan.main, *words, *run.split(), "--ch", 64).refused("--ch: the sizes are those of --init-from")
 
 
 def test_a_finished_vqgan_is_never_overwritten(trained, command, flags, monkeypatch):
@@ -145,19 +153,6 @@ def test_a_finished_vqgan_is_never_overwritten(trained, command, flags, monkeypa
     assert load_vqgan(str(folder / "step_12")).fingerprint() == finished
     (folder / "vqgan_training.pt").unlink()
     command(train_vqgan.main, *words, "--max-steps", 30, "--resume").refused("has a VQGAN without vqgan_training.pt")
-
-
-def test_a_run_starts_with_another_vqgan(trained, command, flags, drawn_pictures, tmp_path):
-    first, _ = trained()
-    before = psnr(load_vqgan(str(first)), drawn_pictures, 32)
-    words = ["--input-folder", drawn_pictures, "--output-dir", tmp_path / "fine", "--init-from", first]
-    run = "--device cpu --batch-size 8 --max-steps 20 --continuous-steps 1 --learning-rate 0.005 --precision fp32"
-    ended = command(train_vqgan.main, *words, *run.split(), "--config", "vqgan_photos")  # whose sizes are others
-    assert ended.status == 0 and "32 × 32 pixels to 4 × 4 codes of 32" in ended.out, ended
-    assert "the codebook starts" not in ended.out
-    vae = load_vqgan(str(tmp_path / "fine"))
-    assert vae.hparams == load_vqgan(str(first)).hparams and psnr(vae, drawn_pictures, 32) > before
-    command(train_vqgan.main, *words, *run.split(), "--ch", 64).refused("--ch: the sizes are those of --init-from")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

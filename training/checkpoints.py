@@ -37,7 +37,7 @@ PROGRESS = {
 logger = logging.getLogger("minidalle")
 
 
-class Folder:
+class CheckpointFolder:
     """The checkpoints in --checkpoint-output-dir, oldest first in `written`; `path` is None if nothing is written.
 
     Raises:
@@ -113,7 +113,7 @@ def sort_by_age(folder: Path) -> List[Path]:
     return sorted(found, key=lambda path: (age(path), times[path]))
 
 
-def summarize(run: Run) -> Dict[str, Any]:
+def collect_captions(run: Run) -> Dict[str, Any]:
     """Return the words and some examples of the training captions; they are collected once per run."""
     if run.captions is None:
         dataset, decode, count = run.dataset, run.tokenizer.decode, 4 * EXAMPLES
@@ -157,14 +157,14 @@ def save(run: Run, name: str) -> Optional[Path]:
         return None
     run.trackers.flush()  # a run that resumes from the checkpoint must not lack a line
     path = folder.path / name
-    try:
-        with defer_signals():
+    with defer_signals():
+        try:
             write(path, contents(run, state))
             if name != BEST:
                 folder.add(path)
-    except OSError as error:
-        logger.warning("no checkpoint of step %d: %s%s", run.step, describe_error(error), describe_last(run))
-        return None
+        except OSError as error:
+            logger.warning("no checkpoint of step %d: %s%s", run.step, describe_error(error), describe_last(run))
+            return None
     logger.info("wrote %s", path)
     return path
 
@@ -202,7 +202,7 @@ def contents(run: Run, state: Dict[str, Any]) -> Dict[str, Any]:
         "data": run.data_fingerprint,
         "sampling": {key: getattr(settings, key) for key in ("top_k", "top_p", "temperature", "cond_scale")},
         "settings": dict(vars(settings)),
-        "captions": summarize(run),
+        "captions": collect_captions(run),
         "versions": {"layout": LAYOUT, "python": platform.python_version(), "torch": str(torch.__version__)},
     }
     if "ema_weights" in state:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 
-from backends import memory_explained
+from backends import explain_out_of_memory
 from backends.native.inference import free_memory, read_status, total_memory
 from data.images import load_image
 from data.loader import RunOrder
@@ -61,7 +61,7 @@ def measure(run: Run) -> Iterator[Tuple[str, str]]:
     if run.backend.compile_only:
         yield "time", "unknown without a device"
     else:
-        with memory_explained(describe_less(run)):
+        with explain_out_of_memory(describe_less(run)):
             seconds, peak = time_steps(run, weights)
         left = run.steps - run.step
         yield (

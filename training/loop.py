@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Tuple
 import torch
 
 import log
-from backends import OutOfMemory, memory_explained
+from backends import OutOfMemory, explain_out_of_memory
 from backends.base import DeviceLost
 from data.files import count
 from data.loader import RunOrder, SamplesLost, random_bits
@@ -38,7 +38,7 @@ def open_loop(run: Run) -> Iterator[Loop]:
     # Several processes stop after the same update, so that none waits for another that has left.
     deferral = defer_signals() if run.backend.world_size > 1 else contextlib.nullcontext()
     try:
-        with contextlib.closing(loop.progress), deferral, memory_explained(describe_less(run)):
+        with contextlib.closing(loop.progress), deferral, explain_out_of_memory(describe_less(run)):
             yield loop
     except KeyboardInterrupt:
         hint = _save_at_stop(run)
@@ -46,7 +46,9 @@ def open_loop(run: Run) -> Iterator[Loop]:
             print(f"stopped after step {run.step}{hint}" if hint else "stopped")
         raise SystemExit(130) from None
     except (SamplesLost, ConnectionError, OutOfMemory) as error:
-        raise type(error)(f"{error}{_save_at_stop(run) if run.step else ''}") from None
+        # A sharded state needs all processes, and the others do not know that this one stops.
+        hint = checkpoints.describe_last(run) if run.settings.shard else _save_at_stop(run) if run.step else ""
+        raise type(error)(f"{error}{hint}") from None
     except DeviceLost as error:
         raise DeviceLost(f"{error}{checkpoints.describe_last(run)}") from None
     finally:
@@ -76,7 +78,7 @@ class Loop:
                 started = time.monotonic()
                 run.trainer.compile(batch)
                 logger.info("Compiled model in %.3f secs", time.monotonic() - started)
-                self.progress.compiled()
+                self.progress.start_clock()
                 compiled = True
                 if run.backend.compile_only:
                     logger.info("stopping here because of --compile-only")
@@ -92,8 +94,8 @@ class Loop:
         torch.manual_seed(random_bits(run.settings.random_seed, run.step, run.backend.rank) >> 1)
         return run.trainer.step(batch)
 
-    def log(self, losses: Dict[str, float]) -> None:
-        """Count and log the update that was just made; a non-finite one was skipped by the trainer."""
+    def record(self, losses: Dict[str, float]) -> None:
+        """Count and log the update that was just made; the trainer skipped it if a loss is not finite."""
         run, epoch, lr = self.run, self.run.epoch(), self.run.learning_rate()
         skipped = not all(map(math.isfinite, losses.values()))
         self.skips = self.skips + 1 if skipped else 0

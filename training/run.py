@@ -37,7 +37,10 @@ logger = logging.getLogger("minidalle")
 
 
 def multi_step(epoch: int, epochs: int, late: float = 0.1) -> float:
-    """Warm up linearly over the first fifth of the epochs, then 1, then `late` for the second half of the rest."""
+    """Return the share of the peak rate.
+
+    It rises linearly over the first fifth of the epochs, then is 1, and `late` in the second half of the others.
+    """
     warmup = int(0.2 * epochs)
     if epoch < warmup:
         return (1 + epoch) / (1 + warmup)
@@ -45,7 +48,10 @@ def multi_step(epoch: int, epochs: int, late: float = 0.1) -> float:
 
 
 def trapezoid(step: int, steps: int, warmup: int) -> float:
-    """Warm up linearly over `warmup` steps, then 1, then fall linearly towards 0 over the second half of the run."""
+    """Return the share of the peak rate.
+
+    It rises linearly over `warmup` steps, then is 1, and falls linearly towards 0 over the second half of the run.
+    """
     return min((1 + step) / (1 + warmup), 1.0, 2 * (steps - step) / steps)
 
 
@@ -102,7 +108,7 @@ class Run:
 
     settings: Namespace
     backend: TrainingBackend
-    folder: checkpoints.Folder
+    folder: checkpoints.CheckpointFolder
     tokenizer: Tokenizer
     vae: ImageTokenizer
     dataset: Any
@@ -168,7 +174,7 @@ def build(settings: Namespace) -> Run:
         if folder and not generated and not Path(folder).exists():
             raise FileNotFoundError(f"--{flag.replace('_', '-')} {folder}: no such folder")
     # The checkpoint is read before images are encoded, which may take hours.
-    folder = checkpoints.Folder(settings, writes=not backend.rank and not settings.dry_run)
+    folder = checkpoints.CheckpointFolder(settings, writes=not backend.rank and not settings.dry_run)
     origin = resume.find_origin(settings, folder) if settings.pretrained_checkpoint or settings.resume else None
     folder.prepare()
     torch.manual_seed(settings.random_seed)

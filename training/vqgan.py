@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from args import VQGAN_SIZES
-from backends import OutOfMemory, memory_explained
+from backends import OutOfMemory, explain_out_of_memory
 from backends.native.backend import pick_device
 from data.images import common_folder, load_images, printable, read_images
 from data.loader import epoch_order
@@ -103,7 +103,7 @@ def train(settings: Namespace) -> None:
         total=settings.max_steps, initial=trainer.steps, desc="training", unit="step", disable=None, dynamic_ncols=True
     )
     try:
-        with bar, memory_explained(f"a --batch-size below {settings.batch_size} needs less"):
+        with bar, explain_out_of_memory(f"a --batch-size below {settings.batch_size} needs less"):
             for step in range(trainer.steps, settings.max_steps):
                 if step == settings.continuous_steps and not trainer.has_codebook:
                     entries = trainer.start_codebook(torch.cat([next(batches) for _ in range(seed_batches)]))
@@ -244,10 +244,10 @@ def show(bar: Any, losses: Dict[str, torch.Tensor], trainer: VQGanTrainer, step:
 def measure(model: VQGan, validation: torch.Tensor, batch_size: int, output_dir: Path) -> Evaluation:
     """Return the measurements on validation images and write reconstructions.png."""
     figures = evaluate(model, validation, batch_size, keep=GRID_IMAGES)
-    pairs = [*validation[: len(figures.pictures)], *figures.pictures]  # originals above reconstructions
+    pairs = [*validation[: len(figures.reconstructions)], *figures.reconstructions]  # originals above reconstructions
     images = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in pairs]
     with atomic_write(output_dir / "reconstructions.png") as file:
-        make_grid(images, len(figures.pictures)).save(file, "PNG")
+        make_grid(images, len(figures.reconstructions)).save(file, "PNG")
     return figures
 
 

@@ -149,7 +149,7 @@ def defer_signals() -> Iterator[None]:
     """Defer Ctrl-C and SIGTERM to the end of this block, which raises the first of them again.
 
     A second Ctrl-C, more than a second after the first, ends the program at once. Nested blocks, and blocks outside
-    the main thread, change nothing.
+    the main thread, change nothing. An exception that leaves the block discards the signals.
     """
     global _deferring
     if _deferring or threading.current_thread() is not threading.main_thread():

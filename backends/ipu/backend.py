@@ -16,7 +16,7 @@ from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List
 import torch
 from torch import Tensor, nn
 
-from backends.base import Backend, Losses, StageEstimate, Trainer, TrainingBackend
+from backends.base import Backend, LossValues, StageEstimate, Trainer, TrainingBackend
 from backends.ipu import estimates
 from backends.ipu.inference import (
     DeviceLosses,
@@ -164,11 +164,11 @@ class IpuBackend(Backend):
             if not roles or program.role in roles:
                 program.release()
 
-    def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
+    def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], LossValues]:
         """Return a function from batches to mean losses, on one IPU, row by row so that no batch has to be padded."""
         losses = self._row_by_row("evaluator", DeviceLosses(inference_copy(model, self.number_size(model))))
 
-        def evaluate(batches: Iterable[Tuple[Tensor, Tensor]]) -> Losses:
+        def evaluate(batches: Iterable[Tuple[Tensor, Tensor]]) -> LossValues:
             self.release("encoder")
             rows = torch.cat([losses(torch.cat((text, codes), dim=1)) for text, codes in batches])
             self.release("evaluator")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ContextManager, Dict, Iterable, List, Seq
 
 from torch import Tensor
 
-from backends.base import DeviceLost, Losses, Trainer
+from backends.base import DeviceLost, LossValues, Trainer
 from models.dalle import DALLE
 from models.pipeline_dalle import WrappedDALLE
 from utils.optimization import load_keeping_flags
@@ -51,12 +51,12 @@ class IpuTrainer(Trainer):
         """Return a context that turns errors of the compiled program into DeviceLost."""
         return self.backend.device_errors(problem, DeviceLost)
 
-    def step(self, batch: Any) -> Losses:
+    def step(self, batch: Any) -> LossValues:
         with self.device_errors("training stopped"):
             sums = self.executor(*batch)
         return self.means(sums, len(batch[0]))
 
-    def evaluate(self, batches: Iterable) -> Losses:
+    def evaluate(self, batches: Iterable) -> LossValues:
         """Return the mean losses without dropout, on the IPUs that otherwise train."""
         losses = []
         with self.device_errors("validation stopped"):
@@ -84,7 +84,7 @@ class IpuTrainer(Trainer):
             self.evaluator.attachToDevice()
         return self.evaluator(*batch)
 
-    def means(self, sums: Sequence[Tensor], samples: int) -> Losses:
+    def means(self, sums: Sequence[Tensor], samples: int) -> LossValues:
         """Return the means over all instances of losses summed over a call's micro-batches, one row per replica."""
         names = ("total", "text", "image")
         if self.backend.settings.synthetic_data:  # nothing is read back from the device

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from backends.base import Backend, Losses, StageEstimate, Trainer, TrainingBackend
+from backends.base import Backend, LossValues, StageEstimate, Trainer, TrainingBackend
 from backends.native.gpu_attention import use_cudnn_attention, use_fused_attention
 from backends.native.inference import NativeSampler, decoder, encoder, free_memory, images_at_once
 from backends.native.trainer import NativeTrainer, mean_losses
@@ -31,7 +31,7 @@ from utils.files import raise_if_pending
 logger = logging.getLogger("minidalle")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TIMEOUT = datetime.timedelta(days=7)  # rank 0 may encode images for hours while the others wait
-SIGNS_OF_LOSS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "TCPStore", "c10d")
+SIGNS_OF_LOST_CONNECTION = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "TCPStore", "c10d")
 
 
 class NativeBackend(Backend):
@@ -49,8 +49,9 @@ class NativeBackend(Backend):
         self.kind = self.device.type
         if self.kind == "cuda":
             if self.world_size > 1:
-                self.device = own_gpu(self.processes.local_rank)
-            # It plans for some 30 ms for every new shape: good for training, bad for captions of any number.
+                self.device = claim_gpu(self.processes.local_rank)
+            # cuDNN takes about 30 ms to plan attention for a new shape. Generation meets many, so it is off until the
+            # training backend, whose shapes stay the same, turns it on.
             if hasattr(torch.backends.cuda, "enable_cudnn_sdp"):
                 torch.backends.cuda.enable_cudnn_sdp(False)
         self.precision = pick_precision(precision, self.device, fp16, loss_scaling)
@@ -69,7 +70,7 @@ class NativeBackend(Backend):
 
     def gather(self, rows: Tensor) -> Tensor:
         self.processes.connect(torch.device("cpu"))
-        with self.processes.losses_explained():
+        with self.processes.explain_lost_connection():
             return self.processes.gather(rows)
 
     def encode(self, vae: ImageTokenizer) -> Callable[[Tensor], Tensor]:
@@ -84,7 +85,7 @@ class NativeBackend(Backend):
     def sampler(self, model: DALLE, batch_size: int, window: Optional[int] = None) -> Callable[..., Tensor]:
         return NativeSampler(self.place(model), self, window)
 
-    def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], Losses]:
+    def evaluator(self, model: DALLE) -> Callable[[Iterable[Tuple[Tensor, Tensor]]], LossValues]:
         model = self.place(model).eval()
         return lambda batches: mean_losses(model, batches, self)
 
@@ -137,7 +138,8 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
             if dataset not in self.sets:
                 self.sets[dataset] = SetOnDevice(dataset, self.device, free_memory(self.device))
             if self.sets[dataset].fits:
-                yield from ([step] for step in self._interruptible(map(self.sets[dataset].gather, order)))
+                some = filter(None, order)  # the last batch of validation may have none for this process
+                yield from ([step] for step in self._interruptible(map(self.sets[dataset].gather, some)))
                 return
         workers = min(self.settings.dataloader_workers, os.cpu_count() or 1)  # more would compete for cores
         stream = self._interruptible(read_in_workers(dataset, order, self.batch_size, workers, self.kind == "cuda"))
@@ -220,7 +222,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and has_cuda() else "cpu")
 
 
-def own_gpu(local_rank: int) -> torch.device:
+def claim_gpu(local_rank: int) -> torch.device:
     """Return the GPU of this process among several on this machine, and make it torch's default GPU.
 
     Raises:
@@ -297,7 +299,7 @@ class Processes:
         atexit.register(leave_group)
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean of a tensor over all processes, on the CPU."""
+        """Return the mean of a tensor over all processes, on the CPU; `tensor` itself becomes their sum."""
         if self.size > 1:
             dist.all_reduce(tensor)
             tensor = tensor / self.size
@@ -314,12 +316,12 @@ class Processes:
         return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
 
     @contextlib.contextmanager
-    def losses_explained(self) -> Iterator[None]:
-        """Turn the error of a lost connection into a ConnectionError of one line."""
+    def explain_lost_connection(self) -> Iterator[None]:
+        """Raise a ConnectionError of one line if another process of the run has ended."""
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not any(sign in str(error) for sign in SIGNS_OF_LOSS):
+            if self.size == 1 or not any(sign in str(error) for sign in SIGNS_OF_LOST_CONNECTION):
                 raise
             raise ConnectionError("another process of this run has ended") from error
 
@@ -356,7 +358,7 @@ class OutOfMemory(ValueError):
 
 
 @contextlib.contextmanager
-def memory_explained(advice: str) -> Iterator[None]:
+def explain_out_of_memory(advice: str) -> Iterator[None]:
     """Raise OutOfMemory in place of the errors of torch and Python for memory that ran out.
 
     Args:

@@ -7,7 +7,7 @@ oracle of the tests.
 """
 
 import functools
-from typing import Callable, Iterator, List, Optional, Tuple, cast
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, cast
 
 import torch
 from torch import Tensor
@@ -31,14 +31,15 @@ def use_fast_layers(model: DALLE, device: torch.device, dtype: torch.dtype, reco
         recompute: keep only the layers' outputs, and compute everything between them again for the gradient.
     """
     model.compute_losses = functools.partial(compute_losses, dtype=dtype)
-    compute, patterns = compute_layer, {}
+    attentions: Dict[bytes, Callable[[Tensor], Tensor]] = {}  # by mask: layers of one pattern share its bias
     for layer in model.transformer.layers:
+        compute: Callable[..., Tensor] = compute_layer
         if device.type == "cpu" and not layer.reversible:
             mask = layer[0].fn.fn.mask
-            name = mask.numpy().tobytes()
-            if name not in patterns:  # layers of one pattern share its bias
-                patterns[name] = choose_attention(mask, model.text_seq_len + 1, model.fmap_size)
-            compute = functools.partial(fast_layer, attend=patterns[name])
+            pattern = mask.numpy().tobytes()
+            if pattern not in attentions:
+                attentions[pattern] = choose_attention(mask, model.text_seq_len + 1, model.fmap_size)
+            compute = functools.partial(fast_layer, attend=attentions[pattern])
         layer.compute = functools.partial(recomputed, compute) if recompute else compute
 
 
@@ -95,7 +96,7 @@ class DenseAttention(Function):
     """Attention with any causal pattern: qkv (B, n, 3, H, D), bias (n, n) from bias_of(mask); result (B, n, H·D)."""
 
     @staticmethod
-    def forward(ctx, qkv, bias):
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
         batch, length, _, heads, dim_head = qkv.shape
         heads_first = qkv.permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)  # (3, B·H, n, D)
         query, keys, values = heads_first
@@ -114,7 +115,7 @@ class DenseAttention(Function):
         return out.view(batch, heads, length, dim_head).transpose(1, 2).reshape(batch, length, heads * dim_head)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         heads_first, *weights = ctx.saved_tensors
         batch, length, _, heads, dim_head = ctx.shape
         query, keys, values = heads_first
@@ -155,7 +156,7 @@ class AxialAttention(Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv, bias, text_len, side, columns):
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, text_len: int, side: int, columns: bool) -> Tensor:
         batch, length, _, heads, dim_head = qkv.shape
         ctx.text_len, ctx.side, ctx.columns = text_len, side, columns
         parts = heads_in_rows(qkv, text_len, side, columns)  # (3, B·H, text_len + side², D)
@@ -168,7 +169,7 @@ class AxialAttention(Function):
         return heads_last(out[None], batch, length, text_len, side, columns).flatten(2)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         parts, weights = ctx.saved_tensors
         text_len, side, columns = ctx.text_len, ctx.side, ctx.columns
         query, keys, values = parts
@@ -257,14 +258,14 @@ class GatedGelu(Function):
     """GEGLU from (…, 2·d) to (…, d)."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         value, gate = x.chunk(2, dim=-1)
         opened = F.gelu(gate)
         ctx.save_for_backward(x, opened)
         return opened * value
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, opened = ctx.saved_tensors
         value, gate = x.chunk(2, dim=-1)
         grads = torch.empty_like(x)
@@ -278,12 +279,12 @@ class ScaledResidual(Function):
     """LayerScale and its residual, x + out·scale: x fp32 (B, n, dim), out of any dtype, scale fp32 (1, 1, dim)."""
 
     @staticmethod
-    def forward(ctx, x, out, scale):
+    def forward(ctx: Any, x: Tensor, out: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(out, scale)
         return torch.addcmul(x, out.to(x.dtype), scale)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         out, scale = ctx.saved_tensors
         return grad, (grad * scale).to(out.dtype), (grad * out).sum((0, 1), keepdim=True)
 
@@ -314,24 +315,24 @@ def compute_losses(
     return Losses((text_loss + weight * image_loss) / (1 + weight), text_loss, image_loss)
 
 
-def row_losses(x: Tensor, labels: Tensor, matrix: Tensor, offset: Tensor, with_gradient: bool) -> Tuple[Tensor, ...]:
-    """Sum the cross-entropies of rows x (R, dim), whose logits are F.linear(x, matrix, offset); compute in fp32.
+def row_losses(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, with_gradient: bool) -> Tuple[Tensor, ...]:
+    """Sum the cross-entropies of rows x (R, dim), whose logits are F.linear(x, weight, bias); compute in fp32.
 
     Args:
         labels: int64 (R,).
 
     Returns:
-        The sum, and with_gradient its gradients for x, matrix and offset.
+        The sum, and with_gradient its gradients for x, weight and bias.
     """
-    logits = F.linear(x, matrix, offset).float().log_softmax(-1)  # of probabilities
+    log_probabilities = F.linear(x, weight, bias).float().log_softmax(-1)
     at = labels[:, None]
-    loss = -logits.gather(1, at).sum()
+    loss = -log_probabilities.gather(1, at).sum()
     if not with_gradient:
         return (loss,)
-    d_logits = logits.exp_()
+    d_logits = log_probabilities.exp_()  # in place, because it is large
     d_logits.scatter_add_(1, at, d_logits.new_full((), -1).expand(at.shape))
     rounded = d_logits.to(x.dtype)
-    return loss, rounded @ matrix, rounded.t() @ x, d_logits.sum(0)
+    return loss, rounded @ weight, rounded.t() @ x, d_logits.sum(0)
 
 
 class HeadLosses(Function):
@@ -365,7 +366,7 @@ class HeadLosses(Function):
         return tuple(losses)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         *d_xs, d_weight, d_bias = ctx.saved_tensors
         scales = [grad / len(d_x) for grad, d_x in zip(grads, d_xs)]  # only now: in fp16 it could underflow
         counts = ctx.first_code, len(d_bias) - ctx.first_code

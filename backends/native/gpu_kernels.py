@@ -1,37 +1,35 @@
-"""Triton kernels for sampling: layers at a few positions, and the CPU's random numbers.
+"""Triton kernels for sampling: layers at a few positions.
 
 PyTorch's operators take longer to launch than to compute a few positions.
 """
 
 import functools
 import logging
-from typing import Optional, Sequence, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.packed_sampler import LayerKernels, Norm
+from models.packed_sampler import LayerKernels, Norm, PlainProduct, Product, SlotTable
+from models.transformer import pattern_mask
 
 logger = logging.getLogger("minidalle")
-ROWS = 16  # queries of an image that a program computes: what matrix units multiply at least
-KEYS = 64  # keys at a time
-WORDS, STEP = 624, 227  # of the Mersenne Twister's state; words from one to the next that it needs
-# Bytes of torch.Generator.get_state(): how many words are left plus 1, how many are given, and all, each in 8 bytes.
-STATE = (
-    (slice(8, 12), torch.int32),
-    (slice(16, 24), torch.int64),
-    (slice(24, 24 + 8 * WORDS), torch.int64),
-)
+ROWS = 16  # that a program computes at once: what matrix units multiply at least
+COLUMNS = 16  # of a product that a program computes
+MOST_NORMED = 1024  # columns of rows that each program of a product normalizes
 
 
 @triton.jit
 def _attend(
     qkv,
     cache,
+    inputs,
+    sharers,
     slots,
-    mask,
+    ends,
+    hidden,
     out,
     width,
     text_len,
@@ -40,135 +38,149 @@ def _attend(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
-    NUM_KEYS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    image, head = tl.program_id(0), tl.program_id(1)
+    """Do what LayerKernels.attend does for one head of one image; rows past the window repeat its last one.
+
+    Only keys that a row sees are read. Those of the text are read from the first image with the same text, so that
+    they come from the GPU's cache.
+    """
+    image, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DIM)
-    is_row = rows < width
-    row = image * width + rows
+    row = image * width + tl.minimum(rows, width - 1)
+    place = tl.load(inputs + row)
+    end = tl.max(text_len + tl.load(ends + place), 0)
+    own = (image * HEADS + head) * capacity * DIM
+    shared = (tl.load(sharers + image) * HEADS + head) * capacity * DIM
+    values = cache + tl.num_programs(0).to(tl.int64) * HEADS * capacity * DIM
     at = qkv + (row * 3 * HEADS + head)[:, None] * DIM + dims[None, :]
-    query = tl.load(at, is_row[:, None], 0.0)
-    keys = cache + (image * HEADS + head).to(tl.int64) * capacity * DIM
-    values = keys + tl.num_programs(0).to(tl.int64) * HEADS * capacity * DIM
-    slot = tl.load(slots + row, is_row, 0) + text_len
-    to = slot[:, None] * DIM + dims[None, :]
-    tl.store(keys + to, tl.load(at + HEADS * DIM, is_row[:, None], 0.0), is_row[:, None])
-    tl.store(values + to, tl.load(at + 2 * HEADS * DIM, is_row[:, None], 0.0), is_row[:, None])
+    query, new_key, new_value = tl.load(at), tl.load(at + HEADS * DIM), tl.load(at + 2 * HEADS * DIM)
+    to = own + (text_len + tl.load(slots + place))[:, None] * DIM + dims[None, :]
+    tl.store(cache + to, new_key, (rows < width)[:, None])
+    tl.store(values + to, new_value, (rows < width)[:, None])
     tl.debug_barrier()  # the program reads what it wrote
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     result = tl.zeros((ROWS, DIM), tl.float32)
-    for start in range(0, NUM_KEYS, KEYS):
+    start = 0
+    while start < end:
         columns = start + tl.arange(0, KEYS)
-        is_key = columns < NUM_KEYS
-        at_key = columns[:, None] * DIM + dims[None, :]
-        key = tl.load(keys + at_key, is_key[:, None], 0.0)
-        hidden = tl.load(
-            mask + row[:, None] * NUM_KEYS + columns[None, :], is_row[:, None] & is_key[None, :], float("-inf")
-        )
-        scores = tl.dot(query, tl.trans(key)) * scale + hidden.to(tl.float32)
-        # The text comes first, so every row sees a key of the first block; rows past the window see zeros.
-        scores = tl.where(is_row[:, None], scores, 0.0)
-        before = most
+        bias = tl.load(hidden + place[:, None] * capacity + columns[None, :], (columns < end)[None, :], float("-inf"))
+        bias = bias.to(tl.float32)
+        is_seen = (tl.max(bias, 0) == 0)[:, None]
+        at_key = (tl.where(columns < text_len, shared, own) + columns * DIM)[:, None] + dims[None, :]
+        key = tl.load(cache + at_key, is_seen, 0.0)
+        value = tl.load(values + at_key, is_seen, 0.0)
+        scores = tl.dot(query, tl.trans(key)) * scale + bias
+        before = most  # the text comes first, and every row sees it
         most = tl.maximum(most, tl.max(scores, 1))
         weights = tl.exp(scores - most[:, None])
         shrink = tl.exp(before - most)
         total = total * shrink + tl.sum(weights, 1)
-        value = tl.load(values + at_key, is_key[:, None], 0.0)
         result = result * shrink[:, None] + tl.dot(weights.to(value.dtype), value)
-    result = result / total[:, None]
-    place = (row * HEADS + head)[:, None] * DIM + dims[None, :]
-    tl.store(out + place, result.to(out.dtype.element_ty), is_row[:, None])
+        start += KEYS
+    place_out = out + (row * HEADS + head)[:, None] * DIM + dims[None, :]
+    tl.store(place_out, (result / total[:, None]).to(out.dtype.element_ty), (rows < width)[:, None])
 
 
 @triton.jit
-def _add_and_normalize(x, added, weight, bias, sums, normed, dim, HAS_ADDED: tl.constexpr, BLOCK: tl.constexpr):
-    columns = tl.arange(0, BLOCK)
+def _moments(x, inside, dim):
+    """Return the mean of rows x (R, BLOCK), of which `dim` columns are inside, and 1 / their deviation: (R, 1) each."""
+    mean = tl.sum(x, 1)[:, None] / dim
+    centered = tl.where(inside, x - mean, 0.0)
+    return mean, 1 / tl.sqrt(tl.sum(centered * centered, 1)[:, None] / dim + 1e-5)
+
+
+@triton.jit
+def _add_and_normalize(x, added, weight, bias, sums, normed, dim, BLOCK: tl.constexpr):
+    """Do what LayerKernels.add_and_normalize does for one row."""
+    columns = tl.arange(0, BLOCK)[None, :]
     inside = columns < dim
     at = tl.program_id(0) * dim + columns
     value = tl.load(x + at, inside, 0.0)
-    if HAS_ADDED:
+    if added is not None:
         value += tl.load(added + at, inside, 0.0).to(tl.float32)
         tl.store(sums + at, value, inside)
-    mean = tl.sum(value, 0) / dim
-    centered = tl.where(inside, value - mean, 0.0)
-    scale = 1 / tl.sqrt(tl.sum(centered * centered, 0) / dim + 1e-5)
-    result = centered * scale * tl.load(weight + columns, inside, 0.0) + tl.load(bias + columns, inside, 0.0)
+    mean, factor = _moments(value, inside, dim)
+    result = (value - mean) * factor * tl.load(weight + columns, inside, 0.0) + tl.load(bias + columns, inside, 0.0)
     tl.store(normed + at, result.to(normed.dtype.element_ty), inside)
 
 
 @triton.jit
+def _gate(value, gate):
+    """Compute GEGLU."""
+    return value * gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+
+
+@triton.jit
 def _geglu(wide, out, dim, BLOCK: tl.constexpr):
+    """Do what LayerKernels.geglu does for a part of one row."""
     row, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < dim
     value = tl.load(wide + row * 2 * dim + columns, inside, 0.0).to(tl.float32)
     gate = tl.load(wide + row * 2 * dim + dim + columns, inside, 0.0).to(tl.float32)
-    result = value * gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+    result = _gate(value, gate)
     tl.store(out + row * dim + columns, result.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
-def _continue_twister(words, LENGTH: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr):
-    # A word needs others that are STEP or more before it, so a program computes STEP of them at once.
-    row, lanes = words + tl.program_id(0).to(tl.int64) * LENGTH, tl.arange(0, LANES)
-    for start in range(WORDS, LENGTH, STEP):
-        at = start + lanes
-        inside = (lanes < STEP) & (at < LENGTH)
-        upper = tl.load(row + at - WORDS, inside, 0).to(tl.uint32, bitcast=True)
-        lower = tl.load(row + at - WORDS + 1, inside, 0).to(tl.uint32, bitcast=True)
-        near = tl.load(row + at - STEP, inside, 0).to(tl.uint32, bitcast=True)
-        mixed = (upper & 0x80000000) | (lower & 0x7FFFFFFF)
-        new = near ^ (mixed >> 1) ^ ((mixed & 1) * 0x9908B0DF)
-        tl.store(row + at, new.to(tl.int32, bitcast=True), inside)
-        tl.debug_barrier()  # the program reads what it wrote
+def _multiply(
+    x,
+    scale,
+    shift,
+    weight,
+    bias,
+    residual,
+    out,
+    count,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Compute COLUMNS columns of residual + GEGLU(norm(x) · weightᵀ + bias); parts of it may be None.
 
-
-@triton.jit
-def _temper(words, numbers, first, count, length, BLOCK: tl.constexpr):
-    image, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(words + image * length + first + at, at < count, 0).to(tl.uint32, bitcast=True)
-    x ^= x >> 11
-    x ^= (x << 7) & 0x9D2C5680
-    x ^= (x << 15) & 0xEFC60000
-    x ^= x >> 18
-    tl.store(numbers + image * count + at, (x & 0xFFFFFF).to(tl.float32) * 5.9604644775390625e-08, at < count)
-
-
-def uniform_numbers(generators: Sequence[torch.Generator], count: int, device: torch.device) -> Tensor:
-    """Generate on a GPU what torch.rand(count, generator=g) gives on the CPU for each generator g: float32 (B, count).
-
-    The CPU's generator is the Mersenne Twister MT19937 (Matsumoto and Nishimura 1998). The generators' states advance.
-
-    Raises:
-        ValueError: the generators are not different ones of the CPU, or have given different amounts of numbers.
+    Args:
+        x: (count, IN), at most ROWS rows; rows past them repeat the last one.
+        scale, shift: of the norm.
+        weight: (OUT, IN), or (2 · OUT, IN) for GEGLU, whose second half are the gates.
+        WHOLE, TERMS: columns of x that are read at once for the norm, IN or more, and for the sums.
     """
-    if any(generator.device.type != "cpu" for generator in generators) or len({*map(id, generators)}) < len(generators):
-        raise ValueError("generators of a GPU, or one that is there twice")
-    states = torch.stack([generator.get_state() for generator in generators])
-    left, given, twister = (states[:, part].clone().view(dtype) for part, dtype in STATE)
-    firsts = torch.where(left == 1, WORDS, given).unique().tolist()
-    if len(firsts) > 1:
-        raise ValueError("generators that have given different amounts of numbers")
-    first = firsts[0]
-    length = -(-(first + count) // WORDS) * WORDS
-    words = torch.empty(len(states), length, dtype=torch.int32, device=device)
-    words[:, :WORDS] = twister.int().to(device)
-    # Without stages, so that no load is moved before the store that it needs.
-    _continue_twister[(len(states),)](words, length, WORDS, STEP, LANES=256, num_warps=8, num_stages=1)
-    numbers = torch.empty(len(states), count, device=device)
-    _temper[(len(states), triton.cdiv(count, 1024))](words, numbers, first, count, length, BLOCK=1024)
-    used = first + count - (length - WORDS)  # of the last state
-    last = words[:, -WORDS:].cpu().long() & 0xFFFFFFFF
-    for (part, dtype), value in zip(STATE, (torch.tensor([WORDS + 1 - used]), torch.tensor([used]), last)):
-        states[:, part] = value.to(dtype).view(torch.uint8)
-    for generator, state in zip(generators, states):
-        generator.set_state(state.clone())  # torch 2.13 crashes on a part of a tensor
-    return numbers
+    rows, columns = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.minimum(rows, count - 1)[:, None]
+    if scale is not None:
+        whole = tl.arange(0, WHOLE)[None, :]
+        mean, factor = _moments(tl.load(x + row * IN + whole, whole < IN, 0.0), whole < IN, IN)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    gates = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, IN, TERMS):
+        terms = start + tl.arange(0, TERMS)[None, :]
+        inside = terms < IN
+        at = weight + columns[:, None] * IN + terms
+        factors = tl.load(at, inside, 0.0)
+        value = tl.load(x + row * IN + terms, inside, 0.0)
+        if scale is not None:
+            value = (value - mean) * factor * tl.load(scale + terms, inside, 0.0) + tl.load(shift + terms, inside, 0.0)
+        value = value.to(factors.dtype)
+        sums = tl.dot(value, tl.trans(factors), sums)
+        if HAS_GATE:
+            gates = tl.dot(value, tl.trans(tl.load(at + OUT * IN, inside, 0.0)), gates)
+    if bias is not None:
+        sums += tl.load(bias + columns).to(tl.float32)[None, :]
+        if HAS_GATE:
+            gates += tl.load(bias + OUT + columns).to(tl.float32)[None, :]
+    if HAS_GATE:
+        sums = _gate(sums, gates)
+    if residual is not None:
+        sums += tl.load(residual + row * OUT + columns[None, :])
+    tl.store(out + row * OUT + columns[None, :], sums.to(out.dtype.element_ty), (rows < count)[:, None])
 
 
 class TritonKernels(LayerKernels):
-    """LayerKernels in one kernel each.
+    """LayerKernels in one kernel each. Few rows take five kernels for a layer, with products by a kernel as well.
 
     Args:
         dtype: bfloat16 or float16, of the caches and the products' inputs.
@@ -176,24 +188,52 @@ class TritonKernels(LayerKernels):
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
+        # Triton does not use Turing's matrix units.
+        self.multiplies = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+
+    def can_multiply(self, x: Tensor, product: Product) -> bool:
+        """Return whether x (R, in) has so few rows that `multiply` is the fastest, and can compute the product."""
+        if not (self.multiplies and len(x) <= ROWS and isinstance(product, PlainProduct)):
+            return False
+        return len(product.weight) % (2 * COLUMNS) == 0 and product.weight.is_contiguous()
+
+    def multiply_normed(
+        self, x: Tensor, added: Optional[Tensor], norm: Norm, product: Product
+    ) -> Tuple[Tensor, Tensor]:
+        """See LayerKernels."""
+        if added is None and x.shape[1] <= MOST_NORMED and self.can_multiply(x, product):
+            return x, multiply(x, product, norm, None)
+        return super().multiply_normed(x, added, norm, product)
+
+    def multiply_and_add(self, x: Tensor, inputs: Tensor, product: Product) -> Tuple[Tensor, Optional[Tensor]]:
+        """See LayerKernels."""
+        if self.can_multiply(inputs, product):
+            return multiply(inputs, product, None, x), None
+        return super().multiply_and_add(x, inputs, product)
 
     def add_and_normalize(self, x: Tensor, added: Optional[Tensor], norm: Norm) -> Tuple[Tensor, Tensor]:
         """See LayerKernels."""
         rows, dim = x.shape
         sums, normed = x if added is None else torch.empty_like(x), torch.empty_like(x, dtype=self.dtype)
-        given = x.contiguous(), x if added is None else added.contiguous()
-        block = triton.next_power_of_2(dim)
-        _add_and_normalize[(rows,)](*given, *norm, sums, normed, dim, HAS_ADDED=added is not None, BLOCK=block)
+        added, block = None if added is None else added.contiguous(), triton.next_power_of_2(dim)
+        _add_and_normalize[(rows,)](x.contiguous(), added, *norm, sums, normed, dim, BLOCK=block)
         return sums, normed
 
-    def attend(self, qkv: Tensor, cache: Tensor, images: Tensor, slots: Tensor, mask: Tensor, text_len: int) -> Tensor:
+    def look_up(self, table: SlotTable, inputs: Tensor, last: int, sharers: Tensor) -> Any:
+        """See LayerKernels; the kernel reads the tables itself."""
+        return table, inputs, sharers
+
+    def attend(self, qkv: Tensor, cache: Tensor, images: Tensor, found: Any, text_len: int) -> Tensor:
         """See LayerKernels."""
         batch, width, _, heads, dim = qkv.shape
+        table, inputs, sharers = found
         if width > ROWS or dim < 16 or dim & (dim - 1):  # windows are at most 16 unless a user asks for more
-            return super().attend(qkv, cache, images, slots, mask, text_len)
+            found = super().look_up(table, inputs, len(table.ends) - 1, sharers)
+            return super().attend(qkv, cache, images, found, text_len)
         out = qkv.new_empty(batch * width, heads * dim)
-        given = qkv.contiguous(), cache, slots, mask.contiguous(), out, width, text_len, cache.shape[3], dim**-0.5
-        _attend[(batch, heads)](*given, HEADS=heads, DIM=dim, ROWS=ROWS, NUM_KEYS=mask.shape[-1], KEYS=KEYS)
+        tables = table.slots, table.ends_on_device, table.hidden
+        given = qkv.contiguous(), cache, inputs, sharers, *tables, out, width, text_len, cache.shape[3], dim**-0.5
+        _attend[(batch, heads)](*given, HEADS=heads, DIM=dim, ROWS=ROWS, KEYS=128 if dim <= 64 else 64)
         return out
 
     def geglu(self, wide: Tensor) -> Tensor:
@@ -204,6 +244,20 @@ class TritonKernels(LayerKernels):
         return out
 
 
+def multiply(x: Tensor, product: Any, norm: Optional[Norm], residual: Optional[Tensor]) -> Tensor:
+    """Return residual + product(norm(x)) of x (R, in), in one kernel, for a PlainProduct; the others may be None."""
+    weight, bias, has_gate = product.weight, product.bias, product.geglu is not None
+    columns, terms = len(weight) // (2 if has_gate else 1), weight.shape[1]
+    out = x.new_empty(len(x), columns, dtype=weight.dtype if residual is None else residual.dtype)
+    blocks = {"ROWS": ROWS, "COLUMNS": COLUMNS, "WHOLE": triton.next_power_of_2(terms), "TERMS": 128 if norm else 256}
+    given = *(norm or (None, None)), weight, bias, residual, out, len(x)
+    # What five stages have in flight fits the shared memory.
+    _multiply[(columns // COLUMNS,)](
+        x.contiguous(), *given, IN=terms, OUT=columns, HAS_GATE=has_gate, **blocks, num_stages=5
+    )
+    return out
+
+
 @functools.lru_cache(maxsize=None)
 def kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the kernels give here what PyTorch's operators give; compiles them, which takes seconds."""
@@ -212,34 +266,28 @@ def kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(device)
 
-    batch, width, heads, dim, text_len, slots = 3, 2, 2, 32, 70, 20
-    qkv, cache = draw(batch, width, 3, heads, dim).to(dtype), draw(2, batch, heads, text_len + slots, dim).to(dtype)
-    hidden = torch.zeros(batch, 1, width, text_len + slots, dtype=dtype, device=device)
-    hidden[:, :, 0, text_len + 5 :] = float("-inf")
-    images = torch.arange(batch, device=device)[:, None]
-    at = torch.tensor([[3, 4], [0, 1], [18, 19]], device=device)
+    batch, width, heads, dim, text_len = 3, 2, 2, 32, 70
+    table = SlotTable(pattern_mask("conv_like", text_len, 4)[text_len:, text_len:], text_len, width, device, dtype)
+    qkv = draw(batch, width, 3, heads, dim).to(dtype)
+    cache = draw(2, batch, heads, text_len + table.num_slots, dim).to(dtype)
+    cache[:, 1, :, :text_len] = cache[:, 0, :, :text_len]
+    sharers, images = torch.tensor([[0, 0, 2], [0, 1, 2]], device=device)
+    inputs = torch.tensor([[3, 4], [0, 1], [14, 15]], device=device)
     x, added, norm = draw(5, 96), draw(5, 96).to(dtype), (draw(96), draw(96))
+    weight, bias = draw(128, 96) / 10, draw(128)
     results = []
     for kernels in (LayerKernels(), TritonKernels(dtype)):
         used = cache.clone()
-        out = kernels.attend(qkv, used, images, at, hidden, text_len)
-        results.append(
-            [out, used, *kernels.add_and_normalize(x, added, norm), *kernels.add_and_normalize(x, None, norm)]
-        )
+        found = kernels.look_up(table, inputs, 15, sharers)
+        result = [kernels.attend(qkv, used, images[:, None], found, text_len), used]
+        result += [*kernels.add_and_normalize(x, added, norm), *kernels.add_and_normalize(x, None, norm)]
+        for geglu in (None, kernels.geglu):
+            product = PlainProduct(dtype, weight, bias, geglu)
+            result.append(kernels.multiply_normed(x, None, norm, product)[1])
+        sums, rest = kernels.multiply_and_add(x, added, PlainProduct(dtype, weight[:96], None))
+        results.append([*result, sums if rest is None else sums + rest])
     differences = [float((a.float() - b.float()).abs().max()) for a, b in zip(*results)]
     if max(differences) < 0.05:
         return True
     logger.warning("Triton kernels differ by %.3f from PyTorch's operators here; they are not used", max(differences))
     return False
-
-
-@functools.lru_cache(maxsize=None)
-def numbers_work(device: torch.device) -> bool:
-    """Return whether uniform_numbers gives here what the CPU gives, and leaves generators as the CPU does."""
-    ours, expected = ([torch.Generator().manual_seed(seed) for seed in (0, 1, 2**31 - 1)] for _ in range(2))
-    for count in (700, 548, 1000):  # within a state, to its end, and over the next one's
-        numbers = torch.stack([torch.rand(count, generator=generator) for generator in expected])
-        if not torch.equal(uniform_numbers(ours, count, device).cpu(), numbers):
-            logger.warning("Triton's random numbers differ from PyTorch's here; they are not used")
-            return False
-    return all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(ours, expected))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.packed_sampler import LayerKernels, PackedStepper
-from models.sampling import Generators, Sampling, SamplingState, make_gumbel_
+from models.sampling import Generators, Sampling, SamplingState, make_gumbel_, settle
 from utils.errors import first_line
 
 logger = logging.getLogger("minidalle")
@@ -30,7 +30,10 @@ class CapturedStepper(PackedStepper):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.graphs: Dict[Tuple[Sampling, int], Tuple[Any, Tensor]] = {}  # with what advance returns
-        self.uniform_numbers = find_uniform_numbers(self.dalle.text_emb.weight.device)
+        device = self.dalle.text_emb.weight.device
+        self.uniform_numbers = find_uniform_numbers(device)
+        if self.cache_dtype != torch.float32:
+            self.settle = find_settle(device)
         self.buffers: List[Tensor] = []
 
     def noise(self, batch: int, generator: Generators) -> Tensor:
@@ -44,14 +47,14 @@ class CapturedStepper(PackedStepper):
     @torch.no_grad()
     def hold(self, state: SamplingState) -> SamplingState:
         """See Stepper."""
-        found = [*state, self.positions, self.images, *(layer.cache for _, layer in self.layers)]
+        found = [*state, self.positions, self.images, self.sharers, *(layer.cache for _, layer in self.layers)]
         if [x.shape for x in found] == [x.shape for x in self.buffers]:
             for buffer, new in zip(self.buffers, found):
                 buffer.copy_(new)
         else:
             self.buffers, self.graphs = found, {}
         count = len(state)
-        self.positions, self.images, *caches = self.buffers[count:]
+        self.positions, self.images, self.sharers, *caches = self.buffers[count:]
         for (_, layer), cache in zip(self.layers, caches):
             layer.cache = cache
         return SamplingState(*self.buffers[:count])
@@ -128,10 +131,20 @@ def fastest_kernels(device: torch.device, dtype: torch.dtype) -> Optional[LayerK
 
 
 @functools.lru_cache(maxsize=None)
+def find_settle(device: torch.device) -> Callable[..., Tensor]:
+    """Return the fastest equivalent of models.sampling.settle."""
+    with triton_missing("choice of codes"):
+        from backends.native import gpu_choice
+
+        return gpu_choice.settle if gpu_choice.settle_works(device) else settle
+    return settle
+
+
+@functools.lru_cache(maxsize=None)
 def find_uniform_numbers(device: torch.device) -> Optional[Callable[[List[torch.Generator], int], Tensor]]:
     """Return a function from the CPU's generators and a count to their next numbers (B, count), if a GPU has one."""
     with triton_missing("random numbers"):
-        from backends.native.gpu_kernels import numbers_work, uniform_numbers
+        from backends.native.gpu_choice import numbers_work, uniform_numbers
 
         return functools.partial(uniform_numbers, device=device) if numbers_work(device) else None
     return None

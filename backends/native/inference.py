@@ -6,9 +6,11 @@ trained VQGAN on photographs. Features newer than torch 2.0 are used only after 
 
 import contextlib
 import copy
+import functools
 import logging
 import os
-from typing import Any, Callable, List, Optional, Sequence
+from pathlib import Path
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
 from taming.modules.diffusionmodules.model import ResnetBlock
@@ -18,7 +20,7 @@ from torch.nn import functional as F
 from backends.native.compilation import CompiledLater
 from backends.native.gpu_sampler import CapturedStepper, fastest_kernels
 from models.dalle import DALLE
-from models.packed_sampler import CachedStepper, LayerKernels, Pack, PackedStepper
+from models.packed_sampler import CachedStepper, LayerKernels, Pack, PackedStepper, PlainProduct, Product
 from models.sampling import CodeCallback, Generators, Sampling, Stepper, sample_codes
 from models.vae import ImageTokenizer, VQGanVAE
 
@@ -29,7 +31,6 @@ ROWS = 4  # for fewer rows oneDNN takes other kernels, which are not faster and 
 SHORT = 256
 WINDOWS = (1, 2, 3, 4, 6, 8, 16)  # codes that a pass may compute for each image
 GPU_WINDOWS = (1, 2, 4, 8, 16)  # each is captured once for a batch size
-Product = Callable[[Tensor], Tensor]
 CACHE_BYTES = 16 * 2**20  # a layer's output that fits a CPU's cache; larger batches are slower than one by one
 AT_ONCE = {"cpu": 32, "cuda": 256}  # images from which on larger batches are no faster
 GPU_BATCH = 32  # images; the widest layer of the official network then takes 0.5 GB in bf16
@@ -78,22 +79,7 @@ def packer(device: torch.device, dtype: torch.dtype) -> Pack:
             pack = onednn_packer(dtype)
             pack(torch.ones(8, 8), torch.ones(8), LayerKernels().geglu)(torch.ones(2, 8))
             return pack
-    return plain_packer(dtype)
-
-
-def plain_packer(dtype: torch.dtype) -> Pack:
-    """Return a pack for F.linear."""
-
-    def pack(weight: Tensor, bias: Optional[Tensor], geglu: Optional[Product] = None) -> Product:
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-
-        def product(x: Tensor) -> Tensor:
-            out = F.linear(x.to(dtype), weight, bias)
-            return out if geglu is None else geglu(out)
-
-        return product
-
-    return pack
+    return functools.partial(PlainProduct, dtype)
 
 
 def onednn_packer(dtype: torch.dtype) -> Pack:
@@ -111,7 +97,7 @@ def onednn_packer(dtype: torch.dtype) -> Pack:
 
     def pack(weight: Tensor, bias: Optional[Tensor], geglu: Optional[Product] = None) -> Product:
         if dtype == torch.float32 and weight.shape[1] <= SHORT:
-            return pad_rows(plain_packer(dtype)(weight.t().contiguous().t(), bias, geglu), weight.shape[1], dtype)
+            return pad_rows(PlainProduct(dtype, weight.t().contiguous().t(), bias, geglu), weight.shape[1], dtype)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         parts = [reorder(part.contiguous(), ROWS) for part in weight.chunk(1 if geglu is None else 2)]
         biases = (None, None) if bias is None else bias.chunk(len(parts))
@@ -213,11 +199,7 @@ def total_memory(device: torch.device) -> int:
     """Return the most bytes that this process can have: the GPU's, or the machine's within a container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    limits = [_of_machine("SC_PHYS_PAGES")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError), open(path) as file:  # no such file, or "max"
-            limits.append(int(file.read()))
-    return min(limits)
+    return min([_of_machine("SC_PHYS_PAGES"), *(limit for limit, _ in _container_memory())])
 
 
 def free_memory(device: torch.device) -> int:
@@ -225,7 +207,22 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     measured = read_status("MemAvailable", "/proc/meminfo")
-    return min(total_memory(device), _of_machine("SC_AVPHYS_PAGES") if measured is None else measured)
+    free = _of_machine("SC_AVPHYS_PAGES") if measured is None else measured
+    return max(0, min([free, *(limit - used for limit, used in _container_memory())]))
+
+
+def _container_memory(folder: Union[str, Path] = "/sys/fs/cgroup") -> List[Tuple[int, int]]:
+    """Return the limit of this container's memory and how much is used without caches of files, if it has a limit."""
+    found = []
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file "),  # of cgroups, version 2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file "),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            most, in_use = (int(Path(folder, name).read_text()) for name in (limit, used))
+            stat = Path(folder, limit).with_name("memory.stat").read_text().splitlines()
+            found.append((most, in_use - sum(int(line.split()[1]) for line in stat if line.startswith(cache))))
+    return found
 
 
 def _of_machine(pages: str) -> int:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import fsdp
 
-from backends.base import Losses
-from backends.native.trainer import NativeTrainer, SharedMuon, compute_losses
+from backends.base import LossValues
+from backends.native.trainer import NativeTrainer, SharedMuon, forward_batch
 from models.dalle import DALLE
 
 
@@ -94,7 +94,6 @@ class ShardedTrainer(NativeTrainer):
     """A trainer that holds this process's share of the model and of the optimizers' state."""
 
     muon = ShardedMuon
-    others_ended = False
 
     def place(self, model: DALLE) -> DALLE:
         """Shard a model, move it to the device and give it fast layers."""
@@ -105,31 +104,23 @@ class ShardedTrainer(NativeTrainer):
         """Return the model as `step` calls it."""
         return Exchange(self.model)
 
-    def measure_rows(self) -> int:
+    def measure_max_samples(self) -> int:
         """Return 0: micro-batches stay as they are."""
         return 0
 
-    def try_out(self, rows: int, exchange: bool = True) -> None:
+    def try_out(self, samples: int, exchange: bool = True) -> None:
         """Exchange gradients, too, because FSDP2 keeps those that it has not exchanged."""
-        super().try_out(rows, exchange)
+        super().try_out(samples, exchange)
 
-    def rows(self) -> int:
-        """Return the rows of a micro-batch."""
+    def samples_at_once(self) -> int:
+        """Return the samples of a micro-batch."""
         return self.backend.batch_size
 
     def regroup(self, batches: Iterable) -> Iterable[Tuple[Tensor, Tensor]]:
         """Return the micro-batches as they are, since every process must call the network equally often."""
         return batches
 
-    def step(self, batch: Iterable) -> Losses:
-        """Make one update and return the losses."""
-        try:
-            return super().step(batch)
-        except (ConnectionError, RuntimeError):  # this process ends, too: the others wait for it elsewhere
-            self.others_ended = True
-            raise
-
-    def evaluate(self, batches: Iterable) -> Losses:
+    def evaluate(self, batches: Iterable) -> LossValues:
         """Return the mean losses of all processes' samples."""
         network: Any = self.model if self.average is None else self.average
         losses = super().evaluate(self._in_step(network, batches))
@@ -152,7 +143,7 @@ class ShardedTrainer(NativeTrainer):
                 yield [micro_batch]
             else:
                 text, codes = (torch.zeros(1, length, dtype=torch.long) for length in lengths)
-                compute_losses(network, text, codes, self.backend)
+                forward_batch(network, text, codes, self.backend)
 
     def sampler(self) -> None:
         """Return None: no process holds the whole model."""
@@ -163,9 +154,7 @@ class ShardedTrainer(NativeTrainer):
         Raises:
             ConnectionError: a process has ended, and its share is lost.
         """
-        if self.others_ended:
-            raise ConnectionError("another process of this run has ended")
-        with self.backend.processes.losses_explained():
+        with self.backend.processes.explain_lost_connection():
             return gather_shards(super().state_dict(), keep=self.backend.rank == 0)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:

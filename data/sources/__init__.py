@@ -10,7 +10,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Tuple, Union
 from data.files import IMAGE_SUFFIXES, File, Listing, describe_others, list_files, printable
 from data.sources import captions_lists, tar
 from data.sources.base import SPLIT_NAME, ImagePath, ImageSource, files_of_split
-from data.sources.folder import Folder, NoPairs, possible_pairs
+from data.sources.folder import NoPairs, PairedFolder, possible_pairs
 from data.sources.rows import ROW_SUFFIXES, Rows
 from data.sources.table import Entry, Table
 
@@ -58,7 +58,7 @@ def open_source(
     others = [name for name in listing.others if not name.rpartition("/")[2].startswith(NEVER_COUNTED)]
     source: Optional[ImageSource] = None
     try:
-        source = Folder(path, known_good, listing)
+        source = PairedFolder(path, known_good, listing)
     except NoPairs as error:
         source = _open_sidecars(folder, listing, known_good) or _open_lists(folder, listing, known_good, validation)
         shards = [name for name in others if name.lower().endswith(".tar")]
@@ -125,7 +125,7 @@ def _open_sidecars(folder: Path, listing: Listing, known_good: Callable[[File], 
     """Return the images that have a .json file of the same stem with captions, or None if no image has one."""
     files, _ = possible_pairs(listing.images, [name for name in listing.others if name.lower().endswith(".json")])
     try:
-        source = Folder(folder, known_good, Listing(listing.images, files, []))
+        source = PairedFolder(folder, known_good, Listing(listing.images, files, []))
     except NoPairs:
         return None
     source.form, source.holders = "images and .json files", files

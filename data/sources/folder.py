@@ -9,7 +9,7 @@ from data.files import File, Listing, Skipped, count, printable, read_captions, 
 from data.sources.base import ImageSource
 
 
-class Folder(ImageSource):
+class PairedFolder(ImageSource):
     """Images, each with a file of captions; NoPairs if no image has one."""
 
     form = "images and .txt files"

@@ -136,7 +136,7 @@ def test_the_samples_of_an_update_are_gathered_on_the_device(tmp_path):
     dataset = TextImageDataset(tmp_path, load_tokenizer(), text_seq_len=6, image_size=8)
     dataset.attach_codes(samples(8)[1].numpy().astype("uint16"))
     dataset = dataset.split_off(0.75)
-    dataset.caption_dropout, order = 0.3, [[(epoch, index) for index in (3, 0, -1, 4)] for epoch in range(6)]
+    dataset.caption_dropout, order = 0.3, [[(epoch, index) for index in (3, 0, -1, 4)] for epoch in range(6)] + [[]]
     found = []
     for device in ("cpu", "cuda"):
         backend = NativeTrainingBackend(train_settings("--batch-size 2 --gradient-accumulation 2", device=device))

@@ -2,7 +2,8 @@
 
     PYTHONPATH=tests/cuda_contract python -m pytest -p on_standin tests/backends/native tests/models
 
-Tests that compare with tensors of a CPU fail, and commands that tests start as programs of their own run on the CPU.
+Tests of what only CPUs promise are skipped (`cpu_only`),
+and commands that tests start as programs of their own run on the CPU.
 """
 
 import standin

@@ -8,6 +8,7 @@ Each operation on a CudaTensor is computed by the CPU on the plain tensor that i
 """
 
 import collections
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -88,15 +89,10 @@ class CudaTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        made = torch.Tensor._make_wrapper_subclass(
-            *(cls, inner.shape),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            layout=inner.layout,
-            device=CUDA,
-        )
+        form = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "layout": inner.layout}
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=CUDA, **form)
         made.inner = inner
+        GPU.account(made)
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -116,13 +112,10 @@ class CudaTensor(torch.Tensor):
     def __deepcopy__(self, memo):
         if id(self) not in memo:
             with torch.no_grad():
-                copied = CudaTensor(self.inner.clone())
-            GPU.account(copied)
-            if isinstance(self, torch.nn.Parameter):
-                copied = torch.nn.Parameter(copied, self.requires_grad)
-            else:
-                copied.requires_grad_(self.requires_grad)
-            memo[id(self)] = copied
+                copied = GPU.wrapped(self.inner.clone())
+            is_parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(copied, False) if is_parameter else copied
+            memo[id(self)].requires_grad_(self.requires_grad)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol):  # for torch.save; the file is read with map_location="cpu"
@@ -228,9 +221,8 @@ class Gpu:
         if not ours and not to_cuda:
             return func(*args, **kwargs)
         self.check(func, name, ours, cpu, kwargs, to_cuda)
-        if self.tape is not None and (
-            name in WAITS or to_cpu or any(x.dim() for x in cpu) or (name == "copy_" and cpu)
-        ):
+        crosses = to_cpu or any(x.dim() for x in cpu) or (name == "copy_" and cpu)
+        if self.tape is not None and (name in WAITS or crosses):
             raise Refused(f"CUDA error: operation not permitted when stream is capturing ({func})")
         if name == "_local_scalar_dense":
             self.waits[name] += 1
@@ -264,11 +256,7 @@ class Gpu:
         return out
 
     def wrapped(self, x):
-        if not isinstance(x, torch.Tensor) or isinstance(x, CudaTensor):
-            return x
-        made = CudaTensor(x)
-        self.account(made)
-        return made
+        return CudaTensor(x) if isinstance(x, torch.Tensor) and not isinstance(x, CudaTensor) else x
 
     def check(self, func, name, ours, cpu, kwargs, to_cuda):
         generator = kwargs.get("generator")
@@ -297,10 +285,8 @@ class Gpu:
         return {**sums, "bytes": self.moved}
 
     def report(self):
-        lines = [
-            f"{name} {count}" + (f": {counted(getattr(self, name), 14)}" if name != "bytes" else "")
-            for name, count in self.counts().items()
-        ]
+        lines = [f"{name} {count}" for name, count in self.counts().items()]
+        lines += [f"{name}: {counted(getattr(self, name), 14)}" for name in ("launches", "copies", "waits")]
         lines.append(f"attention: {counted(self.attention)}; {len(self.plans)} cuDNN plans")
         lines.append(f"memory {self.allocated / 1e6:.1f} MB, peak {self.peak / 1e6:.1f} MB")
         return "\n".join(lines)
@@ -351,16 +337,13 @@ class Event:
         GPU.waits["event"] += 1
 
 
-class capturing:
+@contextlib.contextmanager
+def capturing(graph, pool=None, stream=None, capture_error_mode="global"):
     """torch.cuda.graph."""
-
-    def __init__(self, graph, pool=None, stream=None, capture_error_mode="global"):
-        self.graph = graph
-
-    def __enter__(self):
-        GPU.tape = self.graph.tape
-
-    def __exit__(self, *_):
+    GPU.tape = graph.tape
+    try:
+        yield
+    finally:
         GPU.tape = None
 
 
@@ -376,15 +359,13 @@ def install(gpu="h100"):
         **dict(major=capability[0], minor=capability[1], name=name, total_memory=memory, multi_processor_count=132),
         **dict(gcnArchName="", L2_cache_size=50 << 20, warp_size=32, regs_per_multiprocessor=65536),
     )
-    state = torch.zeros(16, dtype=torch.uint8)
+    nothing = ("set_device", "_lazy_init", "init", "manual_seed_all", "manual_seed", "set_rng_state", "empty_cache")
     for target, made in {
+        **dict.fromkeys(nothing, lambda *given, **named: None),
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "set_device": lambda device: None,
-        "_lazy_init": lambda: None,
         "is_initialized": lambda: True,
-        "init": lambda: None,
         "synchronize": lambda device=None: GPU.waits.update(["synchronize"]),
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: capability,
@@ -393,11 +374,7 @@ def install(gpu="h100"):
         "memory_allocated": lambda device=None: GPU.allocated,
         "max_memory_allocated": lambda device=None: GPU.peak,
         "reset_peak_memory_stats": lambda device=None: setattr(GPU, "peak", GPU.allocated),
-        "manual_seed_all": lambda seed: None,
-        "manual_seed": lambda seed: None,
-        "get_rng_state": lambda device="cuda": state.clone(),
-        "set_rng_state": lambda new, device="cuda": None,
-        "empty_cache": lambda: None,
+        "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8),
         "is_current_stream_capturing": lambda: GPU.tape is not None,
         "CUDAGraph": Graph,
         "Event": Event,

@@ -14,6 +14,7 @@ from data.dataset import TextImageDataset
 from data.files import UNREAD
 from data.tokenizer import load_tokenizer
 from generation.images import encode_prompt
+from tests.builders import states_of
 from tests.conftest import ROOT, YTTM
 
 KINDS = {"clip": None, "yttm": ROOT / YTTM}
@@ -36,20 +37,17 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
-def files_of(folder):
-    paths = sorted(folder.rglob("*.txt"))
-    return [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-
-
 def as_lists(captions):
     return [[tokens.tolist() for tokens in captions[i]] for i in range(len(captions))]
 
 
 def test_the_tokens_are_those_of_the_tokenizer(folder, tokenizer, tmp_path):
     expected = [[encode_caption(tokenizer, text) for text in texts] for texts in TEXTS]
-    assert as_lists(load_captions(files_of(folder), folder, tokenizer)) == expected
+    assert as_lists(load_captions(states_of(folder, "*.txt"), folder, tokenizer)) == expected
     for _ in range(2):
-        captions = load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path / "at", tokenizer))
+        captions = load_captions(
+            states_of(folder, "*.txt"), folder, tokenizer, CaptionCache(folder, tmp_path / "at", tokenizer)
+        )
         assert as_lists(captions) == expected
     assert as_lists(captions.select(np.array([False, True, True, False]))) == expected[1:3]
     assert as_lists(pickle.loads(pickle.dumps(captions))) == expected
@@ -57,7 +55,7 @@ def test_the_tokens_are_those_of_the_tokenizer(folder, tokenizer, tmp_path):
 
 def test_a_changed_file_is_tokenized_again_and_nothing_else(folder, tokenizer, tmp_path, monkeypatch):
     def cached():
-        return load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer))
+        return load_captions(states_of(folder, "*.txt"), folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer))
 
     cached()
     seen, encode = [], tokenizer.encode
@@ -75,7 +73,7 @@ def test_a_changed_file_is_tokenized_again_and_nothing_else(folder, tokenizer, t
 
 
 def test_an_interrupted_reading_continues(folder, tokenizer, tmp_path):
-    files, seen = files_of(folder), []
+    files, seen = states_of(folder, "*.txt"), []
 
     def read(name):
         seen.append(name)
@@ -92,7 +90,9 @@ def test_an_interrupted_reading_continues(folder, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("damage", [b"", b"no zip", "cut", "flipped"])
 def test_a_damaged_cache_is_made_again(folder, tokenizer, tmp_path, logged, damage):
-    expected = as_lists(load_captions(files_of(folder), folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer)))
+    expected = as_lists(
+        load_captions(states_of(folder, "*.txt"), folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer))
+    )
     (path,) = tmp_path.glob("captions-*.npz")
     content = bytearray(path.read_bytes())
     if damage == "cut":
@@ -101,9 +101,9 @@ def test_a_damaged_cache_is_made_again(folder, tokenizer, tmp_path, logged, dama
         content[content.index(b"\x93NUMPY", 300) + 140] ^= 1
     path.write_bytes(content if isinstance(damage, str) else damage)
     cache = CaptionCache(folder, tmp_path, tokenizer)
-    assert "damaged" in logged.text and files_of(folder)[0] not in cache
-    assert as_lists(load_captions(files_of(folder), folder, tokenizer, cache)) == expected
-    assert files_of(folder)[0] in CaptionCache(folder, tmp_path, tokenizer)
+    assert "damaged" in logged.text and states_of(folder, "*.txt")[0] not in cache
+    assert as_lists(load_captions(states_of(folder, "*.txt"), folder, tokenizer, cache)) == expected
+    assert states_of(folder, "*.txt")[0] in CaptionCache(folder, tmp_path, tokenizer)
 
 
 def test_captions_are_read_as_prompts_are(tmp_path, logged):

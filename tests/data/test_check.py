@@ -1,5 +1,6 @@
 """The check of a folder: it reports what training skips, no more and no less."""
 
+import re
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ from data import check as checks
 from data import files
 from data.dataset import TextImageDataset
 from data.tokenizer import load_tokenizer
-from tests.builders import png_of
+from tests.builders import one_line, png_of
 from tests.conftest import ROOT
 
 YTTM = ROOT / "bpe" / "bpe_yttm_vocab.txt"
@@ -36,7 +37,7 @@ def every_fault(tmp_path, noise):
     (folder / "latin.txt").write_bytes("ein grünes Herz".encode("latin-1"))
     for name in ("good_1", "good_2", "blank", "boxes", "latin", "uncaptioned_1", "uncaptioned_2"):
         noise().save(folder / f"{name}.png")
-    noise().save(folder / "good_1.bmp")  # whose captions good_1.png has
+    noise().save(folder / "good_1.bmp")  # the first of the name, which has the captions
     whole = (folder / "good_1.png").read_bytes()
     broken = {"cut_1": whole[: len(whole) // 2], "cut_2": whole[: len(whole) - 900], "no_bytes": b""}
     broken.update(web_page=b"<html>not here</html>", huge=png_of(60000, 60000))
@@ -46,19 +47,41 @@ def every_fault(tmp_path, noise):
     return folder
 
 
+REASONS = {
+    "image without caption": "blank.png boxes.png latin.png uncaptioned_1.png uncaptioned_2.png",
+    "caption without image": "bare.txt gone.txt huge.txt no_bytes.txt web_page.txt",
+    "image whose caption file belongs to another image": "good_1.png",
+    "label file": "boxes.txt",
+    "empty caption": "blank.txt",
+    "neither UTF-8 nor UTF-16": "latin.txt",
+    "zero-byte image": "no_bytes.png",
+    "not an image": "web_page.png",
+    "image over PIL's pixel limit": "huge.png",
+    "cannot be opened": "gone.png",
+    "unreadable image": "cut_1.png cut_2.png",
+}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_it_finds_what_training_skips(every_fault, workers):
+def test_it_finds_what_training_skips(every_fault, workers, logged):
     tokenizer = load_tokenizer(YTTM)
     report = checks.check(every_fault, tokenizer, text_seq_len=16, image_size=32, workers=workers)
     dataset = TextImageDataset(every_fault, tokenizer, text_seq_len=16, image_size=32)
     for index in range(len(dataset)):
         dataset[index]
-    expected = {reason: sorted(path.name for path in paths) for reason, paths in dataset.source.skipped.items()}
-    expected[files.UNREADABLE] = sorted(dataset.images[index][0] for index in dataset._flags.nonzero().flatten())
-    kinds = [value for name, value in vars(files).items() if name.isupper() and value in expected]
-    assert len(kinds) == 11  # all there are
+    skipped = {reason: sorted(path.name for path in paths) for reason, paths in dataset.source.skipped.items()}
+    unreadable = sorted(dataset.images[index][0] for index in dataset._flags.nonzero().flatten())
+    expected = {reason: names.split() for reason, names in REASONS.items()}
+    assert {**skipped, "unreadable image": unreadable} == expected
     found = {**report.faults, files.LABEL_FILE: report.notes[files.LABEL_FILE]}
     assert {kind: sorted(names) for kind, names in found.items()} == expected
+    files.report_skipped(dataset.source.skipped)
+    lines = logged.records[-len(skipped) :]
+    levels = {re.search(r"skipped \d+ files? \((.*?)\): .", line.getMessage())[1]: line.levelname for line in lines}
+    assert levels.keys() == skipped.keys()
+    assert levels["label file"] == "INFO" and levels["zero-byte image"] == "WARNING"
+    with one_line("huge.png"):
+        files.open_image(every_fault / "huge.png")
     assert report.pairs == len(dataset) - dataset.lost == 2 and len(report.counts.lengths) == 3
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data import codes as codes_module
 from data.codes import CodeCache, load_codes, open_code_cache
-from tests.builders import until
+from tests.builders import states_of, until
 
 FILES = [(f"{number:02d}", number, 1000 + number) for number in range(20)]
 
@@ -90,12 +90,12 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     assert not any(file in opened(tmp_path) for file in FILES) and filled(tmp_path)[1] == expected()
 
 
-def work(folder, log, seconds):
-    """Fill the cache in another process, one file at a time; log what was computed."""
+def work(folder, log, pause):
+    """Fill the cache in another process, one file at a time, and pause (s) after the first; log what was computed."""
 
     def compute(batches):
-        for batch in batches:
-            time.sleep(seconds)
+        for number, batch in enumerate(batches):
+            time.sleep(pause if number == 1 else 0)
             yield batch, np.array([values_of(FILES[i]) for i in batch], np.uint16)
             with open(log, "a") as file:
                 file.write("".join(f"{FILES[i][0]}\n" for i in batch))
@@ -104,17 +104,17 @@ def work(folder, log, seconds):
 
 
 def test_what_a_dead_process_was_computing_another_computes(tmp_path):
-    def start(name, seconds):
-        process = multiprocessing.get_context("spawn").Process(target=work, args=(tmp_path, tmp_path / name, seconds))
+    def start(name, pause):
+        process = multiprocessing.get_context("spawn").Process(target=work, args=(tmp_path, tmp_path / name, pause))
         process.start()
         return process
 
     def lines(name):
         return (tmp_path / name).read_text().splitlines() if (tmp_path / name).exists() else []
 
-    first = start("first.log", 0.7)
+    first = start("first.log", 600)
     until(lambda: lines("first.log"))
-    second = start("second.log", 0.01)
+    second = start("second.log", 0)
     until(lambda: len(lines("second.log")) >= 10)
     first.kill()
     second.join(60)
@@ -152,16 +152,11 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
-def files_of(folder):
-    paths = sorted(folder.rglob("*.png"))
-    return [(path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-
-
 def codes_of(folder, encode, images=None, *, cache_dir=None, codebook=256, fingerprint="0123456789abcdef"):
     """(codes of the images that can be read, indices of the others)."""
     vae = SimpleNamespace(image_size=SIZE, image_seq_len=4, num_tokens=codebook, fingerprint=lambda: fingerprint)
     cache = open_code_cache(folder, cache_dir or folder / ".codes", vae)
-    images = files_of(folder) if images is None else images
+    images = states_of(folder, "*.png") if images is None else images
     codes, rows = load_codes(images, encode, cache, batch_size=3)
     return codes[rows[rows >= 0]], np.flatnonzero(rows < 0).tolist()
 
@@ -202,7 +197,7 @@ def test_another_vqgan_codebook_crop_or_folder_has_codes_of_its_own(folder, tmp_
 def test_unreadable_images_are_reported_and_never_cached(folder):
     whole = (folder / "sub" / "4.png").read_bytes()
     (folder / "sub" / "4.png").write_bytes(whole[:50])
-    images = files_of(folder)
+    images = states_of(folder, "*.png")
     (folder / "sub" / "7.png").unlink()
     for seen in (8, 0):
         encode = MeanEncoder()

@@ -13,6 +13,7 @@ from data import scene_captions as words
 from data import scenes
 from data.scene_captions import BACKGROUNDS, PLAIN, Item, Scene, describe, objects, plural, random_scene, split_of
 from data.scenes import CELLS, GRID, Placed, draw, place, place_crowd
+from tests.builders import contents
 
 
 def some_scenes(count=200, seed=0):
@@ -131,7 +132,7 @@ def test_the_files(drawings, tmp_path, monkeypatch):
     out = tmp_path / "set"
     flags = ["--out", str(out), "--images", "6", "--val", "3", "--crowds", "2", "--size", "48"]
     scenes.main(flags)
-    first = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    first = contents(out)
     assert len(first) == 2 * (6 + 3) + 2 + 2
     assert Image.open(out / "val" / "images" / "000000000007.png").size == (48, 48)
     assert len((out / "train" / "captions" / "000000000001.txt").read_text().splitlines()) == 3
@@ -139,7 +140,7 @@ def test_the_files(drawings, tmp_path, monkeypatch):
     assert json.loads((out / "dataset.json").read_text())["images"] == 6
     scenes.main([*flags, "--seed", "1"])
     scenes.main(flags)
-    assert first == {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert first == contents(out)
 
 
 @pytest.mark.parametrize("flag, value", [("--images", "0"), ("--size", "50")])

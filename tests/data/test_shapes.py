@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 from data import shapes
 from data.shapes import BACKGROUND, COLORS, INVERSE, SHAPES, Scene, make_sample, parse_caption
 from data.shapes_reader import find_faults, find_objects
+from tests.builders import contents
 
 
 def test_captions_mean_what_they_say():
@@ -65,10 +66,6 @@ def test_samples_are_these_on_every_machine():
     assert digest.hexdigest()[:16] == "f739c1e3ac6680f7"
 
 
-def files(root):
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
 def test_layout(tmp_path):
     out = tmp_path / "shapes"
     shapes.write_dataset(out, pictures=9, val=4, size=32)
@@ -85,10 +82,10 @@ def test_layout(tmp_path):
 def test_a_finished_set_is_kept_and_one_of_other_settings_replaced(tmp_path):
     out = tmp_path / "shapes"
     assert shapes.write_dataset(out, pictures=4, val=2)
-    before = files(out)
+    before = contents(out)
     (out / "train" / "images" / "000000000001.png").touch()
     assert not shapes.write_dataset(out, pictures=4, val=2)
-    assert files(out) == before
+    assert contents(out) == before
     assert shapes.write_dataset(out, pictures=3, val=2)
     assert len(list((out / "train" / "images").iterdir())) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
@@ -99,7 +96,7 @@ def test_someone_elses_folder_is_left_alone(tmp_path, command):
     (tmp_path / "train" / "mine.jpg").write_bytes(b"precious")
     ended = command(shapes.main, "--out", tmp_path, "--pictures", 2, "--val", 1)
     assert ended.status == 2 and "error: --out" in ended.err and str(tmp_path) in ended.err.splitlines()[-1]
-    assert files(tmp_path) == {"train/mine.jpg": b"precious"}
+    assert contents(tmp_path) == {"train/mine.jpg": b"precious"}
 
 
 def accuracy(captions, images):

@@ -17,8 +17,6 @@ from tests.builders import one_line
 
 CAPTIONS = ["a dog runs along a beach", "two dogs play! on the beach", "an old red bus", "a bus stops", "dogs; a cat"]
 CAPTIONS *= 3
-
-
 TEXTS = [*CAPTIONS[:5], "A Dog! on  the\tbus", "猫 beach", "", "  "]
 KINDS = {  # model, trainer, padding token, unknown token, first of its special tokens
     "byte-level BPE without padding": ("bpe", None, None, []),

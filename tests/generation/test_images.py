@@ -112,9 +112,9 @@ def test_an_image_prompt_keeps_its_rows(loaded, drawn_pictures):
 
 
 def test_scores_are_those_of_the_models_own_logits(loaded):
-    text = torch.stack([spec.tokens for spec in mixed_specs(loaded)[:3]])
-    codes = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(0))
-    model = loaded.model
+    model, device = loaded.model, loaded.backend.device
+    text = torch.stack([spec.tokens for spec in mixed_specs(loaded)[:3]]).to(device)
+    codes = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
         logits = model(text, codes)[:, model.text_seq_len :]  # the whole vocabulary, masked
         expected = logits.log_softmax(-1).gather(-1, (codes + model.num_text_tokens)[..., None]).sum((1, 2))
@@ -125,7 +125,7 @@ def test_the_best_are_kept_in_order(loaded):
     specs = circles(loaded, 6)
     codes = generate_batch(loaded, specs)
     text = torch.stack([spec.tokens for spec in specs])
-    scores = ranking.log_likelihood(loaded.model, text, codes)
+    scores = ranking.log_likelihood(loaded.model, text.to(loaded.backend.device), codes.to(loaded.backend.device)).cpu()
     best = ranking.best_of(loaded, specs, codes, 2)
     assert [index for index, _ in best] == scores.argsort(descending=True)[:2].tolist()
     found = [values["likelihood"] for _, values in best]
@@ -149,7 +149,8 @@ def test_previews_show_the_rows_so_far(loaded):
     frames = previews.animation_frames(loaded, codes)
     assert len(frames) == 4
     for images, row in [*shown, *zip(frames, range(1, 5))]:
-        expected = (loaded.model.vae.decode(codes[:, : 4 * row], row) * 255).permute(0, 2, 3, 1).numpy()
+        expected = loaded.model.vae.decode(codes[:, : 4 * row].to(loaded.backend.device), row).cpu()
+        expected = (expected * 255).permute(0, 2, 3, 1).numpy()
         found = np.stack([np.asarray(image) for image in images])
         assert found.shape == (2, 32, 32, 3) and (found[:, 8 * row :] == 128).all()
         assert np.abs(found[:, : 8 * row] - expected).max() < 0.51
@@ -159,8 +160,6 @@ def test_previews_show_the_rows_so_far(loaded):
 
 
 HUGE = 2**20
-
-
 HOSTILE = {  # what a file says of its network
     "width": {"dim": HUGE},
     "depth": {"depth": 10**9},

@@ -157,12 +157,6 @@ GUIDED = [(Sampling(cond_scale=2.0), 0), (Sampling(top_k=0.5, top_p=0.9, tempera
 GUIDED += [(Sampling(top_k=None, cond_scale=0.0), 2)]
 
 
-def images(seed=1):
-    text = torch.randint(1, 50, (6, 6), generator=seeded(seed))
-    text[1:, 3:] = 0
-    return text, torch.randint(0, 32, (6, 16), generator=seeded(seed))
-
-
 def sequences(dalle, text, given, plans):
     """Return the inputs of a StaticSampler for these images; guided ones get a second sequence."""
     noise = gumbel_noise(len(plans), 16, 32, [seeded(row) for row in range(len(plans))], "cpu")
@@ -177,7 +171,7 @@ def sequences(dalle, text, given, plans):
 @pytest.mark.parametrize("patterns", [*((pattern,) for pattern in PATTERNS), PATTERNS])
 def test_one_batch_serves_all_settings(tiny_vae, patterns, plans):
     dalle = small_dalle(tiny_vae, weight_std=0.3, depth=len(patterns), attn_types=patterns).eval()
-    text, given = images()
+    text, given = captions(6), torch.randint(0, 32, (6, 16), generator=seeded(1))
     stepper, expected = WholePassStepper(dalle), []
     for row, (sampling, count) in enumerate(plans):
         one = slice(row, row + 1)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from benchmarks import peer
 from models.discrete_vae import OpenAIDiscreteVAE
-from models.vae import ImageTokenizer, VQGanVAE, build_tokenizer
+from models.vae import ImageTokenizer, VQGanVAE, build_image_tokenizer
 from models.vqgan_files import load_vqgan
 from tests.builders import PickledCall, one_line
 
@@ -246,7 +246,8 @@ def test_missing_files_are_named(tmp_path):
         load_vqgan(config_path="x.yaml")
 
 
-def test_a_yaml_that_describes_no_vqgan_is_named(tmp_path):
+def test_a_yaml_that_describes_no_vqgan_and_weights_that_do_not_fit_are_named(tmp_path):
+    path, _ = write_pair(tmp_path)
     for text, message in (
         ("model: {target: taming.models.vqgan.VQModel}", "it has no model.params"),
         ("model: [1, 2", "not a yaml file"),
@@ -254,13 +255,9 @@ def test_a_yaml_that_describes_no_vqgan_is_named(tmp_path):
         ("model: {target: a.b.VQModel, params: {n_embed: 4}}", "ddconfig must be a mapping"),
         ("model: {target: a.b.AutoencoderKL, params: {}}", "'a.b.AutoencoderKL' is neither a VQModel nor a GumbelVQ"),
     ):
-        path, _ = write_pair(tmp_path)
         path.with_suffix(".yaml").write_text(text)
         with one_line(f"last.yaml: .*{message}"):
             load_vqgan(path)
-
-
-def test_weights_that_do_not_fit_are_named(tmp_path):
     for change, message in (
         (lambda state: state.pop("quant_conv.bias"), "quant_conv.bias is missing"),
         (lambda state: state.update({"quant_conv.scale": torch.ones(1)}), "quant_conv.scale is not part of this model"),
@@ -305,7 +302,7 @@ def test_codes_and_pixels_are_openais(halves, tmp_path, zipped):
         one_hot = torch.nn.functional.one_hot(expected.view(1, 32, 32), 512).permute(0, 3, 1, 2).float()
         pixels = ((halves[1](one_hot)[:, :3].sigmoid() - 0.1) / 0.8).clamp(0, 1)
     torch.testing.assert_close(vae.decode(expected), pixels, atol=1e-5, rtol=0)
-    again: ImageTokenizer = build_tokenizer(vae.hparams)
+    again: ImageTokenizer = build_image_tokenizer(vae.hparams)
     again.load_state_dict(vae.state_dict())
     assert again.fingerprint() == vae.fingerprint()
 
@@ -326,4 +323,4 @@ def test_the_real_sizes_are_the_defaults():
         vae = OpenAIDiscreteVAE({})
     assert sum(parameter.numel() for parameter in vae.parameters()) == 97_616_006  # of OpenAI's package
     with pytest.raises(ValueError, match="'Thing' with its params is no image tokenizer"):
-        build_tokenizer({"target": "Thing", "params": {}})
+        build_image_tokenizer({"target": "Thing", "params": {}})

@@ -1,10 +1,14 @@
 """What the service's tests share: a loaded model whose drawing can be watched and held up, and a server that runs."""
 
+import base64
 import contextlib
 import http.client
+import io
 import json
 import threading
 import time
+
+from PIL import Image
 
 from generation.loading import load
 from tests.builders import until
@@ -74,6 +78,18 @@ def running(loaded, *flags, port=0):
         finally:
             server.should_exit = True
             thread.join(20)
+
+
+def file_of(image, kind="PNG", **options):
+    """Return the bytes of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def image_of(text):
+    """Open an image file in base64."""
+    return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
 
 
 def answer_to(port, method, path, body=None, **headers):

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import io
 import json
 import random
 import socket
@@ -13,7 +12,7 @@ from PIL import Image
 from generation.image_prompts import encode_kept_rows
 from generation.images import generate_batch, image_metadata, plan_image, to_image
 from tests.builders import png_of
-from tests.service.running import answer_to, call, generate, read_events, running, until
+from tests.service.running import answer_to, call, file_of, generate, image_of, read_events, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
 PROMPT = "a red circle"
@@ -26,15 +25,9 @@ def port(loaded):
         yield port
 
 
-def image_of(answer):
-    return Image.open(io.BytesIO(base64.b64decode(answer["png"], validate=True)))
-
-
 def png(width, height):
     """Return the bytes of a black PNG."""
-    file = io.BytesIO()
-    Image.new("1", (width, height)).save(file, "PNG")
-    return file.getvalue()
+    return file_of(Image.new("1", (width, height)))
 
 
 def b64(data):
@@ -56,7 +49,7 @@ def test_the_same_seed_gives_the_image_of_the_library(port, loaded):
     for one in answer["images"]:
         wanted = plan_image(loaded, PROMPT, one["seed"], {"temperature": 0.9})
         alone = to_image(loaded.decode(generate_batch(loaded, [wanted]))[0])
-        image = image_of(one)
+        image = image_of(one["png"])
         assert image.tobytes() == alone.tobytes()
         assert one["metadata"] == json.loads(image.info["Comment"]) == image_metadata(wanted, loaded)
     assert len({generate(port, prompt=PROMPT)[1]["images"][0]["seed"] for _ in range(2)}) == 2  # without a seed
@@ -69,7 +62,7 @@ def test_an_image_prompt_is_kept_as_by_the_library(port, loaded, drawn_pictures)
         status, answer = generate(port, prompt=PROMPT, seed=2, image=b64(path.read_bytes()), keep_rows=keep)
         wanted = plan_image(loaded, PROMPT, 2, given_codes=encode_kept_rows(loaded, path, rows))
         alone = to_image(loaded.decode(generate_batch(loaded, [wanted]))[0])
-        assert status == 200 and image_of(answer["images"][0]).tobytes() == alone.tobytes()
+        assert status == 200 and image_of(answer["images"][0]["png"]).tobytes() == alone.tobytes()
 
 
 WRONG_BODIES = [b"", b"{", b"null", b"[]", b"\xff\xfe{}", b"{'prompt': 'x'}", b"[" * 100_000, b'{"prompt": "a red']

@@ -1,15 +1,12 @@
 """Jobs and their server-sent events, as the page reads them."""
 
-import base64
-import io
 import json
 import threading
 
 import pytest
-from PIL import Image
 
 from generation.images import generate_batch, image_metadata, plan_image, to_image
-from tests.service.running import answer_to, call, read_events, running, until
+from tests.service.running import answer_to, call, image_of, read_events, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
 PROMPTS = ["a red circle", "a blue square above a dog"]
@@ -42,7 +39,7 @@ def test_a_job_of_two_prompts_from_its_first_row_to_its_images(port, loaded, dra
     for data in images.values():
         spec = plan_image(loaded, data["prompt"], data["seed"], {"temperature": 0.9})
         alone = to_image(loaded.decode(generate_batch(loaded, [spec]))[0])
-        image = Image.open(io.BytesIO(base64.b64decode(data["png"])))
+        image = image_of(data["png"])
         assert image.tobytes() == alone.tobytes() and data["prompt"] in PROMPTS
         assert json.loads(image.info["Comment"]) == data["metadata"] == image_metadata(spec, loaded)
     rows = [data for _, event, data in events if event == "row"]
@@ -54,7 +51,7 @@ def test_a_job_of_two_prompts_from_its_first_row_to_its_images(port, loaded, dra
     previews = [data for data in rows if data["preview"]]
     assert previews and all(data["seconds_left"] >= 0 for data in rows if data["rows"])
     for data in previews:
-        preview = Image.open(io.BytesIO(base64.b64decode(data["preview"])))
+        preview = image_of(data["preview"])
         assert preview.format == "WEBP" and preview.width <= 96
         assert preview.height == preview.width * data["rows"] // side
 

@@ -2,10 +2,8 @@
 
 import base64
 import contextlib
-import io
 import json
 import socket
-import threading
 import time
 import zlib
 
@@ -13,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.builders import png_chunk, png_of
-from tests.service.running import answer_to, call, generate, running, until
+from tests.service.running import answer_to, call, file_of, generate, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
 from service import connections, events, guard  # noqa: E402
@@ -98,23 +96,17 @@ def test_a_token_is_needed_for_every_route_of_the_api(loaded):
         assert answer_to(port, "DELETE", f"/api/jobs/{identity}", **right)[0] == 204
 
 
-def saved(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def bombs():
     """Return small files that claim much: a PNG with further chunks, many pixels or large frames."""
-    small, zeros = saved(Image.new("RGB", (8, 8)), "PNG"), zlib.compress(bytes(200 * 2**20), 9)
+    small, zeros = file_of(Image.new("RGB", (8, 8))), zlib.compress(bytes(200 * 2**20), 9)
     chunks = {"text": png_chunk(b"zTXt", b"Comment\0\0" + zeros), "profile": png_chunk(b"iCCP", b"profile\0\0" + zeros)}
     chunks["texts"] = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(60_000))) * 5000
     frames = [Image.new("P", (4000, 4000), index) for index in range(3)]
     return {
         **{name: small[:33] + chunk + small[33:] for name, chunk in chunks.items()},
         "pixels": png_of(60_000, 60_000),
-        "one color": saved(Image.new("1", (10_000, 10_000)), "PNG"),
-        "frames": saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "one color": file_of(Image.new("1", (10_000, 10_000))),
+        "frames": file_of(frames[0], "GIF", save_all=True, append_images=frames[1:]),
     }
 
 
@@ -181,16 +173,12 @@ def test_a_job_that_nobody_reads_is_cancelled(port, drawing, monkeypatch, reader
 def test_a_client_cannot_fill_the_queue(loaded, drawing):
     drawing.hold()
     with running(loaded, "--queue-size", 4) as port:
-        threads = [threading.Thread(target=generate, args=(port,), kwargs={"prompt": PROMPT}) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        until(lambda: call(port)[1]["waiting"] == 2)
+        for _ in range(2):
+            assert call(port, "POST", "/api/jobs", {"prompts": [PROMPT]})[0] == 202
         status, headers, body = answer_to(port, "POST", "/api/generate", json.dumps({"prompt": PROMPT}))
         assert status == 429 and int(headers["retry-after"]) > 0 and b"try again" in body
         drawing.release()
-        for thread in threads:
-            thread.join()
-        assert generate(port, prompt=PROMPT)[0] == 200
+        until(lambda: generate(port, prompt=PROMPT)[0] == 200)
 
 
 def closed_after(raw, data, pause=0.2, limit=40):

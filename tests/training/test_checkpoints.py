@@ -120,6 +120,21 @@ def test_a_full_disk_does_not_stop_the_run(command, tiny_flags, tmp_path, monkey
     assert [path.name for path in tmp_path.glob("dalle*")] == ["dalle_0.pt"]
 
 
+def test_ctrl_c_during_a_write_that_fails_still_stops_the_run(command, tiny_flags, tmp_path, monkeypatch):
+    original = torch.save
+
+    def interrupted(*given):
+        monkeypatch.setattr(torch, "save", original)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    flags = ["--checkpoint-save-steps", 2, "--epochs", 2, "--checkpoint-output-dir", tmp_path]
+    ended = command(train.main, *tiny_flags, *flags)
+    assert ended.status == 130 and "no checkpoint of step 2" in ended.out
+    assert f"stopped after step 2; resume with --pretrained-checkpoint {tmp_path / 'dalle_step_2.pt'}" in ended.out
+
+
 def test_the_best_file_is_one_to_go_on_from(command, tiny_flags, tmp_path):
     """Where nothing else was written before a kill, --resume takes it; the epoch that ended with it counts once."""
     flags = ["--validation-split", 0.25, "--batch-size", 3, "--epochs", 4, "--checkpoint-save-epochs", 4]  # 12 steps

@@ -54,7 +54,7 @@ def test_it_tells_what_the_run_then_takes(command, flags, tmp_path):
     assert {name: amount(words) / (4 * sizes[0]) for name, words in held.items()} == pytest.approx(
         {"gradients": 1, "optimizer": 2, "average of weights": 1}, rel=0.02
     )
-    peak = re.match(r"(\S+ .B) at the peak of these steps, measured, of (\S+ .B) on cpu", lines["memory"])
+    peak = re.match(r"(\S+ .B) at the peak of these steps, measured, of (\S+ .B) on (cpu|cuda) ", lines["memory"])
     assert amount(held["optimizer"]) < amount(peak[1]) < amount(peak[2])
     assert re.match(r"about \S+ \S+ for 150 steps, \S+ s each, \S+ samples/sec", lines["time"])
 

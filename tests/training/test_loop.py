@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import EpochOrder, RunOrder, epoch_order
-from training.loop import OverfittingMonitor
-from training.run import LearningRate, multi_step, trapezoid
+import train
+from args import train_arguments
+from data.loader import EpochOrder, RunOrder, SamplesLost, epoch_order
+from training.loop import OverfittingMonitor, open_loop
+from training.run import LearningRate, build, multi_step, trapezoid
 from training.validation import split_among_processes
 from utils.optimization import cosine
 
@@ -190,3 +192,14 @@ def test_the_reference_applications_plateau_gives_its_rate():
     resumed.load_state_dict(plateau.state_dict())
     other.load_state_dict(plateau.state_dict())
     assert resumed.at(0, 0) == PEAK / 2 and other.at(99, 9) == PEAK
+
+
+def test_a_sharded_process_that_fails_alone_does_not_wait_for_the_others(tiny_flags, tmp_path, monkeypatch):
+    flags = [*tiny_flags, "--checkpoint-output-dir", str(tmp_path), "--max-steps", "2", "--checkpoint-save-steps", "1"]
+    run = build(train_arguments(flags))
+    train.train(run)
+    run.settings.shard = True
+    monkeypatch.delattr(type(run.trainer), "state_dict")  # which all processes of a sharded run call together
+    last = tmp_path / "dalle_step_2.pt"
+    with pytest.raises(SamplesLost, match=f"^gone; the last good checkpoint is {last}$"), open_loop(run):
+        raise SamplesLost("gone")

@@ -2,7 +2,6 @@
 
 import pytest
 
-from tests.conftest import Ended
 from utils import command_line
 from utils.command_line import Parser, list_of, number
 
@@ -32,12 +31,6 @@ def values(*argv):
     return vars(small_parser().parse(argv))
 
 
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as end:
-        small_parser().parse(argv)
-    return Ended(end.value.code, *capsys.readouterr()).refused().err
-
-
 def test_an_entry_lies_between_defaults_and_flags(configs):
     configs(b"plot: {row_count: 7, is_wild: false, bed_sizes: [1, 2.5], plant_name: 'on', soil: sand, water: null}")
     expected = {"config": "plot", "plant_name": "on", "row_count": 7, "water": None, "is_wild": False, "soil": "sand"}
@@ -50,7 +43,7 @@ def test_an_entry_lies_between_defaults_and_flags(configs):
     assert (plot["row_count"], plot["water"], plot["bed_sizes"]) == (8, 0.1, [3])
 
 
-def test_a_bad_entry_is_one_line_that_names_file_entry_and_key(configs, capsys):
+def test_a_bad_entry_is_one_line_that_names_file_entry_and_key(configs, command):
     for entry, told in (
         ("row_count: 0", ["--row-count", "'0'"]),
         ("row_count: {rows: 3}", ["row_count", "rows"]),
@@ -62,22 +55,19 @@ def test_a_bad_entry_is_one_line_that_names_file_entry_and_key(configs, capsys):
     ):
         configs(f"fine: {{row_count: 3}}\nplot:\n  {entry}\n".encode())
         assert values("--config", "fine")["row_count"] == 3
-        error = refused(capsys, "--config", "plot")
+        error = command(small_parser().parse, "--config", "plot").refused().err
         assert "error: configs.yaml, plot: " in error and all(word in error for word in told), error
 
 
-@pytest.mark.parametrize(
-    "content, told",
-    [
+def test_a_configuration_file_that_cannot_serve_is_one_line(configs, command):
+    for content, told in (
+        (None, ["No such file"]),
         (b"plot: {row_count: 3}\n7: {}", ["--config", "'lawn'", "it has plot, 7"]),
         (b"lawn: [3]", ["named configurations"]),
         (b"lawn: {row_count: 3", ["is not YAML"]),
         (b"lawn: {plant_name: !!python/object/apply:os.getcwd []}", ["is not YAML"]),
-        (None, ["No such file"]),
-    ],
-)
-def test_a_configuration_file_that_cannot_serve_is_one_line(content, told, configs, capsys):
-    if content is not None:
-        configs(content)
-    error = refused(capsys, "--config", "lawn")
-    assert "configs.yaml" in error and all(word in error for word in told), error
+    ):
+        if content is not None:
+            configs(content)
+        error = command(small_parser().parse, "--config", "lawn").refused().err
+        assert "configs.yaml" in error and all(word in error for word in told), error

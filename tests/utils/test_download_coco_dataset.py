@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders import contents
 from tests.file_server import serving
 
 SCRIPT = Path(__file__).resolve().parents[2] / "utils" / "download_coco_dataset.sh"
@@ -71,11 +72,6 @@ def run(server, tmp_path):
     return run
 
 
-def tree(folder: Path):
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
-
-
 def expected(prefix=""):
     files = {name: data for name, data in FILES.items() if name.startswith(prefix)}
     return {name: data.encode() if isinstance(data, str) else data for name, data in files.items()}
@@ -88,17 +84,17 @@ def test_everything_then_nothing_more(server, run, tmp_path):
     (out / ".unpacking" / "val2017" / "half.jpg").write_bytes(b"half")
     done = run(out="my data", url="/")
     assert done.stderr == ""  # no bar where nobody looks
-    assert tree(out) == expected() and "process_captions.py" in done.stdout
+    assert contents(out) == expected() and "process_captions.py" in done.stdout
     server.requests.clear()
     assert run(out="my data").stdout.count("exists") == 3
-    assert server.requests == [] and tree(out) == expected()
+    assert server.requests == [] and contents(out) == expected()
 
 
 def test_a_broken_connection_is_resumed(server, run, tmp_path):
     size = len(SERVED[VAL])
     server.cut[VAL] = [size // 3, 2 * size // 3]
     run("--only", "val")
-    assert tree(tmp_path / "out") == expected("images/val2017")
+    assert contents(tmp_path / "out") == expected("images/val2017")
     begins = [begin for method, _, begin in server.requests if method == "GET"]
     assert begins == [None, f"bytes={size // 3}-", f"bytes={2 * size // 3}-"]  # no byte twice
 
@@ -109,10 +105,10 @@ DAMAGED = SERVED[VAL][:MIDDLE] + bytes(byte ^ 0xFF for byte in SERVED[VAL][MIDDL
 @pytest.mark.parametrize("body", [DAMAGED, b"<html>sign in</html>" * 50], ids=["damaged", "no zip"])
 def test_a_corrupt_zip_is_refused_and_fetched_again(server, run, tmp_path, body):
     server.files[VAL] = body
-    assert "val2017.zip" in run("--only", "val", status=1).stderr.splitlines()[-1] and tree(tmp_path / "out") == {}
+    assert "val2017.zip" in run("--only", "val", status=1).stderr.splitlines()[-1] and contents(tmp_path / "out") == {}
     server.files[VAL] = SERVED[VAL]
     run("--only", "val")
-    assert tree(tmp_path / "out") == expected("images/val2017")
+    assert contents(tmp_path / "out") == expected("images/val2017")
 
 
 def test_bad_usage(run):

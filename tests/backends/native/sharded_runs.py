@@ -43,16 +43,10 @@ def run(optimizer, folder):
     trainer.backpropagate(own(samples(PER_STEP), backend.rank))
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     moments = [value for each in trainer.optimizers for kept in each.state.values() for value in kept.values()]
-    return {
-        "state": state,
-        "losses": losses,
-        "evaluated": evaluated,
-        "unevenly": unevenly,
-        "parameters": held(trained),
-        "gradients": held(parameter.grad for parameter in trained),
-        "moments": held(value for value in moments if value.dim()),
-        "vqgan": held(trainer.model.vae.parameters()),
-    }
+    sizes = {"parameters": held(trained), "gradients": held(parameter.grad for parameter in trained)}
+    sizes["moments"] = held(value for value in moments if value.dim())
+    sizes["vqgan"] = held(trainer.model.vae.parameters())
+    return {"state": state, "losses": losses, "evaluated": evaluated, "unevenly": unevenly, **sizes}
 
 
 def half_precision():

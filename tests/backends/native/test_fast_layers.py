@@ -10,15 +10,13 @@ from torch.testing import assert_close
 
 from backends.native import compilation, fast_layers
 from backends.native.backend import NativeTrainingBackend
-from backends.native.fast_layers import (
-    compute_losses,
-    use_fast_layers,
-)
+from backends.native.fast_layers import compute_losses, use_fast_layers
 from models.transformer import PATTERNS, KeyValueCache
 from tests.backends.native.test_backend import settings
-from tests.builders import samples, small_dalle
+from tests.builders import cpu_only, samples, small_dalle
 
 CPU = torch.device("cpu")
+OPTIONS = {"rotary_emb": True, "shift_tokens": True, "stable": True, "shared_ff_ids": (0, 1)}
 
 
 def dalle(vae, **changes):
@@ -34,16 +32,7 @@ def losses_and_gradients(model, text, codes, seed=0):
 
 
 @pytest.mark.parametrize("recompute, chunk", [(False, 1024), (True, 1024), (False, 5)])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"ff_dropout": 0.3},
-        {"rotary_emb": True, "shift_tokens": True, "stable": True, "shared_ff_ids": (0, 1)},
-        {"reversible": True},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", [{}, {"ff_dropout": 0.3}, OPTIONS, {"reversible": True}], ids=str)
 def test_losses_and_gradients_equal_the_plain_ones(tiny_vae, changes, recompute, chunk, monkeypatch):
     for name in ("QUERIES", "ROWS"):  # of attention and of the head, whose backward passes are written by hand
         monkeypatch.setattr(fast_layers, name, chunk)
@@ -114,6 +103,7 @@ def test_a_micro_batch_in_parts_trains_as_one(tiny_vae, recompute, monkeypatch):
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
 
 
+@cpu_only("the stand-in for a GPU has no compiler")
 @pytest.mark.skipif(not hasattr(getattr(torch, "compiler", None), "set_stance"), reason="compiled from torch 2.6 on")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_a_compiler])])
 def test_compiled_layers_and_losses_equal_the_plain_ones(tiny_vae, monkeypatch, logged, backend):

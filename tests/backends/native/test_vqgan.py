@@ -9,6 +9,7 @@ from backends.native import compilation, inference
 from backends.native.backend import NativeBackend
 from data.shapes import make_sample
 from models.vae import VQGanVAE
+from tests.builders import cpu_only
 
 SIDE, PICTURES = 64, 8
 
@@ -49,11 +50,8 @@ def test_codes_are_those_of_the_plain_network_in_any_precision(vae, precision):
 
 
 def test_pixels_are_those_of_the_plain_network_or_in_bf16_close(vae):
-    exact, found, expected = (
-        on_cpu("fp32").decode(vae)(codes()),
-        on_cpu("bf16").decode(vae)(codes()),
-        vae.decode(codes()),
-    )
+    exact, found = (on_cpu(precision).decode(vae)(codes()) for precision in ("fp32", "bf16"))
+    expected = vae.decode(codes())
     torch.testing.assert_close(exact, expected, atol=1e-5, rtol=0)
     inside = ((expected > 0.01) & (expected < 0.99)).float().mean()
     assert exact.dtype == found.dtype == torch.float32 and inside > 0.5
@@ -62,6 +60,7 @@ def test_pixels_are_those_of_the_plain_network_or_in_bf16_close(vae):
     assert (found - expected).abs().max() < 0.05
 
 
+@cpu_only("a GPU decodes a whole batch at once")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_picture_does_not_depend_on_its_batch(vae, precision):
     decode = on_cpu(precision).decode(vae)
@@ -81,6 +80,7 @@ def test_the_network_itself_is_left_as_it_is(vae):
         assert tensor.dtype == expected.dtype and tensor.stride() == expected.stride()
 
 
+@cpu_only("the stand-in for a GPU has no compiler")
 @pytest.mark.skipif(not hasattr(torch, "compiler"), reason="compiled from torch 2.1 on")
 def test_a_network_is_compiled_after_many_images_for_one_shape(vae, monkeypatch, logged):
     """With the same result; if torch cannot compile, it stays as it was."""

@@ -232,9 +232,9 @@ def test_tables_of_many_programs(tmp_path):
         assert NO_TEXT not in source.skipped
 
 
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
+def test_lists_that_cannot_be_used(tmp_path):
+    bare_images(tmp_path)
+    for name, content, words in (
         ("captions.json", '{"images": [', "captions.json is not a JSON file, or is cut short: .*line 1"),
         ("metadata.jsonl", '{"file_name": "a.jpg", "text": "x"}\n{"file', "metadata.jsonl, line 2: not a JSON object"),
         ("metadata.parquet", "PAR1 no", "metadata.parquet: cannot be read as a Parquet file"),
@@ -244,12 +244,10 @@ def test_tables_of_many_programs(tmp_path):
         ("labels.csv", "file_name,label\na.jpg,3\n", "labels.csv: has no column of captions, .* only file_name, label"),
         ("set.tar.gz", "", "set.tar.gz: is compressed; unpack it"),
         ("set.tar", "", "no image with a caption in 1 tar file"),
-    ],
-)
-def test_lists_that_cannot_be_used(tmp_path, name, content, words):
-    (bare_images(tmp_path) / name).write_text(content, encoding="utf-8", errors="surrogateescape")
-    with one_line(words):
-        open_source(tmp_path / name)
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+        with one_line(words):
+            open_source(tmp_path / name)
 
 
 def test_damaged_shards_keep_what_can_be_read(tmp_path):

@@ -50,9 +50,6 @@ class DataLoader(TorchLoader):
             worker_init_fn=worker_init_fn,
         )
 
-    def __len__(self):
-        return len(self.dataset) // self.combinedBatchSize
-
     def __iter__(self):
         if self._terminated:
             raise RuntimeError("the loader is terminated")
@@ -94,12 +91,10 @@ class DataLoader(TorchLoader):
 
 
 def _map(function, *batches):
-    """Apply a function to the tensors of nested lists, tuples and dicts of one structure."""
+    """Apply a function to the tensors of nested lists and tuples of one structure."""
     first = batches[0]
     if isinstance(first, torch.Tensor):
         return function(*batches)
-    if isinstance(first, dict):
-        return {name: _map(function, *(batch[name] for batch in batches)) for name in first}
     if type(first) in (list, tuple):
         return type(first)(_map(function, *members) for members in zip(*batches))
-    raise TypeError(f"an asynchronous loader's batches are tensors in lists, tuples and dicts, not {type(first)}")
+    raise TypeError(f"an asynchronous loader's batches are tensors in lists and tuples, not {type(first)}")

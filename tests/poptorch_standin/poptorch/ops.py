@@ -22,16 +22,13 @@ def _check_tensor(name, value):
     return value
 
 
-def BeginBlock(layer_to_call, user_id=None, ipu_id=None):
+def BeginBlock(layer_to_call, user_id, ipu_id):
     """Place everything from the call of the module on on that IPU; change the module and return it."""
     check_type("BeginBlock's layer_to_call", layer_to_call, nn.Module)
     if hook_of(layer_to_call) is not None:
         raise AssertionError(f"{type(layer_to_call).__name__} begins a block already: one BeginBlock for each module")
-    if user_id is not None and type(user_id) not in (str, int):
-        raise TypeError(f"user_id must be a str or an int, not {user_id!r}")
-    if ipu_id is not None:
-        check_int("ipu_id", ipu_id, 0)
-    layer_to_call.register_forward_pre_hook(BlockHook(None if user_id is None else str(user_id), ipu_id))
+    check_int("ipu_id", ipu_id, 0)
+    layer_to_call.register_forward_pre_hook(BlockHook(check_type("user_id", user_id, str), ipu_id))
     return layer_to_call
 
 

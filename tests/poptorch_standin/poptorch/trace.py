@@ -62,12 +62,9 @@ class Trace:
 
     def begin(self, user_id, ipu_id):
         """Enter a block and give it its stage; a pipeline only goes forward."""
-        if user_id is None:
-            user_id = f"auto_{len(self.blocks)}"
         known = dict(self.blocks)
-        if user_id in known and ipu_id is not None and known[user_id] != ipu_id:
+        if known.get(user_id, ipu_id) != ipu_id:
             raise Error(f"block {user_id!r} is on IPU {known[user_id]} and on IPU {ipu_id}")
-        ipu_id = known.get(user_id, len(known)) if ipu_id is None else ipu_id
         if self._loop_depth and self._current is not None and self._current[1] != ipu_id:
             raise Error(f"block {user_id!r} begins inside a for_loop on another IPU than the loop's")
         if (user_id, ipu_id) == self._current:
