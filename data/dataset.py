@@ -119,13 +119,11 @@ class TextImageDataset(Dataset):
         if index is None:
             return
         name = texts[index][0]
-        path = printable(self.folder / name)
         try:
             for text in self.source.captions(name):
                 check_length(text, encode_text(tokenizer, text), self.text_seq_len)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        raise ValueError(f"{path}: changed while it was read")
+            raise ValueError(f"{printable(self.folder / name)}: {error}") from None
 
     def attach_codes(self, codes: Union[np.ndarray, MappedRows], rows: Optional[np.ndarray] = None) -> None:
         """Return codes instead of pixels from now on; call this before workers start.
@@ -136,10 +134,6 @@ class TextImageDataset(Dataset):
         """
         rows = np.arange(len(self)) if rows is None else rows
         good = rows >= 0
-        if len(codes.shape) != 2 or len(rows) != len(self) or rows.max() >= codes.shape[0]:
-            raise ValueError(f"codes of shape {tuple(codes.shape)} and {len(rows)} rows for {len(self)} images")
-        if not good.any():
-            raise ValueError(f"{printable(self.folder)}: none of its {len(self)} images could be encoded")
         report_skipped({UNREADABLE: [self.folder / self.images[index][0] for index in np.flatnonzero(~good)]})
         self._codes, self._code_rows = codes, rows
         self._keep(np.flatnonzero(good))

@@ -16,7 +16,7 @@ import torch
 
 import backends
 import log
-from args import NETWORK
+from args import IPU_FLAGS, NETWORK
 from backends.base import Trainer, TrainingBackend
 from data.codes import load_codes, open_code_cache
 from data.dataset import TextImageDataset
@@ -166,6 +166,8 @@ def build(settings: Namespace) -> Run:
     backend = backends.for_training(settings)
     if backend.rank:
         log.set_up(logging.WARNING)
+    if backend.kind != "ipu":
+        log_unused(settings)
     tokenizer = None if settings.init_from else load_tokenizer(settings.bpe_path)
     # A compiler needs only the shape of the samples.
     generated = settings.generated_data or settings.synthetic_data or backend.compile_only
@@ -228,6 +230,15 @@ def build(settings: Namespace) -> Run:
         logger.info("%d images in the validation set", len(validation_set))
     logger.info("%s trainable parameters, %d text tokens", f"{trainable:,}", tokenizer.vocab_size)
     return run
+
+
+def log_unused(settings: Namespace) -> None:
+    """Log which flags were given that count on IPUs only."""
+    given = [name for name, default, *_ in IPU_FLAGS if getattr(settings, name.replace("-", "_")) != default]
+    if given:
+        flags = ", ".join(f"--{name}" for name in given)
+        what = flags if len(given) <= 3 else f"{len(given)} settings of the configuration"
+        logger.info("for IPUs only, without effect here: %s", what)
 
 
 def open_trackers(settings: Namespace, folder: Optional[Path], step: int) -> log.Trackers:
