@@ -241,7 +241,7 @@ def generate_codes(
     plans = []
     for index, (prompt, tokens) in enumerate(zip(prompts, text)):
         first = ImageSpec(prompt, tokens, settings.seed + index * settings.rank, sampling, no_codes)
-        plans.append([first._replace(seed=first.seed + number) for number in range(settings.rank)])
+        plans.append(first.with_seeds(settings.rank))
     chosen = []
     with tqdm(total=settings.rank * len(plans), desc="generating", unit="image", disable=None) as bar:
         for specs, codes in zip(plans, generate_lists(loaded, plans, on_batch=bar.update)):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 import torch
 
-from generation.loading import OPTIONS
+from generation.loading import OPTIONAL_HPARAMS
 from training.checkpoints import BEST, PROGRESS, CheckpointFolder
 from utils import checkpoint
 
@@ -71,7 +71,7 @@ def attention_patterns(settings: Namespace, origin: Origin) -> Tuple[str, ...]:
 
 def network_options(saved: checkpoint.Checkpoint) -> Dict[str, Any]:
     """Return a checkpoint's hparams that no flag sets: options of the network that come from DALLE-pytorch."""
-    return {name: saved["hparams"][name] for name in OPTIONS if saved["hparams"].get(name)}
+    return {name: saved["hparams"][name] for name in OPTIONAL_HPARAMS if saved["hparams"].get(name)}
 
 
 def load_progress(run: Run, path: Path, saved: checkpoint.Checkpoint, model: DALLE) -> None:
