@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import train
-from backends.native.backend import NativeTrainingBackend
 from tests.builders import train_settings
 from tests.conftest import ROOT
 from training import dry_run
@@ -142,6 +141,6 @@ def test_a_read_only_folder_has_its_caches_elsewhere(command, tiny_flags, pictur
 
 
 def test_settings_for_ipus_are_counted_not_listed(logged):
-    NativeTrainingBackend(train_settings("--config L16"))
+    run_module.log_unused(train_settings("--config L16"))
     (line,) = [line for line in logged.messages if "IPU" in line]
     assert line == "for IPUs only, without effect here: 8 settings of the configuration"
