@@ -41,6 +41,27 @@ def layer_counts(text: str) -> List[Union[int, str]]:
     return ["auto"] if text == "auto" else list_of(NATURAL)(text)
 
 
+IPU_FLAGS = (  # without effect elsewhere: name, default, help, type
+    ("device-iterations", 1, "updates per call of the device", COUNT),
+    ("loss-scaling", 1.0, "factor on the loss against underflow in fp16", POSITIVE),
+    ("enable-als", False, "let the IPU choose the loss scaling", bool),
+    ("stochastic-rounding", False, "round fp16 sums at random instead of to nearest", bool),
+    ("enable-half-partials", False, "keep partial sums of matrix products in fp16", bool),
+    ("enable-half-first-order-momentum", False, "keep Adam's first moment in fp16", bool),
+    ("enable-rts", False, "shard optimizer state over the replicas", bool),
+    ("optimizer-state-offchip", False, "keep optimizer state in streaming memory", bool),
+    ("embedding-serialization-factor", 1, "pieces in which text embedding and head are computed", COUNT),
+    ("ipus-per-replica", 1, "IPUs that hold one copy of the model", COUNT),
+    ("layers-per-ipu", None, "layers on each IPU, such as 0,6,6,4; auto: balanced", layer_counts),
+    ("cls-ipu-id", None, "IPU of the head; none: the last", NATURAL),
+    ("embedding-ipu-id", 0, "IPU of the image embedding", NATURAL),
+    ("matmul-proportion", [0.6], "memory share for matrix products, one for all or one per IPU", list_of(SHARE)),
+    ("async-dataloader", True, "read batches ahead in a separate process", bool),
+    ("compile-only", False, "compile for a machine without IPUs, then stop", bool),
+    ("profile-dir", None, "folder for PopVision profiles", path),
+)
+
+
 def train_parser() -> Parser:
     parser = Parser("Train a DALL-E on a folder of captioned images.", usage="--config NAME [flags]")
     add = parser.heading("Everyday flags")
@@ -116,26 +137,10 @@ def train_parser() -> Parser:
     add("wandb-run-name", None, "its run")
 
     add = parser.heading("Graphcore IPUs (accepted elsewhere without effect, and logged)")
-    add("device-iterations", 1, "updates per call of the device", COUNT)
     add("fp16", None, "fp16 on IPUs, mixed bf16 elsewhere; false: fp32; --precision overrides it", bool)
-    add("loss-scaling", 1.0, "factor on the loss against underflow in fp16", POSITIVE)
-    add("enable-als", False, "let the IPU choose the loss scaling", bool)
-    add("stochastic-rounding", False, "round fp16 sums at random instead of to nearest", bool)
-    add("enable-half-partials", False, "keep partial sums of matrix products in fp16", bool)
-    add("enable-half-first-order-momentum", False, "keep Adam's first moment in fp16", bool)
-    add("enable-rts", False, "shard optimizer state over the replicas", bool)
-    add("optimizer-state-offchip", False, "keep optimizer state in streaming memory", bool)
-    add("embedding-serialization-factor", 1, "pieces in which text embedding and head are computed", COUNT)
-    add("ipus-per-replica", 1, "IPUs that hold one copy of the model", COUNT)
-    add("layers-per-ipu", None, "layers on each IPU, such as 0,6,6,4; auto: balanced", layer_counts, nargs="+")
-    add("cls-ipu-id", None, "IPU of the head; none: the last", NATURAL)
-    add("embedding-ipu-id", 0, "IPU of the image embedding", NATURAL)
-    share = "memory share for matrix products, one for all or one per IPU"
-    add("matmul-proportion", [0.6], share, list_of(SHARE), nargs="+")
-    add("async-dataloader", True, "read batches ahead in a separate process", bool)
     add("synthetic-data", False, "time the device alone with random data; nothing is saved", bool)
-    add("compile-only", False, "compile for a machine without IPUs, then stop", bool)
-    add("profile-dir", None, "folder for PopVision profiles", path)
+    for name, default, help, parse in IPU_FLAGS:
+        add(name, default, help, parse, **({"nargs": "+"} if name in ("layers-per-ipu", "matmul-proportion") else {}))
     return parser
 
 

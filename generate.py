@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from generation.loading import LoadedModel
 
-SAMPLING = ("top_k", "top_p", "temperature", "cond_scale")
+SAMPLING = ("top_k", "top_p", "temperature", "cond_scale")  # models.sampling.Sampling would import torch
 KEYS = {"prompt": str, "num_images": int, "seed": int, **dict.fromkeys(SAMPLING, float)}
 KEYS.update(image_prompt=str, keep_rows=float)
 LINE_BREAK = re.compile(r"\r\n|\r|\n")  # str.splitlines would also cut at U+2028 inside a prompt
@@ -75,7 +75,8 @@ def generate(
         sampling: top_k, top_p, temperature and cond_scale, to replace the checkpoint's recommended values.
 
     Returns:
-        PIL images; `info` of each has prompt, seed and settings, and scores if rank is above 1.
+        PIL images: all of the first prompt, then those of the next. They are in the order of their seeds, or the best
+        first if rank is above 1. `info` of each has prompt, seed and settings, and scores if rank is above 1.
 
     Raises:
         ValueError, OSError: a prompt, an image or a setting cannot be used.
@@ -88,8 +89,7 @@ def generate(
     seed = command.new_seed() if seed is None else seed
     plans = []
     for prompt in [text] if isinstance(text, str) else text:
-        first = images.plan_image(loaded, prompt, seed, sampling, given_codes)
-        plans.append([first._replace(seed=first.seed + number) for number in range(num_images * rank)])
+        plans.append(images.plan_image(loaded, prompt, seed, sampling, given_codes).with_seeds(num_images * rank))
     generated: List["Image"] = []
     for specs, codes in zip(plans, images.generate_lists(loaded, plans, lambda specs: watch)):
         generated += command.finish_images(loaded, specs, codes, num_images)[0]
@@ -194,7 +194,12 @@ def generate_parser() -> Parser:
     add = parser.heading("Start from an image")
     add("image-prompt", None, "keep the upper rows of this image and generate the rest", path)
     add("keep-rows", 0.5, "number of rows of codes to keep, or the fraction of them", rows, metavar="X")
-    add("variations", None, "like --image-prompt, with an image of generate.py; its prompt counts without --text", path)
+    add(
+        "variations",
+        None,
+        "like --image-prompt, for an image of generate.py; without --text, with its prompt",
+        path,
+    )
     add = parser.heading("Keep the best")
     add("rank", 1, "generate N times --num_images and keep those that fit their prompt best", COUNT)
     add("clip-weights", None, "weights of --clip-model, which then chooses; default: the model itself chooses", path)

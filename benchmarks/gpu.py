@@ -164,7 +164,7 @@ def training() -> None:
             work = {"operations": limits.count_training_operations(model), "precision": precision}
             seconds = seconds_of(lambda trainer=trainer, batch=batch: trainer.step(batch)) / count  # type: ignore[misc]
             limit, _ = limits.find_limit(work, torch.device(DEVICE), REHEARSAL)
-            rows_at_once = trainer.rows()
+            rows_at_once = trainer.samples_at_once()
         note(name, samples_per_s=1 / seconds, of_limit=limit / seconds, first_s=began, rows=rows_at_once, gb=peak_gb())
 
 

@@ -9,7 +9,6 @@ import copy
 import os
 import platform
 import re
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -147,16 +146,4 @@ def describe_machine(device: torch.device) -> Dict[str, Any]:
         "fast_in_bf16": fast_in_bf16(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": describe_commit(),
     }
-
-
-def describe_commit() -> Optional[str]:
-    """Return the commit of the working tree, with "-dirty" if files were changed, or None outside of git."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.check_output(
-            describe, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
-        ).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -71,11 +71,6 @@ def time_batches(batches: Iterable[Any], rows: int, steps: int) -> List[float]:
     return seconds[2:]
 
 
-def load_loose_files(quick: bool) -> List[float]:
-    """Measure what load-tar reads, from a file for each image and caption."""
-    return load(quick, codes=False)[0]
-
-
 def choose_sizes(quick: bool, codes: bool = False) -> Tuple[int, int, int]:
     """Return the number of images, rows of a batch and batches of a window."""
     return (16, 2, 4) if quick else (128, 16, 100 if codes else 8)

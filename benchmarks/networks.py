@@ -208,24 +208,6 @@ def generate_peer(images: int, quick: bool) -> List[float]:
     return [time_call(lambda: model.generate_images(text, filter_thres=0.99, use_cache=True), device) / images]
 
 
-def prefill(rows: int, quick: bool) -> Measurement:
-    """Measure one pass over `rows` captions and all codes but the last, which is then sampled."""
-    backend, model = build_ours(quick, rows)
-    sampler, (text, codes) = backend.sampler(model, rows), random_batch(model, rows)
-    seconds = time_calls(lambda: sampler(text, image_codes=codes[:, :-1]), backend.device, rows, quick)
-    positions = model.text_seq_len + model.image_seq_len - 1
-    operations = 2 * (positions * count_layer_weights(model) + count_head_weights(model))
-    return seconds, {"operations": operations, "precision": backend.precision}
-
-
-def prefill_peer(rows: int, quick: bool) -> List[float]:
-    """Measure dalle-pytorch's pass over the same."""
-    device, model = build_theirs(quick)
-    text, codes = random_batch(model.eval(), rows, device)
-    with torch.no_grad():
-        return time_calls(lambda: model(text, codes[:, :-1]), device, rows, quick)
-
-
 def vqgan_params(quick: bool) -> Dict[str, Any]:
     """Return taming's parameters of the official VQGAN, or of a smaller one."""
     params: Dict[str, Any] = copy.deepcopy(OFFICIAL_PARAMS)

@@ -70,7 +70,6 @@ def _dalle_row(what: str, unit: str, name: str, size: int) -> Row:
 ROWS = {
     "train-4": _dalle_row("training on codes, batch 4", "samples/s", "train", 4),
     "train-16": _dalle_row("training on codes, batch 16", "samples/s", "train", 16),
-    "prefill": _dalle_row("reading 8 captions and codes", "samples/s", "prefill", 8),
     "generate-1": _dalle_row("sampling codes, batch 1", "s/image", "generate", 1),
     "generate-8": _dalle_row("sampling codes, batch 8", "s/image", "generate", 8),
     "generate-32": Row("sampling codes, batch 32", "s/image", partial(networks.generate, 32)),  # an hour for the peer
@@ -88,7 +87,7 @@ ROWS = {
         "loading images from tar shards",
         "samples/s",
         partial(loading.load, codes=False, in_tar=True),
-        loading.load_loose_files,
+        lambda quick: loading.load(quick, codes=False)[0],
         "loose files",
     ),
     "load-codes": Row("loading codes", "samples/s", partial(loading.load, codes=True)),

@@ -270,7 +270,11 @@ def _check_codes(codes: torch.Tensor, shape: Tuple[int, int], num_codes: int) ->
 
 
 def cache_path(cache_dir: AnyPath, name: str, folder: AnyPath, key: Dict[str, Any], suffix: str) -> Path:
-    """Return the path of a cache: `name`, then a hash of the key and of where `folder` lies; see open_code_cache."""
+    """Return the path of a cache: `name`, then a hash of the key and of where `folder` lies.
+
+    Raises:
+        OSError: the folder exists and cannot be listed; a cache in it would look empty.
+    """
     with contextlib.suppress(FileNotFoundError):
         os.listdir(cache_dir)
     place = os.path.realpath(folder)

@@ -119,13 +119,11 @@ class TextImageDataset(Dataset):
         if index is None:
             return
         name = texts[index][0]
-        path = printable(self.folder / name)
         try:
             for text in self.source.captions(name):
                 check_length(text, encode_text(tokenizer, text), self.text_seq_len)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        raise ValueError(f"{path}: changed while it was read")
+            raise ValueError(f"{printable(self.folder / name)}: {error}") from None
 
     def attach_codes(self, codes: Union[np.ndarray, MappedRows], rows: Optional[np.ndarray] = None) -> None:
         """Return codes instead of pixels from now on; call this before workers start.
@@ -136,10 +134,6 @@ class TextImageDataset(Dataset):
         """
         rows = np.arange(len(self)) if rows is None else rows
         good = rows >= 0
-        if len(codes.shape) != 2 or len(rows) != len(self) or rows.max() >= codes.shape[0]:
-            raise ValueError(f"codes of shape {tuple(codes.shape)} and {len(rows)} rows for {len(self)} images")
-        if not good.any():
-            raise ValueError(f"{printable(self.folder)}: none of its {len(self)} images could be encoded")
         report_skipped({UNREADABLE: [self.folder / self.images[index][0] for index in np.flatnonzero(~good)]})
         self._codes, self._code_rows = codes, rows
         self._keep(np.flatnonzero(good))
@@ -231,18 +225,19 @@ class TextImageDataset(Dataset):
             return None
         return random_bits(self.seed, CAPTION, epoch, index) % count
 
-    def tables(self, most: float) -> Optional[Tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
-        """Return everything that `rows` refers to, if it takes at most `most` bytes and codes are attached.
+    def tables(self, max_bytes: float) -> Optional[Tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
+        """Return all captions and codes, to upload to a GPU, where the indices that `rows` returns select samples.
 
         Returns:
+            None if codes are not attached or the tables take more than max_bytes; else
             texts int32 (1 + captions, text_seq_len), first an empty one; codes int32 (N, image_seq_len); and int64
             (N + 1,), the number of captions before each image.
         """
         if self._codes is None:
             return None
-        ends = [0, *(len(self._captions[index]) for index in range(len(self)))]
-        before = np.cumsum(ends, dtype=np.int64)
-        if 4 * ((1 + before[-1]) * self.text_seq_len + len(self) * self._codes.shape[1]) > most:
+        counts = [0, *(len(self._captions[index]) for index in range(len(self)))]
+        before = np.cumsum(counts, dtype=np.int64)
+        if 4 * ((1 + before[-1]) * self.text_seq_len + len(self) * self._codes.shape[1]) > max_bytes:
             return None
         texts = np.zeros((1 + before[-1], self.text_seq_len), dtype=np.int32)
         captions = (caption for index in range(len(self)) for caption in self._captions[index])
@@ -252,7 +247,7 @@ class TextImageDataset(Dataset):
         return torch.from_numpy(texts), torch.from_numpy(codes), before
 
     def rows(self, keys: Sequence[Key], before: np.ndarray) -> torch.Tensor:
-        """Return the rows int64 (2, B) of samples in the texts and codes of `tables`."""
+        """Return the indices int64 (2, B) of samples' texts and codes in `tables`, which returned `before`, too."""
         found = []
         for epoch, index in (key if isinstance(key, tuple) else (0, key) for key in keys):
             index = range(len(self))[index]

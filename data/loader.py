@@ -81,7 +81,7 @@ class EpochOrder:
         self.enter(0, 0)
 
     def enter(self, step: int, samples_seen: int) -> None:
-        """Let update `step` continue after the first `samples_seen` of the run, as `samples_seen` counts them."""
+        """Let update `step` continue after the run's first samples, as many as the method samples_seen has returned."""
         epoch, taken = divmod(samples_seen, self.num_samples)
         if self.num_samples - taken < self.global_batch:  # too few are left in this epoch
             epoch, taken = epoch + 1, 0

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.rendered_set import is_rendered, write_settings
+from data.rendered_set import render_set, write_sample
 from data.scene_captions import (
     BACKGROUNDS,
     INVERSE,
@@ -44,8 +44,7 @@ from data.scene_captions import (
     training_scene,
     withheld_scene,
 )
-from utils.command_line import Parser, exit_on_error
-from utils.files import replace_folder
+from utils.command_line import COUNT, Parser, exit_on_error
 
 VERSION = 3  # of the renderings and captions: raised when the same settings would give other files
 
@@ -196,18 +195,14 @@ def make_sample(split: str, index: int, seed: int = 0, size: int = 192) -> Tuple
     return draw(place(scene, rng), scene.background, size), describe_differently(scene, rng)
 
 
-def _write_sample(job: Tuple[Path, str, int, int, int, int]) -> None:
-    root, split, index, first_id, seed, size = job
-    if split == "crowds":
-        rng = random.Random(f"crowd {seed} {index}")
-        pixels = draw(place_crowd(rng), rng.choice((PLAIN, *BACKGROUNDS)), size)
-        Image.fromarray(pixels).save(root / split / f"{first_id + index:012d}.png", compress_level=1)
+def _write_image(job: Tuple[Path, str, int, int, int, int]) -> None:
+    root, split, index, first, seed, size = job
+    if split != "crowds":
+        write_sample(root / split, first + index, *make_sample(split, index, seed, size))
         return
-    pixels, captions = make_sample(split, index, seed, size)
-    name = f"{first_id + index:012d}"
-    Image.fromarray(pixels).save(root / split / "images" / f"{name}.png", compress_level=1)
-    text = "".join(f"{caption}\n" for caption in captions)
-    (root / split / "captions" / f"{name}.txt").write_text(text, encoding="utf-8")
+    rng = random.Random(f"crowd {seed} {index}")
+    pixels = draw(place_crowd(rng), rng.choice((PLAIN, *BACKGROUNDS)), size)
+    Image.fromarray(pixels).save(root / split / f"{first + index:012d}.png", compress_level=1)
 
 
 def write_dataset(
@@ -216,35 +211,28 @@ def write_dataset(
     """Render the set into `out`; return False if it already holds the same set, and replace one of other settings.
 
     Raises:
-        ValueError: settings are out of range, or the folder holds something else.
+        ValueError: the size is out of range, or the folder holds something else.
         ModuleNotFoundError: the drawings are not installed.
     """
-    for name, value in (("images", images), ("val", val), ("crowds", crowds)):
-        if value < 1:
-            raise ValueError(f"--{name} {value} is out of range: it should be at least 1")
     if not (48 <= size <= 1020 and size % GRID == 0):
         raise ValueError(f"--size {size} is out of range: it should be a multiple of {GRID} from 48 to 1020")
     settings = {"drawn_by": "data/scenes.py", "version": VERSION}
     settings.update(images=images, val=val, crowds=crowds, seed=seed, size=size)
-    if is_rendered(out, settings):
-        return False
-    for name, side in itertools.product(objects(), CELLS.values()):
-        sprite(name, side * size // GRID)  # before the processes fork
-    with replace_folder(out) as draft:
-        for split in ("train", "val"):
-            for kind in ("images", "captions"):
-                (draft / split / kind).mkdir(parents=True)
-        (draft / "crowds").mkdir()
-        jobs = [(draft, "train", index, 1, seed, size) for index in range(images)]
-        jobs += [(draft, "crowds", index, 1, seed, size) for index in range(crowds)]
-        jobs += [(draft, "val", index, images + 1, seed, size) for index in range(val)]
+
+    def render(folder: Path) -> None:
+        for name, side in itertools.product(objects(), CELLS.values()):
+            sprite(name, side * size // GRID)  # before the processes fork
+        (folder / "crowds").mkdir()
+        jobs = [(folder, "train", index, 1, seed, size) for index in range(images)]
+        jobs += [(folder, "crowds", index, 1, seed, size) for index in range(crowds)]
+        jobs += [(folder, "val", index, images + 1, seed, size) for index in range(val)]
         with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
-            done = pool.imap_unordered(_write_sample, jobs, chunksize=100)
+            done = pool.imap_unordered(_write_image, jobs, chunksize=100)
             for _ in tqdm(done, total=len(jobs), desc="rendering", unit="image", disable=None):
                 pass
-        (draft / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8")
-        write_settings(draft, settings)
-    return True
+        (folder / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8")
+
+    return render_set(out, settings, render)
 
 
 ATTRIBUTION = """\
@@ -259,9 +247,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = Parser("Render scenes of everyday things from OpenMoji's drawings.")
     parser.prog = "python -m data.scenes"
     parser.add_argument("--out", default="./data/scenes", help="folder for the set")
-    parser.add_argument("--images", type=int, default=48000, help="training images")
-    parser.add_argument("--val", type=int, default=1000, help="validation images, of withheld pairs and combinations")
-    parser.add_argument("--crowds", type=int, default=24000, help="images without captions for the image tokenizer")
+    parser.add_argument("--images", type=COUNT, default=48000, help="training images")
+    parser.add_argument("--val", type=COUNT, default=1000, help="validation images, of withheld pairs and combinations")
+    parser.add_argument("--crowds", type=COUNT, default=24000, help="images without captions for the image tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other images")
     parser.add_argument("--size", type=int, default=192, help="pixels per side, a multiple of 12")
     flags = parser.parse_args(argv)

@@ -26,12 +26,10 @@ from pathlib import Path
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from data.rendered_set import is_rendered, write_settings
-from utils.command_line import Parser, exit_on_error
-from utils.files import replace_folder
+from data.rendered_set import render_set, write_sample
+from utils.command_line import COUNT, Parser, exit_on_error
 
 VERSION = 1  # of the drawings and captions: raised when the same settings would give other files
 
@@ -277,41 +275,27 @@ def make_sample(split: str, index: int, seed: int = 0, size: int = 64) -> Tuple[
     return draw_scene(scene, rng, size), describe_differently(scene, rng)
 
 
-def _write_split(root: Path, split: str, count: int, first_id: int, seed: int, size: int) -> None:
-    images, captions = root / split / "images", root / split / "captions"
-    images.mkdir(parents=True)
-    captions.mkdir()
-    for index in tqdm(range(count), desc=f"drawing {split}", unit="image", disable=None):
-        pixels, texts = make_sample(split, index, seed, size)
-        name = f"{first_id + index:012d}"
-        Image.fromarray(pixels).save(images / f"{name}.png", compress_level=1)
-        (captions / f"{name}.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-
-
 def write_dataset(out: str, pictures: int = 20000, val: int = 1000, seed: int = 0, size: int = 64) -> bool:
-    """Draw the set into `out`, unless it is there; ValueError for bad settings, or a folder of something else."""
-    for name, value in (("pictures", pictures), ("val", val)):
-        if value < 1:
-            raise ValueError(f"--{name} {value} is out of range: it should be at least 1")
+    """Draw the set into `out`, unless it is there; ValueError for a bad size, or a folder of something else."""
     if not (32 <= size <= 1024 and size % GRID == 0):
         raise ValueError(f"--size {size} is out of range: it should be a multiple of {GRID} from 32 to 1024")
     settings = {"drawn_by": "data/shapes.py", "version": VERSION}
     settings.update(pictures=pictures, val=val, seed=seed, size=size)
-    if is_rendered(out, settings):
-        return False
-    with replace_folder(out) as draft:
-        _write_split(draft, "train", pictures, 1, seed, size)
-        _write_split(draft, "val", val, pictures + 1, seed, size)
-        write_settings(draft, settings)
-    return True
+
+    def render(folder: Path) -> None:
+        for split, count, first in (("train", pictures, 1), ("val", val, pictures + 1)):
+            for index in tqdm(range(count), desc=f"drawing {split}", unit="image", disable=None):
+                write_sample(folder / split, first + index, *make_sample(split, index, seed, size))
+
+    return render_set(out, settings, render)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = Parser("Draw the demo set of colored shapes.")
     parser.prog = "python -m data.shapes"
     parser.add_argument("--out", default="./data/shapes", help="folder for the set")
-    parser.add_argument("--pictures", type=int, default=20000, help="training images")
-    parser.add_argument("--val", type=int, default=1000, help="validation images, of withheld combinations")
+    parser.add_argument("--pictures", type=COUNT, default=20000, help="training images")
+    parser.add_argument("--val", type=COUNT, default=1000, help="validation images, of withheld combinations")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other images")
     parser.add_argument("--size", type=int, default=64, help="pixels per side, a multiple of 8")
     flags = parser.parse_args(argv)

@@ -132,9 +132,6 @@ def _match(cover: np.ndarray, stray: np.ndarray) -> Tuple[Optional[str], Optiona
 
 def find_objects(pixels: np.ndarray) -> List[Seen]:
     """Return every object in a square image, uint8 (S, S, 3), in no particular order."""
-    pixels = np.asarray(pixels)
-    if pixels.ndim != 3 or pixels.shape[0] != pixels.shape[1] or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise ValueError(f"an image is uint8 (S, S, 3), not {pixels.shape} {pixels.dtype}")
     scale = len(pixels) / SIDE
     if scale != 1:
         pixels = np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX))

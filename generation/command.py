@@ -153,8 +153,7 @@ def plan_request(
     except ValueError as error:
         raise ValueError(f"{request.source}: {error}") from None
     first = plan_image(loaded, request.prompt, seed, sampling, given_codes, tokens)
-    count = settings.rank * (settings.num_images if request.num_images is None else request.num_images)
-    return [first._replace(seed=seed + number) for number in range(count)]
+    return first.with_seeds(settings.rank * (request.num_images or settings.num_images))
 
 
 def finish_images(

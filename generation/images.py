@@ -32,6 +32,10 @@ class ImageSpec(NamedTuple):
     sampling: Sampling
     given_codes: Tensor  # int64 (n,), the first codes of the image, which are kept
 
+    def with_seeds(self, count: int) -> List["ImageSpec"]:
+        """Return `count` images that differ in their seeds alone, which follow this one's."""
+        return [self._replace(seed=self.seed + number) for number in range(count)]
+
 
 def plan_image(
     loaded: LoadedModel,
@@ -154,7 +158,7 @@ def generate_batch(loaded: LoadedModel, specs: Sequence[ImageSpec], on_code: Opt
     sampling ends.
 
     Raises:
-        OutOfMemory: fewer images at once may fit; `loaded` is as before.
+        OutOfMemory: fewer images at once may fit; the memory of this batch is free again.
     """
     count = len(specs)
     try:
@@ -168,7 +172,7 @@ def generate_batch(loaded: LoadedModel, specs: Sequence[ImageSpec], on_code: Opt
                 on_code=on_code,
             )
     except OutOfMemory:
-        vars(loaded).pop("sampler", None)  # it holds the keys of this batch
+        loaded.drop_sampler()
         raise
 
 

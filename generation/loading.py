@@ -17,7 +17,7 @@ from torch import Tensor
 
 import backends
 from backends.base import Backend
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from models.dalle import DALLE
 from models.sampling import Sampling
 from models.vae import ImageTokenizer, VQGanVAE, build_image_tokenizer, hash_tensors
@@ -29,12 +29,12 @@ from utils.files import AnyPath
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "dalle.safetensors"
 # Models of fewer bytes of fp32 weights are not faster in half precision, whose rounding may change a code from one
 # batch size to another.
-HALF_FROM = 300e6
-HPARAMS = (
+LEAST_BYTES_FOR_HALF = 300e6
+REQUIRED_HPARAMS = (
     *("num_text_tokens", "text_seq_len", "dim", "depth", "heads", "dim_head", "loss_img_weight", "attn_types"),
     "sandwich_norm",
 )
-OPTIONS = ("rotary_emb", "shift_tokens", "stable", "reversible", "shared_attn_ids", "shared_ff_ids")
+OPTIONAL_HPARAMS = ("rotary_emb", "shift_tokens", "stable", "reversible", "shared_attn_ids", "shared_ff_ids")
 
 
 class LoadedModel:
@@ -45,7 +45,7 @@ class LoadedModel:
         path: AnyPath,
         saved: Dict[str, Any],
         model: DALLE,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         recommended: Sampling,
         backend: Backend,
         batch_size: int,
@@ -73,6 +73,10 @@ class LoadedModel:
     @functools.cached_property
     def sampler(self) -> Callable[..., Tensor]:
         return self.backend.sampler(self.model, self.batch_size, self.window)
+
+    def drop_sampler(self) -> None:
+        """Free the memory of the sampler, which has keys and values of its last batch; the next use makes another."""
+        vars(self).pop("sampler", None)
 
     @functools.cached_property
     def encode(self) -> Callable[[Tensor], Tensor]:
@@ -112,7 +116,7 @@ def load(
     saved = checkpoint.read(path) if saved is None else saved
     model, tokenizer, recommended = read_model(path, vqgan_model_path, vqgan_config_path, bpe_path, saved)
     weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
-    if precision == "auto" and 4 * weights < HALF_FROM:
+    if precision == "auto" and 4 * weights < LEAST_BYTES_FOR_HALF:
         precision = "fp32"
     backend = backends.for_inference(device, precision, executable_cache_dir)
     if backend.kind == "ipu" and not model.transformer.is_plain:
@@ -133,7 +137,7 @@ def read_model(
     vqgan_config_path: Optional[str] = None,
     bpe_path: Optional[str] = None,
     saved: Optional[Dict[str, Any]] = None,
-) -> Tuple[DALLE, Any, Sampling]:
+) -> Tuple[DALLE, Tokenizer, Sampling]:
     """Build the DALLE of a checkpoint, in evaluation mode, its tokenizer, and its recommended sampling settings.
 
     Averaged weights are used if the file has them. Its sizes are checked before memory is allocated for them.
@@ -146,7 +150,7 @@ def read_model(
     weights.update(checkpoint.model_weights(saved.get("ema_weights", {})))
     tokenizer = read_tokenizer(path, bpe_path, saved.get("tokenizer", {}))
     hparams = saved["hparams"]
-    missing = [name for name in HPARAMS if name not in hparams]
+    missing = [name for name in REQUIRED_HPARAMS if name not in hparams]
     if missing:
         raise ValueError(f"{path}: its hparams lack {', '.join(missing)}")
     if tokenizer.vocab_size != hparams["num_text_tokens"]:
@@ -160,7 +164,10 @@ def read_model(
     build_vae, weights = find_vqgan(path, vqgan_model_path, vqgan_config_path, saved, weights)
 
     def build() -> DALLE:
-        return DALLE(vae=build_vae(), **{name: hparams[name] for name in (*HPARAMS, *OPTIONS) if name in hparams})
+        return DALLE(
+            vae=build_vae(),
+            **{name: hparams[name] for name in (*REQUIRED_HPARAMS, *OPTIONAL_HPARAMS) if name in hparams},
+        )
 
     check_sizes(path, build, weights)
     model = build()
@@ -207,8 +214,8 @@ def grid_side(weights: Dict[str, Tensor], hparams: Dict[str, Any]) -> int:
 def check_sizes(path: AnyPath, build: Callable[[], DALLE], weights: Dict[str, Tensor]) -> None:
     """Raise ValueError if the model that `build` makes does not fit a file's weights, before memory is allocated.
 
-    It is built without storage first, because a few bytes of hparams may claim terabytes. Buffers that are not among
-    the weights, such as attention masks, may take as much memory as they do, and at most 1 GiB more.
+    It is built without storage first, because a few bytes of hparams may claim terabytes. Attention masks, which are
+    not among the weights, may take at most 1 GiB more memory than those.
     """
     try:
         with torch.device("meta"):
@@ -224,7 +231,7 @@ def check_sizes(path: AnyPath, build: Callable[[], DALLE], weights: Dict[str, Te
         raise ValueError(f"{path}: its hparams ask for {masks / 2**30:.0f} GiB of attention masks")
 
 
-def read_tokenizer(path: AnyPath, bpe_path: Optional[str], entry: Dict[str, Any]) -> Any:
+def read_tokenizer(path: AnyPath, bpe_path: Optional[str], entry: Dict[str, Any]) -> Tokenizer:
     """Return the tokenizer of a file's `tokenizer` entry, or the one at bpe_path if its fingerprint is the same."""
     vocabulary, keep_ids = entry.get("vocabulary"), bool(entry.get("keeps_ids"))
     if bpe_path is None and vocabulary is not None:

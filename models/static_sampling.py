@@ -42,7 +42,7 @@ class FullLengthCache:
         self.keys, self.values, self.visible, self.update = keys, values, visible, update
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor, start: Any) -> Tuple[Tensor, Tensor, Tensor]:
-        """See KeyValueCache.append."""
+        """See transformer.LayerCache."""
         self.keys = self.update(self.keys, keys, 2, start, 1)
         self.values = self.update(self.values, values, 2, start, 1)
         return self.keys, self.values, self.visible.index_select(0, start) > 0.5

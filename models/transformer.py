@@ -7,7 +7,7 @@ stands for to 1e-7, and each can use the cache and the fast kernels. Module name
 
 import math
 from itertools import cycle, islice
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Protocol, Sequence, Tuple, Union, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,23 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
+class LayerCache(Protocol):
+    """Keys and values of one layer for the positions so far."""
+
+    def append(self, keys: Tensor, values: Tensor, mask: Tensor, start: Any) -> Tuple[Tensor, Tensor, Tensor]:
+        """Store keys and values (B, H, n, D) from position `start` on: an int, or on IPUs a tensor (1,).
+
+        Args:
+            mask: the layer's mask, bool (N, N).
+
+        Returns:
+            Keys and values of all positions so far, (B, H, start + n, D) each, and the mask of the new positions, bool
+            (n, start + n).
+        """
+
+
 class KeyValueCache:
-    """Keys and values of one layer for the positions so far, in buffers of the final length (B, H, length, D).
+    """A LayerCache with buffers of the final length (B, H, length, D).
 
     Attributes:
         shifted: what TokenShift needs of earlier positions, for the attention and the feed-forward.
@@ -88,15 +103,7 @@ class KeyValueCache:
         self.values: Any = None
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor, start: int) -> Tuple[Tensor, Tensor, Tensor]:
-        """Write keys and values (B, H, n, D) at position `start`.
-
-        Args:
-            mask: the layer's mask, bool (N, N).
-
-        Returns:
-            Keys and values of all positions so far, (B, H, start + n, D) each, and the mask of the new positions, bool
-            (n, start + n).
-        """
+        """See LayerCache."""
         batch, heads, count, dim_head = keys.shape
         if self.keys is None:  # autocast decides the dtype, so it is known only now
             self.keys = keys.new_empty(batch, heads, self.length, dim_head)
@@ -108,13 +115,13 @@ class KeyValueCache:
 
 
 class PrefixCache:
-    """A layer's cache for the first pass, which only remembers keys and values (B, H, n, D)."""
+    """A LayerCache for the first pass, which only remembers keys and values (B, H, n, D)."""
 
     keys: Tensor
     values: Tensor
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor, start: int) -> Tuple[Tensor, Tensor, Tensor]:
-        """See KeyValueCache.append."""
+        """See LayerCache."""
         self.keys, self.values = keys, values
         length = keys.shape[2]
         return keys, values, mask[:length, :length]
@@ -150,7 +157,11 @@ class Attention(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(
-        self, x: Tensor, cache: Optional[Any] = None, start: int = 0, rotation: Optional[Rotation] = None
+        self,
+        x: Tensor,
+        cache: Optional[LayerCache] = None,
+        start: Union[int, Tensor] = 0,
+        rotation: Optional[Rotation] = None,
     ) -> Tensor:
         """Attend from x (B, n, dim) at positions start … start + n; earlier positions are in `cache`.
 
@@ -223,12 +234,15 @@ class PreNorm(nn.Module):
         self.fn = fn
         self.shift = shift
 
-    def prepare(self, x: Tensor, cache: Optional[Any] = None, start: int = 0) -> Tensor:
+    def prepare(self, x: Tensor, cache: Optional[LayerCache] = None, start: Union[int, Tensor] = 0) -> Tensor:
         """Return the block's input."""
         x = self.norm(x)
-        return x if self.shift is None else self.shift(x, cache, start)
+        # Only CachedStepper samples with shifted tokens.
+        return x if self.shift is None else self.shift(x, cast(KeyValueCache, cache), cast(int, start))
 
-    def forward(self, x: Tensor, cache: Optional[Any] = None, start: int = 0, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: Optional[LayerCache] = None, start: Union[int, Tensor] = 0, **kwargs: Any
+    ) -> Tensor:
         return self.norm_out(self.fn(self.prepare(x, cache, start), cache=cache, start=start, **kwargs))
 
 
@@ -248,13 +262,17 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(dim, 8 * dim), GEGLU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor, cache: Optional[Any] = None, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: Optional[LayerCache] = None, start: Union[int, Tensor] = 0) -> Tensor:
         """Compute (B, n, dim) from as much; positions do not matter to it."""
         return self.net(x)
 
 
 def compute_layer(
-    layer: "Layer", x: Tensor, rotation: Optional[Rotation] = None, cache: Optional[Any] = None, start: int = 0
+    layer: "Layer",
+    x: Tensor,
+    rotation: Optional[Rotation] = None,
+    cache: Optional[LayerCache] = None,
+    start: Union[int, Tensor] = 0,
 ) -> Tensor:
     """Add the attention's output to x, then the feed-forward's: (B, n, dim) in and out.
 
@@ -284,7 +302,11 @@ class Layer(nn.ModuleList):
     compute = staticmethod(compute_layer)
 
     def forward(
-        self, x: Tensor, rotation: Optional[Rotation] = None, cache: Optional[Any] = None, start: int = 0
+        self,
+        x: Tensor,
+        rotation: Optional[Rotation] = None,
+        cache: Optional[LayerCache] = None,
+        start: Union[int, Tensor] = 0,
     ) -> Tensor:
         """Apply the layer to x (B, n, dim), which stands at positions start … start + n."""
         if cache is not None:
@@ -354,7 +376,7 @@ class Transformer(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the model has no option beyond sandwich_norm, which steppers other than CachedStepper need."""
+        """Whether rotary_emb, stable, reversible and shift_tokens are off; with them, only CachedStepper samples."""
         return self.pos_emb is None and not (self.stable or self.reversible or self.shift_tokens)
 
     def rotation(self, start: int, length: int) -> Optional[Rotation]:

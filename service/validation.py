@@ -146,8 +146,7 @@ def plan_images(
         prompt = " ".join(prompt.split())
         if not prompt:
             raise ValueError(f"{which} is empty; write what the image should show.")
-        spec = plan_image(loaded, prompt, seed, sampling, given)
-        specs.extend(spec._replace(seed=seed + number) for number in range(count))
+        specs += plan_image(loaded, prompt, seed, sampling, given).with_seeds(count)
     return specs
 
 

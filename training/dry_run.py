@@ -7,7 +7,6 @@ import itertools
 import os
 import shutil
 import statistics
-import sys
 import time
 from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -124,7 +123,7 @@ def time_steps(run: Run, weights: Dict[str, torch.Tensor]) -> Tuple[float, Optio
     If a step has many micro-batches, steps of one and of two are timed: each further one takes what the second does.
     """
     micro_batches, device = run.backend.micro_batches, run.backend.device
-    measures = run.backend.kind != "ipu"
+    measures = run.backend.kind != "ipu" and peak_memory(device) is not None
     order = RunOrder(run.batches, run.step, run.step + 2 + 2 * ROUNDS)  # the first round only warms up
     times: Dict[int, List[float]] = {1: [], 2: []}  # seconds of steps by their number of micro-batches, 1 for all
     before = 0
@@ -146,38 +145,26 @@ def time_steps(run: Run, weights: Dict[str, torch.Tensor]) -> Tuple[float, Optio
 
 
 def forget_peak(device: torch.device) -> None:
-    """Start a new measurement of `peak_memory`; has no effect on systems other than Linux."""
+    """Start a new measurement of `peak_memory`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # not Linux, or not permitted
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # perhaps not permitted
         file.write("5")
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has used since `forget_peak`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    measured = read_status("VmHWM")
-    if measured is not None:
-        return measured
-    try:
-        import resource  # POSIX only
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak_memory(device: torch.device) -> Optional[int]:
+    """Return the most bytes that this process has used since `forget_peak`; None if the system is not Linux."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else read_status("VmHWM")
 
 
 def memory_in_use(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    measured = read_status("VmRSS")
-    return peak_memory(device) if measured is None else measured
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else read_status("VmRSS") or 0
 
 
 def describe_memory(run: Run, weights: Dict[str, torch.Tensor], before: int) -> str:
     """Describe the measured peak and what it consists of, in bytes counted from tensors."""
     device = run.backend.device
-    peak, total, free = peak_memory(device), total_memory(device), free_memory(device)
+    peak, total, free = peak_memory(device) or 0, total_memory(device), free_memory(device)
     state = run.trainer.state_dict()
     model = size_of(weights)
     trained = size_of({name: tensor for name, tensor in weights.items() if not name.startswith("vae.")})

@@ -28,7 +28,7 @@ from utils.files import atomic_write, check_writable
 
 logger = logging.getLogger("minidalle")
 
-FindFaults = Callable[[int, Any], List[str]]  # of the image of prompt number N, uint8 (S, S, 3)
+FindFaults = Callable[[torch.Tensor], List[Sequence[str]]]  # of the prompts' images, uint8 (N, 3, S, S)
 
 GRID_IMAGES = 36
 GRID_PAIRS = 8
@@ -241,7 +241,7 @@ def generate_codes(
     plans = []
     for index, (prompt, tokens) in enumerate(zip(prompts, text)):
         first = ImageSpec(prompt, tokens, settings.seed + index * settings.rank, sampling, no_codes)
-        plans.append([first._replace(seed=first.seed + number) for number in range(settings.rank)])
+        plans.append(first.with_seeds(settings.rank))
     chosen = []
     with tqdm(total=settings.rank * len(plans), desc="generating", unit="image", disable=None) as bar:
         for specs, codes in zip(plans, generate_lists(loaded, plans, on_batch=bar.update)):
@@ -262,21 +262,20 @@ def load_prompts(kind: str, settings: Namespace) -> Tuple[List[str], FindFaults]
         prompts = validation_prompts(settings.prompt_set, settings.prompts, settings.seed)
         return prompts, shape_faults(prompts)
     from data.scene_captions import validation_scenes
-    from training.scenes_reader import load_reader
+    from training.scenes_reader import find_faults, load_reader
 
     reader = load_reader()
     described = validation_scenes(settings.prompt_set, settings.prompts, settings.seed)
     prompts, scenes = [caption for caption, _ in described], [scene for _, scene in described]
-    return prompts, lambda number, pixels: reader.find_faults(scenes[number], pixels)
+    return prompts, lambda pixels: list(map(find_faults, scenes, reader.read(pixels / 255)))
 
 
 def shape_faults(prompts: Sequence[str]) -> FindFaults:
     """Return the function that finds what is wrong in the images of prompts about shapes."""
-    return lambda number, pixels: list(find_faults(prompts[number], pixels))
+    return lambda pixels: list(map(find_faults, prompts, pixels.permute(0, 2, 3, 1).numpy()))
 
 
 def judge(images: torch.Tensor, find_faults: FindFaults) -> Tuple[float, Counter]:
     """Return the share of images that follow their prompts, and how often each kind of fault was found."""
-    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    seen = [find_faults(number, image) for number, image in enumerate(pixels)]
+    seen = find_faults((images * 255).round().byte())
     return sum(not found for found in seen) / len(seen), Counter(fault for found in seen for fault in found)

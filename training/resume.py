@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 import torch
 
-from generation.loading import OPTIONS
+from generation.loading import OPTIONAL_HPARAMS
 from training.checkpoints import BEST, PROGRESS, CheckpointFolder
 from utils import checkpoint
 
@@ -71,15 +71,11 @@ def attention_patterns(settings: Namespace, origin: Origin) -> Tuple[str, ...]:
 
 def network_options(saved: checkpoint.Checkpoint) -> Dict[str, Any]:
     """Return a checkpoint's hparams that no flag sets: options of the network that come from DALLE-pytorch."""
-    return {name: saved["hparams"][name] for name in OPTIONS if saved["hparams"].get(name)}
+    return {name: saved["hparams"][name] for name in OPTIONAL_HPARAMS if saved["hparams"].get(name)}
 
 
-def load_progress(run: Run, path: Path, saved: checkpoint.Checkpoint, model: DALLE) -> None:
-    """Load weights, optimizer, schedule and progress from a checkpoint's content; ValueError if the model differs."""
-    weights = checkpoint.model_weights(saved["weights"])
-    for name, tensor in model.state_dict().items():
-        if name.startswith("vae."):
-            weights[name] = tensor  # the VQGAN comes from this run's flags
+def check_fits(run: Run, path: Path, saved: checkpoint.Checkpoint, model: DALLE, weights: checkpoint.Tensors) -> None:
+    """Raise ValueError if a checkpoint is of another model, vocabulary or VQGAN than this run."""
     misfit = checkpoint.first_misfit(model, weights)
     if misfit:
         raise ValueError(f"{path}: does not fit this configuration: {misfit}")
@@ -91,6 +87,15 @@ def load_progress(run: Run, path: Path, saved: checkpoint.Checkpoint, model: DAL
             reason = f"fingerprint {checkpoint.short(theirs)}, this run's is {checkpoint.short(ours)}"
             raise ValueError(f"{path}: was trained with another {flag} ({reason})")
     checkpoint.check_vocabulary(path, saved, run.tokenizer.fingerprint, "--bpe-path")
+
+
+def load_progress(run: Run, path: Path, saved: checkpoint.Checkpoint, model: DALLE) -> None:
+    """Load weights, optimizer, schedule and progress from a checkpoint's content; ValueError if it does not fit."""
+    weights = checkpoint.model_weights(saved["weights"])
+    weights.update(
+        {name: tensor for name, tensor in model.state_dict().items() if name.startswith("vae.")}
+    )  # the run's
+    check_fits(run, path, saved, model, weights)
     if "exported" in saved:
         run.trainer.load_state_dict({"weights": weights})
         logger.info("%s: loaded the weights of step %s; new optimizer, from step 0", path, saved.get("step"))
@@ -118,7 +123,7 @@ def load_progress(run: Run, path: Path, saved: checkpoint.Checkpoint, model: DAL
     logger.info("resuming from %s at step %d", path, run.step)
     if changes:
         if run.folder.path is not None:
-            run.folder.reserved = {path.name for path in run.folder.path.glob("dalle_*.pt")} - {BEST}
+            run.folder.reserved = {other.name for other in run.folder.path.glob("dalle_*.pt")} - {BEST}
         epoch, taken = run.batches.place(run.step)
         logger.warning(
             "%s: continuing in epoch %d after %d of %d samples, %d steps to go",

@@ -16,7 +16,7 @@ import torch
 
 import backends
 import log
-from args import NETWORK
+from args import IPU_FLAGS, NETWORK
 from backends.base import Trainer, TrainingBackend
 from data.codes import load_codes, open_code_cache
 from data.dataset import TextImageDataset
@@ -153,7 +153,9 @@ class Run:
     def end_epoch(self) -> None:
         """Give the schedule the validation loss, or else the epoch's mean training loss."""
         total, count = self.epoch_loss
-        loss = self.validation_loss if self.validation_set is not None else total / count if count else None
+        loss = self.validation_loss
+        if self.validation_set is None:
+            loss = total / count if count else None
         if loss is not None:
             self.schedule.epoch_ended(loss)
         self.epoch_loss = (0.0, 0)
@@ -164,6 +166,8 @@ def build(settings: Namespace) -> Run:
     backend = backends.for_training(settings)
     if backend.rank:
         log.set_up(logging.WARNING)
+    if backend.kind != "ipu":
+        log_unused(settings)
     tokenizer = None if settings.init_from else load_tokenizer(settings.bpe_path)
     # A compiler needs only the shape of the samples.
     generated = settings.generated_data or settings.synthetic_data or backend.compile_only
@@ -182,10 +186,14 @@ def build(settings: Namespace) -> Run:
     else:
         initial, options = None, resume.network_options(origin[1]) if origin else {}
         vae = build_vqgan(settings, generated)
-    hparams = {key: getattr(settings, name) for name, key in NETWORK.items()}
-    hparams.update({name: getattr(settings, name) for name in ("loss_img_weight", "ff_dropout", "attn_dropout")})
     patterns = resume.attention_patterns(settings, origin) if origin else tuple(settings.attn_types)
-    hparams.update(num_text_tokens=tokenizer.vocab_size, attn_types=patterns, **options)
+    hparams = {
+        **{key: getattr(settings, name) for name, key in NETWORK.items()},
+        **{name: getattr(settings, name) for name in ("loss_img_weight", "ff_dropout", "attn_dropout")},
+        "num_text_tokens": tokenizer.vocab_size,
+        "attn_types": patterns,
+        **options,
+    }
     torch.manual_seed(settings.random_seed)  # again, because an untrained VQGAN uses random numbers
     model = DALLE(vae=vae, **hparams)
     if initial is not None:
@@ -222,6 +230,15 @@ def build(settings: Namespace) -> Run:
         logger.info("%d images in the validation set", len(validation_set))
     logger.info("%s trainable parameters, %d text tokens", f"{trainable:,}", tokenizer.vocab_size)
     return run
+
+
+def log_unused(settings: Namespace) -> None:
+    """Log which flags were given that count on IPUs only."""
+    given = [name for name, default, *_ in IPU_FLAGS if getattr(settings, name.replace("-", "_")) != default]
+    if given:
+        flags = ", ".join(f"--{name}" for name in given)
+        what = flags if len(given) <= 3 else f"{len(given)} settings of the configuration"
+        logger.info("for IPUs only, without effect here: %s", what)
 
 
 def open_trackers(settings: Namespace, folder: Optional[Path], step: int) -> log.Trackers:

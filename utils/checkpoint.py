@@ -32,12 +32,12 @@ PREFIX = "model."
 ANGLES = "transformer.pos_emb"  # too large for fp16
 LAYOUT = 2  # versions["layout"] of files written now; in train.py's earlier ones, conv_like is what is now conv_up_left
 BUNDLED_VOCABULARY = "71af8ba2decff41932e78199383441ee1c2d56b594da9a5501aaf50df3d844bd"  # bpe/bpe_yttm_vocab.txt
-KINDS = {
+ENTRY_TYPES = {
     **dict.fromkeys(("hparams", "weights", "vae_params", "ema_weights", "tokenizer", "sampling", "settings"), dict),
     **dict.fromkeys(("progress", "trainer", "versions", "captions"), dict),
     **dict.fromkeys(("step", "epoch"), int),
 }
-DALLE_PYTORCH = ("transformer.layers.layers.", "transformer.layers.blocks.")  # how its weights are named
+DALLE_PYTORCH_PREFIXES = ("transformer.layers.layers.", "transformer.layers.blocks.")  # how its weights are named
 MAX_WORDS = 20_000  # of captions that a file keeps: the most frequent ones
 EXAMPLES = 12
 EXAMPLE_CHARACTERS = 120
@@ -52,8 +52,8 @@ def write_safetensors(path: AnyPath, checkpoint: Checkpoint, half: bool = False)
     """Write a checkpoint's weights, averaged ones if it has them, its vocabulary and plain values to .safetensors.
 
     Args:
-        half: store floating-point weights in fp16, except angles of positions, and those of the VQGAN that this would
-            change: its codes would change, too. train_vqgan.py's weights have values of fp16.
+        half: store weights in fp16; but angles of positions, and weights of the VQGAN that fp16 would change, stay in
+            fp32, since rounding would change its codes. train_vqgan.py's weights have values of fp16.
     """
     averaged = checkpoint.get("ema_weights", {})
     tensors = {**checkpoint["weights"], **averaged}
@@ -83,8 +83,8 @@ def write_safetensors(path: AnyPath, checkpoint: Checkpoint, half: bool = False)
 def read(path: AnyPath) -> Checkpoint:
     """Read a checkpoint to the CPU, without its empty entries.
 
-    Entries in KINDS have that type if they are there. A .safetensors file has no optimizer or schedule, and the entry
-    `exported`. Attention patterns have the names of models/transformer.py.
+    Entries have the types of ENTRY_TYPES if they are there. A .safetensors file has no optimizer or schedule, and the
+    entry `exported`. Attention patterns have the names of models/transformer.py.
 
     Raises:
         ValueError, OSError: not a checkpoint, damaged, or it has more than tensors and plain values; one line.
@@ -103,7 +103,7 @@ def read(path: AnyPath) -> Checkpoint:
     missing = {"hparams", "weights"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise ValueError(f"{path}: not a DALL-E checkpoint: it has no {' and no '.join(sorted(missing))}")
-    for key, kind in KINDS.items():
+    for key, kind in ENTRY_TYPES.items():
         value = checkpoint.get(key)
         if not isinstance(value, kind) and (value is not None or key in ("hparams", "weights")):
             raise ValueError(f"{path}: not a DALL-E checkpoint: its {key} is not a {kind.__name__}")
@@ -129,7 +129,7 @@ def _is_dalle_pytorch(saved: Any) -> bool:
     weights = saved.get("weights")
     if isinstance(weights, str):  # DeepSpeed's auxiliary.pt has a hint in their place
         return True
-    return isinstance(weights, dict) and any(str(name).startswith(DALLE_PYTORCH) for name in weights)
+    return isinstance(weights, dict) and any(str(name).startswith(DALLE_PYTORCH_PREFIXES) for name in weights)
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
@@ -211,7 +211,7 @@ def step_of(path: AnyPath) -> Optional[int]:
 
 
 def model_weights(weights: Tensors) -> Tensors:
-    """Return a file's weights under a DALLE's own names: embeddings that were split joined, floating point as fp32.
+    """Return a file's weights in fp32 under a DALLE's own names, with the pieces of split embeddings joined.
 
     The VQGAN's training loss (`vae.model.loss.…`) is omitted. ValueError if an embedding's pieces do not fit together.
     """
@@ -286,7 +286,7 @@ def split_words(text: str) -> List[str]:
 
 
 def read_summary(entry: Any) -> Tuple[Dict[str, int], List[str]]:
-    """Return the words and examples of a checkpoint's `captions` entry, without what has no business in one."""
+    """Return the words, with their counts, and the examples of a `captions` entry; what is malformed is left out."""
     entry = entry if isinstance(entry, dict) else {}
     words, examples = entry.get("words"), entry.get("examples")
     words = list(words.items())[:MAX_WORDS] if isinstance(words, dict) else []

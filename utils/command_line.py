@@ -312,7 +312,7 @@ def _is_output_closed() -> bool:
 
 @contextlib.contextmanager
 def exit_on_error(requirements: str = "requirements.txt") -> Iterator[None]:
-    """End the program with one line if this block raises what its user can mend.
+    """End the program with one line if this block raises an error that its user can mend.
 
     The status is 2 after a ValueError, an OSError or a missing package, 130 after Ctrl-C, and 141, without a line, if
     nobody reads stdout any more, as after `| head`.

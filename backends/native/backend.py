@@ -32,26 +32,6 @@ logger = logging.getLogger("minidalle")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TIMEOUT = datetime.timedelta(days=7)  # rank 0 may encode images for hours while the others wait
 SIGNS_OF_LOST_CONNECTION = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "TCPStore", "c10d")
-IPU_ONLY = {  # flags without effect here, with their defaults
-    "device_iterations": 1,
-    "stochastic_rounding": False,
-    "enable_half_partials": False,
-    "enable_rts": False,
-    "optimizer_state_offchip": False,
-    "embedding_serialization_factor": 1,
-    "ipus_per_replica": 1,
-    "layers_per_ipu": None,
-    "cls_ipu_id": None,
-    "embedding_ipu_id": 0,
-    "matmul_proportion": [0.6],
-    "async_dataloader": True,
-    "compile_only": False,
-    "executable_cache_dir": None,
-    "profile_dir": None,
-    "loss_scaling": 1,
-    "enable_als": False,
-    "enable_half_first_order_momentum": False,
-}
 
 
 class NativeBackend(Backend):
@@ -136,11 +116,6 @@ class NativeTrainingBackend(NativeBackend, TrainingBackend):
         self.batch_size, self.micro_batches = split_step(settings.batch_size, together, self.world_size)
         self.samples_per_step = self.batch_size * self.micro_batches
         self.processes.connect(self.device)
-        unused = [name for name, default in IPU_ONLY.items() if getattr(settings, name) != default]
-        if unused and not self.rank:
-            flags = ", ".join("--" + name.replace("_", "-") for name in unused)
-            what = flags if len(unused) <= 3 else f"{len(unused)} settings of the configuration"
-            logger.info("for IPUs only, without effect here: %s", what)
 
     def describe_processes(self) -> str:
         """Return how many processes there are and whether they share the model, for the log."""

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.distributed import fsdp
 
 from backends.base import LossValues
-from backends.native.trainer import NativeTrainer, SharedMuon, compute_losses
+from backends.native.trainer import NativeTrainer, SharedMuon, forward_batch
 from models.dalle import DALLE
 
 
@@ -104,16 +104,16 @@ class ShardedTrainer(NativeTrainer):
         """Return the model as `step` calls it."""
         return Exchange(self.model)
 
-    def measure_rows(self) -> int:
+    def measure_max_samples(self) -> int:
         """Return 0: micro-batches stay as they are."""
         return 0
 
-    def try_out(self, rows: int, exchange: bool = True) -> None:
+    def try_out(self, samples: int, exchange: bool = True) -> None:
         """Exchange gradients, too, because FSDP2 keeps those that it has not exchanged."""
-        super().try_out(rows, exchange)
+        super().try_out(samples, exchange)
 
-    def rows(self) -> int:
-        """Return the rows of a micro-batch."""
+    def samples_at_once(self) -> int:
+        """Return the samples of a micro-batch."""
         return self.backend.batch_size
 
     def regroup(self, batches: Iterable) -> Iterable[Tuple[Tensor, Tensor]]:
@@ -143,7 +143,7 @@ class ShardedTrainer(NativeTrainer):
                 yield [micro_batch]
             else:
                 text, codes = (torch.zeros(1, length, dtype=torch.long) for length in lengths)
-                compute_losses(network, text, codes, self.backend)
+                forward_batch(network, text, codes, self.backend)
 
     def sampler(self) -> None:
         """Return None: no process holds the whole model."""

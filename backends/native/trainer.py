@@ -31,9 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from backends.base import LossValues, Trainer
 from backends.native.compilation import compile_model
 from backends.native.fast_layers import use_fast_layers
-from backends.native.gpu_attention import use_fused_attention
 from backends.native.inference import NativeSampler
-from models.dalle import DALLE, parameter_groups
+from models.dalle import DALLE, Losses, parameter_groups
 from utils.muon import Muon, orthogonal
 from utils.optimization import convert_ipu_state, load_keeping_flags
 
@@ -72,7 +71,7 @@ class NativeTrainer(Trainer):
         self.decay = backend.settings.ema_decay
         self.average = self.place(copy_for_average(model)) if self.decay else None
         self.updates = 0
-        self.fitting = backend.batch_size  # rows that memory or the cache holds; compile() finds out on a GPU
+        self.max_samples = backend.batch_size  # that fit a GPU's memory in one pass; compile() measures it
         self.model = self.place(model).train()
         self.network: Any = self.model if backend.world_size == 1 else self.exchange_gradients()
         muon = Muon if backend.world_size == 1 else self.muon
@@ -84,9 +83,7 @@ class NativeTrainer(Trainer):
 
     def place(self, model: DALLE) -> DALLE:
         """Move a model to the device and give it fast layers."""
-        model = model.to(self.backend.device)
-        if self.backend.kind == "cuda":
-            use_fused_attention(model, self.backend.dtype)
+        model = self.backend.place(model)
         use_fast_layers(model, self.backend.device, self.backend.dtype, self.backend.settings.recompute)
         return model
 
@@ -103,30 +100,30 @@ class NativeTrainer(Trainer):
         if self.backend.kind == "cuda":
             settings = self.backend.settings
             if not settings.no_codes_cache:  # the VQGAN would need memory, too
-                self.fitting = max(self.fitting, self.measure_rows())
+                self.max_samples = max(self.max_samples, self.measure_max_samples())
             models = [self.model] if self.average is None else [self.model, self.average]
-            compile_model(models, lambda: self.try_out(self.rows()), settings.recompute)
+            compile_model(models, lambda: self.try_out(self.samples_at_once()), settings.recompute)
             self.model.zero_grad(set_to_none=True)
 
-    def try_out(self, rows: int, exchange: bool = False) -> None:
-        """Make a forward and a backward pass over `rows` empty images, with or without exchange of gradients."""
+    def try_out(self, samples: int, exchange: bool = False) -> None:
+        """Make a forward and a backward pass over empty samples, with or without exchange of gradients."""
         sizes, device = (self.model.text_seq_len, self.model.image_seq_len), self.backend.device
-        text, codes = (torch.zeros(rows, size, dtype=torch.long, device=device) for size in sizes)
+        text, codes = (torch.zeros(samples, size, dtype=torch.long, device=device) for size in sizes)
         own = [device] if device.type == "cuda" else []  # by default, fork_rng starts a context on every GPU
         with torch.random.fork_rng(own), contextlib.nullcontext() if exchange else self.without_exchange():
-            compute_losses(self.network, text, codes, self.backend).total.backward()
+            forward_batch(self.network, text, codes, self.backend).total.backward()
 
-    def measure_rows(self) -> int:
-        """Return how many rows fit the GPU's free memory at once, by the memory that a few take."""
+    def measure_max_samples(self) -> int:
+        """Return how many samples fit the GPU's free memory in one pass, by the memory that one or two take."""
         device, most = self.backend.device, self.backend.samples_per_step
         weights = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         taken = 0
         try:
-            for rows in (1, min(2, most)):  # the first also allocates gradients and workspaces
+            for samples in (1, min(2, most)):  # the first also allocates gradients and workspaces
                 torch.cuda.reset_peak_memory_stats(device)
                 before = torch.cuda.memory_allocated(device)
-                self.try_out(rows)
-                taken = (torch.cuda.max_memory_allocated(device) - before) // rows
+                self.try_out(samples)
+                taken = (torch.cuda.max_memory_allocated(device) - before) // samples
         except torch.cuda.OutOfMemoryError:
             return 0
         finally:
@@ -136,13 +133,13 @@ class NativeTrainer(Trainer):
         positions = self.model.text_seq_len + self.model.image_seq_len
         return min(int(0.8 * free / max(taken, 1)), GPU_POSITIONS // positions)
 
-    def rows(self) -> int:
-        """Return how many rows of a step to compute at once: as many as fit, in equal parts."""
+    def samples_at_once(self) -> int:
+        """Return how many samples of a step to compute in one pass: as many as fit, in equal parts."""
         whole = self.backend.samples_per_step
         if self.backend.kind == "cpu":
-            return rows_at_once(self.model, whole)
-        least = -(-whole // -(-whole // max(1, self.fitting)))  # in as few parts as possible
-        even = max(rows for rows in range(1, least + 1) if whole % rows == 0)
+            return samples_at_once_on_cpu(self.model, whole)
+        least = -(-whole // -(-whole // max(1, self.max_samples)))  # in as few parts as possible
+        even = max(samples for samples in range(1, least + 1) if whole % samples == 0)
         return even if 2 * even > least else least
 
     def step(self, batch: Iterable) -> LossValues:
@@ -153,12 +150,12 @@ class NativeTrainer(Trainer):
             try:
                 sums = self.backpropagate(remember(stream, read))
             except torch.cuda.OutOfMemoryError:
-                if self.fitting <= self.backend.batch_size or self.backend.world_size > 1:
+                if self.max_samples <= self.backend.batch_size or self.backend.world_size > 1:
                     raise
-                self.fitting = self.backend.batch_size
+                self.max_samples = self.backend.batch_size
                 sums = None
             if sums is None:  # outside of the handler, which keeps the failed pass in memory
-                logger.warning("out of memory; continuing with %d samples at once", self.fitting)
+                logger.warning("out of memory; continuing with %d samples at once", self.max_samples)
                 self.model.zero_grad(set_to_none=True)
                 sums = self.backpropagate(itertools.chain(read, stream))
             return self.update(sums)
@@ -171,7 +168,7 @@ class NativeTrainer(Trainer):
             share, left = len(text) / whole, left - len(text)
             # Gradients are exchanged once per update.
             with contextlib.nullcontext() if left == 0 else self.without_exchange():
-                losses = compute_losses(self.network, text, image, self.backend)
+                losses = forward_batch(self.network, text, image, self.backend)
                 self.scaler.scale(losses.total * share).backward()
             sums += torch.stack(losses).detach().float() * share
         return sums
@@ -181,15 +178,15 @@ class NativeTrainer(Trainer):
         return contextlib.nullcontext() if self.network is self.model else self.network.no_sync()
 
     def regroup(self, batches: Iterable) -> Iterable[Tuple[Tensor, Tensor]]:
-        """Cut and join micro-batches into parts of as many rows as the machine best computes at once, on the device."""
-        rows, device = self.rows(), self.backend.device
+        """Cut and join micro-batches into parts of as many samples as are best computed at once, on the device."""
+        size, device = self.samples_at_once(), self.backend.device
         waiting: List[Any] = []
         for pair in batches:
             waiting.append([part.to(device, non_blocking=True) for part in pair])
-            while sum(len(text) for text, _ in waiting) >= rows:
+            while sum(len(text) for text, _ in waiting) >= size:
                 text, image = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*waiting))
-                yield text[:rows], image[:rows]
-                waiting = [(text[rows:], image[rows:])] if len(text) > rows else []
+                yield text[:size], image[:size]
+                waiting = [(text[size:], image[size:])] if len(text) > size else []
         if waiting:
             text, image = (torch.cat(parts) for parts in zip(*waiting))
             yield text, image
@@ -288,8 +285,8 @@ class NativeTrainer(Trainer):
         return saved
 
 
-def compute_losses(network: Callable, text: Tensor, image: Tensor, backend: "NativeBackend") -> Any:
-    """Return the network's Losses for text (B, T) and codes (B, L) or pixels, in the backend's precision."""
+def forward_batch(network: Callable, text: Tensor, image: Tensor, backend: "NativeBackend") -> Losses:
+    """Return the network's losses for text (B, T) and codes (B, L) or pixels, in the backend's precision."""
     text = text.to(backend.device, non_blocking=True)
     image = image.to(backend.device, non_blocking=True)
     with backend.autocast():
@@ -301,7 +298,7 @@ def mean_losses(network: nn.Module, batches: Iterable, backend: "NativeBackend")
     """Return the mean losses over the samples of (text, image) batches of any size, of all processes."""
     sums = torch.zeros(4, device=backend.device)
     for text, image in batches:
-        losses = torch.stack(compute_losses(network, text, image, backend)).float()
+        losses = torch.stack(forward_batch(network, text, image, backend)).float()
         sums += len(text) * torch.cat((losses, losses.new_ones(1)))
     sums = backend.processes.mean(sums)
     return dict(zip(LOSSES, (sums[:3] / sums[3]).tolist()))
@@ -314,14 +311,14 @@ def remember(stream: Iterable, read: List[Any]) -> Iterator[Any]:
         yield item
 
 
-def rows_at_once(model: DALLE, rows: int) -> int:
-    """Return how many of `rows` rows to compute at once on a CPU.
+def samples_at_once_on_cpu(model: DALLE, samples: int) -> int:
+    """Return how many of `samples` to compute in one pass on a CPU.
 
     A few thousand positions are multiplied as fast as more, and take less memory.
     """
     fitting = WORKING_SET // ((model.text_seq_len + model.image_seq_len) * model.text_emb.weight.shape[1])
-    pieces = -(-rows // max(1, fitting))
-    return -(-rows // pieces)
+    pieces = -(-samples // max(1, fitting))
+    return -(-samples // pieces)
 
 
 def keep_freed_memory() -> None:

@@ -1,7 +1,6 @@
-"""Captioned images in the forms that people keep them in; open_source finds out which one a path has.
+"""Captioned images in all forms that the program reads; open_source finds out which form a path has.
 
-A folder in which an image has a .txt file is read as such a folder, whatever else it holds; so is one with a .json file
-of an image, if it has no .txt files.
+Images with .txt files of their names come before any other form, and images with .json files of their names second.
 """
 
 from pathlib import Path

@@ -20,10 +20,10 @@ class ImageSource(ABC):
     """Captioned images in a fixed order.
 
     Attributes:
-        form: how they are kept, for humans.
+        form: description of the form, for the log.
         folder: what names are relative to.
-        images: name and state of each image.
-        texts: name and state of what holds each image's captions.
+        images: of each image the name, the size in bytes and the time of change in ns.
+        texts: the same of the file or the entry with each image's captions.
         skipped: files, or samples, that are not used, by reason.
         holders: files that hold many captions or images.
         others: files of other kinds, which are not used.
@@ -67,7 +67,13 @@ def split_of(name: str) -> str:
 
 
 def choose_splits(splits: Collection[str], validation: bool, folder: Path) -> Set[str]:
-    """Return which of a folder's splits to train or to validate on; ValueError if none of several is for the latter."""
+    """Return the splits to train on, or the split to validate on.
+
+    Without a known training split, these are all; without names of splits, {""}.
+
+    Raises:
+        ValueError: splits have names, and none is for validation.
+    """
     if not any(splits):
         return {""}
     if validation:
@@ -80,6 +86,6 @@ def choose_splits(splits: Collection[str], validation: bool, folder: Path) -> Se
 
 
 def files_of_split(folder: Path, names: Sequence[str], validation: bool) -> List[str]:
-    """Return those of some files whose names say that they are to train, or to validate, on; ValueError if none is."""
+    """Return the files of the splits that choose_splits returns, with its ValueError."""
     chosen = choose_splits({split_of(name) for name in names}, validation, folder)
     return [name for name in names if split_of(name) in chosen]

@@ -145,5 +145,5 @@ def test_the_files(drawings, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flag, value", [("--images", "0"), ("--size", "50")])
 def test_bad_settings(tmp_path, command, flag, value):
-    command(scenes.main, "--out", tmp_path / "set", flag, value).refused(f"{flag} {value} is out of range")
+    command(scenes.main, "--out", tmp_path / "set", flag, value).refused(flag, value)
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import torch
 from data.scene_captions import Item, Scene, objects, withheld_scene
 from data.scenes import Placed, find_spec, place
 from training import scenes_reader
-from training.scenes_reader import FAULTS, Reader, ReaderNetwork, Reading, find_faults, load_reader, save_reader
+from training.scenes_reader import FAULTS, Reader, Reading, find_faults, load_reader, save_reader
 
 SCENE = Scene((Item("cat", "small"), Item("pizza", "large")), "left", "blue")
 PLACED = [Placed("cat", "small", 4, 0), Placed("pizza", "large", 3, 5)]
@@ -50,7 +50,7 @@ def test_two_of_a_kind():
 
 
 def test_its_file_is_checked(tmp_path, monkeypatch):
-    reader, images = Reader(ReaderNetwork()), torch.rand(2, 3, 96, 96)
+    reader, images = Reader().eval(), torch.rand(2, 3, 96, 96)
     save_reader(reader, tmp_path / "reader.pt")
     assert load_reader(tmp_path / "reader.pt").read(images) == reader.read(images)
     monkeypatch.setattr(scenes_reader, "_NAMES", ("cat", "pizza", "key"))
