@@ -126,9 +126,9 @@ def test_files_that_cannot_be_read(refused, flag, path):
 CONTINUED = "--epochs 2 --pretrained-checkpoint {place}/good "
 
 
-@pytest.mark.parametrize(
-    "name, flags, words",
-    [
+def test_values_that_cannot_be_used(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, flags, words in (
         ("train", "--input-folder {place}/uncaptioned", ["12 images and 0 .txt files"]),
         ("train", "--input-folder {place}/latin1", ["12 × neither UTF-8 nor UTF-16"]),
         ("train", "--input-folder {place}/unreadable --no-codes-cache", ["{place}/unreadable"]),
@@ -155,11 +155,8 @@ CONTINUED = "--epochs 2 --pretrained-checkpoint {place}/good "
         ("process_captions", "--out-dir {place}/README.md/below", ["{place}/README.md"]),
         *((name, "--device abacus", ["--device"]) for name in ("train_vqgan", "evaluate")),
         *((name, f"--device {device}", ["--device"]) for name in ("train", "generate") for device in ("ipu", "cuda")),
-    ],
-)
-def test_values_that_cannot_be_used(refused, monkeypatch, name, flags, words):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(name, flags, *words)
+    ):
+        refused(name, flags, *words)
 
 
 def test_a_checkpoint_of_another_vqgan_or_vocabulary(refused, things, tiny_vqgan, tmp_path):

@@ -22,18 +22,7 @@ FLAGS = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-back
 PROMPT = "a small red circle above a large blue square"
 DESK, PHONE = (1280, 900), (390, 844)
 HACK = "<img src=x onerror=hacked()>"
-WATCH = """
-window.violations = [];
-window.announced = [];
-window.hacked = () => violations.push("a script ran");
-addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective + event.blockedURI));
-addEventListener("error", (event) => event.message && violations.push(event.message));
-addEventListener("unhandledrejection", (event) => violations.push(String(event.reason)));
-addEventListener("DOMContentLoaded", () => {
-  const status = document.getElementById("status");
-  new MutationObserver(() => announced.push(status.textContent)).observe(status, { childList: true });
-});
-"""
+SCRIPT = Path(__file__).with_name("browser.js")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +37,7 @@ def chromium(tmp_path_factory):
     for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
         options.add_argument(flag)
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": WATCH})
+    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": SCRIPT.read_text()})
     grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
     browser.execute_cdp_cmd("Browser.grantPermissions", grant)
     yield browser
@@ -113,13 +102,7 @@ class Page:
 
     def drop(self, name, content):
         """Drop a file of this name on the page."""
-        script = """
-        const [name, text] = arguments, data = new DataTransfer();
-        data.items.add(new File([Uint8Array.from(atob(text), (one) => one.charCodeAt(0))], name, {type: "image/png"}));
-        for (const type of ["dragover", "drop"]) {
-          document.body.dispatchEvent(new DragEvent(type, {dataTransfer: data, bubbles: true, cancelable: true}));
-        }"""
-        self.browser.execute_script(script, name, base64.b64encode(content).decode())
+        self.js("drop(...arguments)", name, base64.b64encode(content).decode())
 
     def facts(self):
         """Return what the large view says of its image."""
@@ -127,12 +110,8 @@ class Page:
 
     def png(self):
         """Return the bytes of the image in the large view, from the history."""
-        script = """const [prompt, seed, done] = arguments;
-        import("./static/history.js").then(async (history) => {
-          const { blob } = (await history.all()).find((image) => image.prompt === prompt && image.seed == seed);
-          done(Array.from(new Uint8Array(await blob.arrayBuffer())));
-        });"""
-        return bytes(self.browser.execute_async_script(script, self.text("#caption"), self.facts()["Seed"]))
+        seed = self.facts()["Seed"]
+        return bytes(self.browser.execute_async_script("bytesOf(...arguments)", self.text("#caption"), seed))
 
 
 @pytest.fixture(scope="module")
@@ -300,13 +279,7 @@ def test_nothing_that_others_write_becomes_markup(page, loaded, monkeypatch):
     query = {"prompt": HACK, "seed": f'"><script>hacked()</script>{HACK}', "temperature": HACK}
     page.open(page.address + "?" + "&".join(f"{key}={urllib.request.quote(value)}" for key, value in query.items()))
     until(lambda: "hacked" in page.each("#seed", "e.value")[0])
-    script = """const done = arguments[1];
-    import("./static/history.js").then(async (history) => {
-      const [one] = await history.all(), text = arguments[0];
-      await history.add({ ...one, prompt: text, seed: text, metadata: { seed: text, top_p: text, checkpoint: text } });
-      done();
-    });"""
-    page.browser.execute_async_script(script, HACK)
+    page.browser.execute_async_script("addImageOf(...arguments)", HACK)
     page.open()
     page.click("#history .cell")
     assert page.text("#caption") == page.facts()["Seed"] == HACK

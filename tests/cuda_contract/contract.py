@@ -14,18 +14,11 @@ from data.tokenizer import load_tokenizer
 from generation.images import complete_caption, generate_batch, plan_image
 from generation.loading import load
 from models.sampling import Sampling
-from tests.builders import small_dalle, train_settings
+from tests.builders import samples, small_dalle, train_settings
 from tests.conftest import SHAPES
 
 GPU = standin.GPU
 PATTERNS = ("full", "axial_row", "axial_col", "conv_like")
-
-
-def samples(count):
-    random = torch.Generator().manual_seed(0)
-    text = torch.randint(1, 50, (count, 6), generator=random)
-    text[::2, 4:] = 0
-    return text, torch.randint(0, 32, (count, 16), generator=random)
 
 
 def assert_no_boolean_mask(causal):

@@ -51,9 +51,8 @@ def test_it_tells_what_the_run_then_takes(command, flags, tmp_path):
     assert amount(each[1]) == pytest.approx(path.stat().st_size, rel=0.05)
     assert amount(each[2]) == pytest.approx(3 * path.stat().st_size, rel=0.05)
     held = dict(re.findall(r"(gradients|optimizer|average of weights) (\S+ .B)", lines["memory"]))
-    assert {name: amount(words) / (4 * sizes[0]) for name, words in held.items()} == pytest.approx(
-        {"gradients": 1, "optimizer": 2, "average of weights": 1}, rel=0.02
-    )
+    weights = {name: amount(words) / (4 * sizes[0]) for name, words in held.items()}
+    assert weights == pytest.approx({"gradients": 1, "optimizer": 2, "average of weights": 1}, rel=0.02)
     peak = re.match(r"(\S+ .B) at the peak of these steps, measured, of (\S+ .B) on (cpu|cuda) ", lines["memory"])
     assert amount(held["optimizer"]) < amount(peak[1]) < amount(peak[2])
     assert re.match(r"about \S+ \S+ for 150 steps, \S+ s each, \S+ samples/sec", lines["time"])
@@ -91,21 +90,18 @@ def test_stages_on_ipus(poptorch_standin, command, tiny_vqgan, tmp_path, monkeyp
     assert "samples/sec" in lines["time"] and "memory" not in lines
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
+def test_too_small_a_set_is_refused_before_it_is_encoded(command, tiny_flags, monkeypatch, tmp_path):
+    for flags, words in (
         ("--batch-size 2 --gradient-accumulation 8192", "--batch-size 2 --gradient-accumulation 1 would fit"),
         ("--batch-size 4 --gradient-accumulation 2 --replication-factor 2", "size 4 --gradient-accumulation 1 would"),
         ("--batch-size 12 --validation-split 0.1", "12 samples, but the set has 11; --batch-size 1 "),
-    ],
-)
-def test_too_small_a_set_is_refused_before_it_is_encoded(command, tiny_flags, monkeypatch, flags, words, tmp_path):
-    monkeypatch.setattr(run_module, "load_codes", None)
-    ended = command(train.main, *tiny_flags, "--codes-cache", tmp_path, *flags.split())
-    assert ended.status == 2 and words in ended.err and "--config photos" in ended.err, ended
-    monkeypatch.undo()
-    fitting = ended.err.rpartition("; ")[2].partition(" would fit")[0].split()
-    command(train.main, *tiny_flags, *flags.split(), *fitting, "--max-steps", 1).ok()
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "load_codes", None)
+            ended = command(train.main, *tiny_flags, "--codes-cache", tmp_path, *flags.split())
+        assert ended.status == 2 and words in ended.err and "--config photos" in ended.err, ended
+        fitting = ended.err.rpartition("; ")[2].partition(" would fit")[0].split()
+        command(train.main, *tiny_flags, *flags.split(), *fitting, "--max-steps", 1).ok()
 
 
 def test_a_pipeline_of_ipus_takes_the_flags_that_would_fit(poptorch_standin, command, tiny_flags):

@@ -303,11 +303,8 @@ def test_an_update_without_a_finite_gradient_is_left_out(tiny_vae, optimizer, li
 def test_a_gpu_computes_in_what_it_does_not_emulate(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *given: True)  # as torch says of all of them
-    for version, training, sharded in (
-        (9, "bf16", "bf16"),
-        (8, "bf16", "bf16"),
-        (7, "fp16", "fp32"),
-        (6, "fp32", "fp32"),
+    for version, training, sharded in zip(
+        (9, 8, 7, 6), ("bf16", "bf16", "fp16", "fp32"), ("bf16", "bf16", "fp32", "fp32")
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, version=version: (version, 0))
         assert pick_precision("auto", cuda) == training

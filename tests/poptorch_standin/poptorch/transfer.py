@@ -3,7 +3,6 @@
 import contextlib
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .device import check_dtype, fetch, put
 from .machine import Error
@@ -74,15 +73,6 @@ class Collector:
         return [torch.stack(same) if same[0].dim() == 0 else torch.cat(same) for same in zip(*listed)]
 
 
-class NoOperators(TorchDispatchMode):
-    """Refuse operators while parameters are on the device and nothing is traced: they have no values."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ not in ("detach", "alias"):
-            raise Error(f"{func} outside of forward: state_dict(keep_vars=True) must return the tensors as they are")
-        return func(*args, **(kwargs or {}))
-
-
 class Weights:
     """A model's tensors on the host and on the device, by the names of named_parameters() and named_buffers()."""
 
@@ -103,7 +93,8 @@ class Weights:
                         name = f"{prefix}.{key}" if prefix else key
                         names.append((name, first_names[id(tensor)]))
                         self._slots.append((own, key, self._copy(name, tensor)))
-        listed = self._listed(model)
+        with self.on_device():
+            listed = set(model.state_dict(keep_vars=True))
         # Every module gets its own copy; the aliases that state_dict() lists become one tensor again.
         for number, (name, origin) in enumerate(names):
             own, key, moved = self._slots[number]
@@ -118,10 +109,6 @@ class Weights:
         if isinstance(tensor, torch.nn.Parameter):
             return put(tensor, name=name).requires_grad_(tensor.requires_grad)
         return put(tensor, constant=not tensor.is_floating_point())
-
-    def _listed(self, model):
-        with self.on_device(), NoOperators():
-            return set(model.state_dict(keep_vars=True))
 
     @contextlib.contextmanager
     def on_device(self):
