@@ -14,10 +14,10 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import numpy as np
 from tqdm import tqdm
 
-from data.codes import cache_path, hold_lock
+from data.codes import cache_path
 from data.files import File, printable
 from data.tokenizer import Tokenizer, encode_text
-from utils.files import atomic_write
+from utils.files import atomic_write, hold_lock
 
 logger = logging.getLogger("minidalle")
 
@@ -161,8 +161,7 @@ class CaptionCache:
         if not all(file in self for file in files):
             with contextlib.ExitStack() as stack:
                 if self.path is not None:
-                    with contextlib.suppress(OSError):  # cannot be written, which _save logs
-                        stack.enter_context(hold_lock(self.path.with_suffix(".lock")))
+                    stack.enter_context(hold_lock(self.path.with_suffix(".lock")))
                 self.refresh()
                 missing = [file for file in files if file not in self]
                 new: Dict[File, np.ndarray] = {}

@@ -25,12 +25,11 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from data.files import File, printable
 from data.images import ImagePath, read_images
-from utils.files import AnyPath, atomic_write
+from utils.files import AnyPath, atomic_write, hold_lock
 
 logger = logging.getLogger("minidalle")
 
@@ -117,9 +116,9 @@ class CodeCache:
         busy: List[int] = []
         with tqdm(total=len(missing), desc="encoding images", unit="image", disable=hidden) as bar:
             # What others work on comes second, when they have finished it or have died; no lock is held by then.
-            for left, timeout in ((missing, 0), (busy, -1)):
+            for left, wait in ((missing, False), (busy, True)):
                 with contextlib.ExitStack() as held:
-                    claimed = self._claim(files, left, batch_size, held, timeout, busy)
+                    claimed = self._claim(files, left, batch_size, held, wait, busy)
                     for indices, values in compute(claimed) if left else ():
                         self._write([files[i] for i in indices], values)
                         bar.update(len(indices))
@@ -153,28 +152,22 @@ class CodeCache:
         missing: Sequence[int],
         batch_size: int,
         held: contextlib.ExitStack,
-        timeout: int,
+        wait: bool,
         busy: List[int],
     ) -> Iterator[List[int]]:
         """Yield batches of the shares that no other process is working on, and add the others to `busy`.
 
-        With a timeout of -1, wait for the others instead; all processes do so in the order of the shares.
+        If `wait`, wait for the others instead; all processes do so in the order of the shares.
         """
         locks = self._path.with_suffix(".locks")
-        locking = locks_work(locks)
         size = -(-len(self._files) // (SHARES * batch_size)) * batch_size  # rows in a share: whole batches
         shares: Dict[int, List[int]] = {}
         for i in missing:
             shares.setdefault(self._rows[files[i]] // size, []).append(i)
         for share, indices in sorted(shares.items()):
-            if locking:
-                try:
-                    held.enter_context(FileLock(str(locks / str(share))).acquire(timeout=timeout))
-                except Timeout:
-                    busy += indices
-                    continue
-                except OSError:  # another process has finished and removed the locks
-                    pass
+            if not held.enter_context(hold_lock(locks / str(share), wait)):
+                busy += indices
+                continue
             self._check(self._rows[files[i]] for i in indices)  # another process may have worked on it before
             indices = [i for i in indices if files[i] not in self]
             for start in range(0, len(indices), batch_size):
@@ -285,29 +278,6 @@ def cache_path(cache_dir: AnyPath, name: str, folder: AnyPath, key: Dict[str, An
     if not path.exists() and any(path.parent.glob(f"{name}-*.npy")):
         logger.info("%s: cache files of an older version are ignored: %s-*.npy", printable(cache_dir), name)
     return path
-
-
-@contextlib.contextmanager
-def hold_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of the file `path`, which stays; proceed without it on a file system that has no locks."""
-    with contextlib.ExitStack() as stack:
-        if locks_work(path.parent):
-            stack.enter_context(FileLock(str(path)))
-        yield
-
-
-def locks_work(folder: Path) -> bool:
-    """Return whether files in `folder`, which is created if missing, can be locked."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f"{os.getpid()}.lock"
-    try:
-        with FileLock(str(probe), timeout=0):
-            return True
-    except (Timeout, NotImplementedError, OSError):
-        return False
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
 
 
 def _state_checksum(file: File) -> int:
