@@ -304,21 +304,15 @@ def read_curves(path: Path, points: int = PLOT_POINTS) -> Dict[str, Tuple[List[i
 
 
 def smooth(values: Sequence[float]) -> Any:
-    """Return means over a Hann window of a fifteenth of the curve, an array, ignoring NaN."""
+    """Return means over a Hann window of a fifteenth of the curve, an array."""
     import numpy as np
 
-    array = np.asarray(values, dtype=float)
-    reach = len(array) // 30
-    window = np.hanning(2 * reach + 3)[1:-1]
-    known = np.isfinite(array)
-    sums = np.convolve(np.where(known, array, 0), window)[reach:][: len(array)]
-    weights = np.convolve(known.astype(float), window)[reach:][: len(array)]
-    return np.where(weights > 0, sums / np.maximum(weights, 1e-12), np.nan)
+    window = np.hanning(len(values) // 30 * 2 + 3)[1:-1]
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def plot_metrics(metrics_path: Path, path: Path) -> None:
     """Plot training and validation losses, and the learning rate below; ImportError without matplotlib."""
-    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -329,12 +323,12 @@ def plot_metrics(metrics_path: Path, path: Path) -> None:
     shown: List[float] = []
     for name, color in COLORS.items():
         for group, style, label in (("loss", "-", name), ("held-out", "--", f"{name}, validation")):
-            steps, values = curves.get(f"{group}/{name}", ([], []))
-            line = smooth(values) if steps and group == "loss" else np.array(values, dtype=float)
-            finite = line[np.isfinite(line)]
-            if len(finite):
-                losses.plot(steps, line, style, color=color, linewidth=1.8, label=f"{label}: {finite[-1]:.3g}")
-                shown.extend(finite)
+            known = [pair for pair in zip(*curves.get(f"{group}/{name}", ([], []))) if math.isfinite(pair[1])]
+            if known:
+                steps, values = zip(*known)
+                line = smooth(values) if group == "loss" else values
+                losses.plot(steps, line, style, color=color, linewidth=1.8, label=f"{label}: {line[-1]:.3g}")
+                shown.extend(line)
     skipped, _ = curves.get("skipped", ([], []))
     if skipped:
         at_bottom = {"transform": losses.get_xaxis_transform(), "label": f"{len(skipped)} skipped updates"}

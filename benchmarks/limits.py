@@ -5,7 +5,6 @@ longer, the time to read its weights. The products inside attention, softmax, no
 the limit is slightly faster than any program could be.
 """
 
-import copy
 import os
 import platform
 import re
@@ -114,22 +113,6 @@ def count_training_operations(model: Any) -> int:
     text_head = model.text_seq_len * model.num_text_tokens * model.text_emb.weight.shape[1]
     products = (model.text_seq_len + model.image_seq_len) * count_layer_weights(model)
     return 6 * (products + text_head + model.image_seq_len * count_head_weights(model))
-
-
-def count_convolution_operations(network: nn.Module, *inputs: Tensor) -> int:
-    """Count operations of all convolutions of network(*inputs), from shapes alone, on the meta device."""
-    counted = []
-
-    def count(module: Any, inputs: Any, output: Tensor) -> None:
-        counted.append(2 * output.numel() * module.weight[0].numel())
-
-    network = copy.deepcopy(network).to("meta")
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(count)
-    with torch.no_grad():
-        network(*(tensor.to("meta") for tensor in inputs))
-    return sum(counted)
 
 
 def describe_machine(device: torch.device) -> Dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from backends.native.backend import NativeTrainingBackend
@@ -119,7 +120,8 @@ class PlainImages(Dataset):
             box = (left, top, left + side, top + side)
             square = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box)
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
-        return self.tokenizer.tokenize([caption], self.text_seq_len)[0], pixels
+        tokens = torch.tensor(self.tokenizer.encode(caption))
+        return F.pad(tokens, (0, self.text_seq_len - len(tokens))), pixels
 
 
 def load_peer(quick: bool) -> List[float]:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 import args
+from backends.ipu.estimates import count_operations, trace
 from backends.native.backend import NativeBackend, NativeTrainingBackend
 from benchmarks import peer
 from benchmarks.limits import (
     DTYPES,
     Measurement,
-    count_convolution_operations,
     count_head_weights,
     count_layer_weights,
     count_training_operations,
@@ -229,7 +229,7 @@ def encode(quick: bool) -> Measurement:
     (vae, pixels, _), backend = build_vqgan(quick), NativeBackend()
     encoder = backend.encode(vae)
     seconds = time_calls(lambda: encoder(pixels), backend.device, IMAGES, quick)
-    return seconds, {"operations": count_convolution_operations(vae.model.encoder, pixels[:1]), "precision": "fp32"}
+    return seconds, {"operations": count_operations(trace(vae.model.encoder, pixels[:1])), "precision": "fp32"}
 
 
 def decode(quick: bool) -> Measurement:
@@ -239,7 +239,7 @@ def decode(quick: bool) -> Measurement:
     seconds = time_calls(lambda: decoder(codes), backend.device, IMAGES, quick)
     latents = torch.zeros(1, vqgan_params(quick)["ddconfig"]["z_channels"], vae.fmap_size, vae.fmap_size)
     precision = "bf16" if backend.precision == "bf16" else "fp32"
-    return seconds, {"operations": count_convolution_operations(vae.model.decoder, latents), "precision": precision}
+    return seconds, {"operations": count_operations(trace(vae.model.decoder, latents)), "precision": precision}
 
 
 def encode_peer(quick: bool) -> List[float]:

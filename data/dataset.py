@@ -17,7 +17,7 @@ from data.files import UNREAD, UNREADABLE, File, describe_others, printable, rep
 from data.images import WorkerTracker, load_image
 from data.loader import CAPTION, DROPOUT, Key, count_validation, random_bits
 from data.sources import ImagePath, folder_of, open_source
-from data.tokenizer import Tokenizer, check_length, encode_text
+from data.tokenizer import Tokenizer, encode_text
 
 logger = logging.getLogger("minidalle")
 
@@ -119,11 +119,13 @@ class TextImageDataset(Dataset):
         if index is None:
             return
         name = texts[index][0]
-        try:
-            for text in self.source.captions(name):
-                check_length(text, encode_text(tokenizer, text), self.text_seq_len)
-        except ValueError as error:
-            raise ValueError(f"{printable(self.folder / name)}: {error}") from None
+        for text in self.source.captions(name):
+            count = len(encode_text(tokenizer, text))
+            if count > self.text_seq_len:
+                raise ValueError(
+                    f'{printable(self.folder / name)}: "{text[:60]}" is {count} tokens long, and the limit is '
+                    f"{self.text_seq_len}: shorten it, or cut such texts with --truncate-captions"
+                )
 
     def attach_codes(self, codes: Union[np.ndarray, MappedRows], rows: Optional[np.ndarray] = None) -> None:
         """Return codes instead of pixels from now on; call this before workers start.

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Callable, Container, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import ftfy
-import torch
 from tokenizers import Regex
 from tokenizers import Tokenizer as BPEModel
 from tokenizers.models import BPE
@@ -104,30 +103,11 @@ class Tokenizer:
             raise ValueError("decode takes one sequence of ids at a time, not a batch")
         return self._entries.decode([i for i in ids if 0 < i < self.vocab_size]).strip(" ")
 
-    def tokenize(self, texts: Union[str, List[str]], context_length: int = 256) -> torch.Tensor:
-        """Return int64 (B, context_length), the ids of each text and then zeros; ValueError if one is longer."""
-        texts = [texts] if isinstance(texts, str) else texts
-        rows = torch.zeros(len(texts), context_length, dtype=torch.long)
-        for row, text in zip(rows, texts):
-            ids = self.encode(text)
-            check_length(text, ids, context_length)
-            row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
-        return rows
-
 
 def encode_text(tokenizer: Tokenizer, text: str) -> List[int]:
     """Return a text's ids; if the vocabulary lacks some of its characters, those of the text in lower case."""
     tokens, lower = tokenizer.encode(text), text.lower()
     return tokenizer.encode(lower) if tokenizer.unknown in tokens and lower != text else tokens
-
-
-def check_length(text: str, ids: List[int], most: int) -> None:
-    """Raise ValueError if a text has more than `most` ids."""
-    if len(ids) > most:
-        raise ValueError(
-            f'"{_shorten(text)}" is {len(ids)} tokens long, and the limit is {most}: '
-            "shorten it, or cut such texts with --truncate-captions"
-        )
 
 
 def load_tokenizer(

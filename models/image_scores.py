@@ -16,7 +16,7 @@ from torch import Tensor
 
 from utils.errors import first_line
 
-INSTALL = "pip install -r requirements-metrics.txt"
+MISSING = "{}: the package {} cannot be imported; pip install -r requirements-metrics.txt, or omit the flag"
 
 
 def clip_score(weights: str, name: str, device: torch.device) -> Callable[..., Tensor]:
@@ -26,7 +26,7 @@ def clip_score(weights: str, name: str, device: torch.device) -> Callable[..., T
         ValueError, FileNotFoundError: a package or file is missing, or the weights are not this model's; one line.
     """
     path = _existing(weights, "--clip-weights")
-    with _needed("--clip-weights", "open_clip_torch"):
+    with _refused(MISSING.format("--clip-weights", "open_clip_torch")):
         import open_clip
     config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if config is None:
@@ -60,7 +60,7 @@ class InceptionDistance:
 
     def __init__(self, weights: str, device: torch.device):
         path = _existing(weights, "--fid-weights")
-        with _needed("--fid-weights", "torch-fidelity"):
+        with _refused(MISSING.format("--fid-weights", "torch-fidelity")):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         with _refused(f"--fid-weights {path}: no weights of FID's InceptionV3"), tempfile.TemporaryDirectory() as place:
             # The package would unpickle anything in the file, so it gets a copy of the tensors alone.
@@ -90,19 +90,10 @@ def _existing(path: str, flag: str) -> str:
 
 
 @contextlib.contextmanager
-def _needed(flag: str, package: str) -> Iterator[None]:
-    try:
-        yield
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit this torch
-        missing = f"the package {package} cannot be imported ({' '.join(str(error).split())}); {INSTALL}"
-        raise ValueError(f"{flag}: {missing}, or omit the flag") from None
-
-
-@contextlib.contextmanager
 def _refused(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # what is raised depends on the layer that does not fit
+    except Exception as error:  # of the layer that does not fit, or of a torchvision that does not fit this torch
         raise ValueError(f"{what} ({first_line(error)})") from None
 
 

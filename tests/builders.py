@@ -86,6 +86,12 @@ def samples(count: int, seed: int = 0) -> Tuple[Tensor, Tensor]:
     return text, torch.randint(0, 32, (count, 16), generator=random)
 
 
+def tokenize(tokenizer: Any, texts: List[str], length: int) -> Tensor:
+    """Return the ids of each text and then zeros, int64 (B, length)."""
+    rows = [tokenizer.encode(text) for text in texts]
+    return torch.tensor([ids + [0] * (length - len(ids)) for ids in rows])
+
+
 class WholePassStepper(Stepper):
     """A Stepper that computes the whole sequence for every code, without a cache: slow, and the reference."""
 

@@ -19,7 +19,7 @@ from generation.loading import read_model
 from models.dalle import DALLE
 from models.sampling import sample_codes
 from models.vqgan_files import load_vqgan
-from tests.builders import WholePassStepper, contents, python, reference_weights
+from tests.builders import WholePassStepper, contents, python, reference_weights, tokenize
 from tests.conftest import ROOT
 
 VOCABULARY = ROOT / "bpe" / "bpe_yttm_vocab.txt"
@@ -66,7 +66,7 @@ def test_images_are_saved_as_they_were_decoded(drawn, tiny_checkpoint, tmp_path)
     drawn("--seed", 11)
     model, tokenizer, _ = read_model(tiny_checkpoint)
     generators = [torch.Generator().manual_seed(11 + number) for number in range(3)]
-    text = tokenizer.tokenize(["a red circle"] * 3, 16)
+    text = tokenize(tokenizer, ["a red circle"] * 3, 16)
     decoded = model.vae.decode(sample_codes(model, text, WholePassStepper(model), generator=generators))
     expected = (decoded * 255).round().permute(0, 2, 3, 1).numpy()
     assert expected.min() > 10 and expected.max() < 245  # so that stretching the contrast would change the images
@@ -254,7 +254,7 @@ def test_a_checkpoint_of_the_reference(drawn, tiny_vqgan, their_vocabulary, tmp_
     missing, unexpected = expected.load_state_dict(weights, strict=False)
     assert not unexpected and all(name.startswith("vae.") for name in missing)
     loaded, tokenizer, _ = read_model(path, *files[1::2], their_vocabulary)
-    text = tokenizer.tokenize(["a red circle", "two blue stars"], 80)
+    text = tokenize(tokenizer, ["a red circle", "two blue stars"], 80)
     codes = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         assert torch.equal(loaded(text, codes), expected(text, codes))

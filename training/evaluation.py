@@ -17,7 +17,7 @@ from data.files import UNREADABLE, report_skipped
 from data.images import load_images, read_images
 from data.shapes import validation_prompts
 from data.shapes_reader import find_faults
-from generation.images import ImageSpec, generate_lists, make_grid, plan_image, to_image
+from generation.images import ImageSpec, encode_prompt, generate_lists, make_grid, plan_image, to_image
 from generation.loading import LoadedModel, load_from_flags
 from generation.ranking import best_of
 from models.sampling import Sampling
@@ -182,7 +182,7 @@ def evaluate_prompts(
     """Return the share of validation prompts that the images follow; write a grid and its prompts."""
     kind = settings.prompts_of or ("scenes" if knows_scenes(loaded.words) else "shapes")
     prompts, find_faults = load_prompts(kind, settings)
-    text = list(loaded.tokenizer.tokenize(prompts, loaded.model.text_seq_len))
+    text = [encode_prompt(loaded, prompt) for prompt in prompts]
     codes, used = generate_codes(loaded, prompts, text, settings, sampling)
     images = loaded.decode(codes)
     accuracy, wrong = judge(images, find_faults)

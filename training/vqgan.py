@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from args import VQGAN_SIZES
 from backends import OutOfMemory, explain_out_of_memory
-from backends.native.backend import pick_device
+from backends.native.backend import fast_in_bf16, pick_device
 from data.images import common_folder, load_images, printable, read_images
 from data.loader import epoch_order
 from data.sources import find_images
@@ -53,7 +53,10 @@ def train(settings: Namespace) -> None:
     torch.manual_seed(settings.random_seed)
     settings.dataloader_workers = min(settings.dataloader_workers, os.cpu_count() or 1)
     device = pick_device(settings.device)
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _fast_in_bf16(device))
+    # Convolutions in bf16 took a third of fp32's time on a CPU with AMX, and 1.3 to 1.6 times as long as in fp32 on one
+    # with AVX512-BF16 alone.
+    is_fast = fast_in_bf16(device) if device.type == "cuda" else has_amx()
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and is_fast)
     output_dir = Path(settings.output_dir)
     remove_leftovers(output_dir, *FILES)
     finished = check_earlier_run(settings, output_dir)
@@ -82,13 +85,8 @@ def train(settings: Namespace) -> None:
     seed_batches = math.ceil(SEED_CELLS / codes_per_side(settings) ** 2 / settings.batch_size)
     seeded = trainer.has_codebook and not settings.decoder_of
     batches = endless_batches(images, settings, first=trainer.steps + seed_batches * seeded)
-
-    if finished is not None:  # a longer run replaces a finished VQGAN, which moves into a folder
-        folder = output_dir / f"step_{finished}"
-        folder.mkdir(exist_ok=True)
-        for name in ("vqgan.ckpt", "vqgan.yaml", "reconstructions.png"):
-            if (output_dir / name).exists():
-                (output_dir / name).replace(folder / name)
+    if finished is not None:
+        set_aside(output_dir, finished)
 
     def report() -> None:
         figures = measure(model, validation_images, settings.batch_size, output_dir)
@@ -108,9 +106,9 @@ def train(settings: Namespace) -> None:
                 if step == settings.continuous_steps and not trainer.has_codebook:
                     entries = trainer.start_codebook(torch.cat([next(batches) for _ in range(seed_batches)]))
                     logger.info("step %d: the codebook starts with %d of %d entries", step, entries, settings.n_embed)
-                images = next(batches)
+                batch = next(batches)
                 with defer_signals():  # a step is made as a whole
-                    losses = trainer.step(images, cosine(step, settings.max_steps, settings.warmup_steps))
+                    losses = trainer.step(batch, cosine(step, settings.max_steps, settings.warmup_steps))
                 bar.update()
                 if (step + 1) % SHOW_EVERY == 0 or step + 1 == settings.max_steps:
                     show(bar, losses, trainer, step)
@@ -130,12 +128,13 @@ def train(settings: Namespace) -> None:
     logger.info("wrote vqgan.ckpt, vqgan.yaml and reconstructions.png to %s", output_dir)
 
 
-def _fast_in_bf16(device: torch.device) -> bool:
-    # Convolutions in bf16 took a third of fp32's time on a CPU with AMX, and 1.3 to 1.6 times as long as in fp32 on one
-    # with AVX512-BF16 alone.
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return has_amx()
+def set_aside(output_dir: Path, steps: int) -> None:
+    """Move a finished VQGAN, which a longer run is about to replace, into a folder of its own."""
+    folder = output_dir / f"step_{steps}"
+    folder.mkdir(exist_ok=True)
+    for name in ("vqgan.ckpt", "vqgan.yaml", "reconstructions.png"):
+        if (output_dir / name).exists():
+            (output_dir / name).replace(folder / name)
 
 
 def build_optimizers(model: VQGan, settings: Namespace) -> List[torch.optim.Optimizer]:

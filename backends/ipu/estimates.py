@@ -126,20 +126,27 @@ def layer_cost(layer: Any, parameters: int, activation: int, model: DALLE, train
 
 def encoder_cost(vae: Any) -> Cost:
     """Return the cost of encoding one image: the modules that a pass enters, and its convolutions."""
-    tensors = [*vae.parameters(), *vae.buffers()]
-    vae = copy.deepcopy(vae, {id(tensor): tensor.to("meta") for tensor in tensors})  # on which nothing is computed
-    parameters = operations = 0
+    entered = trace(vae, torch.zeros(1, 3, vae.image_size, vae.image_size))
+    parameters = sum(tensor.numel() for module, _ in entered for tensor in module.parameters(recurse=False))
+    return Cost(0, parameters, count_operations(entered))
 
-    def add(module: Any, inputs: Any, output: Any) -> None:
-        nonlocal parameters, operations
-        parameters += sum(tensor.numel() for tensor in module.parameters(recurse=False))
-        operations += 2 * output.numel() * module.weight[0].numel() if isinstance(module, nn.Conv2d) else 0
 
-    for module in vae.modules():
-        module.register_forward_hook(add)
+def trace(network: nn.Module, *inputs: torch.Tensor) -> List[Tuple[nn.Module, torch.Tensor]]:
+    """Return the modules that a pass enters, with their outputs; nothing is computed."""
+    tensors = [*network.parameters(), *network.buffers()]
+    network = copy.deepcopy(network, {id(tensor): tensor.to("meta") for tensor in tensors})
+    entered: List[Tuple[nn.Module, torch.Tensor]] = []
+    for module in network.modules():
+        module.register_forward_hook(lambda module, inputs, output: entered.append((module, output)))
     with torch.no_grad():
-        vae(torch.zeros(1, 3, vae.image_size, vae.image_size, device="meta"))
-    return Cost(0, parameters, operations)
+        network(*(tensor.to("meta") for tensor in inputs))
+    return entered
+
+
+def count_operations(entered: Sequence[Tuple[nn.Module, torch.Tensor]]) -> int:
+    """Count the operations of a traced pass's convolutions."""
+    convolutions = [(module, output) for module, output in entered if isinstance(module, nn.Conv2d)]
+    return sum(2 * output.numel() * module.weight[0].numel() for module, output in convolutions)
 
 
 def estimate_stages(places: Placement, costs: Dict[str, Cost], training: Training) -> List[StageEstimate]:

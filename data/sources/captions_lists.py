@@ -38,14 +38,6 @@ _NUMBERED = re.compile(r"([^\t]+)#(\d+)\t(.*)")
 _LARGEST_FIELD = 2**24
 
 
-class Row(NamedTuple):
-    """A row of a table; a caption may be a list of them."""
-
-    name: Any
-    captions: List[Any]
-    split: Any = None
-
-
 class Columns(NamedTuple):
     """The places of the columns that are read."""
 
@@ -53,10 +45,11 @@ class Columns(NamedTuple):
     captions: List[int]
     split: Optional[int] = None
 
-    def row(self, values: Any) -> Row:
-        """Return the row of some values, by their places."""
-        split = None if self.split is None else values[self.split]
-        return Row(values[self.name], [values[column] for column in self.captions], split)
+    def entry(self, values: Any) -> Entry:
+        """Return the entry of a row's values, by their places."""
+        split = "" if self.split is None else str(values[self.split] or "").lower()
+        captions = _captions_of([values[column] for column in self.captions])
+        return Entry(str(values[self.name] or ""), captions, split=split)
 
 
 def read_entries(path: Path, place: str = "") -> Optional[Iterator[Entry]]:
@@ -80,10 +73,7 @@ def read_entries(path: Path, place: str = "") -> Optional[Iterator[Entry]]:
     if rows is None:
         return None
     file_split = split_of(place + path.name)
-    return (
-        Entry(str(row.name or ""), _captions_of(row.captions), place, split=str(row.split or file_split).lower())
-        for row in rows
-    )
+    return (row._replace(place=place, split=row.split or file_split) for row in rows)
 
 
 def _captions_of(values: List[Any]) -> List[str]:
@@ -107,7 +97,7 @@ def _json_lines(path: Path) -> List[Any]:
     return objects
 
 
-def _json_rows(path: Path, objects: Sequence[Any]) -> Optional[Iterable[Row]]:
+def _json_rows(path: Path, objects: Sequence[Any]) -> Optional[Iterable[Entry]]:
     keys: Dict[str, None] = {}
     for entry in objects:
         keys.update(dict.fromkeys(entry if isinstance(entry, dict) else ()))
@@ -115,10 +105,10 @@ def _json_rows(path: Path, objects: Sequence[Any]) -> Optional[Iterable[Row]]:
     columns = _find_columns(path, names)
     if columns is None:
         return None
-    return [columns.row([entry.get(name) for name in names]) for entry in objects if isinstance(entry, dict)]
+    return [columns.entry([entry.get(name) for name in names]) for entry in objects if isinstance(entry, dict)]
 
 
-def _text_rows(path: Path) -> Optional[Iterable[Row]]:
+def _text_rows(path: Path) -> Optional[Iterable[Entry]]:
     try:
         text = _read_text(path)
     except ValueError:
@@ -128,7 +118,7 @@ def _text_rows(path: Path) -> Optional[Iterable[Row]]:
     first = _LINE_BREAK.split(text, maxsplit=1)[0]
     if _NUMBERED.match(first):
         matches = (_NUMBERED.match(line) for line in _LINE_BREAK.split(text))
-        return [Row(match[1], [match[3]]) for match in matches if match]
+        return [Entry(match[1], _captions_of([match[3]])) for match in matches if match]
     fault = None
     for delimiter in _DELIMITERS:
         header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
@@ -147,7 +137,7 @@ def _text_rows(path: Path) -> Optional[Iterable[Row]]:
     return None
 
 
-def _delimited_rows(path: Path, text: str, delimiter: str, width: int, columns: Columns) -> List[Row]:
+def _delimited_rows(path: Path, text: str, delimiter: str, width: int, columns: Columns) -> List[Entry]:
     before = csv.field_size_limit(_LARGEST_FIELD)
     reader, rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []
     try:
@@ -155,7 +145,7 @@ def _delimited_rows(path: Path, text: str, delimiter: str, width: int, columns: 
             if len(fields) > width and columns.captions == [width - 1]:  # a caption with commas and without quotes
                 fields[width - 1 :] = [delimiter.join(fields[width - 1 :])]
             if fields:
-                rows.append(columns.row([field.strip() for field in fields] + [""] * (width - len(fields))))
+                rows.append(columns.entry([field.strip() for field in fields] + [""] * (width - len(fields))))
     except csv.Error as error:
         raise ValueError(f"{printable(path)}, line {reader.line_num}: {error}") from None
     finally:
@@ -163,7 +153,7 @@ def _delimited_rows(path: Path, text: str, delimiter: str, width: int, columns: 
     return rows
 
 
-def _parquet_rows(path: Path) -> Optional[Iterable[Row]]:
+def _parquet_rows(path: Path) -> Optional[Iterable[Entry]]:
     arrow = import_pyarrow(path)
     try:
         schema = arrow.parquet.read_schema(path)
@@ -173,7 +163,7 @@ def _parquet_rows(path: Path) -> Optional[Iterable[Row]]:
         wanted = sorted({columns.name, *columns.captions, *([] if columns.split is None else [columns.split])})
         table = arrow.parquet.read_table(path, columns=[schema.names[column] for column in wanted])
         values = {column: table[schema.names[column]].to_pylist() for column in wanted}
-        return [columns.row({column: values[column][row] for column in wanted}) for row in range(table.num_rows)]
+        return [columns.entry({column: values[column][row] for column in wanted}) for row in range(table.num_rows)]
     except (OSError, arrow.ArrowException) as error:
         raise ValueError(f"{printable(path)}: cannot be read as a Parquet file ({first_line(error)})") from None
 

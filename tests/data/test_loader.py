@@ -33,11 +33,6 @@ class Letters:
     def encode(self, text):
         return list(map(ord, text))
 
-    def tokenize(self, texts, context_length):
-        for text in texts:
-            if len(text) > context_length:
-                raise ValueError(f'"{text}" is {len(text)} tokens long, the limit is {context_length}')
-
 
 def read(row):
     return "".join(map(chr, row.tolist())).rstrip("\0")

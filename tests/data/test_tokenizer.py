@@ -8,7 +8,6 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from data.tokenizer import CLIP_PATH, load_tokenizer
 from tests.builders import one_line
@@ -90,25 +89,6 @@ def test_yttm_equals_youtokentome(yttm):
     for _ in range(1000):
         ids = [rnd.randrange(8192) for _ in range(rnd.randrange(12))]
         assert yttm.decode(ids) == original.decode([ids], ignore_ids=[0, 1, 2, 3])[0].strip(" "), ids
-
-
-def test_tokenize_pads_with_zeros(either):
-    texts = ["A dog", "", "A brown dog runs over the grass"]
-    rows = either.tokenize(texts, context_length=12)
-    assert rows.dtype == torch.long
-    assert rows.tolist() == [(either.encode(text) + [0] * 12)[:12] for text in texts]
-    assert torch.equal(either.tokenize("A dog", 12), rows[:1])
-    assert either.tokenize("A dog").shape == (1, 256)
-    assert either.tokenize([], 12).shape == (0, 12)
-
-
-def test_a_text_over_the_limit(either):
-    text = "a very long caption " * 10
-    length = len(either.encode(text))
-    assert either.tokenize(text, length).shape == (1, length)
-    with one_line(f"a very long caption.*{length}.*{length - 1}.*--truncate-captions") as caught:
-        either.tokenize(["short", text], length - 1)
-    assert len(str(caught.value)) < 200
 
 
 def test_identity_and_the_bytes_in_a_checkpoint(clip, yttm, logged):

@@ -10,7 +10,7 @@ import train
 from data.images import load_image
 from generation.loading import read_model
 from models.discrete_vae import DiscreteVAE
-from tests.builders import metrics_in
+from tests.builders import metrics_in, tokenize
 from tests.test_generate import their_vocabulary, weights_of, write_reference  # noqa: F401
 from tests.utils.test_dalle_pytorch import SHAPES, save, theirs  # noqa: F401  # a fixture
 from training import validation as samples
@@ -62,7 +62,7 @@ def test_a_new_run_starts_with_the_weights_of_a_file(kind, request, started, tmp
     before, tokenizer, _ = read_model(path, None, None, *vocabulary[1:])
     after, _, _ = read_model(folder / "dalle_0.pt")  # needs no vocabulary by path
     assert isinstance(after.vae, DiscreteVAE) is (kind == "dalle-pytorch")
-    text, codes = tokenizer.tokenize(["red star", "blue"], before.text_seq_len), torch.randint(0, 24, (2, 16))
+    text, codes = tokenize(tokenizer, ["red star", "blue"], before.text_seq_len), torch.randint(0, 24, (2, 16))
     with torch.no_grad():
         torch.testing.assert_close(after(text, codes), before(text, codes))
     if kind != "ours":
