@@ -319,16 +319,14 @@ class PackedStepper(Stepper):
     def next(self, codes: Tensor, places: Tensor, cond_scale: float = 1.0) -> Tensor:
         """See Stepper."""
         self.passes += 1
-        width = codes.shape[1]
-        inputs = places[:, None] - 1 + torch.arange(width, device=places.device)  # (B, w)
-        inputs = inputs.clamp(max=self.dalle.image_seq_len - 1)
+        inputs = places.clamp(max=self.dalle.image_seq_len - 1)
         last = self.last_place(inputs)
         found = {name: self.kernels.look_up(each, inputs, last, self.sharers) for name, each in self.tables.items()}
         x = (self.dalle.image_emb(codes) + self.positions[inputs]).flatten(0, 1)  # (B·w, dim)
         added = None
         for name, layer in self.layers:
             x, added = layer(x, added, self.images, found[name])
-        return self.compute_logits(x, added, width, cond_scale)
+        return self.compute_logits(x, added, codes.shape[1], cond_scale)
 
     def last_place(self, inputs: Tensor) -> int:
         """Return the last of a pass's places, or a later one; what is read depends on it."""

@@ -154,11 +154,11 @@ class Stepper:
         raise NotImplementedError
 
     def next(self, codes: Tensor, places: Tensor, cond_scale: float = 1.0) -> Tensor:
-        """Compute the logits of a window of w places of each image.
+        """Compute the logits of the place after each code of a window.
 
         Args:
-            codes: int64 (R, w), the codes at one place before each. They replace what earlier calls got for these.
-            places: int64 (R,), the first place of each image's window, above 0.
+            codes: int64 (R, w). They replace what earlier calls got for these places.
+            places: int64 (R, w), adjacent ones in each row.
             cond_scale: see `begin`.
 
         Returns:
@@ -184,7 +184,7 @@ class Stepper:
         copies = 2 if sampling.is_guided else 1
         inputs = state.places[:, None] - 1 + torch.arange(window, device=state.places.device)  # (B, w)
         guesses = state.codes.gather(1, inputs)  # the first is certain
-        rows = guesses.repeat_interleave(copies, 0), state.places.repeat_interleave(copies)
+        rows = [x if copies == 1 else x.repeat_interleave(copies, 0) for x in (guesses, inputs)]
         return self.settle(state, self.next(*rows, sampling.cond_scale), sampling, self.dalle.num_tokens)
 
     def time_windows(self, state: SamplingState, sampling: Sampling) -> Dict[int, float]:

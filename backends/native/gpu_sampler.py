@@ -123,10 +123,12 @@ def fastest_kernels(device: torch.device, dtype: torch.dtype) -> Optional[LayerK
     """Return Triton's kernels for half precision on GPUs; None for PyTorch's operators, also if those fail."""
     if dtype == torch.float32:
         return None
-    with triton_missing("kernels of layers"):
-        from backends.native.gpu_kernels import TritonKernels, kernels_work
+    for multiplies in (True, False):
+        with triton_missing("products" if multiplies else "kernels of layers"):
+            from backends.native.gpu_kernels import TritonKernels, kernels_work
 
-        return TritonKernels(dtype) if kernels_work(device, dtype) else None
+            if kernels_work(device, dtype, multiplies):
+                return TritonKernels(dtype, multiplies)
     return None
 
 
