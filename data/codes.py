@@ -21,7 +21,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -61,20 +61,20 @@ class MappedRows:
 class CodeCache:
     """The codes of a folder's images. `file in cache` tells whether those of a file, as it is now, are there."""
 
-    def __init__(self, cache_dir: AnyPath, name: str, folder: AnyPath, dtype: Any, width: int, key: Dict[str, Any]):
-        """Open the cache, which may not exist yet; OSError if it cannot be read.
+    def __init__(self, folder: AnyPath, cache_dir: AnyPath, vae: Any):
+        """Open the cache of an image tokenizer's codes, which may not exist yet; OSError if it cannot be read.
 
         Args:
-            name: how its file names begin, for humans; `key` identifies the cache.
             folder: what file names are relative to. A cache inside it stays valid when the folder is moved.
-            dtype, width: of each file's codes.
-            key: plain values that say how the codes are computed.
         """
-        self.folder, self.key, self.width = Path(folder), key, width
-        self._path = cache_path(cache_dir, name, folder, {**key, "width": width}, ".json")
+        self.folder, self.width, fingerprint = Path(folder), vae.image_seq_len, vae.fingerprint()
+        self.key = {"version": 2, "vqgan": fingerprint, "precision": PRECISION, "crop": CROP}
+        self.key.update(image_size=vae.image_size, num_codes=vae.num_tokens)
+        name = f"codes-{re.sub('[^A-Za-z0-9]', '', fingerprint)[:12]}-{vae.image_size}"
+        self._path = cache_path(cache_dir, name, folder, {**self.key, "width": self.width}, ".json")
         self._rows_path = self._path.with_suffix(".rows")
-        values = np.dtype(dtype).newbyteorder("<")
-        self._record = np.dtype([("checksum", "<u4"), ("values", values, (width,))])
+        dtype = "<u2" if vae.num_tokens <= 65536 else "<u4"
+        self._record = np.dtype([("checksum", "<u4"), ("values", dtype, (self.width,))])
         self.refresh()
 
     def __contains__(self, file: Any) -> bool:
@@ -199,16 +199,6 @@ class CodeCache:
             if row < count and not self._present[row]:
                 checksum = zlib.crc32(records[row, 4:].tobytes(), _state_checksum(self._files[row]))
                 self._present[row] = checksum == checksums[row]
-
-
-def open_code_cache(folder: Union[str, Path], cache_dir: Union[str, Path], vae: Any) -> CodeCache:
-    """Open the cache, perhaps empty, of a tokenizer's codes of `folder`'s images; OSError if it cannot be read."""
-    fingerprint = vae.fingerprint()
-    key = {"version": 2, "vqgan": fingerprint, "precision": PRECISION, "crop": CROP}
-    key.update(image_size=vae.image_size, num_codes=vae.num_tokens)
-    vqgan = re.sub("[^A-Za-z0-9]", "", fingerprint)[:12]
-    dtype = np.uint16 if vae.num_tokens <= 65536 else np.uint32
-    return CodeCache(cache_dir, f"codes-{vqgan}-{vae.image_size}", folder, dtype, vae.image_seq_len, key)
 
 
 def load_codes(
