@@ -7,7 +7,6 @@ caption that the vocabulary cannot read is kept as its unknown id alone.
 import contextlib
 import json
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Union
@@ -15,10 +14,10 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import numpy as np
 from tqdm import tqdm
 
-from data.codes import cache_path, hold_lock
-from data.files import File, printable, read_captions
+from data.codes import cache_path
+from data.files import File, printable
 from data.tokenizer import Tokenizer, encode_text
-from utils.files import atomic_write
+from utils.files import atomic_write, hold_lock
 
 logger = logging.getLogger("minidalle")
 
@@ -119,16 +118,18 @@ class Captions:
 
 
 class CaptionCache:
-    """The tokens of a folder's caption files, kept in one .npz.
+    """The tokens of a folder's caption files, kept in one .npz, or in memory alone.
 
     `file in cache` tells whether a file, in its present state, is there.
     """
 
-    def __init__(self, folder: Union[str, Path], cache_dir: Union[str, Path], tokenizer: Tokenizer):
-        """Open the cache in `cache_dir`, which may not exist yet; OSError if that cannot be read."""
+    def __init__(self, folder: Union[str, Path], cache_dir: Union[None, str, Path], tokenizer: Tokenizer):
+        """Open the cache in `cache_dir`, which may not exist yet; OSError if that cannot be read. None: no file."""
         self.folder, self.tokenizer = Path(folder), tokenizer
-        name = "captions-" + re.sub("[^A-Za-z0-9]", "", tokenizer.fingerprint)[:12]
-        self.path = cache_path(cache_dir, name, folder, {"version": 3, "tokenizer": tokenizer.fingerprint}, ".npz")
+        self.path: Optional[Path] = None
+        if cache_dir is not None:
+            name = "captions-" + re.sub("[^A-Za-z0-9]", "", tokenizer.fingerprint)[:12]
+            self.path = cache_path(cache_dir, name, folder, {"version": 3, "tokenizer": tokenizer.fingerprint}, ".npz")
         self.refresh()
 
     def __contains__(self, file: Any) -> bool:
@@ -137,6 +138,8 @@ class CaptionCache:
     def refresh(self) -> None:
         self._rows: Dict[File, int] = {}
         self._captions = Captions.join([], _dtype(self.tokenizer))
+        if self.path is None:
+            return
         try:
             with np.load(self.path, allow_pickle=False) as content:
                 index = json.loads(content["index"].tobytes())
@@ -149,26 +152,39 @@ class CaptionCache:
             return
         self._rows, self._captions = {file: row for row, file in enumerate(files)}, captions
 
-    def load(self, files: Sequence[File], read: Optional[ReadCaptions] = None) -> Captions:
-        """Return the captions of these files, after tokenizing those that the cache lacks.
+    def load(self, files: Sequence[File], read: ReadCaptions) -> Captions:
+        """Return the captions of these files, after reading and tokenizing those that the cache lacks.
 
         If several processes call this at once, one tokenizes and the others wait. A cache that cannot be written is
         reported in the log. ValueError or OSError if a file cannot be read or tokenized.
         """
         if not all(file in self for file in files):
             with contextlib.ExitStack() as stack:
-                with contextlib.suppress(OSError):  # cannot be written, which _save logs
+                if self.path is not None:
                     stack.enter_context(hold_lock(self.path.with_suffix(".lock")))
                 self.refresh()
                 missing = [file for file in files if file not in self]
                 new: Dict[File, np.ndarray] = {}
                 try:
-                    for file, tokens in zip(missing, tokenize_files(missing, self.folder, self.tokenizer, read)):
+                    for file, tokens in zip(missing, self._tokenize(missing, read)):
                         new[file] = tokens
                 finally:  # what was read before an interruption is not read again
                     if new:
                         self._save(files, new)
         return self._captions.select(np.array([self._rows[file] for file in files]))
+
+    def _tokenize(self, files: Sequence[File], read: ReadCaptions) -> Iterator[np.ndarray]:
+        """Yield the tokens of each file, with an end after each caption."""
+        dtype = _dtype(self.tokenizer)
+        hidden = None if logger.isEnabledFor(logging.INFO) and len(files) > _PROGRESS_FROM else True
+        for name, _, _ in tqdm(files, desc="tokenizing captions", unit="file", disable=hidden):
+            tokens: List[int] = []
+            try:
+                for text in read(name):
+                    tokens += [*encode_caption(self.tokenizer, text), _end(dtype)]
+            except ValueError as error:
+                raise ValueError(f"{printable(self.folder / name)}: {error}") from None
+            yield np.array(tokens, dtype)
 
     def _save(self, files: Sequence[File], new: Dict[File, np.ndarray]) -> None:
         """Write the cache again with `new`: first `files`, in their order, then what is known of others."""
@@ -178,6 +194,8 @@ class CaptionCache:
         parts = [new[file] if file in new else self._captions.file_tokens(self._rows[file]) for file in kept]
         self._captions = captions = Captions.join(parts, _dtype(self.tokenizer))
         self._rows = {file: row for row, file in enumerate(kept)}
+        if self.path is None:
+            return
         index = json.dumps(dict(zip(("names", "sizes", "mtimes"), zip(*kept)))).encode("ascii")
         try:
             with atomic_write(self.path, sync=True) as content:
@@ -185,36 +203,6 @@ class CaptionCache:
                 np.savez(content, index=np.frombuffer(index, np.uint8), **arrays)  # type: ignore[arg-type]
         except OSError as error:
             logger.warning("captions are tokenized again in every run: %s", error)
-
-
-def load_captions(
-    files: Sequence[File],
-    folder: Union[str, Path],
-    tokenizer: Tokenizer,
-    cache: Optional[CaptionCache] = None,
-    read: Optional[ReadCaptions] = None,
-) -> Captions:
-    """Return the captions of these files, from the cache if there is one; see CaptionCache.load."""
-    if cache is not None:
-        return cache.load(files, read)
-    return Captions.join(list(tokenize_files(files, folder, tokenizer, read)), _dtype(tokenizer))
-
-
-def tokenize_files(
-    files: Sequence[File], folder: Union[str, Path], tokenizer: Tokenizer, read: Optional[ReadCaptions] = None
-) -> Iterator[np.ndarray]:
-    """Yield the tokens of each file, with an end after each caption."""
-    dtype = _dtype(tokenizer)
-    hidden = None if logger.isEnabledFor(logging.INFO) and len(files) > _PROGRESS_FROM else True
-    for name, _, _ in tqdm(files, desc="tokenizing captions", unit="file", disable=hidden):
-        path = os.path.join(folder, name)
-        tokens: List[int] = []
-        try:
-            for text in read_captions(path) if read is None else read(name):
-                tokens += [*encode_caption(tokenizer, text), _end(dtype)]
-        except ValueError as error:
-            raise ValueError(f"{printable(path)}: {error}") from None
-        yield np.array(tokens, dtype)
 
 
 def encode_caption(tokenizer: Tokenizer, text: str) -> List[int]:

@@ -21,16 +21,15 @@ import re
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from data.files import File, printable
 from data.images import ImagePath, read_images
-from utils.files import AnyPath, atomic_write
+from utils.files import AnyPath, atomic_write, hold_lock
 
 logger = logging.getLogger("minidalle")
 
@@ -62,20 +61,20 @@ class MappedRows:
 class CodeCache:
     """The codes of a folder's images. `file in cache` tells whether those of a file, as it is now, are there."""
 
-    def __init__(self, cache_dir: AnyPath, name: str, folder: AnyPath, dtype: Any, width: int, key: Dict[str, Any]):
-        """Open the cache, which may not exist yet; OSError if it cannot be read.
+    def __init__(self, folder: AnyPath, cache_dir: AnyPath, vae: Any):
+        """Open the cache of an image tokenizer's codes, which may not exist yet; OSError if it cannot be read.
 
         Args:
-            name: how its file names begin, for humans; `key` identifies the cache.
             folder: what file names are relative to. A cache inside it stays valid when the folder is moved.
-            dtype, width: of each file's codes.
-            key: plain values that say how the codes are computed.
         """
-        self.folder, self.key, self.width = Path(folder), key, width
-        self._path = cache_path(cache_dir, name, folder, {**key, "width": width}, ".json")
+        self.folder, self.width, fingerprint = Path(folder), vae.image_seq_len, vae.fingerprint()
+        self.key = {"version": 2, "vqgan": fingerprint, "precision": PRECISION, "crop": CROP}
+        self.key.update(image_size=vae.image_size, num_codes=vae.num_tokens)
+        name = f"codes-{re.sub('[^A-Za-z0-9]', '', fingerprint)[:12]}-{vae.image_size}"
+        self._path = cache_path(cache_dir, name, folder, {**self.key, "width": self.width}, ".json")
         self._rows_path = self._path.with_suffix(".rows")
-        values = np.dtype(dtype).newbyteorder("<")
-        self._record = np.dtype([("checksum", "<u4"), ("values", values, (width,))])
+        dtype = "<u2" if vae.num_tokens <= 65536 else "<u4"
+        self._record = np.dtype([("checksum", "<u4"), ("values", dtype, (self.width,))])
         self.refresh()
 
     def __contains__(self, file: Any) -> bool:
@@ -117,9 +116,9 @@ class CodeCache:
         busy: List[int] = []
         with tqdm(total=len(missing), desc="encoding images", unit="image", disable=hidden) as bar:
             # What others work on comes second, when they have finished it or have died; no lock is held by then.
-            for left, timeout in ((missing, 0), (busy, -1)):
+            for left, wait in ((missing, False), (busy, True)):
                 with contextlib.ExitStack() as held:
-                    claimed = self._claim(files, left, batch_size, held, timeout, busy)
+                    claimed = self._claim(files, left, batch_size, held, wait, busy)
                     for indices, values in compute(claimed) if left else ():
                         self._write([files[i] for i in indices], values)
                         bar.update(len(indices))
@@ -153,28 +152,22 @@ class CodeCache:
         missing: Sequence[int],
         batch_size: int,
         held: contextlib.ExitStack,
-        timeout: int,
+        wait: bool,
         busy: List[int],
     ) -> Iterator[List[int]]:
         """Yield batches of the shares that no other process is working on, and add the others to `busy`.
 
-        With a timeout of -1, wait for the others instead; all processes do so in the order of the shares.
+        If `wait`, wait for the others instead; all processes do so in the order of the shares.
         """
         locks = self._path.with_suffix(".locks")
-        locking = locks_work(locks)
         size = -(-len(self._files) // (SHARES * batch_size)) * batch_size  # rows in a share: whole batches
         shares: Dict[int, List[int]] = {}
         for i in missing:
             shares.setdefault(self._rows[files[i]] // size, []).append(i)
         for share, indices in sorted(shares.items()):
-            if locking:
-                try:
-                    held.enter_context(FileLock(str(locks / str(share))).acquire(timeout=timeout))
-                except Timeout:
-                    busy += indices
-                    continue
-                except OSError:  # another process has finished and removed the locks
-                    pass
+            if not held.enter_context(hold_lock(locks / str(share), wait)):
+                busy += indices
+                continue
             self._check(self._rows[files[i]] for i in indices)  # another process may have worked on it before
             indices = [i for i in indices if files[i] not in self]
             for start in range(0, len(indices), batch_size):
@@ -206,16 +199,6 @@ class CodeCache:
             if row < count and not self._present[row]:
                 checksum = zlib.crc32(records[row, 4:].tobytes(), _state_checksum(self._files[row]))
                 self._present[row] = checksum == checksums[row]
-
-
-def open_code_cache(folder: Union[str, Path], cache_dir: Union[str, Path], vae: Any) -> CodeCache:
-    """Open the cache, perhaps empty, of a tokenizer's codes of `folder`'s images; OSError if it cannot be read."""
-    fingerprint = vae.fingerprint()
-    key = {"version": 2, "vqgan": fingerprint, "precision": PRECISION, "crop": CROP}
-    key.update(image_size=vae.image_size, num_codes=vae.num_tokens)
-    vqgan = re.sub("[^A-Za-z0-9]", "", fingerprint)[:12]
-    dtype = np.uint16 if vae.num_tokens <= 65536 else np.uint32
-    return CodeCache(cache_dir, f"codes-{vqgan}-{vae.image_size}", folder, dtype, vae.image_seq_len, key)
 
 
 def load_codes(
@@ -285,29 +268,6 @@ def cache_path(cache_dir: AnyPath, name: str, folder: AnyPath, key: Dict[str, An
     if not path.exists() and any(path.parent.glob(f"{name}-*.npy")):
         logger.info("%s: cache files of an older version are ignored: %s-*.npy", printable(cache_dir), name)
     return path
-
-
-@contextlib.contextmanager
-def hold_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of the file `path`, which stays; proceed without it on a file system that has no locks."""
-    with contextlib.ExitStack() as stack:
-        if locks_work(path.parent):
-            stack.enter_context(FileLock(str(path)))
-        yield
-
-
-def locks_work(folder: Path) -> bool:
-    """Return whether files in `folder`, which is created if missing, can be locked."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f"{os.getpid()}.lock"
-    try:
-        with FileLock(str(probe), timeout=0):
-            return True
-    except (Timeout, NotImplementedError, OSError):
-        return False
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
 
 
 def _state_checksum(file: File) -> int:

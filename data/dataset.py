@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.captions import OTHER_VOCABULARY, CaptionCache, describe_set, describe_unknown, load_captions
+from data.captions import OTHER_VOCABULARY, CaptionCache, describe_set, describe_unknown
 from data.codes import MappedRows
 from data.files import UNREAD, UNREADABLE, File, describe_others, printable, report_skipped
 from data.images import WorkerTracker, load_image
@@ -73,14 +73,14 @@ class TextImageDataset(Dataset):
         self.byteio = byteio
         self.caption_dropout = caption_dropout
         self.seed = seed
-        cache = None if cache_dir is None else CaptionCache(self.folder, cache_dir, tokenizer)
+        cache = CaptionCache(self.folder, cache_dir, tokenizer)
         self.source = open_source(
             folder,
-            lambda file: file in encoded or (cache is not None and file in cache),
+            lambda file: file in encoded or file in cache,
             None if cache_dir is None else Path(cache_dir),
             validation,
         )
-        captions = load_captions(self.source.texts, self.folder, tokenizer, cache, self.source.captions)
+        captions = cache.load(self.source.texts, self.source.captions)
         self.counts = captions.counts(tokenizer.unknown)
         self._captions = captions.without_unread(tokenizer.unknown)
         good = self._captions.stops > self._captions.starts

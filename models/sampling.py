@@ -181,12 +181,11 @@ class Stepper:
             int64 (3, B), or what has its tolist(): how many codes each image has, how many of its guesses were right,
             and whether one was wrong (1).
         """
+        copies = 2 if sampling.is_guided else 1
         inputs = state.places[:, None] - 1 + torch.arange(window, device=state.places.device)  # (B, w)
         guesses = state.codes.gather(1, inputs)  # the first is certain
-        rows = guesses, inputs
-        if sampling.is_guided:
-            rows = guesses.repeat_interleave(2, 0), inputs.repeat_interleave(2, 0)
-        return self.settle(state, self.next(*rows, sampling.cond_scale), sampling, self.dalle.num_tokens)
+        codes, places = (x if copies == 1 else x.repeat_interleave(copies, 0) for x in (guesses, inputs))
+        return self.settle(state, self.next(codes, places, sampling.cond_scale), sampling, self.dalle.num_tokens)
 
     def time_windows(self, state: SamplingState, sampling: Sampling) -> Dict[int, float]:
         """Return the seconds of `advance` for each window to choose from. The state stays as it is."""

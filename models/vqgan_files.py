@@ -16,14 +16,13 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 import yaml
-from filelock import FileLock
 from tqdm import tqdm
 
 from models.discrete_vae import find_openai_files, load_discrete_vae, load_openai_dvae
 from models.vae import ImageTokenizer, VQGanVAE
 from utils.checkpoint import first_misfit
 from utils.errors import first_line
-from utils.files import atomic_write, remove_leftovers
+from utils.files import atomic_write, hold_lock, remove_leftovers
 from utils.foreign_pickle import read_weights
 
 # File name in the cache -> address at Heidelberg University, as the authors of taming-transformers publish it.
@@ -194,13 +193,7 @@ def download_official_vqgan() -> Tuple[Path, Path]:
     folder = Path(os.environ.get("DALLE_CACHE") or "~/.cache/dalle").expanduser()
     paths = [folder / name for name in OFFICIAL_FILES]
     if not all(path.is_file() for path in paths):
-        lock = FileLock(folder / "vqgan.1024.lock")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held = lock.acquire()  # the system releases the lock even if its holder is killed
-        except OSError as error:
-            raise _by_hand(f"could not write to {folder} ({error.strerror})", folder) from error
-        with held:
+        with hold_lock(folder / "vqgan.1024.lock"):
             for path in paths:
                 if not path.is_file():  # another process may have downloaded it while this one waited
                     mirror = os.environ.get("MINIDALLE_VQGAN_URL")

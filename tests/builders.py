@@ -148,21 +148,25 @@ def until(holds: Callable[[], Any], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-def python(*words: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
-    """Run Python with these arguments on one thread, in the repository's folder unless `cwd` differs; add `env`."""
-    options = {"cwd": ROOT, "capture_output": True, "text": True, **options}
+def start(*words: Any, **options: Any) -> "subprocess.Popen[str]":
+    """Start Python with these arguments on one thread, in the repository's folder unless `cwd` differs; add `env`."""
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     options["env"] = {**os.environ, "OMP_NUM_THREADS": "1", **options.get("env", {})}
-    return subprocess.run([sys.executable, *map(str, words)], **options)
+    return subprocess.Popen([sys.executable, *map(str, words)], **options)
+
+
+def python(*words: Any, input: Optional[str] = None, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run Python to its end as `start` starts it; return its exit status and output."""
+    with start(*words, stdin=subprocess.DEVNULL if input is None else subprocess.PIPE, **options) as process:
+        out, err = process.communicate(input)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def interrupt(
     script: str, flags: Any, after: str, folder: Path, what: int = signal.SIGINT, delay: float = 0, launcher: Any = ()
 ) -> Any:
     """Run a script; press Ctrl-C `delay` s after a line with `after`; return exit status, output and errors."""
-    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-u", *launcher, ROOT / script, *map(str, flags)]
-    process = subprocess.Popen(words, cwd=folder, **options)
+    process = start("-u", *launcher, ROOT / script, *flags, cwd=folder, start_new_session=True)
     said = []
     for line in process.stdout or ():
         said.append(line)

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -15,17 +14,12 @@ import time
 import pytest
 
 import app
-from tests.conftest import ROOT
+from tests.builders import start
 from tests.service.running import answer_to, call, generate, read_events, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
 CLIENTS = 20
-
-
-def start(*flags, env=None):
-    command = [sys.executable, "app.py", "--device", "cpu", "--precision", "fp32", *map(str, flags)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=env)
+APP = ("app.py", "--device", "cpu", "--precision", "fp32")
 
 
 def port_of(process):
@@ -40,14 +34,14 @@ def port_of(process):
 @pytest.fixture(scope="module")
 def served(tiny_checkpoint):
     """The port of an app.py with the tiny checkpoint and batches of 8."""
-    process = start("--dalle_path", tiny_checkpoint, "--port", 0, "--batch-size", 8)
+    process = start(*APP, "--dalle_path", tiny_checkpoint, "--port", 0, "--batch-size", 8)
     yield port_of(process)
     process.kill()
     process.communicate()
 
 
 def test_it_listens_to_this_machine_alone_and_refuses_a_port_in_use(served):
-    second = start("--port", served)
+    second = start(*APP, "--port", served)
     out, err = second.communicate(timeout=60)
     assert second.returncode == 2 and out == "" and err.count("\n") == 1
     assert err.startswith(f"app.py: error: --host 127.0.0.1 --port {served}: ") and "in use" in err
@@ -72,8 +66,9 @@ def test_a_wrong_flag_and_a_missing_package_are_one_line(command, monkeypatch):
 
 def test_ctrl_c_ends_it_at_once_while_it_generates(tiny_checkpoint, tmp_path):
     """Clients that wait get 503, readers of events an error; nothing is left behind, and no traceback."""
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    process = start("--dalle_path", tiny_checkpoint, "--port", 0, "--batch-size", 8, env=environment)
+    process = start(
+        *APP, "--dalle_path", tiny_checkpoint, "--port", 0, "--batch-size", 8, env={"TMPDIR": str(tmp_path)}
+    )
     port = port_of(process)
     answers = []
 

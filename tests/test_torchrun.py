@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,8 +11,7 @@ from torch.distributed import fsdp
 
 import generate
 import train
-from tests.builders import TORCHRUN, assert_same_weights, metrics_in, python
-from tests.conftest import ROOT
+from tests.builders import TORCHRUN, assert_same_weights, metrics_in, python, start
 
 needs_fsdp2 = pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="fully_shard came with torch 2.6")
 
@@ -43,9 +40,7 @@ def test_two_processes_train_as_one(command, tiny_flags, tmp_path):
 def test_sharded_processes_stop_together_with_a_checkpoint_that_one_process_goes_on_from(command, tiny_flags, tmp_path):
     flags = [*tiny_flags, "--epochs", 4000, "--checkpoint-output-dir", tmp_path / "run", "--shard"]
     flags += ["--checkpoint-save-epochs", 100000, "--checkpoint-save-steps", 23]  # far from where the signal stops it
-    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen([sys.executable, *TORCHRUN, "train.py", *map(str, flags)], **options)
+    launcher = start(*TORCHRUN, "train.py", *flags)
     while not list((tmp_path / "run").glob("dalle_step_*.pt")):
         time.sleep(0.1)
         assert launcher.poll() is None, launcher.communicate()[1]

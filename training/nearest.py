@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from data.codes import load_codes, open_code_cache
+from data.codes import CodeCache, load_codes
 from data.images import load_image
 from training.validation import make_sample_grid
 from utils.files import atomic_write
@@ -68,7 +68,7 @@ def compare(
         folder: for nearest.png and, in `.codes`, the codes of the training images.
     """
     vae, small = loaded.model.vae, []
-    cache = open_code_cache(training_set.folder, folder / ".codes", vae)
+    cache = CodeCache(training_set.folder, folder / ".codes", vae)
     paths = training_set.image_paths()
     rows, index = load_codes(training_set.images, loaded.encode, cache, paths=paths, batch_size=min(batch_size, 16))
     good = np.flatnonzero(index >= 0)

@@ -18,7 +18,7 @@ import backends
 import log
 from args import IPU_FLAGS, NETWORK
 from backends.base import Trainer, TrainingBackend
-from data.codes import load_codes, open_code_cache
+from data.codes import CodeCache, load_codes
 from data.dataset import TextImageDataset
 from data.files import printable
 from data.loader import EpochOrder, GeneratedDataset, count_validation
@@ -306,7 +306,7 @@ def open_folder(
 ) -> TextImageDataset:
     """Return a folder's pairs with pixels, or with codes from the cache, into which missing ones are encoded first."""
     cache_dir = None if settings.no_codes_cache else find_cache_dir(folder, settings.codes_cache)
-    cache = None if cache_dir is None else open_code_cache(folder_of(folder), cache_dir, vae)
+    cache = None if cache_dir is None else CodeCache(folder_of(folder), cache_dir, vae)
     dataset = TextImageDataset(
         folder,
         tokenizer,
@@ -323,7 +323,7 @@ def open_folder(
     if training:
         refuse_small_set(len(dataset), settings, backend)
     if not settings.codes_cache and cache_dir not in (None, dataset.folder):  # read-only, but perhaps cached before
-        complete = open_code_cache(dataset.folder, dataset.folder, vae)
+        complete = CodeCache(dataset.folder, dataset.folder, vae)
         cache = complete if all(image in complete for image in dataset.images) else cache
     if cache is None:
         dataset[0]  # fails now if no image can be read

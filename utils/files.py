@@ -101,28 +101,43 @@ def check_writable(folder: AnyPath, flag: str) -> None:
         raise ValueError(f"{flag} {folder}: cannot be written ({error.strerror}); give another folder") from None
 
 
+@contextlib.contextmanager
+def hold_lock(path: AnyPath, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of the file `path`, which stays, and yield True; yield False if another process holds it.
+
+    Processes are not kept apart on Windows, where the file cannot be written, and on file systems without locks.
+
+    Args:
+        wait: until no other process holds the lock.
+    """
+    is_ours = True
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl  # POSIX only
+
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "a"))
+            # Unlike flock's, this lock is not inherited by workers, which outlive a killed process by some seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_ours = False
+        except (ImportError, OSError):
+            pass
+        yield is_ours
+
+
 def claim_folder(folder: AnyPath, flag: str) -> contextlib.ExitStack:
     """Check that a folder can be written, and keep other runs out of it until what is returned is closed.
 
-    The claim also ends when this process ends, however it does. On Windows, and on a file system without locks, other
-    runs are not kept out.
+    The claim also ends when this process ends, however it does.
 
     Raises:
         ValueError: the folder cannot be written, or another process has claimed it.
     """
     check_writable(folder, flag)
     claim = contextlib.ExitStack()
-    try:
-        import fcntl  # POSIX only
-
-        file = claim.enter_context(open(Path(folder) / ".lock", "a"))  # noqa: SIM115  the claim closes it
-        # Unlike flock's, this lock is not inherited by workers, which outlive a killed run by some seconds.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        claim.close()
-        raise ValueError(f"{flag} {folder}: another run is writing to it; give another folder") from None
-    except (ImportError, OSError):
-        pass
+    if not claim.enter_context(hold_lock(Path(folder) / ".lock", wait=False)):
+        raise ValueError(f"{flag} {folder}: another run is writing to it; give another folder")
     return claim
 
 

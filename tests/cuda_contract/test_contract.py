@@ -1,14 +1,11 @@
 """What the program promises of a CUDA GPU, checked on the stand-in in a process of its own."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.builders import ROOT, python
 
 HERE = ROOT / "tests" / "cuda_contract"
 pytestmark = [
@@ -16,15 +13,11 @@ pytestmark = [
     pytest.mark.skipif(torch.version.cuda is not None, reason="the stand-in needs a torch without CUDA"),
     pytest.mark.skipif(not hasattr(torch, "OutOfMemoryError"), reason="the stand-in needs torch 2.5"),
 ]
-
-
 ON_H100 = "import standin; standin.install('h100'); import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
 
 
 def run(*words, **more):
-    """Run Python in the project's folder on one thread, with more in its environment."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **more}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return python(*words, env={"PYTHONPATH": str(HERE), **more})
 
 
 def test_the_contract_holds_on_an_h100():

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data.captions import CaptionCache, encode_caption, load_captions
+from data.captions import CaptionCache, encode_caption
 from data.dataset import TextImageDataset
-from data.files import UNREAD
+from data.files import UNREAD, read_captions
 from data.tokenizer import load_tokenizer
 from generation.images import encode_prompt
 from tests.builders import states_of
@@ -35,6 +35,11 @@ def folder(tmp_path):
         Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(tmp_path / "set" / f"{number}.png")
         (tmp_path / "set" / "words" / f"{number}.txt").write_text("\r\n".join(texts) + "\n\n", encoding="utf-8-sig")
     return tmp_path / "set"
+
+
+def load_captions(files, folder, tokenizer, cache=None, read=None):
+    cache = CaptionCache(folder, None, tokenizer) if cache is None else cache
+    return cache.load(files, read or (lambda name: read_captions(folder / name)))
 
 
 def as_lists(captions):

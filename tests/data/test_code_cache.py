@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 
 from data import codes as codes_module
-from data.codes import CodeCache, load_codes, open_code_cache
+from data.codes import CodeCache, load_codes
 from tests.builders import states_of, until
 
 FILES = [(f"{number:02d}", number, 1000 + number) for number in range(20)]
 
 
 def opened(folder, by="this"):
-    return CodeCache(folder / "cache", "kind", folder, np.uint16, 2, {"version": 1, "by": by})
+    vae = SimpleNamespace(image_size=8, image_seq_len=2, num_tokens=256, fingerprint=lambda: by)
+    return CodeCache(folder, folder / "cache", vae)
 
 
 def values_of(file):
@@ -155,7 +156,7 @@ def folder(tmp_path):
 def codes_of(folder, encode, images=None, *, cache_dir=None, codebook=256, fingerprint="0123456789abcdef"):
     """(codes of the images that can be read, indices of the others)."""
     vae = SimpleNamespace(image_size=SIZE, image_seq_len=4, num_tokens=codebook, fingerprint=lambda: fingerprint)
-    cache = open_code_cache(folder, cache_dir or folder / ".codes", vae)
+    cache = CodeCache(folder, cache_dir or folder / ".codes", vae)
     images = states_of(folder, "*.png") if images is None else images
     codes, rows = load_codes(images, encode, cache, batch_size=3)
     return codes[rows[rows >= 0]], np.flatnonzero(rows < 0).tolist()

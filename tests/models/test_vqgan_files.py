@@ -4,7 +4,6 @@ import io
 import os
 import re
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from models.vqgan_files import OFFICIAL_FILES, download_official_vqgan, load_vqgan
-from tests.builders import ROOT, one_line
+from tests.builders import one_line, start
 from tests.file_server import serving
 
 CHECKPOINT, CONFIG = "vqgan.1024.model.ckpt", "vqgan.1024.config.yml"
@@ -76,9 +75,8 @@ def test_a_broken_connection_leaves_nothing_under_the_name(cache, server, name):
 def test_of_two_processes_one_downloads_and_both_have_whole_files(cache, server):
     server.gate.clear()
     code = "from models.vqgan_files import download_official_vqgan as get; print('ready', flush=True); print(*get())"
-    pipe, command = subprocess.PIPE, [sys.executable, "-c", code]
-    processes = [subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe) for _ in range(2)]
-    assert all(process.stdout.readline() == b"ready\n" for process in processes)
+    processes = [start("-c", code) for _ in range(2)]
+    assert all(process.stdout.readline() == "ready\n" for process in processes)
     assert server.half_sent.wait(60)
     for process in processes:
         with pytest.raises(subprocess.TimeoutExpired):  # both are busy, and neither sees a half file
@@ -88,7 +86,7 @@ def test_of_two_processes_one_downloads_and_both_have_whole_files(cache, server)
     for process in processes:
         out, error = process.communicate(timeout=60)
         assert process.returncode == 0, error
-        assert out.decode().split() == [str(cache / CHECKPOINT), str(cache / CONFIG)]
+        assert out.split() == [str(cache / CHECKPOINT), str(cache / CONFIG)]
     assert len(server.requests) == 2
     assert_whole(cache, server)
 

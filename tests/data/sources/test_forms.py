@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.codes import load_codes, open_code_cache
+from data.codes import CodeCache, load_codes
 from data.dataset import TextImageDataset
 from data.files import NO_CAPTION, NO_IMAGE, ZERO_BYTES
 from data.images import load_image
@@ -182,7 +182,7 @@ def test_every_form_gives_what_the_folder_gives(form, tmp_path):
     tokenizer = load_tokenizer(ROOT / YTTM)
     for _ in range(2):  # the second time from the caches
         dataset = TextImageDataset(folder, tokenizer, text_seq_len=16, image_size=8, cache_dir=tmp_path / "cache")
-        cache = open_code_cache(dataset.folder, tmp_path / "cache", VAE)
+        cache = CodeCache(dataset.folder, tmp_path / "cache", VAE)
         seen = []
 
         def encode(pixels, seen=seen):
@@ -276,7 +276,7 @@ def test_a_damaged_image_of_a_shard_is_skipped_as_a_file_is(tmp_path, logged):
     start = open_source(tmp_path).image("00000.tar/b.jpg").offset
     (tmp_path / "00000.tar").write_bytes(whole[:start] + bytes(300) + whole[start + 300 :])
     dataset = TextImageDataset(tmp_path, load_tokenizer(ROOT / YTTM), text_seq_len=16, image_size=8)
-    cache = open_code_cache(tmp_path, tmp_path / "cache", VAE)
+    cache = CodeCache(tmp_path, tmp_path / "cache", VAE)
     assert torch.equal(dataset[1][1], dataset[2][1])  # another image replaces it
     rows = load_codes(dataset.images, lambda x: torch.zeros(len(x), 4).long(), cache, paths=dataset.image_paths())
     dataset.attach_codes(*rows)
