@@ -200,18 +200,13 @@ class GenerationQueue:
     def _work(self):
         seconds = 0.0  # that the last batch took, if it finished a job
         while True:
-            batch = None
             with self.condition:
                 self.condition.wait_for(lambda: self.stopping or self.calls or self.waiting)
                 if not self.calls:
                     # Clients just served may ask again at once; a half empty batch costs as much as a full one.
                     self.condition.wait_for(lambda: self.stopping or self.calls or self._is_full(), PATIENCE * seconds)
-                calls = [] if self.stopping else list(self.calls)
+                calls = list(self.calls)
                 self.calls.clear()
-                if not self.stopping and not calls and self.waiting:
-                    batch = self._next_batch()
-            if self.stopping:
-                return
             for future, function, arguments in calls:
                 if not future.set_running_or_notify_cancel():  # its client has gone
                     continue
@@ -219,6 +214,10 @@ class GenerationQueue:
                     future.set_result(function(*arguments))
                 except Exception as error:
                     future.set_exception(error)
+            with self.condition:
+                if self.stopping:
+                    return
+                batch = self._next_batch() if self.waiting else None  # after some calls: more may come without end
             if batch:
                 seconds = self._run_batch(batch)
 

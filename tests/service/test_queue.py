@@ -67,6 +67,21 @@ def test_pictures_that_go_with_no_others_get_their_turn(loaded, drawing, queue):
     assert drawing.batches[turn] == [99] and turn <= 2
 
 
+def test_calls_without_end_do_not_hold_up_batches(loaded, drawing, queue):
+    first, batches = occupied(queue, loaded, drawing), []
+
+    def call():
+        batches.append(len(drawing.batches))
+        if len(batches) < 3:
+            queue.call(call)
+
+    queue.call(call)
+    job = queue.submit("a", pictures(loaded, 1))
+    drawing.release()
+    wait(first, job)
+    assert batches.count(1) == 1
+
+
 def test_cancelled_images_are_given_up_or_never_begun(loaded, drawing, queue):
     first = occupied(queue, loaded, drawing)
     gone = queue.submit("gone", pictures(loaded, *range(10)))

@@ -175,7 +175,8 @@ def test_a_client_cannot_fill_the_queue(loaded, drawing):
     with running(loaded, "--queue-size", 4) as port:
         for _ in range(2):
             assert call(port, "POST", "/api/jobs", {"prompts": [PROMPT]})[0] == 202
-        status, headers, body = answer_to(port, "POST", "/api/generate", json.dumps({"prompt": PROMPT}))
+        wanted = json.dumps({"prompt": PROMPT, "image": "never decoded"})
+        status, headers, body = answer_to(port, "POST", "/api/generate", wanted)
         assert status == 429 and int(headers["retry-after"]) > 0 and b"try again" in body
         drawing.release()
         until(lambda: generate(port, prompt=PROMPT)[0] == 200)
