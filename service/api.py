@@ -150,7 +150,10 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
     async def events(id: str, request: Request):
         """Follow a job as server-sent events: queued, row, image, done, error. Last-Event-ID skips what was read."""
         last = request.headers.get("last-event-id", "")
-        text = find(id).read(int(last) if last.isdecimal() and len(last) < 10 else 0)
+        stream = find(id)
+        if stream.is_crowded:
+            raise Busy("This job's events are already being read; close another page.", 429)
+        text = stream.read(int(last) if last.isdecimal() and len(last) < 10 else 0)
         return StreamingResponse(text, headers={"X-Accel-Buffering": "no"}, media_type="text/event-stream")
 
     @app.delete("/api/jobs/{id}", status_code=204)

@@ -1,5 +1,7 @@
 """Who draws next, what is drawn together, and what happens where somebody leaves or a drawing fails."""
 
+import time
+
 import pytest
 import torch
 
@@ -40,9 +42,11 @@ def test_pictures_of_several_people_are_drawn_together(loaded, drawing, queue):
     jobs = [queue.submit(f"client {seed}", pictures(loaded, seed, prompt=f"a {seed} star")) for seed in (1, 2, 3)]
     jobs.append(queue.submit("another", pictures(loaded, 4, temperature=0.5)))
     jobs.append(queue.submit("another", pictures(loaded, 5)))  # goes with the others, and what waits before it does not
+    drawing.before, released = lambda seeds: queue.cancel(jobs[0]), time.monotonic()
     drawing.release()
     wait(first, *jobs)
     assert drawing.batches == [[1000], [1, 2, 3, 5], [4]]
+    assert jobs[0].images == [None] and first.started < released < jobs[1].started
 
 
 def test_a_small_request_does_not_wait_for_a_large_one(loaded, drawing, queue):
