@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import yaml
@@ -41,9 +41,8 @@ _BATCH = 16  # samples that a worker hands over together
 class Findings(NamedTuple):
     """What is found about one pair."""
 
-    unreadable: bool
     traits: Tuple[str, ...]  # the kinds of image above that apply
-    digest: bytes  # of the image's bytes
+    digest: Optional[bytes]  # of the image's bytes; None if it cannot be read
     lengths: Tuple[int, ...]  # tokens of each caption
     unknown: int  # unknown tokens in all captions
     unread: int  # captions that the vocabulary cannot read
@@ -60,16 +59,17 @@ class _Samples(Dataset):
         return len(self.source.images)
 
     def __getitem__(self, index: int) -> Tuple[int, Findings]:
-        looks: Optional[Tuple[Tuple[str, ...], bytes]] = None
+        traits: Tuple[str, ...] = ()
+        digest = None
         self.tracker.mark(index)
         with contextlib.suppress(ValueError, OSError):
-            looks = self.look_at(index)
+            traits, digest = self.look_at(index)
         self.tracker.mark(-1)
         unknown = self.tokenizer.unknown
         ids = [encode_caption(self.tokenizer, text) for text in self.source.captions(self.source.texts[index][0])]
         count = sum(token == unknown for tokens in ids for token in tokens)
         unread = ids.count([unknown]) if unknown is not None else 0
-        return index, Findings(looks is None, *(looks or ((), b"")), tuple(map(len, ids)), count, unread)
+        return index, Findings(traits, digest, tuple(map(len, ids)), count, unread)
 
     def look_at(self, index: int) -> Tuple[Tuple[str, ...], bytes]:
         """Return the kinds of image that this one is, and a digest of its bytes; raise what load_image raises."""
@@ -87,13 +87,12 @@ class _Samples(Dataset):
         return tuple(kind for kind, applies in kinds.items() if applies), digest
 
 
-def _examine(samples: _Samples, workers: int) -> List[Optional[Findings]]:
+def _examine(samples: _Samples, workers: int) -> Dict[int, Optional[Findings]]:
     """Return the findings about each sample, None if it killed a worker; RuntimeError if an idle worker is killed."""
-    results: List[Optional[Findings]] = [None] * len(samples)
-    deadly: Set[int] = set()
+    results: Dict[int, Optional[Findings]] = {}
     with tqdm(total=len(samples), desc="checking images", unit="image", disable=None, leave=False) as bar:
         while True:
-            left = [index for index, found in enumerate(results) if found is None and index not in deadly]
+            left = [index for index in range(len(samples)) if index not in results]
             loader = DataLoader(
                 samples,
                 _BATCH,
@@ -104,15 +103,14 @@ def _examine(samples: _Samples, workers: int) -> List[Optional[Findings]]:
             )
             try:
                 for batch in start_workers(loader):
-                    for index, found in batch:
-                        results[index] = found
+                    results.update(batch)
                     bar.update(len(batch))
                 return results
             except RuntimeError as error:  # torch raises it anywhere above; all results so far are kept
                 named = samples.tracker.of_dead(str(error)) if str(error).startswith("DataLoader worker") else []
                 if not named:
                     raise
-            deadly.update(named)
+            results.update(dict.fromkeys(named))
 
 
 class Report(NamedTuple):
@@ -147,9 +145,10 @@ def check(
     lengths: List[int] = []
     unknown = usable = 0
     all_findings = _examine(_Samples(source, tokenizer, image_size), workers)
-    for (image, _, _), (text, _, _), found in zip(source.images, source.texts, all_findings):
+    for index, ((image, _, _), (text, _, _)) in enumerate(zip(source.images, source.texts)):
+        found = all_findings[index]
         image_name, text_name = printable(image), printable(text)
-        if found is None or found.unreadable:
+        if found is None or found.digest is None:
             faults.setdefault(DEADLY if found is None else files.UNREADABLE, []).append(image_name)
             continue
         lengths += found.lengths
