@@ -163,9 +163,12 @@ def list_members(content: BinaryIO) -> Tuple[Dict[str, List[Member]], bool]:
                     if member.offset_data + member.size > end:
                         return members, False
                     members.setdefault(_key(member.name), []).append((member.name, member.offset_data, member.size))
+            content.seek(
+                archive.offset
+            )  # tarfile stops at a damaged header without an error; a whole archive has zeros
+            return members, not content.read(tarfile.BLOCKSIZE).strip(b"\0")
     except (tarfile.TarError, OSError, EOFError):
         return members, False
-    return members, True
 
 
 def _key(name: str) -> str:

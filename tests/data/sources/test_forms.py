@@ -250,6 +250,14 @@ def test_lists_that_cannot_be_used(tmp_path):
             open_source(tmp_path / name)
 
 
+def test_a_damaged_list_is_not_replaced_by_that_of_another_split(tmp_path):
+    bare_images(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"file_name": "a.jpg", "text": "x"}\n{"file')
+    (tmp_path / "val.jsonl").write_text('{"file_name": "b.jpg", "text": "x"}\n')
+    with one_line("train.jsonl, line 2: not a JSON object"):
+        open_source(tmp_path)
+
+
 def test_damaged_shards_keep_what_can_be_read(tmp_path):
     tar_shards(tmp_path)
     more = {"sub/d.e.jpg": "", "sub/d.txt": "a dog", "f.jpg": "", "f.txt": "a dog", "lonely.png": "x", "g.txt": "a dog"}
@@ -268,6 +276,10 @@ def test_damaged_shards_keep_what_can_be_read(tmp_path):
     assert [name for name, _, _ in cut.images] == ["00000.tar/a.jpg", "00001.tar/c.jpg"]
     (tmp_path / "tar-index.json").write_text("{")
     assert open_source(tmp_path, cache_dir=tmp_path).images == cut.images
+    damaged = bytearray(whole)
+    damaged[whole.index(b"b.jpg")] ^= 1  # a header, whose checksum no longer fits
+    (tmp_path / "00000.tar").write_bytes(damaged)
+    assert tar.CUT_SHORT in open_source(tmp_path, cache_dir=tmp_path).skipped
 
 
 def test_a_damaged_image_of_a_shard_is_skipped_as_a_file_is(tmp_path, logged):
