@@ -184,8 +184,8 @@ class Stepper:
         copies = 2 if sampling.is_guided else 1
         inputs = state.places[:, None] - 1 + torch.arange(window, device=state.places.device)  # (B, w)
         guesses = state.codes.gather(1, inputs)  # the first is certain
-        rows = [x if copies == 1 else x.repeat_interleave(copies, 0) for x in (guesses, inputs)]
-        return self.settle(state, self.next(*rows, sampling.cond_scale), sampling, self.dalle.num_tokens)
+        codes, places = (x if copies == 1 else x.repeat_interleave(copies, 0) for x in (guesses, inputs))
+        return self.settle(state, self.next(codes, places, sampling.cond_scale), sampling, self.dalle.num_tokens)
 
     def time_windows(self, state: SamplingState, sampling: Sampling) -> Dict[int, float]:
         """Return the seconds of `advance` for each window to choose from. The state stays as it is."""

@@ -19,7 +19,7 @@ from tests.service.running import answer_to, call, generate, read_events, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
 CLIENTS = 20
-APP = ("app.py", "--device", "cpu", "--precision", "fp32")
+APP = ("app.py", "--device", "cpu", "--precision", "fp32", "--port", 0, "--batch-size", 8)
 
 
 def port_of(process):
@@ -34,7 +34,7 @@ def port_of(process):
 @pytest.fixture(scope="module")
 def served(tiny_checkpoint):
     """The port of an app.py with the tiny checkpoint and batches of 8."""
-    process = start(*APP, "--dalle_path", tiny_checkpoint, "--port", 0, "--batch-size", 8)
+    process = start(*APP, "--dalle_path", tiny_checkpoint)
     yield port_of(process)
     process.kill()
     process.communicate()
@@ -66,9 +66,7 @@ def test_a_wrong_flag_and_a_missing_package_are_one_line(command, monkeypatch):
 
 def test_ctrl_c_ends_it_at_once_while_it_generates(tiny_checkpoint, tmp_path):
     """Clients that wait get 503, readers of events an error; nothing is left behind, and no traceback."""
-    process = start(
-        *APP, "--dalle_path", tiny_checkpoint, "--port", 0, "--batch-size", 8, env={"TMPDIR": str(tmp_path)}
-    )
+    process = start(*APP, "--dalle_path", tiny_checkpoint, env={"TMPDIR": str(tmp_path)})
     port = port_of(process)
     answers = []
 

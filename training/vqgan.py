@@ -63,7 +63,7 @@ def train(settings: Namespace) -> None:
     if finished is not None and finished >= settings.max_steps:
         logger.info("%s has a VQGAN of %d steps already, this run ends at %d", output_dir, finished, settings.max_steps)
         return
-    initial = load_initial(settings) if settings.init_from else None
+    initial = load_initial(settings) if settings.init_from or settings.decoder_of else None
     params = initial.hparams["params"] if initial is not None else vqgan_params(settings)
     model = VQGan(params).to(device)
     images, validation_images, validation_name = read_folders(settings)
@@ -75,8 +75,6 @@ def train(settings: Namespace) -> None:
     )
     autocast = torch.bfloat16 if bf16 else None
     trainer = VQGanTrainer(model, build_optimizers(model, settings), settings, device, autocast)
-    if settings.decoder_of:
-        load_decoder_of(trainer, settings.decoder_of)
     if initial is not None:
         model.load_state_dict(initial.model.state_dict())
         trainer.has_codebook = True
@@ -291,26 +289,24 @@ def check_earlier_run(settings: Namespace, output_dir: Path) -> Optional[int]:
 
 
 def load_initial(settings: Namespace) -> VQGanVAE:
-    """Return the VQGAN of --init-from, and give its sizes to `settings`; ValueError if it is not a VQModel."""
-    vae = load_vqgan(settings.init_from)
+    """Return the VQGAN of --init-from, and give its sizes to `settings`, or that of --decoder-of.
+
+    Raises:
+        ValueError: it is not a VQModel; or that of --decoder-of has other sizes than `settings`.
+    """
+    flag, path = ("--init-from", settings.init_from) if settings.init_from else ("--decoder-of", settings.decoder_of)
+    vae = load_vqgan(path)
     kind = vae.hparams["target"]
     if not isinstance(vae, VQGanVAE) or kind != "VQModel":
-        raise ValueError(f"--init-from {settings.init_from}: is a {kind}; only a VQModel can be trained")
+        raise ValueError(f"{flag} {path}: is a {kind}; only a VQModel can be trained")
     params = vae.hparams["params"]
     sizes = {**params["ddconfig"], **params, "image_size": vae.image_size}
-    for name in VQGAN_SIZES:
+    for name in sorted(VQGAN_SIZES):
+        if settings.decoder_of and getattr(settings, name) != sizes[name]:
+            raise ValueError(f"{flag} {path}: its {name} is {sizes[name]}, not {getattr(settings, name)}")
         setattr(settings, name, sizes[name])
-    logger.info("%s: the run starts with its weights and sizes", settings.init_from)
+    logger.info("%s: the run starts with its weights and sizes", path)
     return vae
-
-
-def load_decoder_of(trainer: VQGanTrainer, folder: str) -> None:
-    """Begin with a trained VQGAN, whose codes are to stay; ValueError if it has another shape."""
-    try:
-        trainer.model.load_state_dict(load_vqgan(folder).model.state_dict())
-    except RuntimeError as error:
-        raise ValueError(f"--decoder-of {folder}: its VQGAN has another shape ({first_line(error)})") from error
-    trainer.has_codebook = True
 
 
 def resume(trainer: VQGanTrainer, output_dir: Path) -> None:

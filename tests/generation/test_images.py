@@ -197,12 +197,12 @@ def test_hostile_sizes_are_refused_in_little_memory(tiny_checkpoint, tmp_path):
         load({str(tiny_checkpoint)!r}, device="cpu")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for path in sorted(pathlib.Path({str(tmp_path)!r}).glob("*.pt")):
-            started = time.monotonic()
+            started = time.process_time()
             try:
                 print(path.stem, "was loaded:", load(path, device="cpu"))
             except ValueError as error:
                 assert "\\n" not in str(error) and len(str(error)) < 400, error
-            assert time.monotonic() - started < 5, path
+            assert time.process_time() - started < 5, path
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
     limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30,) * 2)  # noqa: E731  spares the machine
     ended = python("-c", code, preexec_fn=limit)

@@ -4,26 +4,30 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import train
 import train_vqgan
-from tests.builders import ROOT, metrics_in
+from tests.builders import metrics_in, start
 from training import checkpoints
 from utils import checkpoint
 
 
-@pytest.fixture
-def folder(command, tiny_flags, tmp_path):
-    """Nine steps of three epochs, with checkpoints after 2, 3, 4, 6, 8 and 9."""
-    path = tmp_path / "run"
+@pytest.fixture(scope="module")
+def trained(tiny_flags, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
     flags = ["--epochs", 3, "--checkpoint-save-steps", 2, "--keep-checkpoints", 9, "--checkpoint-output-dir", path]
-    assert command(train.main, *tiny_flags, *flags).status == 0
+    train.main([*tiny_flags, *map(str, flags)])
     return path
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """Nine steps of three epochs, with checkpoints after 2, 3, 4, 6, 8 and 9."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def resumed(command, tiny_flags, folder, *flags):
@@ -56,9 +60,8 @@ def test_resume_takes_the_newest_good_file(folder, command, tiny_flags):
 def test_two_runs_do_not_write_to_one_folder(folder, command, tiny_flags, drawn_pictures):
     claim = "import os, sys, time; from utils.files import claim_folder; claim = claim_folder(sys.argv[1], '--x')\n"
     claim += "os.fork() and print('claimed', flush=True); time.sleep(60)"  # as a worker lives on after a kill
-    words = {"cwd": ROOT, "stdout": subprocess.PIPE, "start_new_session": True}
-    with subprocess.Popen([sys.executable, "-c", claim, folder], **words) as other:
-        assert other.stdout and other.stdout.readline() == b"claimed\n"
+    with start("-c", claim, folder, start_new_session=True) as other:
+        assert other.stdout.readline() == "claimed\n"
         reason = f"{folder}: another run is writing to it"
         resumed(command, tiny_flags, folder, "--epochs", 3).refused(f"--checkpoint-output-dir {reason}")
         flags = "--input-folder", drawn_pictures, "--output-dir", folder

@@ -24,11 +24,8 @@ def lines_of(folder):
 @pytest.fixture
 def flags(tiny_flags):
     """Six steps of three epochs, a validation after every step, a checkpoint after every other."""
-    return [
-        *(*tiny_flags, "--epochs", 3, "--batch-size", 3, "--gradient-accumulation", 1, "--max-steps", 6),
-        *("--validation-split", 0.25, "--validation-steps", 1, "--checkpoint-save-steps", 2),
-        *("--checkpoint-save-epochs", 99, "--keep-checkpoints", 9, "--ff-dropout", 0.2),
-    ]
+    steps = "--epochs 3 --batch-size 3 --max-steps 6 --validation-split 0.25 --validation-steps 1 --ff-dropout 0.2"
+    return [*tiny_flags, *steps.split(), "--checkpoint-save-steps", 2, "--checkpoint-save-epochs", 99]
 
 
 def test_every_update_and_validation_has_a_line_even_if_the_run_was_killed(command, flags, tmp_path):
