@@ -39,9 +39,8 @@ _BATCH = 16  # samples that a worker hands over together
 class Findings(NamedTuple):
     """What is found about one pair."""
 
-    unreadable: bool
     traits: Tuple[str, ...]  # the kinds of image above that apply
-    digest: bytes  # of the image's bytes
+    digest: Optional[bytes]  # of the image's bytes; None if it cannot be read
     lengths: Tuple[int, ...]  # tokens of each caption
     unknown: int  # unknown tokens in all captions
     unread: int  # captions that the vocabulary cannot read
@@ -57,16 +56,17 @@ class _Samples(WorkerImages):
     def __getitem__(self, index: int) -> Optional[Findings]:
         if index in self.deadly:
             return None
-        looks: Optional[Tuple[Tuple[str, ...], bytes]] = None
+        traits: Tuple[str, ...] = ()
+        digest = None
         self.tracker.mark(index)
         with contextlib.suppress(ValueError, OSError):
-            looks = self.look_at(self.paths[index])
+            traits, digest = self.look_at(self.paths[index])
         self.tracker.mark(-1)
         unknown = self.tokenizer.unknown
         ids = [encode_caption(self.tokenizer, text) for text in self.source.captions(self.source.texts[index][0])]
         count = sum(token == unknown for tokens in ids for token in tokens)
         unread = ids.count([unknown]) if unknown is not None else 0
-        return Findings(looks is None, *(looks or ((), b"")), tuple(map(len, ids)), count, unread)
+        return Findings(traits, digest, tuple(map(len, ids)), count, unread)
 
     def look_at(self, path: ImagePath) -> Tuple[Tuple[str, ...], bytes]:
         """Return the kinds of image that this one is, and a digest of its bytes; raise what load_image raises."""
@@ -129,7 +129,7 @@ def check(
     all_findings = _examine(_Samples(source, tokenizer, image_size), workers)
     for (image, _, _), (text, _, _), found in zip(source.images, source.texts, all_findings):
         image_name, text_name = printable(image), printable(text)
-        if found is None or found.unreadable:
+        if found is None or found.digest is None:
             faults.setdefault(DEADLY if found is None else files.UNREADABLE, []).append(image_name)
             continue
         lengths += found.lengths

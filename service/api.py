@@ -108,10 +108,11 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
             about["prompt"] = {"tokens": tokens, "unknown_words": loaded.unknown_words(prompt)}
         return JSONResponse(about)
 
-    async def plan(wanted, prompts):
+    async def plan(request, wanted, prompts):
         """Return the ImageSpecs of a request."""
         given, keep = None, wanted.keep_rows
         if wanted.image is not None:
+            queue.check_room(client_of(request.scope), len(prompts) * (wanted.num_images or 1))
             size = loaded.model.vae.image_size
             async with decoding:
                 image = await run_in_threadpool(uploads.decode, wanted.image, size)
@@ -125,7 +126,7 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
     async def generate(wanted: validation.GenerateRequest, request: Request):
         """Generate images of one prompt, and answer when they are ready; closing the connection cancels them."""
         began = time.monotonic()
-        specs = await plan(wanted, [wanted.prompt])
+        specs = await plan(request, wanted, [wanted.prompt])
         job = queue.submit(client_of(request.scope), specs)
         if not await finished(request, queue, job):
             return Response(status_code=499)
@@ -137,7 +138,7 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
     @app.post("/api/jobs", status_code=202, response_model=validation.JobCreated)
     async def create_job(wanted: validation.JobRequest, request: Request):
         """Accept a job. It is cancelled if nobody reads its events for 10 s."""
-        specs = await plan(wanted, wanted.prompts)
+        specs = await plan(request, wanted, wanted.prompts)
         return JSONResponse({"id": streams.add(client_of(request.scope), specs).id, "images": len(specs)}, 202)
 
     def find(id):
@@ -149,7 +150,10 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
     async def events(id: str, request: Request):
         """Follow a job as server-sent events: queued, row, image, done, error. Last-Event-ID skips what was read."""
         last = request.headers.get("last-event-id", "")
-        text = find(id).read(int(last) if last.isdecimal() and len(last) < 10 else 0)
+        stream = find(id)
+        if stream.is_crowded:
+            raise Busy("This job's events are already being read; close another page.", 429)
+        text = stream.read(int(last) if last.isdecimal() and len(last) < 10 else 0)
         return StreamingResponse(text, headers={"X-Accel-Buffering": "no"}, media_type="text/event-stream")
 
     @app.delete("/api/jobs/{id}", status_code=204)

@@ -1,4 +1,4 @@
-"""Jobs as the page sees them: each has an id and a list of server-sent events, which any number of readers may follow.
+"""Jobs as the page sees them: each has an id and a list of server-sent events, which several readers may follow.
 
 A job that has had no reader for some seconds is cancelled.
 """
@@ -20,6 +20,7 @@ from generation.loading import LoadedModel
 from service.queue import GenerationQueue, Job
 
 UNREAD_SECONDS = 10  # without a reader, after which a job is cancelled
+MAX_READERS = 4  # of a job: each holds a connection
 KEEP_SECONDS = 60  # for which the events of an ended job are kept
 KEEP_BYTES = 64 * 2**20  # of ended jobs' events in all
 PING_SECONDS = 10
@@ -38,6 +39,10 @@ class Stream:
         self.readers, self.since = 0, time.monotonic()  # since when it has had no reader, or has ended
         self.changed = asyncio.Event()
 
+    @property
+    def is_crowded(self) -> bool:
+        return self.readers >= MAX_READERS
+
     def emit(self, event: str, **data: Any) -> None:
         """Append an event, and wake the readers."""
         text = f"id: {len(self.events) + 1}\nevent: {event}\ndata: {json.dumps(data)}\n\n"
@@ -48,13 +53,15 @@ class Stream:
 
     async def read(self, after: int) -> AsyncIterator[str]:
         """Yield the events after number `after` until the last, with a comment whenever nothing happens for long."""
+        if self.is_crowded:  # came at the same moment as others, after the route's check
+            return
         self.readers += 1
         try:
             while after < len(self.events) or not self.ended:
                 changed = self.changed
                 if after < len(self.events):
-                    text, after = "".join(self.events[after:]), len(self.events)
-                    yield text
+                    after += 1
+                    yield self.events[after - 1]
                     continue
                 try:
                     await asyncio.wait_for(changed.wait(), PING_SECONDS)
@@ -78,7 +85,7 @@ class Streams:
         every = math.ceil(self.queue.loaded.side / ROW_EVENTS)
         stream = Stream(self.queue.submit(client, specs, every))
         self.streams[stream.id] = stream
-        stream.task = asyncio.create_task(self.follow(stream, stream.job))
+        stream.task = asyncio.create_task(self.follow(stream))
         return stream
 
     def sweep(self) -> None:
@@ -92,9 +99,10 @@ class Streams:
             elif not stream.readers and now - stream.since > UNREAD_SECONDS:
                 self.queue.cancel(stream.job)  # follow() then ends the stream
 
-    async def follow(self, stream: Stream, job: Job) -> None:
-        """Turn the changes of a job into events, to its end."""
-        loaded, every, began, ahead = self.queue.loaded, job.every or 1, time.monotonic(), -1
+    async def follow(self, stream: Stream) -> None:
+        """Turn the changes of a stream's job into events, to its end."""
+        loaded, job, began, ahead = self.queue.loaded, stream.job, time.monotonic(), -1
+        every = job.every or 1
         sent: Set[int] = set()
         rows_sent: Dict[int, int] = {}
         try:
@@ -107,7 +115,7 @@ class Streams:
                 for index, answer in zip(new, await describe_images(loaded, job, new)):
                     stream.emit("image", index=index, prompt=job.specs[index].prompt, **answer)
                 row, previews = job.row, dict(job.previews)
-                left = seconds_left(job, time.monotonic() - began, loaded.side)
+                left = seconds_left(job, loaded.side)
                 for index in job.active:
                     if row // every > rows_sent.get(index, -1) // every and row < loaded.side:
                         rows_sent[index] = row
@@ -120,7 +128,7 @@ class Streams:
                 cancelled = {"cancelled": True} if job.cancelled else {}
                 stream.emit("done", seconds=round(time.monotonic() - began, 3), **cancelled)
         finally:
-            job.images, job.previews = [None] * len(job.specs), {}  # a batch may still bring some of a cancelled job
+            job.images, job.previews = [None] * len(job.specs), {}  # the events have them
             stream.ended, stream.since = True, time.monotonic()
             stream.changed.set()
 
@@ -149,7 +157,7 @@ def encode_preview(image: Image.Image) -> str:
     return to_base64(file.getvalue())
 
 
-def seconds_left(job: Job, elapsed: float, rows: int) -> Optional[float]:
-    """Estimate the seconds until a job is finished; None before its first row."""
+def seconds_left(job: Job, rows: int) -> Optional[float]:
+    """Estimate the seconds until a job is finished, from those since its first batch; None before its first row."""
     done = job.ready + len(job.active) * job.row / rows
-    return round(elapsed * (len(job.specs) - done) / done, 1) if done else None
+    return round((time.monotonic() - job.started) * (len(job.specs) - done) / done, 1) if done else None

@@ -4,7 +4,6 @@ import collections
 import hmac
 import ipaddress
 from typing import Dict, Mapping, Optional, Sequence
-from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.exceptions import HTTPException
@@ -97,8 +96,8 @@ class Guard:
             raise HTTPException(421, "This host name is not served; --allowed-host permits it.")
         if scope["method"] not in ("GET", "HEAD"):
             origin = headers.get(b"origin", b"").decode("latin-1").lower()
-            foreign = urlsplit(origin).netloc != host and hostname(urlsplit(origin).netloc) not in self.named
-            if origin and foreign:
+            site = origin.partition("://")[2]
+            if origin and site != host and hostname(site) not in self.named:
                 raise HTTPException(403, "Requests from other web sites are not served.")
         path = scope["path"]
         if self.root_path and path != self.root_path and not path.startswith(f"{self.root_path}/"):

@@ -47,7 +47,8 @@ class Job:
         self.images: List[Optional[Image.Image]] = [None] * len(specs)  # None for each that is not ready
         self.previews: Dict[int, Tuple[int, Image.Image]] = {}  # of the current batch: index -> rows, image of these
         self.active: List[int] = []  # indices of the images in the current batch
-        self.row, self.started, self.ahead = 0, False, 0  # row: rows of codes that the active images have
+        self.row, self.ahead = 0, 0  # row: rows of codes that the active images have
+        self.started = 0.0  # time.monotonic() when its first batch began; 0 before
         self.error: Optional[str] = None  # a sentence if the job failed
         self.cancelled, self.ended = False, threading.Event()  # ended: ready, failed or cancelled
         self.on_change: Callable[[], None] = lambda: None  # called after each change, in the thread that made it
@@ -159,7 +160,7 @@ class GenerationQueue:
 
     def _count_ahead(self):
         """Tell the jobs that have not started how many others are served before them."""
-        started = sum(job.started for job in self.jobs)
+        started = sum(job.started > 0 for job in self.jobs)
         for place, job in enumerate([job for job in self.jobs if not job.started]):
             if job.ahead != started + place:
                 job.ahead = started + place
@@ -200,18 +201,13 @@ class GenerationQueue:
     def _work(self):
         seconds = 0.0  # that the last batch took, if it finished a job
         while True:
-            batch = None
             with self.condition:
                 self.condition.wait_for(lambda: self.stopping or self.calls or self.waiting)
                 if not self.calls:
                     # Clients just served may ask again at once; a half empty batch costs as much as a full one.
                     self.condition.wait_for(lambda: self.stopping or self.calls or self._is_full(), PATIENCE * seconds)
-                calls = [] if self.stopping else list(self.calls)
+                calls = list(self.calls)
                 self.calls.clear()
-                if not self.stopping and not calls and self.waiting:
-                    batch = self._next_batch()
-            if self.stopping:
-                return
             for future, function, arguments in calls:
                 if not future.set_running_or_notify_cancel():  # its client has gone
                     continue
@@ -219,6 +215,10 @@ class GenerationQueue:
                     future.set_result(function(*arguments))
                 except Exception as error:
                     future.set_exception(error)
+            with self.condition:
+                if self.stopping:
+                    return
+                batch = self._next_batch() if self.waiting else None  # after some calls: more may come without end
             if batch:
                 seconds = self._run_batch(batch)
 
@@ -281,14 +281,16 @@ class GenerationQueue:
                         job.on_change()
 
         for job in jobs:
-            job.started, job.row = True, len(batch[0][0].specs[batch[0][1]].given_codes) // rows
+            job.started = job.started or time.monotonic()
+            job.row = len(batch[0][0].specs[batch[0][1]].given_codes) // rows
             job.active = [index for other, index in batch if other is job]
             job.on_change()
         with self.condition:
             self._count_ahead()
         codes = generate_batch(loaded, [job.specs[index] for job, index in batch], on_code=watch)
         for (job, index), pixels in zip(batch, loaded.decode(codes)):
-            job.images[index] = to_image(pixels)
+            if not job.ended.is_set():  # else cancelled, and its events have let go of the images
+                job.images[index] = to_image(pixels)
             job.previews.pop(index, None)
         self.images_generated += len(batch)
         for job in jobs:

@@ -156,7 +156,6 @@ def index_shard(path: Path) -> Dict[str, Any]:
 def list_members(content: BinaryIO) -> Tuple[Dict[str, List[Member]], bool]:
     """Return the files of a tar archive by the key of their sample, and whether the archive is whole."""
     found: Dict[str, Member] = {}  # by name: `tar -r` and `tar -u` append newer versions of a file
-    whole = True
     end = content.seek(0, os.SEEK_END)
     content.seek(0)
     try:
@@ -166,6 +165,9 @@ def list_members(content: BinaryIO) -> Tuple[Dict[str, List[Member]], bool]:
                     if member.offset_data + member.size > end:
                         raise EOFError
                     found[member.name] = (member.name, member.offset_data, member.size)
+            # tarfile stops at a damaged header without an error; a whole archive has zeros there.
+            content.seek(archive.offset)
+            whole = not content.read(tarfile.BLOCKSIZE).strip(b"\0")
     except (tarfile.TarError, OSError, EOFError):
         whole = False
     members: Dict[str, List[Member]] = {}

@@ -141,3 +141,7 @@ def test_captions_are_read_as_prompts_are(tmp_path, logged):
     with pytest.raises(ValueError, match="the vocabulary reads only 2 of 5 captions; use a --bpe-path"):
         TextImageDataset(tmp_path, tokenizer, text_seq_len=16, image_size=8)
     assert len(TextImageDataset(tmp_path, load_tokenizer(), text_seq_len=16, image_size=8)) == 4  # CLIP's reads all
+    for number in (1, 2, 3):  # what the cache still has of them does not count
+        (tmp_path / f"{number}.png").unlink()
+        (tmp_path / f"{number}.txt").unlink()
+    assert len(TextImageDataset(tmp_path, tokenizer, text_seq_len=16, image_size=8, cache_dir=tmp_path / "cache")) == 1

@@ -1,14 +1,18 @@
 """Jobs and their server-sent events, as the page reads them."""
 
+import asyncio
 import json
 import threading
 
 import pytest
 
 from generation.images import generate_batch, image_metadata, plan_image, to_image
+from service.queue import Job
 from tests.service.running import answer_to, call, image_of, read_events, running, until
 
 pytest.importorskip("fastapi", exc_type=ImportError)
+from service.events import Stream  # noqa: E402
+
 PROMPTS = ["a red circle", "a blue square above a dog"]
 
 
@@ -100,6 +104,17 @@ def test_a_cancelled_job_leaves_those_that_share_its_batch(port, drawing):
     threads[1].join(20)
     assert found[jobs[0]][-1][2]["cancelled"] and found[jobs[1]][-1][1] == "done", found[jobs[1]][-1]
     assert read_events(port, first)[-1][1] == "done"
+
+
+def test_a_late_reader_gets_one_event_at_a_time():
+    async def read(stream):
+        for row in range(3):
+            stream.emit("row", rows=row)
+        stream.ended = True
+        return [text async for text in stream.read(1)]
+
+    stream = Stream(Job("client", [None] * 4))
+    assert asyncio.run(read(stream)) == stream.events[1:]
 
 
 def test_the_model_is_described(port, loaded):

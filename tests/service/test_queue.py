@@ -1,5 +1,7 @@
 """Who draws next, what is drawn together, and what happens where somebody leaves or a drawing fails."""
 
+import time
+
 import pytest
 import torch
 
@@ -40,9 +42,11 @@ def test_pictures_of_several_people_are_drawn_together(loaded, drawing, queue):
     jobs = [queue.submit(f"client {seed}", pictures(loaded, seed, prompt=f"a {seed} star")) for seed in (1, 2, 3)]
     jobs.append(queue.submit("another", pictures(loaded, 4, temperature=0.5)))
     jobs.append(queue.submit("another", pictures(loaded, 5)))  # goes with the others, and what waits before it does not
+    drawing.before, released = lambda seeds: queue.cancel(jobs[0]), time.monotonic()
     drawing.release()
     wait(first, *jobs)
     assert drawing.batches == [[1000], [1, 2, 3, 5], [4]]
+    assert jobs[0].images == [None] and first.started < released < jobs[1].started
 
 
 def test_a_small_request_does_not_wait_for_a_large_one(loaded, drawing, queue):
@@ -65,6 +69,21 @@ def test_pictures_that_go_with_no_others_get_their_turn(loaded, drawing, queue):
     wait(first, odd, *many)
     turn = next(number for number, batch in enumerate(drawing.batches) if 99 in batch)
     assert drawing.batches[turn] == [99] and turn <= 2
+
+
+def test_calls_without_end_do_not_hold_up_batches(loaded, drawing, queue):
+    first, batches = occupied(queue, loaded, drawing), []
+
+    def call():
+        batches.append(len(drawing.batches))
+        if len(batches) < 3:
+            queue.call(call)
+
+    queue.call(call)
+    job = queue.submit("a", pictures(loaded, 1))
+    drawing.release()
+    wait(first, job)
+    assert batches.count(1) == 1
 
 
 def test_cancelled_images_are_given_up_or_never_begun(loaded, drawing, queue):

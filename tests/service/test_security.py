@@ -55,7 +55,9 @@ def test_only_own_host_names_are_served(port):
             assert not any(name.startswith("access-control") for name in headers)
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "https://localhost.evil.net"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://localhost:1", "https://localhost.evil.net", "http://["]
+)
 def test_posts_of_other_sites_are_refused(port, origin):
     body = json.dumps({"prompts": [PROMPT]})
     for method, path in (("POST", "/api/jobs"), ("POST", "/api/generate"), ("DELETE", "/api/jobs/x")):
@@ -155,6 +157,7 @@ def test_json_of_millions_of_values_is_not_parsed(port):
 @pytest.mark.parametrize("reader", [True, False], ids=["reader leaves", "no reader"])
 def test_a_job_that_nobody_reads_is_cancelled(port, drawing, monkeypatch, reader):
     monkeypatch.setattr(events, "UNREAD_SECONDS", 1)
+    monkeypatch.setattr(events, "MAX_READERS", 1)
     drawing.hold()
     body = json.dumps({"prompts": [PROMPT] * 8, "num_images": 8})
     events_of = f"/api/jobs/{json.loads(answer_to(port, 'POST', '/api/jobs', body)[2])['id']}/events"
@@ -162,6 +165,8 @@ def test_a_job_that_nobody_reads_is_cancelled(port, drawing, monkeypatch, reader
         with socket.create_connection(("127.0.0.1", port)) as raw:
             raw.sendall(f"GET {events_of} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             drawing.began(1)
+            until(lambda: b"event" in raw.recv(4096))
+            assert answer_to(port, "GET", events_of)[0] == 429
     assert call(port)[1]["waiting"] == 1
     until(lambda: call(port)[1]["waiting"] == 0)
     drawing.release()
@@ -175,7 +180,8 @@ def test_a_client_cannot_fill_the_queue(loaded, drawing):
     with running(loaded, "--queue-size", 4) as port:
         for _ in range(2):
             assert call(port, "POST", "/api/jobs", {"prompts": [PROMPT]})[0] == 202
-        status, headers, body = answer_to(port, "POST", "/api/generate", json.dumps({"prompt": PROMPT}))
+        wanted = json.dumps({"prompt": PROMPT, "image": "never decoded"})
+        status, headers, body = answer_to(port, "POST", "/api/generate", wanted)
         assert status == 429 and int(headers["retry-after"]) > 0 and b"try again" in body
         drawing.release()
         until(lambda: generate(port, prompt=PROMPT)[0] == 200)

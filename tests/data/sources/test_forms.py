@@ -253,6 +253,14 @@ def test_lists_that_cannot_be_used(tmp_path):
             open_source(tmp_path / name)
 
 
+def test_a_damaged_list_is_not_replaced_by_that_of_another_split(tmp_path):
+    bare_images(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"file_name": "a.jpg", "text": "x"}\n{"file')
+    (tmp_path / "val.jsonl").write_text('{"file_name": "b.jpg", "text": "x"}\n')
+    with one_line("train.jsonl, line 2: not a JSON object"):
+        open_source(tmp_path)
+
+
 def test_damaged_shards_keep_what_can_be_read(tmp_path):
     tar_shards(tmp_path)
     more = {"sub/d.e.jpg": "", "sub/d.txt": "a dog", "f.jpg": "", "f.txt": "a dog", "lonely.png": "x", "g.txt": "a dog"}
@@ -276,6 +284,10 @@ def test_damaged_shards_keep_what_can_be_read(tmp_path):
     for damaged in "{", '{"version": 1, "shards": []}':
         (tmp_path / "tar-index.json").write_text(damaged)
         assert open_source(tmp_path, cache_dir=tmp_path).images == cut.images
+    damaged = bytearray(whole)
+    damaged[whole.index(b"b.jpg")] ^= 1  # a header, whose checksum no longer fits
+    (tmp_path / "00000.tar").write_bytes(damaged)
+    assert tar.CUT_SHORT in open_source(tmp_path, cache_dir=tmp_path).skipped
 
 
 def test_sets_that_share_a_cache_index_their_shards_once(tmp_path, monkeypatch):
