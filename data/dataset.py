@@ -73,7 +73,7 @@ class TextImageDataset(Dataset):
         self.byteio = byteio
         self.caption_dropout = caption_dropout
         self.seed = seed
-        cache = CaptionCache(self.folder, cache_dir, tokenizer)
+        cache = CaptionCache(self.path, cache_dir, tokenizer)
         self.source = open_source(
             folder,
             lambda file: file in encoded or file in cache,

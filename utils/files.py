@@ -105,7 +105,7 @@ def check_writable(folder: AnyPath, flag: str) -> None:
 def hold_lock(path: AnyPath, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of the file `path`, which stays, and yield True; yield False if another process holds it.
 
-    Processes are not kept apart on Windows, where the file cannot be written, and on file systems without locks.
+    Processes are not kept apart on Windows, if the file cannot be written, or on file systems without locks.
 
     Args:
         wait: until no other process holds the lock.
