@@ -214,9 +214,9 @@ def train_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         problem = f"{proportions} numbers for --ipus-per-replica {ipus}; give one, or one per IPU"
         parser.refuse("matmul-proportion", problem)
     for flag in ("cls-ipu-id", "embedding-ipu-id"):
-        number = getattr(settings, flag.replace("-", "_")) or 0
-        if number >= ipus:
-            parser.refuse(flag, f"no IPU {number} with --ipus-per-replica {ipus}")
+        ipu = getattr(settings, flag.replace("-", "_")) or 0
+        if ipu >= ipus:
+            parser.refuse(flag, f"no IPU {ipu} with --ipus-per-replica {ipus}")
     if len(settings.adam_betas) != 2:
         parser.refuse("adam-betas", "give two numbers, such as 0.9,0.999")
     given = parser.flags_given(argv)
@@ -228,16 +228,21 @@ def train_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         parser.refuse("resume", "needs a --checkpoint-output-dir to find checkpoints in")
     if settings.tensorboard and not settings.checkpoint_output_dir:
         parser.refuse("tensorboard", "needs a --checkpoint-output-dir to write to")
-    for rivals in RIVALS:
-        if len(given.intersection(rivals)) == 1:
-            for name in rivals - given:
-                setattr(settings, name, None)
+    drop_rivals(settings, given)
     if settings.validation_folder and settings.validation_split:
         parser.refuse("validation-split", "--validation-folder already names the images; give one of them")
     if not settings.input_folder and not (settings.generated_data or settings.synthetic_data):
         parser.error("give --input-folder FOLDER (images and captions) or --generated-data, or a --config that does")
     parser.check_vqgan_files(settings)
     return settings
+
+
+def drop_rivals(settings: argparse.Namespace, given: Set[str]) -> None:
+    """Unset what a configuration says against a flag that was given."""
+    for rivals in RIVALS:
+        if len(given.intersection(rivals)) == 1:
+            for name in rivals - given:
+                setattr(settings, name, None)
 
 
 def check_init_from(parser: Parser, settings: argparse.Namespace, given: Set[str]) -> None:
@@ -252,13 +257,14 @@ def check_init_from(parser: Parser, settings: argparse.Namespace, given: Set[str
 
 def vqgan_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = vqgan_parser()
-    settings = parser.parse(argv)
+    settings, given = parser.parse(argv), parser.flags_given(argv)
+    drop_rivals(settings, given)
     if not settings.input_folder:
         parser.error("give --input-folder FOLDER (images), or a --config that does")
     if settings.init_from:
         if settings.decoder_of:
             parser.refuse("init-from", "trains codes as well, which --decoder-of keeps; give one of them")
-        for name in sorted(parser.flags_given(argv).intersection(VQGAN_SIZES)):
+        for name in sorted(given.intersection(VQGAN_SIZES)):
             parser.refuse(name.replace("_", "-"), "the sizes are those of --init-from; leave the flag out")
     if settings.ch % 32:
         parser.refuse("ch", f"must be a multiple of 32, the groups of its normalization, not {settings.ch}")
@@ -268,7 +274,7 @@ def vqgan_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if settings.image_size % factor:
         reason = "--patch-size × 2^(levels of --ch-mult - 1)"
         parser.refuse("image-size", f"must be a multiple of {factor} = {reason}, not {settings.image_size}")
-    if settings.continuous_steps >= settings.max_steps:
+    if settings.continuous_steps >= settings.max_steps and not (settings.init_from or settings.decoder_of):
         problem = f"{settings.continuous_steps} leaves none of {settings.max_steps} steps to the codebook"
         parser.refuse("continuous-steps", problem)
     if settings.disc_weight and settings.image_size < 32:

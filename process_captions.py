@@ -59,7 +59,9 @@ def read_captions(path: Path) -> Tuple[Dict[str, List[str]], int]:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise ValueError(f'{path} has no list "annotations"; it is not a COCO captions file')
-    names, captions, empty = image_names(content), {}, 0  # type: ignore[var-annotated]
+    names, empty = image_names(content), 0
+    captions: Dict[str, List[str]] = {}
+    images: Dict[str, str] = {}  # of each text file
     for index, entry in enumerate(content["annotations"]):
         if not _is_caption(entry, names):
             raise ValueError(
@@ -69,7 +71,13 @@ def read_captions(path: Path) -> Tuple[Dict[str, List[str]], int]:
         caption = " ".join((entry["caption"] or "").split())  # some exports have null for images without captions
         key = str(entry["image_id"])
         if caption:
-            name = PurePosixPath(names.get(key) or default_name(key)).with_suffix(".txt").name
+            image = names.get(key) or default_name(key)
+            name = PurePosixPath(image).with_suffix(".txt").name
+            if images.setdefault(name, image) != image:
+                raise ValueError(
+                    f"{path}: {images[name]} and {image} would share {name}; images need names that differ without "
+                    "folder and suffix"
+                )
             captions.setdefault(name, []).append(caption)
         empty += not caption
     if not captions:

@@ -5,6 +5,7 @@
 # bash run_train.sh photos FOLDER [flags]   train a VQGAN and a DALL-E on a folder of captioned images; resumes
 # bash run_train.sh NAME [flags]            install, then run train.py --config NAME [flags]
 set -euo pipefail
+from=$PWD
 cd "$(dirname "$0")"
 name=${1:-demo}
 case "$name" in
@@ -27,17 +28,14 @@ esac
 install requirements.txt
 
 if [ "$name" = photos ]; then
-    folder=$2
+    case "$2" in /*) folder=$2 ;; *) folder=$from/$2 ;; esac
     python train_vqgan.py --config vqgan_photos --resume --input-folder "$folder"
     exec python train.py --config photos --resume --input-folder "$folder" "${@:3}"
 fi
 if [ "$name" = scenes ]; then
     install requirements-scenes.txt
     python -m data.scenes
-    if [ ! -f output/scenes/vqgan_trained ]; then
-        python train_vqgan.py --config vqgan_scenes --resume
-        touch output/scenes/vqgan_trained
-    fi
+    python train_vqgan.py --config vqgan_scenes --resume
     python train.py --config scenes --resume "${@:2}"
     python train_vqgan.py --config vqgan_scenes_decoder --resume
     python -m utils.checkpoint_info "$(ls -t output/scenes/ckpt/dalle_*.pt | head -n 1)" \
@@ -47,7 +45,7 @@ if [ "$name" = scenes ]; then
 fi
 if [ "$name" = demo ] || [ "$name" = demo_long ]; then
     python -m data.shapes
-    [ -f output/demo/vqgan/vqgan.ckpt ] || python train_vqgan.py --config vqgan_demo
+    python train_vqgan.py --config vqgan_demo --resume
 fi
 if [ $# -gt 0 ]; then
     shift

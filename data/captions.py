@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data.codes import cache_path
 from data.files import File, printable
+from data.sources import folder_of
 from data.tokenizer import Tokenizer, encode_text
 from utils.files import atomic_write, hold_lock
 
@@ -118,18 +119,22 @@ class Captions:
 
 
 class CaptionCache:
-    """The tokens of a folder's caption files, kept in one .npz, or in memory alone.
+    """The tokens of the captions of a folder or file, kept in one .npz, or in memory alone.
 
     `file in cache` tells whether a file, in its present state, is there.
     """
 
-    def __init__(self, folder: Union[str, Path], cache_dir: Union[None, str, Path], tokenizer: Tokenizer):
-        """Open the cache in `cache_dir`, which may not exist yet; OSError if that cannot be read. None: no file."""
-        self.folder, self.tokenizer = Path(folder), tokenizer
+    def __init__(self, path: Union[str, Path], cache_dir: Union[None, str, Path], tokenizer: Tokenizer):
+        """Open the cache in `cache_dir`, which may not exist yet; OSError if that cannot be read. None: no file.
+
+        Args:
+            path: what --input-folder names; two tables that list the same images have a cache each.
+        """
+        self.folder, self.tokenizer = folder_of(path), tokenizer
         self.path: Optional[Path] = None
         if cache_dir is not None:
             name = "captions-" + re.sub("[^A-Za-z0-9]", "", tokenizer.fingerprint)[:12]
-            self.path = cache_path(cache_dir, name, folder, {"version": 3, "tokenizer": tokenizer.fingerprint}, ".npz")
+            self.path = cache_path(cache_dir, name, path, {"version": 3, "tokenizer": tokenizer.fingerprint}, ".npz")
         self.refresh()
 
     def __contains__(self, file: Any) -> bool:

@@ -15,17 +15,15 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import yaml
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import files
 from data.captions import TokenCounts, describe_set, describe_unknown, encode_caption
 from data.files import StoredImage, printable
-from data.images import WorkerTracker, load_image
+from data.images import ImagePath, WorkerImages, load_image
 from data.sources import ImageSource, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
 from utils.command_line import COUNT, NATURAL, Parser, exit_on_error
-from utils.files import ignore_interrupts_in_worker, start_workers
 
 DEADLY = "image whose reading kills the process"
 TOO_LONG = "caption file with more than {} tokens per caption"
@@ -48,32 +46,30 @@ class Findings(NamedTuple):
     unread: int  # captions that the vocabulary cannot read
 
 
-class _Samples(Dataset):
-    """Item i is (i, Findings) of sample i."""
+class _Samples(WorkerImages):
+    """Item i is what is found about sample i, None if it killed a worker."""
 
     def __init__(self, source: ImageSource, tokenizer: Tokenizer, image_size: int):
+        super().__init__([source.image(name) for name, _, _ in source.images])
         self.source, self.tokenizer, self.image_size = source, tokenizer, image_size
-        self.tracker = WorkerTracker()
 
-    def __len__(self) -> int:
-        return len(self.source.images)
-
-    def __getitem__(self, index: int) -> Tuple[int, Findings]:
+    def __getitem__(self, index: int) -> Optional[Findings]:
+        if index in self.deadly:
+            return None
         traits: Tuple[str, ...] = ()
         digest = None
         self.tracker.mark(index)
         with contextlib.suppress(ValueError, OSError):
-            traits, digest = self.look_at(index)
+            traits, digest = self.look_at(self.paths[index])
         self.tracker.mark(-1)
         unknown = self.tokenizer.unknown
         ids = [encode_caption(self.tokenizer, text) for text in self.source.captions(self.source.texts[index][0])]
         count = sum(token == unknown for tokens in ids for token in tokens)
         unread = ids.count([unknown]) if unknown is not None else 0
-        return index, Findings(traits, digest, tuple(map(len, ids)), count, unread)
+        return Findings(traits, digest, tuple(map(len, ids)), count, unread)
 
-    def look_at(self, index: int) -> Tuple[Tuple[str, ...], bytes]:
+    def look_at(self, path: ImagePath) -> Tuple[Tuple[str, ...], bytes]:
         """Return the kinds of image that this one is, and a digest of its bytes; raise what load_image raises."""
-        path = self.source.image(self.source.images[index][0])
         pixels = load_image(path, self.image_size)
         with files.open_image(path) as image:
             short, long = sorted(image.size)
@@ -87,30 +83,16 @@ class _Samples(Dataset):
         return tuple(kind for kind, applies in kinds.items() if applies), digest
 
 
-def _examine(samples: _Samples, workers: int) -> Dict[int, Optional[Findings]]:
-    """Return the findings about each sample, None if it killed a worker; RuntimeError if an idle worker is killed."""
-    results: Dict[int, Optional[Findings]] = {}
+def _examine(samples: _Samples, workers: int) -> List[Optional[Findings]]:
+    """Return the findings about each sample, None if it killed a worker; SamplesLost if an idle worker is killed."""
+    results: List[Optional[Findings]] = []
+    order = range(len(samples))
+    batches = (order[start : start + _BATCH] for start in order[::_BATCH])
     with tqdm(total=len(samples), desc="checking images", unit="image", disable=None, leave=False) as bar:
-        while True:
-            left = [index for index in range(len(samples)) if index not in results]
-            loader = DataLoader(
-                samples,
-                _BATCH,
-                sampler=left,
-                num_workers=min(workers, len(left)),
-                collate_fn=list,
-                worker_init_fn=ignore_interrupts_in_worker,
-            )
-            try:
-                for batch in start_workers(loader):
-                    results.update(batch)
-                    bar.update(len(batch))
-                return results
-            except RuntimeError as error:  # torch raises it anywhere above; all results so far are kept
-                named = samples.tracker.of_dead(str(error)) if str(error).startswith("DataLoader worker") else []
-                if not named:
-                    raise
-            results.update(dict.fromkeys(named))
+        for batch in samples.read(batches, min(workers, len(samples)), list):
+            results += batch
+            bar.update(len(batch))
+    return results
 
 
 class Report(NamedTuple):
@@ -145,8 +127,7 @@ def check(
     lengths: List[int] = []
     unknown = usable = 0
     all_findings = _examine(_Samples(source, tokenizer, image_size), workers)
-    for index, ((image, _, _), (text, _, _)) in enumerate(zip(source.images, source.texts)):
-        found = all_findings[index]
+    for (image, _, _), (text, _, _), found in zip(source.images, source.texts, all_findings):
         image_name, text_name = printable(image), printable(text)
         if found is None or found.digest is None:
             faults.setdefault(DEADLY if found is None else files.UNREADABLE, []).append(image_name)

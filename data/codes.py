@@ -9,7 +9,8 @@ an image's entry is valid while the file's size and mtime stay the same. A cache
     NAME.locks/  one lock per share of the rows, while they are being filled; processes divide the work by shares
 
 A row whose checksum does not match is missing. This covers rows that were never written, damaged or cut off, and rows
-of an earlier state of a file, so a process may be killed at any moment. Locks only prevent double work.
+of an earlier state of a file, so a process may be killed at any moment. NAME.locks/ only prevents double work, but
+without NAME.lock another process may give its row to another file, whose values then do not count as this one's.
 """
 
 import contextlib
@@ -124,6 +125,7 @@ class CodeCache:
                         bar.update(len(indices))
             bar.update((bar.total or 0) - bar.n)
         shutil.rmtree(self._path.with_suffix(".locks"), ignore_errors=True)
+        self.refresh()
 
     def load(self, files: Sequence[File]) -> Tuple[MappedRows, np.ndarray]:
         """Return all rows, mapped from disk, and the row of each file: int64 (files,), -1 for a file without one."""
@@ -238,7 +240,7 @@ def load_codes(
 
     cache.fill(images, compute, batch_size)
     if not any(image in cache for image in images):
-        reason = next(iter(reasons.values()))
+        reason = next(iter(reasons.values()), "another process has replaced the cache")
         raise ValueError(f"{printable(cache.folder)}: none of {len(images)} images can be read ({reason})")
     return cache.load(images)
 

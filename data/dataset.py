@@ -73,7 +73,7 @@ class TextImageDataset(Dataset):
         self.byteio = byteio
         self.caption_dropout = caption_dropout
         self.seed = seed
-        cache = CaptionCache(self.folder, cache_dir, tokenizer)
+        cache = CaptionCache(self.path, cache_dir, tokenizer)
         self.source = open_source(
             folder,
             lambda file: file in encoded or file in cache,
@@ -84,7 +84,7 @@ class TextImageDataset(Dataset):
         self.counts = captions.counts(tokenizer.unknown)
         self._captions = captions.without_unread(tokenizer.unknown)
         good = self._captions.stops > self._captions.starts
-        unread = (len(captions.tokens) - len(self._captions.tokens)) // 2  # each is one id and its end
+        unread = len(self.counts.lengths) - len(self._captions.counts(tokenizer.unknown).lengths)
         texts = [text for text, keep in zip(self.source.texts, good) if keep]
         no_captions = [self.folder / file[0] for file, keep in zip(self.source.images, good) if not keep]
         self.images: List[File] = [file for file, keep in zip(self.source.images, good) if keep]

@@ -1,19 +1,22 @@
 """Decode image files: one to an array, or a list to batches."""
 
 import contextlib
+import logging
 import os
 import re
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
 from data.files import UNREADABLE, StoredImage, open_image, printable, report_skipped
-from utils.files import ignore_interrupts_in_worker, start_workers
+from data.loader import MEMORY_ADVICE, SamplesLost, explain_dead_worker, read_batches
+
+logger = logging.getLogger("minidalle")
 
 ImagePath = Union[str, Path, StoredImage]
 _SLOTS = 256  # workers of one DataLoader; more of them share slots, and the latest mark is kept
@@ -98,32 +101,65 @@ class ImageBatch(NamedTuple):
     unreadable: Dict[int, str]  # index of each other image -> the reason
 
 
-def read_images(
-    paths: Sequence[ImagePath], size: int, batches: Iterable[Sequence[int]], workers: int = 0
-) -> Iterator[ImageBatch]:
-    """Decode batches of indices into `paths`, in `workers` processes or in this one (0)."""
-    loader = DataLoader(
-        _Decoded(paths, size),
-        batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=ignore_interrupts_in_worker,
-    )
-    return start_workers(loader)
+class WorkerImages(Dataset):
+    """A dataset of images that notes which of them a worker is reading, and which killed one."""
 
-
-class _Decoded(Dataset):
-    def __init__(self, paths: Sequence[ImagePath], size: int):
-        self.paths, self.size = paths, size
+    def __init__(self, paths: Sequence[ImagePath]):
+        self.paths, self.tracker = paths, WorkerTracker()
+        self.deadly: Set[int] = set()
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def exclude_images_of(self, message: str) -> List[str]:
+        """Never read again what the dead workers of torch's error message were reading; return the names."""
+        indices = self.tracker.of_dead(message)
+        self.deadly.update(indices)
+        return [printable(self.paths[index]) for index in indices]
+
+    def read(
+        self, batches: Iterable[Sequence[int]], workers: int, collate: Callable[[List[Any]], Any]
+    ) -> Iterator[Any]:
+        """Yield the collated items of each batch, read in `workers` processes or in this one (0).
+
+        Raises:
+            SamplesLost: a worker was killed that was not reading an image.
+        """
+
+        def exclude(error: Exception) -> None:
+            reason, names = explain_dead_worker(error, self)
+            if not names:
+                raise SamplesLost(reason + MEMORY_ADVICE)
+            logger.warning("%s; new workers continue without it", reason)
+
+        return read_batches(self, batches, workers, exclude, collate_fn=collate)
+
+
+def read_images(
+    paths: Sequence[ImagePath], size: int, batches: Iterable[Sequence[int]], workers: int = 0
+) -> Iterator[ImageBatch]:
+    """Decode batches of indices into `paths`, in `workers` processes or in this one (0).
+
+    An image that kills the worker reading it is returned as unreadable.
+    """
+    return _Decoded(paths, size).read(batches, workers, _collate)
+
+
+class _Decoded(WorkerImages):
+    def __init__(self, paths: Sequence[ImagePath], size: int):
+        super().__init__(paths)
+        self.size = size
+
     def __getitem__(self, index: int) -> Tuple[int, Union[torch.Tensor, str]]:
+        if index in self.deadly:
+            return index, f"{printable(self.paths[index])}: reading it killed a process"
+        self.tracker.mark(index)
         try:
             pixels = load_image(self.paths[index], self.size)
         except (ValueError, OSError) as error:
             return index, str(error)
+        finally:
+            self.tracker.mark(-1)
         return index, torch.from_numpy(pixels).permute(2, 0, 1)  # (size, size, 3) -> (3, size, size)
 
 
@@ -136,17 +172,19 @@ def _collate(items: List[Tuple[int, Union[torch.Tensor, str]]]) -> ImageBatch:
 def load_images(paths: Sequence[ImagePath], size: int, workers: int = 0) -> torch.Tensor:
     """Return all images that can be read as uint8 (N, 3, size, size), ValueError if none; log how many cannot."""
     batches = [range(start, min(start + _BATCH, len(paths))) for start in range(0, len(paths), _BATCH)]
-    decoded, unreadable = [], []
+    images, count, unreadable = torch.empty((len(paths), 3, size, size), dtype=torch.uint8), 0, []
     with tqdm(total=len(paths), desc="reading images", unit="image", leave=False, disable=None) as bar:
         for batch in read_images(paths, size, batches, min(workers, len(paths) // _BATCH)):
-            decoded += [] if batch.pixels is None else [batch.pixels]
+            if batch.pixels is not None:  # copied, because a worker's tensors each keep a file open
+                images[count : count + len(batch.pixels)] = batch.pixels
+            count += len(batch.indices)
             unreadable += [paths[index] for index in batch.unreadable]
-            bar.update(_BATCH)
+            bar.update(len(batch.indices) + len(batch.unreadable))
     if unreadable:
         report_skipped({UNREADABLE: [Path(str(path)) for path in unreadable]})
-    if not decoded:
+    if not count:
         raise ValueError(f"{common_folder(paths)}: none of {len(paths)} images can be read")
-    return torch.cat(decoded)
+    return images[:count]
 
 
 def common_folder(paths: Sequence[ImagePath]) -> str:

@@ -5,11 +5,11 @@ epoch, index), a generated sample of (seed, index). So workers, processes and re
 the epoch: `dataset[(epoch, index)]` returns that sample.
 """
 
-import itertools
+import collections
 import logging
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Deque, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from utils.files import defer_sigchld, ignore_interrupts_in_worker, start_worker
 logger = logging.getLogger("minidalle")
 NOTICE_SECONDS = 5.0  # in which torch reports a worker whose pipe has broken
 RESTARTS = 3  # of the workers; without a limit, a machine short of memory would kill them forever
+CALM = 1000  # micro-batches without a killed worker, after which as many restarts are allowed again
 SHARE = 0.1  # of a GPU's free memory for a set; COCO's takes 0.3 GB
 MEMORY_ADVICE = "; if memory ran out, fewer --dataloader-workers need less"
 CAPTION, DROPOUT, _ORDER, _GENERATED, _VALIDATION = range(5)  # first names of random numbers
@@ -214,6 +215,46 @@ class SetOnDevice:
         return self.texts[rows[0]].long(), self.codes[rows[1]].long()
 
 
+def read_batches(
+    dataset: Any, batches: Iterable[Any], workers: int, handle_death: Callable[[Exception], None], **options: Any
+) -> Iterator[Any]:
+    """Yield what a DataLoader makes of each batch of keys, in order; new workers continue after one was killed.
+
+    Args:
+        handle_death: is called before new workers start, with the error that torch raised; may raise it again.
+        options: further arguments of DataLoader.
+    """
+    left: Iterator[Any] = iter(batches)
+    missing: Deque[Any] = collections.deque()  # batches that workers got and that are not yielded yet
+
+    def hand_out(again: List[Any]) -> Iterator[Any]:
+        yield from again
+        while True:
+            with defer_sigchld():  # torch's error would end `left`
+                batch = next(left, None)
+                if batch is None:
+                    return
+                missing.append(batch)
+            yield batch
+
+    while True:
+        loader = DataLoader(
+            dataset,
+            batch_sampler=hand_out(list(missing)),  # type: ignore[arg-type]
+            num_workers=workers,
+            worker_init_fn=ignore_interrupts_in_worker,
+            **options,
+        )
+        try:
+            for content in start_workers(loader):
+                with defer_sigchld():
+                    missing.popleft()
+                    yield content
+            return
+        except (RuntimeError, ConnectionError) as error:
+            handle_death(error)
+
+
 def read_in_workers(
     dataset: Any, order: Sequence[List[Any]], size: int, workers: int, pin_memory: bool
 ) -> Iterator[Tuple[Tensor, Tensor]]:
@@ -225,31 +266,24 @@ def read_in_workers(
     Raises:
         SamplesLost: workers keep being killed, or no image can be read any more.
     """
-    done = killed = 0
-    while True:
-        micro_batches = (keys[first : first + size] for keys in order for first in range(0, len(keys), size))
-        loader = DataLoader(
-            dataset,
-            batch_sampler=itertools.islice(micro_batches, done, None),  # type: ignore[arg-type]
-            num_workers=workers,
-            worker_init_fn=ignore_interrupts_in_worker,
-            pin_memory=pin_memory,
-        )
-        try:
-            for micro_batch in start_workers(loader):
-                done += 1
-                with defer_sigchld():
-                    yield micro_batch
-            return
-        except (RuntimeError, ConnectionError) as error:
-            reason, names = explain_dead_worker(error, dataset)
-        except (ValueError, OSError) as error:
-            raise SamplesLost(last_line(error)) from None
-        killed += 1
+    done = killed = latest = 0  # micro-batches, workers killed in a row, micro-batches before the latest of them
+
+    def handle_death(error: Exception) -> None:
+        nonlocal killed, latest
+        reason, names = explain_dead_worker(error, dataset)
+        killed, latest = (killed if done - latest < CALM else 0) + 1, done
         if killed > RESTARTS:
             raise SamplesLost(reason + MEMORY_ADVICE)
         replaced = "another image replaces it, and " if names else ""
         logger.warning("%s; %snew workers continue", reason, replaced)
+
+    micro_batches = (keys[first : first + size] for keys in order for first in range(0, len(keys), size))
+    try:
+        for micro_batch in read_batches(dataset, micro_batches, workers, handle_death, pin_memory=pin_memory):
+            done += 1
+            yield micro_batch
+    except (ValueError, OSError) as error:
+        raise SamplesLost(last_line(error)) from None
 
 
 def explain_dead_worker(error: Exception, dataset: Any) -> Tuple[str, List[str]]:

@@ -99,8 +99,6 @@ class Tokenizer:
         Bytes that are not UTF-8, which a model may generate, become U+FFFD. Spaces at both ends are removed.
         """
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        if any(isinstance(i, list) for i in ids):
-            raise ValueError("decode takes one sequence of ids at a time, not a batch")
         return self._entries.decode([i for i in ids if 0 < i < self.vocab_size]).strip(" ")
 
 

@@ -11,12 +11,14 @@ from typing import Iterator, Optional, Sequence
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from data.files import IMAGE_SUFFIXES
 from data.sources import open_source
-from utils.command_line import Parser, number, path
+from utils.command_line import Parser, exit_on_error, number, path
 from utils.files import atomic_write
 
 PADDING = "<pad>"
 BYTES = 256
+AT_ONCE = 4096  # captions whose encodings, which are large, are in memory at once
 SIZE = number(int, low=BYTES + 1, high=1 << 20)
 
 
@@ -33,23 +35,22 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         parser.error("give --input-folder FOLDER and --out FILE.json")
     if not settings.out.endswith(".json"):
         parser.error(f"argument --out: {settings.out} does not end in .json")
-    try:
+    with exit_on_error():
         captions = list(read_captions(settings.input_folder))
         model = train(captions, settings.size)
         with atomic_write(Path(settings.out), text=True) as file:
             file.write(model.to_str(pretty=True))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    tokens = sum(len(encoding.ids) for encoding in model.encode_batch(captions)) / len(captions)
-    print(
-        f"wrote {settings.out}: {model.get_vocab_size():,} tokens from {len(captions):,} captions, "
-        f"{tokens:.1f} tokens per caption"
-    )
+        parts = (captions[first : first + AT_ONCE] for first in range(0, len(captions), AT_ONCE))
+        tokens = sum(len(encoding.ids) for part in parts for encoding in model.encode_batch(part))
+        print(
+            f"wrote {settings.out}: {model.get_vocab_size():,} tokens from {len(captions):,} captions, "
+            f"{tokens / len(captions):.1f} tokens per caption"
+        )
 
 
 def read_captions(folder: str) -> Iterator[str]:
     """Yield all captions of a data set; images are not opened."""
-    source = open_source(folder, lambda file: True)
+    source = open_source(folder, lambda file: file[0].lower().endswith(IMAGE_SUFFIXES))  # captions are checked
     for name, *_ in source.texts:
         yield from source.captions(name)
 

@@ -392,7 +392,7 @@ def choose_from_nucleus(logits: Tensor, noise: Tensor, mass: float) -> Tensor:
     while True:
         best = scores.argmax(-1, keepdim=True)
         larger = logits > logits.gather(-1, best)
-        is_kept = (probabilities * larger).sum(-1, keepdim=True) < mass
+        is_kept = ~((probabilities * larger).sum(-1, keepdim=True) >= mass)  # also if it is NaN, or this would not end
         if is_kept.all():
             return best[..., 0]
         scores.masked_fill_(~(larger | is_kept), float("-inf"))

@@ -92,6 +92,9 @@ def test_flags_override_the_configuration_wherever_they_stand():
     assert (settings.validation_folder, settings.validation_split) == ("others", None)
     assert (settings.vqgan_model_path, settings.vae_path) == ("a.ckpt", None)
     assert args.train_arguments(["--config", "photos", *folder, "--validation-split", "0"]).validation_split == 0
+    split = ["--validation-split", "0.1"]
+    assert args.vqgan_arguments(["--config", "vqgan_demo", *split]).validation_folder is None
+    assert args.vqgan_arguments(["--config", "vqgan_scenes_decoder", "--max-steps", "100"]).continuous_steps == 150
 
 
 @pytest.mark.parametrize("program, count", [*zip(COMMANDS, (17, 4, 9, 4))])

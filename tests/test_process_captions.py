@@ -41,6 +41,8 @@ def test_captions_stay_as_they_are_but_for_white_space(tmp_path):
 
 
 GOOD = {"image_id": 1, "caption": "A dog."}
+SAME_STEM = {"images": [{"id": 1, "file_name": "a/1.jpg"}, {"id": 2, "file_name": "b/1.png"}]}
+SAME_STEM["annotations"] = [GOOD, {**GOOD, "image_id": 2}]
 
 
 def test_bad_files(tmp_path):
@@ -52,6 +54,7 @@ def test_bad_files(tmp_path):
         (json.dumps({"annotations": [GOOD, "A dog."]}).encode(), 'annotation 1 is "A dog."'),
         (json.dumps({"annotations": [GOOD, {"image_id": 1, "bbox": []}]}).encode(), 'annotation 1 is {"image_id": 1'),
         (json.dumps({"annotations": [{**GOOD, "image_id": "000000000001"}]}).encode(), "000000000001"),
+        (json.dumps(SAME_STEM).encode(), "a/1.jpg and b/1.png would share 1.txt"),
         (b'{"annotations": [{"image_id": 1, "caption": "half \\ud83d"}]}', "without an image_id or a valid caption"),
     ):
         source = tmp_path / "captions.json"

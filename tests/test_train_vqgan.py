@@ -126,13 +126,16 @@ def test_a_run_starts_with_the_codes_or_the_weights_of_another(trained, command,
     assert torch.equal(old.get_codebook_indices(pixels), new.get_codebook_indices(pixels))
     assert psnr(new, drawn_pictures, 32) > psnr(old, drawn_pictures, 32) + 1
     words = ["--input-folder", drawn_pictures, "--output-dir", tmp_path / "fine", "--init-from", first]
-    run = "--device cpu --batch-size 8 --max-steps 20 --continuous-steps 1 --learning-rate 0.005 --precision fp32"
+    run = "--device cpu --batch-size 8 --max-steps 20 --learning-rate 0.005 --precision fp32"
     ended = command(train_vqgan.main, *words, *run.split(), "--config", "vqgan_photos")  # whose sizes are others
     assert ended.status == 0 and "32 × 32 pixels to 4 × 4 codes of 32" in ended.out, ended
     assert "the codebook starts" not in ended.out
     vae = load_vqgan(str(tmp_path / "fine"))
     assert vae.hparams == old.hparams and psnr(vae, drawn_pictures, 32) > psnr(old, drawn_pictures, 32)
     command(train_vqgan.main, *words, *run.split(), "--ch", 64).refused("--ch: the sizes are those of --init-from")
+    words[3] = tmp_path / "split"
+    ended = command(train_vqgan.main, *words, *run.split(), "--validation-split", 0.99, "--max-steps", 1)
+    assert "1 training images, 11 validation images" in ended.ok().out  # of twelve, one is left
 
 
 def test_a_finished_vqgan_is_never_overwritten(trained, command, flags, monkeypatch):

@@ -180,7 +180,7 @@ def read_folders(settings: Namespace) -> Tuple[Any, torch.Tensor, str]:
     if settings.validation_folder is not None:
         validation_paths = shuffle(find_images(settings.validation_folder))[:most]
     elif settings.validation_split and len(paths) > 1:
-        count = min(most, math.ceil(len(paths) * settings.validation_split))
+        count = min(most, len(paths) - 1, math.ceil(len(paths) * settings.validation_split))
         validation_paths, paths = paths[:count], paths[count:]
     else:
         validation_paths, name = paths[:most], "training images"

@@ -151,7 +151,7 @@ def _read_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_]\w*(?:\.\w+)*)", str(error))
         with contextlib.suppress(ValueError):  # DALLE-pytorch's files may hold their settings as objects
-            entries = read_entries(path, "weights")
+            entries = read_entries(path)
             if _is_dalle_pytorch(entries):
                 return entries
         if name:
@@ -205,7 +205,7 @@ def step_of(path: AnyPath) -> Optional[int]:
                 if expected and isinstance(value, int) and opcode.name.startswith("BININT"):
                     return value
                 expected = value == "step" or (expected and opcode.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"))
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except Exception:  # damage shows as whatever the layer that meets it raises
         pass
     return None
 

@@ -202,7 +202,7 @@ def _spellings(name: str) -> List[str]:
 def _help_of(action: argparse.Action) -> str:
     text = action.help or ""
     if action.choices:
-        text += f": {', '.join(map(str, action.choices))}"
+        text += f" (one of {', '.join(map(str, action.choices))})"
     default = action.default
     if isinstance(default, (list, tuple)):
         default = ",".join(map(str, default))

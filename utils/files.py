@@ -105,7 +105,7 @@ def check_writable(folder: AnyPath, flag: str) -> None:
 def hold_lock(path: AnyPath, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of the file `path`, which stays, and yield True; yield False if another process holds it.
 
-    Processes are not kept apart on Windows, where the file cannot be written, and on file systems without locks.
+    Processes are not kept apart on Windows, if the file cannot be written, or on file systems without locks.
 
     Args:
         wait: until no other process holds the lock.
@@ -144,9 +144,8 @@ def claim_folder(folder: AnyPath, flag: str) -> contextlib.ExitStack:
 def decode_text(content: bytes) -> str:
     """Return the text of a file in UTF-8, UTF-16, or UTF-32 with a byte order mark; ValueError for anything else."""
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
-    if encoding == "utf-8" and b"\0" in content:  # UTF-16 of mostly ASCII has a zero in every other byte
-        even, odd = content[::2].count(0), content[1::2].count(0)
-        encoding = "utf-16-le" if odd > even else "utf-16-be"
+    if encoding == "utf-8" and content.count(0) > len(content) // 4:  # UTF-16 of mostly ASCII has one in two
+        encoding = "utf-16-le" if content[1::2].count(0) > content[::2].count(0) else "utf-16-be"
     text = content.decode(encoding)
     if "\0" in text:
         raise ValueError("has zero bytes, so it is not a text")

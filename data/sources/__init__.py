@@ -3,6 +3,7 @@
 Images with .txt files of their names come before any other form, and images with .json files of their names second.
 """
 
+import re
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple, Union
 
@@ -143,18 +144,19 @@ def _open_lists(
         return None
     candidates = [*listing.texts, *listing.others] if names is None else names
     forms: Dict[str, List[Tuple[str, Iterator[Entry]]]] = {}  # lists of several splits are one
-    fault: Optional[ValueError] = None
+    faults: Dict[str, ValueError] = {}
     for name in candidates:
         try:
             found = _read_list(folder, name, chosen=names is not None)
         except ValueError as error:  # perhaps a file for something else
-            fault = fault or error
+            faults[name] = error
             continue
         if found is not None:
             forms.setdefault(found[0], []).append((name, found[1]))
-    if not forms:
-        if fault is not None:
+    for name, fault in faults.items():  # another split of a list would replace it, and train on what is for validation
+        if not forms or _form_of(name) in forms:
             raise fault
+    if not forms:
         return None
     form = COCO if COCO in forms else next(iter(forms))
     entries = (entry for _, part in forms[form] for entry in part)
@@ -176,7 +178,13 @@ def _read_list(folder: Path, name: str, chosen: bool) -> Optional[Tuple[str, Ite
         if captions_lists.is_captions(content):
             return COCO, captions_lists.coco_entries(content, path, place)
     rows = captions_lists.read_entries(path, place)
-    return None if rows is None else (f"captions in {SPLIT_NAME.sub('*', path.name)}", rows)
+    return None if rows is None else (_form_of(name), rows)
+
+
+def _form_of(name: str) -> str:
+    """Return the form that a list has according to its name, which files of several splits share."""
+    last = name.rpartition("/")[2]
+    return COCO if re.match(r"captions_.*\.json$", last) else f"captions in {SPLIT_NAME.sub('*', last)}"
 
 
 def _hint(folder: Path, others: List[str]) -> str:

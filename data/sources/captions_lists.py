@@ -49,7 +49,8 @@ class Columns(NamedTuple):
         """Return the entry of a row's values, by their places."""
         split = "" if self.split is None else str(values[self.split] or "").lower()
         captions = _captions_of([values[column] for column in self.captions])
-        return Entry(str(values[self.name] or ""), captions, split=split)
+        name = values[self.name]
+        return Entry("" if name is None else str(name), captions, split=split)
 
 
 def read_entries(path: Path, place: str = "") -> Optional[Iterator[Entry]]:
@@ -80,8 +81,9 @@ def _captions_of(values: List[Any]) -> List[str]:
     captions: List[Any] = []
     for value in values:
         if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
-            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-                value = ast.literal_eval(value)  # a list in a field of CSV, as pandas and JSON write it
+            with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                listed = ast.literal_eval(value)  # a list in a field of CSV, as pandas and JSON write it
+                value = listed if all(isinstance(item, (str, dict)) for item in listed) else value
         captions += value if isinstance(value, (list, tuple)) else [value]
     return clean_captions(item.get("raw") if isinstance(item, dict) else item for item in captions)
 

@@ -4,6 +4,7 @@ A row has an image file's bytes, or its path, and a caption or a list of them. R
 mapped into memory; of a Parquet file, one row group is kept.
 """
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -81,10 +82,9 @@ def _without_replaced(folder: Path, files: Sequence[str]) -> List[str]:
     """Return the files without those that save_to_disk has replaced, or that `datasets` keeps as its own cache."""
     current = []
     for file in files:
-        state = (folder / file).with_name("state.json")
-        listed = (
-            [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]] if state.is_file() else []
-        )
+        state, listed = (folder / file).with_name("state.json"), []
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or that of another program
+            listed = [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
         name = file[file.rfind("/") + 1 :]
         if name in listed or not (listed or name.startswith("cache-")):
             current.append(file)

@@ -94,10 +94,12 @@ def read_part(path: Path, offset: int, size: int) -> bytes:
 def index_shards(folder: Path, shards: Sequence[str], cache_dir: Optional[Path]) -> Dict[str, Dict[str, Any]]:
     """Return the content of each shard, indexing those that are new or have changed, and keep it in `cache_dir`."""
     path = None if cache_dir is None else cache_dir / "tar-index.json"
+    inside = path is not None and path.parent.resolve() == folder.resolve()
+    place = "" if inside else f"{folder.resolve()}/"  # other folders may have shards of the same names
     known: Dict[str, Dict[str, Any]] = {}
     try:
         saved = json.loads(path.read_bytes()) if path else {}
-        known = saved["shards"] if saved.get("version") == INDEX_VERSION else {}
+        known = dict(saved["shards"]) if saved.get("version") == INDEX_VERSION else {}
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -107,15 +109,15 @@ def index_shards(folder: Path, shards: Sequence[str], cache_dir: Optional[Path])
     hidden = None if logger.isEnabledFor(logging.INFO) and len(shards) >= _PROGRESS_FROM else True
     for shard in tqdm(sorted(shards), desc="indexing shards", unit="shard", disable=hidden, leave=False):
         status = os.stat(folder / shard)
-        entry = known.get(shard)
+        entry = known.get(place + shard)
         if entry is None or (entry.get("size"), entry.get("mtime")) != (status.st_size, status.st_mtime_ns):
             entry = {"size": status.st_size, "mtime": status.st_mtime_ns, **index_shard(folder / shard)}
-            changed = True
+            known[place + shard], changed = entry, True
         found[shard] = entry
     if changed and path:
         try:
             with atomic_write(path, text=True) as file:
-                json.dump({"version": INDEX_VERSION, "shards": {**known, **found}}, file)
+                json.dump({"version": INDEX_VERSION, "shards": known}, file)
         except OSError as error:
             logger.warning("shards are indexed again in every run: %s", error)
     return found
@@ -153,7 +155,7 @@ def index_shard(path: Path) -> Dict[str, Any]:
 
 def list_members(content: BinaryIO) -> Tuple[Dict[str, List[Member]], bool]:
     """Return the files of a tar archive by the key of their sample, and whether the archive is whole."""
-    members: Dict[str, List[Member]] = {}
+    found: Dict[str, Member] = {}  # by name: `tar -r` and `tar -u` append newer versions of a file
     end = content.seek(0, os.SEEK_END)
     content.seek(0)
     try:
@@ -161,11 +163,17 @@ def list_members(content: BinaryIO) -> Tuple[Dict[str, List[Member]], bool]:
             for member in archive:
                 if member.isfile():
                     if member.offset_data + member.size > end:
-                        return members, False
-                    members.setdefault(_key(member.name), []).append((member.name, member.offset_data, member.size))
+                        raise EOFError
+                    found[member.name] = (member.name, member.offset_data, member.size)
+            # tarfile stops at a damaged header without an error; a whole archive has zeros there.
+            content.seek(archive.offset)
+            whole = not content.read(tarfile.BLOCKSIZE).strip(b"\0")
     except (tarfile.TarError, OSError, EOFError):
-        return members, False
-    return members, True
+        whole = False
+    members: Dict[str, List[Member]] = {}
+    for place in found.values():
+        members.setdefault(_key(place[0]), []).append(place)
+    return members, whole
 
 
 def _key(name: str) -> str:

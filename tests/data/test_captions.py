@@ -77,6 +77,16 @@ def test_a_changed_file_is_tokenized_again_and_nothing_else(folder, tokenizer, t
     assert len(cached()) == 4 and len(seen) == 2
 
 
+def test_two_tables_of_the_same_images_keep_their_tokens(folder, tmp_path, monkeypatch):
+    tokenizer, seen = load_tokenizer(KINDS["yttm"]), []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: seen.append(text) or encode(text))
+    for name in ("one", "two", "one", "two"):
+        (folder / f"{name}.csv").write_text(f"image,caption\n0.png,{name}\n")
+        TextImageDataset(folder / f"{name}.csv", tokenizer, text_seq_len=16, image_size=8, cache_dir=tmp_path)
+    assert seen == ["one", "two"]
+
+
 def test_an_interrupted_reading_continues(folder, tokenizer, tmp_path):
     files, seen = states_of(folder, "*.txt"), []
 
@@ -131,3 +141,7 @@ def test_captions_are_read_as_prompts_are(tmp_path, logged):
     with pytest.raises(ValueError, match="the vocabulary reads only 2 of 5 captions; use a --bpe-path"):
         TextImageDataset(tmp_path, tokenizer, text_seq_len=16, image_size=8)
     assert len(TextImageDataset(tmp_path, load_tokenizer(), text_seq_len=16, image_size=8)) == 4  # CLIP's reads all
+    for number in (1, 2, 3):  # what the cache still has of them does not count
+        (tmp_path / f"{number}.png").unlink()
+        (tmp_path / f"{number}.txt").unlink()
+    assert len(TextImageDataset(tmp_path, tokenizer, text_seq_len=16, image_size=8, cache_dir=tmp_path / "cache")) == 1

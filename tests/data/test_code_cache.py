@@ -45,6 +45,20 @@ def expected(files=FILES):
     return [values_of(file) for file in files]
 
 
+def test_rows_that_another_process_gave_to_other_files_do_not_count(tmp_path):
+    """Without locks, two processes may add files at the same time."""
+    cache = opened(tmp_path)
+
+    def compute(batches):
+        for batch in batches:
+            index = next((tmp_path / "cache").glob("*.json"))
+            index.write_text(index.read_text().replace('"03"', '"other"'))
+            yield batch, np.array([values_of(FILES[i]) for i in batch], np.uint16)
+
+    cache.fill(FILES, compute, 20)
+    assert [file for file in FILES if file not in cache] == [FILES[3]]
+
+
 def test_computed_once_in_any_order_and_state(tmp_path):
     assert filled(tmp_path) == (FILES, expected())  # also in the files' order
     assert filled(tmp_path) == ([], expected())

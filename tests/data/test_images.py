@@ -1,11 +1,15 @@
 """One image to pixels: the crop, the filter, orientation, every kind of image, and files that are none."""
 
 import base64
+import os
+import resource
+import signal
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from data import images as images_module
 from data.images import load_image, load_images
 from data.sources import find_images
 from service import uploads
@@ -111,3 +115,27 @@ def test_unreadable_images_are_skipped_and_reported_once(tmp_path, logged):
     for place, error in (("notes.txt", ValueError), ("nowhere", FileNotFoundError)):
         with pytest.raises(error, match=place):
             find_images(tmp_path / place)
+
+
+def test_workers_that_die_or_hand_over_many_batches(tmp_path, monkeypatch, logged):
+    """An image that kills its worker is skipped, and no batch keeps a file open."""
+    paths = [saved(tmp_path / f"{i}.png", np.full((4, 4, 3), i, dtype=np.uint8)) for i in range(80)]
+    parent, read = os.getpid(), load_image
+
+    def reading(path, size):
+        if os.getpid() != parent and path.name in ("3.png", "50.png"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path, size)
+
+    monkeypatch.setattr(images_module, "load_image", reading)
+    monkeypatch.setattr(images_module, "_BATCH", 1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 50, limits[1]))
+    try:
+        images = load_images(paths, 4, workers=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert images[:, 0, 0, 0].tolist() == [i for i in range(80) if i not in (3, 50)]
+    assert "skipped 2 files (unreadable image)" in logged.messages[-1]
+    for name, line in zip((3, 50), logged.messages):
+        assert f"reading {tmp_path}/{name}.png; new workers continue without it" in line

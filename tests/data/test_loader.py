@@ -14,8 +14,18 @@ from torch.utils.data import DataLoader
 
 import train
 from data import dataset as dataset_module
+from data import loader
 from data.dataset import TextImageDataset
-from data.loader import RESTARTS, EpochOrder, GeneratedDataset, RunOrder, epoch_order, random_bits
+from data.loader import (
+    RESTARTS,
+    EpochOrder,
+    GeneratedDataset,
+    RunOrder,
+    SamplesLost,
+    epoch_order,
+    random_bits,
+    read_in_workers,
+)
 from data.tokenizer import load_tokenizer
 from tests.builders import assert_same_weights, one_line, python
 from training.loop import Loop
@@ -236,6 +246,17 @@ def test_a_picture_that_kills_workers_is_left_out(trained, monkeypatch, picture_
     other, ended = trained(name="other")
     ended.ok()
     assert_same_weights(folder / "dalle_3.pt", other / "dalle_3.pt")  # as if it had been unreadable
+
+
+def test_restarts_are_counted_anew_after_a_while(tmp_path, monkeypatch):
+    dataset = dataset_of(make_set(tmp_path, count=4 * (RESTARTS + 2)))
+    worker_reads(monkeypatch, lambda path: int(path.stem) % 4 == 0)
+    order = [[index] for index in range(len(dataset))]
+    with pytest.raises(SamplesLost, match="if memory ran out"):
+        list(read_in_workers(dataset, order, 1, 1, False))
+    dataset._flags.zero_()
+    monkeypatch.setattr(loader, "CALM", 1)
+    assert len(list(read_in_workers(dataset, order, 1, 1, False))) == len(order)
 
 
 def test_a_worker_killed_from_outside_changes_nothing(trained, monkeypatch):

@@ -109,9 +109,10 @@ def test_other_files_are_refused(tmp_path):
 
 def test_a_vocabulary_is_trained_on_the_captions_of_a_folder(command, picture_folder, tmp_path):
     (picture_folder / "00.txt").write_text("a wee yellow star\n一只猫坐在海滩上\n", encoding="utf-8")
+    (picture_folder / "01.txt").write_text("0 0.5 0.5 0.2 0.2\n")  # labels, which training skips, too
     flags = ["train", "--input-folder", picture_folder, "--size", 400]
     ended = command(vocabulary.main, *flags, "--out", tmp_path / "vocab.json")
-    assert ended.status == 0 and "tokens from 24 captions" in ended.out, ended
+    assert ended.status == 0 and "tokens from 22 captions" in ended.out, ended
     command(vocabulary.main, *flags, "--out", tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "vocab.json").read_bytes()
     tokenizer = load_tokenizer(tmp_path / "vocab.json")

@@ -70,9 +70,10 @@ def test_utf_16_is_read_with_and_without_a_byte_order_mark(tmp_path):
     for number, encoding in enumerate(("utf-16", "utf-16-le", "utf-16-be", "utf-8-sig")):
         fill(tmp_path, f"{number}.png {number}.txt", "a red bus\ntwo caf\u00e9s\n".encode(encoding))
     fill(tmp_path, "zeros.png zeros.txt", b"a dog\0\0\0\0\0\0\0")
+    fill(tmp_path, "zero.png zero.txt", b"a small cat\0")  # it would be Chinese in UTF-16
     pairs, skipped = find_pairs(tmp_path)
     assert [read_captions(tmp_path / caption[0]) for _, caption in pairs] == [["a red bus", "two caf\u00e9s"]] * 4
-    assert skipped["neither UTF-8 nor UTF-16"] == [tmp_path / "zeros.txt"]
+    assert skipped["neither UTF-8 nor UTF-16"] == [tmp_path / "zero.txt", tmp_path / "zeros.txt"]
 
 
 def test_the_nearest_path_of_the_same_stem_pairs(tmp_path):

@@ -15,7 +15,7 @@ from data.codes import CodeCache, load_codes
 from data.dataset import TextImageDataset
 from data.files import NO_CAPTION, NO_IMAGE, ZERO_BYTES
 from data.images import load_image
-from data.sources import find_images, open_source, tar
+from data.sources import captions_lists, find_images, open_source, tar
 from data.sources.table import NO_TEXT
 from data.tokenizer import load_tokenizer
 from tests.builders import one_line
@@ -24,7 +24,7 @@ from tests.conftest import ROOT, YTTM
 CAPTIONS = {"a": ["a dog", "two dogs, and a cat"], "b": ["a red bus"], "c": ["a man's hat"]}
 ROWS = [(f"{name}.jpg", number, text) for name, texts in CAPTIONS.items() for number, text in enumerate(texts)]
 PAIRS = [(name, text) for name, _, text in ROWS]
-RESULTS = [{"image_id": 7 + number, "caption": text} for number, name in enumerate("abc") for text in CAPTIONS[name]]
+RESULTS = [{"image_id": number, "caption": text} for number, name in enumerate("abc") for text in CAPTIONS[name]]
 VAE = SimpleNamespace(image_size=8, image_seq_len=4, num_tokens=256, fingerprint=lambda: "0123")
 
 
@@ -51,7 +51,7 @@ def karpathy(splits, captions):
     return json.dumps({"images": images, "dataset": "coco"})
 
 
-COCO = {"images": [{"id": 7 + n, "file_name": f"{name}.jpg"} for n, name in enumerate("abc")]}
+COCO = {"images": [{"id": n, "file_name": f"{name}.jpg"} for n, name in enumerate("abc")]}
 COCO["annotations"] = [{"id": 0, **result} for result in RESULTS]
 FLICKR30K = [("image_name", " comment_number", " comment"), *((name, f" {n}", f" {text}") for name, n, text in ROWS)]
 LISTS = {  # the file that lists the images: their folder, and what it says
@@ -120,7 +120,7 @@ def shards_of_splits(folder):
 def coco_results(folder):
     bare_images(folder)
     for number, name in enumerate(CAPTIONS):
-        (folder / f"{name}.jpg").rename(folder / f"COCO_val2014_{7 + number:012}.jpg")
+        (folder / f"{name}.jpg").rename(folder / f"COCO_val2014_{number:012}.jpg")
     (folder / "results.json").write_text(json.dumps(RESULTS))
 
 
@@ -150,6 +150,7 @@ def hub_parquet(folder):
     rows.select([0, 1]).to_parquet(folder / "data" / "train-00000-of-00002.parquet", batch_size=1)
     rows.select([2]).to_parquet(folder / "data" / "train-00001-of-00002.parquet")
     rows.select([1]).to_parquet(folder / "data" / "validation-00000-of-00001.parquet")
+    (folder / "data" / "state.json").write_text('{"of": "another program"}')
     (folder / "README.md").write_text("---")
 
 
@@ -230,6 +231,8 @@ def test_tables_of_many_programs(tmp_path):
         source = open_source(tmp_path)
         assert {name: source.captions(name) for name, _, _ in source.texts} == expected
         assert NO_TEXT not in source.skipped
+    fields = ["[1, 2]", "[{[]: 1}]", "['a', 'b']", "[]"]
+    assert captions_lists._captions_of(fields) == ["[1, 2]", "[{[]: 1}]", "a", "b"]
 
 
 def test_lists_that_cannot_be_used(tmp_path):
@@ -250,6 +253,14 @@ def test_lists_that_cannot_be_used(tmp_path):
             open_source(tmp_path / name)
 
 
+def test_a_damaged_list_is_not_replaced_by_that_of_another_split(tmp_path):
+    bare_images(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"file_name": "a.jpg", "text": "x"}\n{"file')
+    (tmp_path / "val.jsonl").write_text('{"file_name": "b.jpg", "text": "x"}\n')
+    with one_line("train.jsonl, line 2: not a JSON object"):
+        open_source(tmp_path)
+
+
 def test_damaged_shards_keep_what_can_be_read(tmp_path):
     tar_shards(tmp_path)
     more = {"sub/d.e.jpg": "", "sub/d.txt": "a dog", "f.jpg": "", "f.txt": "a dog", "lonely.png": "x", "g.txt": "a dog"}
@@ -261,13 +272,32 @@ def test_damaged_shards_keep_what_can_be_read(tmp_path):
         ZERO_BYTES: ["f.jpg"],
     }
     assert len(source.images) == 3 and list(source.others) == ["00000_stats.json", "00001_stats.json"]
+    write_tar(tmp_path, "00000.tar", {"a.jpg": "newer", "a.txt": "a newer dog"})
+    again = open_source(tmp_path, cache_dir=tmp_path)
+    name = "00000.tar/a.jpg"
+    assert (again.image(name).read(), again.captions(name)) == (b"newer", ["a newer dog"])
     whole = (tmp_path / "00000.tar").read_bytes()
     (tmp_path / "00000.tar").write_bytes(whole[: len(whole) * 3 // 10])
     cut = open_source(tmp_path, cache_dir=tmp_path)
     assert tar.CUT_SHORT in cut.skipped
     assert [name for name, _, _ in cut.images] == ["00000.tar/a.jpg", "00001.tar/c.jpg"]
-    (tmp_path / "tar-index.json").write_text("{")
-    assert open_source(tmp_path, cache_dir=tmp_path).images == cut.images
+    for damaged in "{", '{"version": 1, "shards": []}':
+        (tmp_path / "tar-index.json").write_text(damaged)
+        assert open_source(tmp_path, cache_dir=tmp_path).images == cut.images
+    damaged = bytearray(whole)
+    damaged[whole.index(b"b.jpg")] ^= 1  # a header, whose checksum no longer fits
+    (tmp_path / "00000.tar").write_bytes(damaged)
+    assert tar.CUT_SHORT in open_source(tmp_path, cache_dir=tmp_path).skipped
+
+
+def test_sets_that_share_a_cache_index_their_shards_once(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        tar_shards(tmp_path / name)
+    index, seen = tar.index_shard, []
+    monkeypatch.setattr(tar, "index_shard", lambda path: seen.append(path) or index(path))
+    for name in ("one", "two", "one", "two"):
+        open_source(tmp_path / name, cache_dir=tmp_path)
+    assert len(seen) == 4
 
 
 def test_a_damaged_image_of_a_shard_is_skipped_as_a_file_is(tmp_path, logged):
