@@ -45,6 +45,7 @@ from data.scene_captions import (
     withheld_scene,
 )
 from utils.command_line import COUNT, Parser, exit_on_error
+from utils.files import ignore_interrupts_in_worker
 
 VERSION = 3  # of the renderings and captions: raised when the same settings would give other files
 
@@ -226,7 +227,8 @@ def write_dataset(
         jobs = [(folder, "train", index, 1, seed, size) for index in range(images)]
         jobs += [(folder, "crowds", index, 1, seed, size) for index in range(crowds)]
         jobs += [(folder, "val", index, images + 1, seed, size) for index in range(val)]
-        with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        context = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
+        with context.Pool(os.cpu_count() or 1, ignore_interrupts_in_worker) as pool:
             done = pool.imap_unordered(_write_image, jobs, chunksize=100)
             for _ in tqdm(done, total=len(jobs), desc="rendering", unit="image", disable=None):
                 pass

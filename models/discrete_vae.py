@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from models.vae import MOST_BLOCKS, ImageTokenizer, size_in
 from utils.checkpoint import first_misfit
+from utils.errors import first_line
 from utils.foreign_pickle import read_entries, read_module
 
 EPSILON = 0.1  # OpenAI's networks see pixels in [ε, 1 − ε]
@@ -186,12 +187,15 @@ def infer_openai_params(weights: Mapping[str, Tensor]) -> Dict[str, Any]:
 def load_discrete_vae(path: Path) -> Optional[DiscreteVAE]:
     """Load a vae.pt of train_vae.py; None if it is something else, ValueError if its weights do not fit its sizes."""
     try:
-        saved = read_entries(path, "weights")
+        saved = read_entries(path)
     except ValueError:
         return None
     if not isinstance(saved.get("hparams"), dict) or "codebook.weight" not in saved["weights"]:
         return None
-    vae = DiscreteVAE(saved["hparams"])
+    try:
+        vae = DiscreteVAE(saved["hparams"])
+    except (ValueError, RuntimeError) as error:  # RuntimeError: out of memory
+        raise ValueError(f"{path}: {first_line(error)}") from error
     misfit = first_misfit(vae.model, saved["weights"])
     if misfit:
         raise ValueError(f"{path}: does not fit its hparams: {misfit}")

@@ -52,6 +52,7 @@ VQ_MODELS = ("VQModel", "VQModelInterface", "VQNoDiscModel", "VQSegmentationMode
 WEIGHTS, YAML = (".ckpt", ".pt", ".pth", ".safetensors"), (".yaml", ".yml")
 # Tensors for training alone: discriminator and LPIPS, averaged weights, and counts of a codebook that is a moving mean.
 # A remap table (used) only renumbers codes.
+ANCHOR = "encoder.conv_in.weight"  # a tensor that all of them have
 NOT_NEEDED = (
     *("loss.", "model_ema.", "colorize", "quantize.used"),
     *("quantize.embedding.cluster_size", "quantize.embedding.embed_avg"),
@@ -85,14 +86,17 @@ def load_vqgan(model_path: Optional[str] = None, config_path: Optional[str] = No
         discrete = load_discrete_vae(weights_file)
         if discrete is not None:
             return discrete
-    config_file = _find_config(weights_file, None if config_path is None else Path(config_path))
-
+    try:
+        config_file = _find_config(weights_file, None if config_path is None else Path(config_path))
+    except FileNotFoundError:
+        read_weights(weights_file, NOT_NEEDED, ANCHOR)  # a file that is damaged, or no VQGAN, needs no configuration
+        raise
     params, gumbel = _read_config(config_file)
     try:
         vae = VQGanVAE(params, gumbel)
     except (ValueError, RuntimeError) as error:  # RuntimeError: out of memory
         raise ValueError(f"{config_file}: {first_line(error)}") from error
-    weights = read_weights(weights_file, skip=NOT_NEEDED, anchor="encoder.conv_in.weight")
+    weights = read_weights(weights_file, NOT_NEEDED, ANCHOR)
     misfit = first_misfit(vae.model, weights)
     if misfit:
         raise ValueError(f"{weights_file}: does not fit its configuration: {misfit}")
@@ -211,7 +215,7 @@ def _by_hand(problem: str, folder: Path) -> OSError:
 def _download(address: str, path: Path) -> None:
     try:
         remove_leftovers(path.parent, path.name)  # the lock is ours
-        with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response, atomic_write(path) as file:
+        with atomic_write(path) as file, urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response:
             total, about = response.length, f"downloading {path.name}"
             with tqdm.wrapattr(response, "read", total=total, unit="B", desc=about, disable=None) as source:
                 shutil.copyfileobj(source, file, CHUNK_BYTES)

@@ -167,6 +167,16 @@ def test_instances_share_the_data_and_train_as_one(poptorch_standin, command, ti
     assert sorted(path.name for path in (tmp_path / "together").glob("*.pt")) == ["dalle_0.pt", "dalle_1.pt"]
 
 
+def test_poprun_overrides_only_a_flag_that_was_given(poptorch_standin, monkeypatch, logged):
+    from backends.ipu.backend import Instances
+
+    for name, number in (("NUM_TOTAL_REPLICAS", 2), ("NUM_LOCAL_REPLICAS", 2), ("INSTANCE_INDEX", 0)):
+        monkeypatch.setenv(f"POPDIST_{name}", str(number))
+    monkeypatch.setenv("POPDIST_NUM_INSTANCES", "1")
+    for replicas, lines in ((None, 0), (2, 0), (1, 1)):  # generate.py has no such flag
+        assert Instances(replicas).replicas == 2 and len(logged.messages) == lines
+
+
 def test_poprun_without_horovod_is_one_line(poptorch_standin, command, tiny_flags, monkeypatch):
     monkeypatch.setenv("POPDIST_NUM_TOTAL_REPLICAS", "2")
     monkeypatch.setitem(sys.modules, "horovod", None)

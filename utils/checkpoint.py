@@ -151,7 +151,7 @@ def _read_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|Unsupported class) ([a-zA-Z_]\w*(?:\.\w+)*)", str(error))
         with contextlib.suppress(ValueError):  # DALLE-pytorch's files may hold their settings as objects
-            entries = read_entries(path, "weights")
+            entries = read_entries(path)
             if _is_dalle_pytorch(entries):
                 return entries
         if name:

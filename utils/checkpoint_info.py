@@ -31,6 +31,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     add("half", False, "in fp16, except for a VQGAN whose codes would change", bool)
     add("decoder", None, "with the decoder of this VQGAN, which train_vqgan.py --decoder-of trained for the same codes")
     arguments = parser.parse(argv)
+    if arguments.export is None and (arguments.half or arguments.decoder is not None):
+        parser.error(f"argument {'--half' if arguments.half else '--decoder'}: needs --export OUT.safetensors")
     if arguments.export is not None and not arguments.export.endswith(".safetensors"):
         parser.error(f"argument --export: {arguments.export} does not end in .safetensors")
     saved = checkpoint.read(arguments.file)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Callable, Dict, Iterator, NamedTuple, Optional
 import torch
 from safetensors import safe_open
 
-from utils.errors import first_line
+from utils.errors import first_line, ran_out_of_memory
 
 Tensors = Dict[str, torch.Tensor]
 
@@ -129,15 +129,15 @@ def read_weights(path: Union[str, Path], skip: Sequence[str] = (), anchor: Optio
         return _read_tensors({name: state_dict[stored] for name, stored in names.items()}, read)
 
 
-def read_entries(path: Union[str, Path], weights: str) -> Dict[str, Any]:
-    """Read a dict's plain values and the state dict in its entry `weights`; ValueError as for read_weights."""
+def read_entries(path: Union[str, Path]) -> Dict[str, Any]:
+    """Read a dict's plain values and the state dict in its entry "weights"; ValueError as for read_weights."""
     path = Path(path)
     with _describing_damage(path, "checkpoint"), path.open("rb") as file:
         saved, read = _open(file)
-        if not isinstance(saved, dict) or not isinstance(saved.get(weights), dict):
-            raise ValueError(f"holds no {weights}")
+        if not isinstance(saved, dict) or not isinstance(saved.get("weights"), dict):
+            raise ValueError("holds no weights")
         entries = {key: plain(value) for key, value in saved.items() if isinstance(key, str)}
-        return {**entries, weights: _read_tensors(saved[weights], read)}
+        return {**entries, "weights": _read_tensors(saved["weights"], read)}
 
 
 def read_module(path: Union[str, Path]) -> Tensors:
@@ -154,13 +154,17 @@ def _describing_damage(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a damaged offset, not the disk
+        is_io = isinstance(error, OSError) and error.errno != errno.EINVAL  # EINVAL: a damaged offset, not the disk
+        if is_io or ran_out_of_memory(error):
             raise
         raise ValueError(f"{path}: not a {kind}, or damaged ({first_line(error)})") from error
 
 
 def _open(file: BinaryIO) -> Tuple[Any, Callable[[Storage], bytearray]]:
-    return _open_zip(file) if file.read(4) == b"PK\x03\x04" else _open_stream(file)
+    try:
+        return _open_zip(file) if file.read(4) == b"PK\x03\x04" else _open_stream(file)
+    except MemoryError:  # sizes of storages are compared with the file, those of other values are not
+        raise ValueError("holds a value that is too large") from None
 
 
 def _find_state_dict(saved: Any, anchor: Optional[str]) -> Dict[str, Any]:

@@ -62,9 +62,9 @@ def device_errors(problem: str, kind: Type[ValueError] = ValueError) -> Iterator
 class Instances:
     """The instances that PopRun started, of which this is number `rank`; a single one without PopRun."""
 
-    def __init__(self, replicas: int):
+    def __init__(self, replicas: Optional[int]):
         self.rank, self.size = 0, 1
-        self.replicas, self.all_replicas = replicas, replicas  # in this instance, and in all
+        self.replicas = self.all_replicas = 1 if replicas is None else replicas  # in this instance, and in all
         self.popdist: Any = None  # PopRun's module, if PopRun runs
         self.horovod: Any = None
         try:
@@ -86,7 +86,7 @@ class Instances:
         self.popdist, self.horovod = popdist, horovod.torch
         self.rank, self.size = popdist.getInstanceIndex(), popdist.getNumInstances()
         self.replicas, self.all_replicas = popdist.getNumLocalReplicas(), popdist.getNumTotalReplicas()
-        if self.all_replicas != replicas and not self.rank:
+        if replicas not in (None, self.all_replicas) and not self.rank:
             logger.info("PopRun's %d replicas override --replication-factor %d", self.all_replicas, replicas)
 
     def options(self, ipus_per_replica: int, replicas: Optional[int] = None) -> Any:
@@ -117,7 +117,9 @@ class IpuBackend(Backend):
     can_gather = False
     device_errors = staticmethod(device_errors)
 
-    def __init__(self, precision: str = "auto", executable_cache_dir: Optional[str] = None, replicas: int = 1):
+    def __init__(
+        self, precision: str = "auto", executable_cache_dir: Optional[str] = None, replicas: Optional[int] = None
+    ):
         if importlib.util.find_spec("poptorch") is None:
             enable = "" if os.environ.get("POPLAR_SDK_ENABLED") else "run `. enable.sh` in the SDK's folders and "
             raise ValueError(f"--device ipu: there is no PopTorch here; {enable}pip install the SDK's poptorch wheel")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import re
 
@@ -129,6 +130,7 @@ def test_the_files(drawings, tmp_path, monkeypatch):
     few = dict(list(objects().items())[:12])
     for module in ("data.scenes", "data.scene_captions"):
         monkeypatch.setattr(f"{module}.objects", lambda: few)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # a Mac has none
     out = tmp_path / "set"
     flags = ["--out", str(out), "--images", "6", "--val", "3", "--crowds", "2", "--size", "48"]
     scenes.main(flags)

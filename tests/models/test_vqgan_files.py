@@ -60,6 +60,13 @@ def test_downloaded_once(cache, server):
     assert len(server.requests) == 2
 
 
+def test_a_cache_that_cannot_be_written_is_noticed_before_connecting(cache, server):
+    cache.write_text("a file")
+    with one_line(f"could not download .*{BY_HAND}", OSError):
+        download_official_vqgan()
+    assert not server.requests
+
+
 @pytest.mark.parametrize("name", [CHECKPOINT, CONFIG])
 def test_a_broken_connection_leaves_nothing_under_the_name(cache, server, name):
     size = len(server.files[f"mirror/{name}"])

@@ -132,6 +132,13 @@ def test_a_discrete_vae_by_path(theirs, tmp_path):
     vae = load_vqgan(str(tmp_path / "vae.pt"))
     images = torch.rand(2, 3, 32, 32)
     assert isinstance(vae, DiscreteVAE) and torch.equal(vae(images), theirs.vae.get_codebook_indices(images))
-    torch.save({"hparams": {**VAE, "hidden_dim": 16}, "weights": theirs.vae.state_dict()}, tmp_path / "vae.pt")
-    with pytest.raises(ValueError, match="vae.pt: does not fit its hparams: encoder.0.0.weight is"):
-        load_vqgan(str(tmp_path / "vae.pt"))
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "vae.pt").read_bytes()[:-100])
+    with one_line(f"{tmp_path}/cut.pt: not a VQGAN checkpoint, or damaged"):
+        load_vqgan(str(tmp_path / "cut.pt"))
+    for setting, problem in (
+        ("hidden_dim", "does not fit its hparams: encoder.0.0.weight is"),
+        ("channels", "4 channels"),
+    ):
+        torch.save({"hparams": {**VAE, setting: 4}, "weights": theirs.vae.state_dict()}, tmp_path / "vae.pt")
+        with one_line(f"{tmp_path}/vae.pt: .*{problem}"):
+            load_vqgan(str(tmp_path / "vae.pt"))

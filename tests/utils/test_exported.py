@@ -157,6 +157,8 @@ def test_a_decoder_of_the_same_codes_is_exported(command, tiny_checkpoint, tmp_p
     for place, reason in ((folder, "its VQGAN has other codes"), (tmp_path, "no such file")):
         command(checkpoint_info.main, tiny_checkpoint, "--export", out, "--decoder", place).refused(reason)
         assert not out.exists()
+    for flags in (["--half"], ["--decoder", folder]):
+        command(checkpoint_info.main, tiny_checkpoint, *flags).refused(f"{flags[0]}: needs --export")
 
 
 @pytest.mark.parametrize("name", ["README.md", "missing", "."])

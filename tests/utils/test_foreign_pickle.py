@@ -203,6 +203,20 @@ def test_a_tensor_that_is_not_in_its_storage_is_refused(path, zipped):
 
 
 @BOTH_FORMATS
+def test_memory_that_runs_out_is_no_damage(path, zipped, monkeypatch):
+    write(path, {"w": tensor(storage(), (4,), (1,))}, zipped)
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch, "frombuffer", fail)
+        read_weights(path)
+    monkeypatch.setattr(pickle._Unpickler, "load", fail)  # what a forged length would do
+    assert_refused(path)
+
+
+@BOTH_FORMATS
 def test_damage_is_never_another_exception(path, zipped):
     state = {"a": torch.randn(3, 4), "b": torch.arange(5).half(), "c": torch.randn(4, 4)[::2, 1:].t()}
     saved = {"callbacks": {zipfile.ZipFile: 1.5}, "epoch": 3, "state_dict": state}
