@@ -5,15 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-@pytest.fixture
-def poptorch(poptorch_standin):
-    return poptorch_standin
+poptorch = pytest.fixture(lambda poptorch_standin: poptorch_standin)
 
 
 class Through(nn.Module):
-    """forward is a function of the module and its inputs."""
-
     def __init__(self, function, **members):
         super().__init__()
         for name, member in members.items():
@@ -22,12 +17,6 @@ class Through(nn.Module):
 
     def forward(self, *inputs):
         return self.function(self, *inputs)
-
-
-def options_of(poptorch, accumulation):
-    options = poptorch.Options()
-    options.Training.gradientAccumulation(accumulation)
-    return options
 
 
 def trainer_of(poptorch, model, options=None):
@@ -86,7 +75,8 @@ def test_pipelines_are_refused(poptorch):
         for layer, pair in zip(layers, ids):
             if pair is not None:
                 poptorch.BeginBlock(layer, *pair)
-        options = options_of(poptorch, accumulation).autoRoundNumIPUs(True)
+        options = poptorch.Options().autoRoundNumIPUs(True)
+        options.Training.gradientAccumulation(accumulation)
         options.setExecutionStrategy(poptorch.PipelinedExecution(poptorch.AutoStage.AutoIncrement))
         trainer = trainer_of(poptorch, Through(lambda m, x: F.mse_loss(m.layers(x), x), layers=layers), options)
         with pytest.raises(poptorch.Error, match=message):

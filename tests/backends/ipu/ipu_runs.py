@@ -13,7 +13,6 @@ def settings(*flags, device="ipu"):
 
 
 def trainer_of(vae, *flags):
-    """A compiled trainer and a batch of what one step takes."""
     backend = backends.for_training(settings(*flags))
     trainer, batch = backend.trainer(small_dalle(vae)), samples(backend.samples_per_step)
     trainer.compile(batch)

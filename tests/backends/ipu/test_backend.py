@@ -59,10 +59,10 @@ def test_each_flag_reaches_its_option(poptorch_standin, monkeypatch, tmp_path):
     plain = options_by()
     assert isinstance(plain["setExecutionStrategy"], poptorch_standin.PipelinedExecution)
     assert plain["outputMode"] is poptorch_standin.OutputMode.Sum and plain["autoRoundNumIPUs"] is True
-    assert plain["reduction"] is poptorch_standin.ReductionType.Mean and plain["gradientAccumulation"] == 3
     expected = {"setAvailableMemoryProportion": {"IPU0": 0.6, "IPU1": 0.6}, "randomSeed": 42, "replicationFactor": 1}
     expected.update(enableStochasticRounding=False, setPartialsType=torch.float32, useOnChipStorage=True)
-    expected.update(useReplicatedTensorSharding=False)
+    expected.update(useReplicatedTensorSharding=False, gradientAccumulation=3)
+    expected["accumulationAndReplicationReductionType"] = poptorch_standin.ReductionType.Mean
     assert {name: plain[name] for name in expected} == expected
     optional = {"enableExecutableCaching", "enableProfiling", "enableSyntheticData", "offline"}
     assert not plain.keys() & {*optional, "setAutomaticLossScaling"}

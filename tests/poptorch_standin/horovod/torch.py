@@ -11,12 +11,6 @@ def init():
     _ready.append(True)
 
 
-def _size():
-    if not _ready:
-        raise ValueError("Horovod has not been initialized; use hvd.init().")
-    return popdist.getNumInstances() if popdist.isPopdistEnvSet() else 1
-
-
 def broadcast(tensor, root_rank):
     """Return a copy of the root's tensor."""
     tensor, group = tensor.detach().clone(), popdist._group()
@@ -27,11 +21,10 @@ def broadcast(tensor, root_rank):
 
 def allreduce(tensor, op=Average):
     """Return the mean over all instances."""
-    if op != Average:
-        raise ValueError(f"op is Average in the stand-in, not {op!r}")
-    size = _size()
+    if not _ready:
+        raise ValueError("Horovod has not been initialized; use hvd.init().")
     tensor, group = tensor.detach().clone(), popdist._group()
     if group is not None:
         group.all_reduce(tensor)
-        tensor = tensor / size if tensor.is_floating_point() else tensor // size
+        tensor = tensor / popdist.getNumInstances()
     return tensor

@@ -22,8 +22,6 @@ def init():
 
 
 def _read(name):
-    if not isPopdistEnvSet():
-        raise RuntimeError("not started by PopRun: isPopdistEnvSet() is False")
     if not _ready:
         raise RuntimeError("popdist.init() has not been called")
     return int(os.environ[name])

@@ -9,8 +9,6 @@ import popdist
 class Options(poptorch.Options):
     def __init__(self, ipus_per_replica=1):
         super().__init__()
-        if popdist.getNumLocalReplicas() * popdist.getNumInstances() != popdist.getNumTotalReplicas():
-            raise RuntimeError("local replicas x instances are not the total number of replicas")
         self._set(ipus_per_replica=check_int("ipus_per_replica", ipus_per_replica))
         super().replicationFactor(popdist.getNumLocalReplicas())
         self.Distributed.configureProcessId(popdist.getInstanceIndex(), popdist.getNumInstances())

@@ -24,7 +24,6 @@ class DataLoader(TorchLoader):
             raise NotImplementedError("the stand-in reads whole batches in order, of a dataset for this process")
         options._freeze()
         self._mode = check_type("mode", mode, DataLoaderMode)
-        self._terminated = False
         self.combinedBatchSize = loaded = check_int("batch_size", batch_size) * options._micro_batches
         if mode is DataLoaderMode.AsyncRebatched:
             if loaded == 1:
@@ -36,10 +35,7 @@ class DataLoader(TorchLoader):
         elif rebatched_worker_size is not None:
             raise ValueError("rebatched_worker_size is for DataLoaderMode.AsyncRebatched")
         if mode is not DataLoaderMode.Sync:
-            try:  # what a worker process gets
-                dataset, worker_init_fn = pickle.loads(pickle.dumps((dataset, worker_init_fn)))
-            except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise RuntimeError(f"an asynchronous loader's dataset must be picklable: {error}") from error
+            dataset, worker_init_fn = pickle.loads(pickle.dumps((dataset, worker_init_fn)))  # what a worker gets
         # The last of small worker batches may be short; whole batches are made of them afterwards.
         super().__init__(
             dataset,
@@ -51,8 +47,6 @@ class DataLoader(TorchLoader):
         )
 
     def __iter__(self):
-        if self._terminated:
-            raise RuntimeError("the loader is terminated")
         source = super().__iter__()
         if self._mode is DataLoaderMode.AsyncRebatched:
             source = self._whole_batches(source)
@@ -81,13 +75,11 @@ class DataLoader(TorchLoader):
             number += 1
             upcoming = next(source, None)
             if upcoming is not None:
-                if [x.shape for x in tensors_in(upcoming)] != [x.shape for x in tensors_in(slot)]:
-                    raise RuntimeError("an asynchronous loader's batches must all have one shape; use drop_last=True")
                 _map(lambda old, new: old.copy_(new), slot, upcoming)
                 filled += 1
 
     def terminate(self):
-        self._terminated = True
+        pass
 
 
 def _map(function, *batches):
@@ -95,6 +87,4 @@ def _map(function, *batches):
     first = batches[0]
     if isinstance(first, torch.Tensor):
         return function(*batches)
-    if type(first) in (list, tuple):
-        return type(first)(_map(function, *members) for members in zip(*batches))
-    raise TypeError(f"an asynchronous loader's batches are tensors in lists and tuples, not {type(first)}")
+    return type(first)(_map(function, *members) for members in zip(*batches))

@@ -4,7 +4,7 @@ A tensor of the device is a CPU tensor with a Mark. A torch function mode sees e
 the mark on to the results and refuses what PopTorch could not compile: host tensors among the device's, values read
 while there are none, functions without an equivalent. `x.device` says ipu:0.
 
-int64 stays int64 between operators, though inputs and outputs are narrowed to 32 bits; float64 is float32 throughout.
+int64 stays int64 between operators, though inputs and outputs are narrowed to 32 bits; float64 is refused.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from .machine import Error
 from .trace import active_trace
 
 IPU = torch.device("ipu:0")
-HOST = torch.device("cpu")
 
 
 def _names(text):
@@ -44,9 +43,8 @@ FACTORIES = _names("arange empty full linspace logspace ones rand randint randn 
 BOOKKEEPING = _names("detach alias lift_fresh lift _to_copy empty empty_like empty_strided")
 # What these do in themselves, though forward may not: check the classes and, in torch 2.0, average a smoothed loss.
 INTERNAL = {"one_hot": {"_local_scalar_dense"}, "cross_entropy": {"masked_select"}}
-TOO_SMALL = {torch.bfloat16, *(getattr(torch, name) for name in dir(torch) if name.startswith("float8"))}
-
-
+UNSUPPORTED = {torch.bfloat16, torch.float64}
+UNSUPPORTED |= {getattr(torch, name) for name in dir(torch) if name.startswith("float8")}
 LINES = Path(__file__).with_name("operators.txt").read_text(encoding="utf-8").splitlines()
 OPERATORS = _names(" ".join(line for line in LINES if not line.startswith("#")))
 ASSIGNMENTS = _names("copy_ fill_ zero_ normal_ uniform_ random_ exponential_ index_put_ requires_grad_")
@@ -73,8 +71,6 @@ def put(tensor, **mark):
     copied = tensor.detach().clone(memory_format=torch.contiguous_format)
     if copied.dtype == torch.int64:
         copied = copied.to(torch.int32).to(torch.int64)
-    elif copied.dtype == torch.float64:
-        copied = copied.to(torch.float32)
     copied._ipu = Mark(**mark)
     return copied
 
@@ -86,7 +82,7 @@ def fetch(tensor):
 
 
 def check_dtype(dtype):
-    if dtype in TOO_SMALL or dtype.is_complex:
+    if dtype in UNSUPPORTED or dtype.is_complex:
         raise RuntimeError(f"Unsupported tensor type: {dtype}")
 
 
@@ -202,7 +198,6 @@ class Run(TorchFunctionMode):
         return index
 
     def call(self, model, inputs):
-        """Call the model, whose weights and inputs are on the device."""
         for tensor in (*inputs, *model.parameters(), *model.buffers()):
             self._see(tensor)
         return model(*inputs)
@@ -220,16 +215,18 @@ class Run(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
-            return self._attribute(func, args)
+            is_ours = func.__self__.__name__ == "device" and mark_of(args[0]) is not None
+            return IPU if is_ours else func(*args)
         tensors = list(tensors_in((args, kwargs)))
         marks = [mark_of(tensor) for tensor in tensors if mark_of(tensor) is not None]
-        to_ipu = _names_ipu(kwargs.get("device")) or (name == "to" and any(map(_names_ipu, args[1:])))
+        to_ipu = _names_ipu(kwargs.get("device"))
         if not marks and not to_ipu:
             return func(*args, **kwargs)
         if name in ("__repr__", "__format__"):
             return f"tensor(device=ipu:0, shape={list(args[0].shape)})"
         self._check(name, args, kwargs, tensors, marks)
-        func, args, kwargs = self._on_host(func, name, args, kwargs)
+        if to_ipu:
+            kwargs = {**kwargs, "device": "cpu"}
         watch = OperatorWatch(INTERNAL.get(name, ()))
         self._inside += 1
         try:
@@ -237,25 +234,9 @@ class Run(TorchFunctionMode):
                 result = func(*args, **kwargs)
         finally:
             self._inside -= 1
-        if name == "to" and not marks and result is args[0]:  # nothing to convert: what arrives is a copy all the same
-            result = result.clone()
         self._note(name, args, kwargs, tensors, marks, watch.names)
         self._mark(name, result, kwargs, tensors, marks)
-        if name == "__setitem__":
-            self._mark(name, args[0], kwargs, tensors, marks)
         return result
-
-    def _attribute(self, func, args):
-        attribute, owner = func.__self__.__name__, args[0]
-        value = func(*args)
-        mark = mark_of(owner)
-        if mark is None:
-            return value
-        if attribute == "device":
-            return IPU
-        if isinstance(value, torch.Tensor) and value is not owner and attribute != "grad":
-            value._ipu = Mark(mark.constant, mark.losses)
-        return value
 
     def _check(self, name, args, kwargs, tensors, marks):
         if marks:
@@ -279,20 +260,6 @@ class Run(TorchFunctionMode):
             raise RuntimeError(f"{name}: weight is unsupported")
         if re.fullmatch(r"[^_].*[^_]_", name) and name not in ASSIGNMENTS and args[0]._is_view():
             raise RuntimeError(f"{name}: the write goes through a view and is lost; assign instead")
-
-    def _on_host(self, func, name, args, kwargs):
-        """Translate a call to the host's: the device's name means the CPU, float64 means float32."""
-
-        def translate(value):
-            if _names_ipu(value) and (name == "to" or not isinstance(value, str)):
-                return HOST
-            return torch.float32 if value is torch.float64 else value
-
-        if _names_ipu(kwargs.get("device")):
-            kwargs = {**kwargs, "device": HOST}
-        if name == "double":
-            func = torch.Tensor.float
-        return func, tuple(map(translate, args)), {key: translate(value) for key, value in kwargs.items()}
 
     def _note(self, name, args, kwargs, tensors, marks, operators):
         if self.repeats == 0:
@@ -329,7 +296,6 @@ class Run(TorchFunctionMode):
         self.losses.append((kind, result))
 
     def final_loss(self):
-        """Return the one tensor to differentiate."""
         final = [number for number in range(len(self.losses)) if number not in self.surplus]
         if not final:
             raise Error("Couldn't find a loss in graph!")
@@ -364,5 +330,4 @@ _runs = []
 
 
 def current_run():
-    """Return the pass that is running, or None."""
     return _runs[-1] if _runs else None

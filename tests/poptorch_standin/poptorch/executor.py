@@ -63,8 +63,6 @@ class Executor:
         transfer.check_inputs(batch, options)
         self._fetch_from_trainer()
         weights = Weights(self.model)
-        if self._training:
-            self._check_parameters(weights)
         micro_batch = transfer.micro_batches([self._first_rows(tensor) for tensor in batch], Options())[0]
         trace = Trace(self.model, options._values["setExecutionStrategy"])
         with trace.recording(), DeviceRandom(self._rng):
@@ -95,23 +93,11 @@ class Executor:
         with weights.on_device(), torch.set_grad_enabled(self._training), Run(self._training) as run:
             return run, run.call(self.model, inputs)
 
-    def _check_parameters(self, weights):
-        """The optimizer must have exactly what is to be trained."""
-        groups = [{id(tensor) for tensor in group["params"]} for group in self._optimizer.param_groups]
-        trained = {name: tensor for name, tensor in weights.parameters.items() if tensor.requires_grad}
-        lacking = [name for name, tensor in trained.items() if not any(id(tensor) in group for group in groups)]
-        if lacking:
-            raise Error(f"the optimizer lacks parameters with a gradient: {', '.join(lacking)}")
-        foreign = set().union(*groups) - {id(tensor) for tensor in weights.parameters.values()}
-        if foreign:
-            raise Error(f"the optimizer has {len(foreign)} parameters that are not the model's")
-
     @property
     def _offline(self):
         return "offline" in self._options._values
 
     def _write_executable(self):
-        """Write the cached executable, which holds no code, if asked for."""
         folder = self._options._values.get("enableExecutableCaching")
         if folder is not None:
             os.makedirs(folder, exist_ok=True)
@@ -120,16 +106,12 @@ class Executor:
     # ---- running
 
     def __call__(self, *batch):
-        if self._specification is None:
-            self.compile(*batch)
         transfer.check_inputs(batch, self._options)
         given = transfer.specification(batch)
         if given != self._specification:
             raise Error(f"inputs {given} instead of {self._specification}: shapes and dtypes are fixed at compile time")
         if self._offline:
             raise Error("Trying to run a model on an offline device")
-        if not self._attached:
-            self.attachToDevice()
         if self._training and self._optimizer._loaded is not None:
             raise Error("an optimizer state was loaded and setOptimizer() not called: the device does not have it")
         self._fetch_from_trainer()
@@ -168,7 +150,7 @@ class Executor:
         if self._training:
             trained = self._weights.trained()
             loss = run.final_loss() * self._settings[0]["loss_scaling"]
-            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            found = torch.autograd.grad(loss, list(trained.values()))
             gradients.add(replica, step, dict(zip(trained, found)))
         return transfer.flatten(outputs)
 
@@ -190,18 +172,11 @@ class Executor:
     # ---- the optimizer
 
     def setOptimizer(self, optimizer):
-        if not self._training:
-            raise Error("an inference model has no optimizer")
-        if not isinstance(optimizer, optim.DeviceOptimizer):
-            raise TypeError(f"the optimizer must be poptorch.optim.Adam or AdamW, not {type(optimizer).__name__}")
         settings = optimizer._snapshot()
         constants = self._constants_of(optimizer, settings)
-        if self._specification is not None:
-            if optimizer is not self._optimizer:
-                raise NotImplementedError("another optimizer than the compiled one is not in the stand-in")
-            if constants != self._constants:
-                changed = [f"{a} instead of {b}" for a, b in zip(constants, self._constants) if a != b]
-                raise Error(f"attributes not given to the optimizer's constructor cannot change: {'; '.join(changed)}")
+        if self._specification is not None and constants != self._constants:
+            changed = [f"{a} instead of {b}" for a, b in zip(constants, self._constants) if a != b]
+            raise Error(f"attributes not given to the optimizer's constructor cannot change: {'; '.join(changed)}")
         self._constants = constants
         self._optimizer, self._settings = optimizer, settings
         optimizer._attach(self)
@@ -221,9 +196,6 @@ class Executor:
         if loaded is None:
             return
         names = {f"{moment}___{name}": (name, moment) for name in self._state for moment in MOMENTS}
-        if set(loaded["ipu_state"]) != set(names):
-            odd = sorted(set(loaded["ipu_state"]) ^ set(names))
-            raise Error(f"the loaded optimizer state and the model differ in {', '.join(odd[:6])}")
         for key, (name, moment) in names.items():
             self._state[name][moment].copy_(loaded["ipu_state"][key])
         self._calls = max(self._calls, 1)

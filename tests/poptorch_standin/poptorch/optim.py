@@ -8,7 +8,7 @@ import weakref
 
 import torch
 
-from .options import check_number, check_precision
+from .options import check_number
 
 IN_GROUPS = ("lr", "betas", "eps", "weight_decay")
 IN_OPTIMIZER = ("loss_scaling", "max_grad_norm")
@@ -28,7 +28,7 @@ class DeviceOptimizer:
             setattr(self, name, check_number(name, given.get(name, default)))
         self.explicit = {name for name in (*IN_GROUPS, *IN_OPTIMIZER) if name in given}
         for name in DTYPES:
-            setattr(self, name, check_precision(name, given.get(name, torch.float32)))
+            setattr(self, name, given.get(name, torch.float32))
         self._executor = lambda: None  # a weak reference to the executor that has the state on the device
         self._loaded = None  # state of a load_state_dict that the device has not taken yet
 
@@ -46,8 +46,6 @@ class DeviceOptimizer:
         return state
 
     def load_state_dict(self, state_dict):
-        if "ipu_state" not in state_dict or "ipu_param" not in state_dict:
-            raise RuntimeError("Only IPU optimizer states can be loaded onto the IPU.")
         ours = {name: state_dict[name] for name in ("ipu_state", "ipu_param")}
         super().load_state_dict({name: value for name, value in state_dict.items() if name not in ours})
         self._loaded = ours if ours["ipu_state"] is not None else None
@@ -86,11 +84,9 @@ class Gradients:
         self.sums = [{} for _ in range(options.replication_factor)]
 
     def add(self, replica, step, gradients):
-        """Add gradients by name; step counts from 0, and a parameter without a gradient has None."""
+        """Add gradients by name; step counts from 0."""
         sums = self.sums[replica]
         for name, gradient in gradients.items():
-            if gradient is None:
-                continue
             gradient = gradient.to(self.dtype)
             if step == 0:
                 sums[name] = gradient.clone()

@@ -33,25 +33,10 @@ def check_type(name, value, kind):
     return value
 
 
-def check_precision(name, value):
-    if value not in (torch.float16, torch.float32):
-        raise TypeError(f"{name} must be torch.float16 or torch.float32, not {value!r}")
-    return value
-
-
 def check_number(name, value):
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a Python number, not {value!r}")
     return value
-
-
-def check_proportions(name, value):
-    for ipu, proportion in check_type(name, value, dict).items():
-        if not isinstance(ipu, str) or ipu[:3] != "IPU" or not ipu[3:].isdigit():
-            raise ValueError(f'{name}: keys are such as "IPU0", not {ipu!r}')
-        if not 0 <= check_type(f"{name}[{ipu!r}]", proportion, float) <= 1:
-            raise ValueError(f"{name}: proportions are from 0.0 to 1.0, not {proportion}")
-    return dict(value)
 
 
 class Setter:
@@ -79,9 +64,6 @@ class Settings:
     def __setattr__(self, name, value):
         raise AttributeError(f"{type(self).__name__}.{name} cannot be assigned; options are set by calling setters")
 
-    def __getattr__(self, name):
-        raise AttributeError(f"{type(self).__name__} has no {name} in PopTorch 3.4, or not in the stand-in")
-
     def _set(self, **values):
         if self._frozen:
             raise AttributeError(f"cannot set {', '.join(values)}: a DataLoader or a model has the options already")
@@ -95,20 +77,16 @@ class Settings:
 class TrainingOptions(Settings):
     gradientAccumulation = Setter(check_int)
     setAutomaticLossScaling = Setter(check_type, bool)
+    accumulationAndReplicationReductionType = Setter(check_type, ReductionType)
     gradient_accumulation = property(lambda self: self._values["gradientAccumulation"])
 
     def __init__(self):
         super().__init__(gradientAccumulation=1)
 
-    def accumulationAndReplicationReductionType(self, reduction_type):
-        if check_type("reduction_type", reduction_type, ReductionType) is not ReductionType.Mean:
-            raise NotImplementedError("ReductionType.Sum is not in the stand-in")
-        return self._set(reduction=reduction_type)
-
 
 class PrecisionOptions(Settings):
     enableStochasticRounding = Setter(check_type, bool)
-    setPartialsType = Setter(check_precision)
+    setPartialsType = Setter(check_type, torch.dtype)
 
 
 class TensorLocationSettings(Settings):
@@ -126,8 +104,6 @@ class PopartOptions(Settings):
     TYPES = {"outlineThreshold": float, "disableGradAccumulationTensorStreams": bool, "aliasZeroCopy": bool}
 
     def set(self, key, value):
-        if key not in self.TYPES:
-            raise KeyError(f"_Popart.set: the stand-in does not know {key!r}; it knows {', '.join(self.TYPES)}")
         return self._set(**{key: check_type(f"_Popart.set({key!r})", value, self.TYPES[key])})
 
 
@@ -156,7 +132,7 @@ class Options(Settings):
     randomSeed = Setter(check_int, 0)
     outputMode = Setter(check_type, OutputMode)
     setExecutionStrategy = Setter(check_type, PipelinedExecution)
-    setAvailableMemoryProportion = Setter(check_proportions)
+    setAvailableMemoryProportion = Setter(check_type, dict)
     enableExecutableCaching = Setter(check_type, str)
     enableProfiling = Setter(check_type, str)
     enableSyntheticData = Setter(check_type, bool)

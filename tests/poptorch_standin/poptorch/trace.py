@@ -34,7 +34,6 @@ _active = []
 
 
 def active_trace():
-    """Return the trace of the pass that runs now, or None."""
     return _active[-1] if _active else None
 
 
@@ -58,15 +57,12 @@ class Trace:
         self._strategy = strategy
         self._begun = [name for name, module in model.named_modules() if hook_of(module)]
         self._current = None  # (user_id, ipu_id) of the open block
-        self._loop_depth = 0
 
     def begin(self, user_id, ipu_id):
         """Enter a block and give it its stage; a pipeline only goes forward."""
         known = dict(self.blocks)
         if known.get(user_id, ipu_id) != ipu_id:
             raise Error(f"block {user_id!r} is on IPU {known[user_id]} and on IPU {ipu_id}")
-        if self._loop_depth and self._current is not None and self._current[1] != ipu_id:
-            raise Error(f"block {user_id!r} begins inside a for_loop on another IPU than the loop's")
         if (user_id, ipu_id) == self._current:
             return
         stage = ipu_id if self._strategy.auto_stage is AutoStage.SameAsIpu else len(set(self.stages.values()))
@@ -79,7 +75,6 @@ class Trace:
 
     @property
     def ipus(self):
-        """The number of IPUs that the blocks need."""
         return max((ipu for _, ipu in self.blocks), default=0) + 1
 
     @property
@@ -102,14 +97,6 @@ class Trace:
             self.ipu_of.setdefault(name, self.ipu)
 
     @contextlib.contextmanager
-    def loop(self):
-        self._loop_depth += 1
-        try:
-            yield
-        finally:
-            self._loop_depth -= 1
-
-    @contextlib.contextmanager
     def recording(self):
         def before_call(module, inputs):
             if hook_of(module) is None:  # a hook notes its module itself, once the block is open
@@ -124,7 +111,6 @@ class Trace:
             handle.remove()
 
     def finish(self, training, options):
-        """Check what only the whole pass shows."""
         entered = {self._names.get(module) for module in self.entered_modules}
         missed = [name for name in self._begun if name not in entered]
         if missed:

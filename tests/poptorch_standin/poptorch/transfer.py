@@ -13,17 +13,12 @@ KINDS = ("_parameters", "_buffers")
 
 def check_inputs(inputs, options):
     for number, tensor in enumerate(inputs):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"input {number} is {tensor!r}; every input must be a tensor")
         if tensor.requires_grad:
             raise Error(f"input {number}: an input to an IPU model can not have requires_grad set to True")
-        if 0 in tensor.shape:
-            raise Error(f"input {number}: zero-sized tensors are unsupported (Got shape {list(tensor.shape)}).")
         check_dtype(tensor.dtype)
         parts = options._micro_batches
         if parts > 1 and (tensor.dim() == 0 or len(tensor) % parts):
-            size = len(tensor) if tensor.dim() else "none"
-            raise Error(f"input {number}: batch dimension {size} is not a multiple of {parts}")
+            raise Error(f"input {number}: the first of {list(tensor.shape)} is not a multiple of {parts}")
 
 
 def specification(inputs):
@@ -60,7 +55,6 @@ class Collector:
         self.rounds = []  # [round][replica]: a list of host tensors
 
     def add(self, replicas):
-        """Take the outputs of one round: a list of output lists."""
         new = [[fetch(tensor) for tensor in outputs] for outputs in replicas]
         if self.mode is OutputMode.Sum and self.rounds:
             new = [[a + b for a, b in zip(*pair)] for pair in zip(self.rounds[0], new)]
@@ -132,7 +126,6 @@ class Weights:
                 attributes["training"] = mode
 
     def upload(self):
-        """Copy from the host into the tensors of the device."""
         with torch.no_grad():
             for name, tensor in self.host.items():
                 self.device[name].copy_(put(tensor))
@@ -143,7 +136,6 @@ class Weights:
                 tensor.copy_(self.device[name])
 
     def trained(self):
-        """Return {name: device tensor} of the parameters that have a gradient."""
         return {name: self.device[name] for name, tensor in self.parameters.items() if tensor.requires_grad}
 
 
