@@ -50,11 +50,8 @@ def small_dalle(vae: Any, weight_std: Optional[float] = None, **changes: Any) ->
 def reference_weights(text_tokens: int = 8192, text_seq_len: int = 80, sandwich_norm: bool = False) -> Weights:
     """Return random weights under the reference's names, without their prefix: 2 layers of 32, 4 x 4 codes of 64."""
     tokens = text_tokens + text_seq_len
-    shapes = {
-        "text_emb.weight": (tokens, 32),
-        "image_emb.weight": (64, 32),
-        "text_pos_emb.weight": (text_seq_len + 1, 32),
-    }
+    shapes = {"text_emb.weight": (tokens, 32), "image_emb.weight": (64, 32)}
+    shapes["text_pos_emb.weight"] = (text_seq_len + 1, 32)
     shapes.update({"image_pos_emb.weights_0": (1, 4, 1, 32), "image_pos_emb.weights_1": (1, 1, 4, 32)})
     shapes.update({"to_logits.0.weight": (32,), "to_logits.0.bias": (32,)})
     shapes.update({"to_logits.1.weight": (tokens + 64, 32), "to_logits.1.bias": (tokens + 64,)})
@@ -96,13 +93,11 @@ class WholePassStepper(Stepper):
     """A Stepper that computes the whole sequence for every code, without a cache: slow, and the reference."""
 
     def begin(self, text: Tensor, codes: Tensor, cond_scale: float = 1.0) -> Tensor:
-        """See models.sampling.Stepper."""
         self.text, self.codes = text, codes
         logits = self.dalle(text, codes if codes.shape[1] else None)[:, -1, self.dalle.num_text_tokens :]
         return guide(logits, cond_scale)
 
     def next(self, codes: Tensor, places: Tensor, cond_scale: float = 1.0) -> Tensor:
-        """See models.sampling.Stepper."""
         return self.begin(self.text, torch.cat((self.codes, codes), dim=1), cond_scale)[:, None]
 
 
@@ -118,7 +113,6 @@ def states_of(folder: Path, pattern: str) -> List[Tuple[str, int, int]]:
 
 
 def metrics_in(folder: Path) -> List[Dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -128,7 +122,6 @@ def weights_in(path: Any) -> Weights:
 
 
 def assert_same_weights(one: Any, other: Any, atol: float = 0.0, rtol: float = 0.0) -> None:
-    """Compare the weights of two checkpoints."""
     torch.testing.assert_close(weights_in(one), weights_in(other), atol=atol, rtol=rtol)
 
 
@@ -141,7 +134,6 @@ def one_line(match: str, kind: Any = ValueError) -> Iterator[Any]:
 
 
 def until(holds: Callable[[], Any], seconds: float = 60) -> None:
-    """Wait until holds() is true."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not happen in time"
@@ -207,7 +199,6 @@ def cpu_only(reason: str) -> Any:
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
-    """Return a chunk of a PNG file, with its length and checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 

@@ -21,7 +21,7 @@ from data.shapes import make_sample
 from tests.builders import ROOT
 
 SHAPES = ROOT / "demo" / "shapes.safetensors"  # a small checkpoint that follows its prompts
-YTTM = "bpe/bpe_yttm_vocab.txt"
+YTTM = ROOT / "bpe" / "bpe_yttm_vocab.txt"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 # A shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,9 +42,7 @@ class TinyTokenizer(nn.Module):
         return (means * self.num_tokens).long().clamp(0, self.num_tokens - 1)
 
 
-@pytest.fixture
-def tiny_vae():
-    return TinyTokenizer()
+tiny_vae = pytest.fixture(lambda: TinyTokenizer())
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +99,7 @@ def tiny_flags(drawn_pictures, tiny_vqgan, tmp_path_factory):
     """
     model = "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --dim-head 16 --text-seq-len 16"
     run = "--batch-size 4 --dataloader-workers 0 --device cpu --precision fp32 --learning-rate 3e-3 --sample-steps 0"
-    places = ["--input-folder", drawn_pictures, "--vae-path", tiny_vqgan, "--bpe-path", ROOT / YTTM]
+    places = ["--input-folder", drawn_pictures, "--vae-path", tiny_vqgan, "--bpe-path", YTTM]
     places += ["--codes-cache", tmp_path_factory.mktemp("codes"), "--checkpoint-output-dir", ""]
     return [*model.split(), *run.split(), *map(str, places)]
 

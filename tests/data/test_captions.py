@@ -15,17 +15,15 @@ from data.files import UNREAD, read_captions
 from data.tokenizer import load_tokenizer
 from generation.images import encode_prompt
 from tests.builders import states_of
-from tests.conftest import ROOT, YTTM
+from tests.conftest import YTTM
 
-KINDS = {"clip": None, "yttm": ROOT / YTTM}
+KINDS = {"clip": None, "yttm": YTTM}
 TEXTS = [["a red square", "Two green circles, side by side!"], ["one"]]
 TEXTS += [["caf\u00e9 &amp; a caf\u00e9", "\u65e5\u672c", "x" * 40, "!", "a red square"]]
 TEXTS += [["a blue triangle below a red circle below a green square"]]
 
 
-@pytest.fixture(params=KINDS, ids=list(KINDS))
-def tokenizer(request):
-    return load_tokenizer(KINDS[request.param])
+tokenizer = pytest.fixture(lambda request: load_tokenizer(KINDS[request.param]), params=KINDS)
 
 
 @pytest.fixture
@@ -50,9 +48,8 @@ def test_the_tokens_are_those_of_the_tokenizer(folder, tokenizer, tmp_path):
     expected = [[encode_caption(tokenizer, text) for text in texts] for texts in TEXTS]
     assert as_lists(load_captions(states_of(folder, "*.txt"), folder, tokenizer)) == expected
     for _ in range(2):
-        captions = load_captions(
-            states_of(folder, "*.txt"), folder, tokenizer, CaptionCache(folder, tmp_path / "at", tokenizer)
-        )
+        cache = CaptionCache(folder, tmp_path / "at", tokenizer)
+        captions = load_captions(states_of(folder, "*.txt"), folder, tokenizer, cache)
         assert as_lists(captions) == expected
     assert as_lists(captions.select(np.array([False, True, True, False]))) == expected[1:3]
     assert as_lists(pickle.loads(pickle.dumps(captions))) == expected
@@ -105,9 +102,8 @@ def test_an_interrupted_reading_continues(folder, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("damage", [b"", b"no zip", "cut", "flipped"])
 def test_a_damaged_cache_is_made_again(folder, tokenizer, tmp_path, logged, damage):
-    expected = as_lists(
-        load_captions(states_of(folder, "*.txt"), folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer))
-    )
+    files = states_of(folder, "*.txt")
+    expected = as_lists(load_captions(files, folder, tokenizer, CaptionCache(folder, tmp_path, tokenizer)))
     (path,) = tmp_path.glob("captions-*.npz")
     content = bytearray(path.read_bytes())
     if damage == "cut":
@@ -116,9 +112,9 @@ def test_a_damaged_cache_is_made_again(folder, tokenizer, tmp_path, logged, dama
         content[content.index(b"\x93NUMPY", 300) + 140] ^= 1
     path.write_bytes(content if isinstance(damage, str) else damage)
     cache = CaptionCache(folder, tmp_path, tokenizer)
-    assert "damaged" in logged.text and states_of(folder, "*.txt")[0] not in cache
-    assert as_lists(load_captions(states_of(folder, "*.txt"), folder, tokenizer, cache)) == expected
-    assert states_of(folder, "*.txt")[0] in CaptionCache(folder, tmp_path, tokenizer)
+    assert "damaged" in logged.text and files[0] not in cache
+    assert as_lists(load_captions(files, folder, tokenizer, cache)) == expected
+    assert files[0] in CaptionCache(folder, tmp_path, tokenizer)
 
 
 def test_captions_are_read_as_prompts_are(tmp_path, logged):

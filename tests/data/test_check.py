@@ -12,9 +12,7 @@ from data import files
 from data.dataset import TextImageDataset
 from data.tokenizer import load_tokenizer
 from tests.builders import one_line, png_of
-from tests.conftest import ROOT
-
-YTTM = ROOT / "bpe" / "bpe_yttm_vocab.txt"
+from tests.conftest import YTTM
 
 
 @pytest.fixture

@@ -83,7 +83,6 @@ def test_captions_say_what_the_scene_is():
 
 
 def overlap(one, other):
-    """Return whether two placed objects have common cells."""
     return all(
         max(getattr(one, axis), getattr(other, axis))
         < min(getattr(item, axis) + CELLS[item.size] for item in (one, other))

@@ -35,11 +35,7 @@ def withheld_combinations():
 
 def test_withheld_is_a_tenth_and_closed_under_inversion():
     withheld = withheld_combinations()
-    every = {
-        (c1, s1, relation, c2, s2)
-        for c1, s1, relation, c2, s2 in itertools.product(COLORS, SHAPES, INVERSE, COLORS, SHAPES)
-        if c1 != c2
-    }
+    every = {one for one in itertools.product(COLORS, SHAPES, INVERSE, COLORS, SHAPES) if one[0] != one[3]}
     assert len(every) == 5600 and len(withheld) == 560 and withheld < every
     assert withheld == {(c2, s2, INVERSE[relation], c1, s1) for c1, s1, relation, c2, s2 in withheld}
     # Checkpoints are scored against this very set: another rule would count what they trained on as held out.

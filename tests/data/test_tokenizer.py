@@ -11,9 +11,7 @@ import pytest
 
 from data.tokenizer import CLIP_PATH, load_tokenizer
 from tests.builders import one_line
-from tests.conftest import ROOT
-
-YTTM_PATH = ROOT / "bpe" / "bpe_yttm_vocab.txt"
+from tests.conftest import ROOT, YTTM
 
 AWKWARD = [
     *("", " ", "\t\r\n\v\f", "a", "  two   spaces\tand\na break "),
@@ -35,19 +33,8 @@ def many_texts(number: int):
     return prose + AWKWARD + ["".join(rnd.choice(parts) for _ in range(rnd.randrange(25))) for _ in range(number)]
 
 
-@pytest.fixture(scope="module")
-def clip():
-    return load_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def yttm():
-    return load_tokenizer(YTTM_PATH)
-
-
-@pytest.fixture(scope="module", params=["clip", "yttm"])
-def either(request):
-    return request.getfixturevalue(request.param)
+clip = pytest.fixture(lambda: load_tokenizer(), scope="module")
+yttm = pytest.fixture(lambda: load_tokenizer(YTTM), scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +54,7 @@ def test_ids_that_are_known(clip, yttm):
     assert clip.vocab_size == 49408 and clip.encode("A photo\nof a CAT") == [320, 1125, 539, 320, 2368]
     assert clip.decode([49406, 320, 1125, 539, 320, 2368, 49407, 0, 0]) == "a photo of a cat"
     assert yttm.vocab_size == 8192
-    numbers = [int(field) for field in YTTM_PATH.read_text().split()]
+    numbers = [int(field) for field in YTTM.read_text().split()]
     characters = {chr(code): i for code, i in zip(numbers[2 : 2 + 2 * numbers[0] : 2], numbers[3::2])}
     assert yttm.encode("]") == [characters["\u2581"], characters["]"]]  # too rare in captions to be merged
     assert yttm.encode("\u2603") == [characters["\u2581"], 1]
@@ -81,7 +68,7 @@ def test_clip_equals_open_clip(clip, open_clip):
 
 
 def test_yttm_equals_youtokentome(yttm):
-    original = pytest.importorskip("youtokentome").BPE(str(YTTM_PATH), n_threads=1)
+    original = pytest.importorskip("youtokentome").BPE(str(YTTM), n_threads=1)
     texts = many_texts(3000)
     for text, expected in zip(texts, original.encode(texts)):
         assert yttm.encode(text) == expected, text
@@ -94,8 +81,8 @@ def test_yttm_equals_youtokentome(yttm):
 def test_identity_and_the_bytes_in_a_checkpoint(clip, yttm, logged):
     assert (clip.kind, clip.vocabulary, clip.path) == ("clip", None, str(CLIP_PATH))
     assert clip.fingerprint == hashlib.sha256(CLIP_PATH.read_bytes()).hexdigest()
-    assert (yttm.kind, yttm.vocabulary, yttm.path) == ("yttm", YTTM_PATH.read_bytes(), str(YTTM_PATH))
-    assert yttm.fingerprint == hashlib.sha256(YTTM_PATH.read_bytes()).hexdigest()
+    assert (yttm.kind, yttm.vocabulary, yttm.path) == ("yttm", YTTM.read_bytes(), str(YTTM))
+    assert yttm.fingerprint == hashlib.sha256(YTTM.read_bytes()).hexdigest()
 
     embedded = load_tokenizer(vocabulary=yttm.vocabulary)
     assert embedded.path is None and embedded.fingerprint == yttm.fingerprint
@@ -103,13 +90,13 @@ def test_identity_and_the_bytes_in_a_checkpoint(clip, yttm, logged):
     copied = pickle.loads(pickle.dumps(yttm))  # as a data loader's worker processes may get it
     assert copied.encode("A dog") == yttm.encode("A dog")
     bundled = load_tokenizer("models/bpe/bpe_yttm_vocab.txt")  # the path in Graphcore's README
-    assert bundled.path == str(YTTM_PATH) and bundled.fingerprint == yttm.fingerprint
-    assert f"models/bpe/bpe_yttm_vocab.txt: no such file; using {YTTM_PATH}" in logged.text
+    assert bundled.path == str(YTTM) and bundled.fingerprint == yttm.fingerprint
+    assert f"models/bpe/bpe_yttm_vocab.txt: no such file; using {YTTM}" in logged.text
     with pytest.raises(FileNotFoundError, match="^models/bpe/other.txt: no such vocabulary file$"):
         load_tokenizer("models/bpe/other.txt")
 
 
-MODEL, CLIP_FILE = YTTM_PATH.read_bytes(), CLIP_PATH.read_bytes()
+MODEL, CLIP_FILE = YTTM.read_bytes(), CLIP_PATH.read_bytes()
 LINES = MODEL.splitlines(keepends=True)
 MERGE = 1 + int(LINES[0].split()[0])  # line of the first merge
 
@@ -127,6 +114,9 @@ def test_bad_files(tmp_path):
         (b"2 0\n9601 1\n97 2\n-1 0 -1 -1\n", "unknown"),
         (gzip.compress(MODEL), "something else"),
         (CLIP_FILE[: len(CLIP_FILE) // 2], "damaged"),
+        (b'{"a": 1}', "tokenizer.json"),
+        (b"{", "tokenizer.json"),
+        (b"\n\xff\xff", "sentencepiece"),
     ):
         path.write_bytes(content)
         with one_line(f"{path}.*{reason}"):

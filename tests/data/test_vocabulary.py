@@ -12,7 +12,7 @@ import generate
 import train
 from data import vocabulary
 from data.tokenizer import load_tokenizer
-from tests.builders import one_line, tokenize
+from tests.builders import tokenize
 
 CAPTIONS = ["a dog runs along a beach", "two dogs play! on the beach", "an old red bus", "a bus stops", "dogs; a cat"]
 CAPTIONS *= 3
@@ -94,17 +94,6 @@ def test_any_sentencepiece_model(tmp_path, model_type, ids):
         assert 0 not in tokens and [i == ours.unknown for i in tokens] == [i == theirs.unk_id() for i in expected]
         assert ours.decode(tokens) == theirs.decode([i for i in expected if i != theirs.unk_id()]).strip()
     assert load_tokenizer(vocabulary=ours.vocabulary).encode(TEXTS[0]) == ours.encode(TEXTS[0])
-
-
-def test_other_files_are_refused(tmp_path):
-    for content, reason in (
-        (b'{"a": 1}', "tokenizer.json"),
-        (b"{", "tokenizer.json"),
-        (b"\n\xff\xff", "sentencepiece"),
-    ):
-        (tmp_path / "tokenizer.json").write_bytes(content)
-        with one_line(f"{tmp_path}.*{reason}"):
-            load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_a_vocabulary_is_trained_on_the_captions_of_a_folder(command, picture_folder, tmp_path):

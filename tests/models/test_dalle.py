@@ -45,22 +45,16 @@ def some_batch(ours, batch=3):
 
 
 OPTIONS = ("rotary_emb", "shift_tokens", "stable", "sandwich_norm", "reversible", "share_input_output_emb")
-SHARED = {"depth": 8, "shared_attn_ids": (0, 1, 2, 3), "shared_ff_ids": (0, 1)}
 FOUR = ("full", "axial_row", "axial_col", "conv_like")
+SHARED = {"depth": 8, "shared_attn_ids": (0, 1, 2, 3), "shared_ff_ids": (0, 1)}
 EVERY_COMBINATION = [dict(zip(OPTIONS, values)) for values in itertools.product((False, True), repeat=len(OPTIONS))]
 ONE_OR_ALL = [options for options in EVERY_COMBINATION if sum(options.values()) in (1, len(OPTIONS))]
+CASES = [*(((pattern,), ONE_OR_ALL[-1:]) for pattern in FOUR), (FOUR, ONE_OR_ALL)]
+CASES.append(pytest.param(FOUR, EVERY_COMBINATION, marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize("shared", [{}, SHARED], ids=["", "shared"])
-@pytest.mark.parametrize(
-    ("attn_types", "combinations"),
-    [
-        *(((pattern,), ONE_OR_ALL[-1:]) for pattern in FOUR),
-        (FOUR, ONE_OR_ALL),
-        pytest.param(FOUR, EVERY_COMBINATION, marks=pytest.mark.slow),
-    ],
-    ids=["full", "axial_row", "axial_col", "conv_like", "four", "four, every combination"],
-)
+@pytest.mark.parametrize("attn_types, combinations", CASES)
 def test_logits_equal_dalle_pytorch_with_its_options(dalle_pytorch, attn_types, combinations, shared):
     for options in combinations:
         ours, theirs = both_models(dalle_pytorch, attn_types=attn_types, **shared, **options)

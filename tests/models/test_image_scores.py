@@ -1,7 +1,4 @@
-"""CLIP score and FID with random weights against the same computed otherwise, and what is said where a part is missing.
-
-Skips without the packages of requirements-metrics.txt.
-"""
+"""CLIP score and FID with random weights against the same computed otherwise."""
 
 import importlib.util
 

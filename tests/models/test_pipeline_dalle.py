@@ -11,10 +11,7 @@ from models.pipeline_dalle import SerializedEmbedding, WrappedDALLE, check_seria
 from models.transformer import attend, pattern_mask
 from tests.builders import one_line, small_dalle
 
-
-@pytest.fixture
-def dalle(tiny_vae):
-    return small_dalle(tiny_vae, depth=4, attn_types=("full", "axial_row"))
+dalle = pytest.fixture(lambda tiny_vae: small_dalle(tiny_vae, depth=4, attn_types=("full", "axial_row")))
 
 
 def some_batch(pixels=False):

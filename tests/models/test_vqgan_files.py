@@ -32,9 +32,7 @@ def server(tmp_path, monkeypatch):
         yield server
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
+cache = pytest.fixture(lambda tmp_path: tmp_path / "cache")
 
 
 def names(folder):

@@ -8,7 +8,7 @@ import torch
 
 import train
 from tests.builders import train_settings
-from tests.conftest import ROOT
+from tests.conftest import YTTM
 from training import dry_run
 from training import run as run_module
 
@@ -18,7 +18,6 @@ def files_under(folder):
 
 
 def told(ended):
-    """The lines by their titles."""
     return dict(re.findall(r"^([a-z]+(?: \d)?): +(.+)$", ended.ok().out, re.MULTILINE))
 
 
@@ -75,7 +74,7 @@ def test_stages_on_ipus(poptorch_standin, command, tiny_vqgan, tmp_path, monkeyp
     monkeypatch.setattr(dry_run, "ROUNDS", 1)  # the stand-in takes its time
     reduced = "--hidden-size 32 --num-attention-heads 2 --dim-head 16 --batch-size 1 --gradient-accumulation 7"
     places = ["--vae-path", tiny_vqgan, "--checkpoint-output-dir", tmp_path / "out", "--bpe-path"]
-    flags = ["--device", "ipu", *reduced.split(), *places, ROOT / "bpe" / "bpe_yttm_vocab.txt"]
+    flags = ["--device", "ipu", *reduced.split(), *places, YTTM]
     lines = told(command(train.main, "--config", "L16", "--generated-data", *flags, "--dry-run"))
     assert not (tmp_path / "out").exists()
     total = int(lines["parameters"].partition(" ")[0].replace(",", ""))

@@ -72,11 +72,9 @@ def test_a_plot_has_its_curves(tmp_path, steps):
             validation = {name.replace("loss", "held-out"): value * 1.1 for name, value in losses.items()}
             if step == 777:
                 losses = {**dict.fromkeys(losses, None), "skipped": True}
-            lines = [
-                {"epoch": 0, **losses, "lr": 1e-3},
-                *[{**validation, "held-out/perplexity": 2.0}] * (step % 500 == 0),
-            ]
-            file.writelines(json.dumps({"step": step, **line}) + "\n" for line in lines)
+            validations = [{**validation, "held-out/perplexity": 2.0}] * (step % 500 == 0)
+            for line in ({"epoch": 0, **losses, "lr": 1e-3}, *validations):
+                file.write(json.dumps({"step": step, **line}) + "\n")
         file.write('{"step": 1234, "loss/to')
     log.MetricsFile(tmp_path / "metrics.jsonl", 10**6).close()
     pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"), dtype=int)

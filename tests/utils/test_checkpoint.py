@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.builders import PickledCall, one_line
+from tests.utils.test_files import files_in
 from training import checkpoints
 from utils import checkpoint
 
@@ -25,10 +26,6 @@ def refusal(path):
         checkpoint.read(path)
     assert len(str(told.value)) < len(str(path)) + 200
     return str(told.value)[len(f"{path}: ") :]
-
-
-def files_in(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_what_is_written_is_read_again(tmp_path):

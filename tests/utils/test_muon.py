@@ -14,9 +14,8 @@ def quadratic(optimizer, parameters, targets, steps):
         optimizer.step()
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 def test_equals_torchs_own_up_to_its_half_precision():
-    if not hasattr(torch.optim, "Muon"):
-        pytest.skip("torch.optim.Muon came with torch 2.9")
     torch.manual_seed(0)
     starts, targets = [torch.randn(16, 24), torch.randn(32, 8)], [torch.randn(16, 24), torch.randn(32, 8)]
     ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))

@@ -19,7 +19,7 @@ from data.sources import captions_lists, find_images, open_source, tar
 from data.sources.table import NO_TEXT
 from data.tokenizer import load_tokenizer
 from tests.builders import one_line
-from tests.conftest import ROOT, YTTM
+from tests.conftest import YTTM
 
 CAPTIONS = {"a": ["a dog", "two dogs, and a cat"], "b": ["a red bus"], "c": ["a man's hat"]}
 ROWS = [(f"{name}.jpg", number, text) for name, texts in CAPTIONS.items() for number, text in enumerate(texts)]
@@ -180,7 +180,7 @@ def test_every_form_gives_what_the_folder_gives(form, tmp_path):
         assert [name.rpartition("/")[2] for name in source.others] == OTHERS.get(form, [])
     assert len(find_images(folder)) == len(CAPTIONS)
 
-    tokenizer = load_tokenizer(ROOT / YTTM)
+    tokenizer = load_tokenizer(YTTM)
     for _ in range(2):  # the second time from the caches
         dataset = TextImageDataset(folder, tokenizer, text_seq_len=16, image_size=8, cache_dir=tmp_path / "cache")
         cache = CodeCache(dataset.folder, tmp_path / "cache", VAE)
@@ -305,7 +305,7 @@ def test_a_damaged_image_of_a_shard_is_skipped_as_a_file_is(tmp_path, logged):
     whole = (tmp_path / "00000.tar").read_bytes()
     start = open_source(tmp_path).image("00000.tar/b.jpg").offset
     (tmp_path / "00000.tar").write_bytes(whole[:start] + bytes(300) + whole[start + 300 :])
-    dataset = TextImageDataset(tmp_path, load_tokenizer(ROOT / YTTM), text_seq_len=16, image_size=8)
+    dataset = TextImageDataset(tmp_path, load_tokenizer(YTTM), text_seq_len=16, image_size=8)
     cache = CodeCache(tmp_path, tmp_path / "cache", VAE)
     assert torch.equal(dataset[1][1], dataset[2][1])  # another image replaces it
     rows = load_codes(dataset.images, lambda x: torch.zeros(len(x), 4).long(), cache, paths=dataset.image_paths())
