@@ -23,7 +23,6 @@ APP = ("app.py", "--device", "cpu", "--precision", "fp32", "--port", 0, "--batch
 
 
 def port_of(process):
-    """Wait until it serves; return its port."""
     for line in process.stdout:
         found = re.search(r"http://127.0.0.1:(\d+) ", line)
         if found:

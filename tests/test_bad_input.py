@@ -19,8 +19,8 @@ import process_captions
 import train
 import train_vqgan
 from models.vqgan_files import load_vqgan
-from tests.builders import PickledCall, python
-from tests.conftest import ROOT
+from tests.builders import PickledCall
+from tests.conftest import ROOT, YTTM
 
 BROKEN_CHECKPOINTS = "README.md empty_file binary cut cut_early pickled pickle_alone folder missing a_list no_hparams"
 BROKEN_CHECKPOINTS += " vqgan/vqgan.ckpt"
@@ -64,7 +64,6 @@ def things(tmp_path_factory, drawn_pictures, tiny_vqgan, tiny_checkpoint):
     torch.save({"state_dict": {"x": evil}}, place / "pickled_vqgan" / "vqgan.ckpt")
 
     (place / "captions.json").write_text(json.dumps({"annotations": [{"image_id": 1, "caption": "a dog"}]}))
-    (place / "not_coco.json").write_text(json.dumps({"annotations": [{"image_id": "one"}]}))
     return place
 
 
@@ -151,7 +150,6 @@ def test_values_that_cannot_be_used(refused, monkeypatch):
         ("evaluate", "--prompt-set train", ["--prompt-set", "score"]),
         ("evaluate", "--outputs-dir {place}/README.md/below", ["{place}/README.md"]),
         ("process_captions", "--captions {place}/missing.json", ["{place}/missing.json"]),
-        ("process_captions", "--captions {place}/not_coco.json", ["{place}/not_coco.json", "annotation 0"]),
         ("process_captions", "--out-dir {place}/README.md/below", ["{place}/README.md"]),
         *((name, "--device abacus", ["--device"]) for name in ("train_vqgan", "evaluate")),
         *((name, f"--device {device}", ["--device"]) for name in ("train", "generate") for device in ("ipu", "cuda")),
@@ -167,21 +165,12 @@ def test_a_checkpoint_of_another_vqgan_or_vocabulary(refused, things, tiny_vqgan
     sides = [load_vqgan(folder).fingerprint()[:12] for folder in (tiny_vqgan, tmp_path / "other")]
     going_on = "--epochs 2 --pretrained-checkpoint {place}/good"
     refused("train", f"{going_on} --vae-path {tmp_path}/other", "{place}/good", "--vae-path", *sides)
-    numbers = (ROOT / "bpe" / "bpe_yttm_vocab.txt").read_text().split("\n")
+    numbers = YTTM.read_text().split("\n")
     numbers[1], numbers[2] = (f"{a.split()[0]} {b.split()[1]}" for a, b in (numbers[1:3], numbers[2:0:-1]))
     (tmp_path / "swapped.txt").write_text("\n".join(numbers))  # two characters have changed their ids
     refused("train", f"{going_on} --bpe-path {tmp_path}/swapped.txt", "{place}/good", "--bpe-path")
     refused("generate", f"--bpe_path {tmp_path}/swapped.txt", f"{tmp_path}/swapped.txt", "{place}/good")
     refused("generate", f"--vqgan_model_path {tmp_path}/other", f"{tmp_path}/other", "{place}/good", *sides)
-
-
-def test_exit_status_and_stderr_of_a_process(things, tmp_path):
-    flags = f"--generated-data --config unit_test --pretrained-checkpoint {things}/pickled".split()
-    vocabulary = ["--bpe-path", ROOT / "bpe" / "bpe_yttm_vocab.txt"]
-    done = python(ROOT / "train.py", *flags, *vocabulary, cwd=tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("train.py: error: ") and f"{things}/pickled" in done.stderr
-    assert not list(tmp_path.iterdir()) and not (things / "marker").exists()
 
 
 @pytest.mark.parametrize("words, named", [(["photos"], "FOLDER"), (["--config", "demo"], "--config")])

@@ -12,10 +12,7 @@ from generation.loading import DEMO, load
 from tests.conftest import ROOT, SHAPES
 from training.evaluation import judge, shape_faults
 
-
-@pytest.fixture(scope="module")
-def demo():
-    return load(SHAPES, device="cpu")
+demo = pytest.fixture(lambda: load(SHAPES, device="cpu"), scope="module")
 
 
 def test_it_is_small_and_complete(demo):

@@ -87,7 +87,6 @@ def test_short_commands_run(line, command, tmp_path, monkeypatch):
 
 
 def test_python_of_the_documents_runs(monkeypatch):
-    """The library call of README.md runs as printed."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     assert blocks
     monkeypatch.chdir(ROOT)

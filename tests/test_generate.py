@@ -1,7 +1,4 @@
-"""generate.py as a user starts it, with checkpoints of train.py and of the reference application.
-
-The latter are put together by hand, from the description of their layout.
-"""
+"""generate.py as a user starts it, with checkpoints of train.py and, by its layout, of the reference application."""
 
 import threading
 
@@ -20,9 +17,8 @@ from models.dalle import DALLE
 from models.sampling import sample_codes
 from models.vqgan_files import load_vqgan
 from tests.builders import WholePassStepper, contents, python, reference_weights, tokenize
-from tests.conftest import ROOT
+from tests.conftest import ROOT, YTTM
 
-VOCABULARY = ROOT / "bpe" / "bpe_yttm_vocab.txt"
 HOSTILE = ["../../up", "..", ".", "...", "/etc/passwd", "a/b", "a\\b", "a b", "a_b", ".hidden", "~", "-rf", "a:b*c?"]
 HOSTILE += ["con\x01\x1b[31m", "x" * 300, "x" * 299 + "y", "é" * 300, "日本 語", "日本_語", "grid.png", "prompt"]
 
@@ -225,9 +221,9 @@ def write_reference(path, vqgan, weights=None, split=1, half=False, sandwich_nor
 @pytest.fixture(scope="module")
 def their_vocabulary(tmp_path_factory):
     """A vocabulary of 8,192 tokens under the reference's file name; our file of that name has other ids."""
-    lines = VOCABULARY.read_text().splitlines()
+    lines = YTTM.read_text().splitlines()
     lines[1:3] = [line.split()[0] + " " + other.split()[1] for line, other in zip(lines[1:3], lines[2:0:-1])]
-    path = tmp_path_factory.mktemp("theirs") / VOCABULARY.name
+    path = tmp_path_factory.mktemp("theirs") / YTTM.name
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -338,7 +334,7 @@ def test_our_vocabulary_of_the_same_name_is_refused(command, drawn, tiny_flags, 
     """Both have 8,192 tokens: with the wrong one, a prompt would become other words without a warning."""
     path = write_reference(tmp_path / "dalle_3.pt", weights_of(tiny_vqgan))
     flags = ["--text-seq-len", 80, "--attn-types", "axial_row,full", "--pretrained-checkpoint", path]
-    files = ["--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--bpe_path", VOCABULARY]
+    files = ["--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--bpe_path", YTTM]
     for ended in (drawn("--dalle_path", path, *files), command(train.main, *tiny_flags, *flags)):
         ended.refused("dalle_3.pt", "bpe_yttm_vocab.txt", "another program")
 
@@ -348,4 +344,4 @@ def test_clips_vocabulary_is_the_default_and_any_bytes_make_a_caption(drawn, tin
     path = write_reference(tmp_path / "dalle_3.pt", weights_of(tiny_vqgan), weights, **more)
     flags = ["--dalle_path", path, "--vqgan_model_path", tiny_vqgan / "vqgan.ckpt", "--num_images", 1]
     drawn(*flags, "--gentxt", "--temperature", 2).ok()  # random weights: halves of characters among the 80 tokens
-    drawn(*flags, "--bpe_path", VOCABULARY).refused("49408 text tokens", "8192", "--bpe_path")
+    drawn(*flags, "--bpe_path", YTTM).refused("49408 text tokens", "8192", "--bpe_path")

@@ -83,8 +83,6 @@ def test_what_cannot_work_is_refused_in_one_line(poptorch_standin, command, tiny
         ("--gradient-accumulation 4 --ipus-per-replica 3 --layers-per-ipu 0,1,1 --cls-ipu-id 0", "4 stages needs 7"),
         ("--optimizer Muon", "Adam or AdamW"),
         ("--precision bf16", "fp16 or fp32"),
-        ("--ipus-per-replica 2 --layers-per-ipu 1,2", "adds up to 3"),
-        ("--ipus-per-replica 2 --layers-per-ipu 1,1 --matmul-proportion 0.1,0.2,0.3", "--matmul-proportion"),
         ("--embedding-serialization-factor 7", "does not divide"),
         ("--executable-cache-dir /proc/cache", "--executable-cache-dir /proc/cache: cannot be written"),
         ("--gradient-accumulation 100", "one step takes 400 samples"),

@@ -20,7 +20,6 @@ LOSSES = {"total": 1.25, "text": 0.5, "image": 2.0}
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes when told to."""
     clock = SimpleNamespace(now=1000.0)
     clock.monotonic = lambda: clock.now
     monkeypatch.setattr(log, "time", clock)

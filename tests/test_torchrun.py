@@ -6,14 +6,10 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
-from torch.distributed import fsdp
-
 import generate
 import train
+from tests.backends.native.test_sharding import needs_fsdp2
 from tests.builders import TORCHRUN, assert_same_weights, metrics_in, python, start
-
-needs_fsdp2 = pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="fully_shard came with torch 2.6")
 
 
 def test_two_processes_train_as_one(command, tiny_flags, tmp_path):

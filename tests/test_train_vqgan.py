@@ -13,7 +13,7 @@ from PIL import Image
 
 import train_vqgan
 from benchmarks import peer
-from data.images import load_image, load_images
+from data.images import load_images
 from data.loader import EpochOrder
 from data.sources import find_images
 from models.vqgan_files import load_vqgan
@@ -48,8 +48,7 @@ def trained(command, flags, tmp_path, monkeypatch):
 
 def psnr(vae, folder, size):
     """Mean over the folder's pictures of what comes back of them, in dB."""
-    pictures = [torch.from_numpy(load_image(path, size)).permute(2, 0, 1) for path in sorted(folder.glob("*.png"))]
-    pixels = torch.stack(pictures) / 255
+    pixels = load_images(sorted(folder.glob("*.png")), size) / 255
     error = (vae.decode(vae.get_codebook_indices(pixels)) - pixels).square().mean((1, 2, 3))
     return (-10 * error.log10()).mean().item()
 
@@ -121,8 +120,7 @@ def test_a_run_starts_with_the_codes_or_the_weights_of_another(trained, command,
     first, _ = trained()
     second, out = trained("--decoder-of", first, "--learning-rate", "0.005")
     old, new = load_vqgan(str(first)), load_vqgan(str(second))
-    pixels = torch.stack([torch.from_numpy(load_image(path, 32)) for path in sorted(drawn_pictures.glob("*.png"))])
-    pixels = pixels.permute(0, 3, 1, 2) / 255
+    pixels = load_images(sorted(drawn_pictures.glob("*.png")), 32) / 255
     assert torch.equal(old.get_codebook_indices(pixels), new.get_codebook_indices(pixels))
     assert psnr(new, drawn_pictures, 32) > psnr(old, drawn_pictures, 32) + 1
     words = ["--input-folder", drawn_pictures, "--output-dir", tmp_path / "fine", "--init-from", first]

@@ -41,9 +41,8 @@ def sdpa(query, keys, values, attn_mask=None, dropout_p=0.0, is_causal=False, sc
     kind = "" if attn_mask is None else " bool mask" if attn_mask.dtype == torch.bool else " bias"
     GPU.attention[f"{name}{kind} {str(query.dtype)[6:]}"] += 1
     if name == "cudnn":
-        forms = tuple(
-            (tuple(x.shape), x.stride()) for x in (query, keys, values) + (attn_mask,) * (attn_mask is not None)
-        )
+        inputs = (query, keys, values) + (attn_mask,) * (attn_mask is not None)
+        forms = tuple((tuple(x.shape), x.stride()) for x in inputs)
         GPU.plans.add((forms, query.dtype, dropout_p, is_causal, torch.is_grad_enabled()))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         minus = torch.full((), float("-inf"), dtype=query.dtype, device=query.device)

@@ -47,14 +47,10 @@ def uniform_numbers(generators, count):
     return torch.stack([torch.rand(count, generator=generator) for generator in generators]).cuda()
 
 
-@pytest.mark.parametrize(
-    "sampling, given, window",
-    [
-        (Sampling(), 0, 1),
-        (Sampling(top_k=None, top_p=0.9, temperature=0.9, cond_scale=1.5), 0, 4),
-        (Sampling(top_k=8.0), 5, 4),
-    ],
-)
+GUIDED = Sampling(top_k=None, top_p=0.9, temperature=0.9, cond_scale=1.5)
+
+
+@pytest.mark.parametrize("sampling, given, window", [(Sampling(), 0, 1), (GUIDED, 0, 4), (Sampling(top_k=8.0), 5, 4)])
 def test_codes_in_fp32_are_the_cpus(tiny_vae, sampling, given, window):
     text, codes = samples(5)
     model = small_dalle(tiny_vae, weight_std=0.3, attn_types=PATTERNS, depth=4)
@@ -75,9 +71,8 @@ FLAGS = "--batch-size 2 --gradient-accumulation 3 --max-grad-norm 1 --optimizer 
 def test_training_equals_the_cpus(tiny_vae):
     losses = []
     for device in ("cpu", "cuda"):
-        trainer = NativeTrainingBackend(train_settings(FLAGS + "AdamW", device=device)).trainer(
-            small_dalle(tiny_vae, attn_types=PATTERNS, depth=4)
-        )
+        backend = NativeTrainingBackend(train_settings(FLAGS + "AdamW", device=device))
+        trainer = backend.trainer(small_dalle(tiny_vae, attn_types=PATTERNS, depth=4))
         trainer.set_lr(1e-3)
         text, codes = samples(6)
         losses.append([trainer.step(zip(text.split(2), codes.split(2))) for _ in range(3)])

@@ -1,9 +1,6 @@
 """Run the program's tests with the stand-in for every device that they name, the CPU included.
 
-    PYTHONPATH=tests/cuda_contract python -m pytest -p on_standin tests/backends/native tests/models
-
-Tests of what only CPUs promise are skipped (`cpu_only`),
-and commands that tests start as programs of their own run on the CPU.
+PYTHONPATH=tests/cuda_contract python -m pytest -p on_standin tests/backends/native tests/models
 """
 
 import standin

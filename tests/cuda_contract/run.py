@@ -1,7 +1,4 @@
-"""Run a command on the stand-in: python tests/cuda_contract/run.py [--gpu h100|t4] COMMAND.py [flags].
-
-Start it in the project's folder. What the GPU was asked for is printed at the end, to stderr.
-"""
+"""Run a command on the stand-in: python tests/cuda_contract/run.py [--gpu h100|t4] COMMAND.py [flags]."""
 
 import os
 import runpy

@@ -16,9 +16,7 @@ from utils import checkpoint
 PROMPTS = ["a red circle", "a small blue star above a large green heart", "two", "little pink square"]
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_checkpoint):
-    return load(tiny_checkpoint, device="cpu")
+loaded = pytest.fixture(lambda tiny_checkpoint: load(tiny_checkpoint, device="cpu"), scope="module")
 
 
 def mixed_specs(loaded):
