@@ -16,16 +16,7 @@ import train
 from data import dataset as dataset_module
 from data import loader
 from data.dataset import TextImageDataset
-from data.loader import (
-    RESTARTS,
-    EpochOrder,
-    GeneratedDataset,
-    RunOrder,
-    SamplesLost,
-    epoch_order,
-    random_bits,
-    read_in_workers,
-)
+from data.loader import RESTARTS, EpochOrder, GeneratedDataset, RunOrder, epoch_order, random_bits
 from data.tokenizer import load_tokenizer
 from tests.builders import assert_same_weights, one_line, python
 from training.loop import Loop
@@ -126,8 +117,8 @@ def test_workers_give_the_same_samples_and_share_the_count(tmp_path):
     batches = RunOrder(order, 0, 8)  # two epochs, of which workers learn from the keys
     here = list(DataLoader(dataset, batch_sampler=batches))
     dataset._flags.zero_()
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=2)
-    for (text, image), (other_text, other_image) in zip(here, loader):
+    there = DataLoader(dataset, batch_sampler=batches, num_workers=2)
+    for (text, image), (other_text, other_image) in zip(here, there):
         assert torch.equal(text, other_text) and torch.equal(image, other_image)
     assert dataset.lost == 1
     assert not all(torch.equal(text, other) for (text, _), (other, _) in zip(here[:4], here[4:]))
@@ -252,11 +243,11 @@ def test_restarts_are_counted_anew_after_a_while(tmp_path, monkeypatch):
     dataset = dataset_of(make_set(tmp_path, count=4 * (RESTARTS + 2)))
     worker_reads(monkeypatch, lambda path: int(path.stem) % 4 == 0)
     order = [[index] for index in range(len(dataset))]
-    with pytest.raises(SamplesLost, match="if memory ran out"):
-        list(read_in_workers(dataset, order, 1, 1, False))
+    with pytest.raises(loader.SamplesLost, match="if memory ran out"):
+        list(loader.read_in_workers(dataset, order, 1, 1, False))
     dataset._flags.zero_()
     monkeypatch.setattr(loader, "CALM", 1)
-    assert len(list(read_in_workers(dataset, order, 1, 1, False))) == len(order)
+    assert len(list(loader.read_in_workers(dataset, order, 1, 1, False))) == len(order)
 
 
 def test_a_worker_killed_from_outside_changes_nothing(trained, monkeypatch):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 import zipfile
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -205,14 +206,10 @@ def test_a_tensor_that_is_not_in_its_storage_is_refused(path, zipped):
 @BOTH_FORMATS
 def test_memory_that_runs_out_is_no_damage(path, zipped, monkeypatch):
     write(path, {"w": tensor(storage(), (4,), (1,))}, zipped)
-
-    def fail(*_, **__):
-        raise MemoryError
-
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(torch, "frombuffer", fail)
+        patch.setattr(torch, "frombuffer", Mock(side_effect=MemoryError))
         read_weights(path)
-    monkeypatch.setattr(pickle._Unpickler, "load", fail)  # what a forged length would do
+    monkeypatch.setattr(pickle._Unpickler, "load", Mock(side_effect=MemoryError))  # as for a forged length
     assert_refused(path)
 
 
