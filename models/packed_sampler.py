@@ -11,7 +11,7 @@ CachedStepper is the plain one, for models with options that it lacks.
 import contextlib
 import time
 from itertools import accumulate
-from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from models.dalle import DALLE
 from models.sampling import Sampling, SamplingState, Stepper
-from models.transformer import KeyValueCache, LayerScale, PrefixCache
+from models.transformer import KeyValueCache, Layer, LayerScale, PrefixCache
 
 MOST_ROWS = 256  # of a pass; the time of larger ones grows with their rows on any machine
 Norm = Tuple[Tensor, Tensor]  # weight, bias
@@ -136,19 +136,19 @@ class PackedLayer:
 
     def __init__(
         self,
-        attention: LayerScale,
-        feed_forward: LayerScale,
+        layer: Layer,
         table: SlotTable,
         pack: Pack,
         cache_dtype: torch.dtype,
         kernels: LayerKernels,
     ):
         self.table, self.cache_dtype, self.kernels = table, cache_dtype, kernels
-        inner, wide, narrow = attention.fn.fn, feed_forward.fn.fn.net[0], feed_forward.fn.fn.net[3]
+        attention, feed_forward = cast(List[LayerScale], layer)
+        inner, wide, narrow = layer.attention, feed_forward.fn.fn.net[0], feed_forward.fn.fn.net[3]
         self.heads, self.dim_head = inner.heads, inner.dim_head
         self.norm, norm_after = fold_norms(attention)
         self.to_qkv = pack(inner.to_qkv.weight, None)
-        self.to_out = normed_after(pack(*fold_scale(inner.to_out[0], attention)), norm_after)
+        self.to_out = normed_after(pack(*fold_scale(cast(nn.Linear, inner.to_out[0]), attention)), norm_after)
         self.ff_norm, norm_after = fold_norms(feed_forward)
         self.wide = pack(wide.weight, wide.bias, kernels.geglu)
         self.narrow = normed_after(pack(*fold_scale(narrow, feed_forward)), norm_after)
@@ -266,14 +266,13 @@ class PackedStepper(Stepper):
         self.seconds: Dict[int, Dict[int, float]] = {}
         text_len, device = dalle.text_seq_len + 1, dalle.text_emb.weight.device
         self.tables: Dict[bytes, SlotTable] = {}
-        self.layers = []
-        for attention, feed_forward in dalle.transformer.layers:
-            mask = attention.fn.fn.mask.cpu()[text_len:, text_len:]
-            name = mask.numpy().tobytes()
-            if name not in self.tables:  # layers of one pattern share it
-                self.tables[name] = SlotTable(mask, text_len, max(windows), device, cache_dtype)
-            layer = PackedLayer(attention, feed_forward, self.tables[name], pack, cache_dtype, self.kernels)
-            self.layers.append((name, layer))
+        self.layers: List[PackedLayer] = []
+        for layer in dalle.transformer.layers:
+            mask = layer.attention.mask.cpu()[text_len:, text_len:]
+            pattern = mask.numpy().tobytes()
+            if pattern not in self.tables:  # layers of one pattern share it
+                self.tables[pattern] = SlotTable(mask, text_len, max(windows), device, cache_dtype)
+            self.layers.append(PackedLayer(layer, self.tables[pattern], pack, cache_dtype, self.kernels))
         norm, projection = dalle.to_logits.norm_and_projection
         self.norm = norm.weight, norm.bias
         codes = slice(dalle.num_text_tokens, dalle.num_tokens)
@@ -294,7 +293,7 @@ class PackedStepper(Stepper):
             x = dalle.transformer(x, cache=prefixes)[:, -1]
         self.images = torch.arange(len(rows), device=rows.device)[:, None]
         self.sharers = (rows[:, None] == rows).int().argmax(1)
-        for (_, layer), prefix in zip(self.layers, prefixes):
+        for layer, prefix in zip(self.layers, prefixes):
             layer.start(prefix, rows)
         return self.compute_logits(x.float()[rows], None, 1, cond_scale)[:, 0]
 
@@ -310,7 +309,7 @@ class PackedStepper(Stepper):
         copies = len(self.images) // len(is_complete)  # with guidance an image has two rows
         free, moved = ((copies * rows[:, None] + torch.arange(copies)).flatten() for rows in (free, moved))
         self.images = self.images[: copies * left]
-        for _, layer in self.layers:
+        for layer in self.layers:
             layer.cache[:, free] = layer.cache[:, moved]
             layer.cache = layer.cache[:, : copies * left]
         return SamplingState(*(tensor[:left] for tensor in state))
@@ -321,11 +320,11 @@ class PackedStepper(Stepper):
         self.passes += 1
         inputs = places.clamp(max=self.dalle.image_seq_len - 1)
         last = self.last_place(inputs)
-        found = {name: self.kernels.look_up(each, inputs, last, self.sharers) for name, each in self.tables.items()}
+        found = {each: self.kernels.look_up(each, inputs, last, self.sharers) for each in self.tables.values()}
         x = (self.dalle.image_emb(codes) + self.positions[inputs]).flatten(0, 1)  # (B·w, dim)
         added = None
-        for name, layer in self.layers:
-            x, added = layer(x, added, self.images, found[name])
+        for layer in self.layers:
+            x, added = layer(x, added, self.images, found[layer.table])
         return self.compute_logits(x, added, codes.shape[1], cond_scale)
 
     def last_place(self, inputs: Tensor) -> int:

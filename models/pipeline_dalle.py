@@ -87,7 +87,7 @@ class WrappedDALLE(nn.Module):
         unshare_masks(dalle)
         for layer in dalle.transformer.layers:
             layer.register_forward_hook(keep_output)
-            attention = layer[0].fn.fn
+            attention = layer.attention
             axial = axial_attention(attention.mask, dalle.text_seq_len + 1, dalle.fmap_size)
             attention.attend = attend_in_own_precision if axial is None else axial
         if serialization > 1:
@@ -176,8 +176,8 @@ def axial_attention(mask: Tensor, text_len: int, side: int) -> Optional[AxialAtt
 
 def unshare_masks(dalle: DALLE) -> None:
     """Copy the mask for each layer, because PopTorch loses all but the first of a buffer that modules share."""
-    for attention, _ in dalle.transformer.layers:
-        attention.fn.fn.mask = attention.fn.fn.mask.clone()
+    for layer in dalle.transformer.layers:
+        layer.attention.mask = layer.attention.mask.clone()
 
 
 def keep_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

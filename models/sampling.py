@@ -135,7 +135,7 @@ class Stepper:
     """
 
     settle = staticmethod(settle)
-    passes_ahead = 0  # passes to start before the outcome of the first is read; some may be in vain
+    passes_ahead = 0  # passes that wait while the outcome of one before them is read; some may be in vain
 
     def __init__(self, dalle: DALLE):
         self.dalle = dalle
@@ -167,11 +167,11 @@ class Stepper:
         raise NotImplementedError
 
     def hold(self, state: SamplingState) -> SamplingState:
-        """Return the state of a new batch in the tensors that `advance` will get."""
+        """Return a new batch's state, copied into fixed buffers if `advance` needs them."""
         return state
 
     def release(self, state: SamplingState) -> SamplingState:
-        """Return a view of the state's first rows, once those of complete images are last, if that saves time."""
+        """Move complete images to the last rows and return a view of the others, or leave the state as it is."""
         return state
 
     def advance(self, state: SamplingState, sampling: Sampling, window: int) -> Any:
@@ -208,16 +208,16 @@ class Pace:
 
     def __init__(self, seconds: Dict[int, float]):
         self.seconds = seconds
-        # How many guesses of each window were right and wrong, as if four were known. A larger window is right more
-        # often, because it continues from answers of earlier passes.
+        # Right and wrong guesses of each window, 3 and 1 at the start. A larger window is right more often, because it
+        # continues from answers of earlier passes.
         self.guesses = {window: [3.0, 1.0] for window in seconds}
 
     def window(self, share: float = 1.0) -> int:
         """Return the window of the next pass, as if each guess in it were right with the same probability.
 
         Args:
-            share: of the batch's images, those that are left. A pass takes as long as one of all images with as many
-                codes.
+            share: fraction of the batch's images that are incomplete. A pass takes as long as one over all images
+                with as many codes in all.
         """
         codes = [window * share for window in self.seconds]
         seconds = np.interp(codes, [*self.seconds], [*self.seconds.values()])
@@ -246,10 +246,10 @@ def sample_codes(
 ) -> Tensor:
     """Sample the codes of one image for each caption.
 
-    A pass computes a window of codes from the certain code before it and guesses of those in it. The noise of each
-    place is fixed, so each guess that the pass confirms is the code that sampling one at a time gives; the first one
-    that it corrects, too. The others are the guesses of the next pass (Jacobi decoding, arXiv 2410.01699). A window
-    of 1 has no guesses. Each image advances at its own pace, and leaves the batch when it is complete.
+    This is Jacobi decoding (arXiv 2410.01699). A pass reads the last certain code and guesses of the w − 1 codes after
+    it, and samples w codes. The noise of each place is fixed, so a guess that equals its sampled code is certain, and
+    so is the first sampled code that differs; the others are the guesses of the next pass. A window w of 1 has no
+    guesses. Each image advances at its own pace, and leaves the batch when it is complete.
 
     Args:
         text: tokens, int64 (B, text_seq_len), 0 = padding.

@@ -133,8 +133,8 @@ class StaticSampler(nn.Module):
         self.dalle, self.loop, self.update = dalle, loop, update
         self.mask_names = []  # of each layer's mask among the buffers; layers of one pattern share it
         masks: Dict[bytes, str] = {}
-        for attention, _ in dalle.transformer.layers:
-            mask = attention.fn.fn.mask
+        for layer in dalle.transformer.layers:
+            mask = layer.attention.mask
             name = masks.setdefault(mask.cpu().numpy().tobytes(), f"visible_{len(masks)}")
             self.register_buffer(name, mask.to(dalle.text_emb.weight.dtype), persistent=False)
             self.mask_names.append(name)

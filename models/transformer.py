@@ -301,6 +301,11 @@ class Layer(nn.ModuleList):
     reversible = False
     compute = staticmethod(compute_layer)
 
+    @property
+    def attention(self) -> Attention:
+        """The attention alone, without norm and scale."""
+        return self[0].fn.fn  # type: ignore[union-attr, return-value]
+
     def forward(
         self,
         x: Tensor,

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import SHAPES
-from tests.service.running import call, generate, loaded_for_tests, running, until
+from tests.service.running import answer_to, call, generate, loaded_for_tests, running, until
 
 pytest.importorskip("uvicorn")
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -150,7 +150,13 @@ def test_a_prompt_becomes_images_row_by_row(page, loaded, drawing):
 
 
 def test_stop_and_leaving_the_page_cancel_the_job(page, port, drawing):
+    page.browser.execute_script("breakFirst()")
+    page.generate()
     drawing.seconds = 0.1
+    page.write(PROMPT + webdriver.Keys.ENTER)
+    until(lambda: call(port)[1]["waiting"] == 1 and page.js("jobs.length") > 2)
+    answer_to(port, "DELETE", page.js("jobs.at(-1)"))
+    until(lambda: "the server cancelled the rest" in page.text("#status"))
     page.write(PROMPT + webdriver.Keys.ENTER)
     until(lambda: page.js("document.querySelector('#progress').value > 0.1"))
     page.click("#stop")
@@ -163,7 +169,9 @@ def test_stop_and_leaving_the_page_cancel_the_job(page, port, drawing):
     page.open()
 
 
-def test_the_large_view_shows_reuses_and_copies(page, port):
+def test_the_large_view_shows_reuses_and_copies(page, port, loaded, monkeypatch):
+    monkeypatch.setattr(loaded, "recommended", loaded.recommended._replace(top_p=None))
+    page.open()
     page.generate()
     page.click("#grid button.cell")
     assert page.text("#place") == "Image 1 of 4" and page.text("#caption") == PROMPT
@@ -181,10 +189,13 @@ def test_the_large_view_shows_reuses_and_copies(page, port):
     page.press("ESCAPE")
     until(lambda: not page.shows("#viewer"))
 
-    page.write("something else")
-    page.click("#grid button.cell", 2)
+    page.write("a red circle")
+    page.each("#top_p", "[e.value = 0.9, e.oninput()]")
+    page.click("#history .cell", 1)
+    page.js("document.querySelector('#ask').requestSubmit()")
+    until(lambda: page.shows("#history .cell") == 8)  # the large view stays at its image
     page.click("#reuse")
-    assert page.each("#prompt", "e.value")[0] == PROMPT
+    assert page.each("#prompt, #top_p", "e.value") == [PROMPT, "1"]
     assert page.each("#seed", "e.value")[0] == str(about["seed"] + 2) and not page.shows("#viewer")
 
 

@@ -20,7 +20,7 @@ MAX_SEQUENCES = 32  # of a sampler's call, from which on more are no faster
 
 def sampler_memory(model: DALLE, sequences: int, size: int) -> Dict[str, int]:
     """Return the bytes of a StaticSampler's tensors by kind; `size` is the bytes of a number."""
-    attention = model.transformer.layers[0][0].fn.fn
+    attention = model.transformer.layers[0].attention
     positions = model.text_seq_len + model.image_seq_len
     layers, inner = len(model.transformer.layers), attention.heads * attention.dim_head
     return {
@@ -111,7 +111,7 @@ def module_costs(model: DALLE, training: Training, pixels: bool) -> Dict[str, Co
 
 def layer_cost(layer: Any, parameters: int, activation: int, model: DALLE, training: Training) -> Cost:
     """Return a layer's cost; `activation` is the bytes of its output."""
-    attention = layer[0].fn.fn
+    attention = layer.attention
     text_len, size = model.text_seq_len + 1, training.size
     rows = training.batch_size * (text_len - 1 + model.image_seq_len)
     axial = axial_attention(attention.mask, text_len, model.fmap_size) is not None

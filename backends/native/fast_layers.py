@@ -35,7 +35,7 @@ def use_fast_layers(model: DALLE, device: torch.device, dtype: torch.dtype, reco
     for layer in model.transformer.layers:
         compute: Callable[..., Tensor] = compute_layer
         if device.type == "cpu" and not layer.reversible:
-            mask = layer[0].fn.fn.mask
+            mask = layer.attention.mask
             pattern = mask.numpy().tobytes()
             if pattern not in attentions:
                 attentions[pattern] = choose_attention(mask, model.text_seq_len + 1, model.fmap_size)

@@ -28,7 +28,7 @@ def use_fused_attention(model: DALLE, dtype: torch.dtype) -> None:
     """
     patterns: Dict[bytes, FusedAttention] = {}
     for layer in model.transformer.layers:
-        attention = layer[0].fn.fn
+        attention = layer.attention
         name = attention.mask.cpu().numpy().tobytes()
         if name not in patterns:  # layers of one pattern share its bias
             patterns[name] = FusedAttention(attention.mask, model.text_seq_len + 1, model.fmap_size, dtype)

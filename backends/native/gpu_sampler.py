@@ -47,7 +47,7 @@ class CapturedStepper(PackedStepper):
     @torch.no_grad()
     def hold(self, state: SamplingState) -> SamplingState:
         """See Stepper."""
-        found = [*state, self.positions, self.images, self.sharers, *(layer.cache for _, layer in self.layers)]
+        found = [*state, self.positions, self.images, self.sharers, *(layer.cache for layer in self.layers)]
         if [x.shape for x in found] == [x.shape for x in self.buffers]:
             for buffer, new in zip(self.buffers, found):
                 buffer.copy_(new)
@@ -55,7 +55,7 @@ class CapturedStepper(PackedStepper):
             self.buffers, self.graphs = found, {}
         count = len(state)
         self.positions, self.images, self.sharers, *caches = self.buffers[count:]
-        for (_, layer), cache in zip(self.layers, caches):
+        for layer, cache in zip(self.layers, caches):
             layer.cache = cache
         return SamplingState(*self.buffers[:count])
 

@@ -187,7 +187,7 @@ def fast_copy(vae: ImageTokenizer, without: str, dtype: torch.dtype, device: tor
 
 def images_at_once(model: DALLE, device: torch.device) -> int:
     """Return how many images are fast and fit half of the free memory."""
-    attention = model.transformer.layers[0][0].fn.fn
+    attention = model.transformer.layers[0].attention
     keys_and_values = 2 * len(model.transformer.layers) * attention.heads * attention.dim_head  # of one position
     positions = model.text_seq_len + model.image_seq_len
     noise = model.image_seq_len * model.num_image_tokens

@@ -70,8 +70,8 @@ function fillIn(values, submit) {
   $("prompt").value = values.prompt;
   if ("seed" in values) $("seed").value = values.seed;
   for (const key of ["num_images", ...SAMPLING]) {
-    const value = values[key] == null ? NaN : Number(values[key]); // a link may carry anything
-    if (Number.isFinite(value)) set(key, value);
+    const value = values[key] === null ? null : Number(values[key]); // a link may carry anything
+    if (value === null || Number.isFinite(value)) set(key, value);
   }
   if (HAS_MOUSE) $("prompt").focus();
   return submit ? $("ask").requestSubmit() : count();
@@ -163,7 +163,7 @@ async function generate(asked) {
     $("progress").value = shares.reduce((sum, share) => sum + share) / shares.length;
     if (type === "image") {
       shown = [...shown, event].sort((one, other) => one.index - other.index);
-      saved.unshift(event);
+      saved = [event, ...saved]; // a copy, since the large view keeps the list
       stored.push(history.add(event));
       cell.replaceWith(tile(event, () => shown));
       return;

@@ -31,6 +31,9 @@ export async function generate(request, onProgress, signal) {
   const images = [];
   try {
     for await (const { type, data } of events(id, signal)) {
+      if (type === "done" && data.cancelled && !signal.aborted) {
+        throw failure("The connection broke, so the server cancelled the rest.");
+      }
       if (type === "done") return images;
       if (type === "error") throw failure(data.error, 500);
       if (type === "row" && data.preview) data.preview = `data:image/webp;base64,${data.preview}`;
@@ -63,7 +66,7 @@ async function* events(id, signal) {
         }
       }
     } catch (error) {
-      if (signal.aborted || error.status) throw error;
+      if (signal.aborted || (error.status && error.status < 500)) throw error; // a proxy's 502 may pass
     }
     await new Promise((resolve) => setTimeout(resolve, 400 * (failures + 1)));
   }

@@ -42,7 +42,7 @@ class TritonStepper(PackedStepper):
     settle = staticmethod(gpu_choice.settle)
 
     def hold(self, state):
-        for _, layer in self.layers:
+        for layer in self.layers:
             layer.cache = layer.cache.contiguous()
         return state
 
