@@ -87,7 +87,7 @@ def test_draws_are_these_on_every_machine(tmp_path):
 def test_an_overlong_caption_names_its_file(tmp_path):
     folder = make_set(tmp_path)
     (folder / "004.txt").write_text("short\n" + "long " * 10)
-    (folder / "001.txt").write_text("x" * LENGTH + "\n\0")  # of full length, and of no token
+    (folder / "001.txt").write_text("x" * LENGTH)
     with one_line("004.txt.*tokens long"):
         dataset_of(folder)
     rows = {read(dataset_of(folder, truncate_captions=True)[(epoch, 4)][0]) for epoch in range(20)}
