@@ -42,7 +42,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         queue.loaded = queue.call(load_from_flags, settings).result()
         server = make_server(queue, settings)
         host, port = listening.getsockname()[:2]
-        if host in ("0.0.0.0", "::") and not settings.token:
+        if not (settings.token or ipaddress.ip_address(host).is_loopback):
             logger.warning("anyone who reaches port %d can generate images; --token SECRET asks for it", port)
         netloc = f"[{host}]" if ":" in host else host
         print(f"http://{netloc}:{port} generates with {queue.loaded.path}; Ctrl-C ends it", flush=True)
@@ -120,12 +120,12 @@ def app_parser() -> Parser:
     add("token", None, "secret that clients must know; default: the environment variable MINI_DALLE_TOKEN", token)
     add("allowed-host", [], "further host names that the page is reached by", nargs="+", metavar="NAME")
     add("root-path", "", "prefix under which a reverse proxy serves the page, such as /draw", prefix)
-    text = "addresses of proxies whose X-Forwarded headers are believed, with commas between; *: of all"
+    text = "IP addresses of trusted proxies, separated by commas; * trusts all"
     add("forwarded-allow-ips", None, text, addresses)
     add = parser.heading("Limits")
     add("max-images", 16, "images per prompt", number(int, low=1, high=256))
     add("max-prompt-characters", 400, "characters per prompt", COUNT)
-    add("queue-size", 64, "requests at once; further ones get an error and may try again", COUNT)
+    add("queue-size", 64, "requests in the queue; further ones are refused with 429 or 503", COUNT)
     add("batch-size", None, "images generated at once; default: chosen for the machine", COUNT)
     parser.window_flag(add)
     add = parser.heading("Files that the checkpoint lacks")
@@ -136,7 +136,7 @@ def app_parser() -> Parser:
 
 def prefix(text: str) -> str:
     """Parse the path of a URL and return it with a slash before it and none after it; "" and "/" are no prefix."""
-    if not re.fullmatch(r"(/?[\w.~-]+)*/?", text, re.ASCII):
+    if not re.fullmatch(r"/?([\w.~-]+/)*[\w.~-]*", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"must be the path of a URL such as /draw, not '{text}'")
     return f"/{text.strip('/')}" if text.strip("/") else ""
 
@@ -152,7 +152,10 @@ def addresses(text: str) -> str:
 
 
 def token(text: str) -> str:
-    """Parse a secret: printable ASCII, since browsers send no other; if an empty one meant none, all could generate."""
+    """Parse a secret of printable ASCII, which is all that browsers send.
+
+    An empty one is refused because it would switch the check off.
+    """
     if not text or text != text.strip() or not (text.isascii() and text.isprintable()):
         raise argparse.ArgumentTypeError("must be ASCII characters, not empty, and without a space at either end")
     return text

@@ -62,6 +62,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 def parse_flags(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Parse the command line; `rows` becomes the names of the rows to measure."""
     parser = Parser((__doc__ or "").splitlines()[0])
+    parser.prog = "python -m benchmarks"
     add = parser.heading("what is measured")
     add("only", None, "rows to measure, by name or pattern such as generate-*; none: all", nargs="+", metavar="PATTERN")
     add("peer", False, "measure dalle-pytorch 1.6.6, a plain loader and taming's VQGAN as well", type=bool)

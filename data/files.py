@@ -23,6 +23,7 @@ from utils.files import decode_text
 logger = logging.getLogger("minidalle")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
+LINE_BREAK = re.compile(r"\r\n|\r|\n")  # str.splitlines would also cut at form feeds and U+2028 inside a caption
 CAPTION_SUFFIX = ".txt"
 CAPTION_SUFFIXES = (CAPTION_SUFFIX, ".caption")  # the second one is that of programs for fine-tuning
 JSON_KEYS = ("caption", "text", "captions", "TEXT")  # where img2dataset and others write an image's captions
@@ -70,7 +71,6 @@ class Listing(NamedTuple):
     others: List[str]
 
 
-_LINE_BREAK = re.compile(r"\r\n|\r|\n")  # str.splitlines would also cut at form feeds and U+2028 inside a caption
 _PROGRESS_FROM = 2000  # files; fewer are checked before a progress bar could be read
 _THREADS = 4  # for a slow disk or network
 _CHUNK = 128
@@ -95,7 +95,7 @@ def parse_captions(name: str, content: bytes) -> List[str]:
     """Return the captions of a file of one image: its lines, or those in JSON; ValueError if it is neither."""
     text = decode_text(content)
     if not name.lower().endswith(".json"):
-        return [line.strip() for line in _LINE_BREAK.split(text) if line.strip()]
+        return [line.strip() for line in LINE_BREAK.split(text) if line.strip()]
     try:
         entry = json.loads(text)
     except RecursionError:

@@ -6,6 +6,7 @@ the epoch: `dataset[(epoch, index)]` returns that sample.
 """
 
 import collections
+import contextlib
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from utils.files import defer_sigchld, ignore_interrupts_in_worker, start_worker
 
 logger = logging.getLogger("minidalle")
 NOTICE_SECONDS = 5.0  # in which torch reports a worker whose pipe has broken
+BROKEN_PIPE = (ConnectionError, EOFError)
 RESTARTS = 3  # of the workers; without a limit, a machine short of memory would kill them forever
 CALM = 1000  # micro-batches without a killed worker, after which as many restarts are allowed again
 SHARE = 0.1  # of a GPU's free memory for a set; COCO's takes 0.3 GB
@@ -245,14 +247,17 @@ def read_batches(
             worker_init_fn=ignore_interrupts_in_worker,
             **options,
         )
-        try:
-            for content in start_workers(loader):
-                with defer_sigchld():
-                    missing.popleft()
-                    yield content
-            return
-        except (RuntimeError, ConnectionError) as error:
-            handle_death(error)
+        with contextlib.ExitStack() as handling:
+            try:
+                with notice_dead_worker():
+                    for content in start_workers(loader):
+                        with defer_sigchld():
+                            missing.popleft()
+                            yield content
+                return
+            except (RuntimeError, *BROKEN_PIPE) as error:
+                handling.enter_context(defer_sigchld())  # another worker may have been killed as well
+                handle_death(error)
 
 
 def read_in_workers(
@@ -286,18 +291,23 @@ def read_in_workers(
         raise SamplesLost(last_line(error)) from None
 
 
+@contextlib.contextmanager
+def notice_dead_worker() -> Iterator[None]:
+    """Let torch report the end of a worker (RuntimeError) whose pipe broke before torch noticed it."""
+    try:
+        yield
+    except BROKEN_PIPE:
+        time.sleep(NOTICE_SECONDS)  # torch raises its error within
+        raise
+
+
 def explain_dead_worker(error: Exception, dataset: Any) -> Tuple[str, List[str]]:
     """Return a line about the killed worker, and the names of the images that it was reading.
 
     Any other error is raised again.
     """
-    if isinstance(error, ConnectionError):  # its pipe broke before torch noticed its end
-        try:
-            time.sleep(NOTICE_SECONDS)
-        except RuntimeError as noticed:
-            error = noticed
-        else:
-            return "DataLoader worker has ended", []
+    if isinstance(error, BROKEN_PIPE):
+        return "DataLoader worker has ended", []
     reason = str(error).splitlines()[0].rstrip(". ")
     if not reason.startswith("DataLoader worker"):
         raise error

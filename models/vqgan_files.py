@@ -89,14 +89,14 @@ def load_vqgan(model_path: Optional[str] = None, config_path: Optional[str] = No
     try:
         config_file = _find_config(weights_file, None if config_path is None else Path(config_path))
     except FileNotFoundError:
-        read_weights(weights_file, NOT_NEEDED, ANCHOR)  # a file that is damaged, or no VQGAN, needs no configuration
+        read_weights(weights_file, ANCHOR, NOT_NEEDED)  # a file that is damaged, or no VQGAN, needs no configuration
         raise
     params, gumbel = _read_config(config_file)
     try:
         vae = VQGanVAE(params, gumbel)
     except (ValueError, RuntimeError) as error:  # RuntimeError: out of memory
         raise ValueError(f"{config_file}: {first_line(error)}") from error
-    weights = read_weights(weights_file, NOT_NEEDED, ANCHOR)
+    weights = read_weights(weights_file, ANCHOR, NOT_NEEDED)
     misfit = first_misfit(vae.model, weights)
     if misfit:
         raise ValueError(f"{weights_file}: does not fit its configuration: {misfit}")

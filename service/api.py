@@ -51,7 +51,7 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
     @app.exception_handler(RequestValidationError)
     async def refuse_values(_, error):
         first = error.errors()[0]
-        return refuse(400 if first["type"] == "json_invalid" else 422, validation.describe_error(first))
+        return refuse(400 if first["type"] == "json_invalid" else 422, validation.describe_invalid(first))
 
     @app.exception_handler(ValueError)
     async def refuse_request(_, error):
@@ -120,7 +120,7 @@ def build(loaded: LoadedModel, queue: GenerationQueue, streams: Streams, limits:
             given = await asyncio.wrap_future(queue.call(encode_kept_rows, loaded, image, rows))
         elif keep is not None:
             raise ValueError("The number of rows to keep needs an image to keep them of.")
-        return validation.plan_images(loaded, limits, wanted, prompts, given)
+        return validation.plan_request(loaded, limits, wanted, prompts, given)
 
     @app.post("/api/generate", response_model=validation.Generated)
     async def generate(wanted: validation.GenerateRequest, request: Request):

@@ -18,8 +18,8 @@ Number = Annotated[Optional[float], Field(allow_inf_nan=False)]
 class Limits(NamedTuple):
     """What one request may ask for; `images` per prompt."""
 
-    images: int = 16
-    prompt_characters: int = 400
+    images: int
+    prompt_characters: int
     prompts: int = 8
 
 
@@ -122,7 +122,7 @@ class Health(BaseModel):
     seconds_up: int
 
 
-def plan_images(
+def plan_request(
     loaded: LoadedModel, limits: Limits, wanted: Settings, prompts: List[str], given: Optional[torch.Tensor] = None
 ) -> List[ImageSpec]:
     """Return the ImageSpecs of a request, with seeds from the wanted or a random one on; ValueError if out of range."""
@@ -157,7 +157,7 @@ def as_sentence(error: Exception) -> str:
     return begin + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
-def describe_error(error: Mapping[str, Any]) -> str:
+def describe_invalid(error: Mapping[str, Any]) -> str:
     """Return one of pydantic's errors as a sentence."""
     if error["type"] == "json_invalid":
         return "The request's body is not JSON."

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 
@@ -56,6 +57,7 @@ def test_a_wrong_flag_and_a_missing_package_are_one_line(command, monkeypatch):
         ("--dalle_path", "nowhere.pt", "nowhere.pt"),
         ("--port", "70000", "--port: "),
         ("--host", "no.such.host.invalid", "--host no.such.host.invalid"),
+        ("--root-path", "a" * 40 + "*", "--root-path"),  # a slow pattern would take years
         ("--forwarded-allow-ips", "10.0.0.0/8,proxy", "--forwarded-allow-ips"),
     ):
         command(app.main, "--port", 0, flag, value).refused(said)
@@ -100,9 +102,14 @@ def test_ctrl_c_ends_it_at_once_while_it_generates(tiny_checkpoint, tmp_path):
 def test_other_machines_are_let_in_with_a_warning_only(command, tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("uvicorn.Server.run", lambda *given, **named: None)
     monkeypatch.setattr(os, "environ", {**os.environ})
-    for flags, warned in (((), True), (("--token", "secret"), False)):
-        ended = command(app.main, "--dalle_path", tiny_checkpoint, "--host", "0.0.0.0", "--port", 0, *flags)
-        assert ended.status == 0 and "http://0.0.0.0:" in ended.out
+    for host, flags, warned in (
+        *(("0.0.0.0", (), True), ("192.168.1.5", (), True), ("127.0.0.1", (), False)),
+        ("0.0.0.0", ("--token", "secret"), False),
+    ):
+        listening = Mock(**{"getsockname.return_value": (host, 80)})
+        monkeypatch.setattr(app, "listen", Mock(return_value=contextlib.nullcontext(listening)))
+        ended = command(app.main, "--dalle_path", tiny_checkpoint, *flags)
+        assert ended.status == 0 and f"http://{host}:80 " in ended.out
         assert ("--token SECRET" in ended.out) == warned
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import evaluate
 import generate
 import log
 import train
+from backends.native import backend
 from data.images import load_images
 from data.shapes import COLORS, draw_scene, parse_caption, validation_prompts
 from generation.images import make_grid
@@ -69,6 +71,20 @@ def test_pictures_of_known_content_get_their_marks():
     pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 255
     share, wrong = evaluation.judge(pictures, evaluation.shape_faults(prompts))
     assert share == 4 / 6 and wrong == {"count": 1, "colour": 1}
+
+
+def test_scores_decode_one_batch_at_a_time(evaluated, drawn_pictures, monkeypatch):
+    decoder, sizes = backend.decoder, []
+
+    def recorded(*given):
+        decode = decoder(*given)
+        return lambda codes: sizes.append(len(codes)) or decode(codes)
+
+    monkeypatch.setattr(backend, "decoder", recorded)
+    scorers = (lambda images, texts: torch.ones(len(images))), Mock(**{"distance.return_value": 2.0})
+    monkeypatch.setattr(evaluation, "load_scorers", lambda *given: scorers)
+    out = evaluated("--input-folder", drawn_pictures, "--batch-size", 5)
+    assert "CLIP score: 1.00 (ViT-B-32, 12 images)" in out and "FID: 2.00 (12 images" in out and max(sizes) == 5
 
 
 @pytest.fixture(scope="module")
@@ -152,14 +168,14 @@ def test_the_nearest_are_those_of_a_plain_comparison():
     codes[2] = others[7]
     found = nearest_by_codes(codes, others)
     shares = (codes[:, None] == others[None]).float().mean(dim=2)
-    assert found.which.tolist() == shares.argmax(dim=1).tolist() and torch.allclose(found.figure, shares.amax(dim=1))
-    assert found.which[2] == 7 and found.figure[2] == 1
+    assert found.which.tolist() == shares.argmax(dim=1).tolist() and torch.allclose(found.score, shares.amax(dim=1))
+    assert found.which[2] == 7 and found.score[2] == 1
     without = nearest_by_codes(others, others, range(9))
     shares = (others[:, None] == others[None]).float().mean(dim=2).fill_diagonal_(-1)
-    assert torch.allclose(without.figure, shares.amax(dim=1))
+    assert torch.allclose(without.score, shares.amax(dim=1))
     pixels = torch.randint(0, 256, (6, 3, 4, 4), generator=generator).byte()
     found = nearest_by_pixels(pixels[[4, 1]].float() + 2.55, pixels)
-    assert found.which.tolist() == [4, 1] and torch.allclose(found.figure, torch.tensor(0.01))
+    assert found.which.tolist() == [4, 1] and torch.allclose(found.score, torch.tensor(0.01))
 
 
 def test_a_model_that_memorized_its_images_is_caught(command, tiny_flags, drawn_pictures, tmp_path):

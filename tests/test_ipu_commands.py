@@ -165,18 +165,14 @@ def test_instances_share_the_data_and_train_as_one(poptorch_standin, command, ti
     assert sorted(path.name for path in (tmp_path / "together").glob("*.pt")) == ["dalle_0.pt", "dalle_1.pt"]
 
 
-def test_poprun_overrides_only_a_flag_that_was_given(poptorch_standin, monkeypatch, logged):
+def test_what_poprun_overrides_and_needs(poptorch_standin, command, tiny_flags, monkeypatch, logged):
     from backends.ipu.backend import Instances
 
-    for name, number in (("NUM_TOTAL_REPLICAS", 2), ("NUM_LOCAL_REPLICAS", 2), ("INSTANCE_INDEX", 0)):
-        monkeypatch.setenv(f"POPDIST_{name}", str(number))
-    monkeypatch.setenv("POPDIST_NUM_INSTANCES", "1")
-    for replicas, lines in ((None, 0), (2, 0), (1, 1)):  # generate.py has no such flag
-        assert Instances(replicas).replicas == 2 and len(logged.messages) == lines
-
-
-def test_poprun_without_horovod_is_one_line(poptorch_standin, command, tiny_flags, monkeypatch):
-    monkeypatch.setenv("POPDIST_NUM_TOTAL_REPLICAS", "2")
+    for name, number in ("TOTAL_REPLICAS", "2"), ("LOCAL_REPLICAS", "2"), ("INSTANCES", "1"):
+        monkeypatch.setenv(f"POPDIST_NUM_{name}", number)
+    monkeypatch.setenv("POPDIST_INSTANCE_INDEX", "0")
+    for given, lines in ((None, 0), (2, 0), (1, 1)):  # generate.py has no --replication-factor
+        assert Instances(given).replicas == 2 and len(logged.messages) == lines
     monkeypatch.setitem(sys.modules, "horovod", None)
     command(train.main, *tiny_flags, *IPU).refused("Horovod", "pip install -r requirements-ipu.txt")
     monkeypatch.setitem(sys.modules, "popdist", None)

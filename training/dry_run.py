@@ -179,7 +179,7 @@ def describe_memory(run: Run, weights: Dict[str, torch.Tensor], before: int) -> 
     }
     return (
         f"{format_bytes(peak)} at the peak of these steps, measured, of {format_bytes(total)} on {run.backend.kind} "
-        f"({format_bytes(free)} free){'' if peak < total else '; NOT ENOUGH'}: "
+        f"({format_bytes(free)} free): "
         + ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
     )
 

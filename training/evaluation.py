@@ -145,35 +145,33 @@ def score_captions(
     text = [dataset.text(0, index) for index in range(len(dataset))]
     captions = [loaded.tokenizer.decode(tokens) for tokens in text]
     codes, used = generate_codes(loaded, captions, text, settings, sampling)
-    images = loaded.decode(codes)
-    found = {"seed": settings.seed, "sampling": used}
-    if clip:
-        found["clip_score"] = mean_clip_score(clip, images, captions, settings)
-    if distance:
-        for first in batch_starts(len(images), settings, "FID"):
-            part = slice(first, first + settings.batch_size)
-            distance.add("generated", (images[part] * 255).round().byte())
+    found, scores = {"seed": settings.seed, "sampling": used}, []
+    for part in batches(len(codes), settings, "scores"):
+        images = loaded.decode(codes[part])  # all of them at once would take gigabytes
+        if clip:
+            scores.append(clip([to_image(pixels) for pixels in images], captions[part]))
+        if distance:
+            distance.add("generated", (images * 255).round().byte())
             distance.add("real", load_images(dataset.image_paths()[part], loaded.model.vae.image_size))
+    if clip:
+        found["clip_score"] = mean_clip_score(scores, settings)
+    if distance:
         found["fid"] = distance.distance()
-        print(f"FID: {found['fid']:.2f} ({len(images)} images; too high with fewer than some thousands)")
+        print(f"FID: {found['fid']:.2f} ({len(codes)} images; too high with fewer than some thousands)")
     return found
 
 
-def mean_clip_score(clip: Any, images: torch.Tensor, texts: Sequence[str], settings: Namespace) -> float:
-    """Return and print the mean CLIP score of images and their texts."""
-
-    scores = []
-    for first in batch_starts(len(images), settings, "CLIP"):
-        part = slice(first, first + settings.batch_size)
-        scores.append(clip([to_image(pixels) for pixels in images[part]], texts[part]))
-    score = torch.cat(scores).mean().item()
-    print(f"CLIP score: {score:.2f} ({settings.clip_model}, {len(images)} images)")
+def mean_clip_score(scores: Sequence[torch.Tensor], settings: Namespace) -> float:
+    """Return and print the mean of the CLIP scores of several batches."""
+    score = torch.cat(list(scores)).mean().item()
+    print(f"CLIP score: {score:.2f} ({settings.clip_model}, {sum(map(len, scores))} images)")
     return score
 
 
-def batch_starts(count: int, settings: Namespace, title: str) -> Iterable[int]:
-    """Return the index of each batch's first image, with a progress bar."""
-    return tqdm(range(0, count, settings.batch_size), desc=title, unit="batch", disable=None)
+def batches(count: int, settings: Namespace, title: str) -> Iterable[slice]:
+    """Return the batches of `count` images as slices, with a progress bar."""
+    starts = tqdm(range(0, count, settings.batch_size), desc=title, unit="batch", disable=None)
+    return (slice(first, first + settings.batch_size) for first in starts)
 
 
 def evaluate_prompts(
@@ -197,9 +195,13 @@ def evaluate_prompts(
         shares = [f"{name} {100 * (1 - wrong[name] / len(prompts)):.1f} %" for name in FAULTS]
         print(f"right: {', '.join(shares)}")
     print(f"prompt accuracy: {100 * accuracy:.1f} % ({len(prompts)} prompts)")
-    scores = {"prompts_clip_score": mean_clip_score(clip, images, prompts, settings)} if clip else {}
+    found = {}
+    if clip:
+        parts = batches(len(images), settings, "CLIP")
+        scores = [clip([to_image(pixels) for pixels in images[part]], prompts[part]) for part in parts]
+        found["prompts_clip_score"] = mean_clip_score(scores, settings)
     return {
-        **scores,
+        **found,
         "prompts": len(prompts),
         "prompt_set": settings.prompt_set,
         "prompts_of": kind,

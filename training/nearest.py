@@ -33,7 +33,7 @@ class Found(NamedTuple):
     """The nearest image of each of N images, and the share of equal codes or the root mean square error."""
 
     which: Tensor  # int64 (N,)
-    figure: Tensor  # float (N,)
+    score: Tensor  # float (N,)
 
 
 def nearest_by_codes(codes: Tensor, others: Tensor, exclude: Sequence[int] = ()) -> Found:
@@ -63,7 +63,7 @@ def compare(
     """Find the nearest training images of generated ones, write nearest.png, print and return the figures.
 
     Args:
-        training_set: images as pixels; each is read and encoded once.
+        training_set: images as pixels; each is read twice and encoded once.
         codes: of the generated images, int64 (N, L), one for each caption.
         folder: for nearest.png and, in `.codes`, the codes of the training images.
     """
@@ -80,7 +80,7 @@ def compare(
     by_codes = nearest_by_codes(codes, real)
     by_pixels = nearest_by_pixels(adaptive_avg_pool2d(generated * 255, SIDE), torch.stack(small))
     some = torch.linspace(0, len(real) - 1, min(len(real), MOST_USUAL)).long()
-    usual = nearest_by_codes(real[some], real, some.tolist()).figure if len(real) > 1 else torch.zeros(1)
+    usual = nearest_by_codes(real[some], real, some.tolist()).score if len(real) > 1 else torch.zeros(1)
 
     shown = [
         torch.stack([torch.from_numpy(load_image(paths[good[one]], vae.image_size)) for one in found.which[:8]])
@@ -89,24 +89,24 @@ def compare(
     images = [generated[:8], *(pixels.permute(0, 3, 1, 2).float() / 255 for pixels in shown)]
     labels = [
         f"{caption} ({share:.0%} of codes, error {error:.3f})"
-        for caption, share, error in zip(captions[:8], by_codes.figure.tolist(), by_pixels.figure.tolist())
+        for caption, share, error in zip(captions[:8], by_codes.score.tolist(), by_pixels.score.tolist())
     ]
     grid = make_sample_grid(labels, images, f"nearest of {len(real):,} training images", ROWS)
     with atomic_write(folder / "nearest.png") as file:
         grid.save(file, "PNG")
-    copies = int((by_codes.figure >= COPY).sum())
+    copies = int((by_codes.score >= COPY).sum())
     print(
-        f"nearest of {len(real):,} training images: {by_codes.figure.median():.1%} of codes equal (median; "
+        f"nearest of {len(real):,} training images: {by_codes.score.median():.1%} of codes equal (median; "
         f"{usual.median():.1%} between training images), {copies} of {len(codes)} images with {COPY:.0%} or more; "
-        f"error of pixels {by_pixels.figure.median():.3f} (median); {folder / 'nearest.png'} has them"
+        f"error of pixels {by_pixels.score.median():.3f} (median); {folder / 'nearest.png'} has them"
     )
     names = [training_set.images[number][0] for number in good]
     return {
         "training_images": len(real),
-        "equal_codes": by_codes.figure.tolist(),
+        "equal_codes": by_codes.score.tolist(),
         "equal_codes_between_training_images": usual.median().item(),
         "copies": copies,
         "nearest_by_codes": [names[one] for one in by_codes.which.tolist()],
-        "pixel_error": by_pixels.figure.tolist(),
+        "pixel_error": by_pixels.score.tolist(),
         "nearest_by_pixels": [names[one] for one in by_pixels.which.tolist()],
     }

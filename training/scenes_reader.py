@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import log
 from data.scene_captions import BACKGROUNDS, Scene, objects, withheld_scene
 from data.scenes import CELLS, GRID, Placed, draw, place, place_crowd
 from training.checkpoints import write
-from utils.command_line import Parser, exit_on_error
+from utils.command_line import COUNT, Parser, exit_on_error
 from utils.muon import has_amx
 from utils.optimization import cosine
 
@@ -264,12 +265,15 @@ def load_reader(path: Path = WEIGHTS) -> Reader:
     """Load the reader; if the file does not exist, train one and save it, which takes minutes.
 
     Raises:
-        ValueError: the file is damaged or of another list of objects.
-        ModuleNotFoundError: the file does not exist, and the drawings to train a reader are not installed.
+        ValueError: the file is damaged or of another list of objects, or it does not exist, and the drawings to train
+            a reader are not installed.
     """
     if not path.is_file():
         logger.info("%s: not there yet; training the reader once, which takes minutes", path)
-        reader = train_reader()
+        try:
+            reader = train_reader()
+        except ModuleNotFoundError as error:  # few users of evaluate.py need it
+            raise ValueError(f"{error.name} is missing: pip install -r requirements-scenes.txt") from error
         save_reader(reader, path)
         return reader
     reader = Reader()
@@ -294,12 +298,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = Parser("Train and measure the reader of scenes.")
     parser.prog = "python -m training.scenes_reader"
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="file of the weights")
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
+    parser.add_argument("--steps", type=COUNT, default=STEPS, help="training steps")
     parser.add_argument("--vae-path", help="VQGAN whose reconstructions to train and measure on, too")
     parser.add_argument("--measure", action="store_true", help="measure the reader in --out instead of training one")
     flags = parser.parse_args(argv)
 
+    log.set_up()
     with exit_on_error("requirements-scenes.txt"):
+        if flags.measure and not flags.out.is_file():
+            raise ValueError(f"--out {flags.out}: no such file; without --measure a reader is trained")
         reconstruct = _reconstruction(flags.vae_path) if flags.vae_path else None
         reader = load_reader(flags.out) if flags.measure else train_reader(flags.steps, reconstruct=reconstruct)
         if not flags.measure:

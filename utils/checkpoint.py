@@ -23,10 +23,9 @@ from safetensors.torch import save_file
 
 from utils.errors import first_line, ran_out_of_memory
 from utils.files import AnyPath, atomic_write
-from utils.foreign_pickle import read_entries
+from utils.foreign_pickle import Tensors, read_entries
 
 Checkpoint = Dict[str, Any]
-Tensors = Dict[str, torch.Tensor]
 
 PREFIX = "model."
 ANGLES = "transformer.pos_emb"  # too large for fp16

@@ -8,10 +8,9 @@ import math
 import re
 from typing import Any, Dict, List, Tuple
 
-import torch
 from torch.nn import functional as F
 
-Tensors = Dict[str, torch.Tensor]
+from utils.foreign_pickle import Tensors
 
 DEFAULTS = {"num_text_tokens": 10000, "text_seq_len": 256, "heads": 8, "dim_head": 64, "loss_img_weight": 7}
 OPTIONAL = ("ff_dropout", "attn_dropout", "stable", "shared_attn_ids", "shared_ff_ids")

@@ -14,7 +14,7 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, BinaryIO, Callable, Dict, Iterator, NamedTuple, Sequence, Tuple, Union
 
 import torch
 from safetensors import safe_open
@@ -105,14 +105,14 @@ class StateDict(dict):
         pass
 
 
-def read_weights(path: Union[str, Path], skip: Sequence[str] = (), anchor: Optional[str] = None) -> Tensors:
-    """Read a state dict, or the one that is stored as "state_dict", to the CPU.
+def read_weights(path: Union[str, Path], anchor: str, skip: Sequence[str] = ()) -> Tensors:
+    """Read a state dict, up to three dicts deep in a file, to the CPU.
 
     Args:
         path: a file of torch.save, in the zip format or the older stream format, or .safetensors.
+        anchor: name of a tensor that the wanted state dict has. If it has a prefix such as "module.", only names with
+            that prefix are read, and it is removed.
         skip: prefixes of names to leave out; their tensors are not read.
-        anchor: name of a tensor that the wanted state dict has. It is then found up to three dicts deep, and under a
-            prefix such as "module.": only names with that prefix are read, and it is removed.
 
     Raises:
         ValueError: not such a file, damaged, or without the anchor. One line that names the file.
@@ -167,14 +167,10 @@ def _open(file: BinaryIO) -> Tuple[Any, Callable[[Storage], bytearray]]:
         raise ValueError("holds a value that is too large") from None
 
 
-def _find_state_dict(saved: Any, anchor: Optional[str]) -> Dict[str, Any]:
-    """Return the first dict that has the anchor, wide before deep; without an anchor, "state_dict" or the whole."""
-    if anchor is None and isinstance(saved, dict):
-        saved = saved.get("state_dict", saved)
+def _find_state_dict(saved: Any, anchor: str) -> Dict[str, Any]:
+    """Return the first dict that has the anchor, wide before deep."""
     if not isinstance(saved, dict):
         raise ValueError("holds no state dict")
-    if anchor is None:
-        return saved
     level = [saved]
     for _ in range(3):
         for one in level:
@@ -184,14 +180,12 @@ def _find_state_dict(saved: Any, anchor: Optional[str]) -> Dict[str, Any]:
     raise ValueError(f"no tensor of it is named {anchor}")
 
 
-def _wanted(state_dict: Dict[str, Any], skip: Tuple[str, ...], anchor: Optional[str]) -> Dict[str, str]:
+def _wanted(state_dict: Dict[str, Any], skip: Tuple[str, ...], anchor: str) -> Dict[str, str]:
     """Return the names of the tensors to read, without the anchor's prefix, and their names in the file."""
-    prefix = ""
-    if anchor is not None:
-        found = [name[: -len(anchor)] for name in state_dict if isinstance(name, str) and name.endswith(anchor)]
-        if not found:
-            raise ValueError(f"no tensor of it is named {anchor}")
-        prefix = min(found, key=lambda name: ("ema" in name, len(name)))  # averaged copies come second
+    found = [name[: -len(anchor)] for name in state_dict if isinstance(name, str) and name.endswith(anchor)]
+    if not found:
+        raise ValueError(f"no tensor of it is named {anchor}")
+    prefix = min(found, key=lambda name: ("ema" in name, len(name)))  # averaged copies come second
     if not all(isinstance(name, str) for name in state_dict):
         raise ValueError("a name is not text")
     names = {name[len(prefix) :]: name for name in state_dict if name.startswith(prefix)}

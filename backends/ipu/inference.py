@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from data.loader import MEMORY_ADVICE, SamplesLost, explain_dead_worker, last_line
+from data.loader import (
+    BROKEN_PIPE,
+    MEMORY_ADVICE,
+    SamplesLost,
+    explain_dead_worker,
+    last_line,
+    notice_dead_worker,
+)
 from models.dalle import DALLE
 from models.pipeline_dalle import unshare_masks
 from models.sampling import CodeCallback, Generators, Sampling, check_given_codes, gumbel_noise
@@ -229,8 +236,9 @@ class OrderedSamples(Dataset):
 def explain_loader_errors(dataset: Any, poptorch_error: Type[Exception]) -> Iterator[None]:
     """Turn what PopTorch's loader raises into SamplesLost, one line."""
     try:
-        yield
-    except (RuntimeError, ConnectionError) as error:
+        with notice_dead_worker():
+            yield
+    except (RuntimeError, *BROKEN_PIPE) as error:
         raise SamplesLost(explain_dead_worker(error, dataset)[0] + MEMORY_ADVICE) from None
     except (ValueError, OSError) as error:
         raise SamplesLost(last_line(error)) from None

@@ -20,7 +20,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
 
-from data.files import IMAGE_SUFFIXES, clean_captions, printable
+from data.files import IMAGE_SUFFIXES, LINE_BREAK, clean_captions, printable
 from data.sources.base import TEXT_COLUMNS, split_of, text_columns
 from data.sources.rows import image_columns, import_pyarrow
 from data.sources.table import Entry
@@ -33,7 +33,6 @@ IMAGE_COLUMNS = (
     *("image_file", "img", "image_id"),
 )
 _DELIMITERS = (",", "\t", "|", ";")
-_LINE_BREAK = re.compile(r"\r\n|\r|\n")
 _NUMBERED = re.compile(r"([^\t]+)#(\d+)\t(.*)")
 _LARGEST_FIELD = 2**24
 
@@ -90,7 +89,7 @@ def _captions_of(values: List[Any]) -> List[str]:
 
 def _json_lines(path: Path) -> List[Any]:
     objects = []
-    for number, line in enumerate(_LINE_BREAK.split(_read_text(path)), 1):
+    for number, line in enumerate(LINE_BREAK.split(_read_text(path)), 1):
         if line.strip():
             try:
                 objects.append(json.loads(line))
@@ -117,9 +116,9 @@ def _text_rows(path: Path) -> Optional[Iterable[Entry]]:
         if path.suffix.lower() in TABLE_SUFFIXES:
             raise
         return None
-    first = _LINE_BREAK.split(text, maxsplit=1)[0]
+    first = LINE_BREAK.split(text, maxsplit=1)[0]
     if _NUMBERED.match(first):
-        matches = (_NUMBERED.match(line) for line in _LINE_BREAK.split(text))
+        matches = (_NUMBERED.match(line) for line in LINE_BREAK.split(text))
         return [Entry(match[1], _captions_of([match[3]])) for match in matches if match]
     fault = None
     for delimiter in _DELIMITERS:

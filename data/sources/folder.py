@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Union
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 from data import files
 from data.files import File, Listing, Skipped, count, printable, read_captions, same_name
@@ -14,7 +14,7 @@ class PairedFolder(ImageSource):
 
     form = "images and .txt files"
 
-    def __init__(self, folder: Path, known_good: Callable[[File], bool], listing: Optional[Listing] = None):
+    def __init__(self, folder: Path, known_good: Callable[[File], bool], listing: Listing):
         pairs, skipped = find_pairs(folder, known_good, listing)
         super().__init__(folder, [image for image, _ in pairs], [text for _, text in pairs], skipped)
 
@@ -23,7 +23,7 @@ class PairedFolder(ImageSource):
 
 
 def find_pairs(
-    folder: Union[str, Path], known_good: Callable[[File], bool] = lambda file: False, listing: Optional[Listing] = None
+    folder: Path, known_good: Callable[[File], bool], listing: Listing
 ) -> Tuple[List[Tuple[File, File]], Skipped]:
     """Find the images in `folder` and below that have a caption file of the same stem.
 
@@ -34,18 +34,17 @@ def find_pairs(
 
     Args:
         known_good: whether a file is known to be an image or to hold captions; such files are not opened.
-        listing: what files.list_files(folder) returns, if it is known.
+        listing: what files.list_files(folder) returns.
 
     Returns:
         The pairs (image, caption file), sorted by the image's path, each file in its state before it was opened; and
         every other file with one of the suffixes, by reason.
 
     Raises:
-        NoPairs, OSError: it has no pair, or cannot be read.
+        NoPairs: it has no pair.
     """
-    folder = Path(folder)
     skipped: Dict[str, List[str]] = {}
-    images, texts, _ = listing or files.list_files(folder, skipped)
+    images, texts, _ = listing
     caption_names, image_names = possible_pairs(images, texts)
     captions = files.check_files(caption_names, folder, known_good, _caption_fault, skipped)
     _, image_names = possible_pairs(image_names, list(captions))

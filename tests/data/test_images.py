@@ -99,43 +99,31 @@ def test_unreadable_images_name_the_file(tmp_path, suffix):
         load_image(tmp_path / "gone.png", 16)
 
 
-def test_unreadable_images_are_skipped_and_reported_once(tmp_path, logged):
-    for i in range(6):
-        Image.new("RGB", (4, 4), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+def test_unreadable_images_and_those_that_kill_workers_are_skipped(tmp_path, monkeypatch, logged):
+    for i in range(80):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
     (tmp_path / "notes.txt").write_text("no image")
-    paths = find_images(tmp_path)
-    for i in (0, 1, 2, 4):
-        paths[i].write_bytes(b"damaged")
-    assert load_images(paths, 4)[:, 0, 0, 0].tolist() == [120, 200]
-    assert "skipped 4 files (unreadable image)" in logged.messages[-1]
-    for i in (3, 5):
-        paths[i].write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="none of 6 images can be read"):
-        load_images(paths, 4)
-    for place, error in (("notes.txt", ValueError), ("nowhere", FileNotFoundError)):
-        with pytest.raises(error, match=place):
-            find_images(tmp_path / place)
-
-
-def test_workers_that_die_or_hand_over_many_batches(tmp_path, monkeypatch, logged):
-    """An image that kills its worker is skipped, and no batch keeps a file open."""
-    paths = [saved(tmp_path / f"{i}.png", np.full((4, 4, 3), i, dtype=np.uint8)) for i in range(80)]
-    parent, read = os.getpid(), load_image
+    paths, bad, limits = find_images(tmp_path), (3, 30, 50), resource.getrlimit(resource.RLIMIT_NOFILE)
+    paths[30].write_bytes(b"damaged")
+    parent = os.getpid()
 
     def reading(path, size):
-        if os.getpid() != parent and path.name in ("3.png", "50.png"):
+        if os.getpid() != parent and path in (paths[3], paths[50]):
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(path, size)
+        return load_image(path, size)
 
     monkeypatch.setattr(images_module, "load_image", reading)
     monkeypatch.setattr(images_module, "_BATCH", 1)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 50, limits[1]))
+    open_files = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 50, limits[1]))  # so no batch may keep one
     try:
-        images = load_images(paths, 4, workers=2)
+        assert load_images(paths, 4, workers=2)[:, 0, 0, 0].tolist() == [i for i in range(80) if i not in bad]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert images[:, 0, 0, 0].tolist() == [i for i in range(80) if i not in (3, 50)]
-    assert "skipped 2 files (unreadable image)" in logged.messages[-1]
-    for name, line in zip((3, 50), logged.messages):
-        assert f"reading {tmp_path}/{name}.png; new workers continue without it" in line
+    assert f"reading {paths[3]}; new workers continue without it" in logged.messages[0]
+    assert "skipped 3 files (unreadable image)" in logged.messages[-1]
+    with pytest.raises(ValueError, match="none of 1 images can be read"):
+        load_images(paths[30:31], 4)
+    for place, error in (("notes.txt", ValueError), ("nowhere", FileNotFoundError)):
+        with pytest.raises(error, match=place):
+            find_images(tmp_path / place)

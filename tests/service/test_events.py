@@ -87,25 +87,6 @@ def test_a_cancelled_job_ends_its_readers(port, drawing, begun):
     until(lambda: call(port)[1]["waiting"] == 0)
 
 
-def test_a_cancelled_job_leaves_those_that_share_its_batch(port, drawing):
-    drawing.hold()
-    first = create(port, prompts=PROMPTS[:1], num_images=1, temperature=2)["id"]
-    drawing.began(1)
-    found, jobs = {}, [create(port, prompts=PROMPTS[:1], num_images=2)["id"] for _ in range(2)]
-    threads = [threading.Thread(target=lambda one=one: found.update({one: read_events(port, one)})) for one in jobs]
-    for thread in threads:
-        thread.start()
-    drawing.before = lambda seeds: drawing.hold()
-    drawing.release()
-    drawing.began(2)
-    assert len(drawing.batches[1]) == 4 and cancel(port, jobs[0]) == 204
-    threads[0].join(20)
-    drawing.release()
-    threads[1].join(20)
-    assert found[jobs[0]][-1][2]["cancelled"] and found[jobs[1]][-1][1] == "done", found[jobs[1]][-1]
-    assert read_events(port, first)[-1][1] == "done"
-
-
 def test_a_late_reader_gets_one_event_at_a_time():
     async def read(stream):
         for row in range(3):

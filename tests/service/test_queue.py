@@ -46,7 +46,7 @@ def test_pictures_of_several_people_are_drawn_together(loaded, drawing, queue):
     drawing.release()
     wait(first, *jobs)
     assert drawing.batches == [[1000], [1, 2, 3, 5], [4]]
-    assert jobs[0].images == [None] and first.started < released < jobs[1].started
+    assert [job.ready for job in jobs] == [0, 1, 1, 1, 1] and first.started < released < jobs[1].started
 
 
 def test_a_small_request_does_not_wait_for_a_large_one(loaded, drawing, queue):

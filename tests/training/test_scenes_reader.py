@@ -1,6 +1,7 @@
 """The reader of scenes: what counts as a fault, and that it learns to find objects."""
 
 import random
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -49,7 +50,11 @@ def test_two_of_a_kind():
     assert find_faults(scene, Reading([*dogs, Placed("car", "small", 2, 8)], "white")) == ["relation"]
 
 
-def test_its_file_is_checked(tmp_path, monkeypatch):
+def test_its_file_is_checked(command, tmp_path, monkeypatch):
+    command(scenes_reader.main, "--measure", "--out", tmp_path / "typo.pt").refused("typo.pt: no such file")
+    monkeypatch.setattr(scenes_reader, "train_reader", Mock(side_effect=ModuleNotFoundError("", name="resvg_py")))
+    with pytest.raises(ValueError, match="^resvg_py is missing: pip install -r requirements-scenes.txt"):
+        load_reader(tmp_path / "typo.pt")
     reader, images = Reader().eval(), torch.rand(2, 3, 96, 96)
     save_reader(reader, tmp_path / "reader.pt")
     assert load_reader(tmp_path / "reader.pt").read(images) == reader.read(images)

@@ -5,10 +5,11 @@ import os
 
 from PIL import Image
 
-from data.files import IMAGE_FORMATS, read_captions
+from data.files import IMAGE_FORMATS, list_files, read_captions
 from data.images import load_image
+from data.sources import folder as folders
 from data.sources import open_source
-from data.sources.folder import find_pairs, is_label_file
+from data.sources.folder import is_label_file
 from tests.builders import one_line
 
 IMAGES = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "bmp": "bmp", "webp": "webp", "gif": "gif", "tif": "tiff"}
@@ -34,6 +35,10 @@ def names(folder, pairs):
     return [(image[0], caption[0]) for image, caption in pairs]
 
 
+def find_pairs(folder):
+    return folders.find_pairs(folder, lambda file: False, list_files(folder, {}))
+
+
 def by_reason(skipped):
     return {reason: [path.name for path in paths] for reason, paths in skipped.items()}
 
@@ -41,7 +46,7 @@ def by_reason(skipped):
 def test_every_image_suffix_counts_in_any_case(tmp_path):
     images = "a.png b.JPG c.jpeg d.BmP e.webp f.gif g.TIFF h.tif" + (" i.avif" if "AVIF" in IMAGE_FORMATS else "")
     fill(tmp_path, f"{images} notes.md " + " ".join(f"{image[0]}.TXT" for image in images.split()))
-    pairs, skipped = find_pairs(str(tmp_path))
+    pairs, skipped = find_pairs(tmp_path)
     assert [image[0] for image, _ in pairs] == images.split()
     assert skipped == {} and list(open_source(tmp_path).others) == ["notes.md"]
     assert len({load_image(tmp_path / image[0], 8).shape for image, _ in pairs}) == 1
