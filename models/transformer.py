@@ -17,6 +17,7 @@ from torch.nn import functional as F
 PATTERNS = ("full", "axial_row", "axial_col", "conv_like", "conv_up_left")
 CONV_KERNEL = 5  # side of the window of conv_like and conv_up_left, in codes
 Rotation = Tuple[Tensor, Tensor]  # cosines and sines (n, R), see rotate
+Start = Union[int, Tensor]  # the first of some positions; a tensor (1,) on IPUs
 
 
 def pattern_mask(pattern: str, text_len: int, fmap_size: int) -> Tensor:
@@ -78,7 +79,7 @@ class LayerCache(Protocol):
     """Keys and values of one layer for the positions so far."""
 
     def append(self, keys: Tensor, values: Tensor, mask: Tensor, start: Any) -> Tuple[Tensor, Tensor, Tensor]:
-        """Store keys and values (B, H, n, D) from position `start` on: an int, or on IPUs a tensor (1,).
+        """Store keys and values (B, H, n, D) from position `start` on, a Start.
 
         Args:
             mask: the layer's mask, bool (N, N).
@@ -160,7 +161,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         cache: Optional[LayerCache] = None,
-        start: Union[int, Tensor] = 0,
+        start: Start = 0,
         rotation: Optional[Rotation] = None,
     ) -> Tensor:
         """Attend from x (B, n, dim) at positions start … start + n; earlier positions are in `cache`.
@@ -234,15 +235,13 @@ class PreNorm(nn.Module):
         self.fn = fn
         self.shift = shift
 
-    def prepare(self, x: Tensor, cache: Optional[LayerCache] = None, start: Union[int, Tensor] = 0) -> Tensor:
+    def prepare(self, x: Tensor, cache: Optional[LayerCache] = None, start: Start = 0) -> Tensor:
         """Return the block's input."""
         x = self.norm(x)
         # Only CachedStepper samples with shifted tokens.
         return x if self.shift is None else self.shift(x, cast(KeyValueCache, cache), cast(int, start))
 
-    def forward(
-        self, x: Tensor, cache: Optional[LayerCache] = None, start: Union[int, Tensor] = 0, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: Optional[LayerCache] = None, start: Start = 0, **kwargs: Any) -> Tensor:
         return self.norm_out(self.fn(self.prepare(x, cache, start), cache=cache, start=start, **kwargs))
 
 
@@ -262,7 +261,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(dim, 8 * dim), GEGLU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor, cache: Optional[LayerCache] = None, start: Union[int, Tensor] = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: Optional[LayerCache] = None, start: Start = 0) -> Tensor:
         """Compute (B, n, dim) from as much; positions do not matter to it."""
         return self.net(x)
 
@@ -272,7 +271,7 @@ def compute_layer(
     x: Tensor,
     rotation: Optional[Rotation] = None,
     cache: Optional[LayerCache] = None,
-    start: Union[int, Tensor] = 0,
+    start: Start = 0,
 ) -> Tensor:
     """Add the attention's output to x, then the feed-forward's: (B, n, dim) in and out.
 
@@ -307,11 +306,7 @@ class Layer(nn.ModuleList):
         return self[0].fn.fn  # type: ignore[union-attr, return-value]
 
     def forward(
-        self,
-        x: Tensor,
-        rotation: Optional[Rotation] = None,
-        cache: Optional[LayerCache] = None,
-        start: Union[int, Tensor] = 0,
+        self, x: Tensor, rotation: Optional[Rotation] = None, cache: Optional[LayerCache] = None, start: Start = 0
     ) -> Tensor:
         """Apply the layer to x (B, n, dim), which stands at positions start … start + n."""
         if cache is not None:
