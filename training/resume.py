@@ -92,9 +92,8 @@ def check_fits(run: Run, path: Path, saved: checkpoint.Checkpoint, model: DALLE,
 def load_progress(run: Run, path: Path, saved: checkpoint.Checkpoint, model: DALLE) -> None:
     """Load weights, optimizer, schedule and progress from a checkpoint's content; ValueError if it does not fit."""
     weights = checkpoint.model_weights(saved["weights"])
-    weights.update(
-        {name: tensor for name, tensor in model.state_dict().items() if name.startswith("vae.")}
-    )  # the run's
+    # The VQGAN is that of this run's flags.
+    weights.update({name: tensor for name, tensor in model.state_dict().items() if name.startswith("vae.")})
     check_fits(run, path, saved, model, weights)
     if "exported" in saved:
         run.trainer.load_state_dict({"weights": weights})
