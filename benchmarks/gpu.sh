@@ -11,6 +11,10 @@ if [ -n "$rehearse" ] && [ "$rehearse" != --rehearse ]; then
     echo "gpu.sh: error: unknown argument '$rehearse'; the only one is --rehearse" >&2
     exit 2
 fi
+if ! "$python" -c "import torch, taming, tqdm" 2>/dev/null; then
+    echo "gpu.sh: error: $python lacks what requirements.txt lists; activate the environment that has it, or set PYTHON" >&2
+    exit 2
+fi
 mkdir -p "$out" && : >"$out/results.jsonl" || exit 2
 exec > >(tee "$out/log") 2>&1
 started=$(date +%s)
