@@ -19,9 +19,9 @@ MOST_GRAPHS = 16  # for other windows or settings of the same batch size
 class CapturedStepper(PackedStepper):
     """A PackedStepper for GPUs that captures its passes, with the choice of codes, for the current batch size.
 
-    Hundreds of kernels then start with a single call from the host.
-    A graph reads and writes fixed memory, so batches of one shape share their buffers, and every pass reads all slots
-    of the caches, with a mask.
+    Its kernels, about a hundred, then start with a single call from the host. A graph reads and writes fixed memory, so
+    batches of one shape share their buffers. Shapes are those of the last place; Triton's kernels read only the slots
+    of the caches that are used so far, PyTorch's operators all of them, with a mask.
     """
 
     capturing = True  # False once a capture has failed
